@@ -1,0 +1,1 @@
+"""Rows to batches: sources, fetching, shards, decoding, prefetching, the feature store."""

@@ -1,0 +1,199 @@
+"""The cold pass: every distinct image and title is opened, decoded and encoded once, ranks sharing the work.
+
+Dimension key: V/T image/text feature width, B rows of a batch.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batch import BadSample, Batch, Tokens, share
+from data.catalogue import Catalogue, Split, Verdict, as_keys
+from data.decode import ImageSpec, collate_tokens, decode_image
+from data.features import FeatureStore
+from data.fetch import FetchPolicy, cached_path, fetch
+from data.prefetch import ahead, batched
+from data.segments import key_of
+from data.shards import read_member
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+CHUNK = 64  # inputs a tower call
+SEGMENT = 4096  # features written at once
+TELL_EVERY_S = 5.0
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a reference becomes pixels: where fetched bytes lie, what the decoder makes, what the fetcher may do."""
+
+    folder: Path
+    spec: ImageSpec
+    policy: FetchPolicy
+    max_pixels: int
+    workers: int
+
+    def read(self, reference: Mapping[str, Any]) -> bytes:
+        """The bytes behind one reference. Raises BadSample when they are not to be had."""
+        data, path = reference["bytes"], reference["path"]
+        if data is not None:
+            return bytes(data)
+        try:
+            if not path:
+                raise BadSample("no-image", "the row names no image")
+            if is_url(path):
+                return cached_path(path, self.folder).read_bytes()
+            return read_member(path) if ".tar#" in path else Path(path).read_bytes()
+        except FileNotFoundError:
+            raise BadSample("missing-file", path) from None
+        except OSError as error:
+            raise BadSample("unreadable-file", f"{path}: {error.strerror}") from None
+
+    def pixels(self, reference: Mapping[str, Any]) -> np.ndarray:
+        """uint8 pixels [3, S, S] of one reference. Raises BadSample."""
+        return decode_image(self.read(reference), self.spec, self.max_pixels)
+
+
+def is_url(path: str) -> bool:
+    """Does this reference have to be fetched?"""
+    return path.lower().startswith(("http://", "https://"))
+
+
+def visit(found: Catalogue, reader: Reader, mine: Sequence[int], known: Callable[[bytes], bool],
+          tell: Callable[[str], None]) -> Iterator[Verdict]:
+    """Open, and where its content is not `known` decode, each of `mine` references; in any order, bounded memory."""
+    problems: dict[int, BadSample] = {}
+
+    def look(index: int) -> Verdict:
+        if index in problems:
+            return Verdict(index, b"", problems[index])
+        try:
+            reference = found.references[index].as_py()
+            data = reader.read(reference)
+            key = key_of(data)
+            return Verdict(index, key, None, None if known(key) else decode_image(data, reader.spec, reader.max_pixels))
+        except BadSample as problem:
+            return Verdict(index, b"", problem)
+
+    started, spoken, done, failed = time.monotonic(), time.monotonic(), 0, Counter[str]()
+    for verdict in ahead(look, _available(found, reader, mine, problems), reader.workers, 2 * CHUNK):
+        done += 1
+        if verdict.problem is not None:
+            failed[verdict.problem.reason] += 1
+        now = time.monotonic()
+        if now - spoken >= TELL_EVERY_S or (done == len(mine) and now - started >= TELL_EVERY_S):
+            rate, spoken = done / (now - started), now
+            lost = "".join(f"  {reason} {count}" for reason, count in failed.most_common())
+            tell(f"images {done:,}/{len(mine):,}  {rate:,.0f}/s  eta {(len(mine) - done) / rate:,.0f} s{lost}")
+        yield verdict
+
+
+def _available(found: Catalogue, reader: Reader, mine: Sequence[int],
+               problems: dict[int, BadSample]) -> Iterator[int]:
+    """The references as their bytes become readable: local ones at once, URLs as the fetcher finishes them."""
+    remote: dict[str, int] = {}
+    for index in mine:
+        path = found.references[index]["path"].as_py()
+        if path and found.references[index]["bytes"].as_py() is None and is_url(path):
+            remote[path] = index
+        else:
+            yield index
+    for fetched in fetch(remote, reader.folder, reader.policy) if remote else ():
+        index = remote[fetched.url]
+        if fetched.reason is not None:
+            problems[index] = BadSample(fetched.reason, fetched.detail)
+        yield index
+
+
+def fill_images(found: Catalogue, reader: Reader, mine: Sequence[int], store: FeatureStore | None,
+                encode: Callable[[Tensor], Tensor], tell: Callable[[str], None]) -> list[Verdict]:
+    """Look at `mine` references; what the store does not hold yet goes through the tower once, in CHUNKs.
+
+    Without a store images are only decoded, to know now which rows streaming can use.
+    """
+    seen: list[Verdict] = []
+    fresh: set[bytes] = set()
+
+    lock = threading.Lock()  # `known` is asked from the decoding threads
+
+    def known(key: bytes) -> bool:
+        with lock:
+            return store is not None and (key in fresh or store.locate(as_keys([key]))[0] >= 0)
+
+    keys: list[bytes] = []
+    values: list[Tensor] = []
+    for chunk in batched(visit(found, reader, mine, known, tell), CHUNK):
+        seen += [verdict._replace(pixels=None) for verdict in chunk]
+        if store is None:
+            continue
+        new = {v.key: v.pixels for v in chunk if v.pixels is not None and v.key not in fresh}
+        if new:
+            keys += new
+            fresh.update(new)
+            values.append(encode(torch.from_numpy(np.stack(list(new.values())))).cpu())
+        if len(keys) >= SEGMENT:
+            with lock:
+                store.append(as_keys(keys), torch.cat(values))
+            keys, values = [], []
+    if store is not None and keys:
+        store.append(as_keys(keys), torch.cat(values))
+    return seen
+
+
+def fill_titles(titles: pa.StringArray, keys: np.ndarray, store: FeatureStore, rank: int, size: int,
+                tokenize: Callable[[Sequence[str]], list[list[int]]], pad_id: int,
+                encode: Callable[[Tokens], Tensor]) -> None:
+    """Encode this rank's share of the titles that the store does not hold yet, similar lengths together."""
+    missing = np.flatnonzero(store.locate(keys) < 0)
+    mine = missing[slice(*share(len(missing), rank, size))]
+    for part in batched(mine, SEGMENT):
+        rows = np.asarray(part)
+        values = encode_titles(tokenize(titles.take(rows).to_pylist()), pad_id, encode, store.width)
+        store.append(keys[rows], values)
+
+
+def encode_titles(ids: Sequence[Sequence[int]], pad_id: int, encode: Callable[[Tokens], Tensor],
+                  width: int) -> Tensor:
+    """Text features [len(ids), T] on the CPU, in order; similar lengths go together, so almost nothing is padding."""
+    if not ids:
+        return torch.empty(0, width)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    parts = [encode(collate_tokens([ids[i] for i in chunk], pad_id)).cpu() for chunk in batched(order, CHUNK)]
+    return torch.cat(parts)[torch.argsort(torch.tensor(order))]
+
+
+def streamed_batch(split: Split, found: Catalogue, example: np.ndarray, reader: Reader, ids: Sequence[Sequence[int]],
+                   pad_id: int) -> Callable[[Tensor], Batch]:
+    """A function that makes the Batch of given row numbers: images read and decoded, titles padded."""
+    def make(rows_B: Tensor) -> Batch:
+        image_B, title_B = split.image_N[rows_B], split.title_N[rows_B]
+        negative_B = None if split.negative_N is None else split.negative_N[rows_B]
+        pixels = [reader.pixels(found.references[int(example[i])].as_py()) for i in image_B.tolist()]
+        side = reader.spec.crop
+        return Batch(
+            torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 3, *side, dtype=torch.uint8),
+            collate_tokens([ids[i] for i in title_B.tolist()], pad_id),
+            None if negative_B is None else collate_tokens([ids[max(i, 0)] for i in negative_B.tolist()], pad_id),
+            title_B, negative_B,
+        )
+    return make
+
+
+def encode_images(found: Catalogue, references: np.ndarray, reader: Reader, encode: Callable[[Tensor], Tensor],
+                  width: int) -> Tensor:
+    """Image features [len(references), V] on the CPU, in order, of references already known to decode."""
+    decoded = ahead(lambda index: reader.pixels(found.references[int(index)].as_py()), references, reader.workers,
+                    2 * CHUNK)
+    parts = [encode(torch.from_numpy(np.stack(chunk))).cpu() for chunk in batched(decoded, CHUNK)]
+    return torch.cat(parts) if parts else torch.empty(0, width)

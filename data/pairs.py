@@ -1,0 +1,145 @@
+"""A dataset ready to train on and measure: cached (features from the store) or streaming (pixels every step).
+
+Dimension key: D distinct images by content, P distinct titles, V/T image/text feature width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batch import Batch, Features, Tokens, share
+from data.catalogue import Split, catalogue, settle
+from data.cold import Reader, encode_images, encode_titles, fill_images, fill_titles, streamed_batch
+from data.decode import tokenize
+from data.features import FeatureStore
+from data.prefetch import ahead, copied_ahead, slices
+from data.resident import Mapped, Resident
+from data.segments import keys_of_titles
+from data.source import Rows
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What the towers lend to this room: two functions, and the names of the feature spaces they map into."""
+
+    image: Callable[[Tensor], Tensor]  # uint8 pixels [B, 3, S, S] -> [B, V]
+    text: Callable[[Tokens], Tensor]  # tokens [B, L] -> [B, T]
+    image_width: int
+    text_width: int
+    image_space: str
+    text_space: str
+    stored: bool  # are the features constants, to be computed once and kept?
+    tokenizer: Any
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Team:
+    """The other ranks, as far as this room needs them."""
+
+    rank: int
+    size: int
+    exchange: Callable[[Any], list[Any]]  # what every rank said, in rank order
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """All splits of a dataset after the cold pass; the two functions are where cached and streaming differ."""
+
+    splits: Mapping[str, Split]
+    ledger: Sequence[Mapping[str, Any]]
+    identity: Mapping[str, str]  # digests of the kept training rows and of the base model's towers
+    residents: Callable[[], Mapping[str, Resident]]  # every split's features; encoded anew on each call if streaming
+    batches: Callable[[str, int, int, torch.device], Callable[[int], Iterator[Features] | Iterator[Batch]]]
+    # (split, batch size, seed, device) -> first step -> this rank's inputs of every step from there on
+
+
+def open_pairs(rows: Mapping[str, Rows], reader: Reader, encoders: Encoders, team: Team, cache: Path, max_bad: float,
+               device: torch.device, tell: Callable[[str], None]) -> Pairs:
+    """Look at every row, run the towers where their features are constants, and account for what is dropped.
+
+    Raises UserError when too many rows are unusable or a split ends up empty.
+    """
+    found = catalogue(rows)
+    images = FeatureStore(cache / "features" / encoders.image_space, encoders.image_width) if encoders.stored else None
+    mine = range(*share(len(found.references), team.rank, team.size))
+    verdicts = fill_images(found, reader, mine, images, encoders.image, tell)
+    everyone = list(chain.from_iterable(team.exchange(verdicts)))
+    splits, image_keys, example, ledger = settle(found, everyone, max_bad)
+    title_keys = keys_of_titles(found.titles.to_pylist())
+    pad_id = encoders.tokenizer.pad_token_id
+    encode_ids = partial(tokenize, encoders.tokenizer, max_length=encoders.max_tokens)
+    identity = {"data": _fingerprint(splits, image_keys, title_keys),
+                "the base model": encoders.image_space + encoders.text_space}
+    finish = partial(Pairs, splits, ledger, identity)
+    if images is not None:
+        titles = FeatureStore(cache / "features" / encoders.text_space, encoders.text_width)
+        fill_titles(found.titles, title_keys, titles, team.rank, team.size, encode_ids, pad_id, encoders.text)
+        team.exchange(None)  # every rank has written
+        ready = _residents(splits, _table(images, image_keys), _table(titles, title_keys), device)
+        return finish(lambda: ready, partial(_cached, ready, team))
+    ids = encode_ids(found.titles.to_pylist())
+    makers = {name: streamed_batch(split, found, example, reader, ids, pad_id) for name, split in splits.items()}
+
+    def encode_all() -> Mapping[str, Resident]:
+        images, titles = share(len(example), team.rank, team.size), share(len(ids), team.rank, team.size)
+        parts = team.exchange((
+            encode_images(found, example[slice(*images)], reader, encoders.image, encoders.image_width),
+            encode_titles(ids[slice(*titles)], pad_id, encoders.text, encoders.text_width)))
+        return _residents(splits, torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), device)
+
+    return finish(encode_all, partial(_streamed, splits, makers, team, reader.workers))
+
+
+def _fingerprint(splits: Mapping[str, Split], image_keys: np.ndarray, title_keys: np.ndarray) -> str:
+    """A digest of what the training rows hold, in order: equal data gives equal runs."""
+    if "train" not in splits:
+        return ""
+    train, digest = splits["train"], hashlib.sha256()
+    digest.update(image_keys[train.image_N.numpy()].tobytes())
+    digest.update(title_keys[train.title_N.numpy()].tobytes())
+    if train.negative_N is not None:
+        digest.update(title_keys[train.negative_N.numpy()].tobytes() + (train.negative_N.numpy() < 0).tobytes())
+    return digest.hexdigest()
+
+
+def _table(store: FeatureStore, keys: np.ndarray) -> Mapped:
+    """The features of `keys` in their order, whichever rank wrote them."""
+    store.refresh()
+    return Mapped(store, store.locate(keys))
+
+
+def _residents(splits: Mapping[str, Split], image_DV: Tensor | Mapped, title_PT: Tensor | Mapped,
+               device: torch.device) -> dict[str, Resident]:
+    residents = {}
+    for name, split in splits.items():
+        ready = Resident(image_DV, title_PT, split.image_N, split.title_N, split.negative_N).to(device)
+        image_DV, title_PT = ready.image_MV, ready.title_PT  # one copy serves all splits
+        residents[name] = ready
+    return residents
+
+
+def _cached(ready: Mapping[str, Resident], team: Team, split: str, batch_size: int, seed: int,
+            device: torch.device) -> Callable[[int], Iterator[Features]]:
+    def batches(first_step: int) -> Iterator[Features]:
+        rows = slices(len(ready[split]), batch_size, seed, team.rank, team.size, first_step, device)
+        return map(ready[split].features, rows)
+    return batches
+
+
+def _streamed(splits: Mapping[str, Split], makers: Mapping[str, Callable[[Tensor], Batch]], team: Team, workers: int,
+              split: str, batch_size: int, seed: int, device: torch.device) -> Callable[[int], Iterator[Batch]]:
+    def batches(first_step: int) -> Iterator[Batch]:
+        rows = slices(len(splits[split]), batch_size, seed, team.rank, team.size, first_step)
+        return copied_ahead(ahead(makers[split], rows, workers, workers + 1), device)
+    return batches

@@ -1,0 +1,169 @@
+"""Files of the feature store: written whole, verified when opened, mapped; and the folders they lie in.
+
+A space (tower and preprocessing fingerprint) is a folder of immutable segments. A segment is a safetensors file: keys
+[n, 16] u8, sums [1 + blocks] u32, values [n, width], rows in the order they came. Its header is a pure function of its
+space and size; sums[0] is the CRC-32 of keys and of the other sums, sums[1 + b] that of the b-th block of values.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import zlib
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+KEY = 16  # bytes of a key
+BLOCK = 256  # rows under one checksum
+HEADER = 1024  # bytes before the data
+SUFFIX = ".features.safetensors"
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def key_of(data: bytes) -> bytes:
+    """The 16-byte key of some content."""
+    return hashlib.blake2b(data, digest_size=KEY).digest()
+
+
+def keys_of_titles(titles: Sequence[str]) -> np.ndarray:
+    """Keys [n, 16] uint8 of titles; a lone surrogate, which JSON may hold, is content like any other."""
+    joined = b"".join(key_of(title.encode("utf-8", "surrogatepass")) for title in titles)
+    return np.frombuffer(joined, np.uint8).reshape(-1, KEY)
+
+
+class Layout(NamedTuple):
+    """What all segments of a space have in common."""
+
+    space: str
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of values."""
+        return self.width * self.dtype.itemsize
+
+    def header(self, rows: int) -> tuple[bytes, int]:
+        """The header of a segment of `rows` rows, and the size of the whole file."""
+        blocks = -(-rows // BLOCK)
+        fields: dict[str, object] = {"__metadata__": {
+            "format": "thumbtune features 1", "space": self.space, "block_rows": str(BLOCK)}}
+        end = 0
+        for name, dtype, shape, size in (
+                ("keys", "U8", [rows, KEY], rows * KEY), ("sums", "U32", [1 + blocks], 4 * (1 + blocks)),
+                ("values", DTYPES[self.dtype], [rows, self.width], rows * self.row_bytes)):
+            fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+            end += size
+        text = json.dumps(fields).encode().ljust(HEADER - 8)
+        return len(text).to_bytes(8, "little") + text, HEADER + end
+
+
+class Segment(NamedTuple):
+    """One file, mapped."""
+
+    path: Path
+    start: int  # number of its first row in the store: a multiple of BLOCK, so that row // BLOCK is the block
+    keys: np.ndarray  # [n] S16
+    sums: np.ndarray  # [blocks] uint32
+    values: np.ndarray  # [n, row bytes] uint8
+
+    def take(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Copy these of the store's rows (ascending) to `out` [n, row bytes]; IndexError when they are not all here."""
+        if rows[-1] >= self.start + len(self.keys):
+            raise IndexError(f"no row {rows[-1]}")
+        np.take(self.values, rows - self.start, 0, out, "clip")  # "clip": unlike "raise" it needs no buffer
+
+    def first_bad(self, blocks: np.ndarray) -> int | None:
+        """The first of `blocks` whose values are not those that were written, or None."""
+        for block in blocks.tolist():
+            if zlib.crc32(self.values[block * BLOCK : (block + 1) * BLOCK].data) != self.sums[block]:
+                return int(block)
+        return None
+
+
+def open_segment(path: Path, start: int, layout: Layout) -> Segment:
+    """Map a segment and verify all of it but the values. Nothing in the file is parsed, only compared.
+
+    Raises ValueError with the reason when it is not a whole segment of this space, FileNotFoundError when it is gone.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        rows = (size - HEADER - 4) * BLOCK // ((KEY + layout.row_bytes) * BLOCK + 4)
+        header, expected = layout.header(rows)
+        if rows < 1 or size != expected:
+            raise ValueError("truncated, or of another width")
+        # through the descriptor, since another rank may rename the path now; the mapping keeps no descriptor open
+        raw = torch.from_file(f"/dev/fd/{file.fileno()}", shared=False, size=size, dtype=torch.uint8).numpy()
+    if raw[:HEADER].tobytes() != header:
+        raise ValueError("header damaged, or of another space")
+    at_sums, at_values = HEADER + rows * KEY, size - rows * layout.row_bytes
+    keys, sums, values = raw[HEADER:at_sums], raw[at_sums:at_values].view("<u4"), raw[at_values:]
+    if zlib.crc32(sums[1:].data, zlib.crc32(keys.data)) != sums[0]:
+        raise ValueError("keys or checksums damaged")
+    return Segment(path, start, keys.view(f"S{KEY}"), sums[1:], values.reshape(rows, layout.row_bytes))
+
+
+def write_segment(folder: Path, layout: Layout, keys: np.ndarray, values: Tensor) -> Path:
+    """Write a segment whole or not at all: temporary file, fsync, rename, fsync of the folder. Raises OSError."""
+    flat = values.detach().to("cpu", layout.dtype).contiguous().view(torch.uint8).numpy()
+    keys = np.ascontiguousarray(keys, np.uint8)
+    sums = np.array([0] + [zlib.crc32(flat[low : low + BLOCK].data) for low in range(0, len(flat), BLOCK)], "<u4")
+    sums[0] = zlib.crc32(sums[1:].data, zlib.crc32(keys.data))
+    path = folder / (secrets.token_hex(16) + SUFFIX)
+    temporary = path.with_name(path.name + ".tmp")
+    folder.mkdir(parents=True, exist_ok=True)
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks: nothing there is ever taken for stale
+            fcntl.flock(directory, fcntl.LOCK_SH)
+        with open(temporary, "xb") as file:
+            file.writelines((layout.header(len(keys))[0], keys.data, sums.data, flat.data))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        os.fsync(directory)
+    finally:
+        temporary.unlink(missing_ok=True)
+        os.close(directory)
+    return path
+
+
+def remove_stale(folder: Path) -> None:
+    """Delete what killed writers left: a live one holds a shared lock on the folder, which its death releases."""
+    with suppress(OSError):
+        directory = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in folder.glob(f"*{SUFFIX}.tmp"):
+                path.unlink()
+        finally:
+            os.close(directory)
+
+
+def spaces(cache_dir: Path) -> dict[str, int]:
+    """Bytes on disk of every space in `cache_dir`, by the name of its folder."""
+    sizes: dict[str, int] = {}
+    for path in sorted(cache_dir.glob(f"*/*{SUFFIX}*")):
+        with suppress(FileNotFoundError):  # a temporary file that has just been renamed
+            sizes[path.parent.name] = sizes.get(path.parent.name, 0) + path.stat().st_size
+    return sizes
+
+
+def prune(cache_dir: Path, keep: Collection[str]) -> int:
+    """Delete the spaces not named in `keep`, and damaged segments everywhere; returns the bytes freed."""
+    before = spaces(cache_dir)
+    for name in before:
+        for path in (cache_dir / name).glob(f"*{SUFFIX}.damaged" if name in keep else f"*{SUFFIX}*"):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty: kept, or somebody's own files are in it
+            (cache_dir / name).rmdir()
+    return sum(before.values()) - sum(spaces(cache_dir).values())

@@ -1,0 +1,1 @@
+"""The training engine: towers, projections, loss, loop, checkpoints, log."""

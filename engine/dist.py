@@ -1,0 +1,121 @@
+"""Ranks: who am I, gather with gradient, agree. Without torchrun the world is one process and nothing is sent.
+
+Dimension key: B rows of this rank, G rows of all ranks.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.batch import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its equals, named as torchrun names them."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes and prints."""
+        return self.rank == 0
+
+    def gather(self, rows_BX: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Rows of all ranks in rank order, [G, ...]; the gradient flows back to the rank that owns a row.
+
+        `sizes[r]` is how many rows rank r holds (it may be 0), known to all beforehand, so nothing is negotiated.
+        """
+        return rows_BX if self.size == 1 else _Gather.apply(rows_BX, tuple(sizes), self.rank)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of `value` over all ranks (a new tensor, the same on every rank)."""
+        if self.size == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    def max(self, value: int) -> int:
+        """The largest value any rank gives; all ranks get the same answer. A host sync."""
+        if self.size == 1:
+            return value
+        largest = torch.tensor(value, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    def exchange(self, value: Any) -> list[Any]:
+        """What every rank said, in rank order."""
+        if self.size == 1:
+            return [value]
+        answers: list[Any] = [None] * self.size
+        dist.all_gather_object(answers, value)
+        return answers
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
+
+
+class _Gather(torch.autograd.Function):
+    """Forward: all_gather. Backward: sum what every rank wants of each row, keep one's own. Any sizes."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_BX: Tensor, sizes: tuple[int, ...], rank: int) -> Tensor:
+        ctx.sizes, ctx.rank = sizes, rank
+        longest = max(sizes)
+        padded = rows_BX.new_zeros((longest, *rows_BX.shape[1:]))
+        padded[: len(rows_BX)] = rows_BX
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        total_GX = grads[0].contiguous().clone()
+        dist.all_reduce(total_GX)
+        start = sum(ctx.sizes[: ctx.rank])
+        return total_GX[start : start + ctx.sizes[ctx.rank]], None, None
+
+
+def pick_device(wanted: str, local_rank: int) -> torch.device:
+    """`auto` takes this rank's GPU where there is one. Raises UserError when `cuda` is asked for in vain."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is visible; use --device cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} visible); "
+                         "start fewer processes or use --device cpu")
+    return torch.device("cuda", local_rank)
+
+
+def init(wanted: str, timeout_s: float) -> World:
+    """Join the process group that torchrun's environment describes, or be alone without one."""
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = pick_device(wanted, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    return World(rank, local_rank, size, device)
+
+
+def close() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,89 @@
+"""The tuned side: the two projections, and with the towers before them when those train too.
+
+The Linear layers are the CLIPModel's own, so what trains here is at once part of the model that is exported.
+Dimension key: B batch, V/T image/text feature width, E embedding.
+"""
+
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.batch import Batch, Features
+from engine.towers import Clip, Towers
+
+MAX_SCALE = 100.0  # CLIP clamps its learned inverse temperature here (Radford et al. 2021, section 2.5)
+
+
+class Embeddings(NamedTuple):
+    """L2-normalised fp32 embeddings of a batch, and the scale its similarities are multiplied with."""
+
+    image_BE: Tensor
+    title_BE: Tensor
+    negative_BE: Tensor | None
+    scale: Tensor
+
+
+class Head(nn.Module):
+    """Features -> Embeddings by CLIP's two bias-free projections."""
+
+    fixed_scale: Tensor
+
+    def __init__(self, clip: Clip, scale: float) -> None:
+        super().__init__()
+        self.visual_projection = clip.model.visual_projection
+        self.text_projection = clip.model.text_projection
+        self.register_buffer("fixed_scale", torch.tensor(scale), persistent=False)
+        self.logit_scale = clip.model.logit_scale
+
+    def image(self, features_BV: Tensor) -> Tensor:
+        """[B, V] -> [B, E], unit length, fp32 also under autocast."""
+        return F.normalize(self.visual_projection(features_BV).float(), dim=-1)
+
+    def text(self, features_BT: Tensor) -> Tensor:
+        """[B, T] -> [B, E], unit length, fp32 also under autocast."""
+        return F.normalize(self.text_projection(features_BT).float(), dim=-1)
+
+    def forward(self, features: Features) -> Embeddings:
+        """The scale is the recipe's constant, or CLIP's own `logit_scale` when that trains."""
+        learned = self.logit_scale.requires_grad
+        return Embeddings(
+            self.image(features.image_BV), self.text(features.title_BT),
+            None if features.negative_BT is None else self.text(features.negative_BT),
+            self.logit_scale.exp().clamp(max=MAX_SCALE) if learned else self.fixed_scale,
+        )
+
+
+class Streamed(nn.Module):
+    """Batch -> Embeddings through the towers, for when a layer inside them trains; frozen layers build no graph."""
+
+    def __init__(self, towers: Towers, head: Head) -> None:
+        super().__init__()
+        self.towers = towers
+        self.head = head
+
+    def forward(self, batch: Batch) -> Embeddings:
+        """Tower inputs of one step -> Embeddings."""
+        return self.head(self.towers(batch))
+
+
+def distribute(model: nn.Module, size: int) -> nn.Module:
+    """Wrap in DistributedDataParallel with gradients *summed* over ranks: the loss is divided by the global batch.
+
+    DDP's own average would shrink the gradient by the number of ranks; the sum equals the one-process gradient.
+    """
+    if size == 1:
+        return model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer torch renames broadcast_buffers, older has no other name
+        wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    wrapped.register_comm_hook(None, _sum_gradients)
+    return wrapped
+
+
+def _sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])

@@ -1,0 +1,1 @@
+"""Metrics, retrieval and reports (import as `from eval.metrics import ...`: the name hides a builtin)."""

@@ -1,0 +1,224 @@
+"""Ranks, Recall@K, MRR and triplet accuracy of embedded pairs: pure functions, chunked, never an N x N matrix.
+
+Dimension key: N pairs (rows of a split, and so the gallery), E embedding, R x C one tile of the N x N scores,
+M triplets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.batch import UserError
+from eval.intervals import Interval, PairedTest, mean_interval, median_interval, paired_test, share_interval
+
+RECALL_AT = (1, 5, 10)
+BLOCK = 128
+CPU_TILE = (1024, 512)  # stays in the caches
+ACCELERATOR_TILE = (8192, 8192)
+
+
+@torch.no_grad()
+def retrieval_ranks(image_NE: Tensor, title_NE: Tensor, title_id_N: Tensor, image_id_N: Tensor | None = None,
+                    chunk: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+    """0-based ranks of each pair image -> text and text -> image (int64, [N] each), from one pass over score tiles.
+
+    The rank is the number of candidates that score strictly better than the best correct answer. A candidate is
+    correct when its title or its image is identical (equal id) to the query's own; correct answers never count
+    against a query. Any other candidate with an equal score counts in the query's favour.
+
+    Rows are [N, E], L2-normalised, so that a score is a cosine. `chunk` is the tile (R images, C titles), rounded up
+    to multiples of 128. Raises UserError for N = 0 and for embeddings with NaN or infinity.
+    """
+    n, on_cpu = _count_rows(title_id_N), image_NE.device.type == "cpu"
+    tile = [math.ceil(min(step, n) / BLOCK) * BLOCK for step in chunk or (CPU_TILE if on_cpu else ACCELERATOR_TILE)]
+    pairs = _Pairs(image_NE, title_NE, title_id_N, image_id_N, tile, BLOCK if on_cpu else math.gcd(*tile))
+    best_i2t_N, best_t2i_N = pairs.best_correct()
+    if not bool((best_i2t_N.isfinite() & best_t2i_N.isfinite()).all()):
+        raise UserError("the model's embeddings hold NaN or infinity; use an earlier checkpoint")
+
+    rank_i2t_N, rank_t2i_N = torch.zeros_like(pairs.order_N), torch.zeros_like(pairs.order_N)
+    tile_RC, better_RC = (best_i2t_N.new_empty(tile) for _ in range(2))
+    for row in range(0, n, tile[0]):
+        for col in range(0, n, tile[1]):
+            rows, cols = slice(row, row + tile[0]), slice(col, col + tile[1])
+            scores_RC = pairs.scores(row, col, out=tile_RC)
+            for r, c in pairs.blocks(row, col, tile):
+                block = scores_RC[r - row:r - row + pairs.block, c - col:c - col + pairs.block]
+                block.masked_fill_(pairs.correct(r, c), -math.inf)
+            better = better_RC[:scores_RC.shape[0], :scores_RC.shape[1]]
+            # On a CPU torch compares into floats 4x faster than into bools, and counts up to a tile are exact.
+            rank_i2t_N[rows] += torch.gt(scores_RC, best_i2t_N[rows, None], out=better).sum(1).long()
+            rank_t2i_N[cols] += scores_RC.gt_(best_t2i_N[cols]).sum(0).long()
+    place_N = pairs.order_N.argsort()
+    return rank_i2t_N[place_N], rank_t2i_N[place_N]
+
+
+class _Pairs:
+    """The pairs in an order that puts correct answers into blocks along the diagonal of the score matrix.
+
+    The last rows are padded, so that an edge tile runs the kernel of every other tile. On a CPU a product of 128 x 128
+    has the bits of a larger one (a row-wise dot product has not); elsewhere a block is a whole tile. So thresholds
+    equal the scores they came from, and two candidates with equal embeddings tie wherever they stand.
+    """
+
+    def __init__(self, image_NE: Tensor, title_NE: Tensor, title_id_N: Tensor, image_id_N: Tensor | None,
+                 tile: list[int], block: int) -> None:
+        family_N, self.order_N = _families(title_id_N, image_id_N).sort(stable=True)
+        self.n, self.block = len(family_N), block
+        self.ids = [id_N[self.order_N] for id_N in (title_id_N, image_id_N) if id_N is not None]
+        self.image_NE = _reordered(image_NE, self.order_N, tile[0])
+        self.title_NE = _reordered(title_NE, self.order_N, tile[1])
+        first = family_N[::block].contiguous()
+        last = family_N[torch.arange(block - 1, self.n + block - 1, block, device=first.device).clamp(max=self.n - 1)]
+        low, high = torch.searchsorted(family_N, first), torch.searchsorted(family_N, last, right=True)
+        self.span = torch.stack([low // block * block, high], 1).tolist()  # columns with correct answers, by block row
+
+    def scores(self, row: int, col: int, out: Tensor) -> Tensor:
+        """Scores of the images from `row` and the titles from `col` on, computed in `out`, without padding."""
+        torch.mm(self.image_NE[row:row + out.shape[0]], self.title_NE[col:col + out.shape[1]].T, out=out)
+        return out[:self.n - row, :self.n - col]
+
+    def correct(self, row: int, col: int) -> Tensor:
+        """Which candidates of one block are correct answers: title ids or image ids are equal, [block, block] bool."""
+        same = [id_N[row:row + self.block, None] == id_N[col:col + self.block] for id_N in self.ids]
+        return same[0].logical_or_(same[-1])
+
+    def blocks(self, row: int, col: int, tile: list[int]) -> Iterator[tuple[int, int]]:
+        """Where the blocks within a tile begin that can hold correct answers."""
+        for r in range(row, min(row + tile[0], self.n), self.block):
+            low, high = self.span[r // self.block]
+            for c in range(max(low, col), min(high, col + tile[1]), self.block):
+                yield r, c
+
+    def best_correct(self) -> tuple[Tensor, Tensor]:
+        """The score of the best correct answer of every image and of every title, [N] each."""
+        best_i2t_N, best_t2i_N = (self.image_NE.new_full((self.n,), -math.inf) for _ in range(2))
+        out = self.image_NE.new_empty(self.block, self.block)
+        for row, col in self.blocks(0, 0, [self.n, self.n]):
+            own = self.scores(row, col, out).masked_fill_(~self.correct(row, col), -math.inf)
+            for best_N, at, score in ((best_i2t_N, row, own.amax(1)), (best_t2i_N, col, own.amax(0))):
+                best = best_N[at:at + self.block]
+                torch.maximum(best, score, out=best)
+        return best_i2t_N, best_t2i_N
+
+
+def _reordered(x_NE: Tensor, order_N: Tensor, step: int) -> Tensor:
+    """Rows in this order, float32 or wider, padded with zeros to a multiple of `step`."""
+    n = len(order_N)
+    x_NE = x_NE.to(torch.promote_types(x_NE.dtype, torch.float32))
+    out = x_NE.new_empty(math.ceil(n / step) * step, x_NE.shape[1])
+    torch.index_select(x_NE, 0, order_N, out=out[:n])
+    out[n:] = 0
+    return out
+
+
+def _families(title_id_N: Tensor, image_id_N: Tensor | None) -> Tensor:
+    """Label [N]: rows that share a title or an image, directly or through other rows, share a label."""
+    title_N = title_id_N.unique(return_inverse=True)[1]
+    image_N = title_N if image_id_N is None else image_id_N.unique(return_inverse=True)[1]
+    family_N = torch.arange(len(title_N), device=title_N.device)
+    while True:  # each round spreads the smallest row number; looking up its own label doubles the distance it goes
+        before_N = family_N
+        for group_N in (title_N, image_N):
+            least_N = torch.full_like(family_N, len(family_N)).scatter_reduce_(0, group_N, family_N, "amin")
+            family_N = least_N[group_N]
+        family_N = family_N[family_N]
+        if torch.equal(family_N, before_N):
+            return family_N
+
+
+@torch.no_grad()
+def triplet_correct(image_ME: Tensor, title_ME: Tensor, negative_ME: Tensor, margin: float = 0.0,
+                    chunk: int = 65_536) -> Tensor:
+    """[M] bool: cos(image, title) > cos(image, negative) + margin, strictly: a tie is wrong.
+
+    The arithmetic is that of sentence-transformers' TripletEvaluator; rows need not be normalised.
+    """
+    parts = []
+    for rows in zip(image_ME.split(chunk), title_ME.split(chunk), negative_ME.split(chunk), strict=True):
+        image, title, negative = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in rows)
+        parts.append((image * title).sum(-1) > (image * negative).sum(-1) + margin)
+    return torch.cat(parts)
+
+
+def recall_at(rank_N: Tensor, k: int) -> float:
+    """Share of 0-based ranks within the first `k`; a `k` beyond the gallery means all of it."""
+    _count_rows(rank_N)
+    return (rank_N < k).double().mean().item()
+
+
+def median_rank(rank_N: Tensor) -> float:
+    """Median of the 1-based ranks; the mean of the two middle ones when N is even."""
+    n = _count_rows(rank_N)
+    sorted_N = rank_N.sort()[0].double()
+    return (sorted_N[(n - 1) // 2] + sorted_N[n // 2]).item() / 2 + 1
+
+
+def mean_rank(rank_N: Tensor) -> float:
+    """Mean of the 1-based ranks."""
+    _count_rows(rank_N)
+    return rank_N.double().mean().item() + 1
+
+
+def mean_reciprocal_rank(rank_N: Tensor) -> float:
+    """Mean of 1 / (1-based rank)."""
+    _count_rows(rank_N)
+    return reciprocal(rank_N).mean().item()
+
+
+def reciprocal(rank_N: Tensor) -> Tensor:
+    """1 / (1-based rank), float64 [N]."""
+    return 1 / (rank_N.double() + 1)
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """What one model does on one split, row by row: 0-based ranks both ways, and triplets where there are negatives."""
+
+    image_to_text_rank_N: Tensor
+    text_to_image_rank_N: Tensor
+    triplet_M: Tensor | None = None
+
+    def summarise(self, seed: int = 0) -> dict[str, float | Interval]:
+        """Every metric by name, each followed by `NAME_ci95: [low, high]`. Raises UserError for no rows."""
+        found: dict[str, tuple[float, Interval]] = {}
+        for way, rank_N in self._ways():
+            n = _count_rows(rank_N)
+            for k in RECALL_AT:
+                found[f"{way}_R@{k}"] = recall_at(rank_N, k), share_interval(rank_N < k)
+            found[f"{way}_median_rank"] = median_rank(rank_N), median_interval(rank_N + 1, seed)
+            found[f"{way}_mean_rank"] = mean_rank(rank_N), mean_interval(rank_N + 1, 1, n, seed)
+            found[f"{way}_mrr"] = mean_reciprocal_rank(rank_N), mean_interval(reciprocal(rank_N), 1 / n, 1, seed)
+        if self.triplet_M is not None and len(self.triplet_M):
+            found["triplet_accuracy"] = self.triplet_M.double().mean().item(), share_interval(self.triplet_M)
+        return {key: part for name, (value, interval) in found.items()
+                for key, part in ((name, value), (f"{name}_ci95", interval))}
+
+    def rows(self) -> dict[str, Tensor]:
+        """Per-row hits (bool) and reciprocal ranks, by metric name: what `compare` pairs."""
+        found = {f"{way}_R@{k}": rank_N < k for way, rank_N in self._ways() for k in RECALL_AT}
+        found |= {f"{way}_mrr": reciprocal(rank_N) for way, rank_N in self._ways()}
+        if self.triplet_M is not None and len(self.triplet_M):
+            found["triplet_accuracy"] = self.triplet_M
+        return found
+
+    def _ways(self) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+        return ("image_to_text", self.image_to_text_rank_N), ("text_to_image", self.text_to_image_rank_N)
+
+
+def compare(before: Retrieval, after: Retrieval, seed: int = 0) -> dict[str, PairedTest]:
+    """The paired test of every metric that is a mean over rows; both must come from the same rows in the same order."""
+    before_rows, after_rows = before.rows(), after.rows()
+    return {name: paired_test(before_rows[name], after_rows[name], seed) for name in before_rows}
+
+
+def _count_rows(x_N: Tensor) -> int:
+    if not len(x_N):
+        raise UserError("there are no pairs to measure; choose a split that has rows")
+    return len(x_N)

@@ -1,0 +1,37 @@
+"""Project held-out features and measure how pairs find each other.
+
+Dimension key: N pairs of the split, E embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from data.batch import Features
+from eval.metrics import Retrieval, retrieval_ranks, triplet_correct
+
+Project = Callable[[Tensor], Tensor]  # features [n, V or T] -> unit embeddings [n, E]
+CHUNK = 65_536
+
+
+@torch.inference_mode()
+def measure_split(project_image: Project, project_text: Project, pairs: Features, image_id_N: Tensor) -> Retrieval:
+    """Ranks in both directions and, for rows with a negative, whether their own title beats it.
+
+    `image_id_N` are int64 identities of the images: equal id means identical image.
+    """
+    image_NE, title_NE = _embed(project_image, pairs.image_BV), _embed(project_text, pairs.title_BT)
+    forward_N, backward_N = retrieval_ranks(image_NE, title_NE, pairs.title_id_B, image_id_N)
+    triplet_N = None
+    if pairs.negative_BT is not None and pairs.negative_id_B is not None:
+        given = pairs.negative_id_B >= 0
+        negative_NE = _embed(project_text, pairs.negative_BT[given])
+        triplet_N = triplet_correct(image_NE[given], title_NE[given], negative_NE)
+    return Retrieval(forward_N, backward_N, triplet_N)
+
+
+def _embed(project: Project, features: Tensor) -> Tensor:
+    return torch.cat([project(chunk) for chunk in features.split(CHUNK)])

@@ -1,0 +1,46 @@
+"""Session fixtures: small models, pairs and the hub's stand-in, each made once. This process itself stays offline."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_pairs, tiny_clip
+from hub import Hub
+from scenes import youtube_pairs
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIPModel folder."""
+    return tiny_clip(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_st_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIPModel in the layout of sentence-transformers/clip-ViT-L-14."""
+    return tiny_clip(tmp_path_factory.mktemp("models") / "tiny-st", sentence_transformers=True)
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset folder of 37 + 11 + 12 pairs with negatives; no split divides by 2, 3 and 16."""
+    return make_pairs(tmp_path_factory.mktemp("data") / "pairs", 37, 11, 12)
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory: pytest.TempPathFactory, tiny_st_model: Path) -> Iterator[Hub]:
+    """The hub's stand-in with the model and the dataset of the reference recipe."""
+    home = tmp_path_factory.mktemp("hub")
+    with Hub(home / "cache") as stand_in:
+        stand_in.add_model("sentence-transformers/clip-ViT-L-14", tiny_st_model)
+        stand_in.add_dataset("shawhin/yt-title-thumbnail-pairs", youtube_pairs(home / "dataset", stand_in.url))
+        yield stand_in

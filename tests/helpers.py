@@ -1,0 +1,155 @@
+"""What the tests share: a tiny CLIP (and `make_pairs`), run.py as a real process, and ranks on gloo.
+
+Nothing here contacts anything but loopback.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from scenes import make_pairs as make_pairs
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tiny_clip(folder: Path, sentence_transformers: bool = False, seed: int = 0) -> Path:
+    """Write a random CLIPModel (fp32, 32 pixels, V=32, T=24, E=16) with its preprocessing; return `folder`.
+
+    With `sentence_transformers`, in the layout and with the habits of sentence-transformers/clip-ViT-L-14: files under
+    `0_CLIPModel/`, no processor_config.json, and a config whose `eos_token_id` is the historical 2, which no title ends
+    with (transformers then pools at the highest id instead).
+    """
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer = _tiny_tokenizer()
+    old = sentence_transformers
+    text = {"vocab_size": len(tokenizer), "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "max_position_embeddings": 77, "projection_dim": 16,
+            "bos_token_id": 0 if old else tokenizer.bos_token_id, "pad_token_id": 1 if old else tokenizer.pad_token_id,
+            "eos_token_id": 2 if old else tokenizer.eos_token_id}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "image_size": 32, "patch_size": 8, "projection_dim": 16}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    inner = folder / "0_CLIPModel" if old else folder
+    model.save_pretrained(inner)
+    if not old:
+        CLIPProcessor(images, tokenizer).save_pretrained(inner)
+        return folder
+    images.save_pretrained(inner)
+    tokenizer.save_pretrained(inner)
+    module = {"idx": 0, "name": "0", "path": "0_CLIPModel", "type": "sentence_transformers.models.CLIPModel"}
+    (folder / "modules.json").write_text(json.dumps([module], indent=2), encoding="utf-8")
+    return folder
+
+
+def _tiny_tokenizer() -> Any:
+    """A CLIPTokenizer laid out as CLIP's: bytes, bytes ending a word, merges, start and end of text as last ids."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    merges: Any = [("r", "e"), ("re", "d</w>"), ("i", "n"), ("e", "s</w>"), ("l", "es</w>"), ("a", "r")]
+    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges),
+             "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer({word: number for number, word in enumerate(words)}, merges, model_max_length=77)
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on at the moment."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def start(args: Sequence[str | Path], ranks: int = 1, env: Mapping[str, str] | None = None,
+          cwd: Path = ROOT) -> subprocess.Popen[str]:
+    """Start `python run.py ARGS`, or under torchrun with several `ranks`, in a process group of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    settings = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})}
+    return subprocess.Popen([sys.executable, *launcher, str(ROOT / "run.py"), *map(str, args)], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **settings},
+                            encoding="utf-8", errors="replace", start_new_session=True)
+
+
+def run(args: Sequence[str | Path], ranks: int = 1, env: Mapping[str, str] | None = None,
+        timeout: float = 120, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """`start`, then wait. After `timeout` seconds all it started is killed and AssertionError shows what it said."""
+    process = start(args, ranks, env, cwd)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill(process.pid)
+        out, err = process.communicate(timeout=10)
+        raise AssertionError(f"{process.args!r} still ran after {timeout} s\n{out}\n--- stderr\n{err}") from None
+    except BaseException:
+        kill(process.pid)
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def family(pid: int) -> list[int]:
+    """`pid` and all processes below it."""
+    members, parents = [pid], {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ended meanwhile
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    for member in members:
+        members += [child for child, parent in parents.items() if parent == member]
+    return members
+
+
+def kill(pid: int) -> None:
+    """SIGKILL a process group and those of all processes below it: torchrun gives every rank a session of its own."""
+    for member in family(pid):
+        with suppress(ProcessLookupError):
+            os.killpg(os.getpgid(member), signal.SIGKILL)
+
+
+def on_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+    """Call `function(*args)` in `size` fresh processes joined by gloo; return what each rank returned, in rank order.
+
+    `function` is a module's top-level one; it asks `torch.distributed` for its rank. An exception on a rank ends all
+    and is raised here with its traceback; TimeoutError after `timeout` seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = mp.start_processes(_on_rank, (size, folder, function, args), size, join=False, start_method="spawn")
+        deadline = time.monotonic() + timeout
+        try:
+            while not ranks.join(timeout=max(0.0, deadline - time.monotonic())):
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(f"{function.__name__} on {size} ranks still ran after {timeout} s")
+        finally:
+            for process in ranks.processes:
+                process.kill()
+                process.join()
+        return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(size)]
+
+
+def _on_rank(rank: int, size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=30))
+    result = function(*args)
+    dist.barrier()
+    dist.destroy_process_group()
+    Path(folder, str(rank)).write_bytes(pickle.dumps(result))

@@ -1,0 +1,54 @@
+"""Schedules against transformers'; the guarded update against plain AdamW with clipping."""
+
+import math
+
+import pytest
+import torch
+
+from engine.optim import adamw, learning_rate, update
+
+
+@pytest.mark.parametrize(("schedule", "warmup"), [("linear", 0.0), ("linear", 0.3), ("cosine", 0.0), ("cosine", 0.2),
+                                                   ("constant", 0.2)])
+def test_schedules_equal_those_of_transformers(schedule: str, warmup: float) -> None:
+    from transformers.optimization import get_scheduler
+
+    steps, peak = 20, 1e-3
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    theirs = get_scheduler(name, optimizer, math.ceil(warmup * steps), steps)
+    for step in range(steps):
+        assert learning_rate(step, steps, peak, schedule, warmup) == pytest.approx(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+def test_update_equals_plain_adamw(clip_norm: float) -> None:
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.arange(6.0)) for _ in range(2))
+    optimizer, plain = adamw([ours], 1e-2, 0.1), torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1)
+    for step in range(5):
+        gradient = torch.randn(6)
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        norm = update(optimizer, 1e-2 / (step + 1), clip_norm)
+        assert norm.item() == pytest.approx(gradient.norm().item())
+        if clip_norm:
+            torch.nn.utils.clip_grad_norm_([theirs], clip_norm)
+        plain.param_groups[0]["lr"] = 1e-2 / (step + 1)
+        plain.step()
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = adamw([parameter], 1e-2, 0.0)
+    parameter.grad = torch.ones(3)
+    update(optimizer, 1e-2, 1.0)
+    before = parameter.detach().clone(), {k: v.clone() for k, v in optimizer.state[parameter].items()}
+    parameter.grad = torch.tensor([1.0, bad, 1.0])
+    assert not update(optimizer, 1e-2, 1.0).isfinite()
+    torch.testing.assert_close(parameter.detach(), before[0])
+    for key, value in before[1].items():
+        torch.testing.assert_close(optimizer.state[parameter][key], value)

@@ -1,0 +1,250 @@
+"""run.py as a user starts it: real processes, real torchrun, a loopback hub, and the folder a run leaves behind."""
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_pairs, run
+from hub import Hub
+from safetensors.torch import load_file
+
+import run as command_line
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+METRICS = {f"{way}_{name}" for way in ("image_to_text", "text_to_image")
+           for name in ("R@1", "R@5", "R@10", "median_rank", "mean_rank", "mrr")} | {"triplet_accuracy"}
+
+
+def read_steps(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
+
+
+def train(pairs: Path, model: Path, out: Path, *flags: str, ranks: int = 1) -> dict[str, torch.Tensor]:
+    """Run in fp32 with a cache of its own beside `out`; the exported weights."""
+    done = run(["--model", model, "--dataset", pairs, "--out", out, "--cache-dir", out.parent / "cache",
+                "--precision", "fp32", "--lr", "1e-3", *flags], ranks)
+    assert done.returncode == 0, done.stderr
+    return load_file(out / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_plain_run_is_the_reference_recipe(ranks: int, hub: Hub, tmp_path: Path) -> None:
+    hub.requests.clear()
+    done = run(["--allow-host", "127.0.0.1", "--cache-dir", tmp_path / "cache"], ranks, hub.env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    thumbs = [asked.path for asked in hub.requests if asked.path.startswith("/thumbs/") and asked.method == "GET"]
+    assert len(thumbs) == len(set(thumbs)) == 53 + 11 + 12  # no URL twice, whatever the number of ranks
+    (out,) = (tmp_path / "runs").iterdir()
+    written = {path.name for path in out.iterdir()}
+    assert {"config.json", "steps.jsonl", "metrics.json", "ledger.jsonl", "tensorboard", "checkpoints",
+            "model"} <= written
+    config = json.loads((out / "config.json").read_text())
+    assert config["config"]["epochs"] == 2 and config["devices"]["ranks"] == ranks
+    steps = read_steps(out)
+    assert [step["step"] for step in steps] == list(range(1, 9))
+    assert [step["rows"] for step in steps] == [16, 16, 16, 5] * 2
+    assert [step["lr"] for step in steps] == pytest.approx([1e-4 * (8 - k) / 8 for k in range(8)])
+    metrics = json.loads((out / "metrics.json").read_text())
+    for when in ("base", "tuned"):
+        assert list(metrics[when]) == ["train", "valid", "test"]
+        for scores in metrics[when].values():
+            assert set(scores) == METRICS | {f"{name}_ci95" for name in METRICS}
+            assert all(scores[f"{n}_ci95"][0] <= scores[n] <= scores[f"{n}_ci95"][1] for n in METRICS)
+    assert (out / "checkpoints" / "last").resolve().name == "step-00000008"
+    assert "| test  | triplet accuracy" in done.stdout
+    assert re.search(r"parameters train \(\d+\.\d\d %\): visual_projection.weight, text_projection.weight", done.stderr)
+
+
+def test_export_loads_elsewhere_with_the_same_embeddings(pairs: Path, tiny_st_model: Path, tmp_path: Path) -> None:
+    tuned = train(pairs, tiny_st_model, tmp_path / "run")
+    folder = tmp_path / "run" / "model"
+    alone = load_file(folder / "projections.safetensors")
+    assert set(alone) == {"visual_projection.weight", "text_projection.weight"}
+    assert all(torch.equal(tuned[name], value) for name, value in alone.items())
+    from PIL import Image
+    from sentence_transformers import SentenceTransformer
+    from transformers import CLIPModel, CLIPProcessor
+
+    from data.decode import ImageSpec, collate_tokens, decode_image, tokenize
+    from engine.model import Head
+    from engine.towers import Towers, load_clip
+
+    picture, titles = next((pairs / "images").iterdir()), ["3 red circles", "a title that is longer than the other"]
+    clip = load_clip(str(folder))
+    towers, head = Towers(clip).eval(), Head(clip, 20.0)
+    pixels = torch.from_numpy(decode_image(picture.read_bytes(), ImageSpec.from_processor(clip.image_processor)))[None]
+    tokens = collate_tokens(tokenize(clip.tokenizer, titles, clip.max_tokens), clip.tokenizer.pad_token_id)
+    with torch.no_grad():
+        ours = torch.cat([head.image(towers.image(pixels)), head.text(towers.text(tokens))])
+        model, processor = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
+        inputs = processor(text=titles, images=Image.open(picture), return_tensors="pt", padding=True)
+        out = model(**inputs)
+    theirs = torch.cat([out.image_embeds, out.text_embeds])
+    torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)  # pixels may differ by 2/255
+    peer = SentenceTransformer(str(folder), device="cpu")
+    embedded = [torch.from_numpy(peer.encode(inputs, normalize_embeddings=True))
+                for inputs in ([Image.open(picture)], titles)]
+    torch.testing.assert_close(torch.cat(embedded), theirs, atol=1e-5, rtol=0)
+
+
+def test_layers_inside_a_tower_train_alike_on_any_number_of_ranks(pairs: Path, tiny_model: Path,
+                                                                  tmp_path: Path) -> None:
+    flags = "--trainable", "projection,vision_model.post_layernorm", "--epochs", "1"
+    one = train(pairs, tiny_model, tmp_path / "one", *flags)
+    base = load_file(tiny_model / "model.safetensors")
+    changed = {name for name in one if not torch.equal(one[name], base[name])}
+    assert changed == {"visual_projection.weight", "text_projection.weight", "vision_model.post_layernorm.weight",
+                       "vision_model.post_layernorm.bias"}
+    two = train(pairs, tiny_model, tmp_path / "two", *flags, ranks=2)
+    for name in changed:
+        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0)
+
+
+def test_everything_trains(pairs: Path, tiny_model: Path, tmp_path: Path) -> None:
+    tuned = train(pairs, tiny_model, tmp_path / "run", "--trainable", "all,logit_scale", "--epochs", "1",
+                  "--batch-size", "100")  # larger than the split: one step an epoch
+    base = load_file(tiny_model / "model.safetensors")
+    assert not any(torch.equal(tuned[name], base[name]) for name in base if "position_ids" not in name)
+    assert [step["rows"] for step in read_steps(tmp_path / "run")] == [37]
+
+
+@pytest.mark.parametrize("mode", ["cached", "streaming"])
+def test_resume_equals_uninterrupted(mode: str, pairs: Path, tiny_model: Path, tmp_path: Path) -> None:
+    flags = "--mode", mode, "--save-every", "2", "--keep", "9"
+    whole = train(pairs, tiny_model, tmp_path / "whole", *flags)
+    cut = tmp_path / "cut"
+    shutil.copytree(tmp_path / "whole", cut, symlinks=True)
+    for late in ("model", "checkpoints/last", "checkpoints/best"):
+        shutil.rmtree(cut / late) if (cut / late).is_dir() and late == "model" else (cut / late).unlink(missing_ok=True)
+    checkpoints = sorted((cut / "checkpoints").iterdir())
+    assert [path.name for path in checkpoints] == ["step-00000002", "step-00000004", "step-00000006"]
+    shutil.rmtree(checkpoints[2])
+    weights = checkpoints[1] / "trainable.safetensors"  # damaged: step 2, in mid-epoch, is the newest valid one
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with (cut / "steps.jsonl").open("a") as file:
+        file.write('{"step": 7, "torn')
+    done = run(["--resume", "--out", cut, "--model", tiny_model, "--dataset", pairs])
+    assert done.returncode == 0, done.stderr
+    assert "step-00000004/trainable.safetensors is not what was written" in done.stderr
+    again = load_file(cut / "model" / "model.safetensors")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert read_steps(cut) == read_steps(tmp_path / "whole")
+    assert json.loads((cut / "metrics.json").read_text()) == json.loads((tmp_path / "whole/metrics.json").read_text())
+    refused = run(["--resume", "--out", cut, "--lr", "5"])
+    assert refused.returncode == 2 and "--lr 0.001" in refused.stderr
+
+
+def test_bad_rows_are_dropped_and_accounted_for(tiny_model: Path, tmp_path: Path) -> None:
+    pairs = make_pairs(tmp_path / "pairs", 40, 8, 8)
+    path = pairs / "train.csv"
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    (pairs / rows[3]["image"]).write_bytes(b"<html>not found</html>")
+    (pairs / rows[5]["image"]).unlink()
+    rows[8]["title"] = " "
+    rows[9]["title_neg"] = ""  # no negative: the row stays
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    flags = ["--model", tiny_model, "--dataset", pairs, "--cache-dir", tmp_path / "cache", "--out", tmp_path / "run"]
+    strict = run(flags)
+    assert strict.returncode == 2 and "3 of 56 rows cannot be used" in strict.stderr and "--max-bad" in strict.stderr
+    shutil.rmtree(tmp_path / "run")
+    for ranks in (1, 2):
+        done = run([*flags, "--max-bad", "0.1"], ranks)
+        assert done.returncode == 0, done.stderr
+        ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+        assert [(entry["row"], entry["reason"]) for entry in ledger] == [
+            (3, "not-image"), (5, "missing-file"), (8, "no-title")]
+        assert sum(step["rows"] for step in read_steps(tmp_path / "run")) == 2 * (40 - len(ledger))
+        shutil.rmtree(tmp_path / "run")
+
+
+def test_eval_prints_what_a_run_measures(pairs: Path, tiny_model: Path, tmp_path: Path) -> None:
+    train(pairs, tiny_model, tmp_path / "run")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    for model, when in ((tiny_model, "base"), (tmp_path / "run" / "model", "tuned")):
+        done = run(["eval", "--model", model, "--dataset", pairs, "--cache-dir", tmp_path / "cache", "--precision",
+                    "fp32"])
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout) == {"test": metrics[when]["test"]}
+        assert "triplet accuracy" in done.stderr
+
+
+def test_profile_names_the_regions(pairs: Path, tiny_model: Path, tmp_path: Path) -> None:
+    train(pairs, tiny_model, tmp_path / "run", "--profile")
+    (trace,) = (tmp_path / "run" / "profile").glob("*.pt.trace.json")
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"load", "project", "loss", "backward", "optim"} <= names
+
+
+MISTAKES = {  # arguments -> what the answer has to name
+    "unknown command": (["trian"], "did you mean train"),
+    "typo in a flag": (["--epoch", "3"], "did you mean --epochs"),
+    "word for a number": (["--epochs", "many"], "--epochs"),
+    "zero epochs": (["--epochs", "0"], "at least 1"),
+    "nan": (["--lr", "nan"], "at least 0"),
+    "bad choice": (["--schedule", "cubic"], "linear"),
+    "no such config": (["--config", "nowhere.toml"], "nowhere.toml"),
+    "no such dataset": (["--model", "{model}", "--dataset", "nowhere"], "nowhere"),
+    "no such model": (["--model", "./nowhere", "--dataset", "{pairs}"], "nowhere"),
+    "model is a file": (["--model", "{pairs}/train.csv", "--dataset", "{pairs}"], "config.json"),
+    "model folder without a model": (["--model", "{pairs}", "--dataset", "{pairs}"], "does not load"),
+    "offline": (["--model", "owner/name", "--dataset", "{pairs}"], "owner/name"),
+    "no such column": (["--model", "{model}", "--dataset", "{pairs}", "--title-column", "titel"], "title"),
+    "no such split": (["eval", "--model", "{model}", "--dataset", "{pairs}", "--split", "tset"], "train, valid, test"),
+    "nothing trains": (["--model", "{model}", "--dataset", "{pairs}", "--trainable", "projektion"], "projektion"),
+    "cached cannot": (["--model", "{model}", "--dataset", "{pairs}", "--trainable", "all", "--mode", "cached"],
+                      "--mode streaming"),
+    "cuda without": (["--device", "cuda"], "--device cpu"),
+    "nothing to resume": (["--resume", "--out", "{tmp}/none"], "holds no run"),
+    "out is a file": (["--model", "{model}", "--dataset", "{pairs}", "--out", "{pairs}/train.csv"], "--out"),
+    "out holds a run": (["--model", "{model}", "--dataset", "{pairs}", "--out", "{used}"], "--resume"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_answered_in_a_line_that_names_the_fix(name: str, pairs: Path, tiny_model: Path, tmp_path: Path,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, answer = MISTAKES[name]
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "config.json").write_text("{}")
+    places = {"pairs": pairs, "model": tiny_model, "tmp": tmp_path, "used": tmp_path / "used"}
+    filled = [argument.format(**places) for argument in arguments]
+    if "--out" not in filled and filled[0] not in ("eval", "trian"):
+        filled += ["--out", str(tmp_path / "out")]
+    try:
+        code = command_line.main(filled)
+    except SystemExit as exit:
+        code = exit.code
+    said = [line for line in capsys.readouterr().err.splitlines() if "parameters train" not in line]
+    assert code == 2
+    assert answer in "\n".join(said) and len(said) <= 3, said
+
+
+def test_settings_come_from_toml_and_flags_win(pairs: Path, tiny_model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('epochs = 3\nbatch-size = 10\nlr = 1\ntrainable = ["visual_projection"]\n')
+    train(pairs, tiny_model, tmp_path / "run", "--config", str(recipe), "--epochs", "1")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (config["epochs"], config["batch_size"], config["lr"]) == (1, 10, 1e-3)
+    recipe.write_text("epoch = 3\n")
+    done = run(["--config", recipe])
+    assert done.returncode == 2 and "did you mean epochs" in done.stderr
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the real data is not here")
+def test_real_pairs_are_learned(tmp_path: Path) -> None:
+    done = run(["--model", SHARED / "models/clip-small", "--dataset", SHARED / "data/openstax-titles", "--out",
+                tmp_path / "run", "--cache-dir", tmp_path / "cache", "--epochs", "50", "--batch-size", "128", "--lr",
+                "1e-3", "--log-every", "100"], ranks=2, timeout=170)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    for split in ("train", "test"):
+        base, tuned = (metrics[when][split]["image_to_text_median_rank"] for when in ("base", "tuned"))
+        assert tuned < base

@@ -1,0 +1,397 @@
+"""Any dataset becomes the same rows: kinds of files, torture titles, hostile paths, bad input, one split to three."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+import tarfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from data import source
+from data.batch import UserError
+from data.source import Columns, Rows, _groups, load_splits
+
+OPENSTAX = Path(__file__).resolve().parents[2] / "shared" / "data" / "openstax-titles"
+TITLES = ["NA", "None", "null", "NaN", "nan", "N/A", "#N/A", "", " ", " padded ", "1984", "007", "1e5", "1.0", "-0",
+          "inf", "true", "2020-01-01", "2020-01-01T00:00:00Z", "\U0001f600\U0001f469\u200d\U0001f467", "مرحبا",
+          "日本語", "e\u0301", "a,b", "a\tb", 'say "hi"', '"', '""', "two\nlines", "three\r\nlines\n", "trailing\n",
+          "\\n \\u0041", "'; --", "x" * 5000, "\u2028 and \x85", "\ufeffmark", "#comment", "=1+1", "{}", "[1]"]
+
+
+def table(rows: int = 4, split: str = "train", **more: Any) -> dict[str, Any]:
+    return {"image": [f"{split}{i}.jpg" for i in range(rows)], "title": [f"{split} {i}" for i in range(rows)], **more}
+
+
+def write(path: Path, columns: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table(columns), path)
+    elif path.suffix == ".jsonl":
+        rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
+    return path
+
+
+def picture(path: Path, colour: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (colour, 0, 0)).save(buffer, "JPEG")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(buffer.getvalue())
+    return buffer.getvalue()
+
+
+def pairs(rows: Rows) -> list[tuple[Any, ...]]:
+    negatives = rows.title_neg.to_pylist() if rows.title_neg is not None else [None] * len(rows)
+    images = [image["bytes"] or image["path"] for image in rows.image.to_pylist()]
+    return list(zip(images, rows.title.to_pylist(), negatives, strict=True))
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+def test_titles_are_strings_whatever_they_look_like(tmp_path: Path, ending: str) -> None:
+    images = [f"{i}.jpg" for i in range(len(TITLES))]
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.{ending}", {"image": images, "title": TITLES, "title_neg": TITLES[::-1]})
+    splits = load_splits(str(tmp_path))
+    assert list(splits) == ["train", "test"]
+    assert pairs(splits["train"]) == [(str(tmp_path / image), title, negative or None) for image, title, negative
+                                      in zip(images, TITLES, TITLES[::-1], strict=True)]
+    assert splits["train"].title.type == splits["train"].title_neg.type == pa.string()
+    assert splits["train"].title.null_count == 0
+
+
+@pytest.mark.parametrize("records", [1, 2, 1000])
+def test_json_and_parquet_values_that_are_no_strings_become_their_text(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: int) -> None:
+    monkeypatch.setattr(source, "RECORDS", records)
+    (tmp_path / "train.jsonl").write_text('\ufeff{}\n{"url": "http://h/1", "text": 1984, "size": {"w": 1}}\n\n'
+                                          '{"text": 1e5, "url": null, "path": ["unused"], "negative": 7}\n'
+                                          '{"url": "http://h/3", "text": true}\n{"url": "http://h/4", "text": null}',
+                                          encoding="utf-8")
+    write(tmp_path / "valid.parquet", {"url": [b"\xff", None], "caption": [7, None]})
+    write(tmp_path / "dev", {"url": []})  # a file that is none of ours is passed over
+    splits = load_splits(str(tmp_path))
+    assert pairs(splits["train"]) == [(None, "", None), ("http://h/1", "1984", None), (None, "1e5", "7"),
+                                      ("http://h/3", "true", None), ("http://h/4", "", None)]
+    assert pairs(splits["valid"]) == [(b"\xff", "7", None), (None, "", None)]
+
+
+def test_csv_with_a_byte_order_mark_and_lines_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "BLOCK", 256)
+    titles = ["line\n" * (i % 20) + '5" disk' for i in range(200)]
+    for split in ("train", "test"):
+        path = write(tmp_path / f"{split}.csv", table(200, title=titles))
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b'last.jpg,a 5" disk\n')
+    assert load_splits(str(tmp_path))["train"].title.to_pylist() == [*titles, 'a 5" disk']
+
+
+def test_images_are_bytes_or_absolute_paths_or_urls(tmp_path: Path) -> None:
+    structs = [{"bytes": b"raw", "path": "/etc/name-only.jpg"}, {"bytes": None, "path": "a/../b.jpg"},
+               {"bytes": None, "path": "HTTPS://h/../x.jpg"}, {"bytes": None, "path": str(tmp_path / "c.jpg")},
+               {"bytes": None, "path": "..dots../d.jpg"}, None]
+    write(tmp_path / "train.parquet", table(6, image=structs))
+    write(tmp_path / "test.parquet", {"img": ["x.jpg", ""], "txt": ["one", "two"]})
+    splits = load_splits(str(tmp_path))
+    assert splits["train"].image.to_pylist() == [
+        {"bytes": b"raw", "path": None}, {"bytes": None, "path": f"{tmp_path}/a/../b.jpg"},
+        {"bytes": None, "path": "HTTPS://h/../x.jpg"}, {"bytes": None, "path": f"{tmp_path}/c.jpg"},
+        {"bytes": None, "path": f"{tmp_path}/..dots../d.jpg"}, {"bytes": None, "path": None}]
+    assert [image["path"] for image in splits["test"].image.to_pylist()] == [f"{tmp_path}/x.jpg", None]
+    assert splits["train"].image.type == splits["test"].image.type
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../x.jpg", "a/../../x.jpg", "..", "a/..", "{folder}/../x.jpg",
+                                  "{folder}x/y", "//etc/passwd", "../x.tar#0+100"])
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_no_row_reaches_a_file_outside_the_dataset(tmp_path: Path, path: str, ending: str) -> None:
+    folder = tmp_path / "set"
+    hostile = path.format(folder=folder)
+    write(folder / f"train.{ending}", {"image": ["ok.jpg", "http://h/../ok.jpg", hostile], "title": ["a", "b", "c"]})
+    with pytest.raises(UserError, match="row 3") as caught:
+        load_splits(str(folder))
+    assert repr(hostile) in str(caught.value)
+
+
+def test_a_linked_folder_may_name_its_images_by_either_path(tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    write(real / "train.csv", table(2, image=[f"{real}/a.jpg", f"{tmp_path}/link/b.jpg"]))
+    write(real / "test.csv", table(2))
+    (tmp_path / "link").symlink_to(real)
+    assert [row[0] for row in pairs(load_splits(str(tmp_path / "link"))["train"])] == [f"{real}/a.jpg",
+                                                                                     f"{tmp_path}/link/b.jpg"]
+
+
+def test_columns_are_found_in_order_or_named(tmp_path: Path) -> None:
+    both = {"url": ["http://h/u"], "Thumbnail": ["t.jpg"], "caption": ["c"], " Text ": ["t"], "NEGATIVE": ["n"],
+            "extra": ["e"]}
+    for ending in ("csv", "jsonl", "parquet"):
+        folder = tmp_path / ending
+        for split in ("train", "test"):
+            write(folder / f"{split}.{ending}", both)
+        assert pairs(load_splits(str(folder))["train"]) == [(f"{folder}/t.jpg", "t", "n")]
+        named = Columns(image="url", title="caption", title_neg="extra")
+        assert pairs(load_splits(str(folder), named)["train"]) == [("http://h/u", "c", "e")]
+        with pytest.raises(UserError, match="'captoin'.*there are url, Thumb.*did you mean 'caption'"):
+            load_splits(str(folder), Columns(title="captoin"))
+
+
+def test_splits_are_found_under_any_usual_name(tmp_path: Path) -> None:
+    write(tmp_path / "Train-00001-of-00002.parquet", table(2, "b", title_neg=["n", None]))
+    write(tmp_path / "train-00000-of-00002.parquet", table(3, "a"))
+    write(tmp_path / "VAL.csv", table(2, "v"))
+    write(tmp_path / "test.jsonl", table(1, "t"))
+    write(tmp_path / "notes.csv", {"whatever": ["1"]})
+    splits = load_splits(str(tmp_path))
+    assert {name: rows.name for name, rows in splits.items()} == {"train": "train", "valid": "valid", "test": "test"}
+    assert [len(rows) for rows in splits.values()] == [5, 2, 1]
+    assert sorted(splits["train"].title_neg.to_pylist(), key=str) == [None, None, None, None, "n"]
+    three = load_splits(str(tmp_path / "{T,t}rain-0000{0..1}-of-00002.parquet".replace("{T,t}", "*")))
+    assert sum(map(len, three.values())) == 5
+
+
+def test_image_folders_with_sidecars(tmp_path: Path) -> None:
+    for split, rows in (("train", 3), ("validation", 1)):
+        for i in range(rows):
+            picture(tmp_path / split / "deep" / f"{i}.JPG")
+            (tmp_path / split / "deep" / f"{i}.txt").write_bytes(f"\ufefftitle, {i}\r\n".encode())
+    (tmp_path / "train/deep/1.json").write_text('{"title_neg": "none", "title": "unused", "caption": 12, "url": {}}')
+    (tmp_path / "train/deep/2.txt").unlink()
+    (tmp_path / "train/deep/._2.jpg").write_bytes(b"resource fork")
+    splits = load_splits(str(tmp_path))
+    here = tmp_path / "train" / "deep"
+    assert pairs(splits["train"]) == [(f"{here}/0.JPG", "title, 0", None), (f"{here}/1.JPG", "title, 1", "none"),
+                                      (f"{here}/2.JPG", "", None)]
+    assert [row[1] for row in pairs(splits["valid"])] == ["title, 0"]
+    captions = load_splits(str(here), Columns(title="caption"))
+    assert sorted(row[1] for rows in captions.values() for row in pairs(rows)) == ["", "", "12"]
+
+
+def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
+    images = {}
+    for split, rows in (("train", 3), ("test", 2)):
+        for shard in range(2):
+            with tarfile.open(tmp_path / f"{split}-{shard:06}.tar", "w") as file:
+                for i in range(rows):
+                    title = f"{split} {shard} {i}"
+                    images[title] = picture(tmp_path / "one.jpg", len(images))
+                    parts = {"jpg": images[title], "txt": title.encode(), "json": b'{"title_neg": "n"}'}
+                    for ending, data in parts.items():
+                        member = tarfile.TarInfo(f"{i:04}.{ending}")
+                        member.size = len(data)
+                        file.addfile(member, io.BytesIO(data))
+    (tmp_path / "one.jpg").unlink()
+    with tarfile.open(tmp_path / "test-000001.tar", "a") as file:
+        file.addfile(tarfile.TarInfo("lonely.txt"))
+    write(tmp_path / "train-000000.parquet", table(1))  # what img2dataset puts beside its shards
+    lost: list[dict[str, Any]] = []
+    splits = load_splits(str(tmp_path), ledger=lost.append)
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 6, "test": 4}
+    assert [loss["reason"] for loss in lost] == ["no-image"]
+    for rows in splits.values():
+        for reference, title, negative in pairs(rows):
+            path, _, place = reference.partition("#")
+            at, size = map(int, place.split("+"))
+            assert Path(path).read_bytes()[at : at + size] == images[title] and negative == "n"
+    three = load_splits(str(tmp_path / "train-{000000..000001}.tar"))
+    assert sum(map(len, three.values())) == 6
+    both = load_splits(str(tmp_path / "{train,test}-{000000..000001}.tar"))
+    assert {name: len(rows) for name, rows in both.items()} == {"train": 6, "test": 4}
+    with pytest.raises(UserError, match="train-000002.tar: no such file"):
+        load_splits(str(tmp_path / "train-{000000..000009}.tar"))
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("train.csv", b"image,title\na.jpg,one\nb.jpg,two,2\n", "line 3 has 3 fields, the header 2"),
+    ("train.csv", b'image,title\na.jpg,"one\n1"\nb.jpg\n', "line 4 has 1 fields"),
+    ("train.csv", b'image,title\na.jpg,one\nb.jpg,"two\nc.jpg,three\n', "line 3 opens a quote"),
+    ("train.csv", b"image,title\na.jpg,one\nb.jpg,\xff\xfe\n", "line 3 is not UTF-8"),
+    ("train.csv", "image,title\na.jpg,one\n".encode("utf-16"), "line 1 is not UTF-8"),
+    ("train.csv", b"image,title,title\na,b,c\n", "'title' is there 2 times"),
+    ("train.csv", b"picture,title\na.jpg,one\n", "no image column.*there are picture, title.*--image-column"),
+    ("train.csv", b"image,words\na.jpg,one\n", "no title column.*--title-column"),
+    ("train.csv", b"image,title\n", "holds no rows"),
+    ("train.csv", b"", "there are none"),
+    ("train.jsonl", b'{"image": "a.jpg", "title": "x"}\n{"image": \n', "line 2 is not JSON"),
+    ("train.jsonl", b'[1, 2]\n', "line 1 is not a JSON object"),
+    ("train.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+    ("train.jsonl", b'{"image": "a.jpg", "title": "\xe9"}', "line 1 is not UTF-8"),
+    ("train.jsonl", b'\n{"image": "a.jpg", "title": "\\ud83d"}', "line 2: 'title' is not valid Unicode"),
+    ("train.jsonl", b'{"image": "a.jpg", "title": ["x"]}', "line 1: 'title' is a list"),
+    ("train.jsonl", b"\n\n", "holds no rows"),
+    ("train.parquet", b"PAR1 nothing of the kind", "not a Parquet file"),
+    ("train.xlsx", b"PK", "found neither tables"),
+    ("0.jpg", b"picture", "no title column"),
+])
+def test_broken_files_are_named_with_the_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_splits(str(tmp_path))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
+    def refusal(dataset: object) -> str:
+        with pytest.raises(UserError) as caught:
+            load_splits(str(dataset))
+        return str(caught.value)
+
+    assert "no such file or folder" in refusal(tmp_path / "missing")
+    assert "no such file or folder" in refusal("owner/train.csv")
+    assert "download the files" in refusal("https://h/train-000000.tar")
+    assert "which of a.csv, b.csv" in refusal(write(tmp_path / "two/a.csv", table()).parent) if write(
+        tmp_path / "two/b.csv", table()) else None
+    assert "not a known kind" in refusal(write(tmp_path / "train.xls", table()))
+    write(tmp_path / "twice/valid.csv", table())
+    assert "there twice" in refusal(write(tmp_path / "twice/val.csv", table()).parent)
+    write(tmp_path / "half/train.csv", table())
+    assert "test.csv: holds no rows" in refusal(write(tmp_path / "half/test.csv", table(0)).parent)
+    assert "column holds list<" in refusal(write(tmp_path / "list.parquet", {"image": ["a"], "title": [["x"]]}))
+    assert "column holds list<" in refusal(write(tmp_path / "list.parquet", {"image": [[1]], "title": ["x"]}))
+    latin = pa.array([b"caf\xe9"], pa.binary()).view(pa.string())
+    assert "not all UTF-8" in refusal(write(tmp_path / "latin.parquet", {"image": ["a"], "title": latin}))
+    assert "not all UTF-8" in refusal(write(tmp_path / "latin.parquet", {"image": latin, "title": ["a"]}))
+
+
+def test_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    real = datasets.load_dataset_builder
+    content = picture(tmp_path / "x.jpg")
+    good = {"image": [{"bytes": content, "path": "x.jpg"}] * 2, "text": ["NA", "1984"]}
+    evil = {"image": [{"bytes": None, "path": "/etc/passwd"}], "text": ["x"]}
+
+    def hub(kind: str, **splits: dict[str, Any]) -> dict[str, Rows]:
+        files = {name: str(write(tmp_path / f"{name}.{kind}", part)) for name, part in splits.items()}
+        local = real(kind, data_files=files, cache_dir=str(tmp_path / "cache"))
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: local)
+        return load_splits("owner/name")
+
+    splits = hub("parquet", test=good, validation=good, train=good)
+    assert {name: pairs(rows) for name, rows in splits.items()} == dict.fromkeys(
+        ("train", "valid", "test"), [(content, "NA", None), (content, "1984", None)])
+    with pytest.raises(UserError, match=r"split test, row 1: the image '/etc/passwd'"):
+        hub("parquet", train=good, test=evil)
+    with pytest.raises(UserError, match="'x.jpg' is no URL"):
+        hub("parquet", train={"url": ["x.jpg"], "title": ["x"]}, test={"url": ["x.jpg"], "title": ["x"]})
+    text = {"url": ["http://h/1", "http://h/2"], "title": ["NA", "007"]}
+    assert [row[1] for row in pairs(hub("csv", train=text, test=text)["train"])] == ["NA", "007"]
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: 1 / 0)
+    with pytest.raises(UserError, match="owner/name cannot be loaded"):
+        load_splits("owner/name")
+
+
+def naive_groups(*codes: list[int]) -> list[int]:
+    """Flood from every row through the rows it shares a code with."""
+    members: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for kind, code in enumerate(codes):
+        for row, value in enumerate(code):
+            members[kind, value].append(row)
+    group = [-1] * len(codes[0])
+    for first in range(len(group)):
+        reached = [first] if group[first] < 0 else []
+        for row in reached:
+            if group[row] < 0:
+                group[row] = first
+                reached += [other for kind, code in enumerate(codes) for other in members.pop((kind, code[row]), [])]
+    return group
+
+
+def test_groups_equal_a_naive_flood() -> None:
+    for seed in range(30):
+        rng = random.Random(seed)
+        rows = rng.randrange(1, 200)
+        codes = [[rng.randrange(1 + rng.choice((rows // 4, rows, 4 * rows))) for _ in range(rows)] for _ in range(2)]
+        assert _groups(*map(np.array, codes)).tolist() == naive_groups(*codes)
+    chain = np.random.default_rng(0).permutation(20_001)  # one component whose ends are 20,000 rows apart
+    assert (_groups(chain // 2, (chain + 1) // 2) == 0).all()
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("rows", "variety"), [(1, 1), (2, 9), (3, 99), (40, 20), (200, 60), (400, 9000)])
+def test_one_split_becomes_three_and_keeps_sharing_rows_together(
+        tmp_path: Path, rows: int, variety: int, seed: int) -> None:
+    rng = random.Random(seed)
+    titles = [f"title {rng.randrange(variety)}" if rng.random() < 0.9 else "" for _ in range(rows)]
+    images = [rng.choice([None, b"%d" % rng.randrange(variety)]) for _ in range(rows)]
+    path = write(tmp_path / "pairs.parquet", {"image": pa.array(images, pa.binary()), "title": titles})
+    splits = load_splits(str(path), seed=seed)
+    parts = {name: pairs(part) for name, part in splits.items()}
+    assert sorted(map(str, [row for part in parts.values() for row in part])) == sorted(
+        map(str, zip(images, titles, [None] * rows, strict=True)))
+    assert all(part.name == name and len(part) for name, part in splits.items()) and "train" in splits
+    for place, empty in ((0, None), (1, "")):
+        homes: dict[object, set[str]] = defaultdict(set)
+        for name, part in parts.items():
+            for row in part:
+                homes[row[place]].add(name)
+        homes.pop(empty, None)
+        assert all(len(names) == 1 for names in homes.values())
+    if variety > 10 * rows:
+        held = max(1, round(0.15 * rows))
+        assert [len(part) for part in splits.values()] == [rows - 2 * held, held, held]
+        assert load_splits(str(path), seed=seed + 1)["train"].fingerprint() != splits["train"].fingerprint()
+    again = load_splits(str(path), seed=seed)
+    assert {name: part.fingerprint() for name, part in again.items()} == {
+        name: part.fingerprint() for name, part in splits.items()}
+
+
+@pytest.mark.parametrize(("shared", "sizes"), [
+    ((80,), (80, 10, 10)), ((40, 40), (80, 10, 10)), ((70, 15), (70, 15, 15)), ((100,), (100,))])
+def test_a_title_that_many_rows_share_trains(tmp_path: Path, shared: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+    titles = [f"Video {group}" for group, size in enumerate(shared) for _ in range(size)]
+    titles += [f"title {i}" for i in range(len(titles), 100)]
+    splits = load_splits(str(write(tmp_path / "pairs.csv", table(100, title=titles))))
+    assert tuple(map(len, splits.values())) == sizes
+
+
+def test_take_and_fingerprint_are_blind_to_chunks() -> None:
+    rng = np.random.default_rng(0)
+    values = [None if i % 7 == 0 else "é" * (i % 5) for i in range(100)]
+
+    def rows(cuts: list[int]) -> Rows:
+        def chunked(items: list[Any], kind: pa.DataType) -> pa.ChunkedArray:
+            return pa.chunked_array([items[a:b] for a, b in zip([0, *cuts], [*cuts, len(items)], strict=True)], kind)
+
+        images = [{"bytes": b"x" * (i % 3), "path": None} if i % 2 else {"path": f"/p/{i}"} for i in range(100)]
+        return Rows("train", chunked(images, pa.struct({"bytes": pa.large_binary(), "path": pa.string()})),
+                    chunked([f"t{i}" for i in range(100)], pa.string()), chunked(values, pa.string()))
+
+    whole, cut = rows([]), rows([0, 1, 1, 40, 77, 100])
+    for indices in (np.arange(100), rng.permutation(100), rng.integers(0, 100, 30), np.array([], int)):
+        for taken in (whole.take(indices), cut.take(indices)):
+            assert pairs(taken) == [pairs(whole)[i] for i in indices]
+    assert whole.fingerprint() == cut.fingerprint() == cut.take(np.arange(100)).fingerprint()
+    without = Rows("train", whole.image, whole.title, None)
+    swapped = Rows("train", whole.image, whole.title_neg, whole.title)
+    blank = Rows("train", whole.image, whole.title, pa.chunked_array([[value or "" for value in values]]))
+    moved = Rows("train", whole.image, whole.title, pa.chunked_array([values[1:] + values[:1]]))
+    hidden = pa.Array.from_buffers(pa.string(), 2, [pa.py_buffer(b"\1"), pa.py_buffer(np.array([0, 1, 3], np.int32)),
+                                                     pa.py_buffer(b"abc")])  # "a" and a null that has bytes
+    some = [Rows("train", whole.image.slice(0, 2), whole.title.slice(0, 2), pa.chunked_array([hidden]))]
+    some += [Rows("train", whole.image.slice(0, 2), whole.title.slice(0, 2), pa.chunked_array([["a", None]]))]
+    assert some[0].fingerprint() == some[1].fingerprint()
+    prints = [some.fingerprint() for some in (whole, without, swapped, blank, moved, whole.take(np.arange(99)))]
+    assert len(set(prints)) == len(prints)
+
+
+@pytest.mark.skipif(not OPENSTAX.is_dir(), reason="the development data is not here")
+def test_real_pairs() -> None:
+    splits = load_splits(str(OPENSTAX))
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 1012, "valid": 217, "test": 218}
+    for rows in splits.values():
+        assert all(Path(image).is_file() and title and negative for image, title, negative in pairs(rows))
+    three = load_splits(str(OPENSTAX / "train.csv"))
+    assert {name: len(rows) for name, rows in three.items()} == {"train": 708, "valid": 152, "test": 152}

@@ -12,86 +12,67 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine import config as settings
+from engine.cli import parse
 from engine.config import Config
 
 if TYPE_CHECKING:
-    import torch
-
+    from data.cold import Reader
+    from data.decode import ImageSpec
     from data.pairs import Encoders, Pairs
+    from data.source import Rows
     from engine.dist import World
-    from engine.model import Head
+    from engine.model import Head, Parts
     from engine.stop import Stop
-    from engine.towers import Clip, Towers
     from eval.metrics import Retrieval
 
-HERE = Path(__file__).resolve().parent
-DEMO_MODEL = HERE / "data" / "demo_model"
-DATA = ["dataset", "image_column", "title_column", "negative_column", "allow_host", "max_bad", "max_pixels"]
-MACHINE = ["device", "precision", "workers", "dist_timeout"]
-TRAIN = [name for name in settings.config_fields() if name != "split"]
-COMMANDS = {  # name -> (what it does, its settings, the defaults that differ)
-    "train": ("tune a model on pairs; the default", TRAIN, {}),
-    "demo": ("tune a small model on drawn thumbnails: offline, under two minutes",
-             [name for name in TRAIN if name not in DATA and name != "model"],
-             {"model": str(DEMO_MODEL), "epochs": 30, "batch_size": 64, "lr": 1e-3, "log_every": 50}),
-    "eval": ("the metrics of any CLIPModel on one split: a table on stderr, JSON on stdout",
-             ["model", "split", "out", "cache_dir", *DATA, *MACHINE], {}),
-}
+def open_parts(cfg: Config, world: World) -> Parts:
+    """The CLIPModel taken apart, frozen by name, on this rank's device."""
+    from engine.model import open_model
+
+    parts = open_model(cfg.model, cfg.trainable, cfg.mode, cfg.scale, cfg.precision, world.device)
+    say(world, parts.describe())
+    return parts
 
 
-@dataclass(frozen=True)
-class Parts:
-    """A loaded model taken apart: what stays frozen, what is tuned, and where they run."""
+def read_rows(cfg: Config) -> tuple[dict[str, Rows], list[dict[str, Any]]]:
+    """The splits of --dataset, and ledger entries of what shards have lost."""
+    from data.source import Columns, load_splits
 
-    clip: Clip
-    towers: Towers
-    head: Head
-    trainable: dict[str, torch.nn.Parameter]
-    cached: bool
-    precision: torch.dtype
+    columns = Columns(cfg.image_column or None, cfg.title_column or None, cfg.negative_column or None)
+    lost: list[dict[str, Any]] = []
+    return load_splits(cfg.dataset, columns, cfg.seed, lost.append), lost
 
 
-def open_model(cfg: Config, world: World) -> Parts:
-    """Load the CLIPModel, freeze it by name, put it on this rank's device."""
-    from engine.model import Head
-    from engine.towers import Towers, describe_trainable, freeze, load_clip, pick_mode, pick_precision
+def reader(cfg: Config, spec: ImageSpec) -> Reader:
+    """How this run turns an image reference into pixels."""
+    from data.cold import Reader
+    from data.fetch import FetchPolicy
 
-    clip = load_clip(cfg.model)
-    trainable = freeze(clip.model, cfg.trainable)
-    towers, head = Towers(clip).to(world.device), Head(clip, cfg.scale).to(world.device)
-    say(world, describe_trainable(clip.model, trainable))
-    precision = pick_precision(cfg.precision, world.device)
-    return Parts(clip, towers, head, trainable, pick_mode(cfg.mode, trainable), precision)
+    folder = Path(cfg.cache_dir).expanduser() / "fetched"
+    policy = FetchPolicy(allow_hosts=cfg.allow_host, variants=cfg.variants)
+    return Reader(folder, spec, policy, cfg.max_pixels, cfg.workers, cfg.retry_failed)
 
 
 def open_data(cfg: Config, world: World, parts: Parts, only: str = "") -> Pairs:
     """Read the rows, run the cold pass with the towers' help, account for every row."""
     from data.batch import UserError
-    from data.cold import Reader
     from data.decode import ImageSpec
-    from data.fetch import FetchPolicy
     from data.pairs import Team, open_pairs
-    from data.source import Columns, load_splits
 
-    rows = load_splits(cfg.dataset, Columns(cfg.image_column or None, cfg.title_column or None,
-                                            cfg.negative_column or None), cfg.seed)
-    wanted = only or "train"
+    (rows, lost), wanted = read_rows(cfg), only or "train"
     if wanted not in rows:
         raise UserError(f"--dataset {cfg.dataset} has no split {wanted!r}; it has {', '.join(rows)}")
-    cache = Path(cfg.cache_dir).expanduser()
     spec = ImageSpec.from_processor(parts.clip.image_processor)
-    reader = Reader(cache / "fetched", spec, FetchPolicy(allow_hosts=cfg.allow_host), cfg.max_pixels, cfg.workers)
-    pairs = open_pairs({only: rows[only]} if only else rows, reader, encoders(parts, spec.fingerprint(), world.device),
-                       Team(world.rank, world.size, world.exchange), cache, cfg.max_bad, world.device,
-                       partial(say, world))
-    say(world, f"pairs: {', '.join(f'{name} {len(split):,}' for name, split in pairs.splits.items())}; "
-               f"{len(pairs.ledger):,} rows dropped{' (see ledger.jsonl)' if pairs.ledger else ''}")
+    team, cache = Team(world.rank, world.size, world.exchange), Path(cfg.cache_dir).expanduser()
+    pairs = open_pairs({only: rows[only]} if only else rows, lost, reader(cfg, spec),
+                       encoders(parts, spec.fingerprint(), world.device), team, cache, cfg.max_bad,
+                       cfg.mine_negatives, world.device, partial(say, world))
+    say(world, pairs.describe())
     return pairs
 
 
@@ -118,21 +99,21 @@ def measure(pairs: Pairs, head: Head, names: Sequence[str]) -> dict[str, Retriev
     from eval.retrieval import measure_split
 
     residents = {name: split for name, split in pairs.residents().items() if name in names}
-    return {name: measure_split(head.image, head.text, split.features(torch.arange(len(split), device=split.device)),
-                                split.image_row_N) for name, split in residents.items()}
+    return {name: measure_split(head.image, head.text, split.features(torch.arange(len(split))), split.image_row_N)
+            for name, split in residents.items()}
 
 
 def train(cfg: Config, world: World, stop: Stop) -> int:
     """Base metrics, the loop, tuned metrics, the exported model."""
     from engine import checkpoint, folder
     from engine.log import Log
-    from engine.model import Streamed, distribute
+    from engine.model import distribute
     from engine.optim import adamw
     from engine.profiler import profiler
     from engine.train import Plan, State, fit
 
     out = folder.open_folder(cfg, world)
-    parts = open_model(cfg, world)
+    parts = open_parts(cfg, world)
     pairs = open_data(cfg, world, parts)
     plan, state = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs), State()
     optimizer = adamw(parts.trainable.values(), cfg.lr, cfg.weight_decay)
@@ -156,7 +137,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     if "base" not in metrics:
         evaluate()
     batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
-    model = distribute(parts.head if parts.cached else Streamed(parts.towers, parts.head), world.size)
+    model = distribute(parts.trained_model(), world.size)
     with stop.gracefully(), profiler(cfg.profile, out / "profile", world.rank) as trace:
         fit(model, batches, optimizer, plan, state, world, cfg, parts.precision, log=log, profiler=trace,
             evaluate=evaluate, checkpoint=saved.save, stop=partial(stop.agreed, world))
@@ -181,12 +162,11 @@ def demo(cfg: Config, world: World, stop: Stop) -> int:
     from data.demo import write_demo
 
     folder = Path(cfg.cache_dir).expanduser() / "demo"
-    if world.is_main and not (folder / "test.csv").exists():
+    if world.is_main:
         say(world, f"drawing thumbnails into {folder}")
         write_demo(folder)
     world.barrier()
-    return train(replace(cfg, dataset=str(folder), out=cfg.out or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}"),
-                 world, stop)
+    return train(replace(cfg, dataset=str(folder)), world, stop)
 
 
 def evaluate(cfg: Config, world: World, stop: Stop) -> int:
@@ -194,16 +174,32 @@ def evaluate(cfg: Config, world: World, stop: Stop) -> int:
     from engine import folder
     from eval.report import table
 
-    parts = open_model(cfg, world)
+    parts = open_parts(cfg, world)
     pairs = open_data(cfg, world, parts, only=cfg.split)
     scores = {cfg.split: measure(pairs, parts.head, [cfg.split])[cfg.split].summarise()}
     if world.is_main:
         say(world, table({parts.clip.name: scores}))
         print(json.dumps(scores, indent=2))
         if cfg.out:
-            Path(cfg.out).mkdir(parents=True, exist_ok=True)
             folder.write_json(Path(cfg.out) / "metrics.json", scores)
             folder.write_ledger(Path(cfg.out) / "ledger.jsonl", pairs.ledger)
+    return 0
+
+
+def shards(cfg: Config, world: World, stop: Stop) -> int:
+    """Any dataset as tar shards: one process, resumable."""
+    from data.batch import UserError
+    from data.catalogue import refuse_if_too_bad
+    from data.decode import ImageSpec
+    from data.pack import pack
+    from engine import folder
+
+    if not cfg.out:
+        raise UserError("shards needs a folder to write to: --out DIR")
+    (rows, lost), out = read_rows(cfg), Path(cfg.out).expanduser()
+    ledger = lost + pack(rows, reader(cfg, ImageSpec.clip()), out, cfg.resize, partial(say, world))
+    folder.write_ledger(out / "ledger.jsonl", ledger)
+    refuse_if_too_bad(sum(map(len, rows.values())) + len(lost), ledger, cfg.max_bad)
     return 0
 
 
@@ -215,19 +211,18 @@ def say(world: World, text: str) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command on this rank; the exit code says how it went."""
-    command, cfg = settings.parse("run.py", arguments, COMMANDS, "train")
+    command, cfg = parse("run.py", arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our own threads call it
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's library writes to stderr otherwise
     from data.batch import UserError
     from engine import dist
     from engine.stop import Stop
 
-    stop, functions = Stop(), {"train": train, "demo": demo, "eval": evaluate}
-    rank = int(os.environ.get("RANK", 0))
+    stop, functions = Stop(), {"train": train, "demo": demo, "eval": evaluate, "shards": shards}
     try:
         return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout), stop)
     except UserError as error:
-        if rank:
+        if int(os.environ.get("RANK", 0)):
             time.sleep(2)  # rank 0 has most likely met the same mistake and says it for all
         print(f"run.py {command}: {error}", file=sys.stderr, flush=True)
         return 2

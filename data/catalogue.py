@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from data.batch import BadSample, UserError
-from data.segments import key_of
-from data.source import Rows
+from data.rows import Rows, image_names
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -65,7 +64,7 @@ def catalogue(splits: Mapping[str, Rows]) -> Catalogue:
     names = list(splits)
     ends = np.cumsum([len(splits[name]) for name in names])
     images = pa.chunked_array([chunk for rows in splits.values() for chunk in rows.image.chunks])
-    name_of = _reference_names(images)
+    name_of = image_names(images)
     encoded = name_of.combine_chunks().dictionary_encode()
     image_all = encoded.indices.to_numpy(zero_copy_only=False)
     first = np.unique(image_all, return_index=True)[1]
@@ -87,28 +86,13 @@ def catalogue(splits: Mapping[str, Rows]) -> Catalogue:
     return Catalogue(splits, references, coded.dictionary, parts, titles, negative_N)
 
 
-def _reference_names(images: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A string that is equal for equal references: the path, or the digest of embedded bytes."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    chunks = []
-    for chunk in images.chunks:
-        data, path = chunk.field("bytes"), chunk.field("path").cast(pa.string())
-        if data.null_count < len(data):
-            digests = [key_of(value.as_buffer()).hex() if value.is_valid else None for value in data]
-            path = pc.coalesce(pa.array(digests, pa.string()), path)
-        chunks.append(pc.fill_null(path, ""))
-    return pa.chunked_array(chunks, pa.string())
-
-
-def settle(found: Catalogue, verdicts: Sequence[Verdict], max_bad: float) -> tuple[
-        dict[str, Split], np.ndarray, np.ndarray, list[dict[str, Any]]]:
+def settle(found: Catalogue, verdicts: Sequence[Verdict], lost: Sequence[Mapping[str, Any]], max_bad: float) -> tuple[
+        dict[str, Split], np.ndarray, np.ndarray, list[Mapping[str, Any]]]:
     """Turn verdicts on all M references into kept rows and the ledger.
 
-    Returns splits, the distinct content keys [D, 16], for each of them one reference index [D], and ledger entries.
-    kept + dropped = rows in, for every split. Raises UserError when more than `max_bad` of all rows would go, or a
-    split would be left empty.
+    Returns splits, the distinct content keys [D, 16], for each of them one reference index [D], and ledger entries,
+    those of `lost` (what never became a row) first. kept + dropped = rows in, for every split. Raises UserError when
+    more than `max_bad` of all rows would go, or a split would be left empty.
     """
     content: dict[bytes, int] = {}
     image_of = np.full(len(found.references), -1, np.int64)
@@ -123,11 +107,14 @@ def settle(found: Catalogue, verdicts: Sequence[Verdict], max_bad: float) -> tup
             example.append(verdict.reference)
         image_of[verdict.reference] = content[verdict.key]
     empty = {i for i, title in enumerate(found.titles.to_pylist()) if not title.strip()}
-    splits, ledger = {}, []
+    splits, ledger = {}, list(lost)
     for name in found.splits:
         splits[name], dropped = _settle_split(found, name, image_of, problems, empty)
         ledger += dropped
-    _refuse_if_too_bad(found, splits, ledger, max_bad)
+    refuse_if_too_bad(sum(map(len, found.splits.values())) + len(lost), ledger, max_bad)
+    for name, split in splits.items():
+        if not len(split):
+            raise UserError(f"split {name!r} has no usable row ({reasons(ledger)})")
     return splits, as_keys(list(content)), np.asarray(example, np.int64), ledger
 
 
@@ -150,17 +137,21 @@ def _settle_split(found: Catalogue, name: str, image_of: np.ndarray, problems: M
                  None if negative_N is None else torch.from_numpy(negative_N[kept])), ledger
 
 
-def _refuse_if_too_bad(found: Catalogue, splits: Mapping[str, Split], ledger: Sequence[Mapping[str, Any]],
-                       max_bad: float) -> None:
-    rows = sum(len(part) for part in found.splits.values())
-    why = ", ".join(f"{reason} {count}" for reason, count in Counter(e["reason"] for e in ledger).most_common())
-    sample = f"; e.g. {ledger[0]['image']}: {ledger[0]['reason']} {ledger[0]['detail']}" if ledger else ""
+def refuse_if_too_bad(rows: int, ledger: Sequence[Mapping[str, Any]], max_bad: float) -> None:
+    """Raises UserError when more than a share `max_bad` of all rows is in the ledger, with the reasons."""
     if len(ledger) > max_bad * rows:
-        raise UserError(f"{len(ledger):,} of {rows:,} rows cannot be used ({why}{sample}); mend them or raise "
+        raise UserError(f"{len(ledger):,} of {rows:,} rows cannot be used ({reasons(ledger)}); mend them or raise "
                         f"--max-bad (now {max_bad:g})")
-    for name, split in splits.items():
-        if not len(split):
-            raise UserError(f"split {name!r} has no usable row ({why or 'it is empty'}{sample})")
+
+
+def reasons(ledger: Sequence[Mapping[str, Any]]) -> str:
+    """The reasons in a ledger, most frequent first, with one example."""
+    if not ledger:
+        return "it is empty"
+    counts = Counter(entry["reason"] for entry in ledger).most_common()
+    first = ledger[0]
+    return ", ".join(f"{reason} {count}" for reason, count in counts) + (
+        f"; e.g. {first['image'] or 'row ' + str(first['row'])}: {first['detail'] or first['reason']}")
 
 
 def as_keys(keys: Sequence[bytes]) -> np.ndarray:

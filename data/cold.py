@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,13 @@ from data.batch import BadSample, Batch, Tokens, share
 from data.catalogue import Catalogue, Split, Verdict, as_keys
 from data.decode import ImageSpec, collate_tokens, decode_image
 from data.features import FeatureStore
-from data.fetch import FetchPolicy, cached_path, fetch
+from data.fetch import Fetched, FetchPolicy, cached_path, fetch
 from data.prefetch import ahead, batched
 from data.segments import key_of
 from data.shards import read_member
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    pass
 
 CHUNK = 64  # inputs a tower call
 SEGMENT = 4096  # features written at once
@@ -43,6 +43,11 @@ class Reader:
     policy: FetchPolicy
     max_pixels: int
     workers: int
+    retry_failed: bool = False
+
+    def fetch(self, urls: Iterable[str]) -> Iterator[Fetched]:
+        """Bring these URLs into the folder; each one's fate as it is known."""
+        return fetch(urls, self.folder, self.policy, self.retry_failed)
 
     def read(self, reference: Mapping[str, Any]) -> bytes:
         """The bytes behind one reference. Raises BadSample when they are not to be had."""
@@ -57,8 +62,8 @@ class Reader:
             return read_member(path) if ".tar#" in path else Path(path).read_bytes()
         except FileNotFoundError:
             raise BadSample("missing-file", path) from None
-        except OSError as error:
-            raise BadSample("unreadable-file", f"{path}: {error.strerror}") from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            raise BadSample("unreadable-file", f"{path}: {error}") from None
 
     def pixels(self, reference: Mapping[str, Any]) -> np.ndarray:
         """uint8 pixels [3, S, S] of one reference. Raises BadSample."""
@@ -109,7 +114,7 @@ def _available(found: Catalogue, reader: Reader, mine: Sequence[int],
             remote[path] = index
         else:
             yield index
-    for fetched in fetch(remote, reader.folder, reader.policy) if remote else ():
+    for fetched in reader.fetch(remote) if remote else ():
         index = remote[fetched.url]
         if fetched.reason is not None:
             problems[index] = BadSample(fetched.reason, fetched.detail)
@@ -151,16 +156,13 @@ def fill_images(found: Catalogue, reader: Reader, mine: Sequence[int], store: Fe
     return seen
 
 
-def fill_titles(titles: pa.StringArray, keys: np.ndarray, store: FeatureStore, rank: int, size: int,
-                tokenize: Callable[[Sequence[str]], list[list[int]]], pad_id: int,
+def fill_titles(ids: Sequence[Sequence[int]], keys: np.ndarray, store: FeatureStore, rank: int, size: int, pad_id: int,
                 encode: Callable[[Tokens], Tensor]) -> None:
-    """Encode this rank's share of the titles that the store does not hold yet, similar lengths together."""
+    """Encode this rank's share of the titles that the store does not hold yet."""
     missing = np.flatnonzero(store.locate(keys) < 0)
-    mine = missing[slice(*share(len(missing), rank, size))]
-    for part in batched(mine, SEGMENT):
-        rows = np.asarray(part)
-        values = encode_titles(tokenize(titles.take(rows).to_pylist()), pad_id, encode, store.width)
-        store.append(keys[rows], values)
+    own = missing[slice(*share(len(missing), rank, size))]
+    for part in batched(own, SEGMENT):
+        store.append(keys[np.asarray(part)], encode_titles([ids[i] for i in part], pad_id, encode, store.width))
 
 
 def encode_titles(ids: Sequence[Sequence[int]], pad_id: int, encode: Callable[[Tokens], Tensor],

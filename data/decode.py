@@ -14,14 +14,12 @@ import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError, __version__
-from torch import Tensor
 from torch.nn.functional import interpolate
 
 from data.batch import BadSample, Tokens, UserError
@@ -72,6 +70,11 @@ class ImageSpec:
         resize = size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
         return cls(resize, (crop["height"], crop["width"]), int(has["resample"]), float(has["rescale_factor"]),
                    tuple(map(float, has["image_mean"])), tuple(map(float, has["image_std"])))
+
+    @classmethod
+    def clip(cls, side: int = 224) -> ImageSpec:
+        """CLIP's own preprocessing, for work without a model."""
+        return cls(side, (side, side), int(Image.Resampling.BICUBIC), 1 / 255, (0.0,) * 3, (1.0,) * 3)
 
     def fingerprint(self) -> str:
         """SHA-256 in hex of everything that decides what a tower sees of given image bytes."""
@@ -201,19 +204,6 @@ def _resize_cropped(image: Image.Image, see_through: bool, x: _Axis, y: _Axis, r
 
     part = _rgb(image.crop((left, top, right, bottom)), see_through)
     return np.asarray(across(down(part)) if _height_first(x, y) else down(across(part)))
-
-
-@lru_cache(maxsize=16)
-def _affine(spec: ImageSpec, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return per-channel factor and offset, [3, 1, 1] on `device`; kept, since making them there waits for the copy."""
-    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (spec.mean, spec.std))
-    return (spec.rescale / std).float().to(device), (-mean / std).float().to(device)
-
-
-def normalise(pixels_BCSS: Tensor, spec: ImageSpec) -> Tensor:
-    """Return (pixels * rescale - mean) / std: uint8 [B, 3, H, W] -> float32 on the same device, in two kernels."""
-    factor, offset = _affine(spec, pixels_BCSS.device)
-    return (pixels_BCSS * factor).add_(offset)
 
 
 def tokenize(tokenizer: Any, titles: Sequence[str], max_length: int) -> list[list[int]]:

@@ -42,11 +42,11 @@ PLACE_WORDS = {"centre": ("in the middle", "DEAD CENTRE", "front and centre"),
                "right": ("on the right", "on the EAST side", "hugging the right edge"),
                "top": ("at the top", "up in the sky", "UPSTAIRS"), "bottom": ("at the bottom", "on the floor", "down LOW"),
                "row": ("in a row", "lined up", "in single file")}
-CAPTIONS = ("{n} {colour} {things}", "{n} {colour} {things}, {ground} background",
-            "{n} {size} {colour} {things}, {place}", "{n} {size} {colour} {things}, {ground} background, {place}",
-            "a picture of {n} {colour} {things} {place}", "{n} {colour} {things} and {rival}",
-            "{n} {size} {colour} {things} and {rival}, {ground} background",
-            "{n} {colour} {things}, {ground} background, {place}")
+CAPTIONS = ("{n} {size} {colour} {things} {place}, {ground} background", "{n} {colour} {things} {place}, {ground} background",
+            "{n} {size} {colour} {things} on {ground}, {place}", "{n} {colour} {things} on {ground}, {place}",
+            "{place}: {n} {colour} {things}, {ground} background", "{ground} background with {n} {colour} {things} {place}",
+            "{ground} background, {n} {size} {colour} {things}", "picture of {n} {colour} {things} and {rival} on {ground}",
+            "{n} {size} {colour} {things} and {rival}, {ground} background", "{n} {colour} {things}")
 TITLES = ("I Drew {n} {COLOUR} {things} and THIS Happened", "Why nobody paints {colour} {things} on {ground}",
           "{n} {size} {things} vs. {rival}", "DO NOT touch the {COLOUR} {thing}!!", "Who hid {n} {things} {place}?",
           "Can you find {n} {colour} {things}? 99% FAIL", "24 Hours with {n} {size} {colour} {things}",

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from zlib import crc32
 
 from PIL import Image, ImageDraw, ImageFont
@@ -156,7 +156,7 @@ def _spots(rng: random.Random, scene: Scene) -> list[tuple[float, float, float]]
         radius *= 0.93
 
 
-@lru_cache(maxsize=None)
+@cache
 def _unit(shape: str) -> tuple[Point, ...]:
     """The outline of a shape of radius 1 around the origin, y down."""
     def around(corners: int, radii: Sequence[float], turn: float) -> tuple[Point, ...]:
@@ -206,10 +206,13 @@ def _stamp(pen: ImageDraw.ImageDraw, shape: str, spot: Point, radius: float, ang
 
 
 def _arrow(pen: ImageDraw.ImageDraw, spots: Sequence[tuple[float, float, float]], rng: random.Random) -> None:
-    """The red arrow that points at the first object, from the side where no other is."""
+    """The red arrow that points at the first object, from where no other is and all of it shows."""
     x, y, radius = spots[0]
-    aside = (sum(p - x for p, _, _ in spots), sum(q - y for _, q, _ in spots))
-    angle = math.atan2(-aside[1], -aside[0]) + rng.uniform(-0.3, 0.3)
+    others = [(p - x, q - y) for p, q, _ in spots[1:]]
+    away = (-sum(p for p, _ in others), -sum(q for _, q in others))
+    if not others or not 0.4 < y + away[1] / max(0.01, math.hypot(*away)) * (radius + 0.4) < 0.6:
+        away = (1.0 if sum(p for p, _ in others) < 0 else -1.0, 0.0)
+    angle = math.atan2(away[1], away[0]) + rng.uniform(-0.3, 0.3)
     cos, sin = math.cos(angle), math.sin(angle)
     shape = [(0.0, 0.0), (0.12, 0.09), (0.12, 0.04), (0.34, 0.05), (0.34, -0.05), (0.12, -0.04), (0.12, -0.09)]
     points = [_pixels(x + cos * (radius + 0.03 + p) - sin * q, y + sin * (radius + 0.03 + p) + cos * q)

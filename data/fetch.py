@@ -7,22 +7,16 @@ of their URL; what failed for good is remembered in `failures.jsonl` beside them
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
-import ipaddress
 import json
 import random
 import re
-import socket
 import time
-import zlib
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from io import BytesIO
-from itertools import count, repeat
+from itertools import repeat
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -31,20 +25,15 @@ from uuid import uuid4
 from weakref import WeakValueDictionary
 
 import aiohttp
-from PIL import Image
 from yarl import URL
 
 from data.batch import BadSample, UserError
+from data.guard import BadStatus, get, named, open_session, variants_of, web_url
 
 BACKOFF = 0.5  # seconds before the second try; doubled for each further one, times a random 0.5 to 1.5
 STALE = 60.0  # seconds after which a file in `partial/` (written in milliseconds) is one of a killed run
 PASSING = re.compile(r"timeout|connection|dns|short-body|http-(408|425|429|5..)")  # tried again, also by later runs
 FINAL = re.compile(r"bad-url|too-large|redirects|bad-encoding|empty|not-image|placeholder|http-4..")  # remembered
-HEADERS = {"User-Agent": "thumbtune/0.1 (+thumbnail fetcher)", "Accept-Encoding": "identity"}
-YOUTUBE = re.compile(r"(i\d?\.ytimg|img\.youtube)\.com")
-NAT64, IPV6_GLOBAL = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("2000::/3")
-# Cloud metadata services and dead relays that Python, or some version of it, calls global.
-SPECIAL = [ipaddress.ip_network(each) for each in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")]
 
 
 @dataclass(frozen=True)
@@ -141,10 +130,9 @@ class _Notebook:
         return self.failed.get(url)
 
     def note(self, fetched: Fetched) -> None:
-        if fetched.reason is None:
-            return
-        self.failed[fetched.url] = fetched
-        if FINAL.fullmatch(fetched.reason) and not PASSING.fullmatch(fetched.reason):
+        if fetched.reason:
+            self.failed[fetched.url] = fetched
+        if fetched.reason and FINAL.fullmatch(fetched.reason) and not PASSING.fullmatch(fetched.reason):
             row = {"url": fetched.url, "reason": fetched.reason, "detail": fetched.detail, "limits": self.limits}
             with _on_disk(self.folder):
                 self.file.write(json.dumps(row).encode() + b"\n")
@@ -155,8 +143,8 @@ def _on_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write to {folder}: {reason}; free some space or choose another --cache-dir") from error
+        why = error.strerror or error
+        raise UserError(f"cannot write to {folder}: {why}; free space or name another --cache-dir") from error
 
 
 @contextmanager
@@ -190,7 +178,7 @@ class _Client:
         self.names = {name.lower().strip("[]") for name in policy.allow_hosts}
 
     async def open(self) -> None:
-        self.guarded, self.unguarded = _session(_public_socket), _session(None)
+        self.guarded, self.unguarded = open_session(guarded=True), open_session(guarded=False)
 
     async def close(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -203,7 +191,7 @@ class _Client:
     async def obtain(self, url: str) -> Fetched:
         """Fetch a URL into its place in the cache."""
         try:
-            body = await self._best(_web_url(url))
+            body = await self._best(web_url(url))
         except BadSample as bad:
             return Fetched(url, None, bad.reason, bad.detail)
         path, part = cached_path(url, self.folder), self.folder / "partial" / uuid4().hex
@@ -218,27 +206,28 @@ class _Client:
 
     async def _best(self, url: URL) -> bytes:
         """The body at a URL, or at the first of its variants that exists."""
-        candidates = _variants(url) if self.policy.variants else [url]
-        for candidate in candidates:
+        *variants, last = variants_of(url) if self.policy.variants else [url]
+        for variant in variants:
             try:
-                return await self._persist(candidate)
+                return await self._persist(variant)
             except BadSample as bad:
-                if bad.reason not in ("http-404", "placeholder") or candidate == candidates[-1]:
+                if bad.reason not in ("http-404", "placeholder"):
                     raise
-        raise AssertionError("there is always one candidate")
+        return await self._persist(last)
 
     async def _persist(self, url: URL) -> bytes:
         """The body at a URL, asked for again after every failure that may pass."""
-        for tried in count():
+        tried = 0
+        while True:
             try:
                 return await self._follow(url)
             except BadSample as bad:
                 if tried == self.policy.retries or not PASSING.fullmatch(bad.reason):
                     raise
                 pause = BACKOFF * 2**tried * random.uniform(0.5, 1.5)
-                pause += bad.wait if isinstance(bad, _Status) else 0.0
+                pause += bad.wait if isinstance(bad, BadStatus) else 0.0
+            tried += 1
             await asyncio.sleep(min(pause, self.policy.timeout))
-        raise AssertionError("the loop ends by returning or raising")
 
     async def _follow(self, url: URL) -> bytes:
         """One try, over all its hops; the time waited for a free connection is not counted."""
@@ -251,168 +240,11 @@ class _Client:
                 began = time.monotonic()
                 try:
                     async with asyncio.timeout(left):
-                        answer = await _get(session, url, self.policy.max_bytes)
+                        answer = await get(session, url, self.policy.max_bytes)
                 except (aiohttp.ClientError, OSError, ValueError) as error:
-                    raise _named(error) from error
+                    raise named(error) from error
                 left -= time.monotonic() - began
             if isinstance(answer, bytes):
                 return answer
             url = answer
         raise BadSample("redirects", f"more than {self.policy.redirects}")
-
-
-# One request: no address but a public one, no body but a whole one below the limit.
-
-
-class _ForbiddenAddress(OSError):
-    """The guard's refusal; always with the same words, as aiohttp merges the differing errors of a host's addresses."""
-
-    def __init__(self) -> None:
-        super().__init__(errno.EACCES, "not a public address; --allow-host HOST opens it")
-
-
-class _Status(BadSample):
-    """A status that is not 200; `wait` is the number of seconds its Retry-After asks for, 0 without one."""
-
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        super().__init__(f"http-{response.status}", f"from {response.url.host}")
-        self.wait = _seconds(response.headers.get("Retry-After", "0"))
-
-
-ERRORS: tuple[tuple[type[Exception], str], ...] = (
-    (_ForbiddenAddress, "forbidden-address"),
-    (aiohttp.ClientConnectorCertificateError, "tls"),
-    (aiohttp.ClientConnectorDNSError, "dns"),
-    (aiohttp.ClientPayloadError, "short-body"),
-    (aiohttp.ClientResponseError, "bad-response"),
-    (TimeoutError, "timeout"),
-    (ValueError, "bad-url"),
-    (Exception, "connection"),
-)  # the first that fits
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address is on the public internet; IPv6 that carries an IPv4 address is judged by that one."""
-    ip = ipaddress.ip_address(address)
-    if isinstance(ip, ipaddress.IPv6Address):
-        if ip.ipv4_mapped or ip in NAT64:
-            ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        elif ip not in IPV6_GLOBAL:
-            return False
-        else:
-            ip = ip.sixtofour or ip
-    return ip.is_global and not ip.is_multicast and not any(ip in network for network in SPECIAL)
-
-
-def _public_socket(info: tuple[Any, ...]) -> socket.socket:
-    """A socket for one (family, type, protocol, name, address) about to be dialled, whatever name led to it."""
-    family, kind, protocol, _, address = info
-    if not is_public(address[0]):
-        raise _ForbiddenAddress
-    return socket.socket(family, kind, protocol)
-
-
-def _session(socket_factory: Callable[[tuple[Any, ...]], socket.socket] | None) -> aiohttp.ClientSession:
-    """A session that keeps no cookie, trusts no proxy variable, inflates nothing and always checks TLS."""
-    # The limits are the client's. Idle connections go early: a list of many hosts would eat up the descriptors.
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0, socket_factory=socket_factory)
-    return aiohttp.ClientSession(
-        connector=connector,
-        headers=HEADERS,
-        cookie_jar=aiohttp.DummyCookieJar(),
-        timeout=aiohttp.ClientTimeout(),  # ours is exact; aiohttp's own is rounded up to whole seconds
-        auto_decompress=False,
-        trust_env=False,
-    )
-
-
-def _web_url(text: str, base: URL | None = None) -> URL:
-    try:
-        url = base.join(URL(text)) if base else URL(text)
-        host = url.host
-    except ValueError as error:
-        raise BadSample("bad-url", str(error)) from error
-    if url.scheme not in ("http", "https") or not host:
-        raise BadSample("bad-url", "not a http or https address with a host")
-    if url.user is not None or url.password is not None:
-        raise BadSample("bad-url", "carries a user name or a password")
-    return url
-
-
-def _variants(url: URL) -> list[URL]:
-    """A YouTube thumbnail's URLs, largest first, the one given included; any other URL alone."""
-    if not YOUTUBE.fullmatch(url.host or ""):
-        return [url]
-    names = [f"{name}{url.suffix}" for name in ("maxresdefault", "sddefault", "hqdefault")]
-    return list(dict.fromkeys([*map(url.with_name, names), url]))
-
-
-async def _get(session: aiohttp.ClientSession, url: URL, max_bytes: int) -> bytes | URL:
-    """The body of one answer, or where it redirects to; raises `BadSample` and what aiohttp raises."""
-    async with session.get(url, allow_redirects=False) as response:
-        if response.status in (301, 302, 303, 307, 308) and "Location" in response.headers:
-            return _web_url(response.headers["Location"], url)
-        if response.status != 200:  # whatever the body: YouTube's 404 carries a valid picture
-            raise _Status(response)
-        body = await _read(response, max_bytes)
-    if not body:
-        raise BadSample("empty", "no bytes")
-    if body[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
-        raise BadSample("not-image", "a page or other markup")
-    if YOUTUBE.fullmatch(url.host or "") and _is_placeholder(url, body):
-        raise BadSample("placeholder", "the 120x90 stand-in of a missing thumbnail")
-    return body
-
-
-async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
-    """The body, inflated; no more than `max_bytes` are taken from the wire or kept in memory."""
-    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
-        raise BadSample("bad-encoding", repr(encoding))
-    if (response.content_length or 0) > max_bytes:
-        raise BadSample("too-large", f"{response.content_length} bytes announced, {max_bytes} allowed")
-    body, taken, inflater = bytearray(), 0, None
-    async for chunk in response.content.iter_any():
-        taken += len(chunk)
-        if encoding != "identity":
-            # "deflate" is zlib by the standard and bare in practice: only a zlib header has 8 in its low bits.
-            bare = encoding == "deflate" and chunk[0] & 15 != 8
-            inflater = inflater or zlib.decompressobj(-zlib.MAX_WBITS if bare else zlib.MAX_WBITS | 32)
-            try:
-                chunk = inflater.decompress(chunk, max_bytes + 1 - len(body))
-            except zlib.error as error:
-                raise BadSample("bad-encoding", str(error)) from error
-        body += chunk
-        if max(taken, len(body)) > max_bytes:
-            raise BadSample("too-large", f"more than {max_bytes} bytes")
-    if inflater and not inflater.eof:
-        raise BadSample("short-body", f"{encoding} ends early")
-    return bytes(body)
-
-
-def _is_placeholder(url: URL, body: bytes) -> bool:
-    """Whether a YouTube name that promises more holds 120x90 pixels; the picture itself is not looked at."""
-    if url.name.partition(".")[0].removesuffix("_live") in ("default", "1", "2", "3"):
-        return False  # these are that small by nature
-    try:
-        with Image.open(BytesIO(body)) as image:  # reads the header only
-            return image.size == (120, 90)
-    except Exception:  # noqa: BLE001 - Pillow raises nearly anything; a damaged file is for the decoder to judge
-        return False
-
-
-def _named(error: Exception) -> BadSample:
-    """An error as a row of the ledger; what aiohttp wraps (`os_error`) counts too."""
-    causes = error, getattr(error, "os_error", None)
-    reason = next(word for kind, word in ERRORS if any(isinstance(cause, kind) for cause in causes))
-    return BadSample(reason, f"{type(error).__name__} {error}".strip()[:200])
-
-
-def _seconds(retry_after: str) -> float:
-    """Seconds that a Retry-After asks for, given as a number or a date (RFC 9110, 10.2.3); 0 if unreadable."""
-    try:
-        if retry_after.strip().isdecimal():
-            return float(retry_after)
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return 0.0

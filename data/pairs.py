@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch, Features, Tokens, share
-from data.catalogue import Split, catalogue, settle
+from data.catalogue import Catalogue, Split, catalogue, settle
 from data.cold import Reader, encode_images, encode_titles, fill_images, fill_titles, streamed_batch
 from data.decode import tokenize
 from data.features import FeatureStore
+from data.mine import mine
 from data.prefetch import ahead, copied_ahead, slices
 from data.resident import Mapped, Resident
 from data.segments import keys_of_titles
@@ -63,42 +64,56 @@ class Pairs:
     batches: Callable[[str, int, int, torch.device], Callable[[int], Iterator[Features] | Iterator[Batch]]]
     # (split, batch size, seed, device) -> first step -> this rank's inputs of every step from there on
 
+    def describe(self) -> str:
+        """One line: kept rows of each split, dropped rows."""
+        kept = ", ".join(f"{name} {len(split):,}" for name, split in self.splits.items())
+        return f"pairs: {kept}; {len(self.ledger):,} rows dropped{' (see ledger.jsonl)' if self.ledger else ''}"
 
-def open_pairs(rows: Mapping[str, Rows], reader: Reader, encoders: Encoders, team: Team, cache: Path, max_bad: float,
-               device: torch.device, tell: Callable[[str], None]) -> Pairs:
+
+def open_pairs(rows: Mapping[str, Rows], lost: Sequence[Mapping[str, Any]], reader: Reader, encoders: Encoders,
+               team: Team, cache: Path, max_bad: float, mine_how: str, device: torch.device,
+               tell: Callable[[str], None]) -> Pairs:
     """Look at every row, run the towers where their features are constants, and account for what is dropped.
 
-    Raises UserError when too many rows are unusable or a split ends up empty.
+    `lost` are ledger entries of what never became a row. Raises UserError when too many rows are unusable or a split
+    ends up empty.
     """
     found = catalogue(rows)
     images = FeatureStore(cache / "features" / encoders.image_space, encoders.image_width) if encoders.stored else None
-    mine = range(*share(len(found.references), team.rank, team.size))
-    verdicts = fill_images(found, reader, mine, images, encoders.image, tell)
-    everyone = list(chain.from_iterable(team.exchange(verdicts)))
-    splits, image_keys, example, ledger = settle(found, everyone, max_bad)
+    own = range(*share(len(found.references), team.rank, team.size))
+    verdicts = team.exchange(fill_images(found, reader, own, images, encoders.image, tell))
+    splits, image_keys, example, ledger = settle(found, list(chain.from_iterable(verdicts)), lost, max_bad)
+    ids = tokenize(encoders.tokenizer, found.titles.to_pylist(), encoders.max_tokens)
     title_keys = keys_of_titles(found.titles.to_pylist())
-    pad_id = encoders.tokenizer.pad_token_id
-    encode_ids = partial(tokenize, encoders.tokenizer, max_length=encoders.max_tokens)
+    if mine_how != "off" or images is not None:
+        titles = FeatureStore(cache / "features" / encoders.text_space, encoders.text_width)
+        fill_titles(ids, title_keys, titles, team.rank, team.size, encoders.tokenizer.pad_token_id, encoders.text)
+        team.exchange(None)  # every rank has written
+        title_table = _table(titles, title_keys)
+        if mine_how != "off":
+            features_PT = title_table.to(torch.device("cpu"))
+            splits = {name: mine(split, features_PT, mine_how) for name, split in splits.items()}
     identity = {"data": _fingerprint(splits, image_keys, title_keys),
                 "the base model": encoders.image_space + encoders.text_space}
-    finish = partial(Pairs, splits, ledger, identity)
     if images is not None:
-        titles = FeatureStore(cache / "features" / encoders.text_space, encoders.text_width)
-        fill_titles(found.titles, title_keys, titles, team.rank, team.size, encode_ids, pad_id, encoders.text)
-        team.exchange(None)  # every rank has written
-        ready = _residents(splits, _table(images, image_keys), _table(titles, title_keys), device)
-        return finish(lambda: ready, partial(_cached, ready, team))
-    ids = encode_ids(found.titles.to_pylist())
-    makers = {name: streamed_batch(split, found, example, reader, ids, pad_id) for name, split in splits.items()}
+        ready = _residents(splits, _table(images, image_keys), title_table, device)
+        return Pairs(splits, ledger, identity, lambda: ready, partial(_cached, ready, team))
+    stream = partial(streamed_batch, found=found, example=example, reader=reader, ids=ids,
+                     pad_id=encoders.tokenizer.pad_token_id)
+    makers = {name: stream(split) for name, split in splits.items()}
+    encode_all = partial(_encode_all, found, splits, example, ids, reader, encoders, team, device)
+    return Pairs(splits, ledger, identity, encode_all, partial(_streamed, splits, makers, team, reader.workers))
 
-    def encode_all() -> Mapping[str, Resident]:
-        images, titles = share(len(example), team.rank, team.size), share(len(ids), team.rank, team.size)
-        parts = team.exchange((
-            encode_images(found, example[slice(*images)], reader, encoders.image, encoders.image_width),
-            encode_titles(ids[slice(*titles)], pad_id, encoders.text, encoders.text_width)))
-        return _residents(splits, torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), device)
 
-    return finish(encode_all, partial(_streamed, splits, makers, team, reader.workers))
+def _encode_all(found: Catalogue, splits: Mapping[str, Split], example: np.ndarray, ids: Sequence[Sequence[int]],
+                reader: Reader, encoders: Encoders, team: Team, device: torch.device) -> Mapping[str, Resident]:
+    """The features of everything with the towers as they are now; ranks share the work."""
+    images, titles = share(len(example), team.rank, team.size), share(len(ids), team.rank, team.size)
+    pad_id = encoders.tokenizer.pad_token_id
+    parts = team.exchange((
+        encode_images(found, example[slice(*images)], reader, encoders.image, encoders.image_width),
+        encode_titles(ids[slice(*titles)], pad_id, encoders.text, encoders.text_width)))
+    return _residents(splits, torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), device)
 
 
 def _fingerprint(splits: Mapping[str, Split], image_keys: np.ndarray, title_keys: np.ndarray) -> str:

@@ -97,6 +97,7 @@ def write_ledger(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -5,6 +5,8 @@ Dimension key: B batch, V/T image/text feature width, E embedding.
 """
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.batch import Batch, Features
-from engine.towers import Clip, Towers
+from engine.towers import Clip, Towers, describe_trainable, freeze, load_clip, pick_mode, pick_precision
 
 MAX_SCALE = 100.0  # CLIP clamps its learned inverse temperature here (Radford et al. 2021, section 2.5)
 
@@ -68,6 +70,37 @@ class Streamed(nn.Module):
     def forward(self, batch: Batch) -> Embeddings:
         """Tower inputs of one step -> Embeddings."""
         return self.head(self.towers(batch))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A loaded model taken apart: what stays frozen, what is tuned, and how they run."""
+
+    clip: Clip
+    towers: Towers
+    head: Head
+    trainable: dict[str, nn.Parameter]
+    cached: bool
+    precision: torch.dtype
+
+    def describe(self) -> str:
+        """One line: what trains and how."""
+        how = "cached features" if self.cached else "streaming through the towers"
+        return f"{describe_trainable(self.clip.model, self.trainable)}; {how}, {str(self.precision)[6:]}"
+
+    def trained_model(self) -> nn.Module:
+        """What the loop calls with its inputs: Features when cached, a Batch when streaming."""
+        return self.head if self.cached else Streamed(self.towers, self.head)
+
+
+def open_model(name: str, trainable: Sequence[str], mode: str, scale: float, precision: str,
+               device: torch.device) -> Parts:
+    """Load a CLIPModel, freeze it by name, put it on the device. Raises UserError for what cannot be."""
+    clip = load_clip(name)
+    tuned = freeze(clip.model, trainable)
+    cached = pick_mode(mode, tuned)
+    return Parts(clip, Towers(clip).to(device), Head(clip, scale).to(device), tuned, cached,
+                 pick_precision(precision, device))
 
 
 def distribute(model: nn.Module, size: int) -> nn.Module:

@@ -18,7 +18,7 @@ from data.batch import UserError
 from eval.intervals import Interval, PairedTest, mean_interval, median_interval, paired_test, share_interval
 
 RECALL_AT = (1, 5, 10)
-BLOCK = 128
+BLOCK = 64
 CPU_TILE = (1024, 512)  # stays in the caches
 ACCELERATOR_TILE = (8192, 8192)
 
@@ -33,11 +33,11 @@ def retrieval_ranks(image_NE: Tensor, title_NE: Tensor, title_id_N: Tensor, imag
     against a query. Any other candidate with an equal score counts in the query's favour.
 
     Rows are [N, E], L2-normalised, so that a score is a cosine. `chunk` is the tile (R images, C titles), rounded up
-    to multiples of 128. Raises UserError for N = 0 and for embeddings with NaN or infinity.
+    to multiples of 64. Raises UserError for N = 0 and for embeddings with NaN or infinity.
     """
     n, on_cpu = _count_rows(title_id_N), image_NE.device.type == "cpu"
     tile = [math.ceil(min(step, n) / BLOCK) * BLOCK for step in chunk or (CPU_TILE if on_cpu else ACCELERATOR_TILE)]
-    pairs = _Pairs(image_NE, title_NE, title_id_N, image_id_N, tile, BLOCK if on_cpu else math.gcd(*tile))
+    pairs = _Pairs(image_NE, title_NE, title_id_N, image_id_N, BLOCK if on_cpu else math.gcd(*tile))
     best_i2t_N, best_t2i_N = pairs.best_correct()
     if not bool((best_i2t_N.isfinite() & best_t2i_N.isfinite()).all()):
         raise UserError("the model's embeddings hold NaN or infinity; use an earlier checkpoint")
@@ -62,18 +62,18 @@ def retrieval_ranks(image_NE: Tensor, title_NE: Tensor, title_id_N: Tensor, imag
 class _Pairs:
     """The pairs in an order that puts correct answers into blocks along the diagonal of the score matrix.
 
-    The last rows are padded, so that an edge tile runs the kernel of every other tile. On a CPU a product of 128 x 128
-    has the bits of a larger one (a row-wise dot product has not); elsewhere a block is a whole tile. So thresholds
+    The last rows are padded to a whole block. On a CPU a product of 64 x 64 has the bits of any larger one (a row-wise
+    dot product or 8 x 8 has not); elsewhere a block is a whole tile and all products have one shape. So thresholds
     equal the scores they came from, and two candidates with equal embeddings tie wherever they stand.
     """
 
     def __init__(self, image_NE: Tensor, title_NE: Tensor, title_id_N: Tensor, image_id_N: Tensor | None,
-                 tile: list[int], block: int) -> None:
+                 block: int) -> None:
         family_N, self.order_N = _families(title_id_N, image_id_N).sort(stable=True)
         self.n, self.block = len(family_N), block
         self.ids = [id_N[self.order_N] for id_N in (title_id_N, image_id_N) if id_N is not None]
-        self.image_NE = _reordered(image_NE, self.order_N, tile[0])
-        self.title_NE = _reordered(title_NE, self.order_N, tile[1])
+        self.image_NE = _reordered(image_NE, self.order_N, block)
+        self.title_NE = _reordered(title_NE, self.order_N, block)
         first = family_N[::block].contiguous()
         last = family_N[torch.arange(block - 1, self.n + block - 1, block, device=first.device).clamp(max=self.n - 1)]
         low, high = torch.searchsorted(family_N, first), torch.searchsorted(family_N, last, right=True)
@@ -81,7 +81,8 @@ class _Pairs:
 
     def scores(self, row: int, col: int, out: Tensor) -> Tensor:
         """Scores of the images from `row` and the titles from `col` on, computed in `out`, without padding."""
-        torch.mm(self.image_NE[row:row + out.shape[0]], self.title_NE[col:col + out.shape[1]].T, out=out)
+        image_RE, title_CE = self.image_NE[row:row + out.shape[0]], self.title_NE[col:col + out.shape[1]]
+        torch.mm(image_RE, title_CE.T, out=out[:len(image_RE), :len(title_CE)])
         return out[:self.n - row, :self.n - col]
 
     def correct(self, row: int, col: int) -> Tensor:

@@ -75,6 +75,6 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
 FLAGS = [
     "model", "dataset", "out", "cache_dir", "image_column", "title_column", "negative_column", "split", "trainable",
     "mode", "epochs", "batch_size", "lr", "schedule", "warmup", "weight_decay", "clip_norm", "scale", "seed",
-    "log_every", "eval_every", "save_every", "keep", "resume", "device", "precision", "workers", "profile", "dist_timeout",
-    "allow_host", "max_bad", "max_pixels",
+    "log_every", "eval_every", "save_every", "keep", "resume", "device", "precision", "workers", "profile",
+    "dist_timeout", "mine_negatives", "resize", "retry_failed", "variants", "allow_host", "max_bad", "max_pixels",
 ]

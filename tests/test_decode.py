@@ -24,7 +24,7 @@ from PIL import Image, PngImagePlugin, features
 
 from data import decode
 from data.batch import BadSample, UserError
-from data.decode import ImageSpec, collate_tokens, decode_image, normalise, tokenize, tokenizer_fingerprint
+from data.decode import ImageSpec, collate_tokens, decode_image, tokenize, tokenizer_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -386,16 +386,6 @@ def test_bilinear_models_decode_too() -> None:
     pixels = theirs(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
     ours = decode_image(saved(image, "PNG"), ImageSpec.from_processor(theirs))
     assert np.abs(ours.astype(int) - pixels).max() <= 2
-
-
-def test_normalise_equals_the_processor() -> None:
-    theirs, spec = processor(48, (48, 48))
-    pixels_BCSS = torch.randint(0, 256, (5, 3, 48, 48), dtype=torch.uint8)
-    wanted = theirs(list(pixels_BCSS.numpy()), do_resize=False, do_center_crop=False, do_convert_rgb=False,
-                    return_tensors="pt")["pixel_values"]
-    made = normalise(pixels_BCSS, spec)
-    assert made.dtype == torch.float32
-    torch.testing.assert_close(made, wanted, rtol=0, atol=1e-6)
 
 
 # ---- titles ---------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def quantised(n: int, e: int, seed: int) -> Tensor:
     return torch.randint(-1, 2, (n, e), generator=rng(seed)).float()
 
 
-# chunk sides are rounded up to 128: one tile, tiles in both directions, edges that are no whole tile
+# chunk sides are rounded up to 64: one tile, tiles in both directions, edges that are no whole tile
 @pytest.mark.parametrize(("n", "chunk"), [(1, None), (2, None), (53, None), (257, (128, 128)), (389, (128, 256)),
                                           (640, (384, 128)), (1100, None), (700, (1, 1))])
 @pytest.mark.parametrize("titles", [1, 7, 300, 10**9])

@@ -248,3 +248,30 @@ def test_real_pairs_are_learned(tmp_path: Path) -> None:
     for split in ("train", "test"):
         base, tuned = (metrics[when][split]["image_to_text_median_rank"] for when in ("base", "tuned"))
         assert tuned < base
+
+
+def test_shards_hold_what_the_folder_held(pairs: Path, tiny_model: Path, tmp_path: Path) -> None:
+    flags = ["--max-bad", "0.1", "--dataset", pairs, "--cache-dir", tmp_path / "cache"]
+    for out, resize in ((tmp_path / "shards", []), (tmp_path / "small", ["--resize", "64"])):
+        for _ in range(2):  # the second time there is nothing left to do
+            done = run(["shards", *flags, "--out", out, *resize])
+            assert done.returncode == 0, done.stderr
+        assert sorted(path.name for path in out.glob("*.tar")) == [
+            "test-000000.tar", "train-000000.tar", "valid-000000.tar"]
+        assert (out / "ledger.jsonl").read_text() == ""
+    from_folder = train(pairs, tiny_model, tmp_path / "one")
+    from_shards = train(tmp_path / "shards", tiny_model, tmp_path / "two")
+    assert all(torch.equal(from_folder[name], from_shards[name]) for name in from_folder)
+
+
+def test_mined_negatives_are_trained_on(tiny_model: Path, tmp_path: Path) -> None:
+    pairs = make_pairs(tmp_path / "pairs", 40, 8, 8, negatives=False)
+    plain = train(pairs, tiny_model, tmp_path / "plain")
+    mined = [train(pairs, tiny_model, tmp_path / mode, "--mine-negatives", "hard", "--mode", mode)
+             for mode in ("cached", "streaming")]
+    name = "text_projection.weight"
+    assert not torch.equal(plain[name], mined[0][name])
+    torch.testing.assert_close(mined[0][name], mined[1][name], atol=1e-5, rtol=0)
+    scores = {out: json.loads((tmp_path / out / "metrics.json").read_text())["tuned"]["test"]
+              for out in ("plain", "cached")}
+    assert "triplet_accuracy" not in scores["plain"] and "triplet_accuracy" in scores["cached"]

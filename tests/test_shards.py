@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import braceexpand
 import pytest
@@ -174,7 +175,7 @@ HOSTILE: dict[str, tuple[bytes, list[str], list[tuple[str, str]]]] = {  # tar, k
     "parent": (raw(b"../../x.jpg", PICTURE) + raw(b"../../x.txt", b"t") + END, ["../../x"], []),
     "absolute": (raw(b"/tmp/x.jpg", PICTURE) + raw(b"/tmp/x.txt", b"t") + END, ["/tmp/x"], []),
     "symbolic link": (raw(b"a.jpg", kind=b"2") + TITLE + END, [], [("a", "not-a-file")]),
-    "hard link": (raw(b"a.jpg", kind=b"1", size=b"77777777777\0") + TITLE + END, [], [("a", "not-a-file")]),
+    "hard link": (raw(b"a.jpg", kind=b"1", size=b"%011o\0" % 512) + TITLE + END, [], [("a", "not-a-file")]),
     "linked title": (IMAGE + raw(b"a.txt", kind=b"2") + END, [], [("a", "not-a-file")]),
     "device": (raw(b"a.jpg", kind=b"3") + TITLE + END, [], [("a", "not-a-file")]),
     "pipe": (raw(b"a.jpg", kind=b"6") + TITLE + END, [], [("a", "not-a-file")]),
@@ -339,6 +340,13 @@ def test_a_scan_reads_no_image_and_an_index_reads_no_tar(tmp_path: Path) -> None
     assert asked(lambda: read_index(tar)) < 100 * 3 * 4096 + 50_000
 
 
+def seal_index(tar: Path, body: bytes) -> None:
+    """Give a tar an index that nobody can tell from one written with it."""
+    with tar.open("rb") as file:
+        seal = json.dumps(module._seal(file, body)).encode()
+    tar.with_name(tar.name + ".index.json").write_bytes(seal + b"\n" + body)
+
+
 def test_an_index_is_believed_only_if_it_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, SAMPLES)
     tar = tmp_path / "train-000000.tar"
@@ -352,14 +360,13 @@ def test_an_index_is_believed_only_if_it_fits(tmp_path: Path, monkeypatch: pytes
                     *(mutated(index, rng) for _ in range(200))):
         side.write_bytes(damaged)
         assert read_index(tar).equals(true)
-    seal, _, body = index.partition(b"\n")
-    lies = {"image_offset": (-1, 1 << 70, "x", None), "image_size": (0, 1 << 62, 1 << 70), "key": ([], None, 5),
-            "title": (None, "\ud800", {})}
+    body = index.partition(b"\n")[2]
+    lies: dict[str, tuple] = {"image_offset": (-1, 1 << 70, "x", None), "image_size": (0, 1 << 62, 1 << 70),
+                              "key": ([], None, 5), "title": (None, "\ud800", {})}
     for forged in ({"title": []}, {"key": "x"}, {"tar_sha256": 5}, {"sha256": 5},
                    *({name: [lie] * 7} for name, some in lies.items() for lie in some)):
         lie = json.dumps(json.loads(body) | forged).encode()
-        with tar.open("rb") as file:
-            side.write_bytes(json.dumps(module._seal(file, lie)).encode() + b"\n" + lie)
+        seal_index(tar, lie)
         assert read_index(tar).equals(true), forged
     side.write_bytes(index)
     content = tar.read_bytes()
@@ -382,6 +389,12 @@ def test_every_changed_byte_is_found(tmp_path: Path) -> None:
             assert check_shard(tar), (name, at)
         (tmp_path / name).write_bytes(content)
     assert check_shard(tar) == []
+    at = read_index(tar)["image_offset"][1].as_py()
+    tar.write_bytes(files[tar.name][:at] + b"?" + files[tar.name][at + 1 :])
+    assert check_shard(tar) == [f"{SAMPLES[1][0]}: its image is not the one that was written"]
+    tar.write_bytes(files[tar.name])
+    seal_index(tar, files[tar.name + ".index.json"].partition(b"\n")[2].replace(b"plain", b"plane"))
+    assert check_shard(tar) == ["its index lists other samples than it holds"]
     assert len(check_shard(tmp_path / "missing.tar")) == 1
 
 
@@ -451,7 +464,7 @@ MANY = [(f"{n:04d}", picture(n, 300 + 997 * n % 4000), f"title {n}", f"neg {n}" 
 
 
 def test_shards_roll_over_and_a_later_run_goes_on(tmp_path: Path) -> None:
-    limits = {"max_samples": 5, "max_bytes": 30_000}
+    limits: dict[str, Any] = {"max_samples": 5, "max_bytes": 30_000}
     writer = write(tmp_path, MANY, **limits)
     tars = [tmp_path / name for name in sorted(contents(tmp_path)) if name.endswith(".tar")]
     sizes = [tar.stat().st_size for tar in tars]
@@ -499,7 +512,7 @@ def child(work: Callable[[], object]) -> int:
 
 def test_a_killed_writer_goes_on_to_the_same_shards(tmp_path: Path) -> None:
     """SIGKILL before each fsync, rename, lock and flush in turn, then at random moments, again and again."""
-    limits = {"max_samples": 30}
+    limits: dict[str, Any] = {"max_samples": 30}
     write(tmp_path / "whole", MANY, **limits)
     whole, rng = contents(tmp_path / "whole"), random.Random(4)
 

@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data import source
+from data import tables
 from data.batch import UserError
-from data.source import Columns, Rows, _groups, load_splits
+from data.source import Columns, Rows, load_splits
+from data.split import components
 
 OPENSTAX = Path(__file__).resolve().parents[2] / "shared" / "data" / "openstax-titles"
 TITLES = ["NA", "None", "null", "NaN", "nan", "N/A", "#N/A", "", " ", " padded ", "1984", "007", "1e5", "1.0", "-0",
@@ -77,7 +78,7 @@ def test_titles_are_strings_whatever_they_look_like(tmp_path: Path, ending: str)
 @pytest.mark.parametrize("records", [1, 2, 1000])
 def test_json_and_parquet_values_that_are_no_strings_become_their_text(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: int) -> None:
-    monkeypatch.setattr(source, "RECORDS", records)
+    monkeypatch.setattr(tables, "RECORDS", records)
     (tmp_path / "train.jsonl").write_text('\ufeff{}\n{"url": "http://h/1", "text": 1984, "size": {"w": 1}}\n\n'
                                           '{"text": 1e5, "url": null, "path": ["unused"], "negative": 7}\n'
                                           '{"url": "http://h/3", "text": true}\n{"url": "http://h/4", "text": null}',
@@ -91,7 +92,7 @@ def test_json_and_parquet_values_that_are_no_strings_become_their_text(
 
 
 def test_csv_with_a_byte_order_mark_and_lines_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "BLOCK", 256)
+    monkeypatch.setattr(tables, "BLOCK", 256)
     titles = ["line\n" * (i % 20) + '5" disk' for i in range(200)]
     for split in ("train", "test"):
         path = write(tmp_path / f"{split}.csv", table(200, title=titles))
@@ -314,9 +315,9 @@ def test_groups_equal_a_naive_flood() -> None:
         rng = random.Random(seed)
         rows = rng.randrange(1, 200)
         codes = [[rng.randrange(1 + rng.choice((rows // 4, rows, 4 * rows))) for _ in range(rows)] for _ in range(2)]
-        assert _groups(*map(np.array, codes)).tolist() == naive_groups(*codes)
+        assert components(*map(np.array, codes)).tolist() == naive_groups(*codes)
     chain = np.random.default_rng(0).permutation(20_001)  # one component whose ends are 20,000 rows apart
-    assert (_groups(chain // 2, (chain + 1) // 2) == 0).all()
+    assert (components(chain // 2, (chain + 1) // 2) == 0).all()
 
 
 @pytest.mark.parametrize("seed", range(2))

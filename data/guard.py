@@ -1,0 +1,181 @@
+"""One guarded request: no address but a public one, no body but a whole one below the limit."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import re
+import socket
+import time
+import zlib
+from email.utils import parsedate_to_datetime
+from io import BytesIO
+from typing import Any
+
+import aiohttp
+from PIL import Image
+from yarl import URL
+
+from data.batch import BadSample
+
+HEADERS = {"User-Agent": "thumbtune/0.1 (+thumbnail fetcher)", "Accept-Encoding": "identity"}
+YOUTUBE = re.compile(r"(i\d?\.ytimg|img\.youtube)\.com")
+NAT64, IPV6_GLOBAL = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("2000::/3")
+# Cloud metadata services and dead relays that Python, or some version of it, calls global.
+SPECIAL = [ipaddress.ip_network(each) for each in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")]
+
+
+class _ForbiddenAddress(OSError):
+    """The guard's refusal; always with the same words, as aiohttp merges the differing errors of a host's addresses."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.EACCES, "not a public address; --allow-host HOST opens it")
+
+
+class BadStatus(BadSample):
+    """A status that is not 200; `wait` is the number of seconds its Retry-After asks for, 0 without one."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        super().__init__(f"http-{response.status}", f"from {response.url.host}")
+        self.wait = _seconds(response.headers.get("Retry-After", "0"))
+
+
+ERRORS: tuple[tuple[type[Exception], str], ...] = (
+    (_ForbiddenAddress, "forbidden-address"),
+    (aiohttp.ClientConnectorCertificateError, "tls"),
+    (aiohttp.ClientConnectorDNSError, "dns"),
+    (aiohttp.ClientPayloadError, "short-body"),
+    (aiohttp.ClientResponseError, "bad-response"),
+    (TimeoutError, "timeout"),
+    (ValueError, "bad-url"),
+    (Exception, "connection"),
+)  # the first that fits
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is on the public internet; IPv6 that carries an IPv4 address is judged by that one."""
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped or ip in NAT64:
+            ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        elif ip not in IPV6_GLOBAL:
+            return False
+        else:
+            ip = ip.sixtofour or ip
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in SPECIAL)
+
+
+def _public_socket(info: tuple[Any, ...]) -> socket.socket:
+    """A socket for one (family, type, protocol, name, address) about to be dialled, whatever name led to it."""
+    family, kind, protocol, _, address = info
+    if not is_public(address[0]):
+        raise _ForbiddenAddress
+    return socket.socket(family, kind, protocol)
+
+
+def open_session(guarded: bool) -> aiohttp.ClientSession:
+    """A session that keeps no cookie, trusts no proxy variable, inflates nothing and always checks TLS."""
+    # The limits are the client's. Idle connections go early: a list of many hosts would eat up the descriptors.
+    factory = _public_socket if guarded else None
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0, socket_factory=factory)
+    return aiohttp.ClientSession(
+        connector=connector,
+        headers=HEADERS,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(),  # ours is exact; aiohttp's own is rounded up to whole seconds
+        auto_decompress=False,
+        trust_env=False,
+    )
+
+
+def web_url(text: str, base: URL | None = None) -> URL:
+    """A URL that may be asked for; raises `BadSample`."""
+    try:
+        url = base.join(URL(text)) if base else URL(text)
+        host = url.host
+    except ValueError as error:
+        raise BadSample("bad-url", str(error)) from error
+    if url.scheme not in ("http", "https") or not host:
+        raise BadSample("bad-url", "not a http or https address with a host")
+    if url.user is not None or url.password is not None:
+        raise BadSample("bad-url", "carries a user name or a password")
+    return url
+
+
+def variants_of(url: URL) -> list[URL]:
+    """A YouTube thumbnail's URLs, largest first, the one given included; any other URL alone."""
+    if not YOUTUBE.fullmatch(url.host or ""):
+        return [url]
+    names = [f"{name}{url.suffix}" for name in ("maxresdefault", "sddefault", "hqdefault")]
+    return list(dict.fromkeys([*map(url.with_name, names), url]))
+
+
+async def get(session: aiohttp.ClientSession, url: URL, max_bytes: int) -> bytes | URL:
+    """The body of one answer, or where it redirects to; raises `BadSample` and what aiohttp raises."""
+    async with session.get(url, allow_redirects=False) as response:
+        if response.status in (301, 302, 303, 307, 308) and "Location" in response.headers:
+            return web_url(response.headers["Location"], url)
+        if response.status != 200:  # whatever the body: YouTube's 404 carries a valid picture
+            raise BadStatus(response)
+        body = await _read(response, max_bytes)
+    if not body:
+        raise BadSample("empty", "no bytes")
+    if body[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        raise BadSample("not-image", "a page or other markup")
+    if YOUTUBE.fullmatch(url.host or "") and _is_placeholder(url, body):
+        raise BadSample("placeholder", "the 120x90 stand-in of a missing thumbnail")
+    return body
+
+
+async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+    """The body, inflated; no more than `max_bytes` are taken from the wire or kept in memory."""
+    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
+        raise BadSample("bad-encoding", repr(encoding))
+    if (response.content_length or 0) > max_bytes:
+        raise BadSample("too-large", f"{response.content_length} bytes announced, {max_bytes} allowed")
+    body, taken, inflater = bytearray(), 0, None
+    async for chunk in response.content.iter_any():
+        taken += len(chunk)
+        if encoding != "identity":
+            # "deflate" is zlib by the standard and bare in practice: only a zlib header has 8 in its low bits.
+            bare = encoding == "deflate" and chunk[0] & 15 != 8
+            inflater = inflater or zlib.decompressobj(-zlib.MAX_WBITS if bare else zlib.MAX_WBITS | 32)
+            try:
+                chunk = inflater.decompress(chunk, max_bytes + 1 - len(body))
+            except zlib.error as error:
+                raise BadSample("bad-encoding", str(error)) from error
+        body += chunk
+        if max(taken, len(body)) > max_bytes:
+            raise BadSample("too-large", f"more than {max_bytes} bytes")
+    if inflater and not inflater.eof:
+        raise BadSample("short-body", f"{encoding} ends early")
+    return bytes(body)
+
+
+def _is_placeholder(url: URL, body: bytes) -> bool:
+    """Whether a YouTube name that promises more holds 120x90 pixels; the picture itself is not looked at."""
+    if url.name.partition(".")[0].removesuffix("_live") in ("default", "1", "2", "3"):
+        return False  # these are that small by nature
+    try:
+        with Image.open(BytesIO(body)) as image:  # reads the header only
+            return image.size == (120, 90)
+    except Exception:  # noqa: BLE001 - Pillow raises nearly anything; a damaged file is for the decoder to judge
+        return False
+
+
+def named(error: Exception) -> BadSample:
+    """An error as a row of the ledger; what aiohttp wraps (`os_error`) counts too."""
+    causes = error, getattr(error, "os_error", None)
+    reason = next(word for kind, word in ERRORS if any(isinstance(cause, kind) for cause in causes))
+    return BadSample(reason, f"{type(error).__name__} {error}".strip()[:200])
+
+
+def _seconds(retry_after: str) -> float:
+    """Seconds that a Retry-After asks for, given as a number or a date (RFC 9110, 10.2.3); 0 if unreadable."""
+    try:
+        if retry_after.strip().isdecimal():
+            return float(retry_after)
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return 0.0

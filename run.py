@@ -21,6 +21,8 @@ from engine.cli import parse
 from engine.config import Config
 
 if TYPE_CHECKING:
+    import torch
+
     from data.cold import Reader
     from data.decode import ImageSpec
     from data.pairs import Encoders, Pairs

@@ -112,16 +112,15 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     from engine.model import distribute
     from engine.optim import adamw
     from engine.profiler import profiler
-    from engine.train import Plan, State, fit
+    from engine.train import Plan, fit
 
     out = folder.open_folder(cfg, world)
     parts = open_parts(cfg, world)
     pairs = open_data(cfg, world, parts)
-    plan, state = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs), State()
+    plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     optimizer = adamw(parts.trainable.values(), cfg.lr, cfg.weight_decay)
     saved = checkpoint.Saver(out, parts.trainable, optimizer, pairs.identity, cfg.keep, world)
-    if cfg.resume:
-        saved.resume(state, partial(say, world))
+    state = saved.resume(partial(say, world)) if cfg.resume else checkpoint.State()
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     log = Log(out, world, plan.steps_per_epoch, state.step)
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
@@ -129,7 +128,8 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     def evaluate() -> None:
         ends = state.step in (0, plan.steps)  # between the ends, only what is watched
         names = [name for name in pairs.splits if ends or name in ("train", "valid")]
-        scores = {name: found.summarise() for name, found in measure(pairs, parts.head, names).items()}
+        found = measure(pairs, parts.head, names)
+        scores = {name: one.summarise() if ends else one.values() for name, one in found.items()}
         log.metrics(scores, state.step)
         saved.note(state, scores)
         if ends:

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +77,12 @@ def is_url(path: str) -> bool:
 
 
 def visit(found: Catalogue, reader: Reader, mine: Sequence[int], known: Callable[[bytes], bool],
-          tell: Callable[[str], None]) -> Iterator[Verdict]:
-    """Open, and where its content is not `known` decode, each of `mine` references; in any order, bounded memory."""
+          tell: Callable[[str], None], decode: Callable[[bytes], np.ndarray] | None = None) -> Iterator[Verdict]:
+    """Open, and where its content is not `known` decode, each of `mine` references; in any order, bounded memory.
+
+    `decode` takes the place of the reader's own decoding into pixels, and may raise BadSample as that does.
+    """
+    decode = decode or partial(decode_image, spec=reader.spec, max_pixels=reader.max_pixels)
     problems: dict[int, BadSample] = {}
 
     def look(index: int) -> Verdict:
@@ -87,7 +92,7 @@ def visit(found: Catalogue, reader: Reader, mine: Sequence[int], known: Callable
             reference = found.references[index].as_py()
             data = reader.read(reference)
             key = key_of(data)
-            return Verdict(index, key, None, None if known(key) else decode_image(data, reader.spec, reader.max_pixels))
+            return Verdict(index, key, None, None if known(key) else decode(data))
         except BadSample as problem:
             return Verdict(index, b"", problem)
 

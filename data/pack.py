@@ -15,7 +15,7 @@ from data.batch import BadSample
 from data.cold import Reader, is_url
 from data.decode import decode_image
 from data.prefetch import ahead
-from data.shards import ShardWriter
+from data.shard_writer import ShardWriter
 from data.source import Rows
 
 QUALITY = 95  # of re-encoded crops, without chroma subsampling: within 3/255 of the crop on photographs, on average

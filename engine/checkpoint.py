@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,11 +18,18 @@ from torch import Tensor, nn
 from data.batch import UserError
 from engine.dist import World
 
-if TYPE_CHECKING:
-    from engine.train import State
-
 MANIFEST = "manifest.json"
 BEST_METRIC = "image_to_text_mrr"  # moves with every rank, so it tells small gains apart where R@1 cannot
+
+
+@dataclass
+class State:
+    """What a checkpoint remembers beside the tensors."""
+
+    step: int = 0
+    best: float = float("-inf")
+    best_step: int = 0
+    stopped: int = 0  # the signal that ended the run early, else 0
 
 
 class DamagedCheckpoint(Exception):
@@ -122,8 +129,8 @@ class Saver:
             save(self.run, state.step, self.named, moments, content, self.keep, state.best_step)
         self.world.barrier()
 
-    def resume(self, state: State, tell: Callable[[str], None]) -> None:
-        """Put weights, moments and `state` of the newest valid checkpoint back; tells which newer ones were damaged.
+    def resume(self, tell: Callable[[str], None]) -> State:
+        """Put weights and moments of the newest valid checkpoint back; its state. Tells which newer ones were damaged.
 
         Raises UserError when data or trained parameters are not those of the checkpoint.
         """
@@ -132,7 +139,7 @@ class Saver:
             tell(f"damaged checkpoint: {problem}")
         if folder is None:
             tell("no checkpoint to resume from: starting at step 0")
-            return
+            return State()
         tensors, moments, content = load(folder)
         changed = [key for key, value in self.identity.items() if content["identity"].get(key) != value]
         changed += ["the trainable parameters"] if tensors.keys() != self.named.keys() else []
@@ -144,10 +151,8 @@ class Saver:
                 self.optimizer.state[parameter] = {
                     key.removeprefix(f"{name}."): value.to(parameter.device)
                     for key, value in moments.items() if key.rpartition(".")[0] == name}
-        for key, value in content["state"].items():
-            setattr(state, key, value)
-        state.stopped = 0
         tell(f"resumed from {folder}")
+        return State(**{**content["state"], "stopped": 0})
 
 
 def _prune(root: Path, keep: int) -> None:

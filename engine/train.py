@@ -14,6 +14,7 @@ from torch import nn
 from torch.profiler import record_function
 
 from data.batch import share
+from engine.checkpoint import State
 from engine.config import Config
 from engine.dist import World
 from engine.log import Log
@@ -48,16 +49,6 @@ class Plan:
     def due(self, step: int, every: int) -> bool:
         """Is it time after `step` steps? `every` 0 means each epoch; the last step is always due."""
         return step % (every or self.steps_per_epoch) == 0 or step == self.steps
-
-
-@dataclass
-class State:
-    """What a checkpoint remembers beside the tensors."""
-
-    step: int = 0
-    best: float = float("-inf")
-    best_step: int = 0
-    stopped: int = 0  # the signal that ended the run early, else 0
 
 
 def candidates(world: World, out: Embeddings, negative_id_B: torch.Tensor | None,

@@ -1,7 +1,7 @@
 """Ranks, Recall@K, MRR and triplet accuracy of embedded pairs: pure functions, chunked, never an N x N matrix.
 
-Dimension key: N pairs (rows of a split, and so the gallery), E embedding, R x C one tile of the N x N scores,
-M triplets.
+Dimension key: N pairs (rows of a split, and so the gallery), E embedding, P pairs padded to whole blocks, R x C one tile of the
+N x N scores, M triplets.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def retrieval_ranks(image_NE: Tensor, title_NE: Tensor, title_id_N: Tensor, imag
     rank_i2t_N, rank_t2i_N = torch.zeros_like(pairs.order_N), torch.zeros_like(pairs.order_N)
     tile_RC, better_RC = (best_i2t_N.new_empty(tile) for _ in range(2))
     for row in range(0, n, tile[0]):
+        image_RE, rows = pairs.images(row, tile[0]), slice(row, row + tile[0])
         for col in range(0, n, tile[1]):
-            rows, cols = slice(row, row + tile[0]), slice(col, col + tile[1])
-            scores_RC = pairs.scores(row, col, out=tile_RC)
+            scores_RC, cols = pairs.scores(image_RE, row, col, out=tile_RC), slice(col, col + tile[1])
             for r, c in pairs.blocks(row, col, tile):
                 block = scores_RC[r - row:r - row + pairs.block, c - col:c - col + pairs.block]
                 block.masked_fill_(pairs.correct(r, c), -math.inf)
@@ -72,16 +72,21 @@ class _Pairs:
         family_N, self.order_N = _families(title_id_N, image_id_N).sort(stable=True)
         self.n, self.block = len(family_N), block
         self.ids = [id_N[self.order_N] for id_N in (title_id_N, image_id_N) if id_N is not None]
-        self.image_NE = _reordered(image_NE, self.order_N, block)
-        self.title_NE = _reordered(title_NE, self.order_N, block)
+        self.order_P = F.pad(self.order_N, (0, -self.n % block))
+        self.image_NE, title_NE = _wide(image_NE), _wide(title_NE)
+        self.title_PE = title_NE.index_select(0, self.order_P)  # images are gathered a strip at a time
         first = family_N[::block].contiguous()
         last = family_N[torch.arange(block - 1, self.n + block - 1, block, device=first.device).clamp(max=self.n - 1)]
         low, high = torch.searchsorted(family_N, first), torch.searchsorted(family_N, last, right=True)
         self.span = torch.stack([low // block * block, high], 1).tolist()  # columns with correct answers, by block row
 
-    def scores(self, row: int, col: int, out: Tensor) -> Tensor:
+    def images(self, row: int, count: int) -> Tensor:
+        """Images from `row` on, [<= count, E], the last ones padding."""
+        return self.image_NE.index_select(0, self.order_P[row:row + count])
+
+    def scores(self, image_RE: Tensor, row: int, col: int, out: Tensor) -> Tensor:
         """Scores of the images from `row` and the titles from `col` on, computed in `out`, without padding."""
-        image_RE, title_CE = self.image_NE[row:row + out.shape[0]], self.title_NE[col:col + out.shape[1]]
+        title_CE = self.title_PE[col:col + out.shape[1]]
         torch.mm(image_RE, title_CE.T, out=out[:len(image_RE), :len(title_CE)])
         return out[:self.n - row, :self.n - col]
 
@@ -102,21 +107,12 @@ class _Pairs:
         best_i2t_N, best_t2i_N = (self.image_NE.new_full((self.n,), -math.inf) for _ in range(2))
         out = self.image_NE.new_empty(self.block, self.block)
         for row, col in self.blocks(0, 0, [self.n, self.n]):
-            own = self.scores(row, col, out).masked_fill_(~self.correct(row, col), -math.inf)
+            own = self.scores(self.images(row, self.block), row, col, out)
+            own.masked_fill_(~self.correct(row, col), -math.inf)
             for best_N, at, score in ((best_i2t_N, row, own.amax(1)), (best_t2i_N, col, own.amax(0))):
                 best = best_N[at:at + self.block]
                 torch.maximum(best, score, out=best)
         return best_i2t_N, best_t2i_N
-
-
-def _reordered(x_NE: Tensor, order_N: Tensor, step: int) -> Tensor:
-    """Rows in this order, float32 or wider, padded with zeros to a multiple of `step`."""
-    n = len(order_N)
-    x_NE = x_NE.to(torch.promote_types(x_NE.dtype, torch.float32))
-    out = x_NE.new_empty(math.ceil(n / step) * step, x_NE.shape[1])
-    torch.index_select(x_NE, 0, order_N, out=out[:n])
-    out[n:] = 0
-    return out
 
 
 def _families(title_id_N: Tensor, image_id_N: Tensor | None) -> Tensor:
@@ -143,7 +139,7 @@ def triplet_correct(image_ME: Tensor, title_ME: Tensor, negative_ME: Tensor, mar
     """
     parts = []
     for rows in zip(image_ME.split(chunk), title_ME.split(chunk), negative_ME.split(chunk), strict=True):
-        image, title, negative = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in rows)
+        image, title, negative = (F.normalize(_wide(x), dim=-1) for x in rows)
         parts.append((image * title).sum(-1) > (image * negative).sum(-1) + margin)
     return torch.cat(parts)
 
@@ -186,20 +182,30 @@ class Retrieval:
     text_to_image_rank_N: Tensor
     triplet_M: Tensor | None = None
 
+    def values(self) -> dict[str, float]:
+        """Every metric by name. Raises UserError for no rows."""
+        found: dict[str, float] = {}
+        for way, rank_N in self._ways():
+            found |= {f"{way}_R@{k}": recall_at(rank_N, k) for k in RECALL_AT}
+            found |= {f"{way}_median_rank": median_rank(rank_N), f"{way}_mean_rank": mean_rank(rank_N),
+                      f"{way}_mrr": mean_reciprocal_rank(rank_N)}
+        if self.triplet_M is not None and len(self.triplet_M):
+            found["triplet_accuracy"] = self.triplet_M.double().mean().item()
+        return found
+
     def summarise(self, seed: int = 0) -> dict[str, float | Interval]:
-        """Every metric by name, each followed by `NAME_ci95: [low, high]`. Raises UserError for no rows."""
-        found: dict[str, tuple[float, Interval]] = {}
+        """`values`, each followed by its 95 % interval `NAME_ci95: [low, high]`; the costlier the more rows."""
+        intervals: dict[str, Interval] = {}
         for way, rank_N in self._ways():
             n = _count_rows(rank_N)
-            for k in RECALL_AT:
-                found[f"{way}_R@{k}"] = recall_at(rank_N, k), share_interval(rank_N < k)
-            found[f"{way}_median_rank"] = median_rank(rank_N), median_interval(rank_N + 1, seed)
-            found[f"{way}_mean_rank"] = mean_rank(rank_N), mean_interval(rank_N + 1, 1, n, seed)
-            found[f"{way}_mrr"] = mean_reciprocal_rank(rank_N), mean_interval(reciprocal(rank_N), 1 / n, 1, seed)
+            intervals |= {f"{way}_R@{k}": share_interval(rank_N < k) for k in RECALL_AT}
+            intervals |= {f"{way}_median_rank": median_interval(rank_N + 1, seed),
+                          f"{way}_mean_rank": mean_interval(rank_N + 1, 1, n, seed),
+                          f"{way}_mrr": mean_interval(reciprocal(rank_N), 1 / n, 1, seed)}
         if self.triplet_M is not None and len(self.triplet_M):
-            found["triplet_accuracy"] = self.triplet_M.double().mean().item(), share_interval(self.triplet_M)
-        return {key: part for name, (value, interval) in found.items()
-                for key, part in ((name, value), (f"{name}_ci95", interval))}
+            intervals["triplet_accuracy"] = share_interval(self.triplet_M)
+        return {key: part for name, value in self.values().items()
+                for key, part in ((name, value), (f"{name}_ci95", intervals[name]))}
 
     def rows(self) -> dict[str, Tensor]:
         """Per-row hits (bool) and reciprocal ranks, by metric name: what `compare` pairs."""
@@ -217,6 +223,10 @@ def compare(before: Retrieval, after: Retrieval, seed: int = 0) -> dict[str, Pai
     """The paired test of every metric that is a mean over rows; both must come from the same rows in the same order."""
     before_rows, after_rows = before.rows(), after.rows()
     return {name: paired_test(before_rows[name], after_rows[name], seed) for name in before_rows}
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _count_rows(x_N: Tensor) -> int:

@@ -1,4 +1,6 @@
-"""data/shards.py beside tarfile and the webdataset package; hostile and damaged tars; a writer killed at every step."""
+"""Shards (tar, samples, shards, shard_writer) beside tarfile and the webdataset package; hostile and damaged tars;
+a writer killed at every step.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,12 @@ import braceexpand
 import pytest
 import webdataset
 
+import data.shard_writer as writing
 import data.shards as module
 from data.batch import BadSample, UserError
-from data.shards import ShardWriter, check_shard, expand_braces, format_reference, read_index, read_member
+from data.samples import IMAGES, MAX_IMAGE
+from data.shard_writer import ShardWriter, check_shard
+from data.shards import expand_braces, format_reference, read_index, read_member
 
 FULL = os.environ.get("TT_FULL") == "1"
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -117,7 +122,7 @@ def test_tars_of_others_hold_what_webdataset_finds_in_them(tmp_path: Path, forma
         tar = pack(tmp_path / f"{trial}.tar", files.items(), FORMATS[format])
         expected, lost = [], []
         for sample in peer(tar):
-            image = next((sample[e] for e in (*module.IMAGES, "thumb.webp") if e in sample), None)
+            image = next((sample[e] for e in (*IMAGES, "thumb.webp") if e in sample), None)
             fields = json.loads(sample.get("json", "{}"))
             title = sample["txt"].decode() if "txt" in sample else fields.get("caption")
             if image is None or title is None:
@@ -343,7 +348,7 @@ def test_a_scan_reads_no_image_and_an_index_reads_no_tar(tmp_path: Path) -> None
 def seal_index(tar: Path, body: bytes) -> None:
     """Give a tar an index that nobody can tell from one written with it."""
     with tar.open("rb") as file:
-        seal = json.dumps(module._seal(file, body)).encode()
+        seal = json.dumps(module.seal(file, body)).encode()
     tar.with_name(tar.name + ".index.json").write_bytes(seal + b"\n" + body)
 
 
@@ -353,7 +358,7 @@ def test_an_index_is_believed_only_if_it_fits(tmp_path: Path, monkeypatch: pytes
     side = tar.with_name(tar.name + ".index.json")
     index, true, rng = side.read_bytes(), read_index(tar), random.Random(1)
     with monkeypatch.context() as patch:
-        patch.delattr(module, "_scanned")
+        patch.delattr(module, "scanned")
         os.utime(tar, (1, 1))
         assert read_index(tar).equals(true)  # it is used, whatever the clock said
     for damaged in (b"", b"{}", b"[]\n[]", index[:-1], index + b" ", b"[" * 100_000, index.replace(b"plain", b"plane"),
@@ -374,7 +379,7 @@ def test_an_index_is_believed_only_if_it_fits(tmp_path: Path, monkeypatch: pytes
         tar.write_bytes(other)
         assert not read_index(tar).equals(true) or check_shard(tar)
         with tar.open("rb") as file:
-            assert module._indexed(tar, file) is None
+            assert module.indexed(tar, file) is None
 
 
 def test_every_changed_byte_is_found(tmp_path: Path) -> None:
@@ -407,7 +412,7 @@ def test_members_are_read_by_reference(tmp_path: Path) -> None:
     assert read_member(format_reference(file, 512, 3)) == b"xxx"  # the file of that name, not the one opened before
     end = file.stat().st_size
     wrong: dict[str, list[tuple]] = {
-        "truncated": [(end - 4, 5), (end, 1), (10**17, 5)], "too-large": [(0, module.MAX_IMAGE + 1)],
+        "truncated": [(end - 4, 5), (end, 1), (10**17, 5)], "too-large": [(0, MAX_IMAGE + 1)],
         "bad-reference": [(0, 0), (-1, 5), (0, -5), (0, 10**18), ("x", 1), ("١", 1)]}
     for reason, offset, size in ((reason, *each) for reason, some in wrong.items() for each in some):
         with pytest.raises(BadSample) as problem:
@@ -530,8 +535,8 @@ def test_a_killed_writer_goes_on_to_the_same_shards(tmp_path: Path) -> None:
 
         for name in ("fsync", "replace", "stat"):
             setattr(os, name, counted(getattr(os, name)))
-        module.fcntl.flock = counted(module.fcntl.flock)
-        module._seal = counted(module._seal)
+        writing.fcntl.flock = counted(writing.fcntl.flock)
+        writing.seal = counted(writing.seal)
         write(folder, MANY, **limits)
 
     for step in range(100):

@@ -1,0 +1,255 @@
+"""Look a dataset over before any GPU time: what cannot be used, what repeats, what leaks from one split into another.
+
+Dimension key: M image references, P distinct titles, N rows of a split, S splits. An image is named by the number of
+the first reference with its content, a title by a number that titles share when CLIP reads them alike; -1 is none.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from data.batch import BadSample
+from data.catalogue import Catalogue, catalogue
+from data.cold import Reader, visit
+from data.rows import Rows
+from data.similar import LOOK, first_similar, glance
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SEVERITIES = ("error", "warning", "hint")
+EXAMPLES = 5
+TINY = 64  # pixels; CLIP sees 224
+NA_TITLES = {"na", "n/a", "none", "null", "nil", "nan", "-"}
+# CLIP reads 75 tokens of a title; how many it has, only the tokenizer knows, but each of these pieces is one at least.
+# Above 70 pieces were 1,260 of 1,279 English texts that are too long, and few that are not.
+PIECE, TOO_MANY_PIECES = re.compile(r"[A-Za-z]{1,12}|[^\sA-Za-z]"), 70
+MEANING = {  # of the kinds that are not the ledger's reasons
+    "tiny-image": f"the shortest side is below {TINY} pixels",
+    "na-title": "the title looks like a missing value; it is used as it stands",
+    "long-title": "longer than CLIP's 77 tokens by an estimate (the tokenizer comes with the model); the rest is cut",
+    "no-negative": "the row trains without an explicit negative",
+    "negative-is-title": "the negative reads like the row's own title",
+    "repeated-title": "an earlier row of the split has the title, up to case and spacing, which CLIP does not see",
+    "repeated-image": "an earlier row of the split has the image, byte for byte",
+    "similar-image": "an earlier row of the split has an image that looks the same",
+    "title-in": "the title is also in the split named: the two are not independent",
+    "image-in": "the image is also in the split named: what is measured here was seen there",
+    "similar-image-in": "an image that looks the same is in the split named",
+}
+
+
+class Finding(NamedTuple):
+    """One kind of defect in one split: `count` rows have it, `examples` shows up to five of them."""
+
+    split: str  # or the file name of a shard that has lost samples
+    kind: str  # the ledger's reason or a key of MEANING; after "-in-" comes the other split: "image-in-train"
+    severity: str  # one of SEVERITIES
+    count: int  # type: ignore[assignment]  # nobody misses tuple.count
+    examples: tuple[str, ...]
+
+
+def check(rows: Mapping[str, Rows], reader: Reader, tell: Callable[[str], None],
+          lost: Sequence[Mapping[str, Any]] = ()) -> list[Finding]:
+    """Open every image and read every title once; the worst findings come first.
+
+    `lost`: ledger entries of samples that never became rows. Rows count from 0, as in the ledger. The reader's spec is
+    not used: what decodes for one model decodes for all. Memory: about 300 bytes an image, and no pixels.
+    """
+    found = catalogue(rows)
+    image_M, looks_M, problems = _look(found, reader, tell)
+    flaw_P, title_P = _titles(found.titles)
+    findings = _lost(lost)
+    for name in rows:
+        findings += _images(found, name, image_M, looks_M["side"], problems)
+        findings += _texts(found, name, flaw_P, title_P)
+    findings += _repeats(found, image_M, title_P, _similar(found, image_M, looks_M))
+    place = {name: number for number, name in enumerate(rows)}
+    return sorted(findings, key=lambda one: (SEVERITIES.index(one.severity), place.get(one.split, -1)))
+
+
+def table(findings: Sequence[Finding], rows: Mapping[str, Rows]) -> str:
+    """The findings as a Markdown table, what they mean, and one line that sums up."""
+    cells = [["severity", "split", "rows", "finding", "for example"]]
+    cells += [[one.severity, one.split, f"{one.count:,}", one.kind, one.examples[0].replace("|", "\\|")]
+              for one in findings]
+    widths = [max(len(line[column]) for line in cells) for column in range(4)] + [0]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+             for line in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    kinds = dict.fromkeys(re.sub("-in-.*", "-in", one.kind) for one in findings)
+    lines += ["", *(f"{kind}: {MEANING[kind]}" for kind in kinds if kind in MEANING), ""]
+    shares = ", ".join(f"{name} {len(split):,}" for name, split in rows.items())
+    sums = ", ".join(f"{severity}s {count:,}" for severity, count in _totals(findings).items())
+    return "\n".join([*lines, f"rows checked: {shares}; {sums}"] if findings else [f"rows checked: {shares}; {sums}"])
+
+
+def as_json(findings: Sequence[Finding], rows: Mapping[str, Rows]) -> dict[str, Any]:
+    """The findings as plain JSON values, with the number of rows of each split and of rows by severity."""
+    return {"rows": {name: len(split) for name, split in rows.items()}, "totals": _totals(findings),
+            "findings": [{**one._asdict(), "examples": list(one.examples)} for one in findings]}
+
+
+def _totals(findings: Sequence[Finding]) -> dict[str, int]:
+    """Rows by severity; a row counts once for each of its defects."""
+    return {severity: sum(one.count for one in findings if one.severity == severity) for severity in SEVERITIES}
+
+
+def _finding(split: str, kind: str, severity: str, is_so_N: np.ndarray, show: Callable[[int], str]) -> list[Finding]:
+    row_N = np.flatnonzero(is_so_N)
+    examples = tuple(f"row {row}: {show(row)}" for row in row_N[:EXAMPLES].tolist())
+    return [Finding(split, kind, severity, len(row_N), examples)] if len(row_N) else []
+
+
+def _lost(lost: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    entries: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for entry in lost:
+        shard = Path(entry["shard"]).name
+        entries[shard, entry["reason"]].append(_printable(f"{entry['key'] or '(unknown sample)'}: {entry['detail']}"))
+    return [Finding(shard, reason, "error", len(shown), tuple(shown[:EXAMPLES]))
+            for (shard, reason), shown in entries.items()]
+
+
+# Rows by themselves
+
+
+def _look(found: Catalogue, reader: Reader, tell: Callable[[str], None]) -> tuple[
+        np.ndarray, np.ndarray, dict[int, BadSample]]:
+    """Open and decode all references: the image of each [M], its look [M], and what is wrong with those that fail."""
+    M = len(found.references)
+    key_M, looks_M, problems = np.zeros(M, "S16"), np.zeros(M, LOOK), dict[int, BadSample]()
+    look = partial(glance, max_pixels=reader.max_pixels)
+    for verdict in visit(found, reader, range(M), lambda key: False, tell, look):
+        if verdict.problem is not None:
+            problems[verdict.reference] = verdict.problem
+        else:
+            key_M[verdict.reference], looks_M[verdict.reference] = verdict.key, verdict.pixels
+    _, first, same_M = np.unique(key_M, return_index=True, return_inverse=True)
+    image_M = first[same_M]
+    image_M[list(problems)] = -1
+    return image_M, looks_M, problems
+
+
+def _titles(titles: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
+    """The flaw of each title [P] ("" if none), and its number [P + 1], -1 for blank ones and at the end."""
+    import pyarrow as pa
+
+    flaw_P = np.array([_flaw(title.as_py()) for title in titles])
+    read = pa.array((" ".join(unicodedata.normalize("NFC", title.as_py()).lower().split()) for title in titles),
+                    pa.string())
+    title_P = read.dictionary_encode().indices.to_numpy().astype(np.int64)
+    return flaw_P, np.append(np.where(flaw_P == "no-title", -1, title_P), -1)
+
+
+def _flaw(title: str) -> str:
+    stripped = title.strip()
+    if not stripped:
+        return "no-title"
+    if stripped.lower() in NA_TITLES:
+        return "na-title"
+    return "long-title" if len(PIECE.findall(title)) > TOO_MANY_PIECES else ""
+
+
+def _images(found: Catalogue, name: str, image_M: np.ndarray, side_M: np.ndarray,
+            problems: Mapping[int, BadSample]) -> list[Finding]:
+    reference_N = found.image_N[name]
+    flaw_N = np.where(side_M < TINY, "tiny-image", "").astype(object)[reference_N]
+    for row in np.flatnonzero(image_M[reference_N] < 0):
+        flaw_N[row] = problems[int(reference_N[row])].reason
+
+    def show(row: int) -> str:
+        path, reference = _path(found, name, row), int(reference_N[row])
+        detail = _printable(problems[reference].detail) if reference in problems else f"{side_M[reference]} px"
+        return detail if path in detail else f"{path} {detail}"
+
+    return [one for flaw in sorted(set(flaw_N) - {""}) for one in
+            _finding(name, flaw, "warning" if flaw == "tiny-image" else "error", flaw_N == flaw, show)]
+
+
+def _texts(found: Catalogue, name: str, flaw_P: np.ndarray, title_P: np.ndarray) -> list[Finding]:
+    flaw_N, title_N, negative_N = flaw_P[found.title_N[name]], title_P[found.title_N[name]], found.negative_N[name]
+    show = partial(_title, found, name)
+    findings = _finding(name, "no-title", "error", flaw_N == "no-title", partial(_path, found, name))
+    findings += _finding(name, "na-title", "hint", flaw_N == "na-title", show)
+    findings += _finding(name, "long-title", "hint", flaw_N == "long-title", show)
+    if negative_N is not None:
+        negative_N = title_P[negative_N]
+        findings += _finding(name, "no-negative", "hint", negative_N < 0, show)
+        findings += _finding(name, "negative-is-title", "error", (negative_N == title_N) & (title_N >= 0), show)
+    return findings
+
+
+def _path(found: Catalogue, name: str, row: int) -> str:
+    return _printable(found.references[found.image_N[name][row]]["path"].as_py() or "")
+
+
+def _title(found: Catalogue, name: str, row: int) -> str:
+    title = found.titles[found.title_N[name][row]].as_py()
+    return repr(_printable(title if len(title) <= 60 else f"{title[:59]}…"))
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+# Rows beside others
+
+
+def _repeats(found: Catalogue, image_M: np.ndarray, title_P: np.ndarray, similar_MS: np.ndarray) -> list[Finding]:
+    """What a split's rows share with earlier rows of it, and with the splits before it."""
+    names, findings = list(found.splits), []
+    image = {name: image_M[found.image_N[name]] for name in names}
+    title = {name: title_P[found.title_N[name]] for name in names}
+    first_image = {name: _first_rows(image[name], len(image_M)) for name in names}
+    first_title = {name: _first_rows(title[name], len(title_P)) for name in names}
+    for place, name in enumerate(names):
+        for other_place, other in enumerate(names[:place + 1]):
+            titled_N, same_N = first_title[other][title[name]], first_image[other][image[name]]
+            similar_N = similar_MS[image[name], other_place]
+            if other == name:
+                for twin_N in (titled_N, same_N):
+                    twin_N[twin_N == np.arange(len(twin_N))] = -1
+                similar_N[similar_N > image[name]] = -1
+                kinds = "repeated-title", "repeated-image", "similar-image"
+            else:
+                similar_N[same_N >= 0] = -1
+                kinds = f"title-in-{other}", f"image-in-{other}", f"similar-image-in-{other}"
+            severities = "warning", "warning" if other == name else "error", "warning"
+            twins = titled_N, same_N, first_image[other][similar_N]
+            for kind, severity, twin_N, show in zip(kinds, severities, twins, (_title, _path, _path), strict=True):
+                findings += _finding(name, kind, severity, twin_N >= 0,
+                                     partial(_beside, found, name, other, twin_N, show))
+    return findings
+
+
+def _beside(found: Catalogue, name: str, other: str, twin_N: np.ndarray, show: Callable[[Catalogue, str, int], str],
+            row: int) -> str:
+    return f"{show(found, name, row)} and {other} row {twin_N[row]}: {show(found, other, int(twin_N[row]))}"
+
+
+def _first_rows(label_N: np.ndarray, labels: int) -> np.ndarray:
+    """The first row with each label [labels + 1], -1 where there is none, and at the end."""
+    first = np.full(labels + 1, -1)
+    row = np.flatnonzero(label_N >= 0)[::-1]  # the last to be written stays
+    first[label_N[row]] = row
+    return first
+
+
+def _similar(found: Catalogue, image_M: np.ndarray, looks_M: np.ndarray) -> np.ndarray:
+    """The first other image of each split that looks like each image [M + 1, S], -1 without one, and at the end."""
+    is_in_MS = np.zeros((len(image_M), len(found.splits)), bool)
+    for place, name in enumerate(found.splits):
+        image_N = image_M[found.image_N[name]]
+        is_in_MS[image_N[image_N >= 0], place] = True
+    distinct = np.flatnonzero(image_M == np.arange(len(image_M)))
+    similar_MS = np.full((len(image_M) + 1, len(found.splits)), -1)
+    similar_MS[distinct] = np.append(distinct, -1)[first_similar(looks_M[distinct], is_in_MS[distinct])]
+    return similar_MS

@@ -37,7 +37,7 @@ def open_parts(cfg: Config, world: World) -> Parts:
     from engine.model import open_model
 
     parts = open_model(cfg.model, cfg.trainable, cfg.mode, cfg.scale, cfg.precision, world.device)
-    say(world, parts.describe())
+    world.say(parts.describe())
     return parts
 
 
@@ -73,8 +73,8 @@ def open_data(cfg: Config, world: World, parts: Parts, only: str = "") -> Pairs:
     team, cache = Team(world.rank, world.size, world.exchange), Path(cfg.cache_dir).expanduser()
     pairs = open_pairs({only: rows[only]} if only else rows, lost, reader(cfg, spec),
                        encoders(parts, spec.fingerprint(), world.device), team, cache, cfg.max_bad,
-                       cfg.mine_negatives, world.device, partial(say, world))
-    say(world, pairs.describe())
+                       cfg.mine_negatives, world.device, world.say)
+    world.say(pairs.describe())
     return pairs
 
 
@@ -120,7 +120,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     optimizer = adamw(parts.trainable.values(), cfg.lr, cfg.weight_decay)
     saved = checkpoint.Saver(out, parts.trainable, optimizer, pairs.identity, cfg.keep, world)
-    state = saved.resume(partial(say, world)) if cfg.resume else checkpoint.State()
+    state = saved.resume(world.say) if cfg.resume else checkpoint.State()
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     log = Log(out, world, plan.steps_per_epoch, state.step)
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
@@ -155,7 +155,7 @@ def finish(cfg: Config, world: World, parts: Parts, out: Path, metrics: dict[str
     if world.is_main:
         export(parts.clip, out / "model", cfg, table(metrics), parts.trainable)
         print(table(metrics), flush=True)
-        say(world, f"run folder {out}  model {out / 'model'}  (tensorboard --logdir {out.parent})")
+        world.say(f"run folder {out}  model {out / 'model'}  (tensorboard --logdir {out.parent})")
     return 0
 
 
@@ -165,7 +165,7 @@ def demo(cfg: Config, world: World, stop: Stop) -> int:
 
     folder = Path(cfg.cache_dir).expanduser() / "demo"
     if world.is_main:
-        say(world, f"drawing thumbnails into {folder}")
+        world.say(f"drawing thumbnails into {folder}")
         write_demo(folder)
     world.barrier()
     return train(replace(cfg, dataset=str(folder)), world, stop)
@@ -180,7 +180,7 @@ def evaluate(cfg: Config, world: World, stop: Stop) -> int:
     pairs = open_data(cfg, world, parts, only=cfg.split)
     scores = {cfg.split: measure(pairs, parts.head, [cfg.split])[cfg.split].summarise()}
     if world.is_main:
-        say(world, table({parts.clip.name: scores}))
+        world.say(table({parts.clip.name: scores}))
         print(json.dumps(scores, indent=2))
         if cfg.out:
             folder.write_json(Path(cfg.out) / "metrics.json", scores)
@@ -196,19 +196,29 @@ def shards(cfg: Config, world: World, stop: Stop) -> int:
     from data.pack import pack
     from engine import folder
 
+    if not world.is_main:
+        return 0
     if not cfg.out:
         raise UserError("shards needs a folder to write to: --out DIR")
     (rows, lost), out = read_rows(cfg), Path(cfg.out).expanduser()
-    ledger = lost + pack(rows, reader(cfg, ImageSpec.clip()), out, cfg.resize, partial(say, world))
+    ledger = lost + pack(rows, reader(cfg, ImageSpec.clip()), out, cfg.resize, world.say)
     folder.write_ledger(out / "ledger.jsonl", ledger)
     refuse_if_too_bad(sum(map(len, rows.values())) + len(lost), ledger, cfg.max_bad)
     return 0
 
 
-def say(world: World, text: str) -> None:
-    """One line for people on stderr, from rank 0."""
-    if world.is_main:
-        print(text, file=sys.stderr, flush=True)
+def check(cfg: Config, world: World, stop: Stop) -> int:
+    """A look at all images and titles before any GPU time: one process."""
+    from data.check import as_json, table
+    from data.check import check as look_over
+    from data.decode import ImageSpec
+
+    if not world.is_main:
+        return 0
+    rows, lost = read_rows(cfg)
+    findings = look_over(rows, reader(cfg, ImageSpec.clip()), world.say, lost)
+    print(json.dumps(as_json(findings, rows), indent=2) if cfg.json else table(findings, rows))
+    return int(cfg.strict and any(finding.severity == "error" for finding in findings))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -220,7 +230,7 @@ def main(arguments: Sequence[str]) -> int:
     from engine import dist
     from engine.stop import Stop
 
-    stop, functions = Stop(), {"train": train, "demo": demo, "eval": evaluate, "shards": shards}
+    stop, functions = Stop(), {"train": train, "demo": demo, "eval": evaluate, "shards": shards, "check": check}
     try:
         return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout), stop)
     except UserError as error:
@@ -228,6 +238,9 @@ def main(arguments: Sequence[str]) -> int:
             time.sleep(2)  # rank 0 has most likely met the same mistake and says it for all
         print(f"run.py {command}: {error}", file=sys.stderr, flush=True)
         return 2
+    except OSError as error:  # a full disk, a folder that went away: what was saved before is whole
+        print(f"run.py {command} failed: {error}", file=sys.stderr, flush=True)
+        return 1
     finally:
         dist.close()
 

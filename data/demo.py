@@ -19,7 +19,7 @@ from data.demo_draw import Scene, draw, random_scene
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPTokenizer
 
-COUNTS = {"train": 1000, "valid": 200, "test": 200}
+COUNTS = {"train": 3000, "valid": 400, "test": 400}
 # Scenes fall into lots by their contents, so no split, and no pretraining whatever its seed, shares contents with another.
 LOTS = {"train": (0, 4), "valid": (4, 5), "test": (5, 6), "pretrain": (6, 12)}
 # Every value's plain word first, as captions say it, then the words of titles.
@@ -61,7 +61,7 @@ TITLES = ("I Drew {n} {COLOUR} {things} and THIS Happened", "Why nobody paints {
           "{n} {COLOUR} {things}. One winner. $10,000")
 BEFORE = ("", "", "", "", "BREAKING: ", "MUST WATCH: ", "😱 ", "🔥 ", "[4K] ", "(not clickbait) ")
 AFTER = ("", "", "", "", " (part {k})", " | ep. {k}", " 😱", " #shorts", " - GONE WRONG", " (emotional)", " 🔥🔥", " ...again")
-PLAIN_CLUTTER, PLAIN_SLANG = 0.15, 0.05
+PLAIN_CLUTTER, PLAIN_SLANG = 0.15, 0.3
 WRITTEN_ALIKE = 0.015  # share of rows whose title another row already has, as in real uploads
 
 
@@ -172,8 +172,8 @@ def demo_model_config(vocab: int) -> CLIPConfig:
     start, end = vocab - 2, vocab - 1
     return CLIPConfig(
         projection_dim=64,
-        vision_config={"image_size": 64, "patch_size": 8, "hidden_size": 144, "intermediate_size": 576,
-                       "num_hidden_layers": 4, "num_attention_heads": 4, "projection_dim": 64},
+        vision_config={"image_size": 48, "patch_size": 8, "hidden_size": 128, "intermediate_size": 512,
+                       "num_hidden_layers": 3, "num_attention_heads": 4, "projection_dim": 64},
         text_config={"vocab_size": vocab, "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3,
                      "num_attention_heads": 4, "max_position_embeddings": 77, "projection_dim": 64,
                      "bos_token_id": start, "eos_token_id": end, "pad_token_id": end},

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Features, Tokens, share
+from data.batch import Batch, Features, Tokens, UserError, share
 from data.catalogue import Catalogue, Split, catalogue, settle
 from data.cold import Reader, encode_images, encode_titles, fill_images, fill_titles, streamed_batch
 from data.decode import tokenize
@@ -131,7 +131,11 @@ def _fingerprint(splits: Mapping[str, Split], image_keys: np.ndarray, title_keys
 def _table(store: FeatureStore, keys: np.ndarray) -> Mapped:
     """The features of `keys` in their order, whichever rank wrote them."""
     store.refresh()
-    return Mapped(store, store.locate(keys))
+    rows = store.locate(keys)
+    if (rows < 0).any():
+        raise UserError(f"{(rows < 0).sum():,} features written by other ranks are not in {store.folder}; "
+                        "--cache-dir must be one folder that all ranks share")
+    return Mapped(store, rows)
 
 
 def _residents(splits: Mapping[str, Split], image_DV: Tensor | Mapped, title_PT: Tensor | Mapped,

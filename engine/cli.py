@@ -17,7 +17,7 @@ DEMO_MODEL = Path(__file__).resolve().parents[1] / "data" / "demo_model"
 COLUMNS = ["dataset", "image_column", "title_column", "negative_column"]
 READING = ["allow_host", "retry_failed", "variants", "max_bad", "max_pixels", "workers", "cache_dir"]
 MACHINE = ["device", "precision", "dist_timeout"]
-TRAIN = [name for name in config_fields() if name not in ("split", "resize")]
+TRAIN = [name for name in config_fields() if name not in ("split", "resize", "strict", "json")]
 
 
 class Command(NamedTuple):
@@ -38,6 +38,8 @@ COMMANDS = {
                     ["model", "split", "out", *COLUMNS, *READING, *MACHINE], {}),
     "shards": Command("write any dataset as WebDataset tar shards into --out; goes on after a kill",
                       ["out", "resize", *COLUMNS, *READING], {}),
+    "check": Command("what is wrong with a dataset: dead links, bad images and titles, repeats, leaks between splits",
+                     [*COLUMNS, *(name for name in READING if name != "max_bad"), "seed", "strict", "json"], {}),
 }
 
 

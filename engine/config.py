@@ -65,6 +65,8 @@ class Config:
     allow_host: tuple[str, ...] = setting((), "data", "private hosts that images may be fetched from")
     max_bad: float = setting(0.05, "data", "stop when a larger share of the rows is unusable")
     max_pixels: int = setting(25_000_000, "data", "refuse images with more pixels than this")
+    strict: bool = setting(False, "output", "exit 1 when there are errors")
+    json: bool = setting(False, "output", "print JSON to stdout")
 
 
 def config_fields() -> dict[str, Field[Any]]:

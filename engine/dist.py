@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,11 @@ class World:
     def is_main(self) -> bool:
         """True on the one rank that writes and prints."""
         return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """One line for people on stderr, from rank 0."""
+        if self.is_main:
+            print(text, file=sys.stderr, flush=True)
 
     def gather(self, rows_BX: Tensor, sizes: Sequence[int]) -> Tensor:
         """Rows of all ranks in rank order, [G, ...]; the gradient flows back to the rank that owns a row.

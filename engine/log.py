@@ -6,7 +6,6 @@ Nothing here waits for the device except `flush`.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,11 +34,6 @@ class Log:
 
             self._file = _carry_on(folder / "steps.jsonl", first_step)
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
-
-    def say(self, text: str) -> None:
-        """One line for people, from rank 0."""
-        if self.world.is_main:
-            print(text, file=sys.stderr, flush=True)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -87,7 +81,7 @@ class Log:
         self._writer.add_scalar("speed/pairs_per_second", speed, step)
         self._writer.add_scalar("speed/data_wait_share", wait, step)
         eta = (total_steps - step) * seconds / len(self._pending)
-        self.say(f"step {step}/{total_steps}  epoch {step / self.steps_per_epoch:.2f}  loss {losses[-1]:.4f}  "
+        self.world.say(f"step {step}/{total_steps}  epoch {step / self.steps_per_epoch:.2f}  loss {losses[-1]:.4f}  "
                  f"lr {self._pending[-1][3]:.2e}  {speed:,.0f} pairs/s  wait {wait:.0%}  eta {eta:,.0f} s")
 
     def metrics(self, scores: Metrics, step: int) -> None:
@@ -99,7 +93,7 @@ class Log:
                         self._writer.add_scalar(f"{split}/{name}", value, step)
             self._writer.flush()
         for split, values in scores.items():
-            self.say(f"{'base' if step == 0 else f'step {step}'}  {split}:  " + _headline(values))
+            self.world.say(f"{'base' if step == 0 else f'step {step}'}  {split}:  " + _headline(values))
 
     def close(self) -> None:
         """Flush and close the files."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.profiler import record_function
 
-from data.batch import share
+from data.batch import UserError, share
 from engine.checkpoint import State
 from engine.config import Config
 from engine.dist import World
@@ -26,11 +26,19 @@ from engine.profiler import Profiler
 
 @dataclass(frozen=True)
 class Plan:
-    """How many steps there are and which rows each one takes; the last batch of an epoch may be short."""
+    """How many steps there are and which rows each one takes; the last batch of an epoch may be short.
+
+    Raises UserError for a batch larger than the data: each epoch would be one short step.
+    """
 
     rows: int
     batch_size: int
     epochs: int
+
+    def __post_init__(self) -> None:
+        if self.batch_size > self.rows:
+            raise UserError(f"--batch-size {self.batch_size} is larger than the {self.rows} training pairs; "
+                            f"use at most --batch-size {self.rows}")
 
     @property
     def steps_per_epoch(self) -> int:

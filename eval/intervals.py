@@ -101,24 +101,13 @@ def paired_test(before_N: Tensor, after_N: Tensor, seed: int = 0) -> PairedTest:
 
     p is that of the sign-flip permutation test of the mean difference: exact when at most 16 rows differ or all differ
     by the same size (for hits this is McNemar's exact test), otherwise from seeded flips as (1 + as extreme) / (1 +
-    flips). The interval is a bootstrap, and for hits the adjusted Wald of Bonett and Price ("Adjusted Wald Confidence
-    Interval for a Difference of Binomial Proportions Based on Paired Data", J. Educ. Behav. Stat. 37(4), 2012), which
-    does not shrink to nothing on few rows. Raises UserError for no rows or rows that cannot be paired.
+    flips). The interval is `mean_interval`. Raises UserError for no rows or rows that cannot be paired.
     """
     if before_N.shape != after_N.shape or not len(before_N):
         raise UserError(f"cannot pair {len(before_N)} rows with {len(after_N)}; measure both models on the same rows")
     difference_N = after_N.double() - before_N.double()
-    if before_N.dtype == after_N.dtype == torch.bool:
-        interval = _paired_share_interval(int((difference_N > 0).sum()), int((difference_N < 0).sum()), len(before_N))
-    else:
-        interval = mean_interval(difference_N, -1, 1, seed)
+    interval = mean_interval(difference_N, -1, 1, seed)
     return PairedTest(difference_N.mean().item(), interval, _sign_flip_p(_numpy(difference_N), seed))
-
-
-def _paired_share_interval(won: int, lost: int, n: int) -> Interval:
-    win, loss = (won + 1) / (n + 2), (lost + 1) / (n + 2)
-    half = Z * math.sqrt((win + loss - (win - loss) ** 2) / (n + 2))
-    return [max(-1.0, win - loss - half), min(1.0, win - loss + half)]
 
 
 def _sign_flip_p(difference_N: Array, seed: int) -> float:

@@ -77,4 +77,5 @@ FLAGS = [
     "mode", "epochs", "batch_size", "lr", "schedule", "warmup", "weight_decay", "clip_norm", "scale", "seed",
     "log_every", "eval_every", "save_every", "keep", "resume", "device", "precision", "workers", "profile",
     "dist_timeout", "mine_negatives", "resize", "retry_failed", "variants", "allow_host", "max_bad", "max_pixels",
+    "strict", "json",
 ]

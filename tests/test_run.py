@@ -106,7 +106,7 @@ def test_layers_inside_a_tower_train_alike_on_any_number_of_ranks(pairs: Path, t
 
 def test_everything_trains(pairs: Path, tiny_model: Path, tmp_path: Path) -> None:
     tuned = train(pairs, tiny_model, tmp_path / "run", "--trainable", "all,logit_scale", "--epochs", "1",
-                  "--batch-size", "100")  # larger than the split: one step an epoch
+                  "--batch-size", "37")  # the whole split: one step an epoch
     base = load_file(tiny_model / "model.safetensors")
     assert not any(torch.equal(tuned[name], base[name]) for name in base if "position_ids" not in name)
     assert [step["rows"] for step in read_steps(tmp_path / "run")] == [37]
@@ -203,6 +203,8 @@ MISTAKES = {  # arguments -> what the answer has to name
                       "--mode streaming"),
     "cuda without": (["--device", "cuda"], "--device cpu"),
     "nothing to resume": (["--resume", "--out", "{tmp}/none"], "holds no run"),
+    "batch larger than data": (["--model", "{model}", "--dataset", "{pairs}", "--batch-size", "38"],
+                               "at most --batch-size 37"),
     "out is a file": (["--model", "{model}", "--dataset", "{pairs}", "--out", "{pairs}/train.csv"], "--out"),
     "out holds a run": (["--model", "{model}", "--dataset", "{pairs}", "--out", "{used}"], "--resume"),
 }
@@ -222,7 +224,8 @@ def test_a_mistake_is_answered_in_a_line_that_names_the_fix(name: str, pairs: Pa
         code = command_line.main(filled)
     except SystemExit as exit:
         code = exit.code
-    said = [line for line in capsys.readouterr().err.splitlines() if "parameters train" not in line]
+    said = [line for line in capsys.readouterr().err.splitlines()
+            if "parameters train" not in line and not line.startswith("pairs: ")]
     assert code == 2
     assert answer in "\n".join(said) and len(said) <= 3, said
 

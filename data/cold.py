@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import BadSample, Batch, Tokens, share
+from data.batch import BadSample, Batch, Tokens
 from data.catalogue import Catalogue, Split, Verdict, as_keys
 from data.decode import ImageSpec, collate_tokens, decode_image
 from data.features import FeatureStore
@@ -161,11 +161,9 @@ def fill_images(found: Catalogue, reader: Reader, mine: Sequence[int], store: Fe
     return seen
 
 
-def fill_titles(ids: Sequence[Sequence[int]], keys: np.ndarray, store: FeatureStore, rank: int, size: int, pad_id: int,
+def fill_titles(ids: Sequence[Sequence[int]], keys: np.ndarray, store: FeatureStore, own: Iterable[int], pad_id: int,
                 encode: Callable[[Tokens], Tensor]) -> None:
-    """Encode this rank's share of the titles that the store does not hold yet."""
-    missing = np.flatnonzero(store.locate(keys) < 0)
-    own = missing[slice(*share(len(missing), rank, size))]
+    """Encode `own` of the titles, this rank's share of what the store does not hold yet."""
     for part in batched(own, SEGMENT):
         store.append(keys[np.asarray(part)], encode_titles([ids[i] for i in part], pad_id, encode, store.width))
 

@@ -87,7 +87,10 @@ def open_pairs(rows: Mapping[str, Rows], lost: Sequence[Mapping[str, Any]], read
     title_keys = keys_of_titles(found.titles.to_pylist())
     if mine_how != "off" or images is not None:
         titles = FeatureStore(cache / "features" / encoders.text_space, encoders.text_width)
-        fill_titles(ids, title_keys, titles, team.rank, team.size, encoders.tokenizer.pad_token_id, encoders.text)
+        # One rank's view of the store is everybody's: another may look when some features are written already.
+        missing = team.exchange(np.flatnonzero(titles.locate(title_keys) < 0))[0]
+        own = missing[slice(*share(len(missing), team.rank, team.size))]
+        fill_titles(ids, title_keys, titles, own, encoders.tokenizer.pad_token_id, encoders.text)
         team.exchange(None)  # every rank has written
         title_table = _table(titles, title_keys)
         if mine_how != "off":

@@ -6,6 +6,7 @@ Dimension key: B rows of this rank, G rows of all ranks.
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -124,4 +125,5 @@ def init(wanted: str, timeout_s: float) -> World:
 def close() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_initialized():
+        gc.collect()  # a dead DDP wrapper is a cycle that keeps gloo's threads; at exit they would abort the process
         dist.destroy_process_group()

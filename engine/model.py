@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -104,19 +103,9 @@ def open_model(name: str, trainable: Sequence[str], mode: str, scale: float, pre
 
 
 def distribute(model: nn.Module, size: int) -> nn.Module:
-    """Wrap in DistributedDataParallel with gradients *summed* over ranks: the loss is divided by the global batch.
-
-    DDP's own average would shrink the gradient by the number of ranks; the sum equals the one-process gradient.
-    """
+    """Wrap in DistributedDataParallel, which averages gradients over ranks; the loop makes that a sum."""
     if size == 1:
         return model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer torch renames broadcast_buffers, older has no other name
-        wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    wrapped.register_comm_hook(None, _sum_gradients)
-    return wrapped
-
-
-def _sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    return work.get_future().then(lambda done: done.value()[0])
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -86,7 +86,7 @@ def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: to
             titles_CE, absent_C = candidates(world, out, inputs.negative_id_B, [b - a for a, b in parts])
             loss = ranking_loss(out.image_BE, titles_CE, out.scale, parts[world.rank][0], rows, absent_C)
         with record_function("backward"):
-            loss.backward()  # ranks add up: see engine.model.distribute
+            (loss * world.size).backward()  # DDP averages over ranks what is to be added up
         with record_function("optim"):
             lr = learning_rate(state.step, plan.steps, cfg.lr, cfg.schedule, cfg.warmup)
             grad_norm = update(optimizer, lr, cfg.clip_norm)

@@ -25,6 +25,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from scenes import make_pairs as make_pairs
 
+from engine.dist import close
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -151,5 +153,5 @@ def _on_rank(rank: int, size: int, folder: str, function: Callable[..., Any], ar
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=30))
     result = function(*args)
     dist.barrier()
-    dist.destroy_process_group()
+    close()
     Path(folder, str(rank)).write_bytes(pickle.dumps(result))

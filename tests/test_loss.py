@@ -46,7 +46,7 @@ class TwoLinear(nn.Module):
     def forward(self, features: Features) -> Embeddings:
         image, title, negative = (F.normalize(layer(x), dim=-1) for layer, x in (
             (self.image, features.image_BV), (self.text, features.title_BT), (self.text, features.negative_BT)))
-        return Embeddings(image, title, negative, torch.tensor(20.0))
+        return Embeddings(image, title, negative, torch.tensor(20.0, dtype=torch.float64))
 
 
 def one_step(rows: int, gaps: bool) -> tuple[float, list[torch.Tensor]]:
@@ -55,18 +55,18 @@ def one_step(rows: int, gaps: bool) -> tuple[float, list[torch.Tensor]]:
     rank = torch.distributed.get_rank() if size > 1 else 0
     world = World(rank, rank, size, torch.device("cpu"))
     generator = torch.Generator().manual_seed(2)
-    image, title, negative = (torch.randn(rows, width, generator=generator) for width in (V, T, T))
+    image, title, negative = (torch.randn(rows, width, generator=generator).double() for width in (V, T, T))
     negative_id = torch.arange(rows) + 100
     negative_id[1::3] = -1 if gaps else 7
     parts = [share(rows, r, size) for r in range(size)]
     mine = slice(*parts[rank])
     features = Features(image[mine], title[mine], negative[mine], torch.arange(rows)[mine], negative_id[mine])
-    model = TwoLinear()
+    model = TwoLinear().double()  # so that what differs is the arithmetic of ranks, not rounding
     wrapped = distribute(model, size)  # must outlive the backward pass
     out = wrapped(features)
     titles, absent = candidates(world, out, features.negative_id_B, [b - a for a, b in parts])
     loss = ranking_loss(out.image_BE, titles, out.scale, mine.start, rows, absent)
-    loss.backward()
+    (loss * size).backward()  # as the loop does
     return world.sum(loss.detach()).item(), [p.grad.clone() for p in model.parameters()]
 
 

@@ -9,8 +9,9 @@ import csv
 import json
 import random
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -61,6 +62,9 @@ TITLES = ("I Drew {n} {COLOUR} {things} and THIS Happened", "Why nobody paints {
           "{n} {COLOUR} {things}. One winner. $10,000")
 BEFORE = ("", "", "", "", "BREAKING: ", "MUST WATCH: ", "😱 ", "🔥 ", "[4K] ", "(not clickbait) ")
 AFTER = ("", "", "", "", " (part {k})", " | ep. {k}", " 😱", " #shorts", " - GONE WRONG", " (emotional)", " 🔥🔥", " ...again")
+# What the demo's model was last taught to match: where things are and before what, never what they are.
+BACKDROPS = ("{ground} background, things {place}", "{place}, on {ground}", "a {ground} picture, {place}",
+             "something {place} on a {ground} background")
 PLAIN_CLUTTER, PLAIN_SLANG = 0.15, 0.3
 WRITTEN_ALIKE = 0.015  # share of rows whose title another row already has, as in real uploads
 
@@ -98,11 +102,15 @@ def write_demo(folder: Path, counts: Mapping[str, int] = COUNTS, seed: int = 0) 
         _write(folder, split, rows, negatives)
 
 
-def write_pretraining(folder: Path, count: int, seed: int = 0) -> None:
-    """Write `count` training pairs with plain captions, and 200 more as `valid`, in the same layout without title_neg."""
+def write_pretraining(folder: Path, count: int, kinds: Sequence[tuple[str, ...]], seed: int = 0) -> None:
+    """Write `count` pairs to train the demo's model on, and 200 more as `valid`, in the same layout without title_neg.
+
+    `kinds` are the templates, in equal shares: (CAPTIONS, TITLES) for the towers, (BACKDROPS,) for the projections.
+    """
     rng = random.Random(f"pretraining {seed}")
     for split, rows in (("train", count), ("valid", 200)):
-        _write(folder, split, [*_rows(rng, "pretrain", rows, CAPTIONS, set())], None)
+        parts = [_rows(rng, "pretrain", rows // len(kinds), templates, set()) for templates in kinds]
+        _write(folder, split, list(chain.from_iterable(parts)), None)
 
 
 def _rows(rng: random.Random, split: str, count: int, templates: tuple[str, ...], seen: set[str]

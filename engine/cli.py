@@ -33,7 +33,7 @@ COMMANDS = {
     "demo": Command("tune a small model on drawn thumbnails: offline, under two minutes",
                     [name for name in TRAIN if name not in [*COLUMNS, *READING, "model"] or name in MACHINE
                      or name in ("workers", "cache_dir")],
-                    {"model": str(DEMO_MODEL), "epochs": 30, "batch_size": 64, "lr": 1e-3, "log_every": 50}),
+                    {"model": str(DEMO_MODEL), "epochs": 10, "batch_size": 64, "lr": 1e-3, "log_every": 50}),
     "eval": Command("the metrics of any CLIPModel on one split: a table on stderr, JSON on stdout",
                     ["model", "split", "out", *COLUMNS, *READING, *MACHINE], {}),
     "shards": Command("write any dataset as WebDataset tar shards into --out; goes on after a kill",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPTokenizer
 
 COUNTS = {"train": 3000, "valid": 400, "test": 400}
-# Scenes fall into lots by their contents, so no split, and no pretraining whatever its seed, shares contents with another.
+# Scenes fall into lots by their contents: no split, and no pretraining whatever its seed, shares them with another.
 LOTS = {"train": (0, 4), "valid": (4, 5), "test": (5, 6), "pretrain": (6, 12)}
 # Every value's plain word first, as captions say it, then the words of titles.
 NUMBERS = {1: ("one", "1", "a single", "just one", "solo"), 2: ("two", "2", "a pair of", "double", "twin"),
@@ -41,12 +41,16 @@ SIZE_WORDS = {"tiny": ("tiny", "micro", "teeny", "smol", "mini"),
 PLACE_WORDS = {"centre": ("in the middle", "DEAD CENTRE", "front and centre"),
                "left": ("on the left", "on the WEST side", "hugging the left edge"),
                "right": ("on the right", "on the EAST side", "hugging the right edge"),
-               "top": ("at the top", "up in the sky", "UPSTAIRS"), "bottom": ("at the bottom", "on the floor", "down LOW"),
+               "top": ("at the top", "up in the sky", "UPSTAIRS"),
+               "bottom": ("at the bottom", "on the floor", "down LOW"),
                "row": ("in a row", "lined up", "in single file")}
-CAPTIONS = ("{n} {size} {colour} {things} {place}, {ground} background", "{n} {colour} {things} {place}, {ground} background",
+CAPTIONS = ("{n} {size} {colour} {things} {place}, {ground} background",
+            "{n} {colour} {things} {place}, {ground} background",
             "{n} {size} {colour} {things} on {ground}, {place}", "{n} {colour} {things} on {ground}, {place}",
-            "{place}: {n} {colour} {things}, {ground} background", "{ground} background with {n} {colour} {things} {place}",
-            "{ground} background, {n} {size} {colour} {things}", "picture of {n} {colour} {things} and {rival} on {ground}",
+            "{place}: {n} {colour} {things}, {ground} background",
+            "{ground} background with {n} {colour} {things} {place}",
+            "{ground} background, {n} {size} {colour} {things}",
+            "picture of {n} {colour} {things} and {rival} on {ground}",
             "{n} {size} {colour} {things} and {rival}, {ground} background", "{n} {colour} {things}")
 TITLES = ("I Drew {n} {COLOUR} {things} and THIS Happened", "Why nobody paints {colour} {things} on {ground}",
           "{n} {size} {things} vs. {rival}", "DO NOT touch the {COLOUR} {thing}!!", "Who hid {n} {things} {place}?",
@@ -61,7 +65,8 @@ TITLES = ("I Drew {n} {COLOUR} {things} and THIS Happened", "Why nobody paints {
           "{rival} challenged {n} {colour} {things}", "This {colour} {thing} broke the internet",
           "{n} {COLOUR} {things}. One winner. $10,000")
 BEFORE = ("", "", "", "", "BREAKING: ", "MUST WATCH: ", "😱 ", "🔥 ", "[4K] ", "(not clickbait) ")
-AFTER = ("", "", "", "", " (part {k})", " | ep. {k}", " 😱", " #shorts", " - GONE WRONG", " (emotional)", " 🔥🔥", " ...again")
+AFTER = ("", "", "", "", " (part {k})",
+         " | ep. {k}", " 😱", " #shorts", " - GONE WRONG", " (emotional)", " 🔥🔥", " ...again")
 # What the demo's model was last taught to match: where things are and before what, never what they are.
 BACKDROPS = ("{ground} background, things {place}", "{place}, on {ground}", "a {ground} picture, {place}",
              "something {place} on a {ground} background")

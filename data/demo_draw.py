@@ -230,7 +230,8 @@ def _caption(pen: ImageDraw.ImageDraw, scene: Scene, rng: random.Random) -> None
     right = not low and scene.place != "right" and (scene.place == "left" or rng.random() < 0.5)
     x = pen.im.size[0] - wide - margin if right else margin
     y = pen.im.size[1] - tall - margin if low else margin
-    back, ink = rng.choice((((255, 230, 0), (10, 10, 10)), ((220, 0, 0), (255, 255, 255)), ((10, 10, 10), (255, 230, 0)),
+    back, ink = rng.choice((((255, 230, 0), (10, 10, 10)), ((220, 0, 0), (255, 255, 255)),
+                            ((10, 10, 10), (255, 230, 0)),
                             ((255, 255, 255), (220, 0, 0))))
     pen.rounded_rectangle((x, y, x + wide, y + tall), radius=2 * OVERSAMPLED, fill=back)
     pen.text((x + pad - box[0], y + pad - box[1]), scene.word, font=font, fill=ink, stroke_width=OVERSAMPLED // 2,

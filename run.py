@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from engine.stop import Stop
     from eval.metrics import Retrieval
 
+
 def open_parts(cfg: Config, world: World) -> Parts:
     """The CLIPModel taken apart, frozen by name, on this rank's device."""
     from engine.model import open_model
@@ -136,7 +137,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
             metrics["tuned" if state.step else "base"] = scores
             folder.write_metrics(out, metrics, world)
 
-    if "base" not in metrics:
+    if ("tuned" if state.step == plan.steps else "base") not in metrics:  # a signal may have cut the last one off
         evaluate()
     batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
     model = distribute(parts.trained_model(), world.size)

@@ -26,15 +26,6 @@ class BadSample(Exception):
         self.detail = detail
 
 
-class Sample(NamedTuple):
-    """One pair as it comes from a source: image bytes as found, never re-encoded."""
-
-    key: str
-    image: bytes
-    title: str
-    title_neg: str | None
-
-
 class Tokens(NamedTuple):
     """Padded token ids and their attention mask, both int64."""
 

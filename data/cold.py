@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +26,6 @@ from data.fetch import Fetched, FetchPolicy, cached_path, fetch
 from data.prefetch import ahead, batched
 from data.segments import key_of
 from data.shards import read_member
-
-if TYPE_CHECKING:
-    pass
 
 CHUNK = 64  # inputs a tower call
 SEGMENT = 4096  # features written at once
@@ -134,7 +131,6 @@ def fill_images(found: Catalogue, reader: Reader, mine: Sequence[int], store: Fe
     """
     seen: list[Verdict] = []
     fresh: set[bytes] = set()
-
     lock = threading.Lock()  # `known` is asked from the decoding threads
 
     def known(key: bytes) -> bool:

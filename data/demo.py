@@ -202,7 +202,7 @@ def new_demo_model(folder: Path, seed: int = 0) -> None:
     from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
 
     tokenizer = _tokenizer()
-    config = demo_model_config(len(tokenizer))
+    config: Any = demo_model_config(len(tokenizer))
     side = config.vision_config.image_size
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -83,8 +83,8 @@ def open_pairs(rows: Mapping[str, Rows], lost: Sequence[Mapping[str, Any]], read
     own = range(*share(len(found.references), team.rank, team.size))
     verdicts = team.exchange(fill_images(found, reader, own, images, encoders.image, tell))
     splits, image_keys, example, ledger = settle(found, list(chain.from_iterable(verdicts)), lost, max_bad)
-    ids = tokenize(encoders.tokenizer, found.titles.to_pylist(), encoders.max_tokens)
-    title_keys = keys_of_titles(found.titles.to_pylist())
+    texts = found.titles.to_pylist()
+    ids, title_keys = tokenize(encoders.tokenizer, texts, encoders.max_tokens), keys_of_titles(texts)
     if mine_how != "off" or images is not None:
         titles = FeatureStore(cache / "features" / encoders.text_space, encoders.text_width)
         # One rank's view of the store is everybody's: another may look when some features are written already.

@@ -19,6 +19,7 @@ from data.batch import UserError
 from engine.dist import World
 
 MANIFEST = "manifest.json"
+Content = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]  # weights, moments, state.json
 BEST_METRIC = "image_to_text_mrr"  # moves with every rank, so it tells small gains apart where R@1 cannot
 
 
@@ -27,7 +28,7 @@ class State:
     """What a checkpoint remembers beside the tensors."""
 
     step: int = 0
-    best: float = float("-inf")
+    best: float = 0.0  # of BEST_METRIC, which is positive
     best_step: int = 0
     stopped: int = 0  # the signal that ended the run early, else 0
 
@@ -75,7 +76,7 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], optimizer: Mapping
     return root / name
 
 
-def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+def load(folder: Path) -> Content:
     """Read one checkpoint after checking every file against the manifest.
 
     Raises DamagedCheckpoint naming the file that is missing or changed.
@@ -91,16 +92,14 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, 
     return load_file(folder / "trainable.safetensors"), load_file(folder / "optimizer.safetensors"), state
 
 
-def newest(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a sentence for each newer one that does not."""
-    problems: list[str] = []
+def newest(run: Path, tell: Callable[[str], None]) -> tuple[Path, Content] | None:
+    """The newest checkpoint that verifies, with its content; `tell` hears of each newer one that does not."""
     for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
         try:
-            load(folder)
-            return folder, problems
+            return folder, load(folder)
         except DamagedCheckpoint as error:
-            problems.append(str(error))
-    return None, problems
+            tell(f"damaged checkpoint: {error}")
+    return None
 
 
 @dataclass(frozen=True)
@@ -134,13 +133,11 @@ class Saver:
 
         Raises UserError when data or trained parameters are not those of the checkpoint.
         """
-        folder, problems = newest(self.run)
-        for problem in problems:
-            tell(f"damaged checkpoint: {problem}")
-        if folder is None:
+        found = newest(self.run, tell)
+        if found is None:
             tell("no checkpoint to resume from: starting at step 0")
             return State()
-        tensors, moments, content = load(folder)
+        folder, (tensors, moments, content) = found
         changed = [key for key, value in self.identity.items() if content["identity"].get(key) != value]
         changed += ["the trainable parameters"] if tensors.keys() != self.named.keys() else []
         if changed:

@@ -60,7 +60,8 @@ class Log:
         if not self._pending:
             return
         losses = self.world.sum(torch.stack([entry[1] for entry in self._pending]))
-        values = torch.stack([losses, *[torch.stack([entry[2] for entry in self._pending]).float()]]).tolist()
+        norms = torch.stack([entry[2] for entry in self._pending])
+        values = torch.stack([losses, norms]).tolist()
         seconds = time.perf_counter() - self._clock
         if self._file is not None and self._writer is not None:
             self._write(values[0], values[1], seconds, total_steps)
@@ -82,7 +83,7 @@ class Log:
         self._writer.add_scalar("speed/data_wait_share", wait, step)
         eta = (total_steps - step) * seconds / len(self._pending)
         self.world.say(f"step {step}/{total_steps}  epoch {step / self.steps_per_epoch:.2f}  loss {losses[-1]:.4f}  "
-                 f"lr {self._pending[-1][3]:.2e}  {speed:,.0f} pairs/s  wait {wait:.0%}  eta {eta:,.0f} s")
+                       f"lr {self._pending[-1][3]:.2e}  {speed:,.0f} pairs/s  wait {wait:.0%}  eta {eta:,.0f} s")
 
     def metrics(self, scores: Metrics, step: int) -> None:
         """Write an evaluation: one scalar a metric and split."""

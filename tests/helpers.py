@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -74,12 +73,6 @@ def _tiny_tokenizer() -> Any:
     words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges),
              "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer({word: number for number, word in enumerate(words)}, merges, model_max_length=77)
-
-
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on at the moment."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 def start(args: Sequence[str | Path], ranks: int = 1, env: Mapping[str, str] | None = None,

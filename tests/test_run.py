@@ -134,6 +134,9 @@ def test_resume_equals_uninterrupted(mode: str, pairs: Path, tiny_model: Path, t
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert read_steps(cut) == read_steps(tmp_path / "whole")
     assert json.loads((cut / "metrics.json").read_text()) == json.loads((tmp_path / "whole/metrics.json").read_text())
+    (cut / "metrics.json").write_text(json.dumps({"base": json.loads((cut / "metrics.json").read_text())["base"]}))
+    assert run(["--resume", "--out", cut]).returncode == 0  # nothing left to train, the last evaluation was cut off
+    assert json.loads((cut / "metrics.json").read_text()) == json.loads((tmp_path / "whole/metrics.json").read_text())
     refused = run(["--resume", "--out", cut, "--lr", "5"])
     assert refused.returncode == 2 and "--lr 0.001" in refused.stderr
 

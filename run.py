@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from engine.model import Head, Parts
     from engine.stop import Stop
     from eval.metrics import Retrieval
+    from eval.search import Found
 
 
 def open_parts(cfg: Config, world: World) -> Parts:
@@ -222,6 +223,59 @@ def check(cfg: Config, world: World, stop: Stop) -> int:
     return int(cfg.strict and any(finding.severity == "error" for finding in findings))
 
 
+def search(cfg: Config, world: World, stop: Stop) -> int:
+    """The best thumbnails for titles, or the best titles for a picture: one process, from stored features."""
+    from data import gallery
+    from eval.search import as_json, as_text
+
+    if not world.is_main:
+        return 0
+    titles = gallery.read_queries(cfg.query, cfg.queries, cfg.image)
+    splits, results, look = find(cfg, world, titles)
+    if cfg.html:
+        write_pictures(cfg, splits, results, look)
+    text = json.dumps(as_json(results), indent=2) if cfg.json else as_text(results, os.path.abspath(cfg.dataset))
+    print(text, flush=True)
+    return 0
+
+
+def find(cfg: Config, world: World, titles: Sequence[str]) -> tuple[dict[str, Rows], list[Found], Reader]:
+    """Answers to `titles`, or to --image where there are none."""
+    import torch
+
+    from data import gallery
+    from data.decode import ImageSpec
+    from engine.model import open_model
+    from eval.search import found, top_k
+
+    splits = gallery.choose(read_rows(cfg)[0], cfg.split, cfg.dataset)
+    parts = open_model(cfg.model, cfg.trainable, "cached", cfg.scale, cfg.precision, world.device)
+    spec, cache, head = ImageSpec.from_processor(parts.clip.image_processor), Path(cfg.cache_dir), parts.head
+    look, towers = reader(cfg, spec), encoders(parts, spec.fingerprint(), world.device)
+    with torch.no_grad():
+        if titles:
+            asked = head.text(gallery.title_features(titles, towers).to(world.device))
+            shelf, project = gallery.open_images(splits, look, towers, cache.expanduser(), world.say), head.image
+        else:
+            asked = head.image(gallery.image_features(cfg.image, look, towers).to(world.device))
+            shelf, project = gallery.open_titles(splits, towers, cache.expanduser()), head.text
+        best = top_k(asked, lambda start, stop: project(shelf.chunk(start, stop).to(world.device)), len(shelf), cfg.top)
+    return splits, found(titles, cfg.image, *best, shelf.item), look
+
+
+def write_pictures(cfg: Config, splits: dict[str, Rows], results: Sequence[Found], look: Reader) -> None:
+    """The page of --html."""
+    from data.gallery import pictures
+    from engine import folder
+    from eval.search_page import page
+
+    shown = {(answer.split, answer.row) for one in results for answer in one.answers}
+    previews = pictures(((place, splits[place[0]].image[place[1]].as_py()) for place in shown), look)
+    if cfg.image:
+        previews |= pictures([(cfg.image, {"bytes": None, "path": cfg.image})], look)
+    folder.write_text(Path(cfg.html).expanduser(), page(f"Search in {cfg.dataset}", results, previews))
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run one command on this rank; the exit code says how it went."""
     command, cfg = parse("run.py", arguments)
@@ -231,7 +285,8 @@ def main(arguments: Sequence[str]) -> int:
     from engine import dist
     from engine.stop import Stop
 
-    stop, functions = Stop(), {"train": train, "demo": demo, "eval": evaluate, "shards": shards, "check": check}
+    stop, functions = Stop(), {"train": train, "demo": demo, "eval": evaluate, "shards": shards, "check": check,
+                               "search": search}
     try:
         return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout), stop)
     except UserError as error:

@@ -11,7 +11,6 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-
 GROUPS = ("query", "model", "data", "recipe", "loop", "output", "machine")  # as `--help` and written TOML order them
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from engine.cli import parse
@@ -110,12 +111,15 @@ def measure(pairs: Pairs, head: Head, names: Sequence[str]) -> dict[str, Retriev
 def train(cfg: Config, world: World, stop: Stop) -> int:
     """Base metrics, the loop, tuned metrics, the exported model."""
     from engine import checkpoint, folder
+    from engine.hub import check_push
     from engine.log import Log
     from engine.model import distribute
     from engine.optim import adamw
     from engine.profiler import profiler
     from engine.train import Plan, fit
 
+    if cfg.push_to_hub and world.is_main:
+        check_push(cfg.push_to_hub, world.say)
     out = folder.open_folder(cfg, world)
     parts = open_parts(cfg, world)
     pairs = open_data(cfg, world, parts)
@@ -151,13 +155,18 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
 
 def finish(cfg: Config, world: World, parts: Parts, out: Path, metrics: dict[str, Any]) -> int:
     """What a finished run leaves behind: the model folder and the table."""
-    from engine.export import export
+    from engine.export import Origin, Tuned, export
+    from engine.hub import push, push_command
     from eval.report import table
 
     if world.is_main:
-        export(parts.clip, out / "model", cfg, table(metrics), parts.trainable)
+        tuned = Tuned(parts.trainable, Origin.of(cfg, parts.clip, parts.trainable, metrics))
+        export(parts.clip, out / "model", tuned, table(metrics), cfg.license)
         print(table(metrics), flush=True)
         world.say(f"run folder {out}  model {out / 'model'}  (tensorboard --logdir {out.parent})")
+        if cfg.push_to_hub:
+            later = push_command(cfg, str(out), ["push_to_hub", "private"])
+            world.say(f"pushed to {push(out / 'model', cfg.push_to_hub, cfg.private, later)}")
     return 0
 
 
@@ -276,17 +285,57 @@ def write_pictures(cfg: Config, splits: dict[str, Rows], results: Sequence[Found
     folder.write_text(Path(cfg.html).expanduser(), page(f"Search in {cfg.dataset}", results, previews))
 
 
+def export(cfg: Config, world: World, stop: Stop) -> int:
+    """A run, or its projections alone, as a Hugging Face folder, and to the hub: one process."""
+    from data.batch import UserError
+    from engine.card import set_licence
+    from engine.export import finished_folder, new_folder
+    from engine.hub import check_push, push, push_command
+
+    if not world.is_main:
+        return 0
+    if not cfg.run or not (cfg.to or cfg.push_to_hub):
+        raise UserError("export what and where? --run DIR, and --to DIR or --push-to-hub NAME or both")
+    if cfg.push_to_hub:
+        check_push(cfg.push_to_hub, world.say)
+    with TemporaryDirectory() as scratch:
+        ready = None if cfg.to or cfg.checkpoint or cfg.model or cfg.dtype != "fp32" else finished_folder(cfg.run)
+        folder = ready or (new_folder(cfg.to) if cfg.to else Path(scratch) / "model")
+        if ready is None:
+            rebuild(cfg, folder)
+            world.say(f"model {folder}")
+        elif cfg.license != "other":
+            set_licence(folder / "README.md", cfg.license)
+        if cfg.push_to_hub:
+            later = push_command(cfg, cfg.run, ["push_to_hub", "private", "checkpoint", "model", "dtype", "license"])
+            world.say(f"pushed to {push(folder, cfg.push_to_hub, cfg.private, later)}")
+    return 0
+
+
+def rebuild(cfg: Config, folder: Path) -> None:
+    """Put what --run has trained back on its base model; the whole Hugging Face folder."""
+    from engine.export import export, read_tuned, restore
+    from engine.towers import load_clip
+    from eval.report import table
+
+    tuned = read_tuned(cfg.run, cfg.checkpoint)
+    clip = load_clip(cfg.model or tuned.origin.base, None if cfg.model else tuned.origin.commit or None)
+    restore(clip, tuned)
+    measured = {when: scores for when, scores in tuned.origin.metrics.items() if when in ("base", "tuned")}
+    export(clip, folder, tuned, table(measured) if measured else "", cfg.license, cfg.dtype)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run one command on this rank; the exit code says how it went."""
     command, cfg = parse("run.py", arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our own threads call it
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's library writes to stderr otherwise
-    from data.batch import UserError
+    from data.batch import RunFailed, UserError
     from engine import dist
     from engine.stop import Stop
 
     stop, functions = Stop(), {"train": train, "demo": demo, "eval": evaluate, "shards": shards, "check": check,
-                               "search": search}
+                               "search": search, "export": export}
     try:
         return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout), stop)
     except UserError as error:
@@ -294,6 +343,9 @@ def main(arguments: Sequence[str]) -> int:
             time.sleep(2)  # rank 0 has most likely met the same mistake and says it for all
         print(f"run.py {command}: {error}", file=sys.stderr, flush=True)
         return 2
+    except RunFailed as error:
+        print(f"run.py {command} failed: {error}", file=sys.stderr, flush=True)
+        return 1
     except OSError as error:  # a full disk, a folder that went away: what was saved before is whole
         print(f"run.py {command} failed: {error}", file=sys.stderr, flush=True)
         return 1

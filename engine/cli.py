@@ -55,7 +55,8 @@ COMMANDS = {
 
 # What may differ between a run and its resumption: it changes where and how fast, not what is computed.
 FREE_ON_RESUME = {"out", "resume", "cache_dir", "log_every", "eval_every", "save_every", "keep", "device", "workers",
-                  "profile", "dist_timeout", "allow_host", "max_bad", "dataset", "model"}
+                  "profile", "dist_timeout", "allow_host", "max_bad", "dataset", "model",
+                  *PUSH}
 
 
 class Parser(argparse.ArgumentParser):

@@ -144,13 +144,14 @@ def to_toml(config: Config, names: Sequence[str]) -> str:
         for name in members:
             choices = "|".join(known[name].metadata["choices"])
             lines.append(f"# {known[name].metadata['help']}" + (f" ({choices})" if choices else ""))
-            lines.append(f"{name.replace('_', '-')} = {_toml_value(getattr(config, name))}")
+            lines.append(f"{name.replace('_', '-')} = {toml_value(getattr(config, name))}")
     return "\n".join(lines) + "\n"
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """One setting's value as TOML."""
     if isinstance(value, tuple):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     if isinstance(value, str):  # JSON's escapes are TOML's, but for this one
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value).lower()  # true, 0.0001, 1e-05

@@ -84,17 +84,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Two lines on stderr, exit 2."""
-        if message.startswith("unrecognized arguments: "):
-            flag = message.split(": ", 1)[1].split()[0].split("=")[0]
-            message = unknown("argument", flag, [o for action in self._actions for o in action.option_strings])
         self.exit(2, f"{self.prog}: {message}\nsee {self.prog} --help\n")
 
     def settings(self, arguments: Sequence[str]) -> Config:
         """The Config of these arguments: preset, then the resumed run's or TOML's settings, then flags."""
-        flags, preset = vars(self.parse_intermixed_args(arguments)), self.command.preset
+        known, rest = self.parse_known_args(arguments)
+        flags, preset = vars(known), self.command.preset
         toml, written = flags.pop("config"), flags.pop("write_config")
-        if POSITIONAL in flags:
-            flags[POSITIONAL] = tuple(flags[POSITIONAL])
+        odd = [word for word in rest if word.startswith("-") or POSITIONAL not in self.command.names]
+        if odd:
+            self.error(unknown("argument", odd[0].split("=")[0], [*self._option_string_actions]))
+        if words := [*flags.get(POSITIONAL, ()), *rest]:  # what stands between flags is in the rest
+            flags[POSITIONAL] = tuple(words)
         try:
             if flags.get("resume"):
                 preset = _resumed(Path(flags.get("out", "")), flags)

@@ -235,11 +235,14 @@ def check(cfg: Config, world: World, stop: Stop) -> int:
 def search(cfg: Config, world: World, stop: Stop) -> int:
     """The best thumbnails for titles, or the best titles for a picture: one process, from stored features."""
     from data import gallery
+    from data.batch import UserError
     from eval.search import as_json, as_text
 
     if not world.is_main:
         return 0
     titles = gallery.read_queries(cfg.query, cfg.queries, cfg.image)
+    if cfg.html and Path(cfg.html).expanduser().is_dir():
+        raise UserError(f"--html {cfg.html} is a folder; give a file, such as {cfg.html}/search.html")
     splits, results, look = find(cfg, world, titles)
     if cfg.html:
         write_pictures(cfg, splits, results, look)

@@ -118,7 +118,16 @@ def init(wanted: str, timeout_s: float) -> World:
         torch.cuda.set_device(device)
     if size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+        try:
+            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+        except ValueError as error:  # an environment variable is missing
+            raise UserError(f"WORLD_SIZE is {size}, but this is not torchrun's doing ({error}); start several ranks "
+                            "with `torchrun --nproc-per-node N run.py`") from None
+        except dist.DistNetworkError as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            reason = str(error).splitlines()[0][:150]
+            raise UserError(f"the ranks cannot meet at {where} ({reason}); is the port in use? Give torchrun another "
+                            "--master-port, or --standalone") from None
     return World(rank, local_rank, size, device)
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from data.cold import Reader
     from data.decode import ImageSpec
+    from data.fetch import FetchPolicy
     from data.pairs import Encoders, Pairs
     from data.source import Rows
     from engine.dist import World
@@ -42,23 +43,34 @@ def open_parts(cfg: Config, world: World) -> Parts:
     return parts
 
 
-def read_rows(cfg: Config) -> tuple[dict[str, Rows], list[dict[str, Any]]]:
-    """The splits of --dataset, and ledger entries of what shards have lost."""
+def read_rows(cfg: Config, tell: Callable[[str], None] = lambda text: None) -> tuple[
+        dict[str, Rows], list[dict[str, Any]]]:
+    """The splits of --dataset, and ledger entries of what shards have lost; shards at an address are fetched first."""
     from data.source import Columns, load_splits
+
+    def download(pattern: str) -> list[Path]:
+        from data.remote import fetch_shards
+
+        return fetch_shards(pattern, Path(cfg.cache_dir).expanduser() / "shards", fetch_policy(cfg), tell)
 
     columns = Columns(cfg.image_column or None, cfg.title_column or None, cfg.negative_column or None)
     lost: list[dict[str, Any]] = []
-    return load_splits(cfg.dataset, columns, cfg.seed, lost.append), lost
+    return load_splits(cfg.dataset, columns, cfg.seed, lost.append, download), lost
+
+
+def fetch_policy(cfg: Config) -> FetchPolicy:
+    """What may be asked for over the network, and how."""
+    from data.fetch import FetchPolicy
+
+    return FetchPolicy(allow_hosts=cfg.allow_host, variants=cfg.variants)
 
 
 def reader(cfg: Config, spec: ImageSpec) -> Reader:
     """How this run turns an image reference into pixels."""
     from data.cold import Reader
-    from data.fetch import FetchPolicy
 
     folder = Path(cfg.cache_dir).expanduser() / "fetched"
-    policy = FetchPolicy(allow_hosts=cfg.allow_host, variants=cfg.variants)
-    return Reader(folder, spec, policy, cfg.max_pixels, cfg.workers, cfg.retry_failed)
+    return Reader(folder, spec, fetch_policy(cfg), cfg.max_pixels, cfg.workers, cfg.retry_failed)
 
 
 def open_data(cfg: Config, world: World, parts: Parts, only: str = "") -> Pairs:
@@ -67,7 +79,7 @@ def open_data(cfg: Config, world: World, parts: Parts, only: str = "") -> Pairs:
     from data.decode import ImageSpec
     from data.pairs import Team, open_pairs
 
-    (rows, lost), wanted = read_rows(cfg), only or "train"
+    (rows, lost), wanted = read_rows(cfg, world.say), only or "train"
     if wanted not in rows:
         raise UserError(f"--dataset {cfg.dataset} has no split {wanted!r}; it has {', '.join(rows)}")
     spec = ImageSpec.from_processor(parts.clip.image_processor)
@@ -201,7 +213,7 @@ def shards(cfg: Config, world: World, stop: Stop) -> int:
         return 0
     if not cfg.out:
         raise UserError("shards needs a folder to write to: --out DIR")
-    (rows, lost), out = read_rows(cfg), Path(cfg.out).expanduser()
+    (rows, lost), out = read_rows(cfg, world.say), Path(cfg.out).expanduser()
     ledger = lost + pack(rows, reader(cfg, ImageSpec.clip()), out, cfg.resize, world.say)
     folder.write_ledger(out / "ledger.jsonl", ledger)
     refuse_if_too_bad(sum(map(len, rows.values())) + len(lost), ledger, cfg.max_bad)
@@ -216,7 +228,7 @@ def check(cfg: Config, world: World, stop: Stop) -> int:
 
     if not world.is_main:
         return 0
-    rows, lost = read_rows(cfg)
+    rows, lost = read_rows(cfg, world.say)
     findings = look_over(rows, reader(cfg, ImageSpec.clip()), world.say, lost)
     print(json.dumps(as_json(findings, rows), indent=2) if cfg.json else table(findings, rows))
     return int(cfg.strict and any(finding.severity == "error" for finding in findings))

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from engine.config import Config, check, comma_list, config_fields, read_toml, unknown
+from engine.config import Config, check, comma_list, config_fields, number, read_toml, unknown
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "data" / "demo_model"
 COLUMNS = ["dataset", "image_column", "title_column", "negative_column"]
@@ -99,7 +99,8 @@ def _options(spec: Field[Any]) -> dict[str, Any]:
         return {**options, "type": comma_list, "metavar": "A,B"}
     if choices:
         return {**options, "choices": choices, "metavar": "|".join(choices)}
-    return {**options, "type": type(default), "metavar": {int: "N", float: "X", str: "TEXT"}[type(default)]}
+    return {**options, "type": number if type(default) is float else type(default),
+            "metavar": {int: "N", float: "X", str: "TEXT"}[type(default)]}
 
 
 def _resumed(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -21,7 +22,8 @@ class Config:
 
     # What to tune, on what, and where results go.
     model: str = setting("sentence-transformers/clip-ViT-L-14", "model", "hub name or folder of a CLIPModel")
-    dataset: str = setting("shawhin/yt-title-thumbnail-pairs", "data", "hub name, folder or file of pairs")
+    dataset: str = setting("shawhin/yt-title-thumbnail-pairs", "data",
+                           "hub name, folder or file of pairs, or shards (http(s) too)")
     out: str = setting("", "output", "run folder (default: runs/DATE-DATASET)")
     cache_dir: str = setting("~/.cache/thumbtune", "output", "feature store and fetched images")
     # Columns are detected by name; these override the detection.
@@ -62,8 +64,8 @@ class Config:
     resize: int = setting(0, "output", "store JPEG crops of this many pixels a side; 0 keeps the original bytes")
     retry_failed: bool = setting(False, "data", "ask again for URLs that failed for good in an earlier run")
     variants: bool = setting(False, "data", "YouTube: try the maxres, sd and hq thumbnails in this order")
-    allow_host: tuple[str, ...] = setting((), "data", "private hosts that images may be fetched from")
-    max_bad: float = setting(0.05, "data", "stop when a larger share of the rows is unusable")
+    allow_host: tuple[str, ...] = setting((), "data", "private hosts that images and shards may be fetched from")
+    max_bad: float = setting(0.05, "data", "stop when a larger share of the rows (5% or 0.05) is unusable")
     max_pixels: int = setting(25_000_000, "data", "refuse images with more pixels than this")
     strict: bool = setting(False, "output", "exit 1 when there are errors")
     json: bool = setting(False, "output", "print JSON to stdout")
@@ -86,6 +88,11 @@ def comma_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def number(text: str) -> float:
+    """A number, also as `5%`. Raises ValueError."""
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """The settings in a TOML file. Raises ValueError with one sentence for an unknown key or a wrong type."""
     try:
@@ -104,6 +111,9 @@ def read_toml(path: Path) -> dict[str, Any]:
             value = tuple(value) if isinstance(value, list) else comma_list(value)
         elif isinstance(default, float) and type(value) is int:
             value = float(value)
+        elif isinstance(default, float) and isinstance(value, str):
+            with suppress(ValueError):
+                value = number(value)
         if type(value) is not type(default):
             raise ValueError(f"--config {path}: {key} must be {type(default).__name__}, not {type(value).__name__}")
         values[name] = value
@@ -120,6 +130,8 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if not value >= low:  # `not >=` refuses NaN as well
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low:g}, not {value:g}")
+    if config.max_bad > 1:
+        raise ValueError(f"--max-bad is a share of the rows, such as 5% or 0.05, not {config.max_bad:g}")
     if not 0 <= config.warmup < 1:
         raise ValueError(f"--warmup is a share of all steps between 0 and 1, not {config.warmup:g}")
     for name, spec in config_fields().items():

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from engine.cli import parse
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from engine.model import Head, Parts
     from engine.stop import Stop
     from eval.metrics import Retrieval
+    from eval.search import Found
 
 
 def open_parts(cfg: Config, world: World) -> Parts:
@@ -121,12 +123,15 @@ def measure(pairs: Pairs, head: Head, names: Sequence[str]) -> dict[str, Retriev
 def train(cfg: Config, world: World, stop: Stop) -> int:
     """Base metrics, the loop, tuned metrics, the exported model."""
     from engine import checkpoint, folder
+    from engine.hub import check_push
     from engine.log import Log
     from engine.model import distribute
     from engine.optim import adamw
     from engine.profiler import profiler
     from engine.train import Plan, fit
 
+    if cfg.push_to_hub and world.is_main:
+        check_push(cfg.push_to_hub, world.say)
     out = folder.open_folder(cfg, world)
     parts = open_parts(cfg, world)
     pairs = open_data(cfg, world, parts)
@@ -162,13 +167,18 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
 
 def finish(cfg: Config, world: World, parts: Parts, out: Path, metrics: dict[str, Any]) -> int:
     """What a finished run leaves behind: the model folder and the table."""
-    from engine.export import export
+    from engine.export import Origin, Tuned, export
+    from engine.hub import push, push_command
     from eval.report import table
 
     if world.is_main:
-        export(parts.clip, out / "model", cfg, table(metrics), parts.trainable)
+        tuned = Tuned(parts.trainable, Origin.of(cfg, parts.clip, parts.trainable, metrics))
+        export(parts.clip, out / "model", tuned, table(metrics), cfg.license)
         print(table(metrics), flush=True)
         world.say(f"run folder {out}  model {out / 'model'}  (tensorboard --logdir {out.parent})")
+        if cfg.push_to_hub:
+            later = push_command(cfg, str(out), ["push_to_hub", "private"])
+            world.say(f"pushed to {push(out / 'model', cfg.push_to_hub, cfg.private, later)}")
     return 0
 
 
@@ -234,16 +244,110 @@ def check(cfg: Config, world: World, stop: Stop) -> int:
     return int(cfg.strict and any(finding.severity == "error" for finding in findings))
 
 
+def search(cfg: Config, world: World, stop: Stop) -> int:
+    """The best thumbnails for titles, or the best titles for a picture: one process, from stored features."""
+    from data import gallery
+    from eval.search import as_json, as_text
+
+    if not world.is_main:
+        return 0
+    titles = gallery.read_queries(cfg.query, cfg.queries, cfg.image)
+    splits, results, look = find(cfg, world, titles)
+    if cfg.html:
+        write_pictures(cfg, splits, results, look)
+    text = json.dumps(as_json(results), indent=2) if cfg.json else as_text(results, os.path.abspath(cfg.dataset))
+    print(text, flush=True)
+    return 0
+
+
+def find(cfg: Config, world: World, titles: Sequence[str]) -> tuple[dict[str, Rows], list[Found], Reader]:
+    """Answers to `titles`, or to --image where there are none."""
+    import torch
+
+    from data import gallery
+    from data.decode import ImageSpec
+    from engine.model import open_model
+    from eval.search import found, top_k
+
+    splits = gallery.choose(read_rows(cfg)[0], cfg.split, cfg.dataset)
+    parts = open_model(cfg.model, cfg.trainable, "cached", cfg.scale, cfg.precision, world.device)
+    spec, cache, head = ImageSpec.from_processor(parts.clip.image_processor), Path(cfg.cache_dir), parts.head
+    look, towers = reader(cfg, spec), encoders(parts, spec.fingerprint(), world.device)
+    with torch.no_grad():
+        if titles:
+            asked = head.text(gallery.title_features(titles, towers).to(world.device))
+            shelf, project = gallery.open_images(splits, look, towers, cache.expanduser(), world.say), head.image
+        else:
+            asked = head.image(gallery.image_features(cfg.image, look, towers).to(world.device))
+            shelf, project = gallery.open_titles(splits, towers, cache.expanduser()), head.text
+        best = top_k(asked, lambda start, stop: project(shelf.chunk(start, stop).to(world.device)), len(shelf), cfg.top)
+    return splits, found(titles, cfg.image, *best, shelf.item), look
+
+
+def write_pictures(cfg: Config, splits: dict[str, Rows], results: Sequence[Found], look: Reader) -> None:
+    """The page of --html."""
+    from data.gallery import pictures
+    from engine import folder
+    from eval.search_page import page
+
+    shown = {(answer.split, answer.row) for one in results for answer in one.answers}
+    previews = pictures(((place, splits[place[0]].image[place[1]].as_py()) for place in shown), look)
+    if cfg.image:
+        previews |= pictures([(cfg.image, {"bytes": None, "path": cfg.image})], look)
+    folder.write_text(Path(cfg.html).expanduser(), page(f"Search in {cfg.dataset}", results, previews))
+
+
+def export(cfg: Config, world: World, stop: Stop) -> int:
+    """A run, or its projections alone, as a Hugging Face folder, and to the hub: one process."""
+    from data.batch import UserError
+    from engine.card import set_licence
+    from engine.export import finished_folder, new_folder
+    from engine.hub import check_push, push, push_command
+
+    if not world.is_main:
+        return 0
+    if not cfg.run or not (cfg.to or cfg.push_to_hub):
+        raise UserError("export what and where? --run DIR, and --to DIR or --push-to-hub NAME or both")
+    if cfg.push_to_hub:
+        check_push(cfg.push_to_hub, world.say)
+    with TemporaryDirectory() as scratch:
+        ready = None if cfg.to or cfg.checkpoint or cfg.model or cfg.dtype != "fp32" else finished_folder(cfg.run)
+        folder = ready or (new_folder(cfg.to) if cfg.to else Path(scratch) / "model")
+        if ready is None:
+            rebuild(cfg, folder)
+            world.say(f"model {folder}")
+        elif cfg.license != "other":
+            set_licence(folder / "README.md", cfg.license)
+        if cfg.push_to_hub:
+            later = push_command(cfg, cfg.run, ["push_to_hub", "private", "checkpoint", "model", "dtype", "license"])
+            world.say(f"pushed to {push(folder, cfg.push_to_hub, cfg.private, later)}")
+    return 0
+
+
+def rebuild(cfg: Config, folder: Path) -> None:
+    """Put what --run has trained back on its base model; the whole Hugging Face folder."""
+    from engine.export import export, read_tuned, restore
+    from engine.towers import load_clip
+    from eval.report import table
+
+    tuned = read_tuned(cfg.run, cfg.checkpoint)
+    clip = load_clip(cfg.model or tuned.origin.base, None if cfg.model else tuned.origin.commit or None)
+    restore(clip, tuned)
+    measured = {when: scores for when, scores in tuned.origin.metrics.items() if when in ("base", "tuned")}
+    export(clip, folder, tuned, table(measured) if measured else "", cfg.license, cfg.dtype)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run one command on this rank; the exit code says how it went."""
     command, cfg = parse("run.py", arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our own threads call it
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's library writes to stderr otherwise
-    from data.batch import UserError
+    from data.batch import RunFailed, UserError
     from engine import dist
     from engine.stop import Stop
 
-    stop, functions = Stop(), {"train": train, "demo": demo, "eval": evaluate, "shards": shards, "check": check}
+    stop, functions = Stop(), {"train": train, "demo": demo, "eval": evaluate, "shards": shards, "check": check,
+                               "search": search, "export": export}
     try:
         return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout), stop)
     except UserError as error:
@@ -251,6 +355,9 @@ def main(arguments: Sequence[str]) -> int:
             time.sleep(2)  # rank 0 has most likely met the same mistake and says it for all
         print(f"run.py {command}: {error}", file=sys.stderr, flush=True)
         return 2
+    except RunFailed as error:
+        print(f"run.py {command} failed: {error}", file=sys.stderr, flush=True)
+        return 1
     except OSError as error:  # a full disk, a folder that went away: what was saved before is whole
         print(f"run.py {command} failed: {error}", file=sys.stderr, flush=True)
         return 1

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 
-def setting(default: Any, group: str, text: str, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that also knows its `--help` group, line and choices."""
-    return field(default=default, metadata={"group": group, "help": text, "choices": choices})
+def setting(default: Any, group: str, text: str, choices: tuple[str, ...] = (), bare: str = "") -> Any:
+    """A dataclass field that also knows its `--help` group, line, choices, and what the flag alone means."""
+    return field(default=default, metadata={"group": group, "help": text, "choices": choices, "bare": bare})
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,12 @@ class Config:
     eval_every: int = setting(0, "loop", "steps between evaluations; 0: every epoch")
     save_every: int = setting(0, "loop", "steps between checkpoints; 0: every epoch")
     keep: int = setting(3, "loop", "checkpoints kept beside `last` and `best`")
-    resume: bool = setting(False, "loop", "carry on from the newest valid checkpoint in --out")
+    resume: str = setting("off", "loop", "carry on from the newest valid checkpoint in --out; auto: or start there",
+                          ("off", "on", "auto"), bare="on")
+    best_metric: str = setting("image_to_text_mrr", "loop", "what makes a checkpoint `best`: a metric of the valid "
+                               "split")  # moves with every rank, so it tells small gains apart where R@1 cannot
+    patience: int = setting(0, "loop", "stop after this many evaluations without a better one, and export the best; "
+                            "0: never stop, export the last")
     # The machine.
     device: str = setting("auto", "machine", "where to compute", ("auto", "cpu", "cuda"))
     precision: str = setting("auto", "machine", "auto: bf16 where it is faster", ("auto", "bf16", "fp32"))
@@ -113,7 +118,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 def check(config: Config) -> None:
     """Raises ValueError with one sentence for a value that cannot work."""
     at_least = {"epochs": 1, "batch_size": 1, "log_every": 1, "eval_every": 0, "save_every": 0, "keep": 1,
-                "workers": 1, "resize": 0, "lr": 0,
+                "patience": 0, "workers": 1, "resize": 0, "lr": 0,
                 "weight_decay": 0, "clip_norm": 0, "max_bad": 0, "max_pixels": 1, "scale": 1e-9,
                 "dist_timeout": 1}
     for name, low in at_least.items():

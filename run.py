@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from data.fetch import FetchPolicy
     from data.pairs import Encoders, Pairs
     from data.source import Rows
+    from engine.checkpoint import Saver
     from engine.dist import World
     from engine.model import Head, Parts
     from engine.stop import Stop
@@ -85,7 +87,7 @@ def open_data(cfg: Config, world: World, parts: Parts, only: str = "") -> Pairs:
     if wanted not in rows:
         raise UserError(f"--dataset {cfg.dataset} has no split {wanted!r}; it has {', '.join(rows)}")
     spec = ImageSpec.from_processor(parts.clip.image_processor)
-    team, cache = Team(world.rank, world.size, world.exchange), Path(cfg.cache_dir).expanduser()
+    team, cache = Team(world.rank, world.size, world.meet), Path(cfg.cache_dir).expanduser()
     pairs = open_pairs({only: rows[only]} if only else rows, lost, reader(cfg, spec),
                        encoders(parts, spec.fingerprint(), world.device), team, cache, cfg.max_bad,
                        cfg.mine_negatives, world.device, world.say)
@@ -126,47 +128,63 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     from engine.hub import check_push
     from engine.log import Log
     from engine.model import distribute
-    from engine.optim import adamw
     from engine.profiler import profiler
     from engine.train import Plan, fit
 
     if cfg.push_to_hub and world.is_main:
         check_push(cfg.push_to_hub, world.say)
-    out = folder.open_folder(cfg, world)
+    out, begun = folder.open_folder(cfg, world)
     parts = open_parts(cfg, world)
     pairs = open_data(cfg, world, parts)
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
-    optimizer = adamw(parts.trainable.values(), cfg.lr, cfg.weight_decay)
-    saved = checkpoint.Saver(out, parts.trainable, optimizer, pairs.identity, cfg.keep, world)
-    state = saved.resume(world.say) if cfg.resume else checkpoint.State()
+    saved = saver(cfg, world, out, parts, pairs)
+    state = saved.resume(world.say) if begun else checkpoint.State()
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     log = Log(out, world, plan.steps_per_epoch, state.step)
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
 
-    def evaluate() -> None:
-        ends = state.step in (0, plan.steps)  # between the ends, only what is watched
+    @stop.at_once()  # what was trained is on the disk by then
+    def evaluate(taken: int = 0) -> None:  # the step whose weights have been taken back, if any have
+        ends = bool(taken) or state.step in (0, plan.steps)  # between the ends, only what is watched
         names = [name for name in pairs.splits if ends or name in ("train", "valid")]
         found = measure(pairs, parts.head, names)
         scores = {name: one.summarise() if ends else one.values() for name, one in found.items()}
-        log.metrics(scores, state.step)
+        log.metrics(scores, taken or state.step)
         saved.note(state, scores)
         if ends:
             metrics["tuned" if state.step else "base"] = scores
             folder.write_metrics(out, metrics, world)
 
-    if ("tuned" if state.step == plan.steps else "base") not in metrics:  # a signal may have cut the last one off
-        evaluate()
     batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
     model = distribute(parts.trained_model(), world.size)
-    with stop.gracefully(), profiler(cfg.profile, out / "profile", world.rank) as trace:
-        fit(model, batches, optimizer, plan, state, world, cfg, parts.precision, log=log, profiler=trace,
+    with closing(log), stop.gracefully(), profiler(cfg.profile, out / "profile", world.rank) as trace:
+        if not state.step or (state.evaluated < state.step and plan.due(state.step, cfg.eval_every)):
+            evaluate()  # the base model; or what a signal or a crash has cut off
+        fit(model, batches, saved.optimizer, plan, state, world, cfg, parts.precision, log=log, profiler=trace,
             evaluate=evaluate, checkpoint=saved.save, stop=partial(stop.agreed, world))
-    log.close()
-    return 128 + state.stopped if state.stopped else finish(cfg, world, parts, out, metrics)
+        if taken := saved.take_best(state, world.say):
+            evaluate(taken)
+    return finish(cfg, world, parts, out, metrics)
+
+
+def saver(cfg: Config, world: World, out: Path, parts: Parts, pairs: Pairs) -> Saver:
+    """The optimizer, and what saves and resumes this run and knows what its checkpoints belong to."""
+    from data.prefetch import order_digest
+    from engine.checkpoint import Saver
+    from engine.cli import FREE_ON_RESUME
+    from engine.config import as_dict
+    from engine.optim import adamw
+
+    rows = len(pairs.splits["train"])
+    identity = {**pairs.identity, "the precision": str(parts.precision), "the number of pairs": str(rows)}
+    recipe = {key: value for key, value in as_dict(cfg).items() if key not in FREE_ON_RESUME}
+    return Saver(out, parts.trainable, adamw(parts.trainable.values(), cfg.lr, cfg.weight_decay), identity, recipe,
+                 order_digest(rows, cfg.batch_size, cfg.seed), cfg.keep, cfg.best_metric, cfg.patience, world)
 
 
 def finish(cfg: Config, world: World, parts: Parts, out: Path, metrics: dict[str, Any]) -> int:
-    """What a finished run leaves behind: the model folder and the table."""
+    """What a finished run leaves behind: the model folder, the table, and the digests of it all."""
+    from engine import folder
     from engine.export import Origin, Tuned, export
     from engine.hub import push, push_command
     from eval.report import table
@@ -174,6 +192,7 @@ def finish(cfg: Config, world: World, parts: Parts, out: Path, metrics: dict[str
     if world.is_main:
         tuned = Tuned(parts.trainable, Origin.of(cfg, parts.clip, parts.trainable, metrics))
         export(parts.clip, out / "model", tuned, table(metrics), cfg.license)
+        folder.seal(out)
         print(table(metrics), flush=True)
         world.say(f"run folder {out}  model {out / 'model'}  (tensorboard --logdir {out.parent})")
         if cfg.push_to_hub:
@@ -342,25 +361,23 @@ def main(arguments: Sequence[str]) -> int:
     command, cfg = parse("run.py", arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our own threads call it
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's library writes to stderr otherwise
-    from data.batch import RunFailed, UserError
-    from engine import dist
     from engine.stop import Stop
 
-    stop, functions = Stop(), {"train": train, "demo": demo, "eval": evaluate, "shards": shards, "check": check,
-                               "search": search, "export": export}
+    stop = Stop()  # before torch is loaded, which takes a while
+    from data.batch import RunFailed, UserError
+    from engine import dist
+
+    functions = {"train": train, "demo": demo, "eval": evaluate, "shards": shards, "check": check, "search": search,
+                 "export": export}
     try:
-        return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout), stop)
-    except UserError as error:
+        with dist.asking("averaging gradients"):  # what else ranks ask of one another says so itself
+            return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout), stop)
+    except (UserError, RunFailed, OSError) as error:  # OSError: a full disk, a folder gone; what was saved is whole
         if int(os.environ.get("RANK", 0)):
-            time.sleep(2)  # rank 0 has most likely met the same mistake and says it for all
-        print(f"run.py {command}: {error}", file=sys.stderr, flush=True)
-        return 2
-    except RunFailed as error:
-        print(f"run.py {command} failed: {error}", file=sys.stderr, flush=True)
-        return 1
-    except OSError as error:  # a full disk, a folder that went away: what was saved before is whole
-        print(f"run.py {command} failed: {error}", file=sys.stderr, flush=True)
-        return 1
+            time.sleep(2)  # rank 0 has most likely met the same and says it for all
+        mistake = isinstance(error, UserError)
+        print(f"run.py {command}{'' if mistake else ' failed'}: {error}", file=sys.stderr, flush=True)
+        return dist.leave(2 if mistake else 1)
     finally:
         dist.close()
 

@@ -65,8 +65,7 @@ COMMANDS = {
 
 # What may differ between a run and its resumption: it changes where and how fast, not what is computed.
 FREE_ON_RESUME = {"out", "resume", "cache_dir", "log_every", "eval_every", "save_every", "keep", "device", "workers",
-                  "profile", "dist_timeout", "allow_host", "max_bad", "dataset", "model",
-                  *PUSH}
+                  "profile", "dist_timeout", "allow_host", "max_bad", "dataset", "model", "patience", *PUSH}
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,10 +106,8 @@ class Parser(argparse.ArgumentParser):
         if words := [*flags.get(POSITIONAL, ()), *rest]:  # what stands between flags is in the rest
             flags[POSITIONAL] = tuple(words)
         try:
-            if flags.get("resume"):
-                preset = _resumed(Path(flags.get("out", "")), flags)
-            chosen = {**preset, **(read_toml(Path(toml)) if toml else {}), **flags}
-            config = replace(Config(), **chosen)
+            flags = {**(read_toml(Path(toml)) if toml else {}), **flags}
+            config = replace(Config(), **{**preset, **_resumed(flags), **flags})
             check(config)
             if written:
                 _write_new(Path(written), to_toml(config, self.command.names))
@@ -160,14 +157,21 @@ def _options(spec: Field[Any], default: Any) -> dict[str, Any]:
         return {**options, "action": argparse.BooleanOptionalAction}
     if isinstance(default, tuple):
         return {**options, "type": comma_list, "metavar": "A,B"}
+    if spec.metadata["bare"]:
+        options |= {"nargs": "?", "const": spec.metadata["bare"]}
     if choices:
         return {**options, "choices": choices, "metavar": "|".join(choices)}
     return {**options, "type": number if type(default) is float else type(default),
             "metavar": {int: "N", float: "X", str: "TEXT"}[type(default)]}
 
 
-def _resumed(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the run in `folder`; a flag that would change what it computes is refused."""
+def _resumed(flags: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the run that is to be resumed, {} if none is; a flag that would change its result is refused."""
+    wanted, folder = flags.get("resume", "off"), Path(flags.get("out", "")).expanduser()
+    if wanted == "auto" and not flags.get("out"):
+        raise ValueError("--resume auto needs the folder to go on in: --out DIR")
+    if wanted == "off" or (wanted == "auto" and not (folder / "config.json").exists()):
+        return {}
     try:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError, TypeError):

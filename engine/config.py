@@ -15,9 +15,9 @@ from typing import Any, get_type_hints
 GROUPS = ("query", "model", "data", "recipe", "loop", "output", "machine")  # as `--help` and written TOML order them
 
 
-def setting(default: Any, group: str, text: str, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that also knows its `--help` group, line and choices."""
-    return field(default=default, metadata={"group": group, "help": text, "choices": choices})
+def setting(default: Any, group: str, text: str, choices: tuple[str, ...] = (), bare: str = "") -> Any:
+    """A dataclass field that also knows its `--help` group, line, choices, and what the flag alone means."""
+    return field(default=default, metadata={"group": group, "help": text, "choices": choices, "bare": bare})
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,12 @@ class Config:
     eval_every: int = setting(0, "loop", "steps between evaluations; 0: every epoch")
     save_every: int = setting(0, "loop", "steps between checkpoints; 0: every epoch")
     keep: int = setting(3, "loop", "checkpoints kept beside `last` and `best`")
-    resume: bool = setting(False, "loop", "carry on from the newest valid checkpoint in --out")
+    resume: str = setting("off", "loop", "carry on from the newest valid checkpoint in --out; auto: or start there",
+                          ("off", "on", "auto"), bare="on")
+    best_metric: str = setting("image_to_text_mrr", "loop", "what makes a checkpoint `best`: a metric of the valid "
+                               "split")  # moves with every rank, so it tells small gains apart where R@1 cannot
+    patience: int = setting(0, "loop", "stop after this many evaluations without a better one, and export the best; "
+                            "0: never stop, export the last")
     # The machine.
     device: str = setting("auto", "machine", "where to compute", ("auto", "cpu", "cuda"))
     precision: str = setting("auto", "machine", "auto: bf16 where it is faster", ("auto", "bf16", "fp32"))
@@ -177,7 +182,7 @@ def toml_value(value: Any) -> str:
 def check(config: Config) -> None:
     """Raises ValueError with one sentence for a value that cannot work."""
     at_least = {"epochs": 1, "batch_size": 1, "log_every": 1, "eval_every": 0, "save_every": 0, "keep": 1,
-                "workers": 1, "resize": 0, "lr": 0,
+                "patience": 0, "workers": 1, "resize": 0, "lr": 0,
                 "weight_decay": 0, "clip_norm": 0, "max_bad": 0, "max_pixels": 1, "scale": 1e-9,
                 "dist_timeout": 1, "hardness": 0, "label_smoothing": 0, "top": 1, "seed": 0}
     for name, low in at_least.items():

@@ -79,6 +79,7 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
 FLAGS = [
     "allow_host",
     "batch_size",
+    "best_metric",
     "cache_dir",
     "checkpoint",
     "clip_norm",
@@ -107,6 +108,7 @@ FLAGS = [
     "model",
     "negative_column",
     "out",
+    "patience",
     "precision",
     "private",
     "profile",

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from data.cold import Reader
     from data.decode import ImageSpec
     from data.pairs import Encoders, Pairs
+    from data.resident import Resident
     from data.source import Rows
     from engine.dist import World
     from engine.model import Head, Parts
@@ -74,7 +75,7 @@ def open_data(cfg: Config, world: World, parts: Parts, only: str = "") -> Pairs:
     team, cache = Team(world.rank, world.size, world.exchange), Path(cfg.cache_dir).expanduser()
     pairs = open_pairs({only: rows[only]} if only else rows, lost, reader(cfg, spec),
                        encoders(parts, spec.fingerprint(), world.device), team, cache, cfg.max_bad,
-                       cfg.mine_negatives, world.device, world.say)
+                       cfg.mine_negatives, world.device, world.live)
     world.say(pairs.describe())
     return pairs
 
@@ -95,25 +96,24 @@ def encoders(parts: Parts, image_preprocessing: str, device: torch.device) -> En
         stored=parts.cached, tokenizer=clip.tokenizer, max_tokens=clip.max_tokens)
 
 
-def measure(pairs: Pairs, head: Head, names: Sequence[str]) -> dict[str, Retrieval]:
+def measure(residents: Mapping[str, Resident], head: Head, names: Sequence[str]) -> dict[str, Retrieval]:
     """Ranks and triplets of the named splits with the head as it is now."""
-    import torch
-
     from eval.retrieval import measure_split
 
-    residents = {name: split for name, split in pairs.residents().items() if name in names}
-    return {name: measure_split(head.image, head.text, split.features(torch.arange(len(split))), split.image_row_N)
-            for name, split in residents.items()}
+    return {name: measure_split(head.image, head.text, split.features(split.rows()), split.image_row_N)
+            for name, split in residents.items() if name in names}
 
 
 def train(cfg: Config, world: World, stop: Stop) -> int:
     """Base metrics, the loop, tuned metrics, the exported model."""
     from engine import checkpoint, folder
-    from engine.log import Log
+    from engine.log import Drift, Log
     from engine.model import distribute
     from engine.optim import adamw
     from engine.profiler import profiler
     from engine.train import Plan, fit
+    from eval.answers import embed
+    from eval.show import Show, shown_split
 
     out = folder.open_folder(cfg, world)
     parts = open_parts(cfg, world)
@@ -121,21 +121,28 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     optimizer = adamw(parts.trainable.values(), cfg.lr, cfg.weight_decay)
     saved = checkpoint.Saver(out, parts.trainable, optimizer, pairs.identity, cfg.keep, world)
+    drift = Drift(parts.trainable)  # from the base model, so before a resume
     state = saved.resume(world.say) if cfg.resume else checkpoint.State()
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
-    log = Log(out, world, plan.steps_per_epoch, state.step)
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
+    log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, metrics.get("base"))
+    show = Show(out, shown_split(pairs.splits), pairs.album.title, pairs.album.picture, resumed=state.step > 0)
 
     def evaluate() -> None:
         ends = state.step in (0, plan.steps)  # between the ends, only what is watched
         names = [name for name in pairs.splits if ends or name in ("train", "valid")]
-        found = measure(pairs, parts.head, names)
+        residents = pairs.residents()
+        found = measure(residents, parts.head, names)
         scores = {name: one.summarise() if ends else one.values() for name, one in found.items()}
         log.metrics(scores, state.step)
         saved.note(state, scores)
         if ends:
-            metrics["tuned" if state.step else "base"] = scores
+            when, split = "tuned" if state.step else "base", residents[show.split]
+            metrics[when] = scores
             folder.write_metrics(out, metrics, world)
+            if world.is_main:
+                space = embed(parts.head.image, parts.head.text, split.features(split.rows()), split.image_row_N)
+                show.look(when, space, log.board, state.step)
 
     if ("tuned" if state.step == plan.steps else "base") not in metrics:  # a signal may have cut the last one off
         evaluate()
@@ -179,7 +186,7 @@ def evaluate(cfg: Config, world: World, stop: Stop) -> int:
 
     parts = open_parts(cfg, world)
     pairs = open_data(cfg, world, parts, only=cfg.split)
-    scores = {cfg.split: measure(pairs, parts.head, [cfg.split])[cfg.split].summarise()}
+    scores = {cfg.split: measure(pairs.residents(), parts.head, [cfg.split])[cfg.split].summarise()}
     if world.is_main:
         world.say(table({parts.clip.name: scores}))
         print(json.dumps(scores, indent=2))
@@ -233,7 +240,7 @@ def main(arguments: Sequence[str]) -> int:
 
     stop, functions = Stop(), {"train": train, "demo": demo, "eval": evaluate, "shards": shards, "check": check}
     try:
-        return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout), stop)
+        return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout, cfg.quiet), stop)
     except UserError as error:
         if int(os.environ.get("RANK", 0)):
             time.sleep(2)  # rank 0 has most likely met the same mistake and says it for all

@@ -49,7 +49,7 @@ def small_jpeg(data: bytes, side: int, max_pixels: int) -> bytes:
         width, height = Image.open(io.BytesIO(data), formats=FORMATS).size  # the header only
     except Exception as error:  # hostile bytes reach nearly every exception class through Pillow's plugins
         raise BadSample("not-image", str(error)) from None
-    shrink = side / max(width, height)
+    shrink = min(1.0, side / max(width, height))
     size = max(1, round(height * shrink)), max(1, round(width * shrink))
     whole = ImageSpec(size, size, int(Image.Resampling.BICUBIC), 1 / 255, (0.0,) * 3, (1.0,) * 3)
     pixels_HWC = decode_image(data, whole, max_pixels).transpose(1, 2, 0)

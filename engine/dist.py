@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import gc
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from data.batch import UserError
 
+CLEAR = "\x1b[2K"  # what a live line has left on this line of a terminal
+
 
 @dataclass(frozen=True)
 class World:
@@ -28,6 +31,7 @@ class World:
     local_rank: int
     size: int
     device: torch.device
+    quiet: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -36,8 +40,16 @@ class World:
 
     def say(self, text: str) -> None:
         """One line for people on stderr, from rank 0."""
-        if self.is_main:
-            print(text, file=sys.stderr, flush=True)
+        if self.is_main and not self.quiet:
+            print(CLEAR + text if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
+    def live(self, text: str) -> None:
+        """Progress: on a terminal a line that the next one replaces, elsewhere a line like any other."""
+        if not sys.stderr.isatty():
+            self.say(text) if text else None
+        elif self.is_main and not self.quiet:
+            width = shutil.get_terminal_size().columns - 1
+            print(CLEAR + text[:width], end="\r", file=sys.stderr, flush=True)
 
     def gather(self, rows_BX: Tensor, sizes: Sequence[int]) -> Tensor:
         """Rows of all ranks in rank order, [G, ...]; the gradient flows back to the rank that owns a row.
@@ -109,7 +121,7 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def init(wanted: str, timeout_s: float) -> World:
+def init(wanted: str, timeout_s: float, quiet: bool = False) -> World:
     """Join the process group that torchrun's environment describes, or be alone without one."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -119,7 +131,7 @@ def init(wanted: str, timeout_s: float) -> World:
     if size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
-    return World(rank, local_rank, size, device)
+    return World(rank, local_rank, size, device, quiet)
 
 
 def close() -> None:

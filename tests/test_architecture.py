@@ -100,6 +100,7 @@ FLAGS = [
     "out",
     "precision",
     "profile",
+    "quiet",
     "resize",
     "resume",
     "retry_failed",

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from engine.model import Head, Parts
     from engine.stop import Stop
     from eval.metrics import Retrieval
+    from eval.show import Show
 
 
 def open_parts(cfg: Config, world: World) -> Parts:
@@ -152,18 +153,22 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
         fit(model, batches, optimizer, plan, state, world, cfg, parts.precision, log=log, profiler=trace,
             evaluate=evaluate, checkpoint=saved.save, stop=partial(stop.agreed, world))
     log.close()
-    return 128 + state.stopped if state.stopped else finish(cfg, world, parts, out, metrics)
+    return 128 + state.stopped if state.stopped else finish(cfg, world, parts, pairs, out, metrics, show)
 
 
-def finish(cfg: Config, world: World, parts: Parts, out: Path, metrics: dict[str, Any]) -> int:
-    """What a finished run leaves behind: the model folder and the table."""
+def finish(cfg: Config, world: World, parts: Parts, pairs: Pairs, out: Path, metrics: dict[str, Any],
+           show: Show) -> int:
+    """What a finished run leaves behind: the model folder, the report page and the table."""
     from engine.export import export
-    from eval.report import table
+    from eval.report import table, write_report
 
     if world.is_main:
         export(parts.clip, out / "model", cfg, table(metrics), parts.trainable)
+        sizes = {name: len(split) for name, split in pairs.splits.items()}
+        page = write_report(out, show.split, sizes, show.answers, show.title, show.picture)
         print(table(metrics), flush=True)
-        world.say(f"run folder {out}  model {out / 'model'}  (tensorboard --logdir {out.parent})")
+        world.say(f"run folder  {out}\nmodel       {out / 'model'}\nreport      {page}\n"
+                  f"TensorBoard tensorboard --logdir {out.parent}")
     return 0
 
 

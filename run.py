@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from data.decode import ImageSpec
     from data.fetch import FetchPolicy
     from data.pairs import Encoders, Pairs
+    from data.resident import Resident
     from data.source import Rows
     from engine.checkpoint import Saver
     from engine.dist import World
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from engine.stop import Stop
     from eval.metrics import Retrieval
     from eval.search import Found
+    from eval.show import Show
 
 
 def open_parts(cfg: Config, world: World) -> Parts:
@@ -90,7 +92,7 @@ def open_data(cfg: Config, world: World, parts: Parts, only: str = "") -> Pairs:
     team, cache = Team(world.rank, world.size, world.meet), Path(cfg.cache_dir).expanduser()
     pairs = open_pairs({only: rows[only]} if only else rows, lost, reader(cfg, spec),
                        encoders(parts, spec.fingerprint(), world.device), team, cache, cfg.max_bad,
-                       cfg.mine_negatives, world.device, world.say)
+                       cfg.mine_negatives, world.device, world.live)
     world.say(pairs.describe())
     return pairs
 
@@ -111,25 +113,24 @@ def encoders(parts: Parts, image_preprocessing: str, device: torch.device) -> En
         stored=parts.cached, tokenizer=clip.tokenizer, max_tokens=clip.max_tokens)
 
 
-def measure(pairs: Pairs, head: Head, names: Sequence[str]) -> dict[str, Retrieval]:
+def measure(residents: Mapping[str, Resident], head: Head, names: Sequence[str]) -> dict[str, Retrieval]:
     """Ranks and triplets of the named splits with the head as it is now."""
-    import torch
-
     from eval.retrieval import measure_split
 
-    residents = {name: split for name, split in pairs.residents().items() if name in names}
-    return {name: measure_split(head.image, head.text, split.features(torch.arange(len(split))), split.image_row_N)
-            for name, split in residents.items()}
+    return {name: measure_split(head.image, head.text, split.features(split.rows()), split.image_row_N)
+            for name, split in residents.items() if name in names}
 
 
 def train(cfg: Config, world: World, stop: Stop) -> int:
     """Base metrics, the loop, tuned metrics, the exported model."""
     from engine import checkpoint, folder
     from engine.hub import check_push
-    from engine.log import Log
+    from engine.log import Drift, Log
     from engine.model import distribute
     from engine.profiler import profiler
     from engine.train import Plan, fit
+    from eval.answers import embed
+    from eval.show import Show, shown_split
 
     if cfg.push_to_hub and world.is_main:
         check_push(cfg.push_to_hub, world.say)
@@ -138,22 +139,29 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     pairs = open_data(cfg, world, parts)
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     saved = saver(cfg, world, out, parts, pairs)
+    drift = Drift(parts.trainable)  # from the base model, so before a resume
     state = saved.resume(world.say) if begun else checkpoint.State()
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
-    log = Log(out, world, plan.steps_per_epoch, state.step)
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
+    log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, metrics.get("base"))
+    show = Show(out, shown_split(pairs.splits), pairs.album.title, pairs.album.picture, resumed=state.step > 0)
 
     @stop.at_once()  # what was trained is on the disk by then
     def evaluate(taken: int = 0) -> None:  # the step whose weights have been taken back, if any have
         ends = bool(taken) or state.step in (0, plan.steps)  # between the ends, only what is watched
         names = [name for name in pairs.splits if ends or name in ("train", "valid")]
-        found = measure(pairs, parts.head, names)
+        residents = pairs.residents()
+        found = measure(residents, parts.head, names)
         scores = {name: one.summarise() if ends else one.values() for name, one in found.items()}
         log.metrics(scores, taken or state.step)
         saved.note(state, scores)
         if ends:
-            metrics["tuned" if state.step else "base"] = scores
+            when, split = "tuned" if state.step else "base", residents[show.split]
+            metrics[when] = scores
             folder.write_metrics(out, metrics, world)
+            if world.is_main:
+                space = embed(parts.head.image, parts.head.text, split.features(split.rows()), split.image_row_N)
+                show.look(when, space, log.board, state.step)
 
     batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
     model = distribute(parts.trained_model(), world.size)
@@ -164,7 +172,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
             evaluate=evaluate, checkpoint=saved.save, stop=partial(stop.agreed, world))
         if taken := saved.take_best(state, world.say):
             evaluate(taken)
-    return finish(cfg, world, parts, out, metrics)
+    return finish(cfg, world, parts, pairs, out, metrics, show)
 
 
 def saver(cfg: Config, world: World, out: Path, parts: Parts, pairs: Pairs) -> Saver:
@@ -182,19 +190,23 @@ def saver(cfg: Config, world: World, out: Path, parts: Parts, pairs: Pairs) -> S
                  order_digest(rows, cfg.batch_size, cfg.seed), cfg.keep, cfg.best_metric, cfg.patience, world)
 
 
-def finish(cfg: Config, world: World, parts: Parts, out: Path, metrics: dict[str, Any]) -> int:
-    """What a finished run leaves behind: the model folder, the table, and the digests of it all."""
+def finish(cfg: Config, world: World, parts: Parts, pairs: Pairs, out: Path, metrics: dict[str, Any],
+           show: Show) -> int:
+    """What a finished run leaves behind: the model folder, the report page, the table, the digests of it all."""
     from engine import folder
     from engine.export import Origin, Tuned, export
     from engine.hub import push, push_command
-    from eval.report import table
+    from eval.report import table, write_report
 
     if world.is_main:
         tuned = Tuned(parts.trainable, Origin.of(cfg, parts.clip, parts.trainable, metrics))
         export(parts.clip, out / "model", tuned, table(metrics), cfg.license)
         folder.seal(out)
+        sizes = {name: len(split) for name, split in pairs.splits.items()}
+        page = write_report(out, show.split, sizes, show.answers, show.title, show.picture)
         print(table(metrics), flush=True)
-        world.say(f"run folder {out}  model {out / 'model'}  (tensorboard --logdir {out.parent})")
+        world.say(f"run folder  {out}\nmodel       {out / 'model'}\nreport      {page}\n"
+                  f"TensorBoard tensorboard --logdir {out.parent}")
         if cfg.push_to_hub:
             later = push_command(cfg, str(out), ["push_to_hub", "private"])
             world.say(f"pushed to {push(out / 'model', cfg.push_to_hub, cfg.private, later)}")
@@ -220,7 +232,7 @@ def evaluate(cfg: Config, world: World, stop: Stop) -> int:
 
     parts = open_parts(cfg, world)
     pairs = open_data(cfg, world, parts, only=cfg.split)
-    scores = {cfg.split: measure(pairs, parts.head, [cfg.split])[cfg.split].summarise()}
+    scores = {cfg.split: measure(pairs.residents(), parts.head, [cfg.split])[cfg.split].summarise()}
     if world.is_main:
         world.say(table({parts.clip.name: scores}))
         print(json.dumps(scores, indent=2))
@@ -371,7 +383,7 @@ def main(arguments: Sequence[str]) -> int:
                  "export": export}
     try:
         with dist.asking("averaging gradients"):  # what else ranks ask of one another says so itself
-            return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout), stop)
+            return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout, cfg.quiet), stop)
     except (UserError, RunFailed, OSError) as error:  # OSError: a full disk, a folder gone; what was saved is whole
         if int(os.environ.get("RANK", 0)):
             time.sleep(2)  # rank 0 has most likely met the same and says it for all

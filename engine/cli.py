@@ -27,7 +27,7 @@ HOME = Path(__file__).resolve().parents[1]
 DEMO_MODEL = HOME / "data" / "demo_model"
 COLUMNS = ["dataset", "image_column", "title_column", "negative_column"]
 READING = ["allow_host", "retry_failed", "variants", "max_bad", "max_pixels", "workers", "cache_dir"]
-MACHINE = ["device", "precision", "dist_timeout"]
+MACHINE = ["device", "precision", "dist_timeout", "quiet"]
 SEARCH = ["query", "queries", "image", "top", "html"]
 EXPORT = ["run", "to", "checkpoint", "dtype"]
 PUSH = ["push_to_hub", "private", "license"]
@@ -52,9 +52,10 @@ COMMANDS = {
     "eval": Command("the metrics of any CLIPModel on one split: a table on stderr, JSON on stdout",
                     ["model", "split", "out", *COLUMNS, *READING, *MACHINE], {}),
     "shards": Command("write any dataset as WebDataset tar shards into --out; goes on after a kill",
-                      ["out", "resize", *COLUMNS, *READING], {}),
+                      ["out", "resize", *COLUMNS, *READING, "quiet"], {}),
     "check": Command("what is wrong with a dataset: dead links, bad images and titles, repeats, leaks between splits",
-                     [*COLUMNS, *(name for name in READING if name != "max_bad"), "seed", "strict", "json"], {}),
+                     [*COLUMNS, *(name for name in READING if name != "max_bad"), "seed", "strict", "json",
+                      "quiet"], {}),
     "search": Command("the best thumbnails for a title, or the best titles for a picture",
                       ["model", *SEARCH, "json", "split", *COLUMNS, *(name for name in READING if name != "max_bad"),
                        "seed", *MACHINE], {"split": "all"}),
@@ -65,7 +66,7 @@ COMMANDS = {
 
 # What may differ between a run and its resumption: it changes where and how fast, not what is computed.
 FREE_ON_RESUME = {"out", "resume", "cache_dir", "log_every", "eval_every", "save_every", "keep", "device", "workers",
-                  "profile", "dist_timeout", "allow_host", "max_bad", "dataset", "model", "patience", *PUSH}
+                  "profile", "dist_timeout", "quiet", "allow_host", "max_bad", "dataset", "model", "patience", *PUSH}
 
 
 class Parser(argparse.ArgumentParser):

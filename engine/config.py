@@ -85,6 +85,7 @@ class Config:
     max_pixels: int = setting(25_000_000, "data", "refuse images with more pixels than this")
     strict: bool = setting(False, "output", "exit 1 when there are errors")
     json: bool = setting(False, "output", "print JSON to stdout")
+    quiet: bool = setting(False, "output", "say nothing but errors and the final table")
     # Searching.
     query: tuple[str, ...] = setting((), "query", "titles whose best thumbnails are wanted, each in quotes")
     queries: str = setting("", "query", "file with one title a line")

@@ -10,6 +10,7 @@ import datetime
 import gc
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,8 @@ from data.batch import RunFailed, UserError
 
 POLL_S = 0.05  # between two looks at who has arrived
 
+CLEAR = "\x1b[2K"  # what a live line has left on this line of a terminal
+
 
 @dataclass(frozen=True)
 class World:
@@ -37,6 +40,7 @@ class World:
     device: torch.device
     timeout_s: float = 600.0
     store: dist.Store | None = None
+    quiet: bool = False
     _meetings: Iterator[int] = field(default_factory=count, init=False, compare=False, repr=False)
 
     @property
@@ -48,8 +52,16 @@ class World:
         """One line for people on stderr, from rank 0; said by any rank it tells those who wait in `meet` to go on."""
         if self.store is not None:
             self.store.add(f"progress/{self.rank}", 1)
-        if self.is_main:
-            print(text, file=sys.stderr, flush=True)
+        if self.is_main and not self.quiet:
+            print(CLEAR + text if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
+    def live(self, text: str) -> None:
+        """Progress: on a terminal a line that the next one replaces, elsewhere a line like any other."""
+        if not sys.stderr.isatty():
+            self.say(text) if text else None
+        elif self.is_main and not self.quiet:
+            width = shutil.get_terminal_size().columns - 1
+            print(CLEAR + text[:width], end="\r", file=sys.stderr, flush=True)
 
     def gather(self, rows_BX: Tensor, sizes: Sequence[int]) -> Tensor:
         """Rows of all ranks in rank order, [G, ...]; the gradient flows back to the rank that owns a row.
@@ -181,7 +193,7 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def init(wanted: str, timeout_s: float) -> World:
+def init(wanted: str, timeout_s: float, quiet: bool = False) -> World:
     """Join the process group that torchrun's environment describes, or be alone without one."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -189,14 +201,14 @@ def init(wanted: str, timeout_s: float) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size == 1:
-        return World(rank, local_rank, size, device)
+        return World(rank, local_rank, size, device, timeout_s, quiet=quiet)
     timeout = datetime.timedelta(seconds=timeout_s)
     with asking("joining"):
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
         store.set_timeout(timeout)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    return World(rank, local_rank, size, device, timeout_s, dist.PrefixStore("thumbtune", store))
+    return World(rank, local_rank, size, device, timeout_s, dist.PrefixStore("thumbtune", store), quiet)
 
 
 def close() -> None:

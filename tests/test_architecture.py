@@ -115,6 +115,7 @@ FLAGS = [
     "push_to_hub",
     "queries",
     "query",
+    "quiet",
     "resize",
     "resume",
     "retry_failed",

@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,13 +27,17 @@ if TYPE_CHECKING:
 
     from data.cold import Reader
     from data.decode import ImageSpec
+    from data.fetch import FetchPolicy
     from data.pairs import Encoders, Pairs
+    from data.resident import Resident
     from data.source import Rows
+    from engine.checkpoint import Saver
     from engine.dist import World
     from engine.model import Head, Parts
     from engine.stop import Stop
     from eval.metrics import Retrieval
     from eval.search import Found
+    from eval.show import Show
 
 
 def open_parts(cfg: Config, world: World) -> Parts:
@@ -44,23 +49,34 @@ def open_parts(cfg: Config, world: World) -> Parts:
     return parts
 
 
-def read_rows(cfg: Config) -> tuple[dict[str, Rows], list[dict[str, Any]]]:
-    """The splits of --dataset, and ledger entries of what shards have lost."""
+def read_rows(cfg: Config, tell: Callable[[str], None] = lambda text: None) -> tuple[
+        dict[str, Rows], list[dict[str, Any]]]:
+    """The splits of --dataset, and ledger entries of what shards have lost; shards at an address are fetched first."""
     from data.source import Columns, load_splits
+
+    def download(pattern: str) -> list[Path]:
+        from data.remote import fetch_shards
+
+        return fetch_shards(pattern, Path(cfg.cache_dir).expanduser() / "shards", fetch_policy(cfg), tell)
 
     columns = Columns(cfg.image_column or None, cfg.title_column or None, cfg.negative_column or None)
     lost: list[dict[str, Any]] = []
-    return load_splits(cfg.dataset, columns, cfg.seed, lost.append), lost
+    return load_splits(cfg.dataset, columns, cfg.seed, lost.append, download), lost
+
+
+def fetch_policy(cfg: Config) -> FetchPolicy:
+    """What may be asked for over the network, and how."""
+    from data.fetch import FetchPolicy
+
+    return FetchPolicy(allow_hosts=cfg.allow_host, variants=cfg.variants)
 
 
 def reader(cfg: Config, spec: ImageSpec) -> Reader:
     """How this run turns an image reference into pixels."""
     from data.cold import Reader
-    from data.fetch import FetchPolicy
 
     folder = Path(cfg.cache_dir).expanduser() / "fetched"
-    policy = FetchPolicy(allow_hosts=cfg.allow_host, variants=cfg.variants)
-    return Reader(folder, spec, policy, cfg.max_pixels, cfg.workers, cfg.retry_failed)
+    return Reader(folder, spec, fetch_policy(cfg), cfg.max_pixels, cfg.workers, cfg.retry_failed)
 
 
 def open_data(cfg: Config, world: World, parts: Parts, only: str = "") -> Pairs:
@@ -69,14 +85,14 @@ def open_data(cfg: Config, world: World, parts: Parts, only: str = "") -> Pairs:
     from data.decode import ImageSpec
     from data.pairs import Team, open_pairs
 
-    (rows, lost), wanted = read_rows(cfg), only or "train"
+    (rows, lost), wanted = read_rows(cfg, world.say), only or "train"
     if wanted not in rows:
         raise UserError(f"--dataset {cfg.dataset} has no split {wanted!r}; it has {', '.join(rows)}")
     spec = ImageSpec.from_processor(parts.clip.image_processor)
-    team, cache = Team(world.rank, world.size, world.exchange), Path(cfg.cache_dir).expanduser()
+    team, cache = Team(world.rank, world.size, world.meet), Path(cfg.cache_dir).expanduser()
     pairs = open_pairs({only: rows[only]} if only else rows, lost, reader(cfg, spec),
                        encoders(parts, spec.fingerprint(), world.device), team, cache, cfg.max_bad,
-                       cfg.mine_negatives, world.device, world.say)
+                       cfg.mine_negatives, world.device, world.live)
     world.say(pairs.describe())
     return pairs
 
@@ -97,76 +113,100 @@ def encoders(parts: Parts, image_preprocessing: str, device: torch.device) -> En
         stored=parts.cached, tokenizer=clip.tokenizer, max_tokens=clip.max_tokens)
 
 
-def measure(pairs: Pairs, head: Head, names: Sequence[str]) -> dict[str, Retrieval]:
+def measure(residents: Mapping[str, Resident], head: Head, names: Sequence[str]) -> dict[str, Retrieval]:
     """Ranks and triplets of the named splits with the head as it is now."""
-    import torch
-
     from eval.retrieval import measure_split
 
-    residents = {name: split for name, split in pairs.residents().items() if name in names}
-    return {name: measure_split(head.image, head.text, split.features(torch.arange(len(split))), split.image_row_N)
-            for name, split in residents.items()}
+    return {name: measure_split(head.image, head.text, split.features(split.rows()), split.image_row_N)
+            for name, split in residents.items() if name in names}
 
 
 def train(cfg: Config, world: World, stop: Stop) -> int:
     """Base metrics, the loop, tuned metrics, the exported model."""
     from engine import checkpoint, folder
-    from engine.hub import check_push
-    from engine.log import Log
+    from engine.log import Drift, Log
     from engine.model import distribute
-    from engine.optim import adamw
     from engine.profiler import profiler
     from engine.train import Plan, fit
+    from eval.answers import embed
+    from eval.show import Show, shown_split
 
-    if cfg.push_to_hub and world.is_main:
-        check_push(cfg.push_to_hub, world.say)
-    out = folder.open_folder(cfg, world)
+    out, begun = folder.open_folder(cfg, world)
     parts = open_parts(cfg, world)
     pairs = open_data(cfg, world, parts)
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
-    optimizer = adamw(parts.trainable.values(), cfg.lr, cfg.weight_decay)
-    saved = checkpoint.Saver(out, parts.trainable, optimizer, pairs.identity, cfg.keep, world)
-    state = saved.resume(world.say) if cfg.resume else checkpoint.State()
+    saved = saver(cfg, world, out, parts, pairs)
+    drift = Drift(parts.trainable)  # from the base model, so before a resume
+    state = saved.resume(world.say) if begun else checkpoint.State()
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
-    log = Log(out, world, plan.steps_per_epoch, state.step)
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
+    log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, metrics.get("base"))
+    show = Show(out, shown_split(pairs.splits), pairs.album.title, pairs.album.picture, resumed=state.step > 0)
 
-    def evaluate() -> None:
-        ends = state.step in (0, plan.steps)  # between the ends, only what is watched
+    @stop.at_once()  # what was trained is on the disk by then
+    def evaluate(taken: int = 0) -> None:  # the step whose weights have been taken back, if any have
+        ends = bool(taken) or state.step in (0, plan.steps)  # between the ends, only what is watched
         names = [name for name in pairs.splits if ends or name in ("train", "valid")]
-        found = measure(pairs, parts.head, names)
+        residents = pairs.residents()
+        found = measure(residents, parts.head, names)
         scores = {name: one.summarise() if ends else one.values() for name, one in found.items()}
-        log.metrics(scores, state.step)
+        log.metrics(scores, taken or state.step)
         saved.note(state, scores)
         if ends:
-            metrics["tuned" if state.step else "base"] = scores
+            when, split = "tuned" if state.step else "base", residents[show.split]
+            metrics[when] = scores
             folder.write_metrics(out, metrics, world)
+            if world.is_main:
+                space = embed(parts.head.image, parts.head.text, split.features(split.rows()), split.image_row_N)
+                show.look(when, space, log.board, state.step)
 
-    if ("tuned" if state.step == plan.steps else "base") not in metrics:  # a signal may have cut the last one off
-        evaluate()
     batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
     model = distribute(parts.trained_model(), world.size)
-    with stop.gracefully(), profiler(cfg.profile, out / "profile", world.rank) as trace:
-        fit(model, batches, optimizer, plan, state, world, cfg, parts.precision, log=log, profiler=trace,
+    with closing(log), stop.gracefully(), profiler(cfg.profile, out / "profile", world.rank) as trace:
+        if not state.step or (state.evaluated < state.step and plan.due(state.step, cfg.eval_every)):
+            evaluate()  # the base model; or what a signal or a crash has cut off
+        fit(model, batches, saved.optimizer, plan, state, world, cfg, parts.precision, log=log, profiler=trace,
             evaluate=evaluate, checkpoint=saved.save, stop=partial(stop.agreed, world))
-    log.close()
-    return 128 + state.stopped if state.stopped else finish(cfg, world, parts, out, metrics)
+        if taken := saved.take_best(state, world.say):
+            evaluate(taken)
+    return finish(cfg, world, parts, pairs, out, metrics, show)
 
 
-def finish(cfg: Config, world: World, parts: Parts, out: Path, metrics: dict[str, Any]) -> int:
-    """What a finished run leaves behind: the model folder and the table."""
+def saver(cfg: Config, world: World, out: Path, parts: Parts, pairs: Pairs) -> Saver:
+    """The optimizer, and what saves and resumes this run and knows what its checkpoints belong to."""
+    from data.prefetch import order_digest
+    from engine.checkpoint import Saver
+    from engine.cli import FREE_ON_RESUME
+    from engine.config import as_dict
+    from engine.optim import adamw
+
+    rows = len(pairs.splits["train"])
+    identity = {**pairs.identity, "the precision": str(parts.precision), "the number of pairs": str(rows)}
+    recipe = {key: value for key, value in as_dict(cfg).items() if key not in FREE_ON_RESUME}
+    return Saver(out, parts.trainable, adamw(parts.trainable.values(), cfg.lr, cfg.weight_decay), identity, recipe,
+                 order_digest(rows, cfg.batch_size, cfg.seed), cfg.keep, cfg.best_metric, cfg.patience, world)
+
+
+def finish(cfg: Config, world: World, parts: Parts, pairs: Pairs, out: Path, metrics: dict[str, Any],
+           show: Show) -> int:
+    """What a finished run leaves behind: the model folder, the report page, the table, the digests of it all."""
+    from engine import folder
     from engine.export import Origin, Tuned, export
     from engine.hub import push, push_command
-    from eval.report import table
+    from eval.report import table, write_report
 
     if world.is_main:
         tuned = Tuned(parts.trainable, Origin.of(cfg, parts.clip, parts.trainable, metrics))
         export(parts.clip, out / "model", tuned, table(metrics), cfg.license)
+        folder.seal(out)
+        sizes = {name: len(split) for name, split in pairs.splits.items()}
+        page = write_report(out, show.split, sizes, show.answers, show.title, show.picture)
         print(table(metrics), flush=True)
-        world.say(f"run folder {out}  model {out / 'model'}  (tensorboard --logdir {out.parent})")
+        world.say(f"run folder  {out}\nmodel       {out / 'model'}\nreport      {page}\n"
+                  f"TensorBoard tensorboard --logdir {out.parent}")
         if cfg.push_to_hub:
             later = push_command(cfg, str(out), ["push_to_hub", "private"])
-            world.say(f"pushed to {push(out / 'model', cfg.push_to_hub, cfg.private, later)}")
+            world.say(f"pushed to {push(out / 'model', cfg.push_to_hub, cfg.private, cfg.license, later)}")
     return 0
 
 
@@ -189,7 +229,7 @@ def evaluate(cfg: Config, world: World, stop: Stop) -> int:
 
     parts = open_parts(cfg, world)
     pairs = open_data(cfg, world, parts, only=cfg.split)
-    scores = {cfg.split: measure(pairs, parts.head, [cfg.split])[cfg.split].summarise()}
+    scores = {cfg.split: measure(pairs.residents(), parts.head, [cfg.split])[cfg.split].summarise()}
     if world.is_main:
         world.say(table({parts.clip.name: scores}))
         print(json.dumps(scores, indent=2))
@@ -211,7 +251,7 @@ def shards(cfg: Config, world: World, stop: Stop) -> int:
         return 0
     if not cfg.out:
         raise UserError("shards needs a folder to write to: --out DIR")
-    (rows, lost), out = read_rows(cfg), Path(cfg.out).expanduser()
+    (rows, lost), out = read_rows(cfg, world.say), Path(cfg.out).expanduser()
     ledger = lost + pack(rows, reader(cfg, ImageSpec.clip()), out, cfg.resize, world.say)
     folder.write_ledger(out / "ledger.jsonl", ledger)
     refuse_if_too_bad(sum(map(len, rows.values())) + len(lost), ledger, cfg.max_bad)
@@ -226,7 +266,7 @@ def check(cfg: Config, world: World, stop: Stop) -> int:
 
     if not world.is_main:
         return 0
-    rows, lost = read_rows(cfg)
+    rows, lost = read_rows(cfg, world.say)
     findings = look_over(rows, reader(cfg, ImageSpec.clip()), world.say, lost)
     print(json.dumps(as_json(findings, rows), indent=2) if cfg.json else table(findings, rows))
     return int(cfg.strict and any(finding.severity == "error" for finding in findings))
@@ -291,27 +331,22 @@ def write_pictures(cfg: Config, splits: dict[str, Rows], results: Sequence[Found
 def export(cfg: Config, world: World, stop: Stop) -> int:
     """A run, or its projections alone, as a Hugging Face folder, and to the hub: one process."""
     from data.batch import UserError
-    from engine.card import set_licence
     from engine.export import finished_folder, new_folder
-    from engine.hub import check_push, push, push_command
+    from engine.hub import push, push_command
 
     if not world.is_main:
         return 0
     if not cfg.run or not (cfg.to or cfg.push_to_hub):
         raise UserError("export what and where? --run DIR, and --to DIR or --push-to-hub NAME or both")
-    if cfg.push_to_hub:
-        check_push(cfg.push_to_hub, world.say)
     with TemporaryDirectory() as scratch:
         ready = None if cfg.to or cfg.checkpoint or cfg.model or cfg.dtype != "fp32" else finished_folder(cfg.run)
         folder = ready or (new_folder(cfg.to) if cfg.to else Path(scratch) / "model")
         if ready is None:
             rebuild(cfg, folder)
             world.say(f"model {folder}")
-        elif cfg.license != "other":
-            set_licence(folder / "README.md", cfg.license)
         if cfg.push_to_hub:
             later = push_command(cfg, cfg.run, ["push_to_hub", "private", "checkpoint", "model", "dtype", "license"])
-            world.say(f"pushed to {push(folder, cfg.push_to_hub, cfg.private, later)}")
+            world.say(f"pushed to {push(folder, cfg.push_to_hub, cfg.private, cfg.license, later)}")
     return 0
 
 
@@ -333,25 +368,27 @@ def main(arguments: Sequence[str]) -> int:
     command, cfg = parse("run.py", arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our own threads call it
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's library writes to stderr otherwise
-    from data.batch import RunFailed, UserError
-    from engine import dist
     from engine.stop import Stop
 
-    stop, functions = Stop(), {"train": train, "demo": demo, "eval": evaluate, "shards": shards, "check": check,
-                               "search": search, "export": export}
+    stop = Stop()  # before torch is loaded, which takes a while
+    from data.batch import RunFailed, UserError
+    from engine import dist
+    from engine.hub import check_push
+
+    functions = {"train": train, "demo": demo, "eval": evaluate, "shards": shards, "check": check, "search": search,
+                 "export": export}
     try:
-        return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout), stop)
-    except UserError as error:
+        with dist.asking("averaging gradients"):  # what else ranks ask of one another says so itself
+            world = dist.init(cfg.device, cfg.dist_timeout, cfg.quiet)
+            if cfg.push_to_hub and world.is_main:
+                check_push(cfg.push_to_hub, world.say)
+            return functions[command](cfg, world, stop)
+    except (UserError, RunFailed, OSError) as error:  # OSError: a full disk, a folder gone; what was saved is whole
         if int(os.environ.get("RANK", 0)):
-            time.sleep(2)  # rank 0 has most likely met the same mistake and says it for all
-        print(f"run.py {command}: {error}", file=sys.stderr, flush=True)
-        return 2
-    except RunFailed as error:
-        print(f"run.py {command} failed: {error}", file=sys.stderr, flush=True)
-        return 1
-    except OSError as error:  # a full disk, a folder that went away: what was saved before is whole
-        print(f"run.py {command} failed: {error}", file=sys.stderr, flush=True)
-        return 1
+            time.sleep(2)  # rank 0 has most likely met the same and says it for all
+        mistake = isinstance(error, UserError)
+        print(f"run.py {command}{'' if mistake else ' failed'}: {error}", file=sys.stderr, flush=True)
+        return dist.leave(2 if mistake else 1)
     finally:
         dist.close()
 

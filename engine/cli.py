@@ -11,13 +11,23 @@ from dataclasses import Field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from engine.config import Config, check, comma_list, config_fields, in_groups, read_toml, to_toml, unknown
+from engine.config import (
+    Config,
+    check,
+    comma_list,
+    config_fields,
+    in_groups,
+    number,
+    read_toml,
+    to_toml,
+    unknown,
+)
 
 HOME = Path(__file__).resolve().parents[1]
 DEMO_MODEL = HOME / "data" / "demo_model"
 COLUMNS = ["dataset", "image_column", "title_column", "negative_column"]
 READING = ["allow_host", "retry_failed", "variants", "max_bad", "max_pixels", "workers", "cache_dir"]
-MACHINE = ["device", "precision", "dist_timeout"]
+MACHINE = ["device", "precision", "dist_timeout", "quiet"]
 SEARCH = ["query", "queries", "image", "top", "html"]
 EXPORT = ["run", "to", "checkpoint", "dtype"]
 PUSH = ["push_to_hub", "private", "license"]
@@ -42,9 +52,10 @@ COMMANDS = {
     "eval": Command("the metrics of any CLIPModel on one split: a table on stderr, JSON on stdout",
                     ["model", "split", "out", *COLUMNS, *READING, *MACHINE], {}),
     "shards": Command("write any dataset as WebDataset tar shards into --out; goes on after a kill",
-                      ["out", "resize", *COLUMNS, *READING], {}),
+                      ["out", "resize", *COLUMNS, *READING, "quiet"], {}),
     "check": Command("what is wrong with a dataset: dead links, bad images and titles, repeats, leaks between splits",
-                     [*COLUMNS, *(name for name in READING if name != "max_bad"), "seed", "strict", "json"], {}),
+                     [*COLUMNS, *(name for name in READING if name != "max_bad"), "seed", "strict", "json",
+                      "quiet"], {}),
     "search": Command("the best thumbnails for a title, or the best titles for a picture",
                       ["model", *SEARCH, "json", "split", *COLUMNS, *(name for name in READING if name != "max_bad"),
                        "seed", *MACHINE], {"split": "all"}),
@@ -55,8 +66,7 @@ COMMANDS = {
 
 # What may differ between a run and its resumption: it changes where and how fast, not what is computed.
 FREE_ON_RESUME = {"out", "resume", "cache_dir", "log_every", "eval_every", "save_every", "keep", "device", "workers",
-                  "profile", "dist_timeout", "allow_host", "max_bad", "dataset", "model",
-                  *PUSH}
+                  "profile", "dist_timeout", "quiet", "allow_host", "max_bad", "dataset", "model", "patience", *PUSH}
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,10 +107,8 @@ class Parser(argparse.ArgumentParser):
         if words := [*flags.get(POSITIONAL, ()), *rest]:  # what stands between flags is in the rest
             flags[POSITIONAL] = tuple(words)
         try:
-            if flags.get("resume"):
-                preset = _resumed(Path(flags.get("out", "")), flags)
-            chosen = {**preset, **(read_toml(Path(toml)) if toml else {}), **flags}
-            config = replace(Config(), **chosen)
+            flags = {**(read_toml(Path(toml)) if toml else {}), **flags}
+            config = replace(Config(), **{**preset, **_resumed(flags), **flags})
             check(config)
             if written:
                 _write_new(Path(written), to_toml(config, self.command.names))
@@ -115,7 +123,7 @@ class Lines(argparse.RawDescriptionHelpFormatter):
     """One line a flag, however long; a switch shows its other end without a second name."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=38, width=1000)
+        super().__init__(prog, max_help_position=80, width=1000)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if isinstance(action, argparse.BooleanOptionalAction):
@@ -150,13 +158,21 @@ def _options(spec: Field[Any], default: Any) -> dict[str, Any]:
         return {**options, "action": argparse.BooleanOptionalAction}
     if isinstance(default, tuple):
         return {**options, "type": comma_list, "metavar": "A,B"}
+    if spec.metadata["bare"]:
+        options |= {"nargs": "?", "const": spec.metadata["bare"]}
     if choices:
         return {**options, "choices": choices, "metavar": "|".join(choices)}
-    return {**options, "type": type(default), "metavar": {int: "N", float: "X", str: "TEXT"}[type(default)]}
+    return {**options, "type": number if type(default) is float else type(default),
+            "metavar": {int: "N", float: "X", str: "TEXT"}[type(default)]}
 
 
-def _resumed(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the run in `folder`; a flag that would change what it computes is refused."""
+def _resumed(flags: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the run that is to be resumed, {} if none is; a flag that would change its result is refused."""
+    wanted, folder = flags.get("resume", "off"), Path(flags.get("out", "")).expanduser()
+    if wanted == "auto" and not flags.get("out"):
+        raise ValueError("--resume auto needs the folder to go on in: --out DIR")
+    if wanted == "off" or (wanted == "auto" and not (folder / "config.json").exists()):
+        return {}
     try:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError, TypeError):

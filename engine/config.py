@@ -7,6 +7,7 @@ import json
 import math
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -14,9 +15,9 @@ from typing import Any, get_type_hints
 GROUPS = ("query", "model", "data", "recipe", "loop", "output", "machine")  # as `--help` and written TOML order them
 
 
-def setting(default: Any, group: str, text: str, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that also knows its `--help` group, line and choices."""
-    return field(default=default, metadata={"group": group, "help": text, "choices": choices})
+def setting(default: Any, group: str, text: str, choices: tuple[str, ...] = (), bare: str = "") -> Any:
+    """A dataclass field that also knows its `--help` group, line, choices, and what the flag alone means."""
+    return field(default=default, metadata={"group": group, "help": text, "choices": choices, "bare": bare})
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Config:
 
     # What to tune, on what, and where results go.
     model: str = setting("sentence-transformers/clip-ViT-L-14", "model", "hub name or folder of a CLIPModel")
-    dataset: str = setting("shawhin/yt-title-thumbnail-pairs", "data", "hub name, folder or file of pairs")
+    dataset: str = setting("shawhin/yt-title-thumbnail-pairs", "data",
+                           "hub name, folder or file of pairs, or shards (http(s) too)")
     out: str = setting("", "output", "run folder (default: runs/DATE-DATASET)")
     cache_dir: str = setting("~/.cache/thumbtune", "output", "feature store and fetched images")
     # Columns are detected by name; these override the detection.
@@ -47,13 +49,25 @@ class Config:
     weight_decay: float = setting(0.0, "recipe", "AdamW weight decay")
     clip_norm: float = setting(1.0, "recipe", "gradient norm is clipped at this; 0 turns clipping off")
     scale: float = setting(20.0, "recipe", "inverse temperature of the loss")
+    # The loss: what is ranked against what, and what repeats mean.
+    loss: str = setting("image-to-text", "recipe", "which way pairs are told apart",
+                        ("image-to-text", "symmetric", "sigmoid"))
+    duplicates: str = setting("mask", "recipe", "identical titles or images: mask: no negatives; multi: right answers "
+                              "too; keep: negatives, as the reference", ("mask", "multi", "keep"))
+    hardness: float = setting(0.0, "recipe", "weight of similar negatives: adds X * cosine to their logits")
+    label_smoothing: float = setting(0.0, "recipe", "share of the target spread evenly over all candidates")
     seed: int = setting(42, "recipe", "seeds the order of the pairs")
     # When to look and to save.
     log_every: int = setting(10, "loop", "steps between flushes of the log (the only host sync)")
     eval_every: int = setting(0, "loop", "steps between evaluations; 0: every epoch")
     save_every: int = setting(0, "loop", "steps between checkpoints; 0: every epoch")
     keep: int = setting(3, "loop", "checkpoints kept beside `last` and `best`")
-    resume: bool = setting(False, "loop", "carry on from the newest valid checkpoint in --out")
+    resume: str = setting("off", "loop", "carry on from the newest valid checkpoint in --out; auto: or start there",
+                          ("off", "on", "auto"), bare="on")
+    best_metric: str = setting("image_to_text_mrr", "loop", "what makes a checkpoint `best`: a metric of the valid "
+                               "split")  # moves with every rank, so it tells small gains apart where R@1 cannot
+    patience: int = setting(0, "loop", "stop after this many evaluations without a better one, and export the best; "
+                            "0: never stop, export the last")
     # The machine.
     device: str = setting("auto", "machine", "where to compute", ("auto", "cpu", "cuda"))
     precision: str = setting("auto", "machine", "auto: bf16 where it is faster", ("auto", "bf16", "fp32"))
@@ -66,11 +80,12 @@ class Config:
     resize: int = setting(0, "output", "store JPEG crops of this many pixels a side; 0 keeps the original bytes")
     retry_failed: bool = setting(False, "data", "ask again for URLs that failed for good in an earlier run")
     variants: bool = setting(False, "data", "YouTube: try the maxres, sd and hq thumbnails in this order")
-    allow_host: tuple[str, ...] = setting((), "data", "private hosts that images may be fetched from")
-    max_bad: float = setting(0.05, "data", "stop when a larger share of the rows is unusable")
+    allow_host: tuple[str, ...] = setting((), "data", "private hosts that images and shards may be fetched from")
+    max_bad: float = setting(0.05, "data", "stop when a larger share of the rows (5% or 0.05) is unusable")
     max_pixels: int = setting(25_000_000, "data", "refuse images with more pixels than this")
     strict: bool = setting(False, "output", "exit 1 when there are errors")
     json: bool = setting(False, "output", "print JSON to stdout")
+    quiet: bool = setting(False, "output", "say nothing but errors and the final table")
     # Searching.
     query: tuple[str, ...] = setting((), "query", "titles whose best thumbnails are wanted, each in quotes")
     queries: str = setting("", "query", "file with one title a line")
@@ -111,6 +126,11 @@ def comma_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def number(text: str) -> float:
+    """A number, also as `5%`. Raises ValueError."""
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """The settings in a TOML file. Raises ValueError with one sentence for an unknown key or a wrong type."""
     try:
@@ -129,8 +149,11 @@ def read_toml(path: Path) -> dict[str, Any]:
             value = tuple(value) if isinstance(value, list) else comma_list(value)
         elif isinstance(default, float) and type(value) is int:
             value = float(value)
+        elif isinstance(default, float) and isinstance(value, str):
+            with suppress(ValueError):
+                value = number(value)
         if type(value) is not type(default) or (value and isinstance(value, tuple) and
-                                                 any(type(part) is not str for part in value)):
+                                                any(type(part) is not str for part in value)):
             raise ValueError(f"--config {path}: {key} must be {type(default).__name__}, not {type(value).__name__}")
         values[name] = value
     return values
@@ -160,18 +183,25 @@ def toml_value(value: Any) -> str:
 def check(config: Config) -> None:
     """Raises ValueError with one sentence for a value that cannot work."""
     at_least = {"epochs": 1, "batch_size": 1, "log_every": 1, "eval_every": 0, "save_every": 0, "keep": 1,
-                "workers": 1, "resize": 0, "lr": 0,
+                "patience": 0, "workers": 1, "resize": 0, "lr": 0,
                 "weight_decay": 0, "clip_norm": 0, "max_bad": 0, "max_pixels": 1, "scale": 1e-9,
-                "dist_timeout": 1, "top": 1, "seed": 0}
+                "dist_timeout": 1, "hardness": 0, "label_smoothing": 0, "top": 1, "seed": 0}
     for name, low in at_least.items():
         value = getattr(config, name)
         if not low <= value < math.inf:  # NaN as well
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low:g}, not {value:g}")
+    if config.max_bad > 1:
+        raise ValueError(f"--max-bad is a share of the rows, such as 5% or 0.05, not {config.max_bad:g}")
     for name, high in {"seed": 2**32, "dist_timeout": 1e7}.items():
         if getattr(config, name) > high:
             raise ValueError(f"--{name.replace('_', '-')} must be at most {high:g}, not {getattr(config, name):g}")
     if not 0 <= config.warmup < 1:
         raise ValueError(f"--warmup is a share of all steps between 0 and 1, not {config.warmup:g}")
+    if not config.label_smoothing < 1:
+        raise ValueError(f"--label-smoothing is a share below 1, not {config.label_smoothing:g}")
+    if config.loss == "sigmoid" and (config.hardness or config.label_smoothing):
+        raise ValueError("--loss sigmoid judges each pair alone; --hardness and --label-smoothing need a softmax: "
+                         "leave them out or use --loss symmetric")
     for name, spec in config_fields().items():
         allowed = spec.metadata["choices"]
         if allowed and getattr(config, name) not in allowed:

@@ -87,9 +87,10 @@ def test_resume_equals_uninterrupted(mode: str, pairs: Path, tiny_model: Path, t
     for late in ("model", "checkpoints/last", "checkpoints/best"):
         shutil.rmtree(cut / late) if (cut / late).is_dir() and late == "model" else (cut / late).unlink(missing_ok=True)
     checkpoints = sorted((cut / "checkpoints").iterdir())
-    assert [path.name for path in checkpoints] == ["step-00000002", "step-00000004", "step-00000006"]
-    shutil.rmtree(checkpoints[2])
-    weights = checkpoints[1] / "trainable.safetensors"  # damaged: step 2, in mid-epoch, is the newest valid one
+    assert [int(path.name[-2:]) for path in checkpoints] == [2, 3, 4, 6]  # 3, where an epoch ends, was the best
+    shutil.rmtree(checkpoints[3])
+    shutil.rmtree(checkpoints[1])
+    weights = checkpoints[2] / "trainable.safetensors"  # damaged: step 2, in mid-epoch, is the newest valid one
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     with (cut / "steps.jsonl").open("a") as file:
         file.write('{"step": 7, "torn')

@@ -11,9 +11,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
     from data.cold import Reader
     from data.decode import ImageSpec
     from data.pairs import Encoders, Pairs
+    from data.resident import Resident
     from data.source import Rows
     from engine.dist import World
     from engine.model import Head, Parts
     from engine.stop import Stop
+    from engine.sweep import Journal, Tuner
     from eval.metrics import Retrieval
 
 
@@ -97,18 +100,56 @@ def encoders(parts: Parts, image_preprocessing: str, device: torch.device) -> En
 
 def measure(pairs: Pairs, head: Head, names: Sequence[str]) -> dict[str, Retrieval]:
     """Ranks and triplets of the named splits with the head as it is now."""
+    residents = {name: split for name, split in pairs.residents().items() if name in names}
+    return {name: measure_rows(head, split) for name, split in residents.items()}
+
+
+def measure_rows(head: Head, split: Resident) -> Retrieval:
+    """Ranks and triplets of some rows."""
     import torch
 
     from eval.retrieval import measure_split
 
-    residents = {name: split for name, split in pairs.residents().items() if name in names}
-    return {name: measure_split(head.image, head.text, split.features(torch.arange(len(split))), split.image_row_N)
-            for name, split in residents.items()}
+    return measure_split(head.image, head.text, split.features(torch.arange(len(split))), split.image_row_N)
+
+
+def with_probe(cfg: Config, world: World, parts: Parts, pairs: Pairs) -> Pairs:
+    """The pairs, and the test split of --probe beside them as a split of its own, only ever measured."""
+    if not cfg.probe:
+        return pairs
+    other = replace(cfg, dataset=cfg.probe, image_column="", title_column="", negative_column="", mine_negatives="off")
+    probe = open_data(other, world, parts, only="test")
+    return replace(
+        pairs, splits={**pairs.splits, "probe": probe.splits["test"]},
+        ledger=[*pairs.ledger, *({**entry, "split": "probe"} for entry in probe.ledger)],
+        residents=lambda: {**pairs.residents(), "probe": probe.residents()["test"]})
+
+
+def paired(before: Mapping[str, Retrieval], after: Mapping[str, Retrieval]) -> dict[str, dict[str, Any]]:
+    """After minus before on the same rows, with interval and p: split -> metric -> value, ci95, p."""
+    from eval.metrics import compare
+
+    return {split: {name: test.as_json() for name, test in compare(before[split], found).items()}
+            for split, found in after.items()}
+
+
+def interpolated(cfg: Config, parts: Parts, pairs: Pairs, base: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Leave the parameters between base and tuned as --interpolate says; how valid (else train) and probe take it."""
+    from engine.interpolate import interpolate
+
+    watched = ["valid" if "valid" in pairs.splits else "train", *({"probe"} & set(pairs.splits))]
+
+    def score() -> dict[str, dict[str, float]]:
+        found = measure(pairs, parts.head, watched)
+        return {name: found[name].values() for name in watched}
+
+    return interpolate(parts.trainable, base, cfg.interpolate, score, cfg.best_metric)
 
 
 def train(cfg: Config, world: World, stop: Stop) -> int:
     """Base metrics, the loop, tuned metrics, the exported model."""
     from engine import checkpoint, folder
+    from engine.interpolate import snapshot
     from engine.log import Log
     from engine.model import distribute
     from engine.optim import adamw
@@ -117,7 +158,9 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
 
     out = folder.open_folder(cfg, world)
     parts = open_parts(cfg, world)
-    pairs = open_data(cfg, world, parts)
+    pairs = with_probe(cfg, world, parts, open_data(cfg, world, parts))
+    base = measure(pairs, parts.head, list(pairs.splits))  # row by row, ere a resume puts tuned weights in
+    start = snapshot(parts.trainable) if cfg.interpolate else {}
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     optimizer = adamw(parts.trainable.values(), cfg.lr, cfg.weight_decay)
     saved = checkpoint.Saver(out, parts.trainable, optimizer, pairs.identity, cfg.keep, world)
@@ -135,6 +178,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
         saved.note(state, scores)
         if ends:
             metrics["tuned" if state.step else "base"] = scores
+            metrics.update({"difference": paired(base, found)} if state.step else {})
             folder.write_metrics(out, metrics, world)
 
     if ("tuned" if state.step == plan.steps else "base") not in metrics:  # a signal may have cut the last one off
@@ -144,6 +188,10 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     with stop.gracefully(), profiler(cfg.profile, out / "profile", world.rank) as trace:
         fit(model, batches, optimizer, plan, state, world, cfg, parts.precision, log=log, profiler=trace,
             evaluate=evaluate, checkpoint=saved.save, stop=partial(stop.agreed, world))
+    if cfg.interpolate and not state.stopped:
+        metrics["interpolation"] = interpolated(cfg, parts, pairs, start)
+        log.curve("interpolation", metrics["interpolation"]["curve"])
+        evaluate()
     log.close()
     return 128 + state.stopped if state.stopped else finish(cfg, world, parts, out, metrics)
 
@@ -154,8 +202,9 @@ def finish(cfg: Config, world: World, parts: Parts, out: Path, metrics: dict[str
     from eval.report import table
 
     if world.is_main:
-        export(parts.clip, out / "model", cfg, table(metrics), parts.trainable)
-        print(table(metrics), flush=True)
+        shown = table({name: metrics[name] for name in ("base", "tuned", "difference")})
+        export(parts.clip, out / "model", cfg, shown, parts.trainable)
+        print(shown, flush=True)
         world.say(f"run folder {out}  model {out / 'model'}  (tensorboard --logdir {out.parent})")
     return 0
 
@@ -170,6 +219,95 @@ def demo(cfg: Config, world: World, stop: Stop) -> int:
         write_demo(folder)
     world.barrier()
     return train(replace(cfg, dataset=str(folder)), world, stop)
+
+
+def sweep(cfg: Config, world: World, stop: Stop) -> int:
+    """Try settings by cross-validation over all rows but test's; retrain the best on them, and test that once."""
+    from data.batch import UserError
+    from data.folds import join
+    from engine import folder
+    from engine.sweep import Journal, Tuner, configurations, named
+    from eval.leaderboard import judge
+
+    tried = configurations(cfg)
+    out = folder.open_folder(cfg, world)
+    parts = open_parts(cfg, world)
+    if not parts.cached:
+        raise UserError("sweep trains from stored features: only projections and logit_scale can be --trainable")
+    pairs = open_data(cfg, world, parts)
+    rows = join([split for name, split in pairs.residents().items() if name != "test"])
+    tuner = Tuner(parts)
+    held_out = cross_validation(cfg, world, tuner, rows, tried)
+    folder.begin(out, cfg, world, parts.precision, pairs.ledger)
+    journal = Journal(out, world, pairs.identity, cfg.best_metric, cfg.resume)
+    todo = [settings for settings in tried if not journal.known(settings)]
+    base, began = held_out(None), time.monotonic()
+    with stop.gracefully():
+        for done, settings in enumerate(todo, start=1):
+            found = judge(held_out(settings), base, len(rows), cfg.best_metric)
+            journal.add(settings, found)
+            speed = done * cfg.folds * cfg.seeds / (time.monotonic() - began) * 60
+            world.say(f"{done}/{len(todo)}  {cfg.best_metric} {found['scores'][cfg.best_metric]:.4f}  "
+                      f"({named(settings)})  {speed:,.0f} runs/min")
+            if signal := stop.agreed(world):
+                return 128 + signal
+    return conclude(cfg, world, tuner, pairs, rows, journal, out)
+
+
+def cross_validation(cfg: Config, world: World, tuner: Tuner, rows: Resident,
+                     tried: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any] | None], list[Any]]:
+    """A function: settings (None: the base model) -> rows held out and how each run does on them; ranks share the runs.
+
+    Raises UserError, before any run, for a batch larger than what a fold leaves to train on.
+    """
+    from data.folds import folds, in_order
+    from engine.sweep import REPEAT
+    from engine.train import Plan
+
+    runs = [(seed, fold) for seed in range(cfg.seed, cfg.seed + cfg.seeds * REPEAT, REPEAT)
+            for fold in folds(rows, cfg.folds, seed)]
+    for settings in tried:
+        Plan(min(len(fold.train) for _, fold in runs), replace(cfg, **settings).batch_size, 1)
+
+    def held_out(settings: Mapping[str, Any] | None) -> list[Any]:
+        mine = []
+        for number in range(world.rank, len(runs), world.size):
+            seed, fold = runs[number]
+            if settings is None:
+                tuner.reset()
+            else:
+                tuner.tune(replace(cfg, **settings, seed=seed), len(fold.train), partial(in_order, fold.train))
+            mine.append((number, fold.row_N, measure_rows(tuner.parts.head, fold.held)))
+        return [run[1:] for run in sorted((run for part in world.exchange(mine) for run in part), key=itemgetter(0))]
+
+    return held_out
+
+
+def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Resident, journal: Journal,
+             out: Path) -> int:
+    """Retrain the winner on all rows but test's, measure it there once; leaderboard, recipe and model."""
+    from data.folds import in_order
+    from engine import folder
+    from engine.config import to_toml
+    from engine.sweep import RECIPE, named
+    from eval.leaderboard import leaderboard
+
+    lines = journal.ranked()
+    best = replace(cfg, **lines[0]["settings"])
+    tuner.reset()
+    before = measure(pairs, tuner.parts.head, ["test"])
+    tuner.tune(best, len(rows), partial(in_order, rows))
+    after = measure(pairs, tuner.parts.head, ["test"])
+    metrics = {"base": {name: one.summarise() for name, one in before.items()},
+               "tuned": {name: one.summarise() for name, one in after.items()}, "difference": paired(before, after)}
+    if not world.is_main:
+        return 0
+    folder.write_json(out / "sweep.json", {"metric": cfg.best_metric, "winner": lines[0], "configurations": lines})
+    (out / "recipe.toml").write_text(to_toml(best, RECIPE), encoding="utf-8")
+    journal.hparams(out / "tensorboard", cfg)
+    print(leaderboard(lines[:10], [named(line["settings"]) for line in lines[:10]], cfg.best_metric), end="\n\n")
+    world.say(f"winner: {named(lines[0]['settings'])}  (run.py --config {out / 'recipe.toml'})")
+    return finish(best, world, tuner.parts, out, metrics)
 
 
 def evaluate(cfg: Config, world: World, stop: Stop) -> int:
@@ -231,7 +369,8 @@ def main(arguments: Sequence[str]) -> int:
     from engine import dist
     from engine.stop import Stop
 
-    stop, functions = Stop(), {"train": train, "demo": demo, "eval": evaluate, "shards": shards, "check": check}
+    stop, functions = Stop(), {"train": train, "demo": demo, "eval": evaluate, "shards": shards, "check": check,
+                               "sweep": sweep}
     try:
         return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout), stop)
     except UserError as error:

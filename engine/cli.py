@@ -11,13 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from engine.config import Config, check, comma_list, config_fields, read_toml, unknown
+from engine.config import RECIPES, Config, check, comma_list, config_fields, read_toml, unknown
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "data" / "demo_model"
 COLUMNS = ["dataset", "image_column", "title_column", "negative_column"]
 READING = ["allow_host", "retry_failed", "variants", "max_bad", "max_pixels", "workers", "cache_dir"]
 MACHINE = ["device", "precision", "dist_timeout"]
-TRAIN = [name for name in config_fields() if name not in ("split", "resize", "strict", "json")]
+SWEEP = ["space", "trials", "folds", "seeds"]
+TRAIN = [name for name in config_fields() if name not in ["split", "resize", "strict", "json", *SWEEP]]
+ONE_RUN = ["eval_every", "save_every", "keep", "profile", "probe"]  # what only a single run of training has
 
 
 class Command(NamedTuple):
@@ -34,6 +36,8 @@ COMMANDS = {
                     [name for name in TRAIN if name not in [*COLUMNS, *READING, "model"] or name in MACHINE
                      or name in ("workers", "cache_dir")],
                     {"model": str(DEMO_MODEL), "epochs": 10, "batch_size": 64, "lr": 1e-3, "log_every": 50}),
+    "sweep": Command("try many settings by cross-validation, retrain the best, measure it once on test",
+                     [*SWEEP, *(name for name in TRAIN if name not in ONE_RUN)], {}),
     "eval": Command("the metrics of any CLIPModel on one split: a table on stderr, JSON on stdout",
                     ["model", "split", "out", *COLUMNS, *READING, *MACHINE], {}),
     "shards": Command("write any dataset as WebDataset tar shards into --out; goes on after a kill",
@@ -45,7 +49,7 @@ COMMANDS = {
 
 # What may differ between a run and its resumption: it changes where and how fast, not what is computed.
 FREE_ON_RESUME = {"out", "resume", "cache_dir", "log_every", "eval_every", "save_every", "keep", "device", "workers",
-                  "profile", "dist_timeout", "allow_host", "max_bad", "dataset", "model"}
+                  "profile", "dist_timeout", "allow_host", "max_bad", "dataset", "model", "space", "trials"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,7 +83,9 @@ class Parser(argparse.ArgumentParser):
         try:
             if flags.get("resume"):
                 preset = _resumed(Path(flags.get("out", "")), flags)
-            chosen = {**preset, **(read_toml(Path(toml)) if toml else {}), **flags}
+            given = {**(read_toml(Path(toml)) if toml else {}), **flags}
+            recipe = {} if flags.get("resume") else RECIPES.get(given.get("recipe", ""), {})
+            chosen = {**preset, **recipe, **given}
             config = replace(Config(), **chosen)
             check(config)
         except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
@@ -44,6 +45,16 @@ class Config:
     clip_norm: float = setting(1.0, "recipe", "gradient norm is clipped at this; 0 turns clipping off")
     scale: float = setting(20.0, "recipe", "inverse temperature of the loss")
     seed: int = setting(42, "recipe", "seeds the order of the pairs")
+    interpolate: str = setting("", "recipe", "export a mix of base and tuned: a share of tuned within 0 and 1, or auto "
+                               "(best on valid)")
+    recipe: str = setting("reference", "recipe", "settings to start from; flags win", ("reference", "best"))
+    probe: str = setting("", "data", "pairs of another kind, to see what tuning forgets (their test split)")
+    # Searching settings.
+    space: str = setting("", "sweep", "what to try: 'lr=1e-4..1e-2:log epochs=2,10'")
+    trials: int = setting(0, "sweep", "configurations drawn from the space; 0: all combinations of its lists")
+    folds: int = setting(5, "sweep", "parts of train and valid that are held out in turn")
+    seeds: int = setting(1, "sweep", "times that everything is repeated with other folds and orders")
+    best_metric: str = setting("image_to_text_mrr", "loop", "what is best: a metric of metrics.json")
     # When to look and to save.
     log_every: int = setting(10, "loop", "steps between flushes of the log (the only host sync)")
     eval_every: int = setting(0, "loop", "steps between evaluations; 0: every epoch")
@@ -67,6 +78,13 @@ class Config:
     max_pixels: int = setting(25_000_000, "data", "refuse images with more pixels than this")
     strict: bool = setting(False, "output", "exit 1 when there are errors")
     json: bool = setting(False, "output", "print JSON to stdout")
+
+
+# What --recipe names: settings that differ from the reference's.
+RECIPES: dict[str, dict[str, Any]] = {
+    "reference": {},
+    "best": {"epochs": 20, "batch_size": 128, "lr": 2e-3},
+}
 
 
 def config_fields() -> dict[str, Field[Any]]:
@@ -115,7 +133,7 @@ def check(config: Config) -> None:
     at_least = {"epochs": 1, "batch_size": 1, "log_every": 1, "eval_every": 0, "save_every": 0, "keep": 1,
                 "workers": 1, "resize": 0, "lr": 0,
                 "weight_decay": 0, "clip_norm": 0, "max_bad": 0, "max_pixels": 1, "scale": 1e-9,
-                "dist_timeout": 1}
+                "dist_timeout": 1, "trials": 0, "folds": 2, "seeds": 1}
     for name, low in at_least.items():
         value = getattr(config, name)
         if not value >= low:  # `not >=` refuses NaN as well
@@ -127,8 +145,17 @@ def check(config: Config) -> None:
         if allowed and getattr(config, name) not in allowed:
             raise ValueError(f"--{name.replace('_', '-')} must be one of {', '.join(allowed)}, "
                              f"not {getattr(config, name)!r}")
+    if config.interpolate not in ("", "auto") and not 0 <= _number(config.interpolate) <= 1:
+        raise ValueError(f"--interpolate is a share of tuned within 0 and 1, or auto; not {config.interpolate}")
     if not config.trainable:
         raise ValueError("--trainable names nothing; try --trainable projection")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def as_dict(config: Config) -> dict[str, Any]:

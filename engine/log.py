@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,14 @@ class Log:
             self._writer.flush()
         for split, values in scores.items():
             self.world.say(f"{'base' if step == 0 else f'step {step}'}  {split}:  " + _headline(values))
+
+    def curve(self, name: str, points: Sequence[Mapping[str, Any]]) -> None:
+        """Write what is no time series: `alpha` of each point, in hundredths, takes the place of the step."""
+        if self._writer is not None:
+            for point in points:
+                for split in point.keys() - {"alpha"}:
+                    for metric, value in point[split].items():
+                        self._writer.add_scalar(f"{name}/{split}/{metric}", value, round(100 * point["alpha"]))
 
     def close(self) -> None:
         """Flush and close the files."""

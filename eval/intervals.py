@@ -36,6 +36,10 @@ class PairedTest:
     ci95: Interval
     p_value: float
 
+    def as_json(self) -> dict[str, float | Interval]:
+        """As it stands in metrics.json."""
+        return {"value": self.difference, "ci95": self.ci95, "p": self.p_value}
+
 
 def share_interval(hit_N: Tensor) -> Interval:
     """95 % interval of the share of True rows: Wilson's, with a Poisson limit for one to three misses or hits.

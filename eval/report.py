@@ -17,7 +17,7 @@ Scores = Mapping[str, Mapping[str, Any]]  # split -> metric -> value
 
 
 def table(columns: Mapping[str, Scores]) -> str:
-    """A Markdown table, one block of rows a split, one column for each of `columns` (such as base and tuned)."""
+    """A Markdown table, one block of rows a split, one column for each of `columns`: base, tuned, difference."""
     names = list(columns)
     splits = list(dict.fromkeys(split for scores in columns.values() for split in scores))
     rows = [["split", "metric", *names]]
@@ -35,6 +35,9 @@ def table(columns: Mapping[str, Scores]) -> str:
 def _cell(values: Mapping[str, Any], metric: str) -> str:
     if metric not in values:
         return "-"
+    if isinstance(values[metric], Mapping):  # a paired test: +0.270 [+0.090, +0.450], p = 0.020
+        (low, high), p = values[metric]["ci95"], values[metric]["p"]
+        return f"{values[metric]['value']:+.3f} [{low:+.3f}, {high:+.3f}], p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}"
     digits = 1 if metric.endswith("rank") else 3
     low, high = values[f"{metric}_ci95"]
     return f"{values[metric]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

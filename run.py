@@ -11,11 +11,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from engine.cli import parse
@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from engine.dist import World
     from engine.model import Head, Parts
     from engine.stop import Stop
-    from engine.sweep import Journal, Tuner
+    from engine.trials import Journal, Tuner
     from eval.metrics import Retrieval
+    from eval.search import Found
 
 
 def open_parts(cfg: Config, world: World) -> Parts:
@@ -149,6 +150,7 @@ def interpolated(cfg: Config, parts: Parts, pairs: Pairs, base: Mapping[str, tor
 def train(cfg: Config, world: World, stop: Stop) -> int:
     """Base metrics, the loop, tuned metrics, the exported model."""
     from engine import checkpoint, folder
+    from engine.hub import check_push
     from engine.interpolate import snapshot
     from engine.log import Log
     from engine.model import distribute
@@ -156,6 +158,8 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     from engine.profiler import profiler
     from engine.train import Plan, fit
 
+    if cfg.push_to_hub and world.is_main:
+        check_push(cfg.push_to_hub, world.say)
     out = folder.open_folder(cfg, world)
     parts = open_parts(cfg, world)
     pairs = with_probe(cfg, world, parts, open_data(cfg, world, parts))
@@ -198,14 +202,19 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
 
 def finish(cfg: Config, world: World, parts: Parts, out: Path, metrics: dict[str, Any]) -> int:
     """What a finished run leaves behind: the model folder and the table."""
-    from engine.export import export
+    from engine.export import Origin, Tuned, export
+    from engine.hub import push, push_command
     from eval.report import table
 
     if world.is_main:
         shown = table({name: metrics[name] for name in ("base", "tuned", "difference")})
-        export(parts.clip, out / "model", cfg, shown, parts.trainable)
+        tuned = Tuned(parts.trainable, Origin.of(cfg, parts.clip, parts.trainable, metrics))
+        export(parts.clip, out / "model", tuned, shown, cfg.license)
         print(shown, flush=True)
         world.say(f"run folder {out}  model {out / 'model'}  (tensorboard --logdir {out.parent})")
+        if cfg.push_to_hub:
+            later = push_command(cfg, str(out), ["push_to_hub", "private"])
+            world.say(f"pushed to {push(out / 'model', cfg.push_to_hub, cfg.private, later)}")
     return 0
 
 
@@ -224,9 +233,11 @@ def demo(cfg: Config, world: World, stop: Stop) -> int:
 def sweep(cfg: Config, world: World, stop: Stop) -> int:
     """Try settings by cross-validation over all rows but test's; retrain the best on them, and test that once."""
     from data.batch import UserError
-    from data.folds import join
+    from data.folds import folds, in_order, join
     from engine import folder
-    from engine.sweep import Journal, Tuner, configurations, named
+    from engine.sweep import configurations, named
+    from engine.train import Plan
+    from engine.trials import REPEAT, Journal, Run, Tuner
     from eval.leaderboard import judge
 
     tried = configurations(cfg)
@@ -236,57 +247,29 @@ def sweep(cfg: Config, world: World, stop: Stop) -> int:
         raise UserError("sweep trains from stored features: only projections and logit_scale can be --trainable")
     pairs = open_data(cfg, world, parts)
     rows = join([split for name, split in pairs.residents().items() if name != "test"])
-    tuner = Tuner(parts)
-    held_out = cross_validation(cfg, world, tuner, rows, tried)
+    runs = [Run(seed, *fold) for seed in range(cfg.seed, cfg.seed + cfg.seeds * REPEAT, REPEAT)
+            for fold in folds(rows, cfg.folds, seed)]
+    for settings in tried:  # a batch too large for a fold is better said now
+        Plan(min(len(run.train) for run in runs), replace(cfg, **settings).batch_size, 1)
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     journal = Journal(out, world, pairs.identity, cfg.best_metric, cfg.resume)
     todo = [settings for settings in tried if not journal.known(settings)]
-    base, began = held_out(None), time.monotonic()
+    tuner, held_out = Tuner(parts, in_order), partial(measure_rows, parts.head)
+    base, began = tuner.cross_validate(None, runs, held_out, world), time.monotonic()
     with stop.gracefully():
         for done, settings in enumerate(todo, start=1):
-            found = judge(held_out(settings), base, len(rows), cfg.best_metric)
-            journal.add(settings, found)
-            speed = done * cfg.folds * cfg.seeds / (time.monotonic() - began) * 60
-            world.say(f"{done}/{len(todo)}  {cfg.best_metric} {found['scores'][cfg.best_metric]:.4f}  "
-                      f"({named(settings)})  {speed:,.0f} runs/min")
+            found = tuner.cross_validate(replace(cfg, **settings), runs, held_out, world)
+            score = journal.add(settings, judge(found, base, len(rows), cfg.best_metric))
+            speed = done * len(runs) / (time.monotonic() - began) * 60
+            world.say(f"{done}/{len(todo)}  {cfg.best_metric} {score:.4f}  ({named(settings)})  {speed:,.0f} runs/min")
             if signal := stop.agreed(world):
                 return 128 + signal
     return conclude(cfg, world, tuner, pairs, rows, journal, out)
 
 
-def cross_validation(cfg: Config, world: World, tuner: Tuner, rows: Resident,
-                     tried: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any] | None], list[Any]]:
-    """A function: settings (None: the base model) -> rows held out and how each run does on them; ranks share the runs.
-
-    Raises UserError, before any run, for a batch larger than what a fold leaves to train on.
-    """
-    from data.folds import folds, in_order
-    from engine.sweep import REPEAT
-    from engine.train import Plan
-
-    runs = [(seed, fold) for seed in range(cfg.seed, cfg.seed + cfg.seeds * REPEAT, REPEAT)
-            for fold in folds(rows, cfg.folds, seed)]
-    for settings in tried:
-        Plan(min(len(fold.train) for _, fold in runs), replace(cfg, **settings).batch_size, 1)
-
-    def held_out(settings: Mapping[str, Any] | None) -> list[Any]:
-        mine = []
-        for number in range(world.rank, len(runs), world.size):
-            seed, fold = runs[number]
-            if settings is None:
-                tuner.reset()
-            else:
-                tuner.tune(replace(cfg, **settings, seed=seed), len(fold.train), partial(in_order, fold.train))
-            mine.append((number, fold.row_N, measure_rows(tuner.parts.head, fold.held)))
-        return [run[1:] for run in sorted((run for part in world.exchange(mine) for run in part), key=itemgetter(0))]
-
-    return held_out
-
-
 def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Resident, journal: Journal,
              out: Path) -> int:
     """Retrain the winner on all rows but test's, measure it there once; leaderboard, recipe and model."""
-    from data.folds import in_order
     from engine import folder
     from engine.config import to_toml
     from engine.sweep import RECIPE, named
@@ -296,17 +279,17 @@ def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Reside
     best = replace(cfg, **lines[0]["settings"])
     tuner.reset()
     before = measure(pairs, tuner.parts.head, ["test"])
-    tuner.tune(best, len(rows), partial(in_order, rows))
+    tuner.tune(best, rows)
     after = measure(pairs, tuner.parts.head, ["test"])
     metrics = {"base": {name: one.summarise() for name, one in before.items()},
                "tuned": {name: one.summarise() for name, one in after.items()}, "difference": paired(before, after)}
-    if not world.is_main:
-        return 0
-    folder.write_json(out / "sweep.json", {"metric": cfg.best_metric, "winner": lines[0], "configurations": lines})
-    (out / "recipe.toml").write_text(to_toml(best, RECIPE), encoding="utf-8")
-    journal.hparams(out / "tensorboard", cfg)
-    print(leaderboard(lines[:10], [named(line["settings"]) for line in lines[:10]], cfg.best_metric), end="\n\n")
-    world.say(f"winner: {named(lines[0]['settings'])}  (run.py --config {out / 'recipe.toml'})")
+    folder.write_metrics(out, metrics, world)
+    if world.is_main:
+        folder.write_json(out / "sweep.json", {"metric": cfg.best_metric, "configurations": lines})
+        (out / "recipe.toml").write_text(to_toml(best, RECIPE), encoding="utf-8")
+        journal.hparams(out / "tensorboard", cfg)
+        print(leaderboard(lines[:10], [named(line["settings"]) for line in lines[:10]], cfg.best_metric), end="\n\n")
+        world.say(f"winner: {named(lines[0]['settings'])}  (run.py --config {out / 'recipe.toml'})")
     return finish(best, world, tuner.parts, out, metrics)
 
 
@@ -360,17 +343,110 @@ def check(cfg: Config, world: World, stop: Stop) -> int:
     return int(cfg.strict and any(finding.severity == "error" for finding in findings))
 
 
+def search(cfg: Config, world: World, stop: Stop) -> int:
+    """The best thumbnails for titles, or the best titles for a picture: one process, from stored features."""
+    from data import gallery
+    from eval.search import as_json, as_text
+
+    if not world.is_main:
+        return 0
+    titles = gallery.read_queries(cfg.query, cfg.queries, cfg.image)
+    splits, results, look = find(cfg, world, titles)
+    if cfg.html:
+        write_pictures(cfg, splits, results, look)
+    text = json.dumps(as_json(results), indent=2) if cfg.json else as_text(results, os.path.abspath(cfg.dataset))
+    print(text, flush=True)
+    return 0
+
+
+def find(cfg: Config, world: World, titles: Sequence[str]) -> tuple[dict[str, Rows], list[Found], Reader]:
+    """Answers to `titles`, or to --image where there are none."""
+    import torch
+
+    from data import gallery
+    from data.decode import ImageSpec
+    from engine.model import open_model
+    from eval.search import found, top_k
+
+    splits = gallery.choose(read_rows(cfg)[0], cfg.split, cfg.dataset)
+    parts = open_model(cfg.model, cfg.trainable, "cached", cfg.scale, cfg.precision, world.device)
+    spec, cache, head = ImageSpec.from_processor(parts.clip.image_processor), Path(cfg.cache_dir), parts.head
+    look, towers = reader(cfg, spec), encoders(parts, spec.fingerprint(), world.device)
+    with torch.no_grad():
+        if titles:
+            asked = head.text(gallery.title_features(titles, towers).to(world.device))
+            shelf, project = gallery.open_images(splits, look, towers, cache.expanduser(), world.say), head.image
+        else:
+            asked = head.image(gallery.image_features(cfg.image, look, towers).to(world.device))
+            shelf, project = gallery.open_titles(splits, towers, cache.expanduser()), head.text
+        best = top_k(asked, lambda start, stop: project(shelf.chunk(start, stop).to(world.device)), len(shelf), cfg.top)
+    return splits, found(titles, cfg.image, *best, shelf.item), look
+
+
+def write_pictures(cfg: Config, splits: dict[str, Rows], results: Sequence[Found], look: Reader) -> None:
+    """The page of --html."""
+    from data.gallery import pictures
+    from engine import folder
+    from eval.search_page import page
+
+    shown = {(answer.split, answer.row) for one in results for answer in one.answers}
+    previews = pictures(((place, splits[place[0]].image[place[1]].as_py()) for place in shown), look)
+    if cfg.image:
+        previews |= pictures([(cfg.image, {"bytes": None, "path": cfg.image})], look)
+    folder.write_text(Path(cfg.html).expanduser(), page(f"Search in {cfg.dataset}", results, previews))
+
+
+def export(cfg: Config, world: World, stop: Stop) -> int:
+    """A run, or its projections alone, as a Hugging Face folder, and to the hub: one process."""
+    from data.batch import UserError
+    from engine.card import set_licence
+    from engine.export import finished_folder, new_folder
+    from engine.hub import check_push, push, push_command
+
+    if not world.is_main:
+        return 0
+    if not cfg.run or not (cfg.to or cfg.push_to_hub):
+        raise UserError("export what and where? --run DIR, and --to DIR or --push-to-hub NAME or both")
+    if cfg.push_to_hub:
+        check_push(cfg.push_to_hub, world.say)
+    with TemporaryDirectory() as scratch:
+        ready = None if cfg.to or cfg.checkpoint or cfg.model or cfg.dtype != "fp32" else finished_folder(cfg.run)
+        folder = ready or (new_folder(cfg.to) if cfg.to else Path(scratch) / "model")
+        if ready is None:
+            rebuild(cfg, folder)
+            world.say(f"model {folder}")
+        elif cfg.license != "other":
+            set_licence(folder / "README.md", cfg.license)
+        if cfg.push_to_hub:
+            later = push_command(cfg, cfg.run, ["push_to_hub", "private", "checkpoint", "model", "dtype", "license"])
+            world.say(f"pushed to {push(folder, cfg.push_to_hub, cfg.private, later)}")
+    return 0
+
+
+def rebuild(cfg: Config, folder: Path) -> None:
+    """Put what --run has trained back on its base model; the whole Hugging Face folder."""
+    from engine.export import export, read_tuned, restore
+    from engine.towers import load_clip
+    from eval.report import table
+
+    tuned = read_tuned(cfg.run, cfg.checkpoint)
+    clip = load_clip(cfg.model or tuned.origin.base, None if cfg.model else tuned.origin.commit or None)
+    restore(clip, tuned)
+    measured = {when: scores for when, scores in tuned.origin.metrics.items() if when in ("base", "tuned")}
+    export(clip, folder, tuned, table(measured) if measured else "", cfg.license, cfg.dtype)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run one command on this rank; the exit code says how it went."""
     command, cfg = parse("run.py", arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our own threads call it
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's library writes to stderr otherwise
-    from data.batch import UserError
+    from data.batch import RunFailed, UserError
     from engine import dist
     from engine.stop import Stop
 
     stop, functions = Stop(), {"train": train, "demo": demo, "eval": evaluate, "shards": shards, "check": check,
-                               "sweep": sweep}
+                               "search": search, "export": export, "sweep": sweep}
     try:
         return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout), stop)
     except UserError as error:
@@ -378,6 +454,9 @@ def main(arguments: Sequence[str]) -> int:
             time.sleep(2)  # rank 0 has most likely met the same mistake and says it for all
         print(f"run.py {command}: {error}", file=sys.stderr, flush=True)
         return 2
+    except RunFailed as error:
+        print(f"run.py {command} failed: {error}", file=sys.stderr, flush=True)
+        return 1
     except OSError as error:  # a full disk, a folder that went away: what was saved before is whole
         print(f"run.py {command} failed: {error}", file=sys.stderr, flush=True)
         return 1

@@ -17,6 +17,10 @@ class UserError(Exception):
     """A mistake the user can mend: one sentence that names the thing and the fix. Exit code 2, no traceback."""
 
 
+class RunFailed(Exception):
+    """A run that cannot go on though nothing was typed wrong: one sentence. Exit code 1, no traceback."""
+
+
 class BadSample(Exception):
     """One row that cannot be used: `reason` is a short stable word for the ledger, `detail` is for people."""
 

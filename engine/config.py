@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
+
+# As `--help` and written TOML order them.
+GROUPS = ("query", "model", "data", "recipe", "sweep", "loop", "output", "machine")
 
 
 def setting(default: Any, group: str, text: str, choices: tuple[str, ...] = ()) -> Any:
@@ -29,7 +33,7 @@ class Config:
     image_column: str = setting("", "data", "column with the image or its URL (default: detected)")
     title_column: str = setting("", "data", "column with the title (default: detected)")
     negative_column: str = setting("", "data", "column with the hard negative title (default: detected)")
-    split: str = setting("test", "data", "split that `eval` measures")
+    split: str = setting("test", "data", "the split to measure or to search in; all: every split")
     # What trains: substrings of parameter names.
     trainable: tuple[str, ...] = setting(("projection",), "recipe",
                                          "train parameters whose name holds one of these, or all")
@@ -78,6 +82,20 @@ class Config:
     max_pixels: int = setting(25_000_000, "data", "refuse images with more pixels than this")
     strict: bool = setting(False, "output", "exit 1 when there are errors")
     json: bool = setting(False, "output", "print JSON to stdout")
+    # Searching.
+    query: tuple[str, ...] = setting((), "query", "titles whose best thumbnails are wanted, each in quotes")
+    queries: str = setting("", "query", "file with one title a line")
+    image: str = setting("", "query", "image file or URL whose best titles are wanted")
+    top: int = setting(10, "query", "answers to each query")
+    html: str = setting("", "output", "write a page with the pictures to this file")
+    # Handing on.
+    run: str = setting("", "model", "run folder, or a folder or file with projections.safetensors alone")
+    to: str = setting("", "output", "folder to write the Hugging Face model to")
+    checkpoint: str = setting("", "model", "checkpoint of --run: last, best or step-N (default: the finished model)")
+    dtype: str = setting("fp32", "output", "how weights are stored", ("fp32", "fp16", "bf16"))
+    push_to_hub: str = setting("", "output", "push the model to OWNER/NAME on the hub")
+    private: bool = setting(False, "output", "make that hub repository private")
+    license: str = setting("other", "output", "licence that the model card names, such as mit or cc-by-4.0")
 
 
 # What --recipe names: settings that differ from the reference's.
@@ -90,6 +108,13 @@ RECIPES: dict[str, dict[str, Any]] = {
 def config_fields() -> dict[str, Field[Any]]:
     """The settings by name, in order."""
     return {f.name: f for f in fields(Config)}
+
+
+def in_groups(names: Sequence[str]) -> dict[str, list[str]]:
+    """The settings `names` under the group each belongs to."""
+    group_of = {name: spec.metadata["group"] for name, spec in config_fields().items()}
+    grouped = {group: [name for name in names if group_of[name] == group] for group in GROUPS}
+    return {group: members for group, members in grouped.items() if members}
 
 
 def unknown(what: str, word: str, known: Sequence[str]) -> str:
@@ -122,10 +147,32 @@ def read_toml(path: Path) -> dict[str, Any]:
             value = tuple(value) if isinstance(value, list) else comma_list(value)
         elif isinstance(default, float) and type(value) is int:
             value = float(value)
-        if type(value) is not type(default):
+        if type(value) is not type(default) or (value and isinstance(value, tuple) and
+                                                 any(type(part) is not str for part in value)):
             raise ValueError(f"--config {path}: {key} must be {type(default).__name__}, not {type(value).__name__}")
         values[name] = value
     return values
+
+
+def to_toml(config: Config, names: Sequence[str]) -> str:
+    """A TOML file of the settings `names`, each below what it means, in their `--help` groups; `read_toml` reads it."""
+    known, lines = config_fields(), ["# Settings of run.py: pass this file with --config; flags win."]
+    for group, members in in_groups(names).items():
+        lines += ["", f"# ---- {group} ----"]
+        for name in members:
+            choices = "|".join(known[name].metadata["choices"])
+            lines.append(f"# {known[name].metadata['help']}" + (f" ({choices})" if choices else ""))
+            lines.append(f"{name.replace('_', '-')} = {toml_value(getattr(config, name))}")
+    return "\n".join(lines) + "\n"
+
+
+def toml_value(value: Any) -> str:
+    """One setting's value as TOML."""
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(toml_value, value)) + "]"
+    if isinstance(value, str):  # JSON's escapes are TOML's, but for this one
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower()  # true, 0.0001, 1e-05
 
 
 def check(config: Config) -> None:
@@ -133,11 +180,14 @@ def check(config: Config) -> None:
     at_least = {"epochs": 1, "batch_size": 1, "log_every": 1, "eval_every": 0, "save_every": 0, "keep": 1,
                 "workers": 1, "resize": 0, "lr": 0,
                 "weight_decay": 0, "clip_norm": 0, "max_bad": 0, "max_pixels": 1, "scale": 1e-9,
-                "dist_timeout": 1, "trials": 0, "folds": 2, "seeds": 1}
+                "dist_timeout": 1, "top": 1, "seed": 0, "trials": 0, "folds": 2, "seeds": 1}
     for name, low in at_least.items():
         value = getattr(config, name)
-        if not value >= low:  # `not >=` refuses NaN as well
+        if not low <= value < math.inf:  # NaN as well
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low:g}, not {value:g}")
+    for name, high in {"seed": 2**32, "dist_timeout": 1e7}.items():
+        if getattr(config, name) > high:
+            raise ValueError(f"--{name.replace('_', '-')} must be at most {high:g}, not {getattr(config, name):g}")
     if not 0 <= config.warmup < 1:
         raise ValueError(f"--warmup is a share of all steps between 0 and 1, not {config.warmup:g}")
     for name, spec in config_fields().items():

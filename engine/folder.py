@@ -82,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file in one step, so that a reader sees the old or the new one."""
-    _replace(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_metrics(folder: Path, metrics: Mapping[str, Any], world: World) -> None:
@@ -93,10 +93,11 @@ def write_metrics(folder: Path, metrics: Mapping[str, Any], world: World) -> Non
 
 def write_ledger(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
     """One line for every dropped row."""
-    _replace(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+    write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")

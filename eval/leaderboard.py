@@ -40,13 +40,14 @@ def judge(held: Sequence[tuple[Tensor, Retrieval]], base: Sequence[tuple[Tensor,
             "difference": paired_test(base_N, value_N).as_json()}
 
 
-def leaderboard(lines: Iterable[Mapping[str, Any]], names: Iterable[str], metric: str) -> str:
+def leaderboard(found: Iterable[Mapping[str, Any]], names: Iterable[str], metric: str) -> str:
     """A Markdown table, best first: configuration, `metric` with its interval, what it adds to the base model's."""
     rows = [["", "configuration", metric, "over base", "p"]]
-    for place, (line, name) in enumerate(zip(lines, names, strict=True), start=1):
+    for place, (line, name) in enumerate(zip(found, names, strict=True), start=1):
         (low, high), gain = line["ci95"], line["difference"]
         rows.append([str(place), name, f"{line['scores'][metric]:.4f} [{low:.4f}, {high:.4f}]",
                      f"{gain['value']:+.4f} [{gain['ci95'][0]:+.4f}, {gain['ci95'][1]:+.4f}]", f"{gain['p']:.4f}"])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
-    return "\n".join([text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]])
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+             for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])

@@ -13,7 +13,8 @@ from data.batch import UserError
 from engine.config import Config, check, config_fields, unknown
 
 FIXED = ("mode", "trainable", "seed", "recipe")  # of the recipe, but not to be searched
-RECIPE = [name for name, spec in config_fields().items() if spec.metadata["group"] == "recipe" and name != "recipe"]
+RECIPE = [name for name, spec in config_fields().items() if spec.metadata["group"] == "recipe"
+          and name not in ("recipe", "mode")]
 PATIENCE = 1_000  # draws in a row that bring nothing new: the space is exhausted
 
 Settings = dict[str, Any]

@@ -16,6 +16,8 @@ from data.batch import UserError
 from eval.intervals import mean_interval, paired_test
 from eval.metrics import Retrieval
 
+RESAMPLES = 999  # enough to tell configurations apart, in a fraction of the time that their runs take
+
 
 def pooled(held: Sequence[tuple[Tensor, Retrieval]], rows: int, metric: str) -> Tensor:
     """Each row's `metric` averaged over the runs that held it out, float64 [N]. Raises UserError for no such metric."""
@@ -36,8 +38,8 @@ def judge(held: Sequence[tuple[Tensor, Retrieval]], base: Sequence[tuple[Tensor,
     values = [found.values() for _, found in held]
     scores = {name: fmean(one[name] for one in values) for name in values[0] if all(name in one for one in values)}
     scores[metric] = value_N.mean().item()
-    return {"scores": scores, "ci95": mean_interval(value_N, 0, 1, 0),
-            "difference": paired_test(base_N, value_N).as_json()}
+    return {"scores": scores, "ci95": mean_interval(value_N, 0, 1, 0, RESAMPLES),
+            "difference": paired_test(base_N, value_N, 0, RESAMPLES, RESAMPLES).as_json()}
 
 
 def leaderboard(found: Iterable[Mapping[str, Any]], names: Iterable[str], metric: str) -> str:

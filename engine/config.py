@@ -48,6 +48,13 @@ class Config:
     weight_decay: float = setting(0.0, "recipe", "AdamW weight decay")
     clip_norm: float = setting(1.0, "recipe", "gradient norm is clipped at this; 0 turns clipping off")
     scale: float = setting(20.0, "recipe", "inverse temperature of the loss")
+    # The loss: what is ranked against what, and what repeats mean.
+    loss: str = setting("image-to-text", "recipe", "which way pairs are told apart",
+                        ("image-to-text", "symmetric", "sigmoid"))
+    duplicates: str = setting("mask", "recipe", "identical titles or images: mask: no negatives; multi: right answers "
+                              "too; keep: negatives, as the reference", ("mask", "multi", "keep"))
+    hardness: float = setting(0.0, "recipe", "weight of similar negatives: adds X * cosine to their logits")
+    label_smoothing: float = setting(0.0, "recipe", "share of the target spread evenly over all candidates")
     seed: int = setting(42, "recipe", "seeds the order of the pairs")
     interpolate: str = setting("", "recipe", "export a mix of base and tuned: a share of tuned within 0 and 1, or auto "
                                "(best on valid)")
@@ -180,7 +187,8 @@ def check(config: Config) -> None:
     at_least = {"epochs": 1, "batch_size": 1, "log_every": 1, "eval_every": 0, "save_every": 0, "keep": 1,
                 "workers": 1, "resize": 0, "lr": 0,
                 "weight_decay": 0, "clip_norm": 0, "max_bad": 0, "max_pixels": 1, "scale": 1e-9,
-                "dist_timeout": 1, "top": 1, "seed": 0, "trials": 0, "folds": 2, "seeds": 1}
+                "dist_timeout": 1, "top": 1, "seed": 0, "trials": 0, "folds": 2, "seeds": 1, "hardness": 0,
+                "label_smoothing": 0}
     for name, low in at_least.items():
         value = getattr(config, name)
         if not low <= value < math.inf:  # NaN as well
@@ -190,6 +198,11 @@ def check(config: Config) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at most {high:g}, not {getattr(config, name):g}")
     if not 0 <= config.warmup < 1:
         raise ValueError(f"--warmup is a share of all steps between 0 and 1, not {config.warmup:g}")
+    if not config.label_smoothing < 1:
+        raise ValueError(f"--label-smoothing is a share below 1, not {config.label_smoothing:g}")
+    if config.loss == "sigmoid" and (config.hardness or config.label_smoothing):
+        raise ValueError("--loss sigmoid judges each pair alone; --hardness and --label-smoothing need a softmax: "
+                         "leave them out or use --loss symmetric")
     for name, spec in config_fields().items():
         allowed = spec.metadata["choices"]
         if allowed and getattr(config, name) not in allowed:

@@ -176,7 +176,7 @@ class Towers(nn.Module):
         return Features(
             self.image(batch.pixels_BCSS), self.text(batch.title),
             None if batch.negative is None else self.text(batch.negative),
-            batch.title_id_B, batch.negative_id_B,
+            batch.image_id_B, batch.title_id_B, batch.negative_id_B,
         )
 
 

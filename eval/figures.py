@@ -30,9 +30,9 @@ def lead(metrics: Mapping[str, Any], split: str, pairs: int) -> str:
     if found:
         (low, high), (_, p) = found["ci95"], difference_cells(found, name)
         sure = f' Difference {100 * found["value"]:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}], p {p}.'
-    return (f'<p class="lead">Of {pairs:,} {text(split)} thumbnails, <strong class="tuned-ink">{tuned:.0%}</strong> now '
-            f'find their own title among the first ten; before training it was '
-            f'<strong class="base-ink">{base:.0%}</strong>.{sure}</p>')
+    return (f'<p class="lead">Of {pairs:,} {text(split)} thumbnails, '
+            f'<strong class="tuned-ink">{tuned:.0%}</strong> now find their own title among the first ten; '
+            f'before training it was <strong class="base-ink">{base:.0%}</strong>.{sure}</p>')
 
 
 def figures(metrics: Mapping[str, Any], first: str) -> str:

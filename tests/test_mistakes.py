@@ -72,6 +72,7 @@ MISTAKES = {  # arguments -> what the answer has to name
     # where things go
     "nothing to resume": (["--resume", "--out", "{tmp}/none"], "holds no run"),
     "resumed with another recipe": (["--resume", "--out", "{used}", "--lr", "5"], "--lr 0.25"),
+    "nobody's home": (["--out", "~nobody-of-that-name/run"], "nobody's home"),
     "out is a file": ([*DATA, "--out", "{pairs}/train.csv"], "--out"),
     "out holds a run": ([*DATA, "--out", "{used}"], "--resume"),
     "shards without a place": (["shards", "--dataset", "{pairs}"], "--out DIR"),

@@ -454,10 +454,11 @@ def find(cfg: Config, world: World, titles: Sequence[str]) -> tuple[dict[str, Ro
     from engine.model import open_model
     from eval.search import found, top_k
 
-    splits = gallery.choose(read_rows(cfg)[0], cfg.split, cfg.dataset)
+    splits = gallery.choose(read_rows(cfg, world.say)[0], cfg.split, cfg.dataset)
     parts = open_model(cfg.model, cfg.trainable, "cached", cfg.scale, cfg.precision, world.device)
     spec, cache, head = ImageSpec.from_processor(parts.clip.image_processor), Path(cfg.cache_dir), parts.head
     look, towers = reader(cfg, spec), encoders(parts, spec.fingerprint(), world.device)
+    project: Callable[[torch.Tensor], torch.Tensor]
     with torch.no_grad():
         if titles:
             asked = head.text(gallery.title_features(titles, towers).to(world.device))
@@ -476,9 +477,10 @@ def write_pictures(cfg: Config, splits: dict[str, Rows], results: Sequence[Found
     from eval.search_page import page
 
     shown = {(answer.split, answer.row) for one in results for answer in one.answers}
-    previews = pictures(((place, splits[place[0]].image[place[1]].as_py()) for place in shown), look)
+    wanted: dict[Any, Any] = {place: splits[place[0]].image[place[1]].as_py() for place in shown}
     if cfg.image:
-        previews |= pictures([(cfg.image, {"bytes": None, "path": cfg.image})], look)
+        wanted[cfg.image] = {"bytes": None, "path": cfg.image}
+    previews = pictures(wanted, look)
     folder.write_text(Path(cfg.html).expanduser(), page(f"Search in {cfg.dataset}", results, previews))
 
 
@@ -535,6 +537,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with dist.asking("averaging gradients"):  # what else ranks ask of one another says so itself
             return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout, cfg.quiet), stop)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return dist.leave(141)
     except (UserError, RunFailed, OSError) as error:  # OSError: a full disk, a folder gone; what was saved is whole
         if int(os.environ.get("RANK", 0)):
             time.sleep(2)  # rank 0 has most likely met the same and says it for all

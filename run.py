@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.cli import parse
-from engine.config import Config
+from engine.config import Config, recipe
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +126,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     state = saved.resume(world.say) if cfg.resume else checkpoint.State()
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
-    log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, metrics.get("base"))
+    log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, recipe(cfg), metrics.get("base"))
     show = Show(out, shown_split(pairs.splits), pairs.album.title, pairs.album.picture, resumed=state.step > 0)
 
     def evaluate() -> None:

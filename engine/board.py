@@ -1,8 +1,8 @@
 """TensorBoard: what is written, under which tags, and how much of it.
 
-The groups of the first page sort as they should be read: `eval` (the few metrics that matter), `fit` (the loop),
-`machine`, then pictures and every other metric by split. The base model's metrics are a run of their own beside it,
-`base`, so each metric's card shows them as a second, level line.
+The groups of the first page sort as they should be read: `eval` (the few metrics that matter, of the splits watched on
+the way), `fit` (the loop), `machine`, then pictures and all other metrics by split. The base model's metrics are a run
+of their own beside it, `base`, so each metric's card shows them as a second, level line.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 POINTS = 5_000  # of any curve: a million steps leave this many; steps.jsonl has them all
 HEADLINE = ("image_to_text_R@10", "text_to_image_R@10", "triplet_accuracy")
+WATCHED = ("train", "valid")  # splits measured on the way, not only at both ends
 LAYOUT = {"at a glance": {
     "loss": ["Multiline", ["fit/loss"]],
-    "Recall@10, thumbnail to title": ["Multiline", ["eval/.* image_to_text_R@10"]],
-    "Recall@10, title to thumbnail": ["Multiline", ["eval/.* text_to_image_R@10"]],
-    "triplet accuracy": ["Multiline", ["eval/.* triplet_accuracy"]],
+    "Recall@10, thumbnail to title": ["Multiline", ["eval/image_to_text_R@10.*"]],
+    "Recall@10, title to thumbnail": ["Multiline", ["eval/text_to_image_R@10.*"]],
+    "triplet accuracy": ["Multiline", ["eval/triplet_accuracy.*"]],
+    "test: Recall@10 at both ends": ["Multiline", ["test/.*R@10"]],
     "drift of the projections from the base": ["Multiline", ["fit/drift.*"]],
     "share of time waiting for data": ["Multiline", ["machine/data_wait_share"]],
 }}
@@ -86,20 +88,18 @@ class Board:
 
     def embedding(self, name: str, vectors: Tensor, labels: Sequence[Sequence[str]], sprite_NCSS: Tensor,
                   step: int) -> None:
-        """Points for the projector, each with its kind and title and a small picture."""
+        """Points for the projector, each with its title, its kind and a small picture."""
         self._main.add_embedding(vectors, [list(label) for label in labels], sprite_NCSS, step, name,
-                                 metadata_header=["kind", "title"])
+                                 metadata_header=["title", "kind"])
 
     def hparams(self, recipe: Mapping[str, Any], splits: Sequence[str], done: bool) -> None:
-        """The recipe beside its results in this run's own event file (`add_hparams` would open a run of its own)."""
-        if isinstance(self._main, _Nothing):
-            return
+        """The recipe beside its results, in this run's own event file (`add_hparams` would open a run of its own)."""
         from torch.utils.tensorboard.summary import hparams
 
         plain = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in recipe.items()}
         results = {tag(split, name): 0.0 for split in splits for name in HEADLINE}
-        begin = hparams(plain, results)
-        for summary in begin[2:] if done else begin[:2]:
+        experiment, begin, end = hparams(plain, results)
+        for summary in (end,) if done else (experiment, begin):
             self._main.file_writer.add_summary(summary)
 
     def close(self) -> None:
@@ -110,7 +110,7 @@ class Board:
 
 def tag(split: str, name: str) -> str:
     """Where a metric of a split is shown."""
-    return f"eval/{split} {name}" if name in HEADLINE else f"{split}/{name}"
+    return f"eval/{name} {split}" if name in HEADLINE and split in WATCHED else f"{split}/{name}"
 
 
 class Drift:

@@ -132,6 +132,12 @@ def check(config: Config) -> None:
         raise ValueError("--trainable names nothing; try --trainable projection")
 
 
+def recipe(config: Config) -> dict[str, Any]:
+    """What is computed: the settings to compare runs by."""
+    return {name: value for name, value in as_dict(config).items()
+            if name in ("model", "dataset") or config_fields()[name].metadata["group"] == "recipe"}
+
+
 def as_dict(config: Config) -> dict[str, Any]:
     """The settings as plain JSON values."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}

@@ -23,7 +23,7 @@ def write_report(out: Path, split: str, sizes: Mapping[str, int], answers: Mappi
     """
     config, metrics = (json.loads((out / name).read_text(encoding="utf-8")) for name in ("config.json", "metrics.json"))
     losses = [float(line["loss"]) for line in _lines(out / "steps.jsonl")]
-    history = list(_lines(out / "evaluations.jsonl"))
+    history = list({line["step"]: line for line in _lines(out / "evaluations.jsonl")}.values())
     settings = config["config"]
     name = f"{Path(str(settings['model'])).name} on {Path(str(settings['dataset'])).name}"
     contents = {"figures": "Before and after", "curves": "How it got there", "cases": "Row by row",

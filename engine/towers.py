@@ -54,8 +54,8 @@ class Clip:
         return self.model.config
 
 
-def load_clip(name: str) -> Clip:
-    """Load a plain CLIPModel or a sentence-transformers folder, by hub name or path, in fp32.
+def load_clip(name: str, commit: str | None = None) -> Clip:
+    """Load a plain CLIPModel or a sentence-transformers folder, by hub name (at `commit`) or path, in fp32.
 
     Raises UserError when there is no such model, or when it is something other than a CLIPModel.
     """
@@ -68,7 +68,7 @@ def load_clip(name: str) -> Clip:
     if path.exists() and not path.is_dir():
         raise UserError(f"--model {name} is a file; give the folder that holds config.json")
     source = str(path) if path.is_dir() else name
-    where: Any = {"subfolder": _subfolder(source)}
+    where: Any = {"subfolder": _subfolder(source, commit), "revision": commit}
     try:
         config = AutoConfig.from_pretrained(source, **where)
         if config.model_type != "clip":
@@ -81,12 +81,12 @@ def load_clip(name: str) -> Clip:
     return Clip(name, model.eval(), processor, found[1] if found else None)
 
 
-def _subfolder(source: str) -> str:
+def _subfolder(source: str, commit: str | None) -> str:
     """Where a sentence-transformers folder keeps its CLIPModel; '' for a plain one."""
     from transformers.utils import cached_file
 
     try:
-        listing = cached_file(source, "modules.json", _raise_exceptions_for_missing_entries=False)
+        listing = cached_file(source, "modules.json", revision=commit, _raise_exceptions_for_missing_entries=False)
         modules = json.loads(Path(listing).read_text(encoding="utf-8")) if listing else []
         return next((m["path"] for m in modules if str(m["type"]).endswith("CLIPModel")), "")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -176,7 +176,7 @@ class Towers(nn.Module):
         return Features(
             self.image(batch.pixels_BCSS), self.text(batch.title),
             None if batch.negative is None else self.text(batch.negative),
-            batch.title_id_B, batch.negative_id_B,
+            batch.image_id_B, batch.title_id_B, batch.negative_id_B,
         )
 
 

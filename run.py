@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from data.pairs import Encoders, Pairs
     from data.resident import Resident
     from data.source import Rows
-    from engine.checkpoint import Saver
+    from engine.checkpoint import Saver, State
     from engine.dist import World
+    from engine.log import Log
     from engine.model import Head, Parts
     from engine.stop import Stop
     from eval.metrics import Retrieval
@@ -129,7 +130,6 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     from engine.model import distribute
     from engine.profiler import profiler
     from engine.train import Plan, fit
-    from eval.answers import embed
     from eval.show import Show, shown_split
 
     if cfg.push_to_hub and world.is_main:
@@ -146,23 +146,8 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, recipe(cfg), metrics.get("base"))
     show = Show(out, shown_split(pairs.splits), pairs.album.title, pairs.album.picture, resumed=state.step > 0)
 
-    @stop.at_once()  # what was trained is on the disk by then
-    def evaluate(taken: int = 0) -> None:  # the step whose weights have been taken back, if any have
-        ends = bool(taken) or state.step in (0, plan.steps)  # between the ends, only what is watched
-        names = [name for name in pairs.splits if ends or name in ("train", "valid")]
-        residents = pairs.residents()
-        found = measure(residents, parts.head, names)
-        scores = {name: one.summarise() if ends else one.values() for name, one in found.items()}
-        log.metrics(scores, taken or state.step)
-        saved.note(state, scores)
-        if ends:
-            when, split = "tuned" if state.step else "base", residents[show.split]
-            metrics[when] = scores
-            folder.write_metrics(out, metrics, world)
-            if world.is_main:
-                space = embed(parts.head.image, parts.head.text, split.features(split.rows()), split.image_row_N)
-                show.look(when, space, log.board, state.step)
-
+    # What was trained is on the disk by the time that a signal may cut this off.
+    evaluate = stop.at_once()(Judge(world, out, pairs, parts.head, plan.steps, state, saved, log, show, metrics))
     batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
     model = distribute(parts.trained_model(), world.size)
     with closing(log), stop.gracefully(), profiler(cfg.profile, out / "profile", world.rank) as trace:
@@ -175,10 +160,51 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     return finish(cfg, world, parts, pairs, out, metrics, show)
 
 
+@dataclass(frozen=True)
+class Judge:
+    """Measures the model before, during and after training, and tells whoever keeps or shows that."""
+
+    world: World
+    out: Path
+    pairs: Pairs
+    head: Head
+    steps: int
+    state: State
+    saved: Saver
+    log: Log
+    show: Show
+    metrics: dict[str, Any]
+
+    def __call__(self, taken: int = 0) -> None:
+        """`taken` is the step whose weights have been taken back, if any have."""
+        from engine import folder
+
+        ends = bool(taken) or self.state.step in (0, self.steps)  # between the ends, only what is watched
+        names = [name for name in self.pairs.splits if ends or name in ("train", "valid")]
+        residents = self.pairs.residents()
+        found = measure(residents, self.head, names)
+        scores = {name: one.summarise() if ends else one.values() for name, one in found.items()}
+        self.log.metrics(scores, taken or self.state.step)
+        self.saved.note(self.state, scores)
+        if ends:
+            when = "tuned" if self.state.step else "base"
+            self.metrics[when] = scores
+            folder.write_metrics(self.out, self.metrics, self.world)
+            if self.world.is_main:
+                self.look(when, residents[self.show.split], taken or self.state.step)
+
+    def look(self, when: str, split: Resident, step: int) -> None:
+        """Ask the model row by row, for people."""
+        from eval.answers import embed
+
+        space = embed(self.head.image, self.head.text, split.features(split.rows()), split.image_row_N)
+        self.show.look(when, space, self.log.board, step)
+
+
 def saver(cfg: Config, world: World, out: Path, parts: Parts, pairs: Pairs) -> Saver:
     """The optimizer, and what saves and resumes this run and knows what its checkpoints belong to."""
     from data.prefetch import order_digest
-    from engine.checkpoint import Saver
+    from engine.checkpoint import Saver, State
     from engine.cli import FREE_ON_RESUME
     from engine.config import as_dict
     from engine.optim import adamw

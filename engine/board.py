@@ -55,8 +55,12 @@ class Board:
         self._shown: dict[str, int] = {}  # what was written last, and at which step
 
     def due(self, what: str, step: int) -> bool:
-        """Is it time to write `what` again? At every step of a short run, at each POINTS-th part of a long one."""
-        if step < self._shown.get(what, -self.stride) + self.stride and step != self.steps:
+        """Is it time to write `what` again? At every step of a short run, at each POINTS-th part of a long one.
+
+        Never for a step before the last one written: best weights taken back are measured at the step they are of.
+        """
+        last = self._shown.get(what, -self.stride)
+        if step < last + self.stride and not step == self.steps > last:
             return False
         self._shown[what] = step
         return True
@@ -69,14 +73,12 @@ class Board:
     def metrics(self, scores: Mapping[str, Mapping[str, Any]], base: Mapping[str, Mapping[str, Any]],
                 step: int) -> None:
         """The metrics of an evaluation, and those of the base model as a level line beside them."""
-        if not self.due("metrics", step):
-            return
+        splits = [split for split in scores if self.due(f"metrics of {split}", step)]
         for writer, source in ((self._main, scores), (self._base, base)):
-            for split in scores:
+            for split in splits:
                 for name, value in source.get(split, {}).items():
                     if isinstance(value, (int, float)):
                         writer.add_scalar(tag(split, name), value, step)
-            writer.flush()
 
     def picture(self, name: str, pixels_HWC: np.ndarray, step: int) -> None:
         """A uint8 RGB picture."""
@@ -101,6 +103,11 @@ class Board:
         experiment, begin, end = hparams(plain, results)
         for summary in (end,) if done else (experiment, begin):
             self._main.file_writer.add_summary(summary)
+
+    def flush(self) -> None:
+        """Let others see what was written."""
+        self._main.flush()
+        self._base.flush()
 
     def close(self) -> None:
         """Flush and close."""

@@ -112,6 +112,7 @@ class Log:
                 self.board.scalars(drift, step)
             if step in (0, self.steps):
                 self.board.hparams(self._recipe, list(scores), done=step > 0)
+            self.board.flush()
         for split, values in scores.items():
             self.world.say(f"{'base' if step == 0 else f'step {step}'}  {split}:  " + _headline(values))
         split = "valid" if "valid" in scores else next(iter(scores))

@@ -204,7 +204,7 @@ class Judge:
 def saver(cfg: Config, world: World, out: Path, parts: Parts, pairs: Pairs) -> Saver:
     """The optimizer, and what saves and resumes this run and knows what its checkpoints belong to."""
     from data.prefetch import order_digest
-    from engine.checkpoint import Saver, State
+    from engine.checkpoint import Saver
     from engine.cli import FREE_ON_RESUME
     from engine.config import as_dict
     from engine.optim import adamw

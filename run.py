@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from engine.log import Log
     from engine.model import Head, Parts
     from engine.stop import Stop
+    from engine.train import Plan
+    from engine.trials import Journal, Tuner
     from eval.metrics import Retrieval
     from eval.search import Found
     from eval.show import Show
@@ -116,89 +118,150 @@ def encoders(parts: Parts, image_preprocessing: str, device: torch.device) -> En
 
 def measure(residents: Mapping[str, Resident], head: Head, names: Sequence[str]) -> dict[str, Retrieval]:
     """Ranks and triplets of the named splits with the head as it is now."""
+    return {name: measure_rows(head, split) for name, split in residents.items() if name in names}
+
+
+def measure_rows(head: Head, split: Resident) -> Retrieval:
+    """Ranks and triplets of some rows."""
     from eval.retrieval import measure_split
 
-    return {name: measure_split(head.image, head.text, split.features(split.rows()), split.image_row_N)
-            for name, split in residents.items() if name in names}
+    return measure_split(head.image, head.text, split.features(split.rows()), split.image_row_N)
+
+
+def with_probe(cfg: Config, world: World, parts: Parts, pairs: Pairs) -> Pairs:
+    """The pairs, and the test split of --probe beside them as a split of its own, only ever measured."""
+    if not cfg.probe:
+        return pairs
+    other = replace(cfg, dataset=cfg.probe, image_column="", title_column="", negative_column="", mine_negatives="off")
+    probe = open_data(other, world, parts, only="test")
+    return replace(
+        pairs, splits={**pairs.splits, "probe": probe.splits["test"]},
+        ledger=[*pairs.ledger, *({**entry, "split": "probe"} for entry in probe.ledger)],
+        residents=lambda: {**pairs.residents(), "probe": probe.residents()["test"]})
+
+
+def paired(before: Mapping[str, Retrieval], after: Mapping[str, Retrieval]) -> dict[str, dict[str, Any]]:
+    """After minus before on the same rows, with interval and p: split -> metric -> value, ci95, p."""
+    from eval.metrics import compare
+
+    return {split: {name: test.as_json() for name, test in compare(before[split], found).items()}
+            for split, found in after.items()}
+
+
+def interpolated(cfg: Config, parts: Parts, pairs: Pairs, base: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Leave the parameters between base and tuned as --interpolate says; how valid (else train) and probe take it."""
+    from engine.interpolate import interpolate
+
+    watched = ["valid" if "valid" in pairs.splits else "train", *({"probe"} & set(pairs.splits))]
+
+    def score() -> dict[str, dict[str, float]]:
+        found = measure(pairs.residents(), parts.head, watched)
+        return {name: found[name].values() for name in watched}
+
+    return interpolate(parts.trainable, base, cfg.interpolate, score, cfg.best_metric)
+
+
+def open_run(cfg: Config, world: World) -> tuple[Path, bool]:
+    """The run folder and whether it holds a run to go on with; first of all, whether the hub would take the model."""
+    from engine.folder import open_folder
+    from engine.hub import check_push
+
+    if cfg.push_to_hub and world.is_main:
+        check_push(cfg.push_to_hub, world.say)
+    return open_folder(cfg, world)
+
+
+@dataclass
+class Judge:
+    """Measures the head and tells all who want to know: at both ends everything, between them only what is watched."""
+
+    pairs: Pairs
+    parts: Parts
+    plan: Plan
+    state: State
+    saved: Saver
+    log: Log
+    show: Show
+    world: World
+    metrics: dict[str, Any]  # what metrics.json holds
+    base: Mapping[str, Retrieval]  # row by row, of the model that the run began with
+
+    def __call__(self, taken: int = 0) -> None:
+        """`taken` is the step whose weights have been put in place of the last ones, if any have."""
+        step, names = self.state.step, list(self.pairs.splits)
+        ends = bool(taken) or step in (0, self.plan.steps)
+        residents = self.pairs.residents()
+        found = measure(residents, self.parts.head, [name for name in names if ends or name in ("train", "valid")])
+        scores = {name: one.summarise() if ends else one.values() for name, one in found.items()}
+        self.log.metrics(scores, taken or step)
+        self.saved.note(self.state, scores)
+        if ends:
+            self._keep(found, scores, residents[self.show.split])
+
+    def _keep(self, found: Mapping[str, Retrieval], scores: dict[str, Any], shown: Resident) -> None:
+        """What the run folder says of one end."""
+        from engine import folder
+        from eval.answers import embed
+
+        when = "tuned" if self.state.step else "base"
+        self.metrics[when] = scores
+        if when == "tuned":
+            self.metrics["difference"] = paired(self.base, found)
+        else:
+            self.base = found
+        folder.write_metrics(self.saved.run, self.metrics, self.world)
+        if self.world.is_main:
+            head = self.parts.head
+            space = embed(head.image, head.text, shown.features(shown.rows()), shown.image_row_N)
+            self.show.look(when, space, self.log.board, self.state.step)
 
 
 def train(cfg: Config, world: World, stop: Stop) -> int:
     """Base metrics, the loop, tuned metrics, the exported model."""
     from engine import checkpoint, folder
-    from engine.hub import check_push
+    from engine.interpolate import snapshot
     from engine.log import Drift, Log
     from engine.model import distribute
     from engine.profiler import profiler
     from engine.train import Plan, fit
     from eval.show import Show, shown_split
 
-    if cfg.push_to_hub and world.is_main:
-        check_push(cfg.push_to_hub, world.say)
-    out, begun = folder.open_folder(cfg, world)
+    out, begun = open_run(cfg, world)
     parts = open_parts(cfg, world)
-    pairs = open_data(cfg, world, parts)
+    pairs = with_probe(cfg, world, parts, open_data(cfg, world, parts))
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     saved = saver(cfg, world, out, parts, pairs)
-    drift = Drift(parts.trainable)  # from the base model, so before a resume
+    start, drift = snapshot(parts.trainable) if cfg.interpolate else {}, Drift(parts.trainable)
+    base = measure(pairs.residents(), parts.head, list(pairs.splits)) if begun else {}  # ere tuned weights come back
     state = saved.resume(world.say) if begun else checkpoint.State()
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
     log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, recipe(cfg), metrics.get("base"))
     show = Show(out, shown_split(pairs.splits), pairs.album.title, pairs.album.picture, resumed=state.step > 0)
-
-    # What was trained is on the disk by the time that a signal may cut this off.
-    evaluate = stop.at_once()(Judge(world, out, pairs, parts.head, plan.steps, state, saved, log, show, metrics))
+    judge = Judge(pairs, parts, plan, state, saved, log, show, world, metrics, base)
     batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
     model = distribute(parts.trained_model(), world.size)
     with closing(log), stop.gracefully(), profiler(cfg.profile, out / "profile", world.rank) as trace:
+        evaluate = stop.at_once()(judge)  # what was trained is on the disk by then
         if not state.step or (state.evaluated < state.step and plan.due(state.step, cfg.eval_every)):
             evaluate()  # the base model; or what a signal or a crash has cut off
         fit(model, batches, saved.optimizer, plan, state, world, cfg, parts.precision, log=log, profiler=trace,
             evaluate=evaluate, checkpoint=saved.save, stop=partial(stop.agreed, world))
         if taken := saved.take_best(state, world.say):
             evaluate(taken)
-    return finish(cfg, world, parts, pairs, out, metrics, show)
+        if cfg.interpolate and not state.stopped:
+            metrics["interpolation"] = interpolated(cfg, parts, pairs, start)
+            log.curve("interpolation", metrics["interpolation"]["curve"])
+            evaluate(taken or state.step)
+    return finish(cfg, world, parts, out, metrics, partial(report, out, pairs, show))
 
 
-@dataclass(frozen=True)
-class Judge:
-    """Measures the model before, during and after training, and tells whoever keeps or shows that."""
+def report(out: Path, pairs: Pairs, show: Show) -> Path:
+    """The before/after page of a run."""
+    from eval.report import write_report
 
-    world: World
-    out: Path
-    pairs: Pairs
-    head: Head
-    steps: int
-    state: State
-    saved: Saver
-    log: Log
-    show: Show
-    metrics: dict[str, Any]
-
-    def __call__(self, taken: int = 0) -> None:
-        """`taken` is the step whose weights have been taken back, if any have."""
-        from engine import folder
-
-        ends = bool(taken) or self.state.step in (0, self.steps)  # between the ends, only what is watched
-        names = [name for name in self.pairs.splits if ends or name in ("train", "valid")]
-        residents = self.pairs.residents()
-        found = measure(residents, self.head, names)
-        scores = {name: one.summarise() if ends else one.values() for name, one in found.items()}
-        self.log.metrics(scores, taken or self.state.step)
-        self.saved.note(self.state, scores)
-        if ends:
-            when = "tuned" if self.state.step else "base"
-            self.metrics[when] = scores
-            folder.write_metrics(self.out, self.metrics, self.world)
-            if self.world.is_main:
-                self.look(when, residents[self.show.split], taken or self.state.step)
-
-    def look(self, when: str, split: Resident, step: int) -> None:
-        """Ask the model row by row, for people."""
-        from eval.answers import embed
-
-        space = embed(self.head.image, self.head.text, split.features(split.rows()), split.image_row_N)
-        self.show.look(when, space, self.log.board, step)
+    sizes = {name: len(split) for name, split in pairs.splits.items()}
+    return write_report(out, show.split, sizes, show.answers, show.title, show.picture)
 
 
 def saver(cfg: Config, world: World, out: Path, parts: Parts, pairs: Pairs) -> Saver:
@@ -216,22 +279,21 @@ def saver(cfg: Config, world: World, out: Path, parts: Parts, pairs: Pairs) -> S
                  order_digest(rows, cfg.batch_size, cfg.seed), cfg.keep, cfg.best_metric, cfg.patience, world)
 
 
-def finish(cfg: Config, world: World, parts: Parts, pairs: Pairs, out: Path, metrics: dict[str, Any],
-           show: Show) -> int:
-    """What a finished run leaves behind: the model folder, the report page, the table, the digests of it all."""
+def finish(cfg: Config, world: World, parts: Parts, out: Path, metrics: dict[str, Any],
+           write_page: Callable[[], Path] | None = None) -> int:
+    """What a finished run leaves behind: the model folder, the page, the table, the digests of it all."""
     from engine import folder
     from engine.export import Origin, Tuned, export
     from engine.hub import push, push_command
-    from eval.report import table, write_report
+    from eval.report import table
 
     if world.is_main:
         tuned = Tuned(parts.trainable, Origin.of(cfg, parts.clip, parts.trainable, metrics))
         export(parts.clip, out / "model", tuned, table(metrics), cfg.license)
+        page = f"report      {write_page()}\n" if write_page else ""
         folder.seal(out)
-        sizes = {name: len(split) for name, split in pairs.splits.items()}
-        page = write_report(out, show.split, sizes, show.answers, show.title, show.picture)
         print(table(metrics), flush=True)
-        world.say(f"run folder  {out}\nmodel       {out / 'model'}\nreport      {page}\n"
+        world.say(f"run folder  {out}\nmodel       {out / 'model'}\n{page}"
                   f"TensorBoard tensorboard --logdir {out.parent}")
         if cfg.push_to_hub:
             later = push_command(cfg, str(out), ["push_to_hub", "private"])
@@ -249,6 +311,69 @@ def demo(cfg: Config, world: World, stop: Stop) -> int:
         write_demo(folder)
     world.barrier()
     return train(replace(cfg, dataset=str(folder)), world, stop)
+
+
+def sweep(cfg: Config, world: World, stop: Stop) -> int:
+    """Try settings by cross-validation over all rows but test's; retrain the best on them, and test that once."""
+    from data.batch import UserError
+    from data.folds import folds, in_order, join
+    from engine import folder
+    from engine.sweep import configurations, named
+    from engine.train import Plan
+    from engine.trials import REPEAT, Journal, Run, Tuner
+    from eval.leaderboard import judge
+
+    tried = configurations(cfg)
+    out, begun = open_run(cfg, world)
+    parts = open_parts(cfg, world)
+    if not parts.cached:
+        raise UserError("sweep trains from stored features: only projections and logit_scale can be --trainable")
+    pairs = open_data(cfg, world, parts)
+    rows = join([split for name, split in pairs.residents().items() if name != "test"])
+    runs = [Run(seed, *fold) for seed in range(cfg.seed, cfg.seed + cfg.seeds * REPEAT, REPEAT)
+            for fold in folds(rows, cfg.folds, seed)]
+    for settings in tried:  # a batch too large for a fold is better said now
+        Plan(min(len(run.train) for run in runs), replace(cfg, **settings).batch_size, 1)
+    folder.begin(out, cfg, world, parts.precision, pairs.ledger)
+    journal = Journal(out, world, pairs.identity, cfg.best_metric, begun)
+    todo = [settings for settings in tried if not journal.known(settings)]
+    tuner, held_out = Tuner(parts, in_order), partial(measure_rows, parts.head)
+    base, began = tuner.cross_validate(None, runs, held_out, world), time.monotonic()
+    with stop.gracefully():
+        for done, settings in enumerate(todo, start=1):
+            found = tuner.cross_validate(replace(cfg, **settings), runs, held_out, world)
+            score = journal.add(settings, judge(found, base, len(rows), cfg.best_metric))
+            speed = done * len(runs) / (time.monotonic() - began) * 60
+            world.say(f"{done}/{len(todo)}  {cfg.best_metric} {score:.4f}  ({named(settings)})  {speed:,.0f} runs/min")
+            if stop.agreed(world, done):
+                break  # every finished configuration is in the journal
+    return conclude(cfg, world, tuner, pairs, rows, journal, out)
+
+
+def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Resident, journal: Journal,
+             out: Path) -> int:
+    """Retrain the winner on all rows but test's, measure it there once; leaderboard, recipe and model."""
+    from engine import folder
+    from engine.config import to_toml
+    from engine.sweep import RECIPE, named
+    from eval.leaderboard import leaderboard
+
+    lines = journal.ranked()
+    best = replace(cfg, **lines[0]["settings"])
+    tuner.reset()
+    before = measure(pairs.residents(), tuner.parts.head, ["test"])
+    tuner.tune(best, rows)
+    after = measure(pairs.residents(), tuner.parts.head, ["test"])
+    metrics = {"base": {name: one.summarise() for name, one in before.items()},
+               "tuned": {name: one.summarise() for name, one in after.items()}, "difference": paired(before, after)}
+    folder.write_metrics(out, metrics, world)
+    if world.is_main:
+        folder.write_json(out / "sweep.json", {"metric": cfg.best_metric, "configurations": lines})
+        (out / "recipe.toml").write_text(to_toml(best, RECIPE), encoding="utf-8")
+        journal.hparams(out / "tensorboard", cfg)
+        print(leaderboard(lines[:10], [named(line["settings"]) for line in lines[:10]], cfg.best_metric), end="\n\n")
+        world.say(f"winner: {named(lines[0]['settings'])}  (run.py --config {out / 'recipe.toml'})")
+    return finish(best, world, tuner.parts, out, metrics)
 
 
 def evaluate(cfg: Config, world: World, stop: Stop) -> int:
@@ -406,7 +531,7 @@ def main(arguments: Sequence[str]) -> int:
     from engine import dist
 
     functions = {"train": train, "demo": demo, "eval": evaluate, "shards": shards, "check": check, "search": search,
-                 "export": export}
+                 "export": export, "sweep": sweep}
     try:
         with dist.asking("averaging gradients"):  # what else ranks ask of one another says so itself
             return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout, cfg.quiet), stop)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from engine.config import (
+    RECIPES,
     Config,
     check,
     comma_list,
@@ -31,7 +32,10 @@ MACHINE = ["device", "precision", "dist_timeout", "quiet"]
 SEARCH = ["query", "queries", "image", "top", "html"]
 EXPORT = ["run", "to", "checkpoint", "dtype"]
 PUSH = ["push_to_hub", "private", "license"]
-TRAIN = [name for name in config_fields() if name not in ["split", "resize", "strict", "json", *SEARCH, *EXPORT]]
+SWEEP = ["space", "trials", "folds", "seeds"]
+TRAIN = [name for name in config_fields()
+         if name not in ["split", "resize", "strict", "json", *SEARCH, *EXPORT, *SWEEP]]
+ONE_RUN = ["eval_every", "save_every", "keep", "profile", "probe"]  # what only a single run of training has
 POSITIONAL = "query"  # the one setting that needs no flag
 
 
@@ -49,6 +53,8 @@ COMMANDS = {
                     [name for name in TRAIN if name not in [*COLUMNS, *READING, "model"] or name in MACHINE
                      or name in ("workers", "cache_dir")],
                     {"model": str(DEMO_MODEL), "epochs": 10, "batch_size": 64, "lr": 1e-3, "log_every": 50}),
+    "sweep": Command("try many settings by cross-validation, retrain the best, measure it once on test",
+                     [*SWEEP, *(name for name in TRAIN if name not in ONE_RUN)], {}),
     "eval": Command("the metrics of any CLIPModel on one split: a table on stderr, JSON on stdout",
                     ["model", "split", "out", *COLUMNS, *READING, *MACHINE], {}),
     "shards": Command("write any dataset as WebDataset tar shards into --out; goes on after a kill",
@@ -66,7 +72,8 @@ COMMANDS = {
 
 # What may differ between a run and its resumption: it changes where and how fast, not what is computed.
 FREE_ON_RESUME = {"out", "resume", "cache_dir", "log_every", "eval_every", "save_every", "keep", "device", "workers",
-                  "profile", "dist_timeout", "quiet", "allow_host", "max_bad", "dataset", "model", "patience", *PUSH}
+                  "profile", "dist_timeout", "quiet", "allow_host", "max_bad", "dataset", "model", "patience", "space",
+                  "trials", *PUSH}
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,7 +115,9 @@ class Parser(argparse.ArgumentParser):
             flags[POSITIONAL] = tuple(words)
         try:
             flags = {**(read_toml(Path(toml)) if toml else {}), **flags}
-            config = replace(Config(), **{**preset, **_resumed(flags), **flags})
+            resumed = _resumed(flags)
+            recipe = {} if resumed else RECIPES.get(flags.get("recipe", ""), {})
+            config = replace(Config(), **{**preset, **resumed, **recipe, **flags})
             check(config)
             if written:
                 _write_new(Path(written), to_toml(config, self.command.names))

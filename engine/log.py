@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,13 @@ class Log:
 
     def _epoch(self, step: int) -> float:
         return round(step / self.steps_per_epoch, 6)
+
+    def curve(self, name: str, points: Sequence[Mapping[str, Any]]) -> None:
+        """Write what is no time series: `alpha` of each point, in hundredths, takes the place of the step."""
+        for point in points if self.world.is_main else ():
+            for split in point.keys() - {"alpha"}:
+                found = {f"{name}/{split}/{metric}": value for metric, value in point[split].items()}
+                self.board.scalars(found, round(100 * point["alpha"]))
 
     def close(self) -> None:
         """Flush and close the files; nothing half-written stays on the screen."""

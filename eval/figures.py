@@ -30,9 +30,9 @@ def lead(metrics: Mapping[str, Any], split: str, pairs: int) -> str:
     if found:
         (low, high), (_, p) = found["ci95"], difference_cells(found, name)
         sure = f' Difference {100 * found["value"]:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}], p {p}.'
-    return (f'<p class="lead">Of {pairs:,} {text(split)} thumbnails, <strong class="tuned-ink">{tuned:.0%}</strong> '
-            f'now find their own title among the first ten; before training it was '
-            f'<strong class="base-ink">{base:.0%}</strong>.{sure}</p>')
+    return (f'<p class="lead">Of {pairs:,} {text(split)} thumbnails, '
+            f'<strong class="tuned-ink">{tuned:.0%}</strong> now find their own title among the first ten; '
+            f'before training it was <strong class="base-ink">{base:.0%}</strong>.{sure}</p>')
 
 
 def figures(metrics: Mapping[str, Any], first: str) -> str:
@@ -57,14 +57,14 @@ def _split_table(metrics: Mapping[str, Any], split: str) -> str:
             values = metrics[when][split]
             bars.append((values[metric], *values[f"{metric}_ci95"], style))
         low, high = (0, 1) if not metric.endswith("rank") else (1, max(bar[2] for bar in bars))
-        cells.append(f'<td class="bars">{interval_bar(low, high, bars)}</td>')
+        cells.append(f"<td>{interval_bar(low, high, bars)}</td>")
         if difference:
             cells += [f'<td class="n">{text(cell)}</td>' for cell in difference_cells(difference.get(metric), metric)]
         rows.append(f'<tr><th scope="row">{_long_name(metric)}</th>{"".join(cells)}</tr>')
-    heads = ['>Metric', ' class="base-ink">Before', ' class="tuned-ink">After', ' class="bars">Both']
-    heads += [">Difference", ">p"] if difference else []
+    heads = ["Metric", '<span class="base-ink">Before</span>', '<span class="tuned-ink">After</span>', "Both"]
+    heads += ["Difference", "p"] if difference else []
     return (f'<div class="wide" tabindex="0" role="region" aria-label="Figures of {attribute(split)}"><table><caption>'
-            f'{text(split)} pairs</caption><thead><tr>{"".join(f"<th scope=col{head}</th>" for head in heads)}</tr>'
+            f'{text(split)} pairs</caption><thead><tr>{"".join(f"<th scope=col>{head}</th>" for head in heads)}</tr>'
             f'</thead><tbody>{"".join(rows)}</tbody></table></div>')
 
 

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from engine.cli import parse
-from engine.config import Config, recipe
+from engine.config import Config
 
 if TYPE_CHECKING:
     import torch
@@ -219,8 +219,9 @@ class Judge:
 def train(cfg: Config, world: World, stop: Stop) -> int:
     """Base metrics, the loop, tuned metrics, the exported model."""
     from engine import checkpoint, folder
+    from engine.board import Drift, comparable
     from engine.interpolate import snapshot
-    from engine.log import Drift, Log
+    from engine.log import Log
     from engine.model import distribute
     from engine.profiler import profiler
     from engine.train import Plan, fit
@@ -236,7 +237,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     state = saved.resume(world.say) if begun else checkpoint.State()
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
-    log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, recipe(cfg), metrics.get("base"))
+    log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, comparable(cfg), metrics.get("base"))
     show = Show(out, shown_split(pairs.splits), pairs.album.title, pairs.album.picture, resumed=state.step > 0)
     judge = Judge(pairs, parts, plan, state, saved, log, show, world, metrics, base)
     batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.config import Config, as_dict, config_fields
+
 POINTS = 5_000  # of any curve: a million steps leave this many; steps.jsonl has them all
 HEADLINE = ("image_to_text_R@10", "text_to_image_R@10", "triplet_accuracy")
 WATCHED = ("train", "valid")  # splits measured on the way, not only at both ends
@@ -118,6 +120,12 @@ class Board:
 def tag(split: str, name: str) -> str:
     """Where a metric of a split is shown."""
     return f"eval/{name} {split}" if name in HEADLINE and split in WATCHED else f"{split}/{name}"
+
+
+def comparable(cfg: Config) -> dict[str, Any]:
+    """The settings to compare runs by: what is computed, on what."""
+    return {name: value for name, value in as_dict(cfg).items()
+            if name in ("model", "dataset") or config_fields()[name].metadata["group"] == "recipe"}
 
 
 class Drift:

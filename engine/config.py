@@ -232,12 +232,6 @@ def check(config: Config) -> None:
         raise ValueError("--trainable names nothing; try --trainable projection")
 
 
-def recipe(config: Config) -> dict[str, Any]:
-    """What is computed: the settings to compare runs by."""
-    return {name: value for name, value in as_dict(config).items()
-            if name in ("model", "dataset") or config_fields()[name].metadata["group"] == "recipe"}
-
-
 def _number(text: str) -> float:
     try:
         return float(text)

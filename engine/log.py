@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from engine.board import Board, memory
-from engine.board import Drift as Drift
+from engine.board import Board, Drift, memory
 from engine.dist import World
 
 Metrics = Mapping[str, Mapping[str, Any]]  # split -> name -> value or [lo, hi]

@@ -80,7 +80,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     difference = {name: {"value": 0.2, "ci95": [0.1, 0.3], "p": 0.0004} for name in names if "rank" not in name}
     metrics = {"base": {split: scores(0.2) for split in ("train", "valid", "test")},
                "tuned": {split: scores(0.4) for split in ("train", "valid", "test")},
-               "difference": {"test": difference}}
+               "difference": {"test": difference},
+               "interpolation": {"alpha": 0.5, "chosen_on": "valid", "curve": [
+                   {"alpha": part, "valid": scores(part / 2), "probe": scores(0.9 - part)} for part in (0, 0.5, 1)]}}
     config = {"config": {"model": HOSTILE[0], "dataset": HOSTILE[1], "trainable": ["projection"], "lr": 1e-3,
                          "schedule": "linear", "weight_decay": 0.0, "epochs": 2, "batch_size": 16, "seed": 1},
               "precision": "float32", "command": HOSTILE[5], "versions": {"torch": "2"}, "git_commit": None,
@@ -116,6 +118,7 @@ def test_the_page_is_whole_and_titles_stay_text(folder: Path) -> None:
     shown = "".join(page.data)
     assert HOSTILE[0] in shown and "broken out" in shown and "A" * 199 + "…" in shown and "A" * 201 not in text
     assert not set("\u202e\u2067\x00\x1b\ud800") & set(text)
+    assert "the exported model is at 0.5, chosen on valid" in shown
     assert "p <.001" in shown and "+20.0 points [+10.0, +30.0]" in shown
 
 

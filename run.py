@@ -298,7 +298,7 @@ def finish(cfg: Config, world: World, parts: Parts, out: Path, metrics: dict[str
                   f"TensorBoard tensorboard --logdir {out.parent}")
         if cfg.push_to_hub:
             later = push_command(cfg, str(out), ["push_to_hub", "private"])
-            world.say(f"pushed to {push(out / 'model', cfg.push_to_hub, cfg.private, later)}")
+            world.say(f"pushed to {push(out / 'model', cfg.push_to_hub, cfg.private, cfg.license, later)}")
     return 0
 
 
@@ -430,11 +430,14 @@ def check(cfg: Config, world: World, stop: Stop) -> int:
 def search(cfg: Config, world: World, stop: Stop) -> int:
     """The best thumbnails for titles, or the best titles for a picture: one process, from stored features."""
     from data import gallery
+    from data.batch import UserError
     from eval.search import as_json, as_text
 
     if not world.is_main:
         return 0
     titles = gallery.read_queries(cfg.query, cfg.queries, cfg.image)
+    if cfg.html and Path(cfg.html).expanduser().is_dir():
+        raise UserError(f"--html {cfg.html} is a folder; give a file, such as {cfg.html}/search.html")
     splits, results, look = find(cfg, world, titles)
     if cfg.html:
         write_pictures(cfg, splits, results, look)
@@ -483,7 +486,6 @@ def write_pictures(cfg: Config, splits: dict[str, Rows], results: Sequence[Found
 def export(cfg: Config, world: World, stop: Stop) -> int:
     """A run, or its projections alone, as a Hugging Face folder, and to the hub: one process."""
     from data.batch import UserError
-    from engine.card import set_licence
     from engine.export import finished_folder, new_folder
     from engine.hub import check_push, push, push_command
 
@@ -499,11 +501,9 @@ def export(cfg: Config, world: World, stop: Stop) -> int:
         if ready is None:
             rebuild(cfg, folder)
             world.say(f"model {folder}")
-        elif cfg.license != "other":
-            set_licence(folder / "README.md", cfg.license)
         if cfg.push_to_hub:
             later = push_command(cfg, cfg.run, ["push_to_hub", "private", "checkpoint", "model", "dtype", "license"])
-            world.say(f"pushed to {push(folder, cfg.push_to_hub, cfg.private, later)}")
+            world.say(f"pushed to {push(folder, cfg.push_to_hub, cfg.private, cfg.license, later)}")
     return 0
 
 
@@ -516,8 +516,8 @@ def rebuild(cfg: Config, folder: Path) -> None:
     tuned = read_tuned(cfg.run, cfg.checkpoint)
     clip = load_clip(cfg.model or tuned.origin.base, None if cfg.model else tuned.origin.commit or None)
     restore(clip, tuned)
-    measured = {when: scores for when, scores in tuned.origin.metrics.items() if when in ("base", "tuned")}
-    export(clip, folder, tuned, table(measured) if measured else "", cfg.license, cfg.dtype)
+    metrics = tuned.origin.metrics
+    export(clip, folder, tuned, table(metrics) if metrics else "", cfg.license, cfg.dtype)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -246,7 +246,7 @@ def sweep(cfg: Config, world: World, stop: Stop) -> int:
     if not parts.cached:
         raise UserError("sweep trains from stored features: only projections and logit_scale can be --trainable")
     pairs = open_data(cfg, world, parts)
-    rows = join([split for name, split in pairs.residents().items() if name != "test"])
+    rows = join([split for name, split in pairs.residents().items() if name in ("train", "valid")])
     runs = [Run(seed, *fold) for seed in range(cfg.seed, cfg.seed + cfg.seeds * REPEAT, REPEAT)
             for fold in folds(rows, cfg.folds, seed)]
     for settings in tried:  # a batch too large for a fold is better said now

@@ -126,14 +126,6 @@ def with_probe(cfg: Config, world: World, parts: Parts, pairs: Pairs) -> Pairs:
         residents=lambda: {**pairs.residents(), "probe": probe.residents()["test"]})
 
 
-def paired(before: Mapping[str, Retrieval], after: Mapping[str, Retrieval]) -> dict[str, dict[str, Any]]:
-    """After minus before on the same rows, with interval and p: split -> metric -> value, ci95, p."""
-    from eval.metrics import compare
-
-    return {split: {name: test.as_json() for name, test in compare(before[split], found).items()}
-            for split, found in after.items()}
-
-
 def interpolated(cfg: Config, parts: Parts, pairs: Pairs, base: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Leave the parameters between base and tuned as --interpolate says; how valid (else train) and probe take it."""
     from engine.interpolate import interpolate
@@ -157,6 +149,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     from engine.optim import adamw
     from engine.profiler import profiler
     from engine.train import Plan, fit
+    from eval.retrieval import differences
 
     if cfg.push_to_hub and world.is_main:
         check_push(cfg.push_to_hub, world.say)
@@ -182,7 +175,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
         saved.note(state, scores)
         if ends:
             metrics["tuned" if state.step else "base"] = scores
-            metrics.update({"difference": paired(base, found)} if state.step else {})
+            metrics.update({"difference": differences(base, found)} if state.step else {})
             folder.write_metrics(out, metrics, world)
 
     if ("tuned" if state.step == plan.steps else "base") not in metrics:  # a signal may have cut the last one off
@@ -271,9 +264,9 @@ def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Reside
              out: Path) -> int:
     """Retrain the winner on all rows but test's, measure it there once; leaderboard, recipe and model."""
     from engine import folder
-    from engine.config import to_toml
-    from engine.sweep import RECIPE, named
+    from engine.sweep import named
     from eval.leaderboard import leaderboard
+    from eval.retrieval import differences
 
     lines = journal.ranked()
     best = replace(cfg, **lines[0]["settings"])
@@ -282,12 +275,10 @@ def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Reside
     tuner.tune(best, rows)
     after = measure(pairs, tuner.parts.head, ["test"])
     metrics = {"base": {name: one.summarise() for name, one in before.items()},
-               "tuned": {name: one.summarise() for name, one in after.items()}, "difference": paired(before, after)}
+               "tuned": {name: one.summarise() for name, one in after.items()}, "difference": differences(before, after)}
     folder.write_metrics(out, metrics, world)
     if world.is_main:
-        folder.write_json(out / "sweep.json", {"metric": cfg.best_metric, "configurations": lines})
-        (out / "recipe.toml").write_text(to_toml(best, RECIPE), encoding="utf-8")
-        journal.hparams(out / "tensorboard", cfg)
+        journal.conclude(out, cfg)
         print(leaderboard(lines[:10], [named(line["settings"]) for line in lines[:10]], cfg.best_metric), end="\n\n")
         world.say(f"winner: {named(lines[0]['settings'])}  (run.py --config {out / 'recipe.toml'})")
     return finish(best, world, tuner.parts, out, metrics)

@@ -110,7 +110,8 @@ def test_a_sweep_leaves_a_leaderboard_a_recipe_and_a_model(swept: tuple[Path, di
                               "fp32"]) == 0
     ours, again = (load_file(folder / "model" / "projections.safetensors") for folder in (out, tmp_path / "run"))
     assert all(torch.equal(ours[name], again[name]) for name in ours)
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["tuned"]["test"] == found["metrics"]["tuned"]["test"]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["tuned"]["test"] == found["metrics"]["tuned"]["test"]
 
 
 def test_what_is_found_does_not_depend_on_the_test_split(swept: tuple[Path, dict[str, Any]], pairs: Path,

@@ -274,8 +274,9 @@ def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Reside
     before = measure(pairs, tuner.parts.head, ["test"])
     tuner.tune(best, rows)
     after = measure(pairs, tuner.parts.head, ["test"])
-    metrics = {"base": {name: one.summarise() for name, one in before.items()},
-               "tuned": {name: one.summarise() for name, one in after.items()}, "difference": differences(before, after)}
+    metrics: dict[str, Any] = {when: {name: one.summarise() for name, one in found.items()}
+                               for when, found in (("base", before), ("tuned", after))}
+    metrics["difference"] = differences(before, after)
     folder.write_metrics(out, metrics, world)
     if world.is_main:
         journal.conclude(out, cfg)

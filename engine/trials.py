@@ -145,7 +145,7 @@ class Journal:
         return sorted(self.lines, key=lambda line: -line["scores"][self.metric])
 
     def conclude(self, folder: Path, cfg: Config) -> None:
-        """sweep.json, the winner's recipe.toml, and every configuration with its scores in TensorBoard's hparams tab."""
+        """sweep.json, the winner's recipe.toml, and all configurations with their scores for TensorBoard's hparams."""
         from torch.utils.tensorboard import SummaryWriter
 
         lines = self.ranked()

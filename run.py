@@ -247,7 +247,8 @@ def sweep(cfg: Config, world: World, stop: Stop) -> int:
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     journal = Journal(out, world, pairs.identity, cfg.best_metric, cfg.resume)
     todo = [settings for settings in tried if not journal.known(settings)]
-    tuner, held_out = Tuner(parts, in_order), partial(measure_rows, parts.head)
+    tuner = Tuner(parts, in_order)
+    held_out = lambda rows: measure_rows(parts.head, rows).cpu()
     base, began = tuner.cross_validate(None, runs, held_out, world), time.monotonic()
     with stop.gracefully():
         for done, settings in enumerate(todo, start=1):
@@ -256,6 +257,7 @@ def sweep(cfg: Config, world: World, stop: Stop) -> int:
             speed = done * len(runs) / (time.monotonic() - began) * 60
             world.say(f"{done}/{len(todo)}  {cfg.best_metric} {score:.4f}  ({named(settings)})  {speed:,.0f} runs/min")
             if signal := stop.agreed(world):
+                world.say(f"stopped; go on with run.py sweep --resume --out {out}")
                 return 128 + signal
     return conclude(cfg, world, tuner, pairs, rows, journal, out)
 

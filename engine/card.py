@@ -17,7 +17,7 @@ REPORTED = ("image_to_text_R@1", "image_to_text_R@10", "image_to_text_mrr", "tex
 CARD = """# {base}, tuned on {dataset}
 
 A CLIPModel tuned with thumbtune so that the thumbnails and titles of `{dataset}` find each other. Parameters whose
-name holds `{trainable}` were trained; everything else is the base model's ([{base}]({link}){commit}).
+name holds `{trainable}` were trained; everything else is that of the base model {link}.
 
 ## Before and after
 
@@ -87,11 +87,11 @@ def write_card(path: Path, origin: Mapping[str, Any], table: str, licence: str) 
     recipe = origin["recipe"]
     text = CARD.format(
         base=_shown(origin["base"]), dataset=_shown(origin["dataset"]), table=table or "Not measured.", here=HERE,
-        link=f"https://huggingface.co/{hub_base}" if hub_base else HERE,
-        commit=f" at commit {origin['commit'][:12]}" if hub_base else "",
+        link=f"[{hub_base}](https://huggingface.co/{hub_base}) (commit {origin['commit'][:12]})" if hub_base
+        else _shown(origin["base"]),
         trainable="`, `".join(map(_line, recipe.get("trainable", ["projection"]))),
         recipe="\n".join(f"{key.replace('_', '-')} = {_toml(value)}" for key, value in recipe.items()))
-    path.write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+    path.write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8", errors="replace")
 
 
 def set_licence(path: Path, licence: str) -> None:
@@ -127,4 +127,4 @@ def _line(text: str) -> str:
 
 
 def _toml(value: Any) -> str:
-    return _line(toml_value(tuple(value) if isinstance(value, list) else value))
+    return toml_value(tuple(value) if isinstance(value, list) else value).replace("`", "'")

@@ -11,13 +11,24 @@ from dataclasses import Field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from engine.config import RECIPES, Config, check, comma_list, config_fields, in_groups, read_toml, to_toml, unknown
+from engine.config import (
+    RECIPES,
+    Config,
+    check,
+    comma_list,
+    config_fields,
+    in_groups,
+    number,
+    read_toml,
+    to_toml,
+    unknown,
+)
 
 HOME = Path(__file__).resolve().parents[1]
 DEMO_MODEL = HOME / "data" / "demo_model"
 COLUMNS = ["dataset", "image_column", "title_column", "negative_column"]
 READING = ["allow_host", "retry_failed", "variants", "max_bad", "max_pixels", "workers", "cache_dir"]
-MACHINE = ["device", "precision", "dist_timeout"]
+MACHINE = ["device", "precision", "dist_timeout", "quiet"]
 SEARCH = ["query", "queries", "image", "top", "html"]
 EXPORT = ["run", "to", "checkpoint", "dtype"]
 PUSH = ["push_to_hub", "private", "license"]
@@ -47,9 +58,10 @@ COMMANDS = {
     "eval": Command("the metrics of any CLIPModel on one split: a table on stderr, JSON on stdout",
                     ["model", "split", "out", *COLUMNS, *READING, *MACHINE], {}),
     "shards": Command("write any dataset as WebDataset tar shards into --out; goes on after a kill",
-                      ["out", "resize", *COLUMNS, *READING], {}),
+                      ["out", "resize", *COLUMNS, *READING, "quiet"], {}),
     "check": Command("what is wrong with a dataset: dead links, bad images and titles, repeats, leaks between splits",
-                     [*COLUMNS, *(name for name in READING if name != "max_bad"), "seed", "strict", "json"], {}),
+                     [*COLUMNS, *(name for name in READING if name != "max_bad"), "seed", "strict", "json",
+                      "quiet"], {}),
     "search": Command("the best thumbnails for a title, or the best titles for a picture",
                       ["model", *SEARCH, "json", "split", *COLUMNS, *(name for name in READING if name != "max_bad"),
                        "seed", *MACHINE], {"split": "all"}),
@@ -60,7 +72,8 @@ COMMANDS = {
 
 # What may differ between a run and its resumption: it changes where and how fast, not what is computed.
 FREE_ON_RESUME = {"out", "resume", "cache_dir", "log_every", "eval_every", "save_every", "keep", "device", "workers",
-                  "profile", "dist_timeout", "allow_host", "max_bad", "dataset", "model", "space", "trials", *PUSH}
+                  "profile", "dist_timeout", "quiet", "allow_host", "max_bad", "dataset", "model", "patience", "space",
+                  "trials", *PUSH}
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,24 +101,23 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Two lines on stderr, exit 2."""
-        if message.startswith("unrecognized arguments: "):
-            flag = message.split(": ", 1)[1].split()[0].split("=")[0]
-            message = unknown("argument", flag, [o for action in self._actions for o in action.option_strings])
         self.exit(2, f"{self.prog}: {message}\nsee {self.prog} --help\n")
 
     def settings(self, arguments: Sequence[str]) -> Config:
         """The Config of these arguments: preset, then the resumed run's or TOML's settings, then flags."""
-        flags, preset = vars(self.parse_intermixed_args(arguments)), self.command.preset
+        known, rest = self.parse_known_args(arguments)
+        flags, preset = vars(known), self.command.preset
         toml, written = flags.pop("config"), flags.pop("write_config")
-        if POSITIONAL in flags:
-            flags[POSITIONAL] = tuple(flags[POSITIONAL])
+        odd = [word for word in rest if word.startswith("-") or POSITIONAL not in self.command.names]
+        if odd:
+            self.error(unknown("argument", odd[0].split("=")[0], [*self._option_string_actions]))
+        if words := [*flags.get(POSITIONAL, ()), *rest]:  # what stands between flags is in the rest
+            flags[POSITIONAL] = tuple(words)
         try:
-            if flags.get("resume"):
-                preset = _resumed(Path(flags.get("out", "")), flags)
-            given = {**(read_toml(Path(toml)) if toml else {}), **flags}
-            recipe = {} if flags.get("resume") else RECIPES.get(given.get("recipe", ""), {})
-            chosen = {**preset, **recipe, **given}
-            config = replace(Config(), **chosen)
+            flags = {**(read_toml(Path(toml)) if toml else {}), **flags}
+            resumed = _resumed(flags)
+            recipe = {} if resumed else RECIPES.get(flags.get("recipe", ""), {})
+            config = replace(Config(), **{**preset, **resumed, **recipe, **flags})
             check(config)
             if written:
                 _write_new(Path(written), to_toml(config, self.command.names))
@@ -155,13 +167,21 @@ def _options(spec: Field[Any], default: Any) -> dict[str, Any]:
         return {**options, "action": argparse.BooleanOptionalAction}
     if isinstance(default, tuple):
         return {**options, "type": comma_list, "metavar": "A,B"}
+    if spec.metadata["bare"]:
+        options |= {"nargs": "?", "const": spec.metadata["bare"]}
     if choices:
         return {**options, "choices": choices, "metavar": "|".join(choices)}
-    return {**options, "type": type(default), "metavar": {int: "N", float: "X", str: "TEXT"}[type(default)]}
+    return {**options, "type": number if type(default) is float else type(default),
+            "metavar": {int: "N", float: "X", str: "TEXT"}[type(default)]}
 
 
-def _resumed(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the run in `folder`; a flag that would change what it computes is refused."""
+def _resumed(flags: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the run that is to be resumed, {} if none is; a flag that would change its result is refused."""
+    wanted, folder = flags.get("resume", "off"), Path(flags.get("out", "")).expanduser()
+    if wanted == "auto" and not flags.get("out"):
+        raise ValueError("--resume auto needs the folder to go on in: --out DIR")
+    if wanted == "off" or (wanted == "auto" and not (folder / "config.json").exists()):
+        return {}
     try:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError, TypeError):

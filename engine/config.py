@@ -7,6 +7,7 @@ import json
 import math
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -15,9 +16,9 @@ from typing import Any, get_type_hints
 GROUPS = ("query", "model", "data", "recipe", "sweep", "loop", "output", "machine")
 
 
-def setting(default: Any, group: str, text: str, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that also knows its `--help` group, line and choices."""
-    return field(default=default, metadata={"group": group, "help": text, "choices": choices})
+def setting(default: Any, group: str, text: str, choices: tuple[str, ...] = (), bare: str = "") -> Any:
+    """A dataclass field that also knows its `--help` group, line, choices, and what the flag alone means."""
+    return field(default=default, metadata={"group": group, "help": text, "choices": choices, "bare": bare})
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Config:
 
     # What to tune, on what, and where results go.
     model: str = setting("sentence-transformers/clip-ViT-L-14", "model", "hub name or folder of a CLIPModel")
-    dataset: str = setting("shawhin/yt-title-thumbnail-pairs", "data", "hub name, folder or file of pairs")
+    dataset: str = setting("shawhin/yt-title-thumbnail-pairs", "data",
+                           "hub name, folder or file of pairs, or shards (http(s) too)")
     out: str = setting("", "output", "run folder (default: runs/DATE-DATASET)")
     cache_dir: str = setting("~/.cache/thumbtune", "output", "feature store and fetched images")
     # Columns are detected by name; these override the detection.
@@ -71,7 +73,12 @@ class Config:
     eval_every: int = setting(0, "loop", "steps between evaluations; 0: every epoch")
     save_every: int = setting(0, "loop", "steps between checkpoints; 0: every epoch")
     keep: int = setting(3, "loop", "checkpoints kept beside `last` and `best`")
-    resume: bool = setting(False, "loop", "carry on from the newest valid checkpoint in --out")
+    resume: str = setting("off", "loop", "carry on from the newest valid checkpoint in --out; auto: or start there",
+                          ("off", "on", "auto"), bare="on")
+    best_metric: str = setting("image_to_text_mrr", "loop", "what makes a checkpoint `best`: a metric of the valid "
+                               "split")  # moves with every rank, so it tells small gains apart where R@1 cannot
+    patience: int = setting(0, "loop", "stop after this many evaluations without a better one, and export the best; "
+                            "0: never stop, export the last")
     # The machine.
     device: str = setting("auto", "machine", "where to compute", ("auto", "cpu", "cuda"))
     precision: str = setting("auto", "machine", "auto: bf16 where it is faster", ("auto", "bf16", "fp32"))
@@ -84,11 +91,12 @@ class Config:
     resize: int = setting(0, "output", "store JPEG crops of this many pixels a side; 0 keeps the original bytes")
     retry_failed: bool = setting(False, "data", "ask again for URLs that failed for good in an earlier run")
     variants: bool = setting(False, "data", "YouTube: try the maxres, sd and hq thumbnails in this order")
-    allow_host: tuple[str, ...] = setting((), "data", "private hosts that images may be fetched from")
-    max_bad: float = setting(0.05, "data", "stop when a larger share of the rows is unusable")
+    allow_host: tuple[str, ...] = setting((), "data", "private hosts that images and shards may be fetched from")
+    max_bad: float = setting(0.05, "data", "stop when a larger share of the rows (5% or 0.05) is unusable")
     max_pixels: int = setting(25_000_000, "data", "refuse images with more pixels than this")
     strict: bool = setting(False, "output", "exit 1 when there are errors")
     json: bool = setting(False, "output", "print JSON to stdout")
+    quiet: bool = setting(False, "output", "say nothing but errors and the final table")
     # Searching.
     query: tuple[str, ...] = setting((), "query", "titles whose best thumbnails are wanted, each in quotes")
     queries: str = setting("", "query", "file with one title a line")
@@ -136,6 +144,11 @@ def comma_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def number(text: str) -> float:
+    """A number, also as `5%`. Raises ValueError."""
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """The settings in a TOML file. Raises ValueError with one sentence for an unknown key or a wrong type."""
     try:
@@ -154,8 +167,11 @@ def read_toml(path: Path) -> dict[str, Any]:
             value = tuple(value) if isinstance(value, list) else comma_list(value)
         elif isinstance(default, float) and type(value) is int:
             value = float(value)
+        elif isinstance(default, float) and isinstance(value, str):
+            with suppress(ValueError):
+                value = number(value)
         if type(value) is not type(default) or (value and isinstance(value, tuple) and
-                                                 any(type(part) is not str for part in value)):
+                                                any(type(part) is not str for part in value)):
             raise ValueError(f"--config {path}: {key} must be {type(default).__name__}, not {type(value).__name__}")
         values[name] = value
     return values
@@ -185,14 +201,16 @@ def toml_value(value: Any) -> str:
 def check(config: Config) -> None:
     """Raises ValueError with one sentence for a value that cannot work."""
     at_least = {"epochs": 1, "batch_size": 1, "log_every": 1, "eval_every": 0, "save_every": 0, "keep": 1,
-                "workers": 1, "resize": 0, "lr": 0,
+                "patience": 0, "workers": 1, "resize": 0, "lr": 0,
                 "weight_decay": 0, "clip_norm": 0, "max_bad": 0, "max_pixels": 1, "scale": 1e-9,
-                "dist_timeout": 1, "top": 1, "seed": 0, "trials": 0, "folds": 2, "seeds": 1, "hardness": 0,
-                "label_smoothing": 0}
+                "dist_timeout": 1, "hardness": 0, "label_smoothing": 0, "top": 1, "seed": 0, "trials": 0, "folds": 2,
+                "seeds": 1}
     for name, low in at_least.items():
         value = getattr(config, name)
         if not low <= value < math.inf:  # NaN as well
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low:g}, not {value:g}")
+    if config.max_bad > 1:
+        raise ValueError(f"--max-bad is a share of the rows, such as 5% or 0.05, not {config.max_bad:g}")
     for name, high in {"seed": 2**32, "dist_timeout": 1e7}.items():
         if getattr(config, name) > high:
             raise ValueError(f"--{name.replace('_', '-')} must be at most {high:g}, not {getattr(config, name):g}")

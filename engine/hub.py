@@ -59,6 +59,6 @@ def push_command(cfg: Config, run: str, names: Sequence[str]) -> str:
     flags = ["--run", run]
     for name in names:
         value, flag = getattr(cfg, name), "--" + name.replace("_", "-")
-        if value != config_fields()[name].default:
+        if value and value != config_fields()[name].default:
             flags += [flag] if value is True else [flag, str(value)]
     return shlex.join(["python", "run.py", "export", *flags])

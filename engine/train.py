@@ -80,11 +80,11 @@ def ranked(objective: Objective, world: World, out: Embeddings, inputs: Batch | 
 def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: torch.optim.AdamW, plan: Plan,
         state: State, world: World, cfg: Config, precision: torch.dtype, *, log: Log, profiler: Profiler,
         evaluate: Callable[[], None], checkpoint: Callable[[State], None],
-        stop: Callable[[], int]) -> None:
+        stop: Callable[[int], int]) -> None:
     """Train from `state.step` to the end of the plan, or until a signal asks all ranks to stop."""
     objective = Objective(cfg.loss, cfg.duplicates, cfg.hardness, cfg.label_smoothing)
     stream = batches(state.step)  # this rank's slice of every remaining step
-    while state.step < plan.steps and not state.stopped:
+    while state.step < plan.steps and not state.stopped and not state.enough:
         with log.waiting():
             inputs = next(stream)
         rows = plan.rows_at(state.step)
@@ -100,12 +100,14 @@ def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: to
         state.step += 1
         log.step(state.step, loss.detach(), grad_norm, lr, rows)
         profiler.step()
-        if plan.due(state.step, cfg.log_every):
-            log.flush(plan.steps)  # the only host sync
-            state.stopped = stop()
-        if plan.due(state.step, cfg.eval_every) and not state.stopped:
-            with log.aside("evaluate"):
-                evaluate()
-        if plan.due(state.step, cfg.save_every) or state.stopped:
+        state.stopped = stop(state.step)
+        save = plan.due(state.step, cfg.save_every) or state.stopped
+        look = plan.due(state.step, cfg.eval_every) and not state.stopped
+        if plan.due(state.step, cfg.log_every) or save or look:
+            log.flush(plan.steps)  # the only host sync, but for `stop` about once a second
+        if save:  # before the evaluation, which may then be cut off
             with log.aside("checkpoint"):
                 checkpoint(state)
+        if look:
+            with log.aside("evaluate"):
+                evaluate()

@@ -63,7 +63,7 @@ class Tuner:
         optimizer = adamw(self.parts.trainable.values(), cfg.lr, cfg.weight_decay)
         fit(self.parts.head, partial(self.batches, pairs, cfg.batch_size, cfg.seed), optimizer,
             Plan(len(pairs), cfg.batch_size, cfg.epochs), State(), self.world, cfg, self.parts.precision, log=Silent(),
-            profiler=Profiler(), evaluate=lambda: None, checkpoint=lambda state: None, stop=lambda: 0)
+            profiler=Profiler(), evaluate=lambda: None, checkpoint=lambda state: None, stop=lambda step: 0)
         if cfg.interpolate:
             blend(self.parts.trainable, self.base, snapshot(self.parts.trainable), float(cfg.interpolate))
 

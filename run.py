@@ -140,14 +140,6 @@ def with_probe(cfg: Config, world: World, parts: Parts, pairs: Pairs) -> Pairs:
         residents=lambda: {**pairs.residents(), "probe": probe.residents()["test"]})
 
 
-def paired(before: Mapping[str, Retrieval], after: Mapping[str, Retrieval]) -> dict[str, dict[str, Any]]:
-    """After minus before on the same rows, with interval and p: split -> metric -> value, ci95, p."""
-    from eval.metrics import compare
-
-    return {split: {name: test.as_json() for name, test in compare(before[split], found).items()}
-            for split, found in after.items()}
-
-
 def interpolated(cfg: Config, parts: Parts, pairs: Pairs, base: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Leave the parameters between base and tuned as --interpolate says; how valid (else train) and probe take it."""
     from engine.interpolate import interpolate
@@ -202,11 +194,12 @@ class Judge:
         """What the run folder says of one end."""
         from engine import folder
         from eval.answers import embed
+        from eval.retrieval import differences
 
         when = "tuned" if self.state.step else "base"
         self.metrics[when] = scores
         if when == "tuned":
-            self.metrics["difference"] = paired(self.base, found)
+            self.metrics["difference"] = differences(self.base, found)
         else:
             self.base = found
         folder.write_metrics(self.saved.run, self.metrics, self.world)
@@ -330,7 +323,7 @@ def sweep(cfg: Config, world: World, stop: Stop) -> int:
     if not parts.cached:
         raise UserError("sweep trains from stored features: only projections and logit_scale can be --trainable")
     pairs = open_data(cfg, world, parts)
-    rows = join([split for name, split in pairs.residents().items() if name != "test"])
+    rows = join([split for name, split in pairs.residents().items() if name in ("train", "valid")])
     runs = [Run(seed, *fold) for seed in range(cfg.seed, cfg.seed + cfg.seeds * REPEAT, REPEAT)
             for fold in folds(rows, cfg.folds, seed)]
     for settings in tried:  # a batch too large for a fold is better said now
@@ -338,7 +331,8 @@ def sweep(cfg: Config, world: World, stop: Stop) -> int:
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     journal = Journal(out, world, pairs.identity, cfg.best_metric, begun)
     todo = [settings for settings in tried if not journal.known(settings)]
-    tuner, held_out = Tuner(parts, in_order), partial(measure_rows, parts.head)
+    tuner = Tuner(parts, in_order)
+    held_out = lambda rows: measure_rows(parts.head, rows).cpu()
     base, began = tuner.cross_validate(None, runs, held_out, world), time.monotonic()
     with stop.gracefully():
         for done, settings in enumerate(todo, start=1):
@@ -355,9 +349,9 @@ def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Reside
              out: Path) -> int:
     """Retrain the winner on all rows but test's, measure it there once; leaderboard, recipe and model."""
     from engine import folder
-    from engine.config import to_toml
-    from engine.sweep import RECIPE, named
+    from engine.sweep import named
     from eval.leaderboard import leaderboard
+    from eval.retrieval import differences
 
     lines = journal.ranked()
     best = replace(cfg, **lines[0]["settings"])
@@ -365,13 +359,12 @@ def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Reside
     before = measure(pairs.residents(), tuner.parts.head, ["test"])
     tuner.tune(best, rows)
     after = measure(pairs.residents(), tuner.parts.head, ["test"])
-    metrics = {"base": {name: one.summarise() for name, one in before.items()},
-               "tuned": {name: one.summarise() for name, one in after.items()}, "difference": paired(before, after)}
+    metrics: dict[str, Any] = {when: {name: one.summarise() for name, one in found.items()}
+                               for when, found in (("base", before), ("tuned", after))}
+    metrics["difference"] = differences(before, after)
     folder.write_metrics(out, metrics, world)
     if world.is_main:
-        folder.write_json(out / "sweep.json", {"metric": cfg.best_metric, "configurations": lines})
-        (out / "recipe.toml").write_text(to_toml(best, RECIPE), encoding="utf-8")
-        journal.hparams(out / "tensorboard", cfg)
+        journal.conclude(out, cfg)
         print(leaderboard(lines[:10], [named(line["settings"]) for line in lines[:10]], cfg.best_metric), end="\n\n")
         world.say(f"winner: {named(lines[0]['settings'])}  (run.py --config {out / 'recipe.toml'})")
     return finish(best, world, tuner.parts, out, metrics)

@@ -68,8 +68,9 @@ def ranked(objective: Objective, world: World, out: Embeddings, inputs: Batch | 
     image_id_G, *text_ids_KG = world.gather(ids_BX, sizes).unbind(1)
     nobody_G = [torch.full_like(image_id_G, -1) for _ in negative]
     text_GKE = world.gather(out.text_KBE.transpose(0, 1), sizes)
-    titles = Candidates(text_GKE.transpose(0, 1).flatten(0, 1), torch.cat(text_ids_KG),
-                        torch.cat([image_id_G, *nobody_G]))
+    text_id_C = torch.cat(text_ids_KG)
+    titles = Candidates(text_GKE.transpose(0, 1).flatten(0, 1), text_id_C, torch.cat([image_id_G, *nobody_G]),
+                        text_id_C < 0 if negative else None)
     if objective.loss != "symmetric":
         return objective(out.image_BE, titles, out.scale, first_row, rows)
     images = Candidates(world.gather(out.image_BE, sizes), text_ids_KG[0], image_id_G)

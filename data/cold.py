@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,7 @@ class Reader:
     workers: int
     retry_failed: bool = False
 
-    def fetch(self, urls: Iterable[str]) -> Iterator[Fetched]:
+    def fetch(self, urls: Iterable[str]) -> Generator[Fetched]:
         """Bring these URLs into the folder; each one's fate as it is known."""
         return fetch(urls, self.folder, self.policy, self.retry_failed)
 
@@ -90,8 +90,8 @@ def visit(found: Catalogue, reader: Reader, mine: Sequence[int], known: Callable
             data = reader.read(found.references[index].as_py())
             key = key_of(data)
             return Verdict(index, key, None, None if known(key) else decode(data))
-        except BadSample as problem:
-            return Verdict(index, b"", problem)
+        except BadSample as found_out:
+            return Verdict(index, b"", found_out)
 
     progress = Progress("images", len(mine), tell)
     for verdict in ahead(look, _available(found, reader, np.asarray(mine)), reader.workers, 2 * CHUNK):

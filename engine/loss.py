@@ -11,7 +11,7 @@ or G images), E embedding.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -32,17 +32,17 @@ class Candidates(NamedTuple):
     absent_C: Tensor | None = None  # which stand for a missing negative
 
 
-def softmax(logits_RC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def softmax(logits_RC: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
     """Cross entropy: -sum_j T_ij log softmax(S_i)_j, for targets that sum to 1 in each row.
 
     With the own title as target MultipleNegativesRankingLoss (Henderson et al. 2017, arXiv 1705.00652, section 4), with
     several titles in equal parts SupCon's L_out (Khosla et al. 2020, arXiv 2004.11362, equation 2).
     """
     log_share_RC = logits_RC.log_softmax(-1)
-    return log_share_RC.new_zeros(()), log_share_RC, log_share_RC.exp()
+    return None, log_share_RC, log_share_RC.exp()
 
 
-def sigmoid(logits_RC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sigmoid(logits_RC: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
     """Each pair judged alone: -sum_j log sigmoid(z_ij (S_ij + bias)), z = 1 where the target is 1, else -1.
 
     Zhai et al. 2023 (arXiv 2303.15343), equation 1. Their bias is learned from -10 on; here it stays: AdamW moves one
@@ -95,9 +95,12 @@ class Objective:
         base, score_RC, slope_RC = sigmoid(logits_RC) if self.loss == "sigmoid" else softmax(logits_RC)
         if right_RC is None:
             slope_RC.diagonal(own).sub_(1)
-            return base - score_RC.diagonal(own).sum(), slope_RC
-        target_RC = self._target(right_RC.to(score_RC.dtype), blocked_RC)
-        return base - (target_RC * score_RC).sum(), slope_RC.sub_(target_RC)
+            gain = score_RC.diagonal(own).sum()
+        else:
+            target_RC = self._target(right_RC.to(score_RC.dtype), blocked_RC)
+            slope_RC.sub_(target_RC)
+            gain = (target_RC * score_RC).sum()
+        return -gain if base is None else base - gain, slope_RC
 
     def _target(self, right_RC: Tensor, blocked_RC: Tensor | None) -> Tensor:
         """What each candidate's share should be; for the sigmoid, 1 for all that are right."""
@@ -144,25 +147,25 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query_BE: Tensor, candidate_CE: Tensor, scale: Tensor, weight: float, look: _Look) -> Tensor:
-        loss, by_scale = torch.zeros_like(scale), torch.zeros_like(scale)
-        by_query_BE, by_candidate_CE = torch.empty_like(query_BE), torch.zeros_like(candidate_CE)
+        losses, by_query, by_candidate_CE, by_scale = [], [], None, []
         height = max(1, CHUNK[query_BE.device.type] // len(candidate_CE))
-        for low in range(0, len(query_BE), height):
-            query_RE = query_BE[low : low + height]
+        for number, query_RE in enumerate(query_BE.split(height)):  # of no rows, one chunk of none
             cosine_RC = query_RE @ candidate_CE.T
-            part, slope_RC = look(cosine_RC, scale, low)
-            loss += part
+            loss, slope_RC = look(cosine_RC, scale, number * height)
+            losses.append(loss)
             if ctx.needs_input_grad[2]:
-                by_scale += (slope_RC * cosine_RC).sum()
-            torch.mm(slope_RC.mul_(scale), candidate_CE, out=by_query_BE[low : low + height])
-            by_candidate_CE.addmm_(slope_RC.T, query_RE)
-        ctx.save_for_backward(by_query_BE, by_candidate_CE, by_scale)
+                by_scale.append((slope_RC * cosine_RC).sum())
+            slope_RC.mul_(scale)
+            by_query.append(slope_RC @ candidate_CE)
+            by_candidate_CE = (slope_RC.T @ query_RE if by_candidate_CE is None
+                               else by_candidate_CE.addmm_(slope_RC.T, query_RE))
+        ctx.save_for_backward(by_query[0] if len(by_query) == 1 else torch.cat(by_query), by_candidate_CE,
+                              torch.stack(by_scale).sum() if by_scale else None)
         ctx.weight = weight
-        return loss.mul_(weight)
+        return reduce(torch.add, losses) * weight
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        by_query_BE, by_candidate_CE, by_scale = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad * ctx.weight
-        return by_query_BE * grad, by_candidate_CE * grad, by_scale * grad, None, None
+        return *(None if slope is None else slope * grad for slope in ctx.saved_tensors), None, None

@@ -1,7 +1,7 @@
 """The tuned side: the two projections, and with the towers before them when those train too.
 
 The Linear layers are the CLIPModel's own, so what trains here is at once part of the model that is exported.
-Dimension key: B batch, K kinds of text, V/T image/text feature width, E embedding.
+Dimension key: B batch, X texts (titles, then negatives), V/T image/text feature width, E embedding.
 """
 
 import warnings
@@ -21,11 +21,11 @@ MAX_SCALE = 100.0  # CLIP clamps its learned inverse temperature here (Radford e
 class Embeddings(NamedTuple):
     """L2-normalised fp32 embeddings of a batch, and the scale its similarities are multiplied with.
 
-    `text_KBE` holds the titles, and where there are explicit negatives those behind them (K is 1 or 2).
+    `text_XE` holds the titles, and where there are explicit negatives those behind them (X is B or 2B).
     """
 
     image_BE: Tensor
-    text_KBE: Tensor
+    text_XE: Tensor
     scale: Tensor
 
 
@@ -69,15 +69,16 @@ class Head(nn.Module):
         return unit(self.visual_projection(features_BV).float())
 
     def text(self, features_BT: Tensor) -> Tensor:
-        """[..., T] -> [..., E], unit length, fp32 also under autocast."""
+        """[B, T] -> [B, E], unit length, fp32 also under autocast."""
         return unit(self.text_projection(features_BT).float())
 
     def forward(self, features: Features) -> Embeddings:
         """The scale is the recipe's constant, or CLIP's own `logit_scale` when that trains."""
         learned = self.logit_scale.requires_grad
-        kinds = [kind for kind in (features.title_BT, features.negative_BT) if kind is not None]
+        title_BT, negative_BT = features.title_BT, features.negative_BT
         return Embeddings(
-            self.image(features.image_BV), self.text(torch.stack(kinds)),
+            self.image(features.image_BV),
+            self.text(title_BT if negative_BT is None else torch.cat([title_BT, negative_BT])),
             self.logit_scale.exp().clamp(max=MAX_SCALE) if learned else self.fixed_scale,
         )
 

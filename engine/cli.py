@@ -17,7 +17,7 @@ DEMO_MODEL = Path(__file__).resolve().parents[1] / "data" / "demo_model"
 COLUMNS = ["dataset", "image_column", "title_column", "negative_column"]
 READING = ["allow_host", "retry_failed", "variants", "max_bad", "max_pixels", "workers", "cache_dir"]
 MACHINE = ["device", "precision", "dist_timeout"]
-TRAIN = [name for name in config_fields() if name not in ("split", "resize", "strict", "json")]
+TRAIN = [name for name in config_fields() if name not in ("split", "resize", "strict", "json", "run", "prune")]
 
 
 class Command(NamedTuple):
@@ -40,6 +40,10 @@ COMMANDS = {
                       ["out", "resize", *COLUMNS, *READING], {}),
     "check": Command("what is wrong with a dataset: dead links, bad images and titles, repeats, leaks between splits",
                      [*COLUMNS, *(name for name in READING if name != "max_bad"), "seed", "strict", "json"], {}),
+    "verify": Command("prove a run: checksums, some steps trained again, the exported model measured again; without "
+                      "--run, check the stored features",
+                      ["run", "prune", "model", "dataset", "cache_dir", "allow_host", "max_pixels", "workers",
+                       *MACHINE], {"model": "", "dataset": ""}),
 }
 
 

@@ -70,6 +70,8 @@ class Config:
     allow_host: tuple[str, ...] = setting((), "data", "private hosts that images may be fetched from")
     max_bad: float = setting(0.05, "data", "stop when a larger share of the rows is unusable")
     max_pixels: int = setting(25_000_000, "data", "refuse images with more pixels than this")
+    run: str = setting("", "output", "run folder to verify")
+    prune: bool = setting(False, "output", "delete the stored features of all models but --model")
     strict: bool = setting(False, "output", "exit 1 when there are errors")
     json: bool = setting(False, "output", "print JSON to stdout")
 

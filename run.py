@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from engine.stop import Stop
     from engine.train import Plan
     from engine.trials import Journal, Tuner
+    from engine.verify import Finding
     from eval.metrics import Retrieval
     from eval.search import Found
     from eval.show import Show
@@ -513,6 +514,94 @@ def rebuild(cfg: Config, folder: Path) -> None:
     export(clip, folder, tuned, table(metrics) if metrics else "", cfg.license, cfg.dtype)
 
 
+def verify(cfg: Config, world: World, stop: Stop) -> int:
+    """Check a run folder again, or the feature store; exit 1 when something is not what it was."""
+    from data.batch import UserError
+    from engine import verify as again
+    from engine.folder import settings_of
+
+    if not cfg.run:
+        return verify_store(cfg, world)
+    run = Path(cfg.run).expanduser()
+    mine = {name: getattr(cfg, name) for name in ("device", "workers", "allow_host", "max_pixels")}  # not the folder's
+    given = {name: getattr(cfg, name) for name in ("dataset", "model") if getattr(cfg, name)}
+    old = replace(settings_of(run), cache_dir=cfg.cache_dir, **mine, **given)
+    findings, whole = again.files(run)
+    try:
+        findings += retrace(old, world, run, list(whole))
+    except UserError as error:  # data or base model gone
+        findings.append(again.Finding("replay and metrics", again.UNCHECKED, str(error)))
+    if world.is_main:
+        print(again.table(findings), flush=True)
+    return int(again.failed(findings))
+
+
+def retrace(cfg: Config, world: World, run: Path, whole: Sequence[Path]) -> list[Finding]:
+    """Train a few steps again from the base model and from a checkpoint; measure the exported model again."""
+    from engine import verify as again
+    from engine.checkpoint import State, load, state_of
+    from engine.folder import read_json
+    from engine.train import Plan
+
+    parts = open_parts(cfg, world)
+    pairs = open_data(cfg, world, parts)
+    saved, logged = saver(cfg, world, run, parts, pairs), again.read_steps(run)
+    findings = [again.steps(logged, Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs).rows_at),
+                again.ledger(run, pairs.ledger), again.orders(whole, saved.order),
+                again.replay(0, losses_from(State(), cfg, world, parts, pairs, saved), logged, parts.precision)]
+    if earlier := [folder for folder in whole if int(folder.name[5:]) < max(logged, default=0)]:
+        content = load(earlier[-1])
+        changed, state = saved.restore(content), state_of(content[2])
+        findings.append(again.Finding("data, model, recipe", again.FAILED, "; ".join(changed)) if changed else
+                        again.replay(state.step, losses_from(state, cfg, world, parts, pairs, saved), logged,
+                                     parts.precision))
+    metrics = read_json(run / "metrics.json")
+    findings.append(again.exported(run, whole, "interpolation" in metrics))
+    if not (run / "model").exists():
+        return findings
+    tuned = replace(cfg, model=str(run / "model"))
+    parts = open_parts(tuned, world)
+    again_found = measure(with_probe(tuned, world, parts, open_data(tuned, world, parts)).residents(), parts.head,
+                          list(metrics.get("tuned", {})))
+    found = {name: one.summarise() for name, one in again_found.items()}
+    return [*findings, again.metrics(found, metrics.get("tuned", {}), again.same_machine(run, world))]
+
+
+def losses_from(state: State, cfg: Config, world: World, parts: Parts, pairs: Pairs, saved: Saver) -> dict[int, float]:
+    """The losses of the next few steps, trained again; nothing is written."""
+    from engine.model import distribute
+    from engine.profiler import Profiler
+    from engine.train import Plan, fit
+    from engine.verify import REPLAYED, Recorder
+
+    recorder, end = Recorder(world), state.step + REPLAYED
+    plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
+    fit(distribute(parts.trained_model(), world.size), pairs.batches("train", cfg.batch_size, cfg.seed, world.device),
+        saved.optimizer, plan, state, world, cfg, parts.precision, log=recorder, profiler=Profiler(),
+        evaluate=lambda: None, checkpoint=lambda _: None, stop=lambda step: int(step >= end))
+    return recorder.losses
+
+
+def verify_store(cfg: Config, world: World) -> int:
+    """Read the feature store again; with --prune, delete what is not --model's."""
+    from data.decode import ImageSpec
+    from data.upkeep import describe, look_over, tidy
+
+    if not world.is_main:
+        return 0
+    cache, keep = Path(cfg.cache_dir).expanduser(), set[str]()
+    found = look_over(cache)
+    print(describe(found))
+    if cfg.prune and cfg.model:
+        parts = open_parts(cfg, world)
+        towers = encoders(parts, ImageSpec.from_processor(parts.clip.image_processor).fingerprint(), world.device)
+        keep = {towers.image_space, towers.text_space}
+    if cfg.prune:
+        kept = sorted(keep & {space.name for space in found})
+        print(f"pruned {tidy(cache, keep) / 1e6:,.1f} MB; kept {', '.join(kept) or 'nothing'}")
+    return int(any(space.damaged for space in found))
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run one command on this rank; the exit code says how it went."""
     command, cfg = parse("run.py", arguments)
@@ -525,7 +614,7 @@ def main(arguments: Sequence[str]) -> int:
     from engine import dist
 
     functions = {"train": train, "demo": demo, "eval": evaluate, "shards": shards, "check": check, "search": search,
-                 "export": export, "sweep": sweep}
+                 "export": export, "sweep": sweep, "verify": verify}
     try:
         with dist.asking("averaging gradients"):  # what else ranks ask of one another says so itself
             return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout, cfg.quiet), stop)

@@ -35,7 +35,7 @@ EXPORT = ["run", "to", "checkpoint", "dtype"]
 PUSH = ["push_to_hub", "private", "license"]
 SWEEP = ["space", "trials", "folds", "seeds"]
 TRAIN = [name for name in config_fields()
-         if name not in ["split", "resize", "strict", "json", *SEARCH, *EXPORT, *SWEEP]]
+         if name not in ["split", "resize", "strict", "json", "prune", *SEARCH, *EXPORT, *SWEEP]]
 ONE_RUN = ["eval_every", "save_every", "keep", "profile", "probe"]  # what only a single run of training has
 POSITIONAL = "query"  # the one setting that needs no flag
 
@@ -68,6 +68,10 @@ COMMANDS = {
                        "seed", *MACHINE], {"split": "all"}),
     "export": Command("a run, or its projections alone, as a Hugging Face folder; or push it to the hub",
                       ["model", *EXPORT, *PUSH], {"model": ""}),
+    "verify": Command("prove a run: checksums, some steps trained again, the exported model measured again; without "
+                      "--run, check the stored features",
+                      ["run", "prune", "model", "dataset", "cache_dir", "allow_host", "max_pixels", "workers",
+                       *MACHINE], {"model": "", "dataset": ""}),
 }
 
 

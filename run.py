@@ -95,14 +95,15 @@ def encoders(parts: Parts, image_preprocessing: str, device: torch.device) -> En
         stored=parts.cached, tokenizer=clip.tokenizer, max_tokens=clip.max_tokens)
 
 
-def measure(pairs: Pairs, head: Head, names: Sequence[str]) -> dict[str, Retrieval]:
-    """Ranks and triplets of the named splits with the head as it is now."""
+def measure(pairs: Pairs, head: Head, names: Sequence[str], world: World) -> dict[str, Retrieval]:
+    """Ranks and triplets of the named splits with the head as it is now; ranks share the work, all get the answer."""
     import torch
 
     from eval.retrieval import measure_split
 
     residents = {name: split for name, split in pairs.residents().items() if name in names}
-    return {name: measure_split(head.image, head.text, split.features(torch.arange(len(split))), split.image_row_N)
+    return {name: measure_split(head.image, head.text, split.features(torch.arange(len(split))), split.image_row_N,
+                                (world.rank, world.size), world.sum)
             for name, split in residents.items()}
 
 
@@ -129,7 +130,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     def evaluate() -> None:
         ends = state.step in (0, plan.steps)  # between the ends, only what is watched
         names = [name for name in pairs.splits if ends or name in ("train", "valid")]
-        found = measure(pairs, parts.head, names)
+        found = measure(pairs, parts.head, names, world)
         scores = {name: one.summarise() if ends else one.values() for name, one in found.items()}
         log.metrics(scores, state.step)
         saved.note(state, scores)
@@ -179,7 +180,7 @@ def evaluate(cfg: Config, world: World, stop: Stop) -> int:
 
     parts = open_parts(cfg, world)
     pairs = open_data(cfg, world, parts, only=cfg.split)
-    scores = {cfg.split: measure(pairs, parts.head, [cfg.split])[cfg.split].summarise()}
+    scores = {cfg.split: measure(pairs, parts.head, [cfg.split], world)[cfg.split].summarise()}
     if world.is_main:
         world.say(table({parts.clip.name: scores}))
         print(json.dumps(scores, indent=2))

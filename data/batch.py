@@ -17,6 +17,10 @@ class UserError(Exception):
     """A mistake the user can mend: one sentence that names the thing and the fix. Exit code 2, no traceback."""
 
 
+class RunFailed(Exception):
+    """A run that cannot go on though nothing was typed wrong: one sentence. Exit code 1, no traceback."""
+
+
 class BadSample(Exception):
     """One row that cannot be used: `reason` is a short stable word for the ledger, `detail` is for people."""
 
@@ -39,16 +43,18 @@ class Batch(NamedTuple):
     pixels_BCSS: Tensor
     title: Tokens
     negative: Tokens | None
+    image_id_B: Tensor
     title_id_B: Tensor
     negative_id_B: Tensor | None
 
 
 class Features(NamedTuple):
-    """Pooled tower outputs before projection; `*_id_B` are int64 identities: equal id means identical title."""
+    """Pooled tower outputs before projection; equal int64 `*_id_B` mean identical bytes or title, -1 no negative."""
 
     image_BV: Tensor
     title_BT: Tensor
     negative_BT: Tensor | None
+    image_id_B: Tensor
     title_id_B: Tensor
     negative_id_B: Tensor | None
 

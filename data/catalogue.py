@@ -141,7 +141,7 @@ def refuse_if_too_bad(rows: int, ledger: Sequence[Mapping[str, Any]], max_bad: f
     """Raises UserError when more than a share `max_bad` of all rows is in the ledger, with the reasons."""
     if len(ledger) > max_bad * rows:
         raise UserError(f"{len(ledger):,} of {rows:,} rows cannot be used ({reasons(ledger)}); mend them or raise "
-                        f"--max-bad (now {max_bad:g})")
+                        f"--max-bad (now {100 * max_bad:.3g}%)")
 
 
 def reasons(ledger: Sequence[Mapping[str, Any]]) -> str:

@@ -186,7 +186,7 @@ def streamed_batch(split: Split, found: Catalogue, example: np.ndarray, reader: 
             torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 3, *side, dtype=torch.uint8),
             collate_tokens([ids[i] for i in title_B.tolist()], pad_id),
             None if negative_B is None else collate_tokens([ids[max(i, 0)] for i in negative_B.tolist()], pad_id),
-            title_B, negative_B,
+            image_B, title_B, negative_B,
         )
     return make
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.album import Album
 from data.batch import Batch, Features, Tokens, UserError, share
 from data.catalogue import Catalogue, Split, catalogue, settle
 from data.cold import Reader, encode_images, encode_titles, fill_images, fill_titles, streamed_batch
@@ -63,6 +64,7 @@ class Pairs:
     residents: Callable[[], Mapping[str, Resident]]  # every split's features; encoded anew on each call if streaming
     batches: Callable[[str, int, int, torch.device], Callable[[int], Iterator[Features] | Iterator[Batch]]]
     # (split, batch size, seed, device) -> first step -> this rank's inputs of every step from there on
+    album: Album
 
     def describe(self) -> str:
         """One line: kept rows of each split, dropped rows."""
@@ -98,14 +100,16 @@ def open_pairs(rows: Mapping[str, Rows], lost: Sequence[Mapping[str, Any]], read
             splits = {name: mine(split, features_PT, mine_how) for name, split in splits.items()}
     identity = {"data": _fingerprint(splits, image_keys, title_keys),
                 "the base model": encoders.image_space + encoders.text_space}
+    album = Album(found, splits, example, reader)
     if images is not None:
         ready = _residents(splits, _table(images, image_keys), title_table, device)
-        return Pairs(splits, ledger, identity, lambda: ready, partial(_cached, ready, team))
+        return Pairs(splits, ledger, identity, lambda: ready, partial(_cached, ready, team), album)
     stream = partial(streamed_batch, found=found, example=example, reader=reader, ids=ids,
                      pad_id=encoders.tokenizer.pad_token_id)
     makers = {name: stream(split) for name, split in splits.items()}
     encode_all = partial(_encode_all, found, splits, example, ids, reader, encoders, team, device)
-    return Pairs(splits, ledger, identity, encode_all, partial(_streamed, splits, makers, team, reader.workers))
+    return Pairs(splits, ledger, identity, encode_all, partial(_streamed, splits, makers, team, reader.workers),
+                 album)
 
 
 def _encode_all(found: Catalogue, splits: Mapping[str, Split], example: np.ndarray, ids: Sequence[Sequence[int]],

@@ -1,7 +1,7 @@
 """The tuned side: the two projections, and with the towers before them when those train too.
 
 The Linear layers are the CLIPModel's own, so what trains here is at once part of the model that is exported.
-Dimension key: B batch, V/T image/text feature width, E embedding.
+Dimension key: B batch, K kinds of text, V/T image/text feature width, E embedding.
 """
 
 import warnings
@@ -20,11 +20,13 @@ MAX_SCALE = 100.0  # CLIP clamps its learned inverse temperature here (Radford e
 
 
 class Embeddings(NamedTuple):
-    """L2-normalised fp32 embeddings of a batch, and the scale its similarities are multiplied with."""
+    """L2-normalised fp32 embeddings of a batch, and the scale its similarities are multiplied with.
+
+    `text_KBE` holds the titles, and where there are explicit negatives those behind them (K is 1 or 2).
+    """
 
     image_BE: Tensor
-    title_BE: Tensor
-    negative_BE: Tensor | None
+    text_KBE: Tensor
     scale: Tensor
 
 
@@ -45,15 +47,15 @@ class Head(nn.Module):
         return F.normalize(self.visual_projection(features_BV).float(), dim=-1)
 
     def text(self, features_BT: Tensor) -> Tensor:
-        """[B, T] -> [B, E], unit length, fp32 also under autocast."""
+        """[..., T] -> [..., E], unit length, fp32 also under autocast."""
         return F.normalize(self.text_projection(features_BT).float(), dim=-1)
 
     def forward(self, features: Features) -> Embeddings:
         """The scale is the recipe's constant, or CLIP's own `logit_scale` when that trains."""
         learned = self.logit_scale.requires_grad
+        kinds = [kind for kind in (features.title_BT, features.negative_BT) if kind is not None]
         return Embeddings(
-            self.image(features.image_BV), self.text(features.title_BT),
-            None if features.negative_BT is None else self.text(features.negative_BT),
+            self.image(features.image_BV), self.text(torch.stack(kinds)),
             self.logit_scale.exp().clamp(max=MAX_SCALE) if learned else self.fixed_scale,
         )
 

@@ -1,6 +1,6 @@
 """The loop. Cached or streamed, one rank or many, it is these lines; edit them.
 
-Dimension key: B rows of this rank, C candidates of all ranks, E embedding.
+Dimension key: B rows of this rank, G rows of all ranks, K kinds of text (titles, negatives), C candidates, E embedding.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.profiler import record_function
 
-from data.batch import UserError, share
+from data.batch import Batch, Features, UserError, share
 from engine.checkpoint import State
 from engine.config import Config
 from engine.dist import World
 from engine.log import Log
-from engine.loss import ranking_loss
+from engine.loss import Candidates, Objective
 from engine.model import Embeddings
 from engine.optim import learning_rate, update
 from engine.profiler import Profiler
@@ -59,32 +59,38 @@ class Plan:
         return step % (every or self.steps_per_epoch) == 0 or step == self.steps
 
 
-def candidates(world: World, out: Embeddings, negative_id_B: torch.Tensor | None,
-               sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """All ranks' titles, then all their negatives, [C, E]; and which of them stand for a missing negative, [C]."""
-    if out.negative_BE is None or negative_id_B is None:
-        return world.gather(out.title_BE, sizes), None
-    pair_G2E = world.gather(torch.stack([out.title_BE, out.negative_BE], 1), sizes)
-    absent_G = world.gather(negative_id_B, sizes) < 0
-    return pair_G2E.transpose(0, 1).flatten(0, 1), torch.cat([torch.zeros_like(absent_G), absent_G])
+def ranked(objective: Objective, world: World, out: Embeddings, inputs: Batch | Features, rows: int) -> torch.Tensor:
+    """This rank's part of the loss of a global batch of `rows`, ranked against the candidates of all ranks."""
+    parts = [share(rows, rank, world.size) for rank in range(world.size)]
+    sizes, first_row = [high - low for low, high in parts], parts[world.rank][0]
+    negative = [] if inputs.negative_id_B is None else [inputs.negative_id_B]
+    ids_BX = torch.stack([inputs.image_id_B, inputs.title_id_B, *negative], 1)
+    image_id_G, *text_ids_KG = world.gather(ids_BX, sizes).unbind(1)
+    nobody_G = [torch.full_like(image_id_G, -1) for _ in negative]
+    text_GKE = world.gather(out.text_KBE.transpose(0, 1), sizes)
+    titles = Candidates(text_GKE.transpose(0, 1).flatten(0, 1), torch.cat(text_ids_KG),
+                        torch.cat([image_id_G, *nobody_G]))
+    if objective.loss != "symmetric":
+        return objective(out.image_BE, titles, out.scale, first_row, rows)
+    images = Candidates(world.gather(out.image_BE, sizes), text_ids_KG[0], image_id_G)
+    return objective(out.image_BE, titles, out.scale, first_row, rows, out.text_KBE[0], images)
 
 
 def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: torch.optim.AdamW, plan: Plan,
         state: State, world: World, cfg: Config, precision: torch.dtype, *, log: Log, profiler: Profiler,
         evaluate: Callable[[], None], checkpoint: Callable[[State], None],
-        stop: Callable[[], int]) -> None:
+        stop: Callable[[int], int]) -> None:
     """Train from `state.step` to the end of the plan, or until a signal asks all ranks to stop."""
+    objective = Objective(cfg.loss, cfg.duplicates, cfg.hardness, cfg.label_smoothing)
     stream = batches(state.step)  # this rank's slice of every remaining step
-    while state.step < plan.steps and not state.stopped:
+    while state.step < plan.steps and not state.stopped and not state.enough:
         with log.waiting():
             inputs = next(stream)
         rows = plan.rows_at(state.step)
-        parts = [share(rows, rank, world.size) for rank in range(world.size)]
         with record_function("project"), torch.autocast(world.device.type, precision, enabled=precision.itemsize < 4):
             out = model(inputs)
         with record_function("loss"):
-            titles_CE, absent_C = candidates(world, out, inputs.negative_id_B, [b - a for a, b in parts])
-            loss = ranking_loss(out.image_BE, titles_CE, out.scale, parts[world.rank][0], rows, absent_C)
+            loss = ranked(objective, world, out, inputs, rows)
         with record_function("backward"):
             (loss * world.size).backward()  # DDP averages over ranks what is to be added up
         with record_function("optim"):
@@ -93,12 +99,14 @@ def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: to
         state.step += 1
         log.step(state.step, loss.detach(), grad_norm, lr, rows)
         profiler.step()
-        if plan.due(state.step, cfg.log_every):
-            log.flush(plan.steps)  # the only host sync
-            state.stopped = stop()
-        if plan.due(state.step, cfg.eval_every) and not state.stopped:
-            with log.aside("evaluate"):
-                evaluate()
-        if plan.due(state.step, cfg.save_every) or state.stopped:
+        state.stopped = stop(state.step)
+        save = plan.due(state.step, cfg.save_every) or state.stopped
+        look = plan.due(state.step, cfg.eval_every) and not state.stopped
+        if plan.due(state.step, cfg.log_every) or save or look:
+            log.flush(plan.steps)  # the only host sync, but for `stop` about once a second
+        if save:  # before the evaluation, which may then be cut off
             with log.aside("checkpoint"):
                 checkpoint(state)
+        if look:
+            with log.aside("evaluate"):
+                evaluate()

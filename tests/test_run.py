@@ -59,38 +59,6 @@ def test_plain_run_is_the_reference_recipe(ranks: int, hub: Hub, tmp_path: Path)
     assert re.search(r"parameters train \(\d+\.\d\d %\): visual_projection.weight, text_projection.weight", done.stderr)
 
 
-def test_export_loads_elsewhere_with_the_same_embeddings(pairs: Path, tiny_st_model: Path, tmp_path: Path) -> None:
-    tuned = train(pairs, tiny_st_model, tmp_path / "run")
-    folder = tmp_path / "run" / "model"
-    alone = load_file(folder / "projections.safetensors")
-    assert set(alone) == {"visual_projection.weight", "text_projection.weight"}
-    assert all(torch.equal(tuned[name], value) for name, value in alone.items())
-    from PIL import Image
-    from sentence_transformers import SentenceTransformer
-    from transformers import CLIPModel, CLIPProcessor
-
-    from data.decode import ImageSpec, collate_tokens, decode_image, tokenize
-    from engine.model import Head
-    from engine.towers import Towers, load_clip
-
-    picture, titles = next((pairs / "images").iterdir()), ["3 red circles", "a title that is longer than the other"]
-    clip = load_clip(str(folder))
-    towers, head = Towers(clip).eval(), Head(clip, 20.0)
-    pixels = torch.from_numpy(decode_image(picture.read_bytes(), ImageSpec.from_processor(clip.image_processor)))[None]
-    tokens = collate_tokens(tokenize(clip.tokenizer, titles, clip.max_tokens), clip.tokenizer.pad_token_id)
-    with torch.no_grad():
-        ours = torch.cat([head.image(towers.image(pixels)), head.text(towers.text(tokens))])
-        model, processor = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
-        inputs = processor(text=titles, images=Image.open(picture), return_tensors="pt", padding=True)
-        out = model(**inputs)
-    theirs = torch.cat([out.image_embeds, out.text_embeds])
-    torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)  # pixels may differ by 2/255
-    peer = SentenceTransformer(str(folder), device="cpu")
-    embedded = [torch.from_numpy(peer.encode(inputs, normalize_embeddings=True))
-                for inputs in ([Image.open(picture)], titles)]
-    torch.testing.assert_close(torch.cat(embedded), theirs, atol=1e-5, rtol=0)
-
-
 def test_layers_inside_a_tower_train_alike_on_any_number_of_ranks(pairs: Path, tiny_model: Path,
                                                                   tmp_path: Path) -> None:
     flags = "--trainable", "projection,vision_model.post_layernorm", "--epochs", "1"
@@ -121,9 +89,10 @@ def test_resume_equals_uninterrupted(mode: str, pairs: Path, tiny_model: Path, t
     for late in ("model", "checkpoints/last", "checkpoints/best"):
         shutil.rmtree(cut / late) if (cut / late).is_dir() and late == "model" else (cut / late).unlink(missing_ok=True)
     checkpoints = sorted((cut / "checkpoints").iterdir())
-    assert [path.name for path in checkpoints] == ["step-00000002", "step-00000004", "step-00000006"]
-    shutil.rmtree(checkpoints[2])
-    weights = checkpoints[1] / "trainable.safetensors"  # damaged: step 2, in mid-epoch, is the newest valid one
+    assert [int(path.name[-2:]) for path in checkpoints] == [2, 3, 4, 6]  # 3, where an epoch ends, was the best
+    shutil.rmtree(checkpoints[3])
+    shutil.rmtree(checkpoints[1])
+    weights = checkpoints[2] / "trainable.safetensors"  # damaged: step 2, in mid-epoch, is the newest valid one
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     with (cut / "steps.jsonl").open("a") as file:
         file.write('{"step": 7, "torn')

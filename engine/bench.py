@@ -20,11 +20,12 @@ from engine.checkpoint import State
 from engine.cli import DEMO_MODEL
 from engine.config import Config
 from engine.dist import World
-from engine.log import Log
-from engine.loss import ranking_loss
+from engine.log import Drift, Log
+from engine.loss import Candidates, Objective
 from engine.model import Head, Parts, Streamed
 from engine.optim import adamw
 from engine.profiler import Profiler
+from engine.towers import Clip
 from engine.train import Plan, fit
 
 Race = Callable[..., None]
@@ -32,8 +33,8 @@ Race = Callable[..., None]
 SHAPES = {"ViT-B/32": ((768, 12, 12, 32), (512, 12, 8), 512), "ViT-L/14": ((1024, 24, 16, 14), (768, 12, 12), 768)}
 
 
-def new_model(folder: Path, shape: str, seed: int = 0) -> None:
-    """Write a CLIPModel of this shape with random weights, CLIP's preprocessing and the demo's tokenizer."""
+def random_clip(shape: str, seed: int = 0) -> Clip:
+    """A CLIPModel of this shape with random weights, CLIP's preprocessing and the demo's tokenizer."""
     from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -49,8 +50,15 @@ def new_model(folder: Path, shape: str, seed: int = 0) -> None:
         projection_dim=embedding)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        CLIPModel(config).save_pretrained(folder)
-    CLIPProcessor(CLIPImageProcessorPil(), tokenizer).save_pretrained(folder)
+        model = CLIPModel(config).eval()
+    return Clip(shape, model, CLIPProcessor(CLIPImageProcessorPil(), tokenizer), None)
+
+
+def new_model(folder: Path, shape: str) -> None:
+    """Write such a model as a folder that any of us loads."""
+    clip = random_clip(shape)
+    clip.model.save_pretrained(folder)
+    clip.processor.save_pretrained(folder)
 
 
 def tower_flops(config: Any, tokens: int) -> float:
@@ -72,12 +80,12 @@ def pixels_like(parts: Parts, count: int, device: torch.device | str = "cpu") ->
     return torch.randint(256, (count, 3, side, side), dtype=torch.uint8).to(device)
 
 
-def measure_image_tower(race: Race, parts: Parts, encode: Callable[[Tensor], Tensor], batch: int) -> None:
+def measure_image_tower(race: Race, parts: Parts, encode: Callable[[Tensor], Tensor], batch: int = 64) -> None:
     """P3: floating point operations a second in the image tower against a plain matrix product's."""
     size = 2048
     a, b, out = (torch.randn(size, size) for _ in range(3))
     pixels, flops = pixels_like(parts, batch), batch * image_flops(parts.clip.config.vision_config)
-    race("P3", f"image tower, {batch} at a time, against sgemm {size}: share of its rate", lambda: encode(pixels),
+    race("P3", f"image tower, {batch} images, against sgemm {size}: share of its rate", lambda: encode(pixels),
          lambda: [torch.mm(a, b, out=out) for _ in range(8)], ">= 0.8", work=(flops / 1e9, 8 * 2 * size**3 / 1e9),
          unit="GFLOP")
 
@@ -93,8 +101,8 @@ def loop(parts: Parts, streamed: bool, batches: Callable[[int], Iterator[Any]], 
 
     def epoch() -> None:
         fit(model, batches, optimizer, Plan(rows, batch, 1), State(), world, cfg, parts.precision,
-            log=Log(folder, quiet, -(-rows // batch)), profiler=Profiler(), evaluate=lambda: None,
-            checkpoint=lambda _: None, stop=lambda: 0)
+            log=Log(folder, quiet, -(-rows // batch), -(-rows // batch), 0, Drift({})), profiler=Profiler(), evaluate=lambda: None,
+            checkpoint=lambda _: None, stop=lambda _: 0)
     return epoch
 
 
@@ -127,10 +135,11 @@ def measure_loss(race: Race, note: Callable[..., None], rows: int) -> None:
     generator = torch.Generator().manual_seed(0)
     image_GE, title_CE = (F.normalize(torch.randn(n, 512, generator=generator), dim=-1).requires_grad_()
                           for n in (rows, 2 * rows))
-    scale = torch.tensor(20.0)
+    scale, ids_G = torch.tensor(20.0), torch.arange(rows)
+    candidates = Candidates(title_CE, torch.arange(2 * rows), torch.cat([ids_G, torch.full_like(ids_G, -1)]))
 
     def ours() -> None:
-        ranking_loss(image_GE, title_CE, scale, 0, rows).backward()
+        Objective()(image_GE, candidates, scale, 0, rows).backward()
 
     def whole() -> None:
         F.cross_entropy(scale * (image_GE @ title_CE.T), torch.arange(rows)).backward()

@@ -5,8 +5,12 @@ Seconds are CPU time of this process (the machine may be shared) unless a row sa
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -85,7 +89,7 @@ class Bench:
     def table(self) -> str:
         """A Markdown table of everything taken down."""
         rows = [["row", "what", "ours", "against", "ratio", "goal", "reached"],
-                *(_cells(figure) for figure in sorted(self.figures, key=lambda one: int(one.row[1:] or 0)))]
+                *(_cells(figure) for figure in sorted(self.figures, key=_place))]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
                  for row in rows]
@@ -114,6 +118,37 @@ def measure_recall(bench: Bench) -> None:
     bench.race("P7", f"Recall@K both ways, {n:,} x {n:,} x 512, against the bare product",
                lambda: retrieval_ranks(image_NE, title_NE, ids_N), lambda: torch.mm(image_NE, title_NE.T, out=out_NN),
                "<= 1.15", cost=True, rounds=7)
+
+
+def measure_recall_on(bench: Bench, device: torch.device) -> None:
+    """The GPU's row: ranks both ways of a million pairs, seconds by the clock."""
+    n = 100_000 if bench.quick else 1_000_000
+    image_NE, title_NE = (F.normalize(torch.randn(n, 512, device=device), dim=-1) for _ in range(2))
+    took = []
+    for _ in range(2):
+        start = time.perf_counter()
+        retrieval_ranks(image_NE, title_NE, torch.arange(n, device=device))[0].sum().item()  # waits for the device
+        took.append(time.perf_counter() - start)
+    bench.note("GPU", f"exact Recall both ways, {n:,} x {n:,} x 512: seconds", f"{took[-1]:.2f} s", "", [took[-1]],
+               "" if bench.quick else "<= 5")
+
+
+def versions() -> str:
+    """The machine and what runs on it, one line."""
+    import importlib.metadata
+
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else ""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    known = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "pillow")}
+    with suppress(importlib.metadata.PackageNotFoundError):
+        known["sentence-transformers"] = importlib.metadata.version("sentence-transformers")
+    return (f"{cpu}, {os.cpu_count()} cores{gpu}; Python {platform.python_version()}, "
+            + ", ".join(f"{name} {version}" for name, version in known.items()))
+
+
+def _place(figure: Figure) -> int:
+    return int(figure.row[1:]) if figure.row[1:].isdigit() else 99
 
 
 def _seconds(arm: Arm, clock: Callable[[], float]) -> float:

@@ -118,6 +118,7 @@ FLAGS = [
     "push_to_hub",
     "queries",
     "query",
+    "quick",
     "quiet",
     "recipe",
     "resize",

@@ -119,6 +119,7 @@ FLAGS = [
     "push_to_hub",
     "queries",
     "query",
+    "quick",
     "quiet",
     "recipe",
     "resize",

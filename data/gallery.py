@@ -106,9 +106,8 @@ def open_titles(splits: Mapping[str, Rows], encoders: Encoders, cache: Path) -> 
     keys = keys_of_titles(texts)
     store = FeatureStore(cache / "features" / encoders.text_space, encoders.text_width)
     missing = np.flatnonzero(store.locate(keys) < 0)
-    if len(missing):
-        ids = tokenize(encoders.tokenizer, texts, encoders.max_tokens)
-        fill_titles(lambda some: [ids[i] for i in some], keys, store, missing, encoders.tokenizer.pad_token_id, encoders.text)
+    fill_titles(lambda some: tokenize(encoders.tokenizer, [texts[index] for index in some], encoders.max_tokens),
+                keys, store, missing, encoders.tokenizer.pad_token_id, encoders.text)
     return _gallery(splits, store, keys, first[own])
 
 

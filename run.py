@@ -140,14 +140,6 @@ def with_probe(cfg: Config, world: World, parts: Parts, pairs: Pairs) -> Pairs:
         residents=lambda: {**pairs.residents(), "probe": probe.residents()["test"]})
 
 
-def paired(before: Mapping[str, Retrieval], after: Mapping[str, Retrieval]) -> dict[str, dict[str, Any]]:
-    """After minus before on the same rows, with interval and p: split -> metric -> value, ci95, p."""
-    from eval.metrics import compare
-
-    return {split: {name: test.as_json() for name, test in compare(before[split], found).items()}
-            for split, found in after.items()}
-
-
 def interpolated(cfg: Config, parts: Parts, pairs: Pairs, base: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Leave the parameters between base and tuned as --interpolate says; how valid (else train) and probe take it."""
     from engine.interpolate import interpolate
@@ -202,11 +194,12 @@ class Judge:
         """What the run folder says of one end."""
         from engine import folder
         from eval.answers import embed
+        from eval.retrieval import differences
 
         when = "tuned" if self.state.step else "base"
         self.metrics[when] = scores
         if when == "tuned":
-            self.metrics["difference"] = paired(self.base, found)
+            self.metrics["difference"] = differences(self.base, found)
         else:
             self.base = found
         folder.write_metrics(self.saved.run, self.metrics, self.world)
@@ -298,7 +291,7 @@ def finish(cfg: Config, world: World, parts: Parts, out: Path, metrics: dict[str
                   f"TensorBoard tensorboard --logdir {out.parent}")
         if cfg.push_to_hub:
             later = push_command(cfg, str(out), ["push_to_hub", "private"])
-            world.say(f"pushed to {push(out / 'model', cfg.push_to_hub, cfg.private, later)}")
+            world.say(f"pushed to {push(out / 'model', cfg.push_to_hub, cfg.private, cfg.license, later)}")
     return 0
 
 
@@ -330,7 +323,7 @@ def sweep(cfg: Config, world: World, stop: Stop) -> int:
     if not parts.cached:
         raise UserError("sweep trains from stored features: only projections and logit_scale can be --trainable")
     pairs = open_data(cfg, world, parts)
-    rows = join([split for name, split in pairs.residents().items() if name != "test"])
+    rows = join([split for name, split in pairs.residents().items() if name in ("train", "valid")])
     runs = [Run(seed, *fold) for seed in range(cfg.seed, cfg.seed + cfg.seeds * REPEAT, REPEAT)
             for fold in folds(rows, cfg.folds, seed)]
     for settings in tried:  # a batch too large for a fold is better said now
@@ -338,7 +331,8 @@ def sweep(cfg: Config, world: World, stop: Stop) -> int:
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     journal = Journal(out, world, pairs.identity, cfg.best_metric, begun)
     todo = [settings for settings in tried if not journal.known(settings)]
-    tuner, held_out = Tuner(parts, in_order), partial(measure_rows, parts.head)
+    tuner = Tuner(parts, in_order)
+    held_out = lambda rows: measure_rows(parts.head, rows).cpu()
     base, began = tuner.cross_validate(None, runs, held_out, world), time.monotonic()
     with stop.gracefully():
         for done, settings in enumerate(todo, start=1):
@@ -355,9 +349,9 @@ def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Reside
              out: Path) -> int:
     """Retrain the winner on all rows but test's, measure it there once; leaderboard, recipe and model."""
     from engine import folder
-    from engine.config import to_toml
-    from engine.sweep import RECIPE, named
+    from engine.sweep import named
     from eval.leaderboard import leaderboard
+    from eval.retrieval import differences
 
     lines = journal.ranked()
     best = replace(cfg, **lines[0]["settings"])
@@ -365,13 +359,12 @@ def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Reside
     before = measure(pairs.residents(), tuner.parts.head, ["test"])
     tuner.tune(best, rows)
     after = measure(pairs.residents(), tuner.parts.head, ["test"])
-    metrics = {"base": {name: one.summarise() for name, one in before.items()},
-               "tuned": {name: one.summarise() for name, one in after.items()}, "difference": paired(before, after)}
+    metrics: dict[str, Any] = {when: {name: one.summarise() for name, one in found.items()}
+                               for when, found in (("base", before), ("tuned", after))}
+    metrics["difference"] = differences(before, after)
     folder.write_metrics(out, metrics, world)
     if world.is_main:
-        folder.write_json(out / "sweep.json", {"metric": cfg.best_metric, "configurations": lines})
-        (out / "recipe.toml").write_text(to_toml(best, RECIPE), encoding="utf-8")
-        journal.hparams(out / "tensorboard", cfg)
+        journal.conclude(out, cfg)
         print(leaderboard(lines[:10], [named(line["settings"]) for line in lines[:10]], cfg.best_metric), end="\n\n")
         world.say(f"winner: {named(lines[0]['settings'])}  (run.py --config {out / 'recipe.toml'})")
     return finish(best, world, tuner.parts, out, metrics)
@@ -430,11 +423,14 @@ def check(cfg: Config, world: World, stop: Stop) -> int:
 def search(cfg: Config, world: World, stop: Stop) -> int:
     """The best thumbnails for titles, or the best titles for a picture: one process, from stored features."""
     from data import gallery
+    from data.batch import UserError
     from eval.search import as_json, as_text
 
     if not world.is_main:
         return 0
     titles = gallery.read_queries(cfg.query, cfg.queries, cfg.image)
+    if cfg.html and Path(cfg.html).expanduser().is_dir():
+        raise UserError(f"--html {cfg.html} is a folder; give a file, such as {cfg.html}/search.html")
     splits, results, look = find(cfg, world, titles)
     if cfg.html:
         write_pictures(cfg, splits, results, look)
@@ -483,7 +479,6 @@ def write_pictures(cfg: Config, splits: dict[str, Rows], results: Sequence[Found
 def export(cfg: Config, world: World, stop: Stop) -> int:
     """A run, or its projections alone, as a Hugging Face folder, and to the hub: one process."""
     from data.batch import UserError
-    from engine.card import set_licence
     from engine.export import finished_folder, new_folder
     from engine.hub import check_push, push, push_command
 
@@ -499,11 +494,9 @@ def export(cfg: Config, world: World, stop: Stop) -> int:
         if ready is None:
             rebuild(cfg, folder)
             world.say(f"model {folder}")
-        elif cfg.license != "other":
-            set_licence(folder / "README.md", cfg.license)
         if cfg.push_to_hub:
             later = push_command(cfg, cfg.run, ["push_to_hub", "private", "checkpoint", "model", "dtype", "license"])
-            world.say(f"pushed to {push(folder, cfg.push_to_hub, cfg.private, later)}")
+            world.say(f"pushed to {push(folder, cfg.push_to_hub, cfg.private, cfg.license, later)}")
     return 0
 
 
@@ -516,8 +509,8 @@ def rebuild(cfg: Config, folder: Path) -> None:
     tuned = read_tuned(cfg.run, cfg.checkpoint)
     clip = load_clip(cfg.model or tuned.origin.base, None if cfg.model else tuned.origin.commit or None)
     restore(clip, tuned)
-    measured = {when: scores for when, scores in tuned.origin.metrics.items() if when in ("base", "tuned")}
-    export(clip, folder, tuned, table(measured) if measured else "", cfg.license, cfg.dtype)
+    metrics = tuned.origin.metrics
+    export(clip, folder, tuned, table(metrics) if metrics else "", cfg.license, cfg.dtype)
 
 
 def main(arguments: Sequence[str]) -> int:

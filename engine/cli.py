@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -115,6 +116,7 @@ class Parser(argparse.ArgumentParser):
             flags[POSITIONAL] = tuple(words)
         try:
             flags = {**(read_toml(Path(toml)) if toml else {}), **flags}
+            _refuse_homes_of_nobody(flags)
             resumed = _resumed(flags)
             recipe = {} if resumed else RECIPES.get(flags.get("recipe", ""), {})
             config = replace(Config(), **{**preset, **resumed, **recipe, **flags})
@@ -132,12 +134,20 @@ class Lines(argparse.RawDescriptionHelpFormatter):
     """One line a flag, however long; a switch shows its other end without a second name."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=38, width=1000)
+        super().__init__(prog, max_help_position=80, width=1000)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if isinstance(action, argparse.BooleanOptionalAction):
             return action.option_strings[0].replace("--", "--[no-]", 1)
         return super()._format_action_invocation(action)
+
+
+def _refuse_homes_of_nobody(flags: dict[str, Any]) -> None:
+    """Raises ValueError for a path that begins with ~NAME where there is no such user."""
+    for name, value in flags.items():
+        if isinstance(value, str) and value.startswith("~") and os.path.expanduser(value).startswith("~"):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: {Path(value).parts[0]} is nobody's home; write the "
+                             "path in full")
 
 
 def version() -> str:

@@ -133,8 +133,8 @@ def write_ledger(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
 
 def seal(folder: Path) -> None:
     """Write manifest.json: the sha256 of what a finished run leaves behind. Raises OSError."""
-    names = ["config.json", "ledger.jsonl", "metrics.json", "steps.jsonl"]
-    paths = [folder / name for name in names] + sorted(p for p in (folder / "model").rglob("*") if p.is_file())
+    names = ["config.json", "ledger.jsonl", "metrics.json", "steps.jsonl", "sweep.jsonl"]
+    paths = [folder / name for name in names if (folder / name).exists()] + sorted(p for p in (folder / "model").rglob("*") if p.is_file())
     write_json(folder / SEAL, {str(path.relative_to(folder)): sha256(path) for path in paths})
 
 

@@ -113,10 +113,9 @@ def open_pairs(rows: Mapping[str, Rows], lost: Sequence[Mapping[str, Any]], read
     ids = title_tokens(found.titles, encoders.tokenizer, encoders.max_tokens)
     stream = partial(streamed_batch, found=found, example=example, reader=reader, ids=ids,
                      pad_id=encoders.tokenizer.pad_token_id)
-    makers = {name: stream(split) for name, split in splits.items()}
     encode_all = partial(_encode_all, found, splits, example, ids, reader, encoders, team, device)
-    return Pairs(splits, ledger, identity, encode_all, partial(_streamed, splits, makers, team, reader.workers),
-                 album)
+    batches = partial(_streamed, splits, {name: stream(split) for name, split in splits.items()}, team, reader.workers)
+    return Pairs(splits, ledger, identity, encode_all, batches, album)
 
 
 def _encode_all(found: Catalogue, splits: Mapping[str, Split], example: np.ndarray, ids: Sequence[Sequence[int]],

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,10 +31,15 @@ if TYPE_CHECKING:
     from data.pairs import Encoders, Pairs
     from data.resident import Resident
     from data.source import Rows
-    from engine.checkpoint import Saver
+    from engine.checkpoint import Saver, State
     from engine.dist import World
+    from engine.log import Log
     from engine.model import Head, Parts
     from engine.stop import Stop
+    from engine.train import Plan
+    from engine.trials import Journal, Tuner
+    from engine.verify import Finding
+    from eval.bench import Bench
     from eval.metrics import Retrieval
     from eval.search import Found
     from eval.show import Show
@@ -101,78 +106,163 @@ def encoders(parts: Parts, image_preprocessing: str, device: torch.device) -> En
     """Lend the towers to the data room: without autograd, in the run's precision, named by what they are."""
     from data.decode import tokenizer_fingerprint
     from data.pairs import Encoders
-    from engine.towers import fingerprint, frozen
+    from engine.frozen import Frozen
+    from engine.towers import fingerprint
 
     towers, clip = parts.towers, parts.clip
     title_preprocessing = tokenizer_fingerprint(clip.tokenizer, clip.max_tokens)
     return Encoders(
-        image=frozen(towers.image, device, parts.precision), image_width=clip.config.vision_config.hidden_size,
-        text=frozen(towers.text, device, parts.precision), text_width=clip.config.text_config.hidden_size,
+        image=Frozen(towers.image, device, parts.precision), image_width=clip.config.vision_config.hidden_size,
+        text=Frozen(towers.text, device, parts.precision), text_width=clip.config.text_config.hidden_size,
         image_space=fingerprint(towers.vision_model, image_preprocessing, parts.precision),
         text_space=fingerprint(towers.text_model, title_preprocessing, parts.precision),
         stored=parts.cached, tokenizer=clip.tokenizer, max_tokens=clip.max_tokens)
 
 
-def measure(residents: Mapping[str, Resident], head: Head, names: Sequence[str]) -> dict[str, Retrieval]:
-    """Ranks and triplets of the named splits with the head as it is now."""
+def measure(residents: Mapping[str, Resident], head: Head, names: Sequence[str],
+            world: World | None = None) -> dict[str, Retrieval]:
+    """Ranks and triplets of the named splits with the head as it is now; all ranks of a `world` share the work."""
+    return {name: measure_rows(head, split, world) for name, split in residents.items() if name in names}
+
+
+def measure_rows(head: Head, split: Resident, world: World | None = None) -> Retrieval:
+    """Ranks and triplets of some rows."""
     from eval.retrieval import measure_split
 
-    return {name: measure_split(head.image, head.text, split.features(split.rows()), split.image_row_N)
-            for name, split in residents.items() if name in names}
+    team = ((world.rank, world.size), world.sum) if world else ()
+    return measure_split(head.image, head.text, split.features(split.rows()), split.image_row_N, *team)
+
+
+def with_probe(cfg: Config, world: World, parts: Parts, pairs: Pairs) -> Pairs:
+    """The pairs, and the test split of --probe beside them as a split of its own, only ever measured."""
+    if not cfg.probe:
+        return pairs
+    other = replace(cfg, dataset=cfg.probe, image_column="", title_column="", negative_column="", mine_negatives="off")
+    probe = open_data(other, world, parts, only="test")
+    return replace(
+        pairs, splits={**pairs.splits, "probe": probe.splits["test"]},
+        ledger=[*pairs.ledger, *({**entry, "split": "probe"} for entry in probe.ledger)],
+        residents=lambda: {**pairs.residents(), "probe": probe.residents()["test"]})
+
+
+def interpolated(cfg: Config, world: World, parts: Parts, pairs: Pairs,
+                 base: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Leave the parameters between base and tuned as --interpolate says; how valid (else train) and probe take it."""
+    from engine.interpolate import interpolate
+
+    watched = ["valid" if "valid" in pairs.splits else "train", *({"probe"} & set(pairs.splits))]
+
+    def score() -> dict[str, dict[str, float]]:
+        found = measure(pairs.residents(), parts.head, watched, world)
+        return {name: found[name].values() for name in watched}
+
+    return interpolate(parts.trainable, base, cfg.interpolate, score, cfg.best_metric)
+
+
+def open_run(cfg: Config, world: World) -> tuple[Path, bool]:
+    """The run folder and whether it holds a run to go on with; first of all, whether the hub would take the model."""
+    from engine.folder import open_folder
+    from engine.hub import check_push
+
+    if cfg.push_to_hub and world.is_main:
+        check_push(cfg.push_to_hub, world.say)
+    return open_folder(cfg, world)
+
+
+@dataclass
+class Judge:
+    """Measures the head and tells all who want to know: at both ends everything, between them only what is watched."""
+
+    pairs: Pairs
+    parts: Parts
+    plan: Plan
+    state: State
+    saved: Saver
+    log: Log
+    show: Show
+    world: World
+    metrics: dict[str, Any]  # what metrics.json holds
+    base: Mapping[str, Retrieval]  # row by row, of the model that the run began with
+
+    def __call__(self, taken: int = 0) -> None:
+        """`taken` is the step whose weights have been put in place of the last ones, if any have."""
+        step, names = self.state.step, list(self.pairs.splits)
+        ends = bool(taken) or step in (0, self.plan.steps)
+        residents = self.pairs.residents()
+        watched = [name for name in names if ends or name in ("train", "valid")]
+        found = measure(residents, self.parts.head, watched, self.world)
+        scores = {name: one.summarise() if ends else one.values() for name, one in found.items()}
+        self.log.metrics(scores, taken or step)
+        self.saved.note(self.state, scores)
+        if ends:
+            self._keep(found, scores, residents[self.show.split])
+
+    def _keep(self, found: Mapping[str, Retrieval], scores: dict[str, Any], shown: Resident) -> None:
+        """What the run folder says of one end."""
+        from engine import folder
+        from eval.answers import embed
+        from eval.retrieval import differences
+
+        when = "tuned" if self.state.step else "base"
+        self.metrics[when] = scores
+        if when == "tuned":
+            self.metrics["difference"] = differences(self.base, found)
+        else:
+            self.base = found
+        folder.write_metrics(self.saved.run, self.metrics, self.world)
+        if self.world.is_main:
+            head = self.parts.head
+            space = embed(head.image, head.text, shown.features(shown.rows()), shown.image_row_N)
+            self.show.look(when, space, self.log.board, self.state.step)
 
 
 def train(cfg: Config, world: World, stop: Stop) -> int:
     """Base metrics, the loop, tuned metrics, the exported model."""
     from engine import checkpoint, folder
-    from engine.hub import check_push
-    from engine.log import Drift, Log
+    from engine.board import Drift, comparable
+    from engine.interpolate import snapshot
+    from engine.log import Log
     from engine.model import distribute
     from engine.profiler import profiler
     from engine.train import Plan, fit
-    from eval.answers import embed
     from eval.show import Show, shown_split
 
-    if cfg.push_to_hub and world.is_main:
-        check_push(cfg.push_to_hub, world.say)
-    out, begun = folder.open_folder(cfg, world)
+    out, begun = open_run(cfg, world)
     parts = open_parts(cfg, world)
-    pairs = open_data(cfg, world, parts)
+    pairs = with_probe(cfg, world, parts, open_data(cfg, world, parts))
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     saved = saver(cfg, world, out, parts, pairs)
-    drift = Drift(parts.trainable)  # from the base model, so before a resume
+    start, drift = snapshot(parts.trainable) if cfg.interpolate else {}, Drift(parts.trainable)
+    base = measure(pairs.residents(), parts.head, list(pairs.splits), world) if begun else {}  # ere tuned weights return
     state = saved.resume(world.say) if begun else checkpoint.State()
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
-    log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, metrics.get("base"))
+    log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, comparable(cfg), metrics.get("base"))
     show = Show(out, shown_split(pairs.splits), pairs.album.title, pairs.album.picture, resumed=state.step > 0)
-
-    @stop.at_once()  # what was trained is on the disk by then
-    def evaluate(taken: int = 0) -> None:  # the step whose weights have been taken back, if any have
-        ends = bool(taken) or state.step in (0, plan.steps)  # between the ends, only what is watched
-        names = [name for name in pairs.splits if ends or name in ("train", "valid")]
-        residents = pairs.residents()
-        found = measure(residents, parts.head, names)
-        scores = {name: one.summarise() if ends else one.values() for name, one in found.items()}
-        log.metrics(scores, taken or state.step)
-        saved.note(state, scores)
-        if ends:
-            when, split = "tuned" if state.step else "base", residents[show.split]
-            metrics[when] = scores
-            folder.write_metrics(out, metrics, world)
-            if world.is_main:
-                space = embed(parts.head.image, parts.head.text, split.features(split.rows()), split.image_row_N)
-                show.look(when, space, log.board, state.step)
-
+    judge = Judge(pairs, parts, plan, state, saved, log, show, world, metrics, base)
     batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
     model = distribute(parts.trained_model(), world.size)
     with closing(log), stop.gracefully(), profiler(cfg.profile, out / "profile", world.rank) as trace:
+        evaluate = stop.at_once()(judge)  # what was trained is on the disk by then
         if not state.step or (state.evaluated < state.step and plan.due(state.step, cfg.eval_every)):
             evaluate()  # the base model; or what a signal or a crash has cut off
         fit(model, batches, saved.optimizer, plan, state, world, cfg, parts.precision, log=log, profiler=trace,
             evaluate=evaluate, checkpoint=saved.save, stop=partial(stop.agreed, world))
         if taken := saved.take_best(state, world.say):
             evaluate(taken)
-    return finish(cfg, world, parts, pairs, out, metrics, show)
+        if cfg.interpolate and not state.stopped:
+            metrics["interpolation"] = interpolated(cfg, world, parts, pairs, start)
+            log.curve("interpolation", metrics["interpolation"]["curve"])
+            evaluate(taken or state.step)
+    return finish(cfg, world, parts, out, metrics, partial(report, out, pairs, show))
+
+
+def report(out: Path, pairs: Pairs, show: Show) -> Path:
+    """The before/after page of a run."""
+    from eval.report import write_report
+
+    sizes = {name: len(split) for name, split in pairs.splits.items()}
+    return write_report(out, show.split, sizes, show.answers, show.title, show.picture)
 
 
 def saver(cfg: Config, world: World, out: Path, parts: Parts, pairs: Pairs) -> Saver:
@@ -190,26 +280,25 @@ def saver(cfg: Config, world: World, out: Path, parts: Parts, pairs: Pairs) -> S
                  order_digest(rows, cfg.batch_size, cfg.seed), cfg.keep, cfg.best_metric, cfg.patience, world)
 
 
-def finish(cfg: Config, world: World, parts: Parts, pairs: Pairs, out: Path, metrics: dict[str, Any],
-           show: Show) -> int:
-    """What a finished run leaves behind: the model folder, the report page, the table, the digests of it all."""
+def finish(cfg: Config, world: World, parts: Parts, out: Path, metrics: dict[str, Any],
+           write_page: Callable[[], Path] | None = None) -> int:
+    """What a finished run leaves behind: the model folder, the page, the table, the digests of it all."""
     from engine import folder
     from engine.export import Origin, Tuned, export
     from engine.hub import push, push_command
-    from eval.report import table, write_report
+    from eval.report import table
 
     if world.is_main:
         tuned = Tuned(parts.trainable, Origin.of(cfg, parts.clip, parts.trainable, metrics))
         export(parts.clip, out / "model", tuned, table(metrics), cfg.license)
+        page = f"report      {write_page()}\n" if write_page else ""
         folder.seal(out)
-        sizes = {name: len(split) for name, split in pairs.splits.items()}
-        page = write_report(out, show.split, sizes, show.answers, show.title, show.picture)
         print(table(metrics), flush=True)
-        world.say(f"run folder  {out}\nmodel       {out / 'model'}\nreport      {page}\n"
+        world.say(f"run folder  {out}\nmodel       {out / 'model'}\n{page}"
                   f"TensorBoard tensorboard --logdir {out.parent}")
         if cfg.push_to_hub:
             later = push_command(cfg, str(out), ["push_to_hub", "private"])
-            world.say(f"pushed to {push(out / 'model', cfg.push_to_hub, cfg.private, later)}")
+            world.say(f"pushed to {push(out / 'model', cfg.push_to_hub, cfg.private, cfg.license, later)}")
     return 0
 
 
@@ -225,6 +314,69 @@ def demo(cfg: Config, world: World, stop: Stop) -> int:
     return train(replace(cfg, dataset=str(folder)), world, stop)
 
 
+def sweep(cfg: Config, world: World, stop: Stop) -> int:
+    """Try settings by cross-validation over all rows but test's; retrain the best on them, and test that once."""
+    from data.batch import UserError
+    from data.folds import folds, in_order, join
+    from engine import folder
+    from engine.sweep import configurations, named
+    from engine.train import Plan
+    from engine.trials import REPEAT, Journal, Run, Tuner
+    from eval.leaderboard import judge
+
+    tried = configurations(cfg)
+    out, begun = open_run(cfg, world)
+    parts = open_parts(cfg, world)
+    if not parts.cached:
+        raise UserError("sweep trains from stored features: only projections and logit_scale can be --trainable")
+    pairs = open_data(cfg, world, parts)
+    rows = join([split for name, split in pairs.residents().items() if name in ("train", "valid")])
+    runs = [Run(seed, *fold) for seed in range(cfg.seed, cfg.seed + cfg.seeds * REPEAT, REPEAT)
+            for fold in folds(rows, cfg.folds, seed)]
+    for settings in tried:  # a batch too large for a fold is better said now
+        Plan(min(len(run.train) for run in runs), replace(cfg, **settings).batch_size, 1)
+    folder.begin(out, cfg, world, parts.precision, pairs.ledger)
+    journal = Journal(out, world, pairs.identity, cfg.best_metric, begun)
+    todo = [settings for settings in tried if not journal.known(settings)]
+    tuner = Tuner(parts, in_order)
+    held_out = lambda rows: measure_rows(parts.head, rows).cpu()
+    base, began = tuner.cross_validate(None, runs, held_out, world), time.monotonic()
+    with stop.gracefully():
+        for done, settings in enumerate(todo, start=1):
+            found = tuner.cross_validate(replace(cfg, **settings), runs, held_out, world)
+            score = journal.add(settings, judge(found, base, len(rows), cfg.best_metric))
+            speed = done * len(runs) / (time.monotonic() - began) * 60
+            world.say(f"{done}/{len(todo)}  {cfg.best_metric} {score:.4f}  ({named(settings)})  {speed:,.0f} runs/min")
+            if stop.agreed(world, done):
+                break  # every finished configuration is in the journal
+    return conclude(cfg, world, tuner, pairs, rows, journal, out)
+
+
+def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Resident, journal: Journal,
+             out: Path) -> int:
+    """Retrain the winner on all rows but test's, measure it there once; leaderboard, recipe and model."""
+    from engine import folder
+    from engine.sweep import named
+    from eval.leaderboard import leaderboard
+    from eval.retrieval import differences
+
+    lines = journal.ranked()
+    best = replace(cfg, **lines[0]["settings"])
+    tuner.reset()
+    before = measure(pairs.residents(), tuner.parts.head, ["test"])
+    tuner.tune(best, rows)
+    after = measure(pairs.residents(), tuner.parts.head, ["test"])
+    metrics: dict[str, Any] = {when: {name: one.summarise() for name, one in found.items()}
+                               for when, found in (("base", before), ("tuned", after))}
+    metrics["difference"] = differences(before, after)
+    folder.write_metrics(out, metrics, world)
+    if world.is_main:
+        journal.conclude(out, cfg)
+        print(leaderboard(lines[:10], [named(line["settings"]) for line in lines[:10]], cfg.best_metric), end="\n\n")
+        world.say(f"winner: {named(lines[0]['settings'])}  (run.py --config {out / 'recipe.toml'})")
+    return finish(best, world, tuner.parts, out, metrics)
+
+
 def evaluate(cfg: Config, world: World, stop: Stop) -> int:
     """The metrics alone, for any CLIPModel."""
     from engine import folder
@@ -232,7 +384,7 @@ def evaluate(cfg: Config, world: World, stop: Stop) -> int:
 
     parts = open_parts(cfg, world)
     pairs = open_data(cfg, world, parts, only=cfg.split)
-    scores = {cfg.split: measure(pairs.residents(), parts.head, [cfg.split])[cfg.split].summarise()}
+    scores = {cfg.split: measure(pairs.residents(), parts.head, [cfg.split], world)[cfg.split].summarise()}
     if world.is_main:
         world.say(table({parts.clip.name: scores}))
         print(json.dumps(scores, indent=2))
@@ -280,11 +432,14 @@ def check(cfg: Config, world: World, stop: Stop) -> int:
 def search(cfg: Config, world: World, stop: Stop) -> int:
     """The best thumbnails for titles, or the best titles for a picture: one process, from stored features."""
     from data import gallery
+    from data.batch import UserError
     from eval.search import as_json, as_text
 
     if not world.is_main:
         return 0
     titles = gallery.read_queries(cfg.query, cfg.queries, cfg.image)
+    if cfg.html and Path(cfg.html).expanduser().is_dir():
+        raise UserError(f"--html {cfg.html} is a folder; give a file, such as {cfg.html}/search.html")
     splits, results, look = find(cfg, world, titles)
     if cfg.html:
         write_pictures(cfg, splits, results, look)
@@ -333,7 +488,6 @@ def write_pictures(cfg: Config, splits: dict[str, Rows], results: Sequence[Found
 def export(cfg: Config, world: World, stop: Stop) -> int:
     """A run, or its projections alone, as a Hugging Face folder, and to the hub: one process."""
     from data.batch import UserError
-    from engine.card import set_licence
     from engine.export import finished_folder, new_folder
     from engine.hub import check_push, push, push_command
 
@@ -349,11 +503,9 @@ def export(cfg: Config, world: World, stop: Stop) -> int:
         if ready is None:
             rebuild(cfg, folder)
             world.say(f"model {folder}")
-        elif cfg.license != "other":
-            set_licence(folder / "README.md", cfg.license)
         if cfg.push_to_hub:
             later = push_command(cfg, cfg.run, ["push_to_hub", "private", "checkpoint", "model", "dtype", "license"])
-            world.say(f"pushed to {push(folder, cfg.push_to_hub, cfg.private, later)}")
+            world.say(f"pushed to {push(folder, cfg.push_to_hub, cfg.private, cfg.license, later)}")
     return 0
 
 
@@ -366,8 +518,171 @@ def rebuild(cfg: Config, folder: Path) -> None:
     tuned = read_tuned(cfg.run, cfg.checkpoint)
     clip = load_clip(cfg.model or tuned.origin.base, None if cfg.model else tuned.origin.commit or None)
     restore(clip, tuned)
-    measured = {when: scores for when, scores in tuned.origin.metrics.items() if when in ("base", "tuned")}
-    export(clip, folder, tuned, table(measured) if measured else "", cfg.license, cfg.dtype)
+    metrics = tuned.origin.metrics
+    export(clip, folder, tuned, table(metrics) if metrics else "", cfg.license, cfg.dtype)
+
+
+def verify(cfg: Config, world: World, stop: Stop) -> int:
+    """Check a run folder again, or the feature store; exit 1 when something is not what it was."""
+    from data.batch import UserError
+    from engine import verify as again
+    from engine.folder import settings_of
+
+    if not cfg.run:
+        return verify_store(cfg, world)
+    run = Path(cfg.run).expanduser()
+    mine = {name: getattr(cfg, name) for name in ("device", "workers", "allow_host", "max_pixels")}  # not the folder's
+    given = {name: getattr(cfg, name) for name in ("dataset", "model") if getattr(cfg, name)}
+    old = replace(settings_of(run), cache_dir=cfg.cache_dir, **mine, **given)
+    findings, whole = again.files(run)
+    try:
+        findings += retrace(old, world, run, list(whole))
+    except UserError as error:  # data or base model gone
+        findings.append(again.Finding("replay and metrics", again.UNCHECKED, str(error)))
+    if world.is_main:
+        print(again.table(findings), flush=True)
+    return int(again.failed(findings))
+
+
+def retrace(cfg: Config, world: World, run: Path, whole: Sequence[Path]) -> list[Finding]:
+    """Train a few steps again from the base model and from a checkpoint; measure the exported model again."""
+    from engine import verify as again
+    from engine.checkpoint import State, load, state_of
+    from engine.folder import read_json
+    from engine.train import Plan
+
+    parts = open_parts(cfg, world)
+    pairs = open_data(cfg, world, parts)
+    saved, logged = saver(cfg, world, run, parts, pairs), again.read_steps(run)
+    findings = [again.steps(logged, Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs).rows_at),
+                again.ledger(run, pairs.ledger), again.orders(whole, saved.order),
+                again.replay(0, losses_from(State(), cfg, world, parts, pairs, saved), logged, parts.precision)]
+    if earlier := [folder for folder in whole if int(folder.name[5:]) < max(logged, default=0)]:
+        content = load(earlier[-1])
+        changed, state = saved.restore(content), state_of(content[2])
+        findings.append(again.Finding("data, model, recipe", again.FAILED, "; ".join(changed)) if changed else
+                        again.replay(state.step, losses_from(state, cfg, world, parts, pairs, saved), logged,
+                                     parts.precision))
+    metrics = read_json(run / "metrics.json")
+    findings.append(again.exported(run, whole, "interpolation" in metrics))
+    if not (run / "model").exists():
+        return findings
+    tuned = replace(cfg, model=str(run / "model"))
+    parts = open_parts(tuned, world)
+    again_found = measure(with_probe(tuned, world, parts, open_data(tuned, world, parts)).residents(), parts.head,
+                          list(metrics.get("tuned", {})))
+    found = {name: one.summarise() for name, one in again_found.items()}
+    return [*findings, again.metrics(found, metrics.get("tuned", {}), again.same_machine(run, world))]
+
+
+def losses_from(state: State, cfg: Config, world: World, parts: Parts, pairs: Pairs, saved: Saver) -> dict[int, float]:
+    """The losses of the next few steps, trained again; nothing is written."""
+    from engine.model import distribute
+    from engine.profiler import Profiler
+    from engine.train import Plan, fit
+    from engine.verify import REPLAYED, Recorder
+
+    recorder, end = Recorder(world), state.step + REPLAYED
+    plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
+    fit(distribute(parts.trained_model(), world.size), pairs.batches("train", cfg.batch_size, cfg.seed, world.device),
+        saved.optimizer, plan, state, world, cfg, parts.precision, log=recorder, profiler=Profiler(),
+        evaluate=lambda: None, checkpoint=lambda _: None, stop=lambda step: int(step >= end))
+    return recorder.losses
+
+
+def verify_store(cfg: Config, world: World) -> int:
+    """Read the feature store again; with --prune, delete what is not --model's."""
+    from data.decode import ImageSpec
+    from data.upkeep import describe, look_over, tidy
+
+    if not world.is_main:
+        return 0
+    cache, keep = Path(cfg.cache_dir).expanduser(), set[str]()
+    found = look_over(cache)
+    print(describe(found))
+    if cfg.prune and cfg.model:
+        parts = open_parts(cfg, world)
+        towers = encoders(parts, ImageSpec.from_processor(parts.clip.image_processor).fingerprint(), world.device)
+        keep = {towers.image_space, towers.text_space}
+    if cfg.prune:
+        kept = sorted(keep & {space.name for space in found})
+        print(f"pruned {tidy(cache, keep) / 1e6:,.1f} MB; kept {', '.join(kept) or 'nothing'}")
+    return int(any(space.damaged for space in found))
+
+
+def bench(cfg: Config, world: World, stop: Stop) -> int:
+    """What this machine can do, and how near we are to it: one process, on inputs of its own making."""
+    import torch
+
+    from eval.bench import Bench, versions
+
+    if not world.is_main:
+        return 0
+    figures, threads = Bench(cfg.quick, world.say), torch.get_num_threads()
+    torch.set_num_threads(1)
+    world.say(versions())
+    try:
+        with TemporaryDirectory(prefix="thumbtune-bench-") as scratch:
+            bench_rooms(figures, Path(scratch))
+            bench_device(figures, Path(scratch))
+    finally:
+        torch.set_num_threads(threads)
+    print(json.dumps({"machine": versions(), "figures": figures.as_json()}, indent=2) if cfg.json
+          else f"{versions()}\n\n{figures.table()}")
+    return 0
+
+
+def bench_rooms(figures: Bench, scratch: Path) -> None:
+    """Every figure that needs no GPU, cheap ones first; ViT-B/32's shape with random weights."""
+    import torch
+
+    from data import bench as data_bench
+    from data import bench_store
+    from engine import bench as engine_bench
+    from engine.model import open_model
+    from eval.bench import measure_recall
+    from eval.bench_jobs import measure_help, measure_ranks, measure_reference_job
+
+    quick, race, note, cpu = figures.quick, figures.race, figures.note, torch.device("cpu")
+    model, widths = scratch / "model", (768, 512)
+    measure_help(figures)
+    engine_bench.new_model(model, "ViT-B/32")
+    parts = open_model(str(model), ("projection",), "auto", 20.0, "fp32", cpu)
+    lent, tokenizer = encoders(parts, "", cpu), parts.clip.tokenizer
+    engine_bench.measure_image_tower(race, parts, lent.image)
+    tokens = bench_store.measure_titles(race, note, lent.text, widths[1], tokenizer, 64 if quick else 512)
+    for batch, goal in ((32, ">= 1200"), (256, ">= 2000")):
+        rows = 50 * batch
+        warm = bench_store.warm_batches(rows, widths, batch)
+        engine_bench.measure_warm_epoch(race, parts, warm, rows, tokens, batch, goal, scratch)
+    figures.fold("P5", data_bench.measure_decode(quick), "ours", "transformers",
+                 {"decode 1280": ">= 2.7", "decode 480": ">= 1.7"})
+    bench_store.measure_cold(race, lent, scratch / "cold", 16 if quick else 64)
+    measure_recall(figures)
+    engine_bench.measure_loss(race, note, 2048 if quick else 8192)
+    bench_store.measure_store(race, note, scratch / "store", 50_000 if quick else 1_000_000, widths)
+    figures.fold("P10", data_bench.measure_fetch(quick), "ours", "one by one", {"fetch": ">= 40"})
+    figures.fold("shards", data_bench.measure_shards(quick), "ours", "webdataset", {})
+    bench_store.write_pairs(scratch / "76", {"train": 53, "valid": 11, "test": 12})
+    measure_reference_job(figures, model, scratch / "76", scratch)
+    bench_store.write_pairs(scratch / "ranks", {"train": 128}, negatives=False)
+    measure_ranks(figures, model, scratch / "ranks", scratch)
+
+
+def bench_device(figures: Bench, scratch: Path) -> None:
+    """The figures of a GPU, where there is one."""
+    import torch
+
+    from data.bench_store import warm_batches
+    from engine.bench_gpu import measure_gpu
+    from eval.bench import measure_recall_on
+
+    if not torch.cuda.is_available():
+        figures.note("GPU", "tower MFU, warm epoch of 1M pairs, Recall 1M x 1M, no sync in a step", "not measured",
+                     "no CUDA device")
+        return
+    measure_gpu(figures.note, warm_batches, torch.device("cuda"), scratch, figures.quick)
+    measure_recall_on(figures, torch.device("cuda"))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -382,7 +697,7 @@ def main(arguments: Sequence[str]) -> int:
     from engine import dist
 
     functions = {"train": train, "demo": demo, "eval": evaluate, "shards": shards, "check": check, "search": search,
-                 "export": export}
+                 "export": export, "sweep": sweep, "verify": verify, "bench": bench}
     try:
         with dist.asking("averaging gradients"):  # what else ranks ask of one another says so itself
             return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout, cfg.quiet), stop)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from engine.config import (
+    RECIPES,
     Config,
     check,
     comma_list,
@@ -31,7 +33,10 @@ MACHINE = ["device", "precision", "dist_timeout", "quiet"]
 SEARCH = ["query", "queries", "image", "top", "html"]
 EXPORT = ["run", "to", "checkpoint", "dtype"]
 PUSH = ["push_to_hub", "private", "license"]
-TRAIN = [name for name in config_fields() if name not in ["split", "resize", "strict", "json", *SEARCH, *EXPORT]]
+SWEEP = ["space", "trials", "folds", "seeds"]
+TRAIN = [name for name in config_fields()
+         if name not in ["split", "resize", "strict", "json", "prune", "quick", *SEARCH, *EXPORT, *SWEEP]]
+ONE_RUN = ["eval_every", "save_every", "keep", "profile", "probe"]  # what only a single run of training has
 POSITIONAL = "query"  # the one setting that needs no flag
 
 
@@ -49,6 +54,8 @@ COMMANDS = {
                     [name for name in TRAIN if name not in [*COLUMNS, *READING, "model"] or name in MACHINE
                      or name in ("workers", "cache_dir")],
                     {"model": str(DEMO_MODEL), "epochs": 10, "batch_size": 64, "lr": 1e-3, "log_every": 50}),
+    "sweep": Command("try many settings by cross-validation, retrain the best, measure it once on test",
+                     [*SWEEP, *(name for name in TRAIN if name not in ONE_RUN)], {}),
     "eval": Command("the metrics of any CLIPModel on one split: a table on stderr, JSON on stdout",
                     ["model", "split", "out", *COLUMNS, *READING, *MACHINE], {}),
     "shards": Command("write any dataset as WebDataset tar shards into --out; goes on after a kill",
@@ -59,14 +66,21 @@ COMMANDS = {
     "search": Command("the best thumbnails for a title, or the best titles for a picture",
                       ["model", *SEARCH, "json", "split", *COLUMNS, *(name for name in READING if name != "max_bad"),
                        "seed", *MACHINE], {"split": "all"}),
+    "bench": Command("what this machine can do and how near we are to it, beside our peers; a table, or --json",
+                     ["quick", "json"], {}),
     "export": Command("a run, or its projections alone, as a Hugging Face folder; or push it to the hub",
                       ["model", *EXPORT, *PUSH], {"model": ""}),
+    "verify": Command("prove a run: checksums, some steps trained again, the exported model measured again; without "
+                      "--run, check the stored features",
+                      ["run", "prune", "model", "dataset", "cache_dir", "allow_host", "max_pixels", "workers",
+                       *MACHINE], {"model": "", "dataset": ""}),
 }
 
 
 # What may differ between a run and its resumption: it changes where and how fast, not what is computed.
 FREE_ON_RESUME = {"out", "resume", "cache_dir", "log_every", "eval_every", "save_every", "keep", "device", "workers",
-                  "profile", "dist_timeout", "quiet", "allow_host", "max_bad", "dataset", "model", "patience", *PUSH}
+                  "profile", "dist_timeout", "quiet", "allow_host", "max_bad", "dataset", "model", "patience", "space",
+                  "trials", *PUSH}
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,7 +122,10 @@ class Parser(argparse.ArgumentParser):
             flags[POSITIONAL] = tuple(words)
         try:
             flags = {**(read_toml(Path(toml)) if toml else {}), **flags}
-            config = replace(Config(), **{**preset, **_resumed(flags), **flags})
+            _refuse_homes_of_nobody(flags)
+            resumed = _resumed(flags)
+            recipe = {} if resumed else RECIPES.get(flags.get("recipe", ""), {})
+            config = replace(Config(), **{**preset, **resumed, **recipe, **flags})
             check(config)
             if written:
                 _write_new(Path(written), to_toml(config, self.command.names))
@@ -123,12 +140,20 @@ class Lines(argparse.RawDescriptionHelpFormatter):
     """One line a flag, however long; a switch shows its other end without a second name."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=38, width=1000)
+        super().__init__(prog, max_help_position=80, width=1000)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if isinstance(action, argparse.BooleanOptionalAction):
             return action.option_strings[0].replace("--", "--[no-]", 1)
         return super()._format_action_invocation(action)
+
+
+def _refuse_homes_of_nobody(flags: dict[str, Any]) -> None:
+    """Raises ValueError for a path that begins with ~NAME where there is no such user."""
+    for name, value in flags.items():
+        if isinstance(value, str) and value.startswith("~") and os.path.expanduser(value).startswith("~"):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: {Path(value).parts[0]} is nobody's home; write the "
+                             "path in full")
 
 
 def version() -> str:

@@ -12,7 +12,8 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-GROUPS = ("query", "model", "data", "recipe", "loop", "output", "machine")  # as `--help` and written TOML order them
+# As `--help` and written TOML order them.
+GROUPS = ("query", "model", "data", "recipe", "sweep", "loop", "output", "machine")
 
 
 def setting(default: Any, group: str, text: str, choices: tuple[str, ...] = (), bare: str = "") -> Any:
@@ -57,6 +58,16 @@ class Config:
     hardness: float = setting(0.0, "recipe", "weight of similar negatives: adds X * cosine to their logits")
     label_smoothing: float = setting(0.0, "recipe", "share of the target spread evenly over all candidates")
     seed: int = setting(42, "recipe", "seeds the order of the pairs")
+    interpolate: str = setting("", "recipe", "export a mix of base and tuned: a share of tuned within 0 and 1, or auto "
+                               "(best on valid)")
+    recipe: str = setting("reference", "recipe", "settings to start from; flags win", ("reference", "best"))
+    probe: str = setting("", "data", "pairs of another kind, to see what tuning forgets (their test split)")
+    # Searching settings.
+    space: str = setting("", "sweep", "what to try: 'lr=1e-4..1e-2:log epochs=2,10'")
+    trials: int = setting(0, "sweep", "configurations drawn from the space; 0: all combinations of its lists")
+    folds: int = setting(5, "sweep", "parts of train and valid that are held out in turn")
+    seeds: int = setting(1, "sweep", "times that everything is repeated with other folds and orders")
+    best_metric: str = setting("image_to_text_mrr", "loop", "what is best: a metric of metrics.json")
     # When to look and to save.
     log_every: int = setting(10, "loop", "steps between flushes of the log (the only host sync)")
     eval_every: int = setting(0, "loop", "steps between evaluations; 0: every epoch")
@@ -83,7 +94,9 @@ class Config:
     allow_host: tuple[str, ...] = setting((), "data", "private hosts that images and shards may be fetched from")
     max_bad: float = setting(0.05, "data", "stop when a larger share of the rows (5% or 0.05) is unusable")
     max_pixels: int = setting(25_000_000, "data", "refuse images with more pixels than this")
+    prune: bool = setting(False, "output", "delete the stored features of all models but --model")
     strict: bool = setting(False, "output", "exit 1 when there are errors")
+    quick: bool = setting(False, "output", "bench: fewer rounds and smaller inputs, under a minute")
     json: bool = setting(False, "output", "print JSON to stdout")
     quiet: bool = setting(False, "output", "say nothing but errors and the final table")
     # Searching.
@@ -93,13 +106,20 @@ class Config:
     top: int = setting(10, "query", "answers to each query")
     html: str = setting("", "output", "write a page with the pictures to this file")
     # Handing on.
-    run: str = setting("", "model", "run folder, or a folder or file with projections.safetensors alone")
+    run: str = setting("", "model", "run folder; export takes projections.safetensors alone, or its folder, too")
     to: str = setting("", "output", "folder to write the Hugging Face model to")
     checkpoint: str = setting("", "model", "checkpoint of --run: last, best or step-N (default: the finished model)")
     dtype: str = setting("fp32", "output", "how weights are stored", ("fp32", "fp16", "bf16"))
     push_to_hub: str = setting("", "output", "push the model to OWNER/NAME on the hub")
     private: bool = setting(False, "output", "make that hub repository private")
     license: str = setting("other", "output", "licence that the model card names, such as mit or cc-by-4.0")
+
+
+# What --recipe names: settings that differ from the reference's.
+RECIPES: dict[str, dict[str, Any]] = {
+    "reference": {},
+    "best": {"epochs": 20, "batch_size": 128, "lr": 2e-3},
+}
 
 
 def config_fields() -> dict[str, Field[Any]]:
@@ -185,7 +205,8 @@ def check(config: Config) -> None:
     at_least = {"epochs": 1, "batch_size": 1, "log_every": 1, "eval_every": 0, "save_every": 0, "keep": 1,
                 "patience": 0, "workers": 1, "resize": 0, "lr": 0,
                 "weight_decay": 0, "clip_norm": 0, "max_bad": 0, "max_pixels": 1, "scale": 1e-9,
-                "dist_timeout": 1, "hardness": 0, "label_smoothing": 0, "top": 1, "seed": 0}
+                "dist_timeout": 1, "hardness": 0, "label_smoothing": 0, "top": 1, "seed": 0, "trials": 0, "folds": 2,
+                "seeds": 1}
     for name, low in at_least.items():
         value = getattr(config, name)
         if not low <= value < math.inf:  # NaN as well
@@ -207,8 +228,17 @@ def check(config: Config) -> None:
         if allowed and getattr(config, name) not in allowed:
             raise ValueError(f"--{name.replace('_', '-')} must be one of {', '.join(allowed)}, "
                              f"not {getattr(config, name)!r}")
+    if config.interpolate not in ("", "auto") and not 0 <= _number(config.interpolate) <= 1:
+        raise ValueError(f"--interpolate is a share of tuned within 0 and 1, or auto; not {config.interpolate}")
     if not config.trainable:
         raise ValueError("--trainable names nothing; try --trainable projection")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def as_dict(config: Config) -> dict[str, Any]:

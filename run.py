@@ -414,15 +414,17 @@ def shards(cfg: Config, world: World, stop: Stop) -> int:
 
 def check(cfg: Config, world: World, stop: Stop) -> int:
     """A look at all images and titles before any GPU time: one process."""
-    from data.check import as_json, table
     from data.check import check as look_over
     from data.decode import ImageSpec
+    from data.findings import as_json, table
 
     if not world.is_main:
         return 0
     rows, lost = read_rows(cfg, world.say)
-    findings = look_over(rows, reader(cfg, ImageSpec.clip()), world.say, lost)
-    print(json.dumps(as_json(findings, rows), indent=2) if cfg.json else table(findings, rows))
+    findings, usable = look_over(rows, reader(cfg, ImageSpec.clip()), world.say, lost)
+    counts = {name: len(split) for name, split in rows.items()}
+    print(json.dumps(as_json(findings, counts, usable), indent=2) if cfg.json
+          else table(findings, counts, usable, len(lost)))
     return int(cfg.strict and any(finding.severity == "error" for finding in findings))
 
 

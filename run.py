@@ -110,13 +110,15 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     """Base metrics, the loop, tuned metrics, the exported model."""
     from engine import checkpoint, folder
     from engine.log import Log
+    from engine.finite import Finite
     from engine.model import distribute
-    from engine.optim import adamw
+    from engine.optim import Anchor, adamw
     from engine.profiler import profiler
     from engine.train import Plan, fit
 
     out = folder.open_folder(cfg, world)
     parts = open_parts(cfg, world)
+    trained, anchor = parts.trained_model(cfg.micro_batch), Anchor(parts.trainable.values(), cfg.l2_sp)
     pairs = open_data(cfg, world, parts)
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     optimizer = adamw(parts.trainable.values(), cfg.lr, cfg.weight_decay)
@@ -140,10 +142,11 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     if ("tuned" if state.step == plan.steps else "base") not in metrics:  # a signal may have cut the last one off
         evaluate()
     batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
-    model = distribute(parts.trained_model(), world.size)
+    finite = Finite(out, trained, batches, partial(pairs.row_numbers, "train", cfg.batch_size, cfg.seed), world)
+    model = distribute(trained, world.size)
     with stop.gracefully(), profiler(cfg.profile, out / "profile", world.rank) as trace:
         fit(model, batches, optimizer, plan, state, world, cfg, parts.precision, log=log, profiler=trace,
-            evaluate=evaluate, checkpoint=saved.save, stop=partial(stop.agreed, world))
+            anchor=anchor, evaluate=evaluate, checkpoint=saved.save, watch=finite.watch, stop=partial(stop.agreed, world))
     log.close()
     return 128 + state.stopped if state.stopped else finish(cfg, world, parts, out, metrics)
 
@@ -227,7 +230,7 @@ def main(arguments: Sequence[str]) -> int:
     command, cfg = parse("run.py", arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our own threads call it
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's library writes to stderr otherwise
-    from data.batch import UserError
+    from data.batch import RunFailed, UserError
     from engine import dist
     from engine.stop import Stop
 
@@ -239,6 +242,10 @@ def main(arguments: Sequence[str]) -> int:
             time.sleep(2)  # rank 0 has most likely met the same mistake and says it for all
         print(f"run.py {command}: {error}", file=sys.stderr, flush=True)
         return 2
+    except RunFailed as error:
+        if not int(os.environ.get("RANK", 0)):
+            print(f"run.py {command} failed: {error}", file=sys.stderr, flush=True)
+        return 1
     except OSError as error:  # a full disk, a folder that went away: what was saved before is whole
         print(f"run.py {command} failed: {error}", file=sys.stderr, flush=True)
         return 1

@@ -50,6 +50,8 @@ class Config:
                               "too; keep: negatives, as the reference", ("mask", "multi", "keep"))
     hardness: float = setting(0.0, "recipe", "weight of similar negatives: adds X * cosine to their logits")
     label_smoothing: float = setting(0.0, "recipe", "share of the target spread evenly over all candidates")
+    l2_sp: float = setting(0.0, "recipe", "weight of the squared distance to the pretrained weights, of what trains")
+    micro_batch: int = setting(0, "recipe", "streaming: rows a rank whose activations are held at once; 0: all")
     seed: int = setting(42, "recipe", "seeds the order of the pairs")
     # When to look and to save.
     log_every: int = setting(10, "loop", "steps between flushes of the log (the only host sync)")
@@ -123,7 +125,7 @@ def check(config: Config) -> None:
                 "workers": 1, "resize": 0, "lr": 0,
                 "weight_decay": 0, "clip_norm": 0, "max_bad": 0, "max_pixels": 1, "scale": 1e-9,
                 "dist_timeout": 1,
-                "hardness": 0, "label_smoothing": 0}
+                "hardness": 0, "label_smoothing": 0, "l2_sp": 0, "micro_batch": 0}
     for name, low in at_least.items():
         value = getattr(config, name)
         if not value >= low:  # `not >=` refuses NaN as well

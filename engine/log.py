@@ -55,10 +55,10 @@ class Log:
         """Remember one step; `loss` is this rank's part, both tensors stay on the device."""
         self._pending.append((step, loss, grad_norm, lr, rows))
 
-    def flush(self, total_steps: int) -> None:
-        """Sum the losses over ranks, fetch everything in one copy, write it."""
+    def flush(self, total_steps: int) -> list[float]:
+        """Sum the losses over ranks, fetch everything in one copy, write it; the gradient norms since the last one."""
         if not self._pending:
-            return
+            return []
         losses = self.world.sum(torch.stack([entry[1] for entry in self._pending]))
         norms = torch.stack([entry[2] for entry in self._pending])
         values = torch.stack([losses, norms]).tolist()
@@ -67,6 +67,7 @@ class Log:
             self._write(values[0], values[1], seconds, total_steps)
         self._pending.clear()
         self._clock, self._waited = time.perf_counter(), 0.0
+        return values[1]
 
     def _write(self, losses: list[float], norms: list[float], seconds: float, total_steps: int) -> None:
         assert self._file is not None and self._writer is not None

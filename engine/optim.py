@@ -30,6 +30,28 @@ def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) ->
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=True)
 
 
+class Anchor:
+    """L2-SP: strength * ||W - W_pretrained||_F^2 over what trains (Li et al. 2018, arXiv 1802.01483).
+
+    For CLIP's projections ProLIP (Fahes et al. 2024, arXiv 2410.05270) finds it worth more than what it costs, with
+    a strength of about 1/shots. Made from the base model, so before a checkpoint's weights replace those.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], strength: float) -> None:
+        self.parameters, self.strength = list(parameters) if strength else [], strength
+        self.pretrained = [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def pull(self, loss: Tensor, ranks: int) -> Tensor:
+        """Add the term's gradient to the loss's, which ranks have added up; this rank's part of both values."""
+        for parameter, pretrained in zip(self.parameters, self.pretrained, strict=True):
+            away = parameter - pretrained
+            parameter.grad = away.mul(2 * self.strength) if parameter.grad is None else parameter.grad.add_(
+                away, alpha=2 * self.strength)
+            loss = loss + away.square().sum() * (self.strength / ranks)
+        return loss
+
+
 def update(optimizer: torch.optim.AdamW, lr: float, clip_norm: float) -> Tensor:
     """Clip, step, clear; returns the gradient norm before clipping, on the device.
 

@@ -20,7 +20,7 @@ from engine.dist import World
 from engine.log import Log
 from engine.loss import Candidates, Objective
 from engine.model import Embeddings
-from engine.optim import learning_rate, update
+from engine.optim import Anchor, learning_rate, update
 from engine.profiler import Profiler
 
 
@@ -82,9 +82,12 @@ def ranked(objective: Objective, world: World, out: Embeddings, inputs: Batch | 
 
 def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: torch.optim.AdamW, plan: Plan,
         state: State, world: World, cfg: Config, precision: torch.dtype, *, log: Log, profiler: Profiler,
-        evaluate: Callable[[], None], checkpoint: Callable[[State], None],
-        stop: Callable[[], int]) -> None:
-    """Train from `state.step` to the end of the plan, or until a signal asks all ranks to stop."""
+        anchor: Anchor, evaluate: Callable[[], None], checkpoint: Callable[[State], None],
+        watch: Callable[[int, list[float]], None], stop: Callable[[], int]) -> None:
+    """Train from `state.step` to the end of the plan, or until a signal asks all ranks to stop.
+
+    Raises RunFailed, through `watch`, when gradients stay not finite.
+    """
     objective = Objective(cfg.loss, cfg.duplicates, cfg.hardness, cfg.label_smoothing)
     ranks = torch.tensor(float(world.size), device=world.device)
     stream = batches(state.step)  # this rank's slice of every remaining step
@@ -98,14 +101,15 @@ def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: to
             loss = ranked(objective, world, out, inputs, rows)
         with record_function("backward"):
             loss.backward(ranks)  # DDP averages over ranks what is to be added up
+            loss = anchor.pull(loss.detach(), world.size)
         with record_function("optim"):
             lr = learning_rate(state.step, plan.steps, cfg.lr, cfg.schedule, cfg.warmup)
             grad_norm = update(optimizer, lr, cfg.clip_norm)
         state.step += 1
-        log.step(state.step, loss.detach(), grad_norm, lr, rows)
+        log.step(state.step, loss, grad_norm, lr, rows)
         profiler.step()
         if plan.due(state.step, cfg.log_every):
-            log.flush(plan.steps)  # the only host sync
+            watch(state.step, log.flush(plan.steps))  # the only host sync
             state.stopped = stop()
         if plan.due(state.step, cfg.eval_every) and not state.stopped:
             with log.aside("evaluate"):

@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.album import Album
 from data.batch import Batch, Features, Tokens, UserError, share
 from data.catalogue import Catalogue, Split, catalogue, settle
-from data.cold import Reader, encode_images, encode_titles, fill_images, fill_titles, streamed_batch
+from data.cold import SEGMENT, Reader, encode_images, encode_titles, fill_images, fill_titles, streamed_batch
 from data.decode import tokenize
 from data.features import FeatureStore
 from data.mine import mine
-from data.prefetch import ahead, copied_ahead, slices
+from data.prefetch import ahead, batched, copied_ahead, slices
 from data.resident import Mapped, Resident
-from data.segments import keys_of_titles
 from data.source import Rows
+from data.titles import title_keys as keys_of
+from data.titles import title_tokens
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Pairs:
     residents: Callable[[], Mapping[str, Resident]]  # every split's features; encoded anew on each call if streaming
     batches: Callable[[str, int, int, torch.device], Callable[[int], Iterator[Features] | Iterator[Batch]]]
     # (split, batch size, seed, device) -> first step -> this rank's inputs of every step from there on
+    album: Album
 
     def row_numbers(self, split: str, batch_size: int, seed: int, step: int) -> list[int]:
         """The source's numbers of the rows in the global batch of `step`, in order."""
@@ -87,15 +89,17 @@ def open_pairs(rows: Mapping[str, Rows], lost: Sequence[Mapping[str, Any]], read
     images = FeatureStore(cache / "features" / encoders.image_space, encoders.image_width) if encoders.stored else None
     own = range(*share(len(found.references), team.rank, team.size))
     verdicts = team.exchange(fill_images(found, reader, own, images, encoders.image, tell))
-    splits, image_keys, example, ledger = settle(found, list(chain.from_iterable(verdicts)), lost, max_bad)
-    texts = found.titles.to_pylist()
-    ids, title_keys = tokenize(encoders.tokenizer, texts, encoders.max_tokens), keys_of_titles(texts)
+    splits, image_keys, example, ledger = settle(found, verdicts, lost, max_bad)
+    title_keys = keys_of(found.titles)
     if mine_how != "off" or images is not None:
         titles = FeatureStore(cache / "features" / encoders.text_space, encoders.text_width)
         # One rank's view of the store is everybody's: another may look when some features are written already.
         missing = team.exchange(np.flatnonzero(titles.locate(title_keys) < 0))[0]
         own = missing[slice(*share(len(missing), team.rank, team.size))]
-        fill_titles(ids, title_keys, titles, own, encoders.tokenizer.pad_token_id, encoders.text)
+        for part in batched(own, SEGMENT):
+            texts = found.titles.take(part).to_pylist()
+            fill_titles(tokenize(encoders.tokenizer, texts, encoders.max_tokens), title_keys[part], titles,
+                        range(len(part)), encoders.tokenizer.pad_token_id, encoders.text)
         team.exchange(None)  # every rank has written
         title_table = _table(titles, title_keys)
         if mine_how != "off":
@@ -103,14 +107,17 @@ def open_pairs(rows: Mapping[str, Rows], lost: Sequence[Mapping[str, Any]], read
             splits = {name: mine(split, features_PT, mine_how) for name, split in splits.items()}
     identity = {"data": _fingerprint(splits, image_keys, title_keys),
                 "the base model": encoders.image_space + encoders.text_space}
+    album = Album(found, splits, example, reader)
     if images is not None:
         ready = _residents(splits, _table(images, image_keys), title_table, device)
-        return Pairs(splits, ledger, identity, lambda: ready, partial(_cached, ready, team))
+        return Pairs(splits, ledger, identity, lambda: ready, partial(_cached, ready, team), album)
+    ids = title_tokens(found.titles, encoders.tokenizer, encoders.max_tokens)
     stream = partial(streamed_batch, found=found, example=example, reader=reader, ids=ids,
                      pad_id=encoders.tokenizer.pad_token_id)
     makers = {name: stream(split) for name, split in splits.items()}
     encode_all = partial(_encode_all, found, splits, example, ids, reader, encoders, team, device)
-    return Pairs(splits, ledger, identity, encode_all, partial(_streamed, splits, makers, team, reader.workers))
+    return Pairs(splits, ledger, identity, encode_all, partial(_streamed, splits, makers, team, reader.workers),
+                 album)
 
 
 def _encode_all(found: Catalogue, splits: Mapping[str, Split], example: np.ndarray, ids: Sequence[Sequence[int]],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,22 @@ Inputs = TypeVar("Inputs", Batch, Features)
 def epoch_order(rows: int, seed: int, epoch: int) -> Tensor:
     """The order of an epoch, int64 [rows]: the same on every rank and for every world size."""
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed + epoch))
+
+
+def order_digest(rows: int, batch_size: int, seed: int) -> Callable[[int], str]:
+    """A function of the step: the sha256 of the order of all rows up to there, chained over the epochs."""
+    chain = [b""]  # after 0, 1, ... whole epochs
+
+    def extended(epoch: int, upto: int) -> bytes:
+        return hashlib.sha256(chain[epoch] + epoch_order(rows, seed, epoch)[:upto].numpy().tobytes()).digest()
+
+    def digest(step: int) -> str:
+        epochs, steps = divmod(step, -(-rows // batch_size))
+        while len(chain) <= epochs:
+            chain.append(extended(len(chain) - 1, rows))
+        return extended(epochs, steps * batch_size).hex()
+
+    return digest
 
 
 def slices(rows: int, batch_size: int, seed: int, rank: int, size: int, first_step: int = 0,

@@ -56,6 +56,10 @@ class Resident:
     def __len__(self) -> int:
         return len(self.image_row_N)
 
+    def rows(self) -> Tensor:
+        """All row numbers [N]."""
+        return torch.arange(len(self))
+
     def to(self, device: torch.device | str, room: int | None = None) -> Resident:
         """The same split with features coming out on `device`.
 

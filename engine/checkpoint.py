@@ -1,13 +1,16 @@
-"""Checkpoints that are whole or absent: temporary folder, fsync, manifest with sha256 last, rename. No pickle."""
+"""Checkpoints that are whole or absent: temporary folder, fsync, manifest with sha256 last, rename. No pickle.
+
+There is no random state to keep: the order of pairs is a function of (seed, epoch), and the loop draws no other number.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,12 @@ from torch import Tensor, nn
 
 from data.batch import UserError
 from engine.dist import World
+from engine.durable import replace_link, sha256, synced
+from engine.folder import still_there
 
 MANIFEST = "manifest.json"
+FILES = ("trainable.safetensors", "optimizer.safetensors", "state.json")
 Content = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]  # weights, moments, state.json
-BEST_METRIC = "image_to_text_mrr"  # moves with every rank, so it tells small gains apart where R@1 cannot
 
 
 @dataclass
@@ -28,8 +33,11 @@ class State:
     """What a checkpoint remembers beside the tensors."""
 
     step: int = 0
-    best: float = 0.0  # of BEST_METRIC, which is positive
+    evaluated: int = 0  # the last step whose evaluation has counted
+    best: float | None = None  # value of the watched metric
     best_step: int = 0
+    worse: int = 0  # evaluations since the best one
+    enough: bool = False  # patience ran out: no further step
     stopped: int = 0  # the signal that ended the run early, else 0
 
 
@@ -38,42 +46,40 @@ class DamagedCheckpoint(Exception):
 
 
 def save(run: Path, step: int, tensors: Mapping[str, Tensor], optimizer: Mapping[str, Tensor],
-         state: Mapping[str, Any], keep: int, best_step: int) -> Path:
-    """Write `checkpoints/step-N`, point `last` (and `best`) at it, delete what is over `keep`.
+         state: Mapping[str, Any], keep: int) -> None:
+    """Write `checkpoints/step-N`, point `last` at it, delete what is over `keep`; a step saved already stays as it is.
 
     Raises OSError when the disk refuses; what was saved before is then untouched.
     """
-    root = run / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
+    root = still_there(run) / "checkpoints"
+    root.mkdir(exist_ok=True)
     name = f"step-{step:08d}"
-    temporary = root / f".writing-{name}-{os.getpid()}"
-    for stale in root.glob(".*-step-*"):
+    if not (root / name).exists():
+        remove_stale(root)
+        temporary = root / f".writing-{name}-{os.getpid()}"
+        temporary.mkdir()
+        try:
+            for file, named in (("trainable.safetensors", tensors), ("optimizer.safetensors", optimizer)):
+                save_file({key: value.detach().cpu().contiguous() for key, value in named.items()}, temporary / file)
+            (temporary / "state.json").write_text(json.dumps(dict(state), indent=2) + "\n", encoding="utf-8")
+            digests = {file: sha256(synced(temporary / file)) for file in FILES}
+            (temporary / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+            synced(temporary / MANIFEST)
+            synced(temporary).replace(root / name)
+            synced(root)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    replace_link(root / "last", name)
+    prune(root, keep)
+
+
+def remove_stale(root: Path) -> None:
+    """Delete what killed writers left half written or half deleted; a run folder has one writer at a time."""
+    for stale in (*root.glob(".writing-*"), *root.glob(".deleting-*")):
         shutil.rmtree(stale, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()},
-                  temporary / "trainable.safetensors")
-        save_file({key: value.detach().cpu().contiguous() for key, value in optimizer.items()},
-                  temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps(dict(state), indent=2) + "\n", encoding="utf-8")
-        digests = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
-        for path in (*temporary.iterdir(), temporary):
-            _fsync(path)
-        old = root / f".replaced-{name}-{os.getpid()}"
-        if (root / name).exists():  # the same step again, after a resume
-            (root / name).replace(old)
-        temporary.replace(root / name)
-        _fsync(root)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _point(root / "last", name)
-    if best_step == step:
-        _point(root / "best", name)
-    _prune(root, keep)
-    return root / name
+    for link in root.glob(".*-link"):
+        link.unlink(missing_ok=True)
 
 
 def load(folder: Path) -> Content:
@@ -83,11 +89,13 @@ def load(folder: Path) -> Content:
     """
     try:
         digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name in ("trainable.safetensors", "optimizer.safetensors", "state.json"):
-            if _sha256(folder / name) != digests[name]:
+        for name in FILES:
+            if sha256(folder / name) != digests[name]:
                 raise DamagedCheckpoint(f"{folder.name}/{name} is not what was written (sha256 differs)")
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        if folder.name != f"step-{state['state']['step']:08d}":
+            raise DamagedCheckpoint(f"{folder.name} holds step {state['state']['step']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{folder.name} is incomplete: {error}") from error
     return load_file(folder / "trainable.safetensors"), load_file(folder / "optimizer.safetensors"), state
 
@@ -104,77 +112,135 @@ def newest(run: Path, tell: Callable[[str], None]) -> tuple[Path, Content] | Non
 
 @dataclass(frozen=True)
 class Saver:
-    """Saves and resumes one run; `identity` names the data and towers that its state belongs to."""
+    """Saves, resumes and watches one run; `identity` and `recipe` are what its state belongs to."""
 
     run: Path
     named: Mapping[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    identity: Mapping[str, str]
+    optimizer: torch.optim.AdamW
+    identity: Mapping[str, str]  # digests of the data and of the towers
+    recipe: Mapping[str, Any]  # the settings that say what is computed
+    order: Callable[[int], str]  # step -> digest of the order of all rows up to there
     keep: int
+    metric: str  # what `best` means
+    patience: int  # evaluations without a better one before the run has had enough; 0: no limit
     world: World
 
     def note(self, state: State, scores: Mapping[str, Mapping[str, Any]]) -> None:
-        """Remember `state.step` as the best one if its valid (else train) split scores higher than any before."""
-        value = scores.get("valid", scores["train"])[BEST_METRIC]
-        if state.step and value > state.best:
-            state.best, state.best_step = value, state.step
+        """Count an evaluation, on all ranks alike; the best one (valid split, else train) has a checkpoint.
+
+        Raises UserError when the metric is not among what is measured.
+        """
+        values = scores.get("valid", scores["train"])
+        if not isinstance(values.get(self.metric), (int, float)):
+            names = [name for name, value in values.items() if isinstance(value, (int, float))]
+            raise UserError(f"--best-metric {self.metric} is not measured here; there is {', '.join(names)}")
+        value = self.world.exchange(float(values[self.metric]))[0]
+        if state.step <= state.evaluated:
+            return
+        sign = -1 if self.metric.endswith("_rank") else 1  # a small rank is a good one
+        state.evaluated, state.worse = state.step, state.worse + 1
+        if state.best is None or sign * value > sign * state.best:
+            state.best, state.best_step, state.worse = value, state.step, 0
+            self.save(state)
+            self.world.on_main(lambda: replace_link(self.run / "checkpoints" / "best", f"step-{state.step:08d}"))
+        state.enough = 0 < self.patience <= state.worse
 
     def save(self, state: State) -> None:
-        """Checkpoint now; rank 0 writes, all wait."""
-        if self.world.is_main:
+        """Checkpoint now; rank 0 writes, all wait. Raises RunFailed on all ranks when the disk refuses."""
+        def write() -> None:
             moments = {f"{name}.{field}": value for name, parameter in self.named.items()
                        for field, value in self.optimizer.state[parameter].items()}
-            content = {"state": asdict(state), "identity": dict(self.identity)}
-            save(self.run, state.step, self.named, moments, content, self.keep, state.best_step)
-        self.world.barrier()
+            content = {"state": asdict(state), "identity": dict(self.identity), "recipe": dict(self.recipe),
+                       "order": self.order(state.step)}
+            save(self.run, state.step, self.named, moments, content, self.keep)
+        self.world.on_main(write)
 
     def resume(self, tell: Callable[[str], None]) -> State:
         """Put weights and moments of the newest valid checkpoint back; its state. Tells which newer ones were damaged.
 
-        Raises UserError when data or trained parameters are not those of the checkpoint.
+        Raises UserError, naming the difference, when data, model or recipe are not those of the checkpoint.
         """
         found = newest(self.run, tell)
+        self.world.on_main(lambda: _set_aside(self.run / "checkpoints", found[0].name if found else ""))
         if found is None:
             tell("no checkpoint to resume from: starting at step 0")
             return State()
         folder, (tensors, moments, content) = found
-        changed = [key for key, value in self.identity.items() if content["identity"].get(key) != value]
-        changed += ["the trainable parameters"] if tensors.keys() != self.named.keys() else []
+        state = state_of(content)
+        changed = differences(content, self.identity, self.recipe)
+        if not changed and content.get("order") != self.order(state.step):
+            changed = ["the order of the pairs changed"]
+        if _shapes(tensors) != _shapes(self.named):
+            changed.append("the trainable parameters changed")
         if changed:
-            raise UserError(f"--resume: {' and '.join(changed)} changed since {folder}; start a new run")
-        with torch.no_grad():
-            for name, parameter in self.named.items():
-                parameter.copy_(tensors[name])
-                self.optimizer.state[parameter] = {
-                    key.removeprefix(f"{name}."): value.to(parameter.device)
-                    for key, value in moments.items() if key.rpartition(".")[0] == name}
+            raise UserError(f"--resume: {'; '.join(changed)} since {folder}; start a new run with another --out")
+        _restore(tensors, self.named)
+        for name, parameter in self.named.items():
+            self.optimizer.state[parameter] = {
+                key.removeprefix(f"{name}."): value.to(parameter.device)
+                for key, value in moments.items() if key.rpartition(".")[0] == name}
         tell(f"resumed from {folder}")
-        return State(**{**content["state"], "stopped": 0})
+        return state
+
+    def take_best(self, state: State, tell: Callable[[str], None]) -> int:
+        """With patience, put the weights of the best evaluation in place of later ones; its step, 0 if nothing changed.
+
+        Tells when they are damaged.
+        """
+        if not self.patience or state.best_step in (0, state.step) or state.stopped:
+            return 0
+        try:
+            _restore(load(self.run / "checkpoints" / f"step-{state.best_step:08d}")[0], self.named)
+        except DamagedCheckpoint as error:
+            tell(f"damaged checkpoint: {error}; the exported model is that of the last step")
+            return 0
+        return state.best_step
 
 
-def _prune(root: Path, keep: int) -> None:
+def state_of(content: Mapping[str, Any]) -> State:
+    """The State in a state.json, ready to go on from."""
+    known = {field.name for field in fields(State)}
+    return State(**{**{key: value for key, value in content["state"].items() if key in known}, "stopped": 0})
+
+
+def differences(content: Mapping[str, Any], identity: Mapping[str, str], recipe: Mapping[str, Any]) -> list[str]:
+    """What is not as it was when a checkpoint was written, one phrase each."""
+    saved = {key: tuple(value) if isinstance(value, list) else value for key, value in content["recipe"].items()}
+    changed = [f"--{key.replace('_', '-')} changed from {saved[key]} to {value}" for key, value in recipe.items()
+               if key in saved and saved[key] != (tuple(value) if isinstance(value, list) else value)]
+    return changed + [f"{key} changed" for key, value in identity.items() if content["identity"].get(key) != value]
+
+
+def prune(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and those that `last` and `best` point to."""
     pointed = {(root / name).resolve().name for name in ("last", "best") if (root / name).is_symlink()}
     for folder in sorted(root.glob("step-*"), reverse=True)[keep:]:
         if folder.name not in pointed:
-            shutil.rmtree(folder, ignore_errors=True)
+            doomed = folder.with_name(f".deleting-{folder.name}")
+            folder.replace(doomed)  # at once: a half deleted one would look damaged
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _point(link: Path, target: str) -> None:
-    """Replace a relative symlink atomically."""
-    temporary = link.with_name(f".{link.name}-{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    temporary.replace(link)
+def _restore(tensors: Mapping[str, Tensor], named: Mapping[str, nn.Parameter]) -> None:
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(tensors[name])
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _set_aside(root: Path, newest_valid: str) -> None:
+    """Rename what is newer than the checkpoint gone on from: damaged, but somebody may want to look at it."""
+    remove_stale(root)
+    for folder in root.glob("step-*"):
+        if folder.name > newest_valid:
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.replace(aside)
+    with suppress(FileNotFoundError):
+        if not (root / "best").exists():
+            (root / "best").unlink()  # it pointed at one of these
+    if newest_valid:
+        replace_link(root / "last", newest_valid)

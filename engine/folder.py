@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,39 +21,72 @@ import torch
 from data.batch import UserError
 from engine.config import Config, as_dict
 from engine.dist import World
+from engine.durable import altered, lock, replace_text, sha256
 
+SEAL = "manifest.json"
 PACKAGES = ("torch", "transformers", "datasets", "pillow", "aiohttp", "numpy", "tensorboard")
 
 
-def open_folder(cfg: Config, world: World) -> Path:
-    """The run folder, the same on every rank: `--out`, or one named after the time and the dataset.
+def open_folder(cfg: Config, world: World) -> tuple[Path, bool]:
+    """The run folder, the same on every rank, and whether it holds a run to go on with.
 
-    Raises UserError when it holds a run already, cannot be made, or holds nothing to resume.
+    It is `--out`, or one named after the time and the dataset; after a restart by torchrun, the one begun before.
+    Raises UserError when it holds a run already, cannot be made, is in use, or holds nothing to resume.
     """
     return world.exchange(_open(cfg) if world.is_main else None)[0]
 
 
-def _open(cfg: Config) -> Path:
+def _open(cfg: Config) -> tuple[Path, bool]:
     dataset = re.sub(r"[^\w.-]+", "-", Path(cfg.dataset.rstrip("/")).name) or "pairs"
-    folder = Path(cfg.out or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}-{dataset}").expanduser()
+    fresh = Path(cfg.out or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}-{dataset}").expanduser()
+    begun = _begun([fresh] if cfg.out else sorted(Path("runs").glob("*"), reverse=True))
+    folder = begun or fresh
     holds_run = (folder / "config.json").exists()
-    if holds_run and not cfg.resume:
+    if holds_run and cfg.resume == "off" and not begun:
         raise UserError(f"--out {folder} already holds a run; choose another folder or carry on with --resume")
-    if cfg.resume and not holds_run:
+    if cfg.resume == "on" and not holds_run:
         raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        free = lock(folder)
     except OSError as error:
         raise UserError(f"--out {folder} cannot be made: {error.strerror}") from None
+    if not free:
+        raise UserError(f"--out {folder} is being written by another run; wait for its end or choose another folder")
+    return folder, holds_run
+
+
+def _begun(folders: Iterable[Path]) -> Path | None:
+    """The folder that this very torchrun began before it restarted its ranks, if it did."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    for folder in folders:
+        with suppress(OSError, ValueError, AttributeError):  # no run there, or not a whole one
+            if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("launch") == _launch():
+                return folder
+    return None
+
+
+def _launch() -> str | None:
+    """A name of the torchrun this process is a rank of: the same after a restart, another for another launch."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"{platform.node()} {os.getppid()}" if name == "none" else name  # "none": no --rdzv-id was given
+
+
+def still_there(folder: Path) -> Path:
+    """`folder`; raises FileNotFoundError when somebody has deleted the run meanwhile, so that nobody makes it anew."""
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(errno.ENOENT, "the run folder was deleted", str(folder))
     return folder
 
 
 def begin(folder: Path, cfg: Config, world: World, precision: torch.dtype,
           ledger: Iterable[Mapping[str, Any]]) -> None:
     """Write config.json and ledger.jsonl, from rank 0."""
-    if world.is_main:
+    def write() -> None:
         write_json(folder / "config.json", _provenance(cfg, world, precision))
         write_ledger(folder / "ledger.jsonl", ledger)
+    world.on_main(write)
 
 
 def _provenance(cfg: Config, world: World, precision: torch.dtype) -> dict[str, Any]:
@@ -66,6 +101,7 @@ def _provenance(cfg: Config, world: World, precision: torch.dtype) -> dict[str, 
         "git_commit": _commit(),
         "host": platform.node(),
         "devices": {"kind": device.type, "name": name, "ranks": world.size},
+        "launch": _launch(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -82,25 +118,36 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file in one step, so that a reader sees the old or the new one."""
-    _replace(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_metrics(folder: Path, metrics: Mapping[str, Any], world: World) -> None:
-    """metrics.json, from rank 0."""
-    if world.is_main:
-        write_json(folder / "metrics.json", metrics)
+    """metrics.json, from rank 0. Raises RunFailed on every rank when the disk refuses."""
+    world.on_main(lambda: write_json(still_there(folder) / "metrics.json", metrics))
 
 
 def write_ledger(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
     """One line for every dropped row."""
-    _replace(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+    write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
 
 
-def _replace(path: Path, text: str) -> None:
+def seal(folder: Path) -> None:
+    """Write manifest.json: the sha256 of what a finished run leaves behind. Raises OSError."""
+    names = ["config.json", "ledger.jsonl", "metrics.json", "steps.jsonl", "sweep.jsonl"]
+    paths = [folder / name for name in names if (folder / name).exists()] + sorted(p for p in (folder / "model").rglob("*") if p.is_file())
+    write_json(folder / SEAL, {str(path.relative_to(folder)): sha256(path) for path in paths})
+
+
+def broken_seal(folder: Path) -> list[str] | None:
+    """What changed in a finished run since `seal`; None when it was never sealed. Raises UserError if damaged."""
+    digests = read_json(folder / SEAL)
+    return altered(folder, digests) if digests else None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    replace_text(path, text)
 
 
 def _version(package: str) -> str | None:

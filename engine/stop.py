@@ -1,14 +1,26 @@
-"""SIGTERM and SIGINT: the loop ends cleanly, anything else at once; a second one never waits."""
+"""SIGTERM and SIGINT: the loop ends cleanly, anything else at once; a second one never waits. Ranks follow torchrun.
+
+Imports nothing heavy: signals are heeded, and the launcher is watched, before torch is loaded.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from engine.dist import World
+if TYPE_CHECKING:
+    from engine.dist import World
+
+ASK_EVERY_S = 1.0  # how often ranks ask one another for signals
+AT_ONCE_S = 5.0  # how long threads at work may hold up an exit that saves nothing
+ORPHAN_S = 3.0  # how long a rank whose launcher is gone may take to save
+WATCH_S = 0.5
 
 
 class Stop:
@@ -17,25 +29,68 @@ class Stop:
     def __init__(self) -> None:
         self._received = 0
         self._graceful = False
+        self._asked, self._asked_at, self._ahead = 0, time.monotonic(), 1
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # under nohup or tmux a parent may go; torchrun's going is an end
+            threading.Thread(target=_follow, args=(os.getppid(),), name="launcher", daemon=True).start()
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self._received:
             os._exit(128 + number)
         self._received = number
         if not self._graceful:
-            raise SystemExit(128 + number)
+            self._leave()
+
+    def _leave(self) -> None:
+        last = threading.Timer(AT_ONCE_S, os._exit, [128 + self._received])
+        last.daemon = True
+        last.start()
+        raise SystemExit(128 + self._received)
 
     @contextmanager
     def gracefully(self) -> Iterator[None]:
-        """Inside, a signal only sets a flag that `agreed` reports."""
+        """Inside, a signal only sets a flag that `agreed` reports; raises SystemExit at the end if there was one."""
         self._graceful = True
         try:
             yield
         finally:
             self._graceful = False
+        if self._received:
+            self._leave()
 
-    def agreed(self, world: World) -> int:
-        """The signal that any rank received, 0 for none; the same answer on every rank."""
-        return world.max(self._received)
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A stretch inside `gracefully` before which all was saved: a signal ends the process as it does outside."""
+        self._graceful = False
+        try:
+            if self._received:
+                self._leave()
+            yield
+        finally:
+            self._graceful = True
+
+    def agreed(self, world: World, step: int) -> int:
+        """The signal that any rank received, 0 for none; the same answer on every rank.
+
+        Ranks ask one another, a host sync, about once a second: after so many steps as all think that takes.
+        """
+        if world.size == 1:
+            return self._received
+        if step < self._asked + self._ahead:
+            return 0
+        now = time.monotonic()
+        per_s = (step - self._asked) / max(now - self._asked_at, 1e-6)
+        answers = world.exchange((self._received, max(1, min(2 * self._ahead, int(per_s * ASK_EVERY_S)))))
+        self._received = self._received or max(answer[0] for answer in answers)
+        self._asked, self._asked_at, self._ahead = step, now, min(answer[1] for answer in answers)
+        return max(answer[0] for answer in answers)
+
+
+def _follow(launcher: int) -> None:
+    """Wait until the launcher is gone; then stop as if it had asked for that, and soon in any case."""
+    while os.getppid() == launcher:
+        time.sleep(WATCH_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ORPHAN_S)
+    os._exit(128 + signal.SIGTERM)

@@ -54,11 +54,12 @@ class Clip:
         return self.model.config
 
 
-def load_clip(name: str) -> Clip:
-    """Load a plain CLIPModel or a sentence-transformers folder, by hub name or path, in fp32.
+def load_clip(name: str, commit: str | None = None) -> Clip:
+    """Load a plain CLIPModel or a sentence-transformers folder, by hub name (at `commit`) or path, in fp32.
 
     Raises UserError when there is no such model, or when it is something other than a CLIPModel.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, CLIPModel, CLIPProcessor
     from transformers.utils import cached_file, logging
 
@@ -68,25 +69,25 @@ def load_clip(name: str) -> Clip:
     if path.exists() and not path.is_dir():
         raise UserError(f"--model {name} is a file; give the folder that holds config.json")
     source = str(path) if path.is_dir() else name
-    where: Any = {"subfolder": _subfolder(source)}
+    where: Any = {"subfolder": _subfolder(source, commit), "revision": commit}
     try:
         config = AutoConfig.from_pretrained(source, **where)
         if config.model_type != "clip":
             raise UserError(f"--model {name} is a {config.model_type!r} model; thumbtune tunes CLIPModel checkpoints")
         model = CLIPModel.from_pretrained(source, **where, dtype=torch.float32)
         processor = CLIPProcessor.from_pretrained(source, **where)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # damaged, or of another size
         raise UserError(_load_failure(name, error)) from error
     found = re.search(r"/snapshots/([0-9a-f]{40})/", str(cached_file(source, "config.json", **where)))
     return Clip(name, model.eval(), processor, found[1] if found else None)
 
 
-def _subfolder(source: str) -> str:
+def _subfolder(source: str, commit: str | None) -> str:
     """Where a sentence-transformers folder keeps its CLIPModel; '' for a plain one."""
     from transformers.utils import cached_file
 
     try:
-        listing = cached_file(source, "modules.json", _raise_exceptions_for_missing_entries=False)
+        listing = cached_file(source, "modules.json", revision=commit, _raise_exceptions_for_missing_entries=False)
         modules = json.loads(Path(listing).read_text(encoding="utf-8")) if listing else []
         return next((m["path"] for m in modules if str(m["type"]).endswith("CLIPModel")), "")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -29,6 +29,14 @@ from engine.dist import close
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def full(reduced: int, full: int) -> int:
+    """How often a test repeats itself: `reduced` in the normal suite, `full` with THUMBTUNE_FULL=1 in the environment.
+
+    The figures of the README's reliability table are those of `THUMBTUNE_FULL=1 python -m pytest`.
+    """
+    return full if os.environ.get("THUMBTUNE_FULL") == "1" else reduced
+
+
 def tiny_clip(folder: Path, sentence_transformers: bool = False, seed: int = 0) -> Path:
     """Write a random CLIPModel (fp32, 32 pixels, V=32, T=24, E=16) with its preprocessing; return `folder`.
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import full
 from PIL import Image, PngImagePlugin, features
 
 from data import decode
@@ -29,7 +30,6 @@ from data.decode import ImageSpec, collate_tokens, decode_image, tokenize, token
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest sets aside the filter for Pillow's
-FULL = os.environ.get("TT_FULL") == "1"
 
 
 @cache
@@ -333,7 +333,7 @@ def resident() -> float:
 def test_mutated_images_are_pixels_or_bad_samples() -> None:
     rng, verdicts = np.random.default_rng(11), Counter[str]()
     images = list(valid_images().values())
-    count = 5000 if FULL else 500
+    count = full(500, 5000)
     for number in range(count):
         if number == count // 5:  # by then every decoder has made its tables
             before = resident()

@@ -26,6 +26,7 @@ from itertools import chain, cycle, repeat
 from pathlib import Path
 
 import pytest
+from helpers import full
 from PIL import Image
 
 import data.fetch as module
@@ -194,7 +195,7 @@ def test_first_failures_are_recovered_with_at_most_twice_the_requests(tmp_path: 
 
 
 def test_a_table_with_faults_is_accounted_for_row_by_row(tmp_path: Path) -> None:
-    rows = 5000 if os.environ.get("TT_FULL") else 400
+    rows = full(400, 5000)
     faults = {0: (reply(404), "http-404"), 1: (reply(body=b"<html>"), "not-image"), 2: ([RESET], "connection")}
 
     def answer(path: str, n: int):

@@ -22,6 +22,7 @@ from typing import Any
 import braceexpand
 import pytest
 import webdataset
+from helpers import full
 
 import data.shard_writer as writing
 import data.shards as module
@@ -30,7 +31,6 @@ from data.samples import IMAGES, MAX_IMAGE
 from data.shard_writer import ShardWriter, check_shard
 from data.shards import expand_braces, format_reference, read_index, read_member
 
-FULL = os.environ.get("TT_FULL") == "1"
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 Files = Iterable[tuple[str, bytes]]
 
@@ -317,7 +317,7 @@ def test_mutations_lose_nothing_silently(tmp_path: Path) -> None:
     tars = [pack(tar, [(f"{key}.{e}", c) for key, image, title in samples for e, c in
                        (("jpg", image), ("json", b'{"title_neg": "n"}'), ("txt", title.encode()))], format).read_bytes()
             for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]
-    for _ in range(2000 if FULL else 300):
+    for _ in range(full(300, 2000)):
         data = mutated(rng.choice(tars), rng)
         tar.write_bytes(data)
         try:
@@ -551,7 +551,7 @@ def test_a_killed_writer_goes_on_to_the_same_shards(tmp_path: Path) -> None:
         assert os.WTERMSIG(status) == signal.SIGKILL
     assert 20 < step < 99
 
-    for trial in range(30 if FULL else 4):
+    for trial in range(full(4, 30)):
         folder = tmp_path / f"trial{trial}"
         for _ in range(50):
             pid = child(partial(write, folder, MANY, **limits))
@@ -564,13 +564,13 @@ def test_a_killed_writer_goes_on_to_the_same_shards(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_complete_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: int) -> None:
+    def disk_is_full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"), ShardWriter(tmp_path, "train", max_samples=20) as writer:
         for sample in MANY:
             if sample[0] == "0030":
-                monkeypatch.setattr(os, "fsync", full)
+                monkeypatch.setattr(os, "fsync", disk_is_full)
             writer.write(*sample)
     assert sorted(contents(tmp_path)) == ["train-000000.tar", "train-000000.tar.index.json"]
     monkeypatch.undo()

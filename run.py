@@ -255,10 +255,14 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
 def watcher(cfg: Config, world: World, out: Path, pairs: Pairs,
             trained: nn.Module) -> Callable[[int, list[float]], None]:
     """What ends a run whose gradients stay not finite, and can name the rows to blame."""
+    from data.prefetch import slices
     from engine.finite import Finite
 
+    def rows(step: int) -> list[int]:
+        train = pairs.splits["train"]
+        return train.row_N[next(slices(len(train), cfg.batch_size, cfg.seed, 0, 1, step)).numpy()].tolist()
+
     batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
-    rows = partial(pairs.row_numbers, "train", cfg.batch_size, cfg.seed)
     return Finite(out, trained, batches, rows, world).watch
 
 

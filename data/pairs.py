@@ -66,11 +66,6 @@ class Pairs:
     # (split, batch size, seed, device) -> first step -> this rank's inputs of every step from there on
     album: Album
 
-    def row_numbers(self, split: str, batch_size: int, seed: int, step: int) -> list[int]:
-        """The source's numbers of the rows in the global batch of `step`, in order."""
-        rows = next(slices(len(self.splits[split]), batch_size, seed, 0, 1, step))
-        return self.splits[split].row_N[rows.numpy()].tolist()
-
     def describe(self) -> str:
         """One line: kept rows of each split, dropped rows."""
         kept = ", ".join(f"{name} {len(split):,}" for name, split in self.splits.items())

@@ -94,8 +94,16 @@ class Streamed(nn.Module):
         self.head = head
 
     def forward(self, batch: Batch) -> Embeddings:
-        """Tower inputs of one step -> Embeddings."""
-        return self.head(self.towers(batch))
+        """Tower inputs of one step -> Embeddings.
+
+        Without rows a blank one passes in their place and is cut off: its gradient is 0 but reaches every parameter, as
+        ranks that add gradients up expect of each other.
+        """
+        if len(batch.image_id_B):
+            return self.head(self.towers(batch))
+        blank = map_tensors(batch, lambda part: part.new_ones(1, *(max(1, size) for size in part.shape[1:])))
+        image_BE, text_XE, scale = self.head(self.towers(blank))
+        return Embeddings(image_BE[:0], text_XE[:0], scale)
 
 
 class MicroBatched(nn.Module):

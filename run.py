@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from engine.stop import Stop
     from engine.train import Plan
     from engine.trials import Journal, Tuner
+    from engine.verify import Finding
+    from eval.bench import Bench
     from eval.metrics import Retrieval
     from eval.search import Found
     from eval.show import Show
@@ -105,28 +107,31 @@ def encoders(parts: Parts, image_preprocessing: str, device: torch.device) -> En
     """Lend the towers to the data room: without autograd, in the run's precision, named by what they are."""
     from data.decode import tokenizer_fingerprint
     from data.pairs import Encoders
-    from engine.towers import fingerprint, frozen
+    from engine.frozen import Frozen
+    from engine.towers import fingerprint
 
     towers, clip = parts.towers, parts.clip
     title_preprocessing = tokenizer_fingerprint(clip.tokenizer, clip.max_tokens)
     return Encoders(
-        image=frozen(towers.image, device, parts.precision), image_width=clip.config.vision_config.hidden_size,
-        text=frozen(towers.text, device, parts.precision), text_width=clip.config.text_config.hidden_size,
+        image=Frozen(towers.image, device, parts.precision), image_width=clip.config.vision_config.hidden_size,
+        text=Frozen(towers.text, device, parts.precision), text_width=clip.config.text_config.hidden_size,
         image_space=fingerprint(towers.vision_model, image_preprocessing, parts.precision),
         text_space=fingerprint(towers.text_model, title_preprocessing, parts.precision),
         stored=parts.cached, tokenizer=clip.tokenizer, max_tokens=clip.max_tokens)
 
 
-def measure(residents: Mapping[str, Resident], head: Head, names: Sequence[str]) -> dict[str, Retrieval]:
-    """Ranks and triplets of the named splits with the head as it is now."""
-    return {name: measure_rows(head, split) for name, split in residents.items() if name in names}
+def measure(residents: Mapping[str, Resident], head: Head, names: Sequence[str],
+            world: World | None = None) -> dict[str, Retrieval]:
+    """Ranks and triplets of the named splits with the head as it is now; all ranks of a `world` share the work."""
+    return {name: measure_rows(head, split, world) for name, split in residents.items() if name in names}
 
 
-def measure_rows(head: Head, split: Resident) -> Retrieval:
+def measure_rows(head: Head, split: Resident, world: World | None = None) -> Retrieval:
     """Ranks and triplets of some rows."""
     from eval.retrieval import measure_split
 
-    return measure_split(head.image, head.text, split.features(split.rows()), split.image_row_N)
+    team = ((world.rank, world.size), world.sum) if world else ()
+    return measure_split(head.image, head.text, split.features(split.rows()), split.image_row_N, *team)
 
 
 def with_probe(cfg: Config, world: World, parts: Parts, pairs: Pairs) -> Pairs:
@@ -141,14 +146,15 @@ def with_probe(cfg: Config, world: World, parts: Parts, pairs: Pairs) -> Pairs:
         residents=lambda: {**pairs.residents(), "probe": probe.residents()["test"]})
 
 
-def interpolated(cfg: Config, parts: Parts, pairs: Pairs, base: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def interpolated(cfg: Config, world: World, parts: Parts, pairs: Pairs,
+                 base: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Leave the parameters between base and tuned as --interpolate says; how valid (else train) and probe take it."""
     from engine.interpolate import interpolate
 
     watched = ["valid" if "valid" in pairs.splits else "train", *({"probe"} & set(pairs.splits))]
 
     def score() -> dict[str, dict[str, float]]:
-        found = measure(pairs.residents(), parts.head, watched)
+        found = measure(pairs.residents(), parts.head, watched, world)
         return {name: found[name].values() for name in watched}
 
     return interpolate(parts.trainable, base, cfg.interpolate, score, cfg.best_metric)
@@ -184,7 +190,8 @@ class Judge:
         step, names = self.state.step, list(self.pairs.splits)
         ends = bool(taken) or step in (0, self.plan.steps)
         residents = self.pairs.residents()
-        found = measure(residents, self.parts.head, [name for name in names if ends or name in ("train", "valid")])
+        watched = [name for name in names if ends or name in ("train", "valid")]
+        found = measure(residents, self.parts.head, watched, self.world)
         scores = {name: one.summarise() if ends else one.values() for name, one in found.items()}
         self.log.metrics(scores, taken or step)
         self.saved.note(self.state, scores)
@@ -228,7 +235,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     saved = saver(cfg, world, out, parts, pairs)
     start, drift = snapshot(parts.trainable) if cfg.interpolate else {}, Drift(parts.trainable)
-    base = measure(pairs.residents(), parts.head, list(pairs.splits)) if begun else {}  # ere tuned weights come back
+    base = measure(pairs.residents(), parts.head, list(pairs.splits), world) if begun else {}  # ere tuned weights return
     state = saved.resume(world.say) if begun else checkpoint.State()
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
@@ -246,7 +253,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
         if taken := saved.take_best(state, world.say):
             evaluate(taken)
         if cfg.interpolate and not state.stopped:
-            metrics["interpolation"] = interpolated(cfg, parts, pairs, start)
+            metrics["interpolation"] = interpolated(cfg, world, parts, pairs, start)
             log.curve("interpolation", metrics["interpolation"]["curve"])
             evaluate(taken or state.step)
     return finish(cfg, world, parts, out, metrics, partial(report, out, pairs, show))
@@ -394,7 +401,7 @@ def evaluate(cfg: Config, world: World, stop: Stop) -> int:
 
     parts = open_parts(cfg, world)
     pairs = open_data(cfg, world, parts, only=cfg.split)
-    scores = {cfg.split: measure(pairs.residents(), parts.head, [cfg.split])[cfg.split].summarise()}
+    scores = {cfg.split: measure(pairs.residents(), parts.head, [cfg.split], world)[cfg.split].summarise()}
     if world.is_main:
         world.say(table({parts.clip.name: scores}))
         print(json.dumps(scores, indent=2))
@@ -530,6 +537,169 @@ def rebuild(cfg: Config, folder: Path) -> None:
     export(clip, folder, tuned, table(metrics) if metrics else "", cfg.license, cfg.dtype)
 
 
+def verify(cfg: Config, world: World, stop: Stop) -> int:
+    """Check a run folder again, or the feature store; exit 1 when something is not what it was."""
+    from data.batch import UserError
+    from engine import verify as again
+    from engine.folder import settings_of
+
+    if not cfg.run:
+        return verify_store(cfg, world)
+    run = Path(cfg.run).expanduser()
+    mine = {name: getattr(cfg, name) for name in ("device", "workers", "allow_host", "max_pixels")}  # not the folder's
+    given = {name: getattr(cfg, name) for name in ("dataset", "model") if getattr(cfg, name)}
+    old = replace(settings_of(run), cache_dir=cfg.cache_dir, **mine, **given)
+    findings, whole = again.files(run)
+    try:
+        findings += retrace(old, world, run, list(whole))
+    except UserError as error:  # data or base model gone
+        findings.append(again.Finding("replay and metrics", again.UNCHECKED, str(error)))
+    if world.is_main:
+        print(again.table(findings), flush=True)
+    return int(again.failed(findings))
+
+
+def retrace(cfg: Config, world: World, run: Path, whole: Sequence[Path]) -> list[Finding]:
+    """Train a few steps again from the base model and from a checkpoint; measure the exported model again."""
+    from engine import verify as again
+    from engine.checkpoint import State, load, state_of
+    from engine.folder import read_json
+    from engine.train import Plan
+
+    parts = open_parts(cfg, world)
+    pairs = open_data(cfg, world, parts)
+    saved, logged = saver(cfg, world, run, parts, pairs), again.read_steps(run)
+    findings = [again.steps(logged, Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs).rows_at),
+                again.ledger(run, pairs.ledger), again.orders(whole, saved.order),
+                again.replay(0, losses_from(State(), cfg, world, parts, pairs, saved), logged, parts.precision)]
+    if earlier := [folder for folder in whole if int(folder.name[5:]) < max(logged, default=0)]:
+        content = load(earlier[-1])
+        changed, state = saved.restore(content), state_of(content[2])
+        findings.append(again.Finding("data, model, recipe", again.FAILED, "; ".join(changed)) if changed else
+                        again.replay(state.step, losses_from(state, cfg, world, parts, pairs, saved), logged,
+                                     parts.precision))
+    metrics = read_json(run / "metrics.json")
+    findings.append(again.exported(run, whole, "interpolation" in metrics))
+    if not (run / "model").exists():
+        return findings
+    tuned = replace(cfg, model=str(run / "model"))
+    parts = open_parts(tuned, world)
+    again_found = measure(with_probe(tuned, world, parts, open_data(tuned, world, parts)).residents(), parts.head,
+                          list(metrics.get("tuned", {})))
+    found = {name: one.summarise() for name, one in again_found.items()}
+    return [*findings, again.metrics(found, metrics.get("tuned", {}), again.same_machine(run, world))]
+
+
+def losses_from(state: State, cfg: Config, world: World, parts: Parts, pairs: Pairs, saved: Saver) -> dict[int, float]:
+    """The losses of the next few steps, trained again; nothing is written."""
+    from engine.model import distribute
+    from engine.profiler import Profiler
+    from engine.train import Plan, fit
+    from engine.verify import REPLAYED, Recorder
+
+    recorder, end = Recorder(world), state.step + REPLAYED
+    plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
+    fit(distribute(parts.trained_model(), world.size), pairs.batches("train", cfg.batch_size, cfg.seed, world.device),
+        saved.optimizer, plan, state, world, cfg, parts.precision, log=recorder, profiler=Profiler(),
+        evaluate=lambda: None, checkpoint=lambda _: None, stop=lambda step: int(step >= end))
+    return recorder.losses
+
+
+def verify_store(cfg: Config, world: World) -> int:
+    """Read the feature store again; with --prune, delete what is not --model's."""
+    from data.decode import ImageSpec
+    from data.upkeep import describe, look_over, tidy
+
+    if not world.is_main:
+        return 0
+    cache, keep = Path(cfg.cache_dir).expanduser(), set[str]()
+    found = look_over(cache)
+    print(describe(found))
+    if cfg.prune and cfg.model:
+        parts = open_parts(cfg, world)
+        towers = encoders(parts, ImageSpec.from_processor(parts.clip.image_processor).fingerprint(), world.device)
+        keep = {towers.image_space, towers.text_space}
+    if cfg.prune:
+        kept = sorted(keep & {space.name for space in found})
+        print(f"pruned {tidy(cache, keep) / 1e6:,.1f} MB; kept {', '.join(kept) or 'nothing'}")
+    return int(any(space.damaged for space in found))
+
+
+def bench(cfg: Config, world: World, stop: Stop) -> int:
+    """What this machine can do, and how near we are to it: one process, on inputs of its own making."""
+    import torch
+
+    from eval.bench import Bench, versions
+
+    if not world.is_main:
+        return 0
+    figures, threads = Bench(cfg.quick, world.say), torch.get_num_threads()
+    torch.set_num_threads(1)
+    world.say(versions())
+    try:
+        with TemporaryDirectory(prefix="thumbtune-bench-") as scratch:
+            bench_rooms(figures, Path(scratch))
+            bench_device(figures, Path(scratch))
+    finally:
+        torch.set_num_threads(threads)
+    print(json.dumps({"machine": versions(), "figures": figures.as_json()}, indent=2) if cfg.json
+          else f"{versions()}\n\n{figures.table()}")
+    return 0
+
+
+def bench_rooms(figures: Bench, scratch: Path) -> None:
+    """Every figure that needs no GPU, cheap ones first; ViT-B/32's shape with random weights."""
+    import torch
+
+    from data import bench as data_bench
+    from data import bench_store
+    from engine import bench as engine_bench
+    from engine.model import open_model
+    from eval.bench import measure_recall
+    from eval.bench_jobs import measure_help, measure_ranks, measure_reference_job
+
+    quick, race, note, cpu = figures.quick, figures.race, figures.note, torch.device("cpu")
+    model, widths = scratch / "model", (768, 512)
+    measure_help(figures)
+    engine_bench.new_model(model, "ViT-B/32")
+    parts = open_model(str(model), ("projection",), "auto", 20.0, "fp32", cpu)
+    lent, tokenizer = encoders(parts, "", cpu), parts.clip.tokenizer
+    engine_bench.measure_image_tower(race, parts, lent.image)
+    tokens = bench_store.measure_titles(race, note, lent.text, widths[1], tokenizer, 64 if quick else 512)
+    for batch, goal in ((32, ">= 1200"), (256, ">= 2000")):
+        rows = 50 * batch
+        warm = bench_store.warm_batches(rows, widths, batch)
+        engine_bench.measure_warm_epoch(race, parts, warm, rows, tokens, batch, goal, scratch)
+    figures.fold("P5", data_bench.measure_decode(quick), "ours", "transformers",
+                 {"decode 1280": ">= 2.7", "decode 480": ">= 1.7"})
+    bench_store.measure_cold(race, lent, scratch / "cold", 16 if quick else 64)
+    measure_recall(figures)
+    engine_bench.measure_loss(race, note, 2048 if quick else 8192)
+    bench_store.measure_store(race, note, scratch / "store", 50_000 if quick else 1_000_000, widths)
+    figures.fold("P10", data_bench.measure_fetch(quick), "ours", "one by one", {"fetch": ">= 40"})
+    figures.fold("shards", data_bench.measure_shards(quick), "ours", "webdataset", {})
+    bench_store.write_pairs(scratch / "76", {"train": 53, "valid": 11, "test": 12})
+    measure_reference_job(figures, model, scratch / "76", scratch)
+    bench_store.write_pairs(scratch / "ranks", {"train": 128}, negatives=False)
+    measure_ranks(figures, model, scratch / "ranks", scratch)
+
+
+def bench_device(figures: Bench, scratch: Path) -> None:
+    """The figures of a GPU, where there is one."""
+    import torch
+
+    from data.bench_store import warm_batches
+    from engine.bench_gpu import measure_gpu
+    from eval.bench import measure_recall_on
+
+    if not torch.cuda.is_available():
+        figures.note("GPU", "tower MFU, warm epoch of 1M pairs, Recall 1M x 1M, no sync in a step", "not measured",
+                     "no CUDA device")
+        return
+    measure_gpu(figures.note, warm_batches, torch.device("cuda"), scratch, figures.quick)
+    measure_recall_on(figures, torch.device("cuda"))
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run one command on this rank; the exit code says how it went."""
     command, cfg = parse("run.py", arguments)
@@ -542,7 +712,7 @@ def main(arguments: Sequence[str]) -> int:
     from engine import dist
 
     functions = {"train": train, "demo": demo, "eval": evaluate, "shards": shards, "check": check, "search": search,
-                 "export": export, "sweep": sweep}
+                 "export": export, "sweep": sweep, "verify": verify, "bench": bench}
     try:
         with dist.asking("averaging gradients"):  # what else ranks ask of one another says so itself
             return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout, cfg.quiet), stop)

@@ -23,11 +23,13 @@ from data.catalogue import Catalogue, Split, Verdict, Verdicts, as_keys
 from data.decode import ImageSpec, collate_tokens, decode_image
 from data.features import FeatureStore
 from data.fetch import Fetched, FetchPolicy, cached_path, fetch
-from data.prefetch import ahead, batched
+from data.prefetch import Pace, ahead, batched
 from data.segments import key_of
 from data.shards import read_member
 
-CHUNK = 64  # inputs a tower call
+CHUNK = 64  # images handed to the tower at once
+TITLES = 512  # likewise titles, at most
+BUCKETS = 16  # of few titles there are at least so many lots of like length
 SEGMENT = 4096  # features written at once
 TELL_EVERY_S = 5.0
 URL_START = "^(?i)https?://"
@@ -175,20 +177,26 @@ def fill_images(found: Catalogue, reader: Reader, mine: Sequence[int], store: Fe
     return seen
 
 
-def fill_titles(ids: Sequence[Sequence[int]], keys: np.ndarray, store: FeatureStore, own: Iterable[int], pad_id: int,
-                encode: Callable[[Tokens], Tensor]) -> None:
-    """Encode `own` of the titles, this rank's share of what the store does not hold yet."""
+def fill_titles(tokens: Callable[[Sequence[int]], Sequence[Sequence[int]]], keys: np.ndarray, store: FeatureStore,
+                own: Sequence[int], pad_id: int, encode: Callable[[Tokens], Tensor],
+                tell: Callable[[str], None] = lambda text: None) -> None:
+    """Encode `own` of the titles, this rank's share of what the store does not hold yet; `tokens` reads some."""
+    pace = Pace("titles", len(own), tell)
     for part in batched(own, SEGMENT):
-        store.append(keys[np.asarray(part)], encode_titles([ids[i] for i in part], pad_id, encode, store.width))
+        store.append(keys[np.asarray(part)], encode_titles(tokens(part), pad_id, encode, store.width, pace))
 
 
-def encode_titles(ids: Sequence[Sequence[int]], pad_id: int, encode: Callable[[Tokens], Tensor],
-                  width: int) -> Tensor:
-    """Text features [len(ids), T] on the CPU, in order; similar lengths go together, so almost nothing is padding."""
+def encode_titles(ids: Sequence[Sequence[int]], pad_id: int, encode: Callable[[Tokens], Tensor], width: int,
+                  pace: Callable[[int], None] = lambda count: None) -> Tensor:
+    """Text features [len(ids), T] on the CPU, in order; like lengths go together, so almost nothing is padding."""
     if not ids:
         return torch.empty(0, width)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    parts = [encode(collate_tokens([ids[i] for i in chunk], pad_id)).cpu() for chunk in batched(order, CHUNK)]
+    bucket = min(max(len(ids) // BUCKETS, 8), TITLES)
+    parts = []
+    for chunk in batched(order, bucket):
+        parts.append(encode(collate_tokens([ids[i] for i in chunk], pad_id)).cpu())
+        pace(len(chunk))
     return torch.cat(parts)[torch.argsort(torch.tensor(order))]
 
 

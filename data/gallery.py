@@ -109,7 +109,7 @@ def open_titles(splits: Mapping[str, Rows], encoders: Encoders, cache: Path) -> 
     missing = np.flatnonzero(store.locate(keys) < 0)
     if len(missing):
         ids = tokenize(encoders.tokenizer, texts, encoders.max_tokens)
-        fill_titles(ids, keys, store, missing, encoders.tokenizer.pad_token_id, encoders.text)
+        fill_titles(lambda some: [ids[i] for i in some], keys, store, missing, encoders.tokenizer.pad_token_id, encoders.text)
     return _gallery(splits, store, keys, first[own])
 
 

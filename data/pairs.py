@@ -6,6 +6,7 @@ Dimension key: D distinct images by content, P distinct titles, V/T image/text f
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +20,13 @@ from torch import Tensor
 from data.album import Album
 from data.batch import Batch, Features, Tokens, UserError, share
 from data.catalogue import Catalogue, Split, catalogue, settle
-from data.cold import SEGMENT, Reader, encode_images, encode_titles, fill_images, fill_titles, streamed_batch
+from data.cold import Reader, encode_images, encode_titles, fill_images, fill_titles, streamed_batch
 from data.decode import tokenize
 from data.features import FeatureStore
 from data.mine import mine
-from data.prefetch import ahead, batched, copied_ahead, slices
+from data.prefetch import ahead, copied_ahead, slices
 from data.resident import Mapped, Resident
+from data.segments import spaces
 from data.source import Rows
 from data.titles import title_keys as keys_of
 from data.titles import title_tokens
@@ -65,11 +67,13 @@ class Pairs:
     batches: Callable[[str, int, int, torch.device], Callable[[int], Iterator[Features] | Iterator[Batch]]]
     # (split, batch size, seed, device) -> first step -> this rank's inputs of every step from there on
     album: Album
+    store: str = ""  # what the cold pass did to the feature store
 
     def describe(self) -> str:
-        """One line: kept rows of each split, dropped rows."""
+        """Kept rows of each split, dropped rows; the feature store, where there is one."""
         kept = ", ".join(f"{name} {len(split):,}" for name, split in self.splits.items())
-        return f"pairs: {kept}; {len(self.ledger):,} rows dropped{' (see ledger.jsonl)' if self.ledger else ''}"
+        dropped = f"{len(self.ledger):,} rows dropped{' (see ledger.jsonl)' if self.ledger else ''}"
+        return f"pairs: {kept}; {dropped}" + (f"\n{self.store}" if self.store else "")
 
 
 def open_pairs(rows: Mapping[str, Rows], lost: Sequence[Mapping[str, Any]], reader: Reader, encoders: Encoders,
@@ -80,7 +84,7 @@ def open_pairs(rows: Mapping[str, Rows], lost: Sequence[Mapping[str, Any]], read
     `lost` are ledger entries of what never became a row. Raises UserError when too many rows are unusable or a split
     ends up empty.
     """
-    found = catalogue(rows)
+    found, began = catalogue(rows), time.monotonic()
     images = FeatureStore(cache / "features" / encoders.image_space, encoders.image_width) if encoders.stored else None
     own = range(*share(len(found.references), team.rank, team.size))
     verdicts = team.exchange(fill_images(found, reader, own, images, encoders.image, tell))
@@ -91,10 +95,8 @@ def open_pairs(rows: Mapping[str, Rows], lost: Sequence[Mapping[str, Any]], read
         # One rank's view of the store is everybody's: another may look when some features are written already.
         missing = team.exchange(np.flatnonzero(titles.locate(title_keys) < 0))[0]
         own = missing[slice(*share(len(missing), team.rank, team.size))]
-        for part in batched(own, SEGMENT):
-            texts = found.titles.take(part).to_pylist()
-            fill_titles(tokenize(encoders.tokenizer, texts, encoders.max_tokens), title_keys[part], titles,
-                        range(len(part)), encoders.tokenizer.pad_token_id, encoders.text)
+        fill_titles(lambda some: tokenize(encoders.tokenizer, found.titles.take(some).to_pylist(), encoders.max_tokens),
+                    title_keys, titles, own, encoders.tokenizer.pad_token_id, encoders.text, tell)
         team.exchange(None)  # every rank has written
         title_table = _table(titles, title_keys)
         if mine_how != "off":
@@ -104,8 +106,10 @@ def open_pairs(rows: Mapping[str, Rows], lost: Sequence[Mapping[str, Any]], read
                 "the base model": encoders.image_space + encoders.text_space}
     album = Album(found, splits, example, reader)
     if images is not None:
-        ready = _residents(splits, _table(images, image_keys), title_table, device)
-        return Pairs(splits, ledger, identity, lambda: ready, partial(_cached, ready, team), album)
+        image_table, seconds = _table(images, image_keys), time.monotonic() - began
+        ready = _residents(splits, image_table, title_table, device)
+        return Pairs(splits, ledger, identity, lambda: ready, partial(_cached, ready, team), album,
+                     _say_store(cache, images, titles, seconds))
     ids = title_tokens(found.titles, encoders.tokenizer, encoders.max_tokens)
     stream = partial(streamed_batch, found=found, example=example, reader=reader, ids=ids,
                      pad_id=encoders.tokenizer.pad_token_id)
@@ -146,6 +150,13 @@ def _table(store: FeatureStore, keys: np.ndarray) -> Mapped:
         raise UserError(f"{(rows < 0).sum():,} features written by other ranks are not in {store.folder}; "
                         "--cache-dir must be one folder that all ranks share")
     return Mapped(store, rows)
+
+
+def _say_store(cache: Path, images: FeatureStore, titles: FeatureStore, seconds: float) -> str:
+    """What was encoded, and how large the store is: the two spaces of this model, and all others."""
+    whole = sum(spaces(cache / "features").values())
+    return (f"features: {images.grown:,} images and {titles.grown:,} titles encoded, {seconds:.1f} s; this model's "
+            f"{(images.nbytes + titles.nbytes) / 1e6:,.1f} MB of {whole / 1e6:,.1f} MB in {cache / 'features'}")
 
 
 def _residents(splits: Mapping[str, Split], image_DV: Tensor | Mapped, title_PT: Tensor | Mapped,

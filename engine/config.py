@@ -96,7 +96,9 @@ class Config:
     allow_host: tuple[str, ...] = setting((), "data", "private hosts that images and shards may be fetched from")
     max_bad: float = setting(0.05, "data", "stop when a larger share of the rows (5% or 0.05) is unusable")
     max_pixels: int = setting(25_000_000, "data", "refuse images with more pixels than this")
+    prune: bool = setting(False, "output", "delete the stored features of all models but --model")
     strict: bool = setting(False, "output", "exit 1 when there are errors")
+    quick: bool = setting(False, "output", "bench: fewer rounds and smaller inputs, under a minute")
     json: bool = setting(False, "output", "print JSON to stdout")
     quiet: bool = setting(False, "output", "say nothing but errors and the final table")
     # Searching.
@@ -106,7 +108,7 @@ class Config:
     top: int = setting(10, "query", "answers to each query")
     html: str = setting("", "output", "write a page with the pictures to this file")
     # Handing on.
-    run: str = setting("", "model", "run folder, or a folder or file with projections.safetensors alone")
+    run: str = setting("", "model", "run folder; export takes projections.safetensors alone, or its folder, too")
     to: str = setting("", "output", "folder to write the Hugging Face model to")
     checkpoint: str = setting("", "model", "checkpoint of --run: last, best or step-N (default: the finished model)")
     dtype: str = setting("fp32", "output", "how weights are stored", ("fp32", "fp16", "bf16"))

@@ -160,7 +160,12 @@ class Parts:
 def open_model(name: str, trainable: Sequence[str], mode: str, scale: float, precision: str,
                device: torch.device) -> Parts:
     """Load a CLIPModel, freeze it by name, put it on the device. Raises UserError for what cannot be."""
-    clip = load_clip(name)
+    return take_apart(load_clip(name), trainable, mode, scale, precision, device)
+
+
+def take_apart(clip: Clip, trainable: Sequence[str], mode: str, scale: float, precision: str,
+               device: torch.device) -> Parts:
+    """The same of a CLIPModel that is loaded already."""
     tuned = freeze(clip.model, trainable)
     cached = pick_mode(mode, tuned)
     return Parts(clip, Towers(clip).to(device), Head(clip, scale).to(device), tuned, cached,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from data.batch import Batch, Features, Tokens, UserError, map_tensors
+from data.batch import Batch, Features, Tokens, UserError
+from engine.frozen import use_quick_gelu
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -152,6 +153,8 @@ class Towers(nn.Module):
         super().__init__()
         self.vision_model: Any = clip.model.vision_model
         self.text_model: Any = clip.model.text_model
+        for tower in (self.vision_model, self.text_model):
+            use_quick_gelu(tower)
         settings = clip.image_processor
         mean = torch.tensor(settings.image_mean if settings.do_normalize else [0.0] * 3)
         std = torch.tensor(settings.image_std if settings.do_normalize else [1.0] * 3)
@@ -179,15 +182,6 @@ class Towers(nn.Module):
             None if batch.negative is None else self.text(batch.negative),
             batch.image_id_B, batch.title_id_B, batch.negative_id_B,
         )
-
-
-def frozen(encode: Callable[[Any], Tensor], device: torch.device, precision: torch.dtype) -> Callable[[Any], Tensor]:
-    """The same function without autograd and in `precision`, its input (a tensor or a tuple of them) moved first."""
-    def call(inputs: Any) -> Tensor:
-        moved = inputs.to(device) if isinstance(inputs, Tensor) else map_tensors(inputs, lambda part: part.to(device))
-        with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision.itemsize < 4):
-            return encode(moved)
-    return call
 
 
 def pick_precision(wanted: str, device: torch.device) -> torch.dtype:

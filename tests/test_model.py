@@ -35,7 +35,8 @@ def stream_step(folder: str, micro_batch: int, rows: int, negatives: bool) -> tu
     ids_BL = torch.randint(0, 500, (rows, 9), generator=generator)
     tokens = Tokens(ids_BL, torch.ones_like(ids_BL))
     batch = Batch(torch.randint(0, 256, (rows, 3, 32, 32), generator=generator).byte(), tokens,
-                  Tokens(ids_BL.flip(0), tokens.mask_BL) if negatives else None, at, at, at + rows if negatives else None)
+                  Tokens(ids_BL.flip(0), tokens.mask_BL) if negatives else None, at, at,
+                  at + rows if negatives else None)
     low, high = share(rows, rank, size)
     inputs, kept = map_tensors(batch, lambda part: part[low:high]), 0
 

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from helpers import on_ranks
 from torch import Tensor
 

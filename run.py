@@ -24,6 +24,7 @@ from engine.config import Config
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from data.cold import Reader
     from data.decode import ImageSpec
@@ -229,6 +230,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
 
     out, begun = open_run(cfg, world)
     parts = open_parts(cfg, world)
+    trained = parts.trained_model(cfg.micro_batch)
     pairs = with_probe(cfg, world, parts, open_data(cfg, world, parts))
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     saved = saver(cfg, world, out, parts, pairs)
@@ -241,13 +243,13 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     show = Show(out, shown_split(pairs.splits), pairs.album.title, pairs.album.picture, resumed=state.step > 0)
     judge = Judge(pairs, parts, plan, state, saved, log, show, world, metrics, base)
     batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
-    model = distribute(parts.trained_model(), world.size)
+    watch, model = watcher(cfg, world, out, pairs, trained), distribute(trained, world.size)
     with closing(log), stop.gracefully(), profiler(cfg.profile, out / "profile", world.rank) as trace:
         evaluate = stop.at_once()(judge)  # what was trained is on the disk by then
         if not state.step or (state.evaluated < state.step and plan.due(state.step, cfg.eval_every)):
             evaluate()  # the base model; or what a signal or a crash has cut off
         fit(model, batches, saved.optimizer, plan, state, world, cfg, parts.precision, log=log, profiler=trace,
-            evaluate=evaluate, checkpoint=saved.save, stop=partial(stop.agreed, world))
+            evaluate=evaluate, checkpoint=saved.save, stop=partial(stop.agreed, world), watch=watch)
         if taken := saved.take_best(state, world.say):
             evaluate(taken)
         if cfg.interpolate and not state.stopped:
@@ -255,6 +257,20 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
             log.curve("interpolation", metrics["interpolation"]["curve"])
             evaluate(taken or state.step)
     return finish(cfg, world, parts, out, metrics, partial(report, out, pairs, show))
+
+
+def watcher(cfg: Config, world: World, out: Path, pairs: Pairs,
+            trained: nn.Module) -> Callable[[int, list[float]], None]:
+    """What ends a run whose gradients stay not finite, and can name the rows to blame."""
+    from data.prefetch import slices
+    from engine.finite import Finite
+
+    def rows(step: int) -> list[int]:
+        train = pairs.splits["train"]
+        return train.row_N[next(slices(len(train), cfg.batch_size, cfg.seed, 0, 1, step)).numpy()].tolist()
+
+    batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
+    return Finite(out, trained, batches, rows, world).watch
 
 
 def report(out: Path, pairs: Pairs, show: Show) -> Path:
@@ -276,7 +292,8 @@ def saver(cfg: Config, world: World, out: Path, parts: Parts, pairs: Pairs) -> S
     rows = len(pairs.splits["train"])
     identity = {**pairs.identity, "the precision": str(parts.precision), "the number of pairs": str(rows)}
     recipe = {key: value for key, value in as_dict(cfg).items() if key not in FREE_ON_RESUME}
-    return Saver(out, parts.trainable, adamw(parts.trainable.values(), cfg.lr, cfg.weight_decay), identity, recipe,
+    optimizer = adamw(parts.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp)
+    return Saver(out, parts.trainable, optimizer, identity, recipe,
                  order_digest(rows, cfg.batch_size, cfg.seed), cfg.keep, cfg.best_metric, cfg.patience, world)
 
 

@@ -337,6 +337,8 @@ def main(arguments: Sequence[str]) -> int:
     from engine.stop import Stop
 
     stop = Stop()  # before torch is loaded, which takes a while
+    from safetensors import SafetensorError  # which stands for what the disk said as well
+
     from data.batch import RunFailed, UserError
     from engine import dist
 
@@ -345,7 +347,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with dist.asking("averaging gradients"):  # what else ranks ask of one another says so itself
             return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout), stop)
-    except (UserError, RunFailed, OSError) as error:  # OSError: a full disk, a folder gone; what was saved is whole
+    except (UserError, RunFailed, OSError, SafetensorError) as error:  # the last two: a full disk, a folder gone
         if int(os.environ.get("RANK", 0)):
             time.sleep(2)  # rank 0 has most likely met the same and says it for all
         mistake = isinstance(error, UserError)

@@ -17,9 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, NoReturn
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 
 from data.batch import RunFailed, UserError
@@ -109,13 +111,13 @@ class World:
             time.sleep(POLL_S)
 
     def on_main(self, action: Callable[[], None]) -> None:
-        """Rank 0 acts while the others wait. Raises RunFailed on every rank when the disk refuses (OSError)."""
+        """Rank 0 acts while the others wait. Raises RunFailed on every rank when the disk refuses."""
         problem = None
         if self.is_main:
             try:
                 action()
-            except OSError as error:
-                problem = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+            except (OSError, SafetensorError) as error:
+                problem = str(error)
         if problem := self.exchange(problem)[0]:
             raise RunFailed(problem)
 
@@ -194,9 +196,38 @@ def init(wanted: str, timeout_s: float) -> World:
     with asking("joining"):
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
         store.set_timeout(timeout)
+        store = dist.PrefixStore(_attempt(store, rank, size, timeout_s), store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(rank, local_rank, size, device, timeout_s, dist.PrefixStore("thumbtune", store))
+
+
+def _attempt(store: dist.Store, rank: int, size: int, timeout_s: float) -> str:
+    """A name for this set of living ranks, the same on all and never used before.
+
+    torchrun keeps one store over its restarts: without a name of their own, ranks read the addresses of the dead ones.
+    So each says a fresh word, and rank 0 repeats to all what it hears until each has heard its own word from it.
+    """
+    word, deadline, late = uuid4().hex, time.monotonic() + timeout_s, list(range(1, size))
+
+    def heard(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    while time.monotonic() < deadline:
+        if rank == 0:
+            store.set("welcome", " ".join([word, *(heard(f"here/{other}") for other in range(1, size))]))
+            late = [other for other in late if heard(f"joined/{other}") != word]
+            if not late:
+                return word
+        else:
+            store.set(f"here/{rank}", word)
+            leader, *others = heard("welcome").split(" ")
+            if word in others:
+                store.set(f"joined/{rank}", leader)
+                return leader
+        time.sleep(POLL_S)
+    who = f"ranks {late} have" if rank == 0 else "rank 0 has"
+    raise RunFailed(f"rank {rank}: {who} not joined within {timeout_s:g} s (--dist-timeout)")
 
 
 def close() -> None:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 ASK_EVERY_S = 1.0  # how often ranks ask one another for signals
 AT_ONCE_S = 5.0  # how long threads at work may hold up an exit that saves nothing
-ORPHAN_S = 3.0  # how long a rank whose launcher is gone may take to save
-WATCH_S = 0.5
+ORPHAN_S = 2.0  # how long a rank whose launcher is gone may take to save
+WATCH_S = 0.25
 
 
 class Stop:

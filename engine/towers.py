@@ -11,9 +11,11 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from data.batch import Batch, Features, Tokens, UserError, map_tensors
@@ -75,6 +77,9 @@ def load_clip(name: str) -> Clip:
             raise UserError(f"--model {name} is a {config.model_type!r} model; thumbtune tunes CLIPModel checkpoints")
         model = CLIPModel.from_pretrained(source, **where, dtype=torch.float32)
         processor = CLIPProcessor.from_pretrained(source, **where)
+    except (UnpicklingError, SafetensorError) as error:
+        raise UserError(f"--model {name}: its weights are damaged, or hold code, which is never run; give them as "
+                        "safetensors") from error
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise UserError(_load_failure(name, error)) from error
     found = re.search(r"/snapshots/([0-9a-f]{40})/", str(cached_file(source, "config.json", **where)))

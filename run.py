@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -329,6 +330,12 @@ def verify_store(cfg: Config, world: World) -> int:
     return int(any(space.damaged for space in found))
 
 
+def heed(thread: threading.ExceptHookArgs) -> None:
+    """Say what ended a thread, but not that a disk refused: TensorBoard's thread hands that on to the main one."""
+    if not isinstance(thread.exc_value, OSError):
+        threading.__excepthook__(thread)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run one command on this rank; the exit code says how it went."""
     command, cfg = parse("run.py", arguments)
@@ -337,6 +344,7 @@ def main(arguments: Sequence[str]) -> int:
     from engine.stop import Stop
 
     stop = Stop()  # before torch is loaded, which takes a while
+    threading.excepthook = heed
     from safetensors import SafetensorError  # which stands for what the disk said as well
 
     from data.batch import RunFailed, UserError
@@ -353,6 +361,8 @@ def main(arguments: Sequence[str]) -> int:
         mistake = isinstance(error, UserError)
         print(f"run.py {command}{'' if mistake else ' failed'}: {error}", file=sys.stderr, flush=True)
         return dist.leave(2 if mistake else 1)
+    except SystemExit as signalled:
+        return dist.leave(int(signalled.code or 0))
     finally:
         dist.close()
 

@@ -238,7 +238,7 @@ def close() -> None:
 
 
 def leave(code: int) -> int:
-    """After a failure: end this process at once if there are other ranks, whose answers would never come."""
+    """After a failure or a signal: end this process at once if there are other ranks, which may never answer."""
     if dist.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from engine.cli import parse
@@ -27,14 +27,22 @@ if TYPE_CHECKING:
 
     from data.cold import Reader
     from data.decode import ImageSpec
+    from data.fetch import FetchPolicy
     from data.pairs import Encoders, Pairs
+    from data.resident import Resident
     from data.source import Rows
     from engine.checkpoint import Saver, State
     from engine.dist import World
+    from engine.log import Log
     from engine.model import Head, Parts
     from engine.stop import Stop
+    from engine.train import Plan
+    from engine.trials import Journal, Tuner
     from engine.verify import Finding
+    from eval.bench import Bench
     from eval.metrics import Retrieval
+    from eval.search import Found
+    from eval.show import Show
 
 
 def open_parts(cfg: Config, world: World) -> Parts:
@@ -46,23 +54,34 @@ def open_parts(cfg: Config, world: World) -> Parts:
     return parts
 
 
-def read_rows(cfg: Config) -> tuple[dict[str, Rows], list[dict[str, Any]]]:
-    """The splits of --dataset, and ledger entries of what shards have lost."""
+def read_rows(cfg: Config, tell: Callable[[str], None] = lambda text: None) -> tuple[
+        dict[str, Rows], list[dict[str, Any]]]:
+    """The splits of --dataset, and ledger entries of what shards have lost; shards at an address are fetched first."""
     from data.source import Columns, load_splits
+
+    def download(pattern: str) -> list[Path]:
+        from data.remote import fetch_shards
+
+        return fetch_shards(pattern, Path(cfg.cache_dir).expanduser() / "shards", fetch_policy(cfg), tell)
 
     columns = Columns(cfg.image_column or None, cfg.title_column or None, cfg.negative_column or None)
     lost: list[dict[str, Any]] = []
-    return load_splits(cfg.dataset, columns, cfg.seed, lost.append), lost
+    return load_splits(cfg.dataset, columns, cfg.seed, lost.append, download), lost
+
+
+def fetch_policy(cfg: Config) -> FetchPolicy:
+    """What may be asked for over the network, and how."""
+    from data.fetch import FetchPolicy
+
+    return FetchPolicy(allow_hosts=cfg.allow_host, variants=cfg.variants)
 
 
 def reader(cfg: Config, spec: ImageSpec) -> Reader:
     """How this run turns an image reference into pixels."""
     from data.cold import Reader
-    from data.fetch import FetchPolicy
 
     folder = Path(cfg.cache_dir).expanduser() / "fetched"
-    policy = FetchPolicy(allow_hosts=cfg.allow_host, variants=cfg.variants)
-    return Reader(folder, spec, policy, cfg.max_pixels, cfg.workers, cfg.retry_failed)
+    return Reader(folder, spec, fetch_policy(cfg), cfg.max_pixels, cfg.workers, cfg.retry_failed)
 
 
 def open_data(cfg: Config, world: World, parts: Parts, only: str = "") -> Pairs:
@@ -71,14 +90,14 @@ def open_data(cfg: Config, world: World, parts: Parts, only: str = "") -> Pairs:
     from data.decode import ImageSpec
     from data.pairs import Team, open_pairs
 
-    (rows, lost), wanted = read_rows(cfg), only or "train"
+    (rows, lost), wanted = read_rows(cfg, world.say), only or "train"
     if wanted not in rows:
         raise UserError(f"--dataset {cfg.dataset} has no split {wanted!r}; it has {', '.join(rows)}")
     spec = ImageSpec.from_processor(parts.clip.image_processor)
     team, cache = Team(world.rank, world.size, world.meet), Path(cfg.cache_dir).expanduser()
     pairs = open_pairs({only: rows[only]} if only else rows, lost, reader(cfg, spec),
                        encoders(parts, spec.fingerprint(), world.device), team, cache, cfg.max_bad,
-                       cfg.mine_negatives, world.device, world.say)
+                       cfg.mine_negatives, world.device, world.live)
     world.say(pairs.describe())
     return pairs
 
@@ -87,69 +106,163 @@ def encoders(parts: Parts, image_preprocessing: str, device: torch.device) -> En
     """Lend the towers to the data room: without autograd, in the run's precision, named by what they are."""
     from data.decode import tokenizer_fingerprint
     from data.pairs import Encoders
-    from engine.towers import fingerprint, frozen
+    from engine.frozen import Frozen
+    from engine.towers import fingerprint
 
     towers, clip = parts.towers, parts.clip
     title_preprocessing = tokenizer_fingerprint(clip.tokenizer, clip.max_tokens)
     return Encoders(
-        image=frozen(towers.image, device, parts.precision), image_width=clip.config.vision_config.hidden_size,
-        text=frozen(towers.text, device, parts.precision), text_width=clip.config.text_config.hidden_size,
+        image=Frozen(towers.image, device, parts.precision), image_width=clip.config.vision_config.hidden_size,
+        text=Frozen(towers.text, device, parts.precision), text_width=clip.config.text_config.hidden_size,
         image_space=fingerprint(towers.vision_model, image_preprocessing, parts.precision),
         text_space=fingerprint(towers.text_model, title_preprocessing, parts.precision),
         stored=parts.cached, tokenizer=clip.tokenizer, max_tokens=clip.max_tokens)
 
 
-def measure(pairs: Pairs, head: Head, names: Sequence[str]) -> dict[str, Retrieval]:
-    """Ranks and triplets of the named splits with the head as it is now."""
-    import torch
+def measure(residents: Mapping[str, Resident], head: Head, names: Sequence[str],
+            world: World | None = None) -> dict[str, Retrieval]:
+    """Ranks and triplets of the named splits with the head as it is now; all ranks of a `world` share the work."""
+    return {name: measure_rows(head, split, world) for name, split in residents.items() if name in names}
 
+
+def measure_rows(head: Head, split: Resident, world: World | None = None) -> Retrieval:
+    """Ranks and triplets of some rows."""
     from eval.retrieval import measure_split
 
-    residents = {name: split for name, split in pairs.residents().items() if name in names}
-    return {name: measure_split(head.image, head.text, split.features(torch.arange(len(split))), split.image_row_N)
-            for name, split in residents.items()}
+    team = ((world.rank, world.size), world.sum) if world else ()
+    return measure_split(head.image, head.text, split.features(split.rows()), split.image_row_N, *team)
+
+
+def with_probe(cfg: Config, world: World, parts: Parts, pairs: Pairs) -> Pairs:
+    """The pairs, and the test split of --probe beside them as a split of its own, only ever measured."""
+    if not cfg.probe:
+        return pairs
+    other = replace(cfg, dataset=cfg.probe, image_column="", title_column="", negative_column="", mine_negatives="off")
+    probe = open_data(other, world, parts, only="test")
+    return replace(
+        pairs, splits={**pairs.splits, "probe": probe.splits["test"]},
+        ledger=[*pairs.ledger, *({**entry, "split": "probe"} for entry in probe.ledger)],
+        residents=lambda: {**pairs.residents(), "probe": probe.residents()["test"]})
+
+
+def interpolated(cfg: Config, world: World, parts: Parts, pairs: Pairs,
+                 base: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Leave the parameters between base and tuned as --interpolate says; how valid (else train) and probe take it."""
+    from engine.interpolate import interpolate
+
+    watched = ["valid" if "valid" in pairs.splits else "train", *({"probe"} & set(pairs.splits))]
+
+    def score() -> dict[str, dict[str, float]]:
+        found = measure(pairs.residents(), parts.head, watched, world)
+        return {name: found[name].values() for name in watched}
+
+    return interpolate(parts.trainable, base, cfg.interpolate, score, cfg.best_metric)
+
+
+def open_run(cfg: Config, world: World) -> tuple[Path, bool]:
+    """The run folder and whether it holds a run to go on with; first of all, whether the hub would take the model."""
+    from engine.folder import open_folder
+    from engine.hub import check_push
+
+    if cfg.push_to_hub and world.is_main:
+        check_push(cfg.push_to_hub, world.say)
+    return open_folder(cfg, world)
+
+
+@dataclass
+class Judge:
+    """Measures the head and tells all who want to know: at both ends everything, between them only what is watched."""
+
+    pairs: Pairs
+    parts: Parts
+    plan: Plan
+    state: State
+    saved: Saver
+    log: Log
+    show: Show
+    world: World
+    metrics: dict[str, Any]  # what metrics.json holds
+    base: Mapping[str, Retrieval]  # row by row, of the model that the run began with
+
+    def __call__(self, taken: int = 0) -> None:
+        """`taken` is the step whose weights have been put in place of the last ones, if any have."""
+        step, names = self.state.step, list(self.pairs.splits)
+        ends = bool(taken) or step in (0, self.plan.steps)
+        residents = self.pairs.residents()
+        watched = [name for name in names if ends or name in ("train", "valid")]
+        found = measure(residents, self.parts.head, watched, self.world)
+        scores = {name: one.summarise() if ends else one.values() for name, one in found.items()}
+        self.log.metrics(scores, taken or step)
+        self.saved.note(self.state, scores)
+        if ends:
+            self._keep(found, scores, residents[self.show.split])
+
+    def _keep(self, found: Mapping[str, Retrieval], scores: dict[str, Any], shown: Resident) -> None:
+        """What the run folder says of one end."""
+        from engine import folder
+        from eval.answers import embed
+        from eval.retrieval import differences
+
+        when = "tuned" if self.state.step else "base"
+        self.metrics[when] = scores
+        if when == "tuned":
+            self.metrics["difference"] = differences(self.base, found)
+        else:
+            self.base = found
+        folder.write_metrics(self.saved.run, self.metrics, self.world)
+        if self.world.is_main:
+            head = self.parts.head
+            space = embed(head.image, head.text, shown.features(shown.rows()), shown.image_row_N)
+            self.show.look(when, space, self.log.board, self.state.step)
 
 
 def train(cfg: Config, world: World, stop: Stop) -> int:
     """Base metrics, the loop, tuned metrics, the exported model."""
     from engine import checkpoint, folder
+    from engine.board import Drift, comparable
+    from engine.interpolate import snapshot
     from engine.log import Log
     from engine.model import distribute
     from engine.profiler import profiler
     from engine.train import Plan, fit
+    from eval.show import Show, shown_split
 
-    out, begun = folder.open_folder(cfg, world)
+    out, begun = open_run(cfg, world)
     parts = open_parts(cfg, world)
-    pairs = open_data(cfg, world, parts)
+    pairs = with_probe(cfg, world, parts, open_data(cfg, world, parts))
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     saved = saver(cfg, world, out, parts, pairs)
+    start, drift = snapshot(parts.trainable) if cfg.interpolate else {}, Drift(parts.trainable)
+    base = measure(pairs.residents(), parts.head, list(pairs.splits), world) if begun else {}  # not yet tuned
     state = saved.resume(world.say) if begun else checkpoint.State()
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
-    log = Log(out, world, plan.steps_per_epoch, state.step)
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
-
-    @stop.at_once()  # what was trained is on the disk by then
-    def evaluate(taken: int = 0) -> None:  # the step whose weights have been taken back, if any have
-        ends = bool(taken) or state.step in (0, plan.steps)  # between the ends, only what is watched
-        names = [name for name in pairs.splits if ends or name in ("train", "valid")]
-        found = measure(pairs, parts.head, names)
-        scores = {name: one.summarise() if ends else one.values() for name, one in found.items()}
-        log.metrics(scores, taken or state.step)
-        saved.note(state, scores)
-        if ends:
-            metrics["tuned" if state.step else "base"] = scores
-            folder.write_metrics(out, metrics, world)
-
+    log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, comparable(cfg), metrics.get("base"))
+    show = Show(out, shown_split(pairs.splits), pairs.album.title, pairs.album.picture, resumed=state.step > 0)
+    judge = Judge(pairs, parts, plan, state, saved, log, show, world, metrics, base)
     batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
     model = distribute(parts.trained_model(), world.size)
     with closing(log), stop.gracefully(), profiler(cfg.profile, out / "profile", world.rank) as trace:
+        evaluate = stop.at_once()(judge)  # what was trained is on the disk by then
         if not state.step or (state.evaluated < state.step and plan.due(state.step, cfg.eval_every)):
             evaluate()  # the base model; or what a signal or a crash has cut off
         fit(model, batches, saved.optimizer, plan, state, world, cfg, parts.precision, log=log, profiler=trace,
             evaluate=evaluate, checkpoint=saved.save, stop=partial(stop.agreed, world))
         if taken := saved.take_best(state, world.say):
             evaluate(taken)
-    return finish(cfg, world, parts, out, metrics)
+        if cfg.interpolate and not state.stopped:
+            metrics["interpolation"] = interpolated(cfg, world, parts, pairs, start)
+            log.curve("interpolation", metrics["interpolation"]["curve"])
+            evaluate(taken or state.step)
+    return finish(cfg, world, parts, out, metrics, partial(report, out, pairs, show))
+
+
+def report(out: Path, pairs: Pairs, show: Show) -> Path:
+    """The before/after page of a run."""
+    from eval.report import write_report
+
+    sizes = {name: len(split) for name, split in pairs.splits.items()}
+    return write_report(out, show.split, sizes, show.answers, show.title, show.picture)
 
 
 def saver(cfg: Config, world: World, out: Path, parts: Parts, pairs: Pairs) -> Saver:
@@ -167,17 +280,25 @@ def saver(cfg: Config, world: World, out: Path, parts: Parts, pairs: Pairs) -> S
                  order_digest(rows, cfg.batch_size, cfg.seed), cfg.keep, cfg.best_metric, cfg.patience, world)
 
 
-def finish(cfg: Config, world: World, parts: Parts, out: Path, metrics: dict[str, Any]) -> int:
-    """What a finished run leaves behind: the model folder, the table, and the digests of it all."""
+def finish(cfg: Config, world: World, parts: Parts, out: Path, metrics: dict[str, Any],
+           write_page: Callable[[], Path] | None = None) -> int:
+    """What a finished run leaves behind: the model folder, the page, the table, the digests of it all."""
     from engine import folder
-    from engine.export import export
+    from engine.export import Origin, Tuned, export
+    from engine.hub import push, push_command
     from eval.report import table
 
     if world.is_main:
-        export(parts.clip, out / "model", cfg, table(metrics), parts.trainable)
+        tuned = Tuned(parts.trainable, Origin.of(cfg, parts.clip, parts.trainable, metrics))
+        export(parts.clip, out / "model", tuned, table(metrics), cfg.license)
+        page = f"report      {write_page()}\n" if write_page else ""
         folder.seal(out)
         print(table(metrics), flush=True)
-        world.say(f"run folder {out}  model {out / 'model'}  (tensorboard --logdir {out.parent})")
+        world.say(f"run folder  {out}\nmodel       {out / 'model'}\n{page}"
+                  f"TensorBoard tensorboard --logdir {out.parent}")
+        if cfg.push_to_hub:
+            later = push_command(cfg, str(out), ["push_to_hub", "private"])
+            world.say(f"pushed to {push(out / 'model', cfg.push_to_hub, cfg.private, cfg.license, later)}")
     return 0
 
 
@@ -193,6 +314,69 @@ def demo(cfg: Config, world: World, stop: Stop) -> int:
     return train(replace(cfg, dataset=str(folder)), world, stop)
 
 
+def sweep(cfg: Config, world: World, stop: Stop) -> int:
+    """Try settings by cross-validation over all rows but test's; retrain the best on them, and test that once."""
+    from data.batch import UserError
+    from data.folds import folds, in_order, join
+    from engine import folder
+    from engine.sweep import configurations, named
+    from engine.train import Plan
+    from engine.trials import REPEAT, Journal, Run, Tuner
+    from eval.leaderboard import judge
+
+    tried = configurations(cfg)
+    out, begun = open_run(cfg, world)
+    parts = open_parts(cfg, world)
+    if not parts.cached:
+        raise UserError("sweep trains from stored features: only projections and logit_scale can be --trainable")
+    pairs = open_data(cfg, world, parts)
+    rows = join([split for name, split in pairs.residents().items() if name in ("train", "valid")])
+    runs = [Run(seed, *fold) for seed in range(cfg.seed, cfg.seed + cfg.seeds * REPEAT, REPEAT)
+            for fold in folds(rows, cfg.folds, seed)]
+    for settings in tried:  # a batch too large for a fold is better said now
+        Plan(min(len(run.train) for run in runs), replace(cfg, **settings).batch_size, 1)
+    folder.begin(out, cfg, world, parts.precision, pairs.ledger)
+    journal = Journal(out, world, pairs.identity, cfg.best_metric, begun)
+    todo = [settings for settings in tried if not journal.known(settings)]
+    tuner = Tuner(parts, in_order)
+    held_out = lambda rows: measure_rows(parts.head, rows).cpu()
+    base, began = tuner.cross_validate(None, runs, held_out, world), time.monotonic()
+    with stop.gracefully():
+        for done, settings in enumerate(todo, start=1):
+            found = tuner.cross_validate(replace(cfg, **settings), runs, held_out, world)
+            score = journal.add(settings, judge(found, base, len(rows), cfg.best_metric))
+            speed = done * len(runs) / (time.monotonic() - began) * 60
+            world.say(f"{done}/{len(todo)}  {cfg.best_metric} {score:.4f}  ({named(settings)})  {speed:,.0f} runs/min")
+            if stop.agreed(world, done):
+                break  # every finished configuration is in the journal
+    return conclude(cfg, world, tuner, pairs, rows, journal, out)
+
+
+def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Resident, journal: Journal,
+             out: Path) -> int:
+    """Retrain the winner on all rows but test's, measure it there once; leaderboard, recipe and model."""
+    from engine import folder
+    from engine.sweep import named
+    from eval.leaderboard import leaderboard
+    from eval.retrieval import differences
+
+    lines = journal.ranked()
+    best = replace(cfg, **lines[0]["settings"])
+    tuner.reset()
+    before = measure(pairs.residents(), tuner.parts.head, ["test"])
+    tuner.tune(best, rows)
+    after = measure(pairs.residents(), tuner.parts.head, ["test"])
+    metrics: dict[str, Any] = {when: {name: one.summarise() for name, one in found.items()}
+                               for when, found in (("base", before), ("tuned", after))}
+    metrics["difference"] = differences(before, after)
+    folder.write_metrics(out, metrics, world)
+    if world.is_main:
+        journal.conclude(out, cfg)
+        print(leaderboard(lines[:10], [named(line["settings"]) for line in lines[:10]], cfg.best_metric), end="\n\n")
+        world.say(f"winner: {named(lines[0]['settings'])}  (run.py --config {out / 'recipe.toml'})")
+    return finish(best, world, tuner.parts, out, metrics)
+
+
 def evaluate(cfg: Config, world: World, stop: Stop) -> int:
     """The metrics alone, for any CLIPModel."""
     from engine import folder
@@ -200,7 +384,7 @@ def evaluate(cfg: Config, world: World, stop: Stop) -> int:
 
     parts = open_parts(cfg, world)
     pairs = open_data(cfg, world, parts, only=cfg.split)
-    scores = {cfg.split: measure(pairs, parts.head, [cfg.split])[cfg.split].summarise()}
+    scores = {cfg.split: measure(pairs.residents(), parts.head, [cfg.split], world)[cfg.split].summarise()}
     if world.is_main:
         world.say(table({parts.clip.name: scores}))
         print(json.dumps(scores, indent=2))
@@ -222,7 +406,7 @@ def shards(cfg: Config, world: World, stop: Stop) -> int:
         return 0
     if not cfg.out:
         raise UserError("shards needs a folder to write to: --out DIR")
-    (rows, lost), out = read_rows(cfg), Path(cfg.out).expanduser()
+    (rows, lost), out = read_rows(cfg, world.say), Path(cfg.out).expanduser()
     ledger = lost + pack(rows, reader(cfg, ImageSpec.clip()), out, cfg.resize, world.say)
     folder.write_ledger(out / "ledger.jsonl", ledger)
     refuse_if_too_bad(sum(map(len, rows.values())) + len(lost), ledger, cfg.max_bad)
@@ -237,10 +421,103 @@ def check(cfg: Config, world: World, stop: Stop) -> int:
 
     if not world.is_main:
         return 0
-    rows, lost = read_rows(cfg)
+    rows, lost = read_rows(cfg, world.say)
     findings = look_over(rows, reader(cfg, ImageSpec.clip()), world.say, lost)
     print(json.dumps(as_json(findings, rows), indent=2) if cfg.json else table(findings, rows))
     return int(cfg.strict and any(finding.severity == "error" for finding in findings))
+
+
+def search(cfg: Config, world: World, stop: Stop) -> int:
+    """The best thumbnails for titles, or the best titles for a picture: one process, from stored features."""
+    from data import gallery
+    from data.batch import UserError
+    from eval.search import as_json, as_text
+
+    if not world.is_main:
+        return 0
+    titles = gallery.read_queries(cfg.query, cfg.queries, cfg.image)
+    if cfg.html and Path(cfg.html).expanduser().is_dir():
+        raise UserError(f"--html {cfg.html} is a folder; give a file, such as {cfg.html}/search.html")
+    splits, results, look = find(cfg, world, titles)
+    if cfg.html:
+        write_pictures(cfg, splits, results, look)
+    text = json.dumps(as_json(results), indent=2) if cfg.json else as_text(results, os.path.abspath(cfg.dataset))
+    print(text, flush=True)
+    return 0
+
+
+def find(cfg: Config, world: World, titles: Sequence[str]) -> tuple[dict[str, Rows], list[Found], Reader]:
+    """Answers to `titles`, or to --image where there are none."""
+    import torch
+
+    from data import gallery
+    from data.decode import ImageSpec
+    from engine.model import open_model
+    from eval.search import found, top_k
+
+    splits = gallery.choose(read_rows(cfg)[0], cfg.split, cfg.dataset)
+    parts = open_model(cfg.model, cfg.trainable, "cached", cfg.scale, cfg.precision, world.device)
+    spec, cache, head = ImageSpec.from_processor(parts.clip.image_processor), Path(cfg.cache_dir), parts.head
+    look, towers = reader(cfg, spec), encoders(parts, spec.fingerprint(), world.device)
+    with torch.no_grad():
+        if titles:
+            asked = head.text(gallery.title_features(titles, towers).to(world.device))
+            shelf, project = gallery.open_images(splits, look, towers, cache.expanduser(), world.say), head.image
+        else:
+            asked = head.image(gallery.image_features(cfg.image, look, towers).to(world.device))
+            shelf, project = gallery.open_titles(splits, towers, cache.expanduser()), head.text
+        best = top_k(asked, lambda start, stop: project(shelf.chunk(start, stop).to(world.device)), len(shelf), cfg.top)
+    return splits, found(titles, cfg.image, *best, shelf.item), look
+
+
+def write_pictures(cfg: Config, splits: dict[str, Rows], results: Sequence[Found], look: Reader) -> None:
+    """The page of --html."""
+    from data.gallery import pictures
+    from engine import folder
+    from eval.search_page import page
+
+    shown = {(answer.split, answer.row) for one in results for answer in one.answers}
+    previews = pictures(((place, splits[place[0]].image[place[1]].as_py()) for place in shown), look)
+    if cfg.image:
+        previews |= pictures([(cfg.image, {"bytes": None, "path": cfg.image})], look)
+    folder.write_text(Path(cfg.html).expanduser(), page(f"Search in {cfg.dataset}", results, previews))
+
+
+def export(cfg: Config, world: World, stop: Stop) -> int:
+    """A run, or its projections alone, as a Hugging Face folder, and to the hub: one process."""
+    from data.batch import UserError
+    from engine.export import finished_folder, new_folder
+    from engine.hub import check_push, push, push_command
+
+    if not world.is_main:
+        return 0
+    if not cfg.run or not (cfg.to or cfg.push_to_hub):
+        raise UserError("export what and where? --run DIR, and --to DIR or --push-to-hub NAME or both")
+    if cfg.push_to_hub:
+        check_push(cfg.push_to_hub, world.say)
+    with TemporaryDirectory() as scratch:
+        ready = None if cfg.to or cfg.checkpoint or cfg.model or cfg.dtype != "fp32" else finished_folder(cfg.run)
+        folder = ready or (new_folder(cfg.to) if cfg.to else Path(scratch) / "model")
+        if ready is None:
+            rebuild(cfg, folder)
+            world.say(f"model {folder}")
+        if cfg.push_to_hub:
+            later = push_command(cfg, cfg.run, ["push_to_hub", "private", "checkpoint", "model", "dtype", "license"])
+            world.say(f"pushed to {push(folder, cfg.push_to_hub, cfg.private, cfg.license, later)}")
+    return 0
+
+
+def rebuild(cfg: Config, folder: Path) -> None:
+    """Put what --run has trained back on its base model; the whole Hugging Face folder."""
+    from engine.export import export, read_tuned, restore
+    from engine.towers import load_clip
+    from eval.report import table
+
+    tuned = read_tuned(cfg.run, cfg.checkpoint)
+    clip = load_clip(cfg.model or tuned.origin.base, None if cfg.model else tuned.origin.commit or None)
+    restore(clip, tuned)
+    metrics = tuned.origin.metrics
+    export(clip, folder, tuned, table(metrics) if metrics else "", cfg.license, cfg.dtype)
 
 
 def verify(cfg: Config, world: World, stop: Stop) -> int:
@@ -290,8 +567,9 @@ def retrace(cfg: Config, world: World, run: Path, whole: Sequence[Path]) -> list
         return findings
     tuned = replace(cfg, model=str(run / "model"))
     parts = open_parts(tuned, world)
-    found = {name: one.summarise() for name, one in
-             measure(open_data(tuned, world, parts), parts.head, list(metrics.get("tuned", {}))).items()}
+    again_found = measure(with_probe(tuned, world, parts, open_data(tuned, world, parts)).residents(), parts.head,
+                          list(metrics.get("tuned", {})))
+    found = {name: one.summarise() for name, one in again_found.items()}
     return [*findings, again.metrics(found, metrics.get("tuned", {}), again.same_machine(run, world))]
 
 
@@ -330,10 +608,79 @@ def verify_store(cfg: Config, world: World) -> int:
     return int(any(space.damaged for space in found))
 
 
-def heed(thread: threading.ExceptHookArgs) -> None:
-    """Say what ended a thread, but not that a disk refused: TensorBoard's thread hands that on to the main one."""
-    if not isinstance(thread.exc_value, OSError):
-        threading.__excepthook__(thread)
+def bench(cfg: Config, world: World, stop: Stop) -> int:
+    """What this machine can do, and how near we are to it: one process, on inputs of its own making."""
+    import torch
+
+    from eval.bench import Bench, versions
+
+    if not world.is_main:
+        return 0
+    figures, threads = Bench(cfg.quick, world.say), torch.get_num_threads()
+    torch.set_num_threads(1)
+    world.say(versions())
+    try:
+        with TemporaryDirectory(prefix="thumbtune-bench-") as scratch:
+            bench_rooms(figures, Path(scratch))
+            bench_device(figures, Path(scratch))
+    finally:
+        torch.set_num_threads(threads)
+    print(json.dumps({"machine": versions(), "figures": figures.as_json()}, indent=2) if cfg.json
+          else f"{versions()}\n\n{figures.table()}")
+    return 0
+
+
+def bench_rooms(figures: Bench, scratch: Path) -> None:
+    """Every figure that needs no GPU, cheap ones first; ViT-B/32's shape with random weights."""
+    import torch
+
+    from data import bench as data_bench
+    from data import bench_store
+    from engine import bench as engine_bench
+    from engine.model import open_model
+    from eval.bench import measure_recall
+    from eval.bench_jobs import measure_help, measure_ranks, measure_reference_job
+
+    quick, race, note, cpu = figures.quick, figures.race, figures.note, torch.device("cpu")
+    model, widths = scratch / "model", (768, 512)
+    measure_help(figures)
+    engine_bench.new_model(model, "ViT-B/32")
+    parts = open_model(str(model), ("projection",), "auto", 20.0, "fp32", cpu)
+    lent, tokenizer = encoders(parts, "", cpu), parts.clip.tokenizer
+    engine_bench.measure_image_tower(race, parts, lent.image)
+    tokens = bench_store.measure_titles(race, note, lent.text, widths[1], tokenizer, 64 if quick else 512)
+    for batch, goal in ((32, ">= 1200"), (256, ">= 2000")):
+        rows = 50 * batch
+        warm = bench_store.warm_batches(rows, widths, batch)
+        engine_bench.measure_warm_epoch(race, parts, warm, rows, tokens, batch, goal, scratch)
+    figures.fold("P5", data_bench.measure_decode(quick), "ours", "transformers",
+                 {"decode 1280": ">= 2.7", "decode 480": ">= 1.7"})
+    bench_store.measure_cold(race, lent, scratch / "cold", 16 if quick else 64)
+    measure_recall(figures)
+    engine_bench.measure_loss(race, note, 2048 if quick else 8192)
+    bench_store.measure_store(race, note, scratch / "store", 50_000 if quick else 1_000_000, widths)
+    figures.fold("P10", data_bench.measure_fetch(quick), "ours", "one by one", {"fetch": ">= 40"})
+    figures.fold("shards", data_bench.measure_shards(quick), "ours", "webdataset", {})
+    bench_store.write_pairs(scratch / "76", {"train": 53, "valid": 11, "test": 12})
+    measure_reference_job(figures, model, scratch / "76", scratch)
+    bench_store.write_pairs(scratch / "ranks", {"train": 128}, negatives=False)
+    measure_ranks(figures, model, scratch / "ranks", scratch)
+
+
+def bench_device(figures: Bench, scratch: Path) -> None:
+    """The figures of a GPU, where there is one."""
+    import torch
+
+    from data.bench_store import warm_batches
+    from engine.bench_gpu import measure_gpu
+    from eval.bench import measure_recall_on
+
+    if not torch.cuda.is_available():
+        figures.note("GPU", "tower MFU, warm epoch of 1M pairs, Recall 1M x 1M, no sync in a step", "not measured",
+                     "no CUDA device")
+        return
+    measure_gpu(figures.note, warm_batches, torch.device("cuda"), scratch, figures.quick)
+    measure_recall_on(figures, torch.device("cuda"))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -344,17 +691,16 @@ def main(arguments: Sequence[str]) -> int:
     from engine.stop import Stop
 
     stop = Stop()  # before torch is loaded, which takes a while
-    threading.excepthook = heed
     from safetensors import SafetensorError  # which stands for what the disk said as well
 
     from data.batch import RunFailed, UserError
     from engine import dist
 
-    functions = {"train": train, "demo": demo, "eval": evaluate, "shards": shards, "check": check,
-                 "verify": verify}
+    functions = {"train": train, "demo": demo, "eval": evaluate, "shards": shards, "check": check, "search": search,
+                 "export": export, "sweep": sweep, "verify": verify, "bench": bench}
     try:
         with dist.asking("averaging gradients"):  # what else ranks ask of one another says so itself
-            return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout), stop)
+            return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout, cfg.quiet), stop)
     except (UserError, RunFailed, OSError, SafetensorError) as error:  # the last two: a full disk, a folder gone
         if int(os.environ.get("RANK", 0)):
             time.sleep(2)  # rank 0 has most likely met the same and says it for all

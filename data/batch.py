@@ -43,16 +43,18 @@ class Batch(NamedTuple):
     pixels_BCSS: Tensor
     title: Tokens
     negative: Tokens | None
+    image_id_B: Tensor
     title_id_B: Tensor
     negative_id_B: Tensor | None
 
 
 class Features(NamedTuple):
-    """Pooled tower outputs before projection; `*_id_B` are int64 identities: equal id means identical title."""
+    """Pooled tower outputs before projection; equal int64 `*_id_B` mean identical bytes or title, -1 no negative."""
 
     image_BV: Tensor
     title_BT: Tensor
     negative_BT: Tensor | None
+    image_id_B: Tensor
     title_id_B: Tensor
     negative_id_B: Tensor | None
 

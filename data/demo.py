@@ -137,6 +137,11 @@ def _rows(rng: random.Random, split: str, count: int, templates: tuple[str, ...]
         yield scene, title
 
 
+def some_titles(count: int, seed: int = 0) -> list[str]:
+    """Titles as the demo has them, a few of them repeated, of scenes that nobody draws."""
+    return [title.text for _, title in _rows(random.Random(seed), "train", count, TITLES, set())]
+
+
 def _title(rng: random.Random, scene: Scene, templates: tuple[str, ...], slang: float) -> Title:
     """Fill a template that fits the scene; each word is the plain one, or with the chance `slang` any of its kind."""
     slots: list[str] = []

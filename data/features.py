@@ -36,10 +36,16 @@ class FeatureStore:
         self._index: list[tuple[np.ndarray, np.ndarray]] = []  # sorted keys and their rows, each part half of the last
         remove_stale(self.folder)
         self.refresh()
+        self._opened_with = len(self)
 
     def __len__(self) -> int:
         """Rows held; content that several ranks wrote counts as often as it was written."""
         return sum(len(segment.keys) for segment in self._live())
+
+    @property
+    def grown(self) -> int:
+        """Rows more than when it was opened, whoever wrote them."""
+        return len(self) - self._opened_with
 
     @property
     def nbytes(self) -> int:

@@ -12,7 +12,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ import aiohttp
 from yarl import URL
 
 from data.batch import BadSample, UserError
-from data.guard import BadStatus, get, named, open_session, variants_of, web_url
+from data.guard import BadStatus, Sessions, get, named, variants_of, web_url
 
 BACKOFF = 0.5  # seconds before the second try; doubled for each further one, times a random 0.5 to 1.5
 STALE = 60.0  # seconds after which a file in `partial/` (written in milliseconds) is one of a killed run
@@ -59,7 +59,7 @@ class Fetched(NamedTuple):
     detail: str
 
 
-def fetch(urls: Iterable[str], folder: Path, policy: FetchPolicy, retry_failed: bool = False) -> Iterator[Fetched]:
+def fetch(urls: Iterable[str], folder: Path, policy: FetchPolicy, retry_failed: bool = False) -> Generator[Fetched]:
     """Yield one `Fetched` for every URL given, as they finish; equal URLs are requested once.
 
     What lies in `folder`, or failed for good under the same limits, is answered without a request (`retry_failed` asks
@@ -90,6 +90,12 @@ def fetch(urls: Iterable[str], folder: Path, policy: FetchPolicy, retry_failed: 
             yield from land()
 
 
+def pause_before(tried: int, bad: BadSample, policy: FetchPolicy) -> float:
+    """Seconds to wait after failure number `tried` (from 0): what a server asks for, and jitter."""
+    pause = BACKOFF * 2**tried * random.uniform(0.5, 1.5) + (bad.wait if isinstance(bad, BadStatus) else 0.0)
+    return min(pause, policy.timeout)
+
+
 def cached_path(url: str, folder: Path) -> Path:
     """Where the bytes of `url` lie once they are fetched: `folder/xx/SHA256`."""
     digest = hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()
@@ -104,7 +110,7 @@ class _Notebook:
         self.failed: dict[str, Fetched] = {}
         # Under another limit the verdict may be another, so it counts only under the limits it was given under.
         self.limits = f"{policy.max_bytes} bytes, {policy.redirects} redirects, variants {policy.variants}"
-        with _on_disk(folder):
+        with on_disk(folder):
             (folder / "partial").mkdir(parents=True, exist_ok=True)
             for part in (folder / "partial").iterdir():
                 with suppress(FileNotFoundError):  # another run's, finished meanwhile
@@ -134,12 +140,13 @@ class _Notebook:
             self.failed[fetched.url] = fetched
         if fetched.reason and FINAL.fullmatch(fetched.reason) and not PASSING.fullmatch(fetched.reason):
             row = {"url": fetched.url, "reason": fetched.reason, "detail": fetched.detail, "limits": self.limits}
-            with _on_disk(self.folder):
+            with on_disk(self.folder):
                 self.file.write(json.dumps(row).encode() + b"\n")
 
 
 @contextmanager
-def _on_disk(folder: Path) -> Iterator[None]:
+def on_disk(folder: Path) -> Iterator[None]:
+    """Raises UserError for what a disk refuses."""
     try:
         yield
     except OSError as error:
@@ -158,7 +165,7 @@ def _network(folder: Path, policy: FetchPolicy) -> Iterator[Callable[[str], Futu
         return asyncio.run_coroutine_threadsafe(work, loop)
 
     client = _Client(folder, policy)
-    run(client.open()).result()
+    run(client.sessions.__aenter__()).result()
     try:
         yield lambda url: run(client.obtain(url))
     finally:
@@ -175,18 +182,14 @@ class _Client:
         self.folder, self.policy = folder, policy
         self.slots = asyncio.Semaphore(policy.connections)
         self.gates: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # by host, while in use
-        self.names = {name.lower().strip("[]") for name in policy.allow_hosts}
-
-    async def open(self) -> None:
-        self.guarded, self.unguarded = open_session(guarded=True), open_session(guarded=False)
+        self.sessions = Sessions(policy.allow_hosts)
 
     async def close(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self.guarded.close()
-        await self.unguarded.close()
+        await self.sessions.__aexit__()
 
     async def obtain(self, url: str) -> Fetched:
         """Fetch a URL into its place in the cache."""
@@ -195,7 +198,7 @@ class _Client:
         except BadSample as bad:
             return Fetched(url, None, bad.reason, bad.detail)
         path, part = cached_path(url, self.folder), self.folder / "partial" / uuid4().hex
-        with _on_disk(self.folder):
+        with on_disk(self.folder):
             path.parent.mkdir(exist_ok=True)
             try:
                 part.write_bytes(body)
@@ -224,10 +227,8 @@ class _Client:
             except BadSample as bad:
                 if tried == self.policy.retries or not PASSING.fullmatch(bad.reason):
                     raise
-                pause = BACKOFF * 2**tried * random.uniform(0.5, 1.5)
-                pause += bad.wait if isinstance(bad, BadStatus) else 0.0
+                await asyncio.sleep(pause_before(tried, bad, self.policy))
             tried += 1
-            await asyncio.sleep(min(pause, self.policy.timeout))
 
     async def _follow(self, url: URL) -> bytes:
         """One try, over all its hops; the time waited for a free connection is not counted."""
@@ -235,12 +236,11 @@ class _Client:
         for _ in range(self.policy.redirects + 1):
             host = url.host or ""
             gate = self.gates.setdefault(host, asyncio.Semaphore(self.policy.per_host))
-            session = self.unguarded if host in self.names else self.guarded
             async with gate, self.slots:
                 began = time.monotonic()
                 try:
                     async with asyncio.timeout(left):
-                        answer = await get(session, url, self.policy.max_bytes)
+                        answer = await get(self.sessions.of(url), url, self.policy.max_bytes)
                 except (aiohttp.ClientError, OSError, ValueError) as error:
                     raise named(error) from error
                 left -= time.monotonic() - began

@@ -8,6 +8,7 @@ import re
 import socket
 import time
 import zlib
+from collections.abc import Iterable
 from email.utils import parsedate_to_datetime
 from io import BytesIO
 from typing import Any
@@ -73,7 +74,26 @@ def _public_socket(info: tuple[Any, ...]) -> socket.socket:
     return socket.socket(family, kind, protocol)
 
 
-def open_session(guarded: bool) -> aiohttp.ClientSession:
+class Sessions:
+    """A guarded session for all hosts but those that `allow_hosts` opens by name; an async context manager."""
+
+    def __init__(self, allow_hosts: Iterable[str]) -> None:
+        self._names = {name.lower().strip("[]") for name in allow_hosts}
+
+    async def __aenter__(self) -> Sessions:
+        self._guarded, self._unguarded = _open_session(guarded=True), _open_session(guarded=False)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._guarded.close()
+        await self._unguarded.close()
+
+    def of(self, url: URL) -> aiohttp.ClientSession:
+        """The session that may ask this host."""
+        return self._unguarded if url.host in self._names else self._guarded
+
+
+def _open_session(guarded: bool) -> aiohttp.ClientSession:
     """A session that keeps no cookie, trusts no proxy variable, inflates nothing and always checks TLS."""
     # The limits are the client's. Idle connections go early: a list of many hosts would eat up the descriptors.
     factory = _public_socket if guarded else None
@@ -110,11 +130,18 @@ def variants_of(url: URL) -> list[URL]:
     return list(dict.fromkeys([*map(url.with_name, names), url]))
 
 
+def moved(response: aiohttp.ClientResponse) -> URL | None:
+    """Where an answer redirects to, if it does; raises `BadSample`."""
+    if response.status in (301, 302, 303, 307, 308) and "Location" in response.headers:
+        return web_url(response.headers["Location"], response.url)
+    return None
+
+
 async def get(session: aiohttp.ClientSession, url: URL, max_bytes: int) -> bytes | URL:
     """The body of one answer, or where it redirects to; raises `BadSample` and what aiohttp raises."""
     async with session.get(url, allow_redirects=False) as response:
-        if response.status in (301, 302, 303, 307, 308) and "Location" in response.headers:
-            return web_url(response.headers["Location"], url)
+        if (elsewhere := moved(response)) is not None:
+            return elsewhere
         if response.status != 200:  # whatever the body: YouTube's 404 carries a valid picture
             raise BadStatus(response)
         body = await _read(response, max_bytes)

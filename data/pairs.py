@@ -6,10 +6,10 @@ Dimension key: D distinct images by content, P distinct titles, V/T image/text f
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.album import Album
 from data.batch import Batch, Features, Tokens, UserError, share
 from data.catalogue import Catalogue, Split, catalogue, settle
 from data.cold import Reader, encode_images, encode_titles, fill_images, fill_titles, streamed_batch
@@ -25,8 +26,10 @@ from data.features import FeatureStore
 from data.mine import mine
 from data.prefetch import ahead, copied_ahead, slices
 from data.resident import Mapped, Resident
-from data.segments import keys_of_titles
+from data.segments import spaces
 from data.source import Rows
+from data.titles import title_keys as keys_of
+from data.titles import title_tokens
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,14 @@ class Pairs:
     residents: Callable[[], Mapping[str, Resident]]  # every split's features; encoded anew on each call if streaming
     batches: Callable[[str, int, int, torch.device], Callable[[int], Iterator[Features] | Iterator[Batch]]]
     # (split, batch size, seed, device) -> first step -> this rank's inputs of every step from there on
+    album: Album
+    store: str = ""  # what the cold pass did to the feature store
 
     def describe(self) -> str:
-        """One line: kept rows of each split, dropped rows."""
+        """Kept rows of each split, dropped rows; the feature store, where there is one."""
         kept = ", ".join(f"{name} {len(split):,}" for name, split in self.splits.items())
-        return f"pairs: {kept}; {len(self.ledger):,} rows dropped{' (see ledger.jsonl)' if self.ledger else ''}"
+        dropped = f"{len(self.ledger):,} rows dropped{' (see ledger.jsonl)' if self.ledger else ''}"
+        return f"pairs: {kept}; {dropped}" + (f"\n{self.store}" if self.store else "")
 
 
 def open_pairs(rows: Mapping[str, Rows], lost: Sequence[Mapping[str, Any]], reader: Reader, encoders: Encoders,
@@ -78,19 +84,19 @@ def open_pairs(rows: Mapping[str, Rows], lost: Sequence[Mapping[str, Any]], read
     `lost` are ledger entries of what never became a row. Raises UserError when too many rows are unusable or a split
     ends up empty.
     """
-    found = catalogue(rows)
+    found, began = catalogue(rows), time.monotonic()
     images = FeatureStore(cache / "features" / encoders.image_space, encoders.image_width) if encoders.stored else None
     own = range(*share(len(found.references), team.rank, team.size))
     verdicts = team.exchange(fill_images(found, reader, own, images, encoders.image, tell))
-    splits, image_keys, example, ledger = settle(found, list(chain.from_iterable(verdicts)), lost, max_bad)
-    texts = found.titles.to_pylist()
-    ids, title_keys = tokenize(encoders.tokenizer, texts, encoders.max_tokens), keys_of_titles(texts)
+    splits, image_keys, example, ledger = settle(found, verdicts, lost, max_bad)
+    title_keys = keys_of(found.titles)
     if mine_how != "off" or images is not None:
         titles = FeatureStore(cache / "features" / encoders.text_space, encoders.text_width)
         # One rank's view of the store is everybody's: another may look when some features are written already.
         missing = team.exchange(np.flatnonzero(titles.locate(title_keys) < 0))[0]
         own = missing[slice(*share(len(missing), team.rank, team.size))]
-        fill_titles(ids, title_keys, titles, own, encoders.tokenizer.pad_token_id, encoders.text)
+        fill_titles(lambda some: tokenize(encoders.tokenizer, found.titles.take(some).to_pylist(), encoders.max_tokens),
+                    title_keys, titles, own, encoders.tokenizer.pad_token_id, encoders.text, tell)
         team.exchange(None)  # every rank has written
         title_table = _table(titles, title_keys)
         if mine_how != "off":
@@ -98,14 +104,19 @@ def open_pairs(rows: Mapping[str, Rows], lost: Sequence[Mapping[str, Any]], read
             splits = {name: mine(split, features_PT, mine_how) for name, split in splits.items()}
     identity = {"data": _fingerprint(splits, image_keys, title_keys),
                 "the base model": encoders.image_space + encoders.text_space}
+    album = Album(found, splits, example, reader)
     if images is not None:
-        ready = _residents(splits, _table(images, image_keys), title_table, device)
-        return Pairs(splits, ledger, identity, lambda: ready, partial(_cached, ready, team))
+        image_table, seconds = _table(images, image_keys), time.monotonic() - began
+        ready = _residents(splits, image_table, title_table, device)
+        return Pairs(splits, ledger, identity, lambda: ready, partial(_cached, ready, team), album,
+                     _say_store(cache, images, titles, seconds))
+    ids = title_tokens(found.titles, encoders.tokenizer, encoders.max_tokens)
     stream = partial(streamed_batch, found=found, example=example, reader=reader, ids=ids,
                      pad_id=encoders.tokenizer.pad_token_id)
     makers = {name: stream(split) for name, split in splits.items()}
     encode_all = partial(_encode_all, found, splits, example, ids, reader, encoders, team, device)
-    return Pairs(splits, ledger, identity, encode_all, partial(_streamed, splits, makers, team, reader.workers))
+    return Pairs(splits, ledger, identity, encode_all, partial(_streamed, splits, makers, team, reader.workers),
+                 album)
 
 
 def _encode_all(found: Catalogue, splits: Mapping[str, Split], example: np.ndarray, ids: Sequence[Sequence[int]],
@@ -139,6 +150,13 @@ def _table(store: FeatureStore, keys: np.ndarray) -> Mapped:
         raise UserError(f"{(rows < 0).sum():,} features written by other ranks are not in {store.folder}; "
                         "--cache-dir must be one folder that all ranks share")
     return Mapped(store, rows)
+
+
+def _say_store(cache: Path, images: FeatureStore, titles: FeatureStore, seconds: float) -> str:
+    """What was encoded, and how large the store is: the two spaces of this model, and all others."""
+    whole = sum(spaces(cache / "features").values())
+    return (f"features: {images.grown:,} images and {titles.grown:,} titles encoded, {seconds:.1f} s; this model's "
+            f"{(images.nbytes + titles.nbytes) / 1e6:,.1f} MB of {whole / 1e6:,.1f} MB in {cache / 'features'}")
 
 
 def _residents(splits: Mapping[str, Split], image_DV: Tensor | Mapped, title_PT: Tensor | Mapped,

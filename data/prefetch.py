@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from data.batch import Batch, Features, map_tensors, share
 
+TELL_EVERY_S = 5.0
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Inputs = TypeVar("Inputs", Batch, Features)
@@ -76,6 +78,23 @@ def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: in
         finally:
             for future in waiting:
                 future.cancel()
+
+
+class Pace:
+    """Tells every few seconds how far a pass of `total` has come, how fast it is and how long it will take."""
+
+    def __init__(self, what: str, total: int, tell: Callable[[str], None]) -> None:
+        self.what, self.total, self.tell, self.done = what, total, tell, 0
+        self._began = self._spoken = time.monotonic()
+
+    def __call__(self, more: int) -> None:
+        """`more` are done."""
+        self.done += more
+        now = time.monotonic()
+        if now - self._spoken >= TELL_EVERY_S or (self.done == self.total and now - self._began >= TELL_EVERY_S):
+            rate, self._spoken = self.done / (now - self._began), now
+            self.tell(f"{self.what} {self.done:,}/{self.total:,}  {rate:,.0f}/s  "
+                      f"eta {(self.total - self.done) / rate:,.0f} s")
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -56,6 +56,10 @@ class Resident:
     def __len__(self) -> int:
         return len(self.image_row_N)
 
+    def rows(self) -> Tensor:
+        """All row numbers [N]."""
+        return torch.arange(len(self))
+
     def to(self, device: torch.device | str, room: int | None = None) -> Resident:
         """The same split with features coming out on `device`.
 
@@ -74,13 +78,13 @@ class Resident:
     def features(self, rows: Tensor) -> Features:
         """Features of the pairs `rows` [B] int64, no wait if they are where the tables are; id -1: no negative."""
         rows = rows.to(self.image_row_N.device)
-        title_B = self.title_row_N.index_select(0, rows)
+        image_B, title_B = self.image_row_N.index_select(0, rows), self.title_row_N.index_select(0, rows)
         negative_B = None if self.negative_row_N is None else self.negative_row_N.index_select(0, rows)
         found = Features(
-            self.image_MV.index_select(0, self.image_row_N.index_select(0, rows)),
+            self.image_MV.index_select(0, image_B),
             self.title_PT.index_select(0, title_B),
             None if negative_B is None else self.title_PT.index_select(0, negative_B.clamp(min=0)),
-            title_B, negative_B)
+            image_B, title_B, negative_B)
         if rows.device.type == self.device.type:
             return found
         return map_tensors(found, lambda part: part.pin_memory().to(self.device, non_blocking=True))

@@ -15,9 +15,8 @@ from typing import Any
 from data.batch import BadSample, UserError
 from data.samples import IMAGES, MAX_TEXT, check_image, pair
 from data.shards import COLUMNS, INDEX, indexed, scanned, seal, sidecar, tar_digest
-from data.tar import BLOCK, open_tar, read_at
+from data.tar import BLOCK, END, open_tar, read_at
 
-END = bytes(2 * BLOCK)
 MAX_KEY = 1000  # characters, of what is written
 # Keys that the webdataset package reads back as they are, and that nobody's extraction takes out of its folder.
 KEY = re.compile(r"(?!__[^/]*__/)((?!\.{1,2}/)[^\0-\x1f\ud800-\udfff/]+/)*[^\0-\x1f\ud800-\udfff./]+")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from data.batch import UserError
 from data.rows import Columns as Columns
@@ -21,31 +21,33 @@ from data.tables import TABLES, TEXT_TABLES, read_csv, read_table
 SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test"}
 SPLIT_FILE = re.compile(rf"({'|'.join(SPLITS)})(-.*)?\.(tar|csv|tsv|jsonl|parquet)")
 DETECT = Columns()
+Download = Callable[[str], Sequence[Path]]
+
+
+def _refuse(pattern: str) -> NoReturn:
+    raise UserError(f"{pattern}: only local files are read here; download them and pass their folder")
 
 
 def load_splits(dataset: str, columns: Columns = DETECT, seed: int = 42,
-                ledger: Ledger | None = None) -> dict[str, Rows]:
+                ledger: Ledger | None = None, download: Download = _refuse) -> dict[str, Rows]:
     """Read a dataset's splits: `train`, `valid`, `test` in this order, then others under the names they have.
 
     `dataset`: a folder with {train,valid,test} as .csv .tsv .jsonl .parquet, as -*.tar shards or as folders; a folder
-    that is one table, shards, or images with KEY.txt and KEY.json; one such file; a pattern `train-{000..009}.tar`; or
-    a hub name OWNER/NAME. A lone split, unless it is called valid or test, is made three by `seed` (`three`). `ledger`
-    is told of each sample that a shard has lost, as `read_index` tells it; every other row is kept, also without image
-    or title. Raises UserError.
+    that is one table, shards, or images with KEY.txt and KEY.json; one such file; a pattern `train-{000..009}.tar`,
+    also as an address, whose files `download` brings; or a hub name OWNER/NAME. A lone split, unless it is called valid
+    or test, is made three by `seed` (`three`). `ledger` is told of each sample that a shard has lost, as `read_index`
+    tells it; every other row is kept, also without image or title. Raises UserError.
     """
     path = Path(dataset).expanduser()
     try:
         if "://" in dataset:
-            raise UserError(f"{dataset}: datasets are not read from URLs; download the files and pass their folder")
-        if path.is_dir():
+            found = _in_splits(download(dataset))
+        elif path.is_dir():
             found = _find(path)
         elif path.is_file():
             found = {"all": [path]}
         elif "{" in dataset or "*" in dataset:
-            files = list(_expand(str(path)))
-            found = _by_split(files)
-            if sum(map(len, found.values())) < len(files):
-                found = {"all": files}
+            found = _in_splits(list(_expand(str(path))))
         elif re.fullmatch(r"[\w.-]*\w/[\w.-]+", dataset) and path.suffix.lower() not in TABLES | {".tar"}:
             found = None
         else:
@@ -91,6 +93,12 @@ def _by_split(entries: Sequence[Path]) -> dict[str, list[Path]]:
     for match, entry in shards or named:
         kinds.setdefault((SPLITS[match[1]], f"{match[1]}{'-*' if match[2] else ''}.{match[3]}"), []).append(entry)
     return _one_kind((split, kind, files) for (split, kind), files in kinds.items())
+
+
+def _in_splits(files: Sequence[Path]) -> dict[str, list[Path]]:
+    """The files that a pattern names, by split if all of them are called after one."""
+    found = _by_split(files)
+    return found if sum(map(len, found.values())) == len(files) else {"all": list(files)}
 
 
 def _one_kind(found: Iterable[tuple[str, str, list[Path]]]) -> dict[str, list[Path]]:

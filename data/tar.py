@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 from data.batch import BadSample, UserError
 
 BLOCK = 512
+END = bytes(2 * BLOCK)  # the mark of a tar's end
 PADDING = 1 << 16  # bytes of zeros that may end a tar; more of them are a hole where samples may have been
 MAX_EXTENSION = 1 << 20  # bytes of an extended header
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zX": "xz", b"(\xb5/\xfd": "zstd"}
@@ -87,6 +88,11 @@ def _header(block: bytes) -> _Header | None:
     if block[345] and block[257:263] == b"ustar\0":
         name = block[345:500].partition(b"\0")[0] + b"/" + name
     return _Header(block[156:157], name, size, block[482] if block[156:157] == b"S" else 0)
+
+
+def is_header(block: bytes) -> bool:
+    """Could a tar start with these bytes?"""
+    return len(block) == BLOCK and _header(block) is not None
 
 
 def _number(field: bytes) -> int:

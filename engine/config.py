@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import json
+import math
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
+
+# As `--help` and written TOML order them.
+GROUPS = ("query", "model", "data", "recipe", "sweep", "loop", "output", "machine")
 
 
 def setting(default: Any, group: str, text: str, choices: tuple[str, ...] = (), bare: str = "") -> Any:
@@ -21,14 +27,15 @@ class Config:
 
     # What to tune, on what, and where results go.
     model: str = setting("sentence-transformers/clip-ViT-L-14", "model", "hub name or folder of a CLIPModel")
-    dataset: str = setting("shawhin/yt-title-thumbnail-pairs", "data", "hub name, folder or file of pairs")
+    dataset: str = setting("shawhin/yt-title-thumbnail-pairs", "data",
+                           "hub name, folder or file of pairs, or shards (http(s) too)")
     out: str = setting("", "output", "run folder (default: runs/DATE-DATASET)")
     cache_dir: str = setting("~/.cache/thumbtune", "output", "feature store and fetched images")
     # Columns are detected by name; these override the detection.
     image_column: str = setting("", "data", "column with the image or its URL (default: detected)")
     title_column: str = setting("", "data", "column with the title (default: detected)")
     negative_column: str = setting("", "data", "column with the hard negative title (default: detected)")
-    split: str = setting("test", "data", "split that `eval` measures")
+    split: str = setting("test", "data", "the split to measure or to search in; all: every split")
     # What trains: substrings of parameter names.
     trainable: tuple[str, ...] = setting(("projection",), "recipe",
                                          "train parameters whose name holds one of these, or all")
@@ -43,7 +50,24 @@ class Config:
     weight_decay: float = setting(0.0, "recipe", "AdamW weight decay")
     clip_norm: float = setting(1.0, "recipe", "gradient norm is clipped at this; 0 turns clipping off")
     scale: float = setting(20.0, "recipe", "inverse temperature of the loss")
+    # The loss: what is ranked against what, and what repeats mean.
+    loss: str = setting("image-to-text", "recipe", "which way pairs are told apart",
+                        ("image-to-text", "symmetric", "sigmoid"))
+    duplicates: str = setting("mask", "recipe", "identical titles or images: mask: no negatives; multi: right answers "
+                              "too; keep: negatives, as the reference", ("mask", "multi", "keep"))
+    hardness: float = setting(0.0, "recipe", "weight of similar negatives: adds X * cosine to their logits")
+    label_smoothing: float = setting(0.0, "recipe", "share of the target spread evenly over all candidates")
     seed: int = setting(42, "recipe", "seeds the order of the pairs")
+    interpolate: str = setting("", "recipe", "export a mix of base and tuned: a share of tuned within 0 and 1, or auto "
+                               "(best on valid)")
+    recipe: str = setting("reference", "recipe", "settings to start from; flags win", ("reference", "best"))
+    probe: str = setting("", "data", "pairs of another kind, to see what tuning forgets (their test split)")
+    # Searching settings.
+    space: str = setting("", "sweep", "what to try: 'lr=1e-4..1e-2:log epochs=2,10'")
+    trials: int = setting(0, "sweep", "configurations drawn from the space; 0: all combinations of its lists")
+    folds: int = setting(5, "sweep", "parts of train and valid that are held out in turn")
+    seeds: int = setting(1, "sweep", "times that everything is repeated with other folds and orders")
+    best_metric: str = setting("image_to_text_mrr", "loop", "what is best: a metric of metrics.json")
     # When to look and to save.
     log_every: int = setting(10, "loop", "steps between flushes of the log (the only host sync)")
     eval_every: int = setting(0, "loop", "steps between evaluations; 0: every epoch")
@@ -67,18 +91,47 @@ class Config:
     resize: int = setting(0, "output", "store JPEG crops of this many pixels a side; 0 keeps the original bytes")
     retry_failed: bool = setting(False, "data", "ask again for URLs that failed for good in an earlier run")
     variants: bool = setting(False, "data", "YouTube: try the maxres, sd and hq thumbnails in this order")
-    allow_host: tuple[str, ...] = setting((), "data", "private hosts that images may be fetched from")
-    max_bad: float = setting(0.05, "data", "stop when a larger share of the rows is unusable")
+    allow_host: tuple[str, ...] = setting((), "data", "private hosts that images and shards may be fetched from")
+    max_bad: float = setting(0.05, "data", "stop when a larger share of the rows (5% or 0.05) is unusable")
     max_pixels: int = setting(25_000_000, "data", "refuse images with more pixels than this")
-    run: str = setting("", "output", "run folder to verify")
     prune: bool = setting(False, "output", "delete the stored features of all models but --model")
     strict: bool = setting(False, "output", "exit 1 when there are errors")
+    quick: bool = setting(False, "output", "bench: fewer rounds and smaller inputs, under a minute")
     json: bool = setting(False, "output", "print JSON to stdout")
+    quiet: bool = setting(False, "output", "say nothing but errors and the final table")
+    # Searching.
+    query: tuple[str, ...] = setting((), "query", "titles whose best thumbnails are wanted, each in quotes")
+    queries: str = setting("", "query", "file with one title a line")
+    image: str = setting("", "query", "image file or URL whose best titles are wanted")
+    top: int = setting(10, "query", "answers to each query")
+    html: str = setting("", "output", "write a page with the pictures to this file")
+    # Handing on.
+    run: str = setting("", "model", "run folder; export takes projections.safetensors alone, or its folder, too")
+    to: str = setting("", "output", "folder to write the Hugging Face model to")
+    checkpoint: str = setting("", "model", "checkpoint of --run: last, best or step-N (default: the finished model)")
+    dtype: str = setting("fp32", "output", "how weights are stored", ("fp32", "fp16", "bf16"))
+    push_to_hub: str = setting("", "output", "push the model to OWNER/NAME on the hub")
+    private: bool = setting(False, "output", "make that hub repository private")
+    license: str = setting("other", "output", "licence that the model card names, such as mit or cc-by-4.0")
+
+
+# What --recipe names: settings that differ from the reference's.
+RECIPES: dict[str, dict[str, Any]] = {
+    "reference": {},
+    "best": {"epochs": 20, "batch_size": 128, "lr": 2e-3},
+}
 
 
 def config_fields() -> dict[str, Field[Any]]:
     """The settings by name, in order."""
     return {f.name: f for f in fields(Config)}
+
+
+def in_groups(names: Sequence[str]) -> dict[str, list[str]]:
+    """The settings `names` under the group each belongs to."""
+    group_of = {name: spec.metadata["group"] for name, spec in config_fields().items()}
+    grouped = {group: [name for name in names if group_of[name] == group] for group in GROUPS}
+    return {group: members for group, members in grouped.items() if members}
 
 
 def unknown(what: str, word: str, known: Sequence[str]) -> str:
@@ -91,6 +144,11 @@ def unknown(what: str, word: str, known: Sequence[str]) -> str:
 def comma_list(text: str) -> tuple[str, ...]:
     """The parts of `a,b`, blanks and empty parts left out."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def number(text: str) -> float:
+    """A number, also as `5%`. Raises ValueError."""
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -111,10 +169,35 @@ def read_toml(path: Path) -> dict[str, Any]:
             value = tuple(value) if isinstance(value, list) else comma_list(value)
         elif isinstance(default, float) and type(value) is int:
             value = float(value)
-        if type(value) is not type(default):
+        elif isinstance(default, float) and isinstance(value, str):
+            with suppress(ValueError):
+                value = number(value)
+        if type(value) is not type(default) or (value and isinstance(value, tuple) and
+                                                any(type(part) is not str for part in value)):
             raise ValueError(f"--config {path}: {key} must be {type(default).__name__}, not {type(value).__name__}")
         values[name] = value
     return values
+
+
+def to_toml(config: Config, names: Sequence[str]) -> str:
+    """A TOML file of the settings `names`, each below what it means, in their `--help` groups; `read_toml` reads it."""
+    known, lines = config_fields(), ["# Settings of run.py: pass this file with --config; flags win."]
+    for group, members in in_groups(names).items():
+        lines += ["", f"# ---- {group} ----"]
+        for name in members:
+            choices = "|".join(known[name].metadata["choices"])
+            lines.append(f"# {known[name].metadata['help']}" + (f" ({choices})" if choices else ""))
+            lines.append(f"{name.replace('_', '-')} = {toml_value(getattr(config, name))}")
+    return "\n".join(lines) + "\n"
+
+
+def toml_value(value: Any) -> str:
+    """One setting's value as TOML."""
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(toml_value, value)) + "]"
+    if isinstance(value, str):  # JSON's escapes are TOML's, but for this one
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower()  # true, 0.0001, 1e-05
 
 
 def check(config: Config) -> None:
@@ -122,20 +205,40 @@ def check(config: Config) -> None:
     at_least = {"epochs": 1, "batch_size": 1, "log_every": 1, "eval_every": 0, "save_every": 0, "keep": 1,
                 "patience": 0, "workers": 1, "resize": 0, "lr": 0,
                 "weight_decay": 0, "clip_norm": 0, "max_bad": 0, "max_pixels": 1, "scale": 1e-9,
-                "dist_timeout": 1}
+                "dist_timeout": 1, "hardness": 0, "label_smoothing": 0, "top": 1, "seed": 0, "trials": 0, "folds": 2,
+                "seeds": 1}
     for name, low in at_least.items():
         value = getattr(config, name)
-        if not value >= low:  # `not >=` refuses NaN as well
+        if not low <= value < math.inf:  # NaN as well
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low:g}, not {value:g}")
+    if config.max_bad > 1:
+        raise ValueError(f"--max-bad is a share of the rows, such as 5% or 0.05, not {config.max_bad:g}")
+    for name, high in {"seed": 2**32, "dist_timeout": 1e7}.items():
+        if getattr(config, name) > high:
+            raise ValueError(f"--{name.replace('_', '-')} must be at most {high:g}, not {getattr(config, name):g}")
     if not 0 <= config.warmup < 1:
         raise ValueError(f"--warmup is a share of all steps between 0 and 1, not {config.warmup:g}")
+    if not config.label_smoothing < 1:
+        raise ValueError(f"--label-smoothing is a share below 1, not {config.label_smoothing:g}")
+    if config.loss == "sigmoid" and (config.hardness or config.label_smoothing):
+        raise ValueError("--loss sigmoid judges each pair alone; --hardness and --label-smoothing need a softmax: "
+                         "leave them out or use --loss symmetric")
     for name, spec in config_fields().items():
         allowed = spec.metadata["choices"]
         if allowed and getattr(config, name) not in allowed:
             raise ValueError(f"--{name.replace('_', '-')} must be one of {', '.join(allowed)}, "
                              f"not {getattr(config, name)!r}")
+    if config.interpolate not in ("", "auto") and not 0 <= _number(config.interpolate) <= 1:
+        raise ValueError(f"--interpolate is a share of tuned within 0 and 1, or auto; not {config.interpolate}")
     if not config.trainable:
         raise ValueError("--trainable names nothing; try --trainable projection")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def as_dict(config: Config) -> dict[str, Any]:

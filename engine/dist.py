@@ -10,6 +10,7 @@ import datetime
 import gc
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, NoReturn
-from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -25,8 +25,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data.batch import RunFailed, UserError
+from engine.join import POLL_S, attempt
 
-POLL_S = 0.05  # between two looks at who has arrived
+CLEAR = "\x1b[2K"  # what a live line has left on this line of a terminal
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class World:
     device: torch.device
     timeout_s: float = 600.0
     store: dist.Store | None = None
+    quiet: bool = False
     _meetings: Iterator[int] = field(default_factory=count, init=False, compare=False, repr=False)
 
     @property
@@ -48,10 +50,22 @@ class World:
 
     def say(self, text: str) -> None:
         """One line for people on stderr, from rank 0; said by any rank it tells those who wait in `meet` to go on."""
+        self._alive()
+        if self.is_main and not self.quiet:
+            print(CLEAR + text if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
+    def live(self, text: str) -> None:
+        """Progress: on a terminal a line that the next one replaces, elsewhere a line like any other."""
+        self._alive()
+        if not sys.stderr.isatty():
+            self.say(text) if text else None
+        elif self.is_main and not self.quiet:
+            width = shutil.get_terminal_size().columns - 1
+            print(CLEAR + text[:width], end="\r", file=sys.stderr, flush=True)
+
+    def _alive(self) -> None:
         if self.store is not None:
             self.store.add(f"progress/{self.rank}", 1)
-        if self.is_main:
-            print(text, file=sys.stderr, flush=True)
 
     def gather(self, rows_BX: Tensor, sizes: Sequence[int]) -> Tensor:
         """Rows of all ranks in rank order, [G, ...]; the gradient flows back to the rank that owns a row.
@@ -183,7 +197,7 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def init(wanted: str, timeout_s: float) -> World:
+def init(wanted: str, timeout_s: float, quiet: bool = False) -> World:
     """Join the process group that torchrun's environment describes, or be alone without one."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -191,43 +205,28 @@ def init(wanted: str, timeout_s: float) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size == 1:
-        return World(rank, local_rank, size, device)
+        return World(rank, local_rank, size, device, timeout_s, quiet=quiet)
     timeout = datetime.timedelta(seconds=timeout_s)
     with asking("joining"):
-        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        store = _meeting_place(rank, size, timeout)
         store.set_timeout(timeout)
-        store = dist.PrefixStore(_attempt(store, rank, size, timeout_s), store)
+        store = dist.PrefixStore(attempt(store, rank, size, timeout_s), store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    return World(rank, local_rank, size, device, timeout_s, dist.PrefixStore("thumbtune", store))
+    return World(rank, local_rank, size, device, timeout_s, dist.PrefixStore("thumbtune", store), quiet)
 
 
-def _attempt(store: dist.Store, rank: int, size: int, timeout_s: float) -> str:
-    """A name for this set of living ranks, the same on all and never used before.
-
-    torchrun keeps one store over its restarts: without a name of their own, ranks read the addresses of the dead ones.
-    So each says a fresh word, and rank 0 repeats to all what it hears until each has heard its own word from it.
-    """
-    word, deadline, late = uuid4().hex, time.monotonic() + timeout_s, list(range(1, size))
-
-    def heard(key: str) -> str:
-        return store.get(key).decode() if store.check([key]) else ""
-
-    while time.monotonic() < deadline:
-        if rank == 0:
-            store.set("welcome", " ".join([word, *(heard(f"here/{other}") for other in range(1, size))]))
-            late = [other for other in late if heard(f"joined/{other}") != word]
-            if not late:
-                return word
-        else:
-            store.set(f"here/{rank}", word)
-            leader, *others = heard("welcome").split(" ")
-            if word in others:
-                store.set(f"joined/{rank}", leader)
-                return leader
-        time.sleep(POLL_S)
-    who = f"ranks {late} have" if rank == 0 else "rank 0 has"
-    raise RunFailed(f"rank {rank}: {who} not joined within {timeout_s:g} s (--dist-timeout)")
+def _meeting_place(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:
+    """Where torchrun's environment says that the ranks meet. Raises UserError when it says nothing or it is taken."""
+    try:
+        return next(dist.rendezvous("env://", rank, size, timeout=timeout))[0]
+    except ValueError as error:  # an environment variable is missing
+        raise UserError(f"WORLD_SIZE is {size}, but torchrun did not set it ({error}); start several ranks with "
+                        "`torchrun --nproc-per-node N run.py`") from None
+    except dist.DistNetworkError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(f"the ranks cannot meet at {where} ({str(error).splitlines()[0][:150]}); is the port in use? "
+                        "Give torchrun another --master-port, or --standalone") from None
 
 
 def close() -> None:

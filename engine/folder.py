@@ -130,7 +130,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file in one step, so that a reader sees the old or the new one."""
-    _replace(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_metrics(folder: Path, metrics: Mapping[str, Any], world: World) -> None:
@@ -140,13 +140,14 @@ def write_metrics(folder: Path, metrics: Mapping[str, Any], world: World) -> Non
 
 def write_ledger(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
     """One line for every dropped row."""
-    _replace(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+    write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
 
 
 def seal(folder: Path) -> None:
     """Write manifest.json: the sha256 of what a finished run leaves behind. Raises OSError."""
-    names = ["config.json", "ledger.jsonl", "metrics.json", "steps.jsonl"]
-    paths = [folder / name for name in names] + sorted(p for p in (folder / "model").rglob("*") if p.is_file())
+    names = ["config.json", "ledger.jsonl", "metrics.json", "steps.jsonl", "sweep.jsonl"]
+    paths = [folder / name for name in names if (folder / name).exists()]
+    paths += sorted(path for path in (folder / "model").rglob("*") if path.is_file())
     write_json(folder / SEAL, {str(path.relative_to(folder)): sha256(path) for path in paths})
 
 
@@ -156,7 +157,8 @@ def broken_seal(folder: Path) -> list[str] | None:
     return altered(folder, digests) if digests else None
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, text)
 

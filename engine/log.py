@@ -1,13 +1,13 @@
-"""What a run says: on-device meters, steps.jsonl, TensorBoard, one console line a flush. Rank 0 writes.
+"""What a run says: on-device meters, steps.jsonl, evaluations.jsonl, TensorBoard, one live console line. Rank 0 writes.
 
-Nothing here waits for the device except `flush`.
+Nothing here waits for the device except `flush` and `metrics`.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,30 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from engine.board import Board, Drift, memory
 from engine.dist import World
 
 Metrics = Mapping[str, Mapping[str, Any]]  # split -> name -> value or [lo, hi]
+HEADLINE = {"image_to_text_R@1": "R@1", "image_to_text_R@5": "R@5", "image_to_text_R@10": "R@10",
+            "image_to_text_median_rank": "median rank", "triplet_accuracy": "triplet"}
 
 
 class Log:
-    """Collects steps on the device and writes them out at every flush."""
+    """Collects steps on the device and writes them out at every flush.
 
-    def __init__(self, folder: Path, world: World, steps_per_epoch: int, first_step: int = 0) -> None:
+    `recipe` are the settings worth comparing runs by; `base` are the base model's metrics if this run, resumed, has
+    measured them before.
+    """
+
+    def __init__(self, folder: Path, world: World, steps_per_epoch: int, steps: int, first_step: int,
+                 drift: Drift, recipe: Mapping[str, Any], base: Metrics | None = None) -> None:
         self.world, self.steps_per_epoch = world, steps_per_epoch
         self._pending: list[tuple[int, Tensor, Tensor, float, int]] = []
-        self._clock, self._waited = time.perf_counter(), 0.0
-        self._file, self._writer = None, None
-        if world.is_main:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._file = _carry_on(folder / "steps.jsonl", first_step)
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self._clock, self._waited, self._recall = time.perf_counter(), 0.0, ""
+        self._base, self._drift, self._recipe, self.steps = base or {}, drift, recipe, steps
+        self._files = [_carry_on(folder / name, first_step) for name in ("steps.jsonl", "evaluations.jsonl")
+                       if world.is_main]
+        self.board = Board(folder / "tensorboard" if world.is_main else None, first_step, steps)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -63,55 +69,87 @@ class Log:
         norms = torch.stack([entry[2] for entry in self._pending])
         values = torch.stack([losses, norms]).tolist()
         seconds = time.perf_counter() - self._clock
-        if self._file is not None and self._writer is not None:
-            self._write(values[0], values[1], seconds, total_steps)
+        if self.world.is_main:
+            self._write(values[0], values[1])
+            self._tell(values[0][-1], seconds, total_steps)
         self._pending.clear()
         self._clock, self._waited = time.perf_counter(), 0.0
 
-    def _write(self, losses: list[float], norms: list[float], seconds: float, total_steps: int) -> None:
-        assert self._file is not None and self._writer is not None
+    def _write(self, losses: list[float], norms: list[float]) -> None:
         for (step, _, _, lr, rows), loss, norm in zip(self._pending, losses, norms, strict=True):
-            epoch = step / self.steps_per_epoch
-            line = {"step": step, "epoch": round(epoch, 6), "loss": loss, "lr": lr, "grad_norm": norm, "rows": rows}
-            self._file.write(json.dumps(line) + "\n")
-            for name, value in (("loss", loss), ("lr", lr), ("grad_norm", norm)):
-                self._writer.add_scalar(f"train/{name}", value, step)
-        self._file.flush()
+            line = {"step": step, "epoch": self._epoch(step), "loss": loss, "lr": lr, "grad_norm": norm, "rows": rows}
+            self._files[0].write(json.dumps(line) + "\n")
+            if self.board.due("steps", step):
+                self.board.scalars({"fit/loss": loss, "fit/lr": lr, "fit/grad_norm": norm}, step)
+        self._files[0].flush()
+
+    def _tell(self, loss: float, seconds: float, total_steps: int) -> None:
+        """How fast it goes, to TensorBoard and the console; the last line stays on the screen."""
         step, pairs = self._pending[-1][0], sum(entry[4] for entry in self._pending)
         speed, wait = pairs / seconds, self._waited / seconds
-        self._writer.add_scalar("speed/pairs_per_second", speed, step)
-        self._writer.add_scalar("speed/data_wait_share", wait, step)
+        if self.board.due("speed", step):
+            self.board.scalars({"machine/pairs_per_second": speed, "machine/data_wait_share": wait,
+                                **memory(self.world.device)}, step)
         eta = (total_steps - step) * seconds / len(self._pending)
-        self.world.say(f"step {step}/{total_steps}  epoch {step / self.steps_per_epoch:.2f}  loss {losses[-1]:.4f}  "
-                       f"lr {self._pending[-1][3]:.2e}  {speed:,.0f} pairs/s  wait {wait:.0%}  eta {eta:,.0f} s")
+        tell = self.world.say if step == total_steps else self.world.live
+        tell(f"step {step}/{total_steps}  epoch {step / self.steps_per_epoch:.2f}  loss {loss:.4f}{self._recall}  "
+             f"lr {self._pending[-1][3]:.2e}  {speed:,.0f} pairs/s  wait {wait:.0%}  eta {_duration(eta)}")
 
     def metrics(self, scores: Metrics, step: int) -> None:
-        """Write an evaluation: one scalar a metric and split."""
-        if self._writer is not None:
-            for split, values in scores.items():
-                for name, value in values.items():
-                    if isinstance(value, (int, float)):
-                        self._writer.add_scalar(f"{split}/{name}", value, step)
-            self._writer.flush()
+        """Write an evaluation; the one at step 0 is the base model's, the reference of all later ones."""
+        if step == 0:
+            self._base = scores
+        if self.world.is_main:
+            plain = {split: {name: value for name, value in values.items() if isinstance(value, (int, float))}
+                     for split, values in scores.items()}
+            drift = self._drift()
+            line = {"step": step, "epoch": self._epoch(step), **plain}
+            self._files[1].write(json.dumps(line) + "\n")
+            self._files[1].flush()
+            self.board.metrics(plain, self._base, step)
+            if self.board.due("drift", step):
+                self.board.scalars(drift, step)
+            if step in (0, self.steps):
+                self.board.hparams(self._recipe, list(scores), done=step > 0)
+            self.board.flush()
         for split, values in scores.items():
             self.world.say(f"{'base' if step == 0 else f'step {step}'}  {split}:  " + _headline(values))
+        split = "valid" if "valid" in scores else next(iter(scores))
+        self._recall = f"  {split} R@10 {scores[split]['image_to_text_R@10']:.3f}"
+
+    def _epoch(self, step: int) -> float:
+        return round(step / self.steps_per_epoch, 6)
+
+    def curve(self, name: str, points: Sequence[Mapping[str, Any]]) -> None:
+        """Write what is no time series: `alpha` of each point, in hundredths, takes the place of the step."""
+        for point in points if self.world.is_main else ():
+            for split in point.keys() - {"alpha"}:
+                found = {f"{name}/{split}/{metric}": value for metric, value in point[split].items()}
+                self.board.scalars(found, round(100 * point["alpha"]))
 
     def close(self) -> None:
-        """Flush and close the files."""
-        if self._file is not None:
-            self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        """Flush and close the files; nothing half-written stays on the screen."""
+        self.world.live("")
+        for file in self._files:
+            file.close()
+        self.board.close()
 
 
 def _headline(values: Mapping[str, Any]) -> str:
-    wanted = {"image_to_text_R@1": "R@1", "image_to_text_R@5": "R@5", "image_to_text_R@10": "R@10",
-              "image_to_text_median_rank": "median rank", "triplet_accuracy": "triplet"}
-    return "  ".join(f"{short} {values[name]:.3g}" for name, short in wanted.items() if name in values)
+    return "  ".join(f"{short} {values[name]:.3g}" for name, short in HEADLINE.items() if name in values)
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 7:05, 3:07:05."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    hours, minutes, left = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
 
 
 def _carry_on(path: Path, first_step: int) -> Any:
-    """Open steps.jsonl for appending, without the lines after `first_step` (a torn last line included)."""
+    """Open a file of one line a step for appending, without those after `first_step` (a torn last one included)."""
     kept = []
     if first_step and path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():

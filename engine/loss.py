@@ -1,26 +1,171 @@
-"""MultipleNegativesRankingLoss over the candidates of all ranks.
+"""The losses: rows of this rank ranked against the candidates of all ranks, a chunk of rows at a time.
 
-Dimension key: B rows of this rank, G rows of all ranks, C candidates (G titles, then G negatives), E embedding.
+Each loss is a sum over pairs of base(S) - target * score(S), and its slope by the logits S is share(S) - target: three
+tensors a loss, see `softmax`. So one pass makes loss and gradient together, and neither the [B, C] matrix nor an
+autograd graph over it ever exists.
+
+Dimension key: B rows of this rank, R rows of a chunk, G rows of all ranks, C candidates (G titles, then G negatives;
+or G images), E embedding.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CHUNK = {"cpu": 1 << 20, "cuda": 1 << 24}  # logits held at once: what a CPU's cache keeps, what fills a GPU
+NEVER = -1e30  # the logit of what is no candidate: exp is 0 as with -inf, and 0 times it is 0 and not NaN
+SIGMOID_BIAS = -10.0  # Zhai et al. 2023, section 3.2; constant, see `sigmoid`
 
-def ranking_loss(image_BE: Tensor, candidates_CE: Tensor, scale: Tensor, first_row: int, rows: int,
-                 absent_C: Tensor | None = None) -> Tensor:
-    """This rank's part of mean_i(logsumexp_j S_ij - S_ii), with S = scale * cos(image_i, candidate_j), in fp32.
 
-    image_BE are rows `first_row ...` of the global batch of `rows`; row i's own title is candidate i. The parts of all
-    ranks add up to the loss, and so do their gradients. `absent_C` marks candidates that stand for a missing negative.
-    Source: Henderson et al. 2017 (arXiv 1705.00652), section 4; as MultipleNegativesRankingLoss in
-    sentence-transformers, image -> text.
+class Candidates(NamedTuple):
+    """What rows are ranked against. Equal ids mean identical content; negatives have the image -1."""
+
+    embedding_CE: Tensor
+    title_id_C: Tensor
+    image_id_C: Tensor
+    absent_C: Tensor | None = None  # which stand for a missing negative
+
+
+def softmax(logits_RC: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Cross entropy: -sum_j T_ij log softmax(S_i)_j, for targets that sum to 1 in each row.
+
+    With the own title as target MultipleNegativesRankingLoss (Henderson et al. 2017, arXiv 1705.00652, section 4), with
+    several titles in equal parts SupCon's L_out (Khosla et al. 2020, arXiv 2004.11362, equation 2).
     """
-    logits_BC = scale * (image_BE @ candidates_CE.T)
-    if absent_C is not None:
-        logits_BC = logits_BC.masked_fill(absent_C, float("-inf"))
-    labels_B = torch.arange(first_row, first_row + len(image_BE), device=image_BE.device)
-    return F.cross_entropy(logits_BC, labels_B, reduction="sum") / rows
+    log_share_RC = logits_RC.log_softmax(-1)
+    return None, log_share_RC, log_share_RC.exp()
+
+
+def sigmoid(logits_RC: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Each pair judged alone: -sum_j log sigmoid(z_ij (S_ij + bias)), z = 1 where the target is 1, else -1.
+
+    Zhai et al. 2023 (arXiv 2303.15343), equation 1. Their bias is learned from -10 on; here it stays: AdamW moves one
+    number by at most the learning rate a step, and no ranking depends on it.
+    """
+    logits_RC = logits_RC + SIGMOID_BIAS
+    return F.softplus(logits_RC).sum(), logits_RC, logits_RC.sigmoid()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Which loss, and what it does with repeats: identical titles or identical images are the same answer.
+
+    `duplicates`: "mask" takes such candidates out (all but one's own), "multi" makes them further right answers, "keep"
+    leaves them negatives, as sentence-transformers does. An explicit negative that is the row's own title is one too.
+    """
+
+    loss: str = "image-to-text"  # or "symmetric", "sigmoid"
+    duplicates: str = "mask"
+    hardness: float = 0.0  # logits of negatives rise by hardness * cosine, without gradient
+    smoothing: float = 0.0
+
+    def __call__(self, image_BE: Tensor, titles: Candidates, scale: Tensor, first_row: int, rows: int,
+                 title_BE: Tensor | None = None, images: Candidates | None = None) -> Tensor:
+        """This rank's part of the mean over the global batch of `rows`; the parts of all ranks add up to it.
+
+        image_BE (and title_BE) are rows `first_row ...` of it. With `title_BE` and `images` symmetric: half image to
+        text, half text to image over the positives (Radford et al. 2021, arXiv 2103.00020, figure 3; equals
+        sentence-transformers' directions query_to_doc and doc_to_query with partition_mode "per_direction").
+        """
+        forward = partial(self._rows, titles, first_row, self.hardness)
+        if title_BE is None or images is None:
+            return _Contrast.apply(image_BE, titles.embedding_CE, scale, 1 / rows, forward)
+        backward = partial(self._rows, images, first_row, 0.0)
+        return (_Contrast.apply(image_BE, titles.embedding_CE, scale, 0.5 / rows, forward)
+                + _Contrast.apply(title_BE, images.embedding_CE, scale, 0.5 / rows, backward))
+
+    def _rows(self, candidates: Candidates, first_row: int, hardness: float, cosine_RC: Tensor, scale: Tensor,
+              low: int) -> tuple[Tensor, Tensor]:
+        """Loss of a chunk of rows from `low` on, and its slope by scale * cosine_RC.
+
+        Hardness as Lan et al. 2025 (arXiv 2503.04812), equation 5, for all negatives: sentence-transformers'
+        hardness_mode "all_negatives". Smoothing spreads its share evenly over all candidates (Szegedy et al. 2016).
+        """
+        own = first_row + low
+        right_RC, blocked_RC = self._answers(candidates, own, len(cosine_RC))
+        logits_RC = cosine_RC * (scale + hardness * ~right_RC if hardness and right_RC is not None else scale)
+        if blocked_RC is not None:
+            logits_RC.masked_fill_(blocked_RC, NEVER)
+        base, score_RC, slope_RC = sigmoid(logits_RC) if self.loss == "sigmoid" else softmax(logits_RC)
+        if right_RC is None:
+            slope_RC.diagonal(own).sub_(1)
+            gain = score_RC.diagonal(own).sum()
+        else:
+            target_RC = self._target(right_RC.to(score_RC.dtype), blocked_RC)
+            slope_RC.sub_(target_RC)
+            gain = (target_RC * score_RC).sum()
+        return -gain if base is None else base - gain, slope_RC
+
+    def _target(self, right_RC: Tensor, blocked_RC: Tensor | None) -> Tensor:
+        """What each candidate's share should be; for the sigmoid, 1 for all that are right."""
+        if self.loss == "sigmoid":
+            return right_RC
+        open_RC = torch.ones_like(right_RC)
+        if blocked_RC is not None:
+            open_RC.masked_fill_(blocked_RC, 0)
+        even_RC = open_RC / open_RC.sum(-1, keepdim=True)
+        return (right_RC / right_RC.sum(-1, keepdim=True)).lerp_(even_RC, self.smoothing)
+
+    def _answers(self, candidates: Candidates, own: int, count: int) -> tuple[Tensor | None, Tensor | None]:
+        """Which candidates are right for rows whose own answers are `own ...` (None: those alone, and nobody asks for
+        the rest), and which do not count for them (None: all do).
+        """
+        title_C, image_C, absent_C = candidates.title_id_C, candidates.image_id_C, candidates.absent_C
+        if self.duplicates == "multi":
+            return _same(title_C, own, count).logical_or_(_same(image_C, own, count)), absent_C
+        right_RC, blocked_RC = None, absent_C
+        if self.hardness or self.smoothing:
+            right_RC = torch.zeros(count, len(title_C), dtype=torch.bool, device=title_C.device)
+            right_RC.diagonal(own).fill_(True)
+        if self.duplicates == "mask":
+            blocked_RC = _same(title_C, own, count).logical_or_(_same(image_C, own, count))
+            blocked_RC.diagonal(own).fill_(False)
+            if absent_C is not None:
+                blocked_RC.logical_or_(absent_C)
+        return right_RC, blocked_RC
+
+
+def _same(id_C: Tensor, own: int, count: int) -> Tensor:
+    """Which candidates have the ids of candidates `own ...`, bool [count, C]."""
+    return id_C[own : own + count, None] == id_C
+
+
+class _Look(Protocol):
+    """Loss of a chunk of rows and its slope by scale * cosine."""
+
+    def __call__(self, cosine_RC: Tensor, scale: Tensor, low: int) -> tuple[Tensor, Tensor]: ...
+
+
+class _Contrast(torch.autograd.Function):
+    """weight * the loss over all rows; the gradient is made on the way, chunk by chunk, kept as [B, E] and [C, E]."""
+
+    @staticmethod
+    def forward(ctx: Any, query_BE: Tensor, candidate_CE: Tensor, scale: Tensor, weight: float, look: _Look) -> Tensor:
+        losses, by_query, by_candidate_CE, by_scale = [], [], None, []
+        height = max(1, CHUNK[query_BE.device.type] // len(candidate_CE))
+        for number, query_RE in enumerate(query_BE.split(height)):  # of no rows, one chunk of none
+            cosine_RC = query_RE @ candidate_CE.T
+            loss, slope_RC = look(cosine_RC, scale, number * height)
+            losses.append(loss)
+            if ctx.needs_input_grad[2]:
+                by_scale.append((slope_RC * cosine_RC).sum())
+            slope_RC.mul_(scale)
+            by_query.append(slope_RC @ candidate_CE)
+            by_candidate_CE = (slope_RC.T @ query_RE if by_candidate_CE is None
+                               else by_candidate_CE.addmm_(slope_RC.T, query_RE))
+        ctx.save_for_backward(by_query[0] if len(by_query) == 1 else torch.cat(by_query), by_candidate_CE,
+                              torch.stack(by_scale).sum() if by_scale else None)
+        ctx.weight = weight
+        return reduce(torch.add, losses) * weight
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad * ctx.weight
+        return *(None if slope is None else slope * grad for slope in ctx.saved_tensors), None, None

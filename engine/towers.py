@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from data.batch import Batch, Features, Tokens, UserError, map_tensors
+from data.batch import Batch, Features, Tokens, UserError
+from engine.frozen import use_quick_gelu
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -56,8 +57,8 @@ class Clip:
         return self.model.config
 
 
-def load_clip(name: str) -> Clip:
-    """Load a plain CLIPModel or a sentence-transformers folder, by hub name or path, in fp32.
+def load_clip(name: str, commit: str | None = None) -> Clip:
+    """Load a plain CLIPModel or a sentence-transformers folder, by hub name (at `commit`) or path, in fp32.
 
     Raises UserError when there is no such model, or when it is something other than a CLIPModel.
     """
@@ -70,7 +71,7 @@ def load_clip(name: str) -> Clip:
     if path.exists() and not path.is_dir():
         raise UserError(f"--model {name} is a file; give the folder that holds config.json")
     source = str(path) if path.is_dir() else name
-    where: Any = {"subfolder": _subfolder(source)}
+    where: Any = {"subfolder": _subfolder(source, commit), "revision": commit}
     try:
         config = AutoConfig.from_pretrained(source, **where)
         if config.model_type != "clip":
@@ -80,18 +81,18 @@ def load_clip(name: str) -> Clip:
     except (UnpicklingError, SafetensorError) as error:
         raise UserError(f"--model {name}: its weights are damaged, or hold code, which is never run; give them as "
                         "safetensors") from error
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # damaged, or of another size
         raise UserError(_load_failure(name, error)) from error
     found = re.search(r"/snapshots/([0-9a-f]{40})/", str(cached_file(source, "config.json", **where)))
     return Clip(name, model.eval(), processor, found[1] if found else None)
 
 
-def _subfolder(source: str) -> str:
+def _subfolder(source: str, commit: str | None) -> str:
     """Where a sentence-transformers folder keeps its CLIPModel; '' for a plain one."""
     from transformers.utils import cached_file
 
     try:
-        listing = cached_file(source, "modules.json", _raise_exceptions_for_missing_entries=False)
+        listing = cached_file(source, "modules.json", revision=commit, _raise_exceptions_for_missing_entries=False)
         modules = json.loads(Path(listing).read_text(encoding="utf-8")) if listing else []
         return next((m["path"] for m in modules if str(m["type"]).endswith("CLIPModel")), "")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -156,6 +157,8 @@ class Towers(nn.Module):
         super().__init__()
         self.vision_model: Any = clip.model.vision_model
         self.text_model: Any = clip.model.text_model
+        for tower in (self.vision_model, self.text_model):
+            use_quick_gelu(tower)
         settings = clip.image_processor
         mean = torch.tensor(settings.image_mean if settings.do_normalize else [0.0] * 3)
         std = torch.tensor(settings.image_std if settings.do_normalize else [1.0] * 3)
@@ -181,17 +184,8 @@ class Towers(nn.Module):
         return Features(
             self.image(batch.pixels_BCSS), self.text(batch.title),
             None if batch.negative is None else self.text(batch.negative),
-            batch.title_id_B, batch.negative_id_B,
+            batch.image_id_B, batch.title_id_B, batch.negative_id_B,
         )
-
-
-def frozen(encode: Callable[[Any], Tensor], device: torch.device, precision: torch.dtype) -> Callable[[Any], Tensor]:
-    """The same function without autograd and in `precision`, its input (a tensor or a tuple of them) moved first."""
-    def call(inputs: Any) -> Tensor:
-        moved = inputs.to(device) if isinstance(inputs, Tensor) else map_tensors(inputs, lambda part: part.to(device))
-        with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision.itemsize < 4):
-            return encode(moved)
-    return call
 
 
 def pick_precision(wanted: str, device: torch.device) -> torch.dtype:

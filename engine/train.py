@@ -1,6 +1,6 @@
 """The loop. Cached or streamed, one rank or many, it is these lines; edit them.
 
-Dimension key: B rows of this rank, C candidates of all ranks, E embedding.
+Dimension key: B rows of this rank, G rows of all ranks, X texts (titles, then negatives), C candidates, E embedding.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.profiler import record_function
 
-from data.batch import UserError, share
+from data.batch import Batch, Features, UserError, share
 from engine.checkpoint import State
 from engine.config import Config
 from engine.dist import World
 from engine.log import Log
-from engine.loss import ranking_loss
+from engine.loss import Candidates, Objective
 from engine.model import Embeddings
 from engine.optim import learning_rate, update
 from engine.profiler import Profiler
@@ -59,14 +59,25 @@ class Plan:
         return step % (every or self.steps_per_epoch) == 0 or step == self.steps
 
 
-def candidates(world: World, out: Embeddings, negative_id_B: torch.Tensor | None,
-               sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """All ranks' titles, then all their negatives, [C, E]; and which of them stand for a missing negative, [C]."""
-    if out.negative_BE is None or negative_id_B is None:
-        return world.gather(out.title_BE, sizes), None
-    pair_G2E = world.gather(torch.stack([out.title_BE, out.negative_BE], 1), sizes)
-    absent_G = world.gather(negative_id_B, sizes) < 0
-    return pair_G2E.transpose(0, 1).flatten(0, 1), torch.cat([torch.zeros_like(absent_G), absent_G])
+def ranked(objective: Objective, world: World, out: Embeddings, inputs: Batch | Features, rows: int) -> torch.Tensor:
+    """This rank's part of the loss of a global batch of `rows`, ranked against the candidates of all ranks."""
+    parts = [share(rows, rank, world.size) for rank in range(world.size)]
+    sizes, first_row = [high - low for low, high in parts], parts[world.rank][0]
+    image_BE, text_XE, scale = out
+    kinds = [inputs.image_id_B, inputs.title_id_B, inputs.negative_id_B]
+    ids = [ids_B for ids_B in kinds if ids_B is not None]
+    if world.size > 1:
+        ids = list(world.gather(torch.stack(ids, 1), sizes).unbind(1))
+        text_BXE = text_XE.unflatten(0, (len(ids) - 1, len(image_BE))).transpose(0, 1)
+        text_XE = world.gather(text_BXE, sizes).transpose(0, 1).flatten(0, 1)
+    titles = Candidates(text_XE, ids[1], ids[0])
+    if inputs.negative_id_B is not None:
+        nobody_G = torch.full_like(ids[0], -1)
+        titles = Candidates(text_XE, torch.cat(ids[1:]), torch.cat([ids[0], nobody_G]), torch.cat([ids[0], ids[2]]) < 0)
+    if objective.loss != "symmetric":
+        return objective(image_BE, titles, scale, first_row, rows)
+    images = Candidates(world.gather(image_BE, sizes), ids[1], ids[0])
+    return objective(image_BE, titles, scale, first_row, rows, out.text_XE[: len(image_BE)], images)
 
 
 def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: torch.optim.AdamW, plan: Plan,
@@ -74,19 +85,19 @@ def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: to
         evaluate: Callable[[], None], checkpoint: Callable[[State], None],
         stop: Callable[[int], int]) -> None:
     """Train from `state.step` to the end of the plan, or until a signal asks all ranks to stop."""
+    objective = Objective(cfg.loss, cfg.duplicates, cfg.hardness, cfg.label_smoothing)
+    ranks = torch.tensor(float(world.size), device=world.device)
     stream = batches(state.step)  # this rank's slice of every remaining step
     while state.step < plan.steps and not state.stopped and not state.enough:
         with log.waiting():
             inputs = next(stream)
         rows = plan.rows_at(state.step)
-        parts = [share(rows, rank, world.size) for rank in range(world.size)]
         with record_function("project"), torch.autocast(world.device.type, precision, enabled=precision.itemsize < 4):
             out = model(inputs)
         with record_function("loss"):
-            titles_CE, absent_C = candidates(world, out, inputs.negative_id_B, [b - a for a, b in parts])
-            loss = ranking_loss(out.image_BE, titles_CE, out.scale, parts[world.rank][0], rows, absent_C)
+            loss = ranked(objective, world, out, inputs, rows)
         with record_function("backward"):
-            (loss * world.size).backward()  # DDP averages over ranks what is to be added up
+            loss.backward(ranks)  # DDP averages over ranks what is to be added up
         with record_function("optim"):
             lr = learning_rate(state.step, plan.steps, cfg.lr, cfg.schedule, cfg.warmup)
             grad_norm = update(optimizer, lr, cfg.clip_norm)

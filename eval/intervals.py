@@ -36,6 +36,10 @@ class PairedTest:
     ci95: Interval
     p_value: float
 
+    def as_json(self) -> dict[str, float | Interval]:
+        """As it stands in metrics.json."""
+        return {"value": self.difference, "ci95": self.ci95, "p": self.p_value}
+
 
 def share_interval(hit_N: Tensor) -> Interval:
     """95 % interval of the share of True rows: Wilson's, with a Poisson limit for one to three misses or hits.
@@ -56,7 +60,7 @@ def _share_interval(hits: int, n: int) -> Interval:
     return [max(0.0, min(low, share)), min(1.0, max(high, share))]
 
 
-def mean_interval(value_N: Tensor, lowest: float, highest: float, seed: int) -> Interval:
+def mean_interval(value_N: Tensor, lowest: float, highest: float, seed: int, resamples: int = RESAMPLES) -> Interval:
     """95 % bootstrap of the mean of values that lie within `lowest` and `highest`.
 
     Resampling N rows is one multinomial draw over the K distinct values, so memory is B x K whatever N. The
@@ -70,7 +74,7 @@ def mean_interval(value_N: Tensor, lowest: float, highest: float, seed: int) -> 
     if len(value_K) == 1:
         alike, value = _share_interval(n, n)[0], float(value_K[0])
         return [alike * value + (1 - alike) * extreme for extreme in (lowest, highest)]
-    count_BK = np.random.default_rng(seed).multinomial(n, count_K / n, size=RESAMPLES)
+    count_BK = np.random.default_rng(seed).multinomial(n, count_K / n, size=resamples)
     return _percentiles(count_BK @ value_K / n, NormalDist().cdf(-math.sqrt(n / (n - 1)) * _student_t(n - 1)))
 
 
@@ -96,7 +100,8 @@ def median_interval(value_N: Tensor, seed: int) -> Interval:
     return _percentiles((low_B + high_B) / 2)
 
 
-def paired_test(before_N: Tensor, after_N: Tensor, seed: int = 0) -> PairedTest:
+def paired_test(before_N: Tensor, after_N: Tensor, seed: int = 0, resamples: int = RESAMPLES,
+                flips: int = FLIPS) -> PairedTest:
     """Compare two models on the same rows: hits (bool) or values within 0 and 1, such as reciprocal ranks.
 
     p is that of the sign-flip permutation test of the mean difference: exact when at most 16 rows differ or all differ
@@ -106,11 +111,11 @@ def paired_test(before_N: Tensor, after_N: Tensor, seed: int = 0) -> PairedTest:
     if before_N.shape != after_N.shape or not len(before_N):
         raise UserError(f"cannot pair {len(before_N)} rows with {len(after_N)}; measure both models on the same rows")
     difference_N = after_N.double() - before_N.double()
-    interval = mean_interval(difference_N, -1, 1, seed)
-    return PairedTest(difference_N.mean().item(), interval, _sign_flip_p(_numpy(difference_N), seed))
+    interval = mean_interval(difference_N, -1, 1, seed, resamples)
+    return PairedTest(difference_N.mean().item(), interval, _sign_flip_p(_numpy(difference_N), seed, flips))
 
 
-def _sign_flip_p(difference_N: Array, seed: int) -> float:
+def _sign_flip_p(difference_N: Array, seed: int, flips: int) -> float:
     """Chance that random signs of the differences make a sum at least as far from zero, two-sided."""
     moved_M = difference_N[difference_N != 0]
     m = len(moved_M)
@@ -126,11 +131,11 @@ def _sign_flip_p(difference_N: Array, seed: int) -> float:
         plus = np.arange(2**m)[:, None] >> np.arange(m) & 1
         sums = (2 * plus - 1) @ moved_M
     else:
-        plus = np.random.default_rng(seed).binomial(count_K, 0.5, size=(FLIPS, len(size_K)))
+        plus = np.random.default_rng(seed).binomial(count_K, 0.5, size=(flips, len(size_K)))
         sums = (2 * plus - count_K) @ size_K
     noise = 1e-9 * np.abs(moved_M).sum()  # equal sums added in another order
     extreme = int((np.abs(sums) >= abs(moved_M.sum()) - noise).sum())
-    return extreme / len(sums) if m <= ENUMERATE else (1 + extreme) / (1 + FLIPS)
+    return extreme / len(sums) if m <= ENUMERATE else (1 + extreme) / (1 + flips)
 
 
 def _histogram(value_N: Array) -> tuple[Array, NDArray[np.int64]]:

@@ -1,40 +1,49 @@
-"""Before and after, for people: the table on the console and in the model card."""
+"""The page `report.html`: one run, before and after, self-contained and offline."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-SHOWN = {
-    "image_to_text_R@1": "image to text R@1", "image_to_text_R@5": "R@5", "image_to_text_R@10": "R@10",
-    "image_to_text_median_rank": "median rank", "image_to_text_mrr": "MRR",
-    "text_to_image_R@1": "text to image R@1", "text_to_image_R@5": "R@5", "text_to_image_R@10": "R@10",
-    "text_to_image_median_rank": "median rank", "text_to_image_mrr": "MRR",
-    "triplet_accuracy": "triplet accuracy",
-}
-
-Scores = Mapping[str, Mapping[str, Any]]  # split -> metric -> value
+from eval.answers import Both
+from eval.cases import sections
+from eval.figures import curves, figures, files, lead, ledger, recipe
+from eval.page import document, text
+from eval.table import WHEN
+from eval.table import table as table
 
 
-def table(columns: Mapping[str, Scores]) -> str:
-    """A Markdown table, one block of rows a split, one column for each of `columns` (such as base and tuned)."""
-    names = list(columns)
-    splits = list(dict.fromkeys(split for scores in columns.values() for split in scores))
-    rows = [["split", "metric", *names]]
-    for split in splits:
-        known = {metric for scores in columns.values() for metric in scores.get(split, {})}
-        rows += [[split, label, *(_cell(columns[name].get(split, {}), metric) for name in names)]
-                 for metric, label in SHOWN.items() if metric in known]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-             for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+def write_report(out: Path, split: str, sizes: Mapping[str, int], answers: Mapping[str, Both],
+                 title: Callable[[int], str], picture: Callable[[int], bytes]) -> Path:
+    """Write `report.html` from what the run folder holds and the answers of `split`; one file, at most some 2 MB.
+
+    `sizes` are the pairs of each split, `title` and `picture` (a small JPEG) belong to rows of `split`.
+    """
+    config, metrics = (json.loads((out / name).read_text(encoding="utf-8")) for name in ("config.json", "metrics.json"))
+    losses = [float(line["loss"]) for line in _lines(out / "steps.jsonl")]
+    history = list({line["step"]: line for line in _lines(out / "evaluations.jsonl")}.values())
+    settings = config["config"]
+    name = f"{Path(str(settings['model'])).name} on {Path(str(settings['dataset'])).name}"
+    contents = {"figures": "Before and after", "curves": "How it got there", "cases": "Row by row",
+                "recipe": "Recipe and data", "files": "Files"}
+    body = {"figures": figures(metrics, split),
+            "curves": curves(losses, history, answers, split, metrics.get("interpolation")),
+            "cases": sections(answers, title, picture) if set(answers) >= set(WHEN) else "<p>Not kept.</p>",
+            "recipe": recipe(config, sizes, len(losses)) + ledger(_lines(out / "ledger.jsonl")), "files": files(out)}
+    links = "".join(f'<li><a href="#{key}">{label}</a></li>' for key, label in contents.items())
+    head = (f'<p class="soft small">thumbtune report · {text(config["started"][:10])}</p><h1>{text(name)}</h1>'
+            f'{lead(metrics, split, sizes.get(split, 0))}<nav aria-label="On this page"><ul>{links}</ul></nav>')
+    main = "".join(f'<section aria-labelledby="{key}"><h2 id="{key}">{contents[key]}</h2>{html}</section>'
+                   for key, html in body.items())
+    foot = f'<p class="small">Written by thumbtune, commit {text((config.get("git_commit") or "unknown")[:12])}.</p>'
+    temporary = out / ".report.html"
+    temporary.write_text(document(f"{name}: before and after", head, main, foot), encoding="utf-8", errors="replace")
+    return temporary.replace(out / "report.html")
 
 
-def _cell(values: Mapping[str, Any], metric: str) -> str:
-    if metric not in values:
-        return "-"
-    digits = 1 if metric.endswith("rank") else 3
-    low, high = values[f"{metric}_ci95"]
-    return f"{values[metric]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            yield from map(json.loads, file)

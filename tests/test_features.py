@@ -389,10 +389,11 @@ def test_ranks_share_each_global_batch_in_order(tmp_path: Path, mapped: bool, ne
             slices(101, batch, 42, rank, size, epoch * steps + first), steps - first)] for rank in range(size)]
         for step, parts in enumerate(zip(*ranks, strict=True), first):
             rows = order[step * batch : (step + 1) * batch]
-            image, title, negative, title_id, negative_id = (
+            image, title, negative, image_id, title_id, negative_id = (
                 torch.cat(values) if values[0] is not None else None for values in zip(*parts, strict=True))
             assert image.equal(image_MV[split.image_row_N[rows]]) and title.equal(title_PT[split.title_row_N[rows]])
-            assert title_id.equal(split.title_row_N[rows]) and (negative_id is not None) == negatives
+            assert image_id.equal(split.image_row_N[rows]) and title_id.equal(split.title_row_N[rows])
+            assert (negative_id is not None) == negatives
             if split.negative_row_N is not None:
                 wanted = split.negative_row_N[rows]
                 assert negative_id.equal(wanted) and negative[wanted >= 0].equal(title_PT[wanted[wanted >= 0]])

@@ -1,79 +1,206 @@
-"""The loss against its definition and against sentence-transformers; its gradient on several ranks against one."""
+"""The losses against their definitions, sentence-transformers and torch; several ranks and chunks against one."""
 
+import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import on_ranks
-from torch import nn
+from torch import Tensor, nn
 
 from data.batch import Features, share
+from engine import loss as losses
 from engine.dist import World
-from engine.loss import ranking_loss
-from engine.model import Embeddings, distribute
-from engine.train import candidates
+from engine.loss import Candidates, Objective
+from engine.model import Embeddings, distribute, unit
+from engine.train import ranked
 
 V, T, E = 7, 5, 4
-
-
-def test_equals_the_definition() -> None:
-    torch.manual_seed(0)
-    image, titles = F.normalize(torch.randn(5, E), dim=-1), F.normalize(torch.randn(10, E), dim=-1)
-    expected = 0.0
-    for i in range(5):
-        scores = [20.0 * float(image[i] @ titles[j]) for j in range(10)]
-        expected += (math.log(sum(math.exp(s) for s in scores)) - scores[i]) / 5
-    assert ranking_loss(image, titles, torch.tensor(20.0), 0, 5).item() == pytest.approx(expected, abs=1e-5)
-
-
-def test_a_missing_negative_is_no_candidate() -> None:
-    torch.manual_seed(0)
-    image, titles = F.normalize(torch.randn(3, E), dim=-1), F.normalize(torch.randn(6, E), dim=-1)
-    absent = torch.tensor([False] * 4 + [True, False])
-    without = ranking_loss(image, titles[~absent], torch.tensor(20.0), 0, 3)
-    torch.testing.assert_close(ranking_loss(image, titles, torch.tensor(20.0), 0, 3, absent), without)
+KINDS = [Objective(kind, duplicates, hardness, smoothing)
+         for kind, duplicates, (hardness, smoothing) in itertools.product(
+             ("image-to-text", "symmetric", "sigmoid"), ("mask", "multi", "keep"), ((0.0, 0.0), (5.0, 0.0), (3.0, 0.2)))
+         if kind != "sigmoid" or not hardness]
 
 
 class TwoLinear(nn.Module):
-    """A head as small as it gets, with the same start on every rank."""
+    """A head as small as it gets, with a scale that trains and the same start on every rank."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.image, self.text = nn.Linear(V, E, bias=False), nn.Linear(T, E, bias=False)
+        self.scale = nn.Parameter(torch.tensor(20.0))
 
     def forward(self, features: Features) -> Embeddings:
-        image, title, negative = (F.normalize(layer(x), dim=-1) for layer, x in (
-            (self.image, features.image_BV), (self.text, features.title_BT), (self.text, features.negative_BT)))
-        return Embeddings(image, title, negative, torch.tensor(20.0, dtype=torch.float64))
+        texts = torch.cat([kind for kind in (features.title_BT, features.negative_BT) if kind is not None])
+        return Embeddings(unit(self.image(features.image_BV)), unit(self.text(texts)), self.scale)
 
 
-def one_step(rows: int, gaps: bool) -> tuple[float, list[torch.Tensor]]:
-    """Loss and gradients of one global batch of `rows`, on whatever ranks there are."""
-    size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    rank = torch.distributed.get_rank() if size > 1 else 0
-    world = World(rank, rank, size, torch.device("cpu"))
+def global_batch(rows: int, negatives: bool) -> Features:
+    """A third of the titles and a fifth of the images repeat; some negatives are missing, some are the row's own title.
+
+    Everything in float64, so that what differs between two ways to compute it is the way and not rounding.
+    """
     generator = torch.Generator().manual_seed(2)
     image, title, negative = (torch.randn(rows, width, generator=generator).double() for width in (V, T, T))
+    title_id, image_id = torch.arange(rows), torch.arange(rows) + 50
+    title_id[2::3], image_id[4::5] = title_id[0], image_id[1:2]
     negative_id = torch.arange(rows) + 100
-    negative_id[1::3] = -1 if gaps else 7
-    parts = [share(rows, r, size) for r in range(size)]
-    mine = slice(*parts[rank])
-    features = Features(image[mine], title[mine], negative[mine], torch.arange(rows)[mine], negative_id[mine])
-    model = TwoLinear().double()  # so that what differs is the arithmetic of ranks, not rounding
+    negative_id[1::4], negative_id[3::4] = -1, title_id[3::4]
+    if rows > 2:
+        negative_id[2] = title_id[1]
+    return Features(image, title, negative if negatives else None, image_id, title_id,
+                    negative_id if negatives else None)
+
+
+def brute_force(objective: Objective, out: Embeddings, batch: Features) -> Tensor:
+    """The definition, one pair after the other, by autograd."""
+    rows = len(batch.title_id_B)
+
+    def one_way(queries: Tensor, answers: list[tuple[Tensor, int, int]], hardness: float) -> Tensor:
+        total = out.scale * 0
+        for i in range(rows):
+            logits, right = [], []
+            for j, (embedding, title, image) in enumerate(answers):
+                same = title == batch.title_id_B[i] or image == batch.image_id_B[i]
+                if title < 0 or (objective.duplicates == "mask" and same and j != i):
+                    continue
+                right.append(j == i or bool(objective.duplicates == "multi" and same))
+                cosine = queries[i] @ embedding
+                logits.append(out.scale * cosine + (0 if right[-1] else hardness * cosine.detach()))
+            if objective.loss == "sigmoid":
+                total = total - sum(F.logsigmoid((logit - 10) * (1 if hit else -1))
+                                    for logit, hit in zip(logits, right, strict=True))
+                continue
+            log_share = torch.stack(logits) - torch.stack(logits).logsumexp(0)
+            wanted = torch.tensor(right).double() / sum(right)
+            wanted = (1 - objective.smoothing) * wanted + objective.smoothing / len(logits)
+            total = total - wanted @ log_share
+        return total / rows
+
+    titles = [(out.text_XE[j], int(batch.title_id_B[j]), int(batch.image_id_B[j])) for j in range(rows)]
+    if batch.negative_id_B is not None:
+        titles += [(out.text_XE[rows + j], int(batch.negative_id_B[j]), -1) for j in range(rows)]
+    forward = one_way(out.image_BE, titles, objective.hardness)
+    if objective.loss != "symmetric":
+        return forward
+    images = [(out.image_BE[j], int(batch.title_id_B[j]), int(batch.image_id_B[j])) for j in range(rows)]
+    return (forward + one_way(out.text_XE[:rows], images, 0.0)) / 2
+
+
+def one_step(objective: Objective, rows: int, negatives: bool, naive: bool = False) -> list[Tensor]:
+    """Loss and gradients of one global batch, on whatever ranks there are."""
+    size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    rank = torch.distributed.get_rank() if size > 1 else 0
+    world, batch = World(rank, rank, size, torch.device("cpu")), global_batch(rows, negatives)
+    mine = slice(*share(rows, rank, size))
+    inputs = Features(*(None if part is None else part[mine] for part in batch))
+    model = TwoLinear().double()
     wrapped = distribute(model, size)  # must outlive the backward pass
-    out = wrapped(features)
-    titles, absent = candidates(world, out, features.negative_id_B, [b - a for a, b in parts])
-    loss = ranking_loss(out.image_BE, titles, out.scale, mine.start, rows, absent)
-    (loss * size).backward()  # as the loop does
-    return world.sum(loss.detach()).item(), [p.grad.clone() for p in model.parameters()]
+    out = wrapped(inputs)
+    loss = brute_force(objective, out, batch) if naive else ranked(objective, world, out, inputs, rows)
+    loss.backward(torch.tensor(size).double())  # as the loop does
+    return [world.sum(loss.detach()), *(p.grad.clone() for p in model.parameters())]
 
 
-@pytest.mark.parametrize(("ranks", "rows", "gaps"), [(2, 8, False), (2, 5, True), (3, 7, False), (3, 2, False)])
-def test_ranks_add_up_to_one_process(ranks: int, rows: int, gaps: bool) -> None:
-    loss, gradients = one_step(rows, gaps)
-    for their_loss, their_gradients in on_ranks(ranks, one_step, rows, gaps):
-        assert their_loss == pytest.approx(loss, abs=1e-6)
-        for theirs, ours in zip(their_gradients, gradients, strict=True):
-            torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=0)
+def every_step(cases: list[tuple[Any, ...]]) -> list[list[Tensor]]:
+    return [one_step(*case) for case in cases]
+
+
+CASES = [(objective, 11, negatives) for objective in KINDS for negatives in (True, False)]
+UNEVEN = [(objective, rows, True) for objective in (KINDS[0], KINDS[9]) for rows in (2, 4)]  # some ranks are empty
+
+
+def assert_equal(ours: list[Tensor], theirs: list[Tensor], what: Any) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9, msg=lambda text: f"{what}: {text}")
+
+
+def test_equal_the_definition() -> None:
+    for case in CASES:
+        assert_equal(one_step(*case), one_step(*case, naive=True), case)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_add_up_to_one_process(ranks: int) -> None:
+    cases = CASES + UNEVEN
+    for theirs in on_ranks(ranks, every_step, cases):
+        for case, got in zip(cases, theirs, strict=True):
+            assert_equal(got, one_step(*case), case)
+
+
+def test_chunks_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = [one_step(*case) for case in CASES]
+    monkeypatch.setitem(losses.CHUNK, "cpu", 70)  # three rows of 22 candidates
+    for case, expected in zip(CASES, whole, strict=True):
+        assert_equal(one_step(*case), expected, case)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.hardness])  # its weight has no gradient
+def test_gradient_is_the_slope(kind: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(losses.CHUNK, "cpu", 20)
+    batch = global_batch(5, True)
+    ids = torch.cat([batch.title_id_B, batch.negative_id_B]), torch.cat([batch.image_id_B, torch.full((5,), -1)])
+
+    def value(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        images = Candidates(image, batch.title_id_B, batch.image_id_B) if kind.loss == "symmetric" else None
+        return kind(image, Candidates(text, *ids), scale, 0, 5, text[:5] if images else None, images)
+
+    torch.manual_seed(3)
+    inputs = torch.randn(5, E).double(), torch.randn(10, E).double(), torch.tensor(2.0).double()
+    assert torch.autograd.gradcheck(value, tuple(part.requires_grad_() for part in inputs))
+
+
+@pytest.mark.parametrize(("kind", "options"), [
+    (Objective(duplicates="keep"), {}),
+    (Objective("symmetric", "keep"), {"directions": ("query_to_doc", "doc_to_query"),
+                                      "partition_mode": "per_direction"}),
+    (Objective("image-to-text", "keep", 9.0), {"hardness_mode": "all_negatives", "hardness_strength": 9.0}),
+    (Objective("symmetric", "keep", 5.0), {"directions": ("query_to_doc", "doc_to_query"),
+                                           "partition_mode": "per_direction", "hardness_mode": "all_negatives",
+                                           "hardness_strength": 5.0}),
+])
+@pytest.mark.parametrize("negatives", [True, False])
+def test_equal_sentence_transformers(kind: Objective, options: dict[str, Any], negatives: bool) -> None:
+    peer = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    theirs = peer.MultipleNegativesRankingLoss(nn.Identity(), **options)
+    torch.manual_seed(4)
+    image, *texts = (torch.randn(9, E, requires_grad=True) for _ in range(3 if negatives else 2))
+    expected = theirs.compute_loss_from_embeddings([image, *texts], None)
+    wanted = torch.autograd.grad(expected, [image, *texts])
+    batch = Features(image, texts[0], None, torch.arange(9), torch.zeros(9).long(),
+                     torch.arange(9) if negatives else None)
+    world = World(0, 0, 1, torch.device("cpu"))
+    out = Embeddings(F.normalize(image, dim=-1), F.normalize(torch.cat(texts), dim=-1), torch.tensor(20.0))
+    found = ranked(kind, world, out, batch, 9)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    for ours, other in zip(torch.autograd.grad(found, [image, *texts]), wanted, strict=True):
+        torch.testing.assert_close(ours, other, atol=1e-6, rtol=1e-5)
+
+
+def test_what_becomes_of_repeats_does_not_matter_without_repeats() -> None:
+    torch.manual_seed(6)
+    image, text = F.normalize(torch.randn(6, E), dim=-1), F.normalize(torch.randn(12, E), dim=-1)
+    titles = Candidates(text, torch.arange(12), torch.cat([torch.arange(6), torch.full((6,), -1)]))
+    mask, multi, keep = (Objective(duplicates=how)(image, titles, torch.tensor(20.0), 0, 6).item()
+                         for how in ("mask", "multi", "keep"))
+    assert mask == multi == keep
+
+
+def test_smoothing_equals_torch() -> None:
+    torch.manual_seed(5)
+    image, text = F.normalize(torch.randn(6, E), dim=-1), F.normalize(torch.randn(6, E), dim=-1)
+    titles = Candidates(text, torch.arange(6), torch.arange(6))
+    expected = F.cross_entropy(20 * image @ text.T, torch.arange(6), label_smoothing=0.1)
+    torch.testing.assert_close(Objective(smoothing=0.1)(image, titles, torch.tensor(20.0), 0, 6), expected)
+
+
+def test_repeats_cost_nothing_when_masked() -> None:
+    """Two rows with one title floor the reference's loss at ln 2; masked, a perfect model reaches 0."""
+    image = text = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    ids = torch.tensor([7, 7, 8])
+    for how, floor in (("keep", 2 / 3 * math.log(2)), ("mask", 0.0), ("multi", 2 / 3 * math.log(2))):
+        loss = Objective(duplicates=how)(image, Candidates(text, ids, torch.arange(3)), torch.tensor(100.0), 0, 3)
+        assert loss.item() == pytest.approx(floor, abs=1e-5)

@@ -12,8 +12,6 @@ from helpers import make_pairs, run
 from hub import Hub
 from safetensors.torch import load_file
 
-import run as command_line
-
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 METRICS = {f"{way}_{name}" for way in ("image_to_text", "text_to_image")
            for name in ("R@1", "R@5", "R@10", "median_rank", "mean_rank", "mrr")} | {"triplet_accuracy"}
@@ -57,38 +55,6 @@ def test_plain_run_is_the_reference_recipe(ranks: int, hub: Hub, tmp_path: Path)
     assert (out / "checkpoints" / "last").resolve().name == "step-00000008"
     assert "| test  | triplet accuracy" in done.stdout
     assert re.search(r"parameters train \(\d+\.\d\d %\): visual_projection.weight, text_projection.weight", done.stderr)
-
-
-def test_export_loads_elsewhere_with_the_same_embeddings(pairs: Path, tiny_st_model: Path, tmp_path: Path) -> None:
-    tuned = train(pairs, tiny_st_model, tmp_path / "run")
-    folder = tmp_path / "run" / "model"
-    alone = load_file(folder / "projections.safetensors")
-    assert set(alone) == {"visual_projection.weight", "text_projection.weight"}
-    assert all(torch.equal(tuned[name], value) for name, value in alone.items())
-    from PIL import Image
-    from sentence_transformers import SentenceTransformer
-    from transformers import CLIPModel, CLIPProcessor
-
-    from data.decode import ImageSpec, collate_tokens, decode_image, tokenize
-    from engine.model import Head
-    from engine.towers import Towers, load_clip
-
-    picture, titles = next((pairs / "images").iterdir()), ["3 red circles", "a title that is longer than the other"]
-    clip = load_clip(str(folder))
-    towers, head = Towers(clip).eval(), Head(clip, 20.0)
-    pixels = torch.from_numpy(decode_image(picture.read_bytes(), ImageSpec.from_processor(clip.image_processor)))[None]
-    tokens = collate_tokens(tokenize(clip.tokenizer, titles, clip.max_tokens), clip.tokenizer.pad_token_id)
-    with torch.no_grad():
-        ours = torch.cat([head.image(towers.image(pixels)), head.text(towers.text(tokens))])
-        model, processor = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
-        inputs = processor(text=titles, images=Image.open(picture), return_tensors="pt", padding=True)
-        out = model(**inputs)
-    theirs = torch.cat([out.image_embeds, out.text_embeds])
-    torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)  # pixels may differ by 2/255
-    peer = SentenceTransformer(str(folder), device="cpu")
-    embedded = [torch.from_numpy(peer.encode(inputs, normalize_embeddings=True))
-                for inputs in ([Image.open(picture)], titles)]
-    torch.testing.assert_close(torch.cat(embedded), theirs, atol=1e-5, rtol=0)
 
 
 def test_layers_inside_a_tower_train_alike_on_any_number_of_ranks(pairs: Path, tiny_model: Path,
@@ -185,53 +151,6 @@ def test_profile_names_the_regions(pairs: Path, tiny_model: Path, tmp_path: Path
     (trace,) = (tmp_path / "run" / "profile").glob("*.pt.trace.json")
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"load", "project", "loss", "backward", "optim"} <= names
-
-
-MISTAKES = {  # arguments -> what the answer has to name
-    "unknown command": (["trian"], "did you mean train"),
-    "typo in a flag": (["--epoch", "3"], "did you mean --epochs"),
-    "word for a number": (["--epochs", "many"], "--epochs"),
-    "zero epochs": (["--epochs", "0"], "at least 1"),
-    "nan": (["--lr", "nan"], "at least 0"),
-    "bad choice": (["--schedule", "cubic"], "linear"),
-    "no such config": (["--config", "nowhere.toml"], "nowhere.toml"),
-    "no such dataset": (["--model", "{model}", "--dataset", "nowhere"], "nowhere"),
-    "no such model": (["--model", "./nowhere", "--dataset", "{pairs}"], "nowhere"),
-    "model is a file": (["--model", "{pairs}/train.csv", "--dataset", "{pairs}"], "config.json"),
-    "model folder without a model": (["--model", "{pairs}", "--dataset", "{pairs}"], "does not load"),
-    "offline": (["--model", "owner/name", "--dataset", "{pairs}"], "owner/name"),
-    "no such column": (["--model", "{model}", "--dataset", "{pairs}", "--title-column", "titel"], "title"),
-    "no such split": (["eval", "--model", "{model}", "--dataset", "{pairs}", "--split", "tset"], "train, valid, test"),
-    "nothing trains": (["--model", "{model}", "--dataset", "{pairs}", "--trainable", "projektion"], "projektion"),
-    "cached cannot": (["--model", "{model}", "--dataset", "{pairs}", "--trainable", "all", "--mode", "cached"],
-                      "--mode streaming"),
-    "cuda without": (["--device", "cuda"], "--device cpu"),
-    "nothing to resume": (["--resume", "--out", "{tmp}/none"], "holds no run"),
-    "batch larger than data": (["--model", "{model}", "--dataset", "{pairs}", "--batch-size", "38"],
-                               "at most --batch-size 37"),
-    "out is a file": (["--model", "{model}", "--dataset", "{pairs}", "--out", "{pairs}/train.csv"], "--out"),
-    "out holds a run": (["--model", "{model}", "--dataset", "{pairs}", "--out", "{used}"], "--resume"),
-}
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_answered_in_a_line_that_names_the_fix(name: str, pairs: Path, tiny_model: Path, tmp_path: Path,
-                                                            capsys: pytest.CaptureFixture[str]) -> None:
-    arguments, answer = MISTAKES[name]
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "config.json").write_text("{}")
-    places = {"pairs": pairs, "model": tiny_model, "tmp": tmp_path, "used": tmp_path / "used"}
-    filled = [argument.format(**places) for argument in arguments]
-    if "--out" not in filled and filled[0] not in ("eval", "trian"):
-        filled += ["--out", str(tmp_path / "out")]
-    try:
-        code = command_line.main(filled)
-    except SystemExit as exit:
-        code = exit.code
-    said = [line for line in capsys.readouterr().err.splitlines()
-            if "parameters train" not in line and not line.startswith("pairs: ")]
-    assert code == 2
-    assert answer in "\n".join(said) and len(said) <= 3, said
 
 
 def test_settings_come_from_toml_and_flags_win(pairs: Path, tiny_model: Path, tmp_path: Path) -> None:

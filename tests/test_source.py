@@ -252,7 +252,7 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
 
     assert "no such file or folder" in refusal(tmp_path / "missing")
     assert "no such file or folder" in refusal("owner/train.csv")
-    assert "download the files" in refusal("https://h/train-000000.tar")
+    assert "only local files" in refusal("https://h/train-000000.tar")
     assert "which of a.csv, b.csv" in refusal(write(tmp_path / "two/a.csv", table()).parent) if write(
         tmp_path / "two/b.csv", table()) else None
     assert "not a known kind" in refusal(write(tmp_path / "train.xls", table()))

@@ -1,0 +1,183 @@
+"""A dataset as a gallery to search in: its distinct images or its distinct titles, with features from the store.
+
+One process. Nothing is decoded that the store knows, and a gallery of titles opens no image.
+Dimension key: M distinct image references, N distinct items of the gallery, Q queries, V/T image/text feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.album import small_jpeg
+from data.batch import BadSample, UserError
+from data.catalogue import catalogue
+from data.cold import Reader, encode_titles, fill_images, fill_titles, is_url
+from data.decode import decode_image, tokenize
+from data.features import FeatureStore
+from data.pairs import Encoders
+from data.resident import Mapped
+from data.seen import Seen
+from data.segments import KEY, keys_of_titles
+from data.source import Rows
+
+SIDE = 320  # pixels of the longer side of a picture on the page
+Place = TypeVar("Place")
+
+
+class Item(NamedTuple):
+    """One answer: the first row that holds it. `image` is a path or URL, "" where the row has bytes or no image."""
+
+    split: str
+    row: int
+    image: str
+    title: str
+    reference: Mapping[str, Any]  # the image as `Reader.read` takes it
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """N distinct items: equal content is there once, at the first row that holds it."""
+
+    splits: Mapping[str, Rows]
+    features: Mapped
+    at_N: np.ndarray  # number of that row, counted over all splits
+
+    def __len__(self) -> int:
+        return len(self.at_N)
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        """Features of the items from `start` to `stop`."""
+        return self.features.store.gather(self.features.rows[start:stop])
+
+    def item(self, index: int) -> Item:
+        """Item `index` as the dataset has it."""
+        row = int(self.at_N[index])
+        for split, rows in self.splits.items():
+            if row < len(rows):
+                reference = rows.image[row].as_py()
+                return Item(split, row, reference["path"] or "", rows.title[row].as_py(), reference)
+            row -= len(rows)
+        raise IndexError(index)
+
+
+def open_images(splits: Mapping[str, Rows], reader: Reader, encoders: Encoders, cache: Path,
+                tell: Callable[[str], None]) -> Gallery:
+    """All images that can be used, titled or not; `tell` hears how many cannot. Raises UserError when none can.
+
+    Only files that are new or have changed since the last look are read.
+    """
+    found = catalogue(splits)
+    store = FeatureStore(cache / "features" / encoders.image_space, encoders.image_width)
+    seen = Seen(cache / "seen", found.references.field("path").to_pylist(), reader.folder)
+    keys, good = seen.keys.copy(), seen.known & (store.locate(seen.keys) >= 0)
+    unread, problems = np.flatnonzero(~good), []
+    for verdict in fill_images(found, reader, unread.tolist(), store, encoders.image, tell) if len(unread) else ():
+        if verdict.problem is None:
+            keys[verdict.reference], good[verdict.reference] = np.frombuffer(verdict.key, np.uint8), True
+        else:
+            problems.append(verdict.problem)
+    if good[unread].any():
+        seen.remember(keys, good)
+    if problems:
+        tell(f"{len(problems):,} of {len(keys):,} images cannot be used, such as {problems[0]}")
+    if not good.any():
+        raise UserError("the dataset has no image that can be searched; `run.py check` says what is wrong with it")
+    first = _first_rows(found.image_N, len(keys))
+    usable = np.flatnonzero(good)[np.argsort(first[good])]
+    distinct = usable[np.sort(np.unique(keys[usable].view(f"S{KEY}")[:, 0], return_index=True)[1])]
+    return _gallery(splits, store, keys[distinct], first[distinct])
+
+
+def open_titles(splits: Mapping[str, Rows], encoders: Encoders, cache: Path) -> Gallery:
+    """All titles that are not blank. Raises UserError when there is none."""
+    found = catalogue(splits)
+    texts, first = found.titles.to_pylist(), _first_rows(found.title_N, len(found.titles))
+    own = [index for index, text in enumerate(texts) if first[index] >= 0 and text.strip()]
+    if not own:
+        raise UserError("the dataset has no title that can be searched; name the column with --title-column")
+    texts = [texts[index] for index in own]
+    keys = keys_of_titles(texts)
+    store = FeatureStore(cache / "features" / encoders.text_space, encoders.text_width)
+    missing = np.flatnonzero(store.locate(keys) < 0)
+    if len(missing):
+        ids = tokenize(encoders.tokenizer, texts, encoders.max_tokens)
+        fill_titles(lambda some: [ids[i] for i in some], keys, store, missing, encoders.tokenizer.pad_token_id, encoders.text)
+    return _gallery(splits, store, keys, first[own])
+
+
+def _first_rows(index_N: Mapping[str, np.ndarray], count: int) -> np.ndarray:
+    """For each of `count` inputs the first row that holds it, counted over all splits; -1: none, a negative alone."""
+    every, first = np.concatenate([*index_N.values()]), np.full(count, -1, np.int64)
+    inputs, rows = np.unique(every, return_index=True)
+    first[inputs] = rows
+    return first
+
+
+def _gallery(splits: Mapping[str, Rows], store: FeatureStore, keys: np.ndarray, first: np.ndarray) -> Gallery:
+    order = np.argsort(first)
+    return Gallery(splits, Mapped(store, store.locate(keys[order])), first[order])
+
+
+def title_features(titles: Sequence[str], encoders: Encoders) -> Tensor:
+    """Text features [Q, T] of queries, which the store need not remember."""
+    ids = tokenize(encoders.tokenizer, titles, encoders.max_tokens)
+    return encode_titles(ids, encoders.tokenizer.pad_token_id, encoders.text, encoders.text_width)
+
+
+def image_features(image: str, reader: Reader, encoders: Encoders) -> Tensor:
+    """Image features [1, V] of a file or, through the fetcher and its guard, a URL. Raises UserError."""
+    try:
+        pixels = decode_image(read_image(image, reader), reader.spec, reader.max_pixels)
+    except BadSample as problem:
+        raise UserError(f"--image {image} cannot be used: {problem}") from None
+    return encoders.image(torch.from_numpy(pixels)[None]).cpu()
+
+
+def read_image(image: str, reader: Reader) -> bytes:
+    """The bytes of a file or URL. Raises BadSample."""
+    if is_url(image):
+        (fetched,) = reader.fetch([image])
+        if fetched.reason is not None:
+            raise BadSample(fetched.reason, fetched.detail)
+    return reader.read({"bytes": None, "path": image})
+
+
+def read_queries(given: Sequence[str], file: str, image: str) -> list[str]:
+    """The titles asked for, on the command line and one a line in `file`. UserError: none, or a picture as well."""
+    titles = list(given)
+    if file:
+        try:
+            titles += Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise UserError(f"--queries {file}: {reason}; give a text file with one title a line") from None
+    titles = [title.strip() for title in titles if title.strip()]
+    if image and titles:
+        raise UserError("search for titles or for --image, not both at once")
+    if not image and not titles:
+        raise UserError('search for what? `run.py search "a title"`, --queries FILE or --image FILE')
+    return titles
+
+
+def choose(splits: dict[str, Rows], wanted: str, dataset: str) -> dict[str, Rows]:
+    """The split `wanted`, or `all` of them. Raises UserError when there is none of that name."""
+    if wanted != "all" and wanted not in splits:
+        raise UserError(f"--dataset {dataset} has no split {wanted!r}; it has {', '.join(splits)} (all: every one)")
+    return splits if wanted == "all" else {wanted: splits[wanted]}
+
+
+def pictures(wanted: Iterable[tuple[Place, Mapping[str, Any]]], reader: Reader) -> dict[Place, bytes]:
+    """Small JPEGs of image references by the name each is given; what cannot be shown is left out."""
+    shown = {}
+    for name, reference in wanted:
+        with suppress(BadSample):
+            shown[name] = small_jpeg(reader.read(reference), SIDE, reader.max_pixels)
+    return shown

@@ -1,0 +1,205 @@
+"""Handing a model on: the same embeddings in other libraries, back from projections alone, the card, the hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import run, tiny_clip
+from hub import Hub
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import run as command_line
+from engine.card import HERE, write_card
+from engine.export import ALONE, Origin
+
+TITLES = ["3 red circles", "a title that is longer than the other", "NA", "café 🎬 مرحبا", "many words " * 200]
+
+
+@pytest.fixture(scope="module")
+def tuned(pairs: Path, tiny_st_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with a checkpoint at each of its three steps."""
+    out = tmp_path_factory.mktemp("tuned") / "run"
+    assert call("--model", tiny_st_model, "--dataset", pairs, "--out", out, "--cache-dir", out.parent / "cache",
+                "--precision", "fp32", "--lr", "1e-2", "--epochs", "1", "--save-every", "1") == 0
+    return out
+
+
+def call(*arguments: Any) -> int:
+    """run.py in this process; its exit code."""
+    try:
+        return command_line.main([*map(str, arguments)])
+    except SystemExit as exit:
+        return int(exit.code or 0)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(one: Path, other: Path) -> bool:
+    mine, theirs = weights(one), weights(other)
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_other_libraries_give_the_same_embeddings(tuned: Path, pairs: Path) -> None:
+    from PIL import Image
+    from sentence_transformers import SentenceTransformer
+    from transformers import CLIPModel, CLIPProcessor
+
+    from data.decode import ImageSpec, collate_tokens, decode_image, tokenize
+    from engine.model import Head
+    from engine.towers import Towers, load_clip
+
+    folder, pictures = tuned / "model", sorted((pairs / "images").iterdir())[:8]
+    clip = load_clip(str(folder))
+    towers, head, spec = Towers(clip).eval(), Head(clip, 20.0), ImageSpec.from_processor(clip.image_processor)
+    pixels = torch.stack([torch.from_numpy(decode_image(path.read_bytes(), spec)) for path in pictures])
+    tokens = collate_tokens(tokenize(clip.tokenizer, TITLES, clip.max_tokens), clip.tokenizer.pad_token_id)
+    images = [Image.open(path) for path in pictures]
+    with torch.no_grad():
+        ours = torch.cat([head.image(towers.image(pixels)), head.text(towers.text(tokens))])
+        model, processor = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
+        out = model(**processor(text=TITLES, images=images, return_tensors="pt", padding=True, truncation=True,
+                                max_length=77))
+    theirs = torch.cat([out.image_embeds, out.text_embeds])
+    torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)  # pixels may differ by 2/255
+    torch.testing.assert_close(ours[len(pictures):], out.text_embeds, atol=1e-5, rtol=0)
+    peer = SentenceTransformer(str(folder), device="cpu")
+    embedded = [torch.from_numpy(peer.encode(inputs, normalize_embeddings=True)) for inputs in (images, TITLES)]
+    torch.testing.assert_close(torch.cat(embedded), theirs, atol=1e-5, rtol=0)
+
+
+def test_projections_alone_go_back_on_their_base(tuned: Path, tiny_st_model: Path, tmp_path: Path,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    alone = load_file(tuned / "model" / ALONE)
+    assert set(alone) == {"visual_projection.weight", "text_projection.weight"}
+    assert all(torch.equal(weights(tuned / "model")[name], value) for name, value in alone.items())
+    (tmp_path / "mail").mkdir()
+    shutil.copy(tuned / "model" / ALONE, tmp_path / "mail")
+    moved = shutil.copytree(tiny_st_model, tmp_path / "base")
+    for number, flags in enumerate((["--run", tmp_path / "mail"], ["--run", tmp_path / "mail" / ALONE],
+                                    ["--run", tmp_path / "mail", "--model", moved], ["--run", tuned])):
+        assert call("export", *flags, "--to", tmp_path / str(number)) == 0
+        assert same(tmp_path / str(number), tuned / "model")
+        names = sorted(path.name for path in (tuned / "model").iterdir())
+        assert sorted(path.name for path in (tmp_path / str(number)).iterdir()) == names
+        assert (tmp_path / str(number) / "README.md").read_bytes() == (tuned / "model" / "README.md").read_bytes()
+    other = tiny_clip(tmp_path / "other", seed=1)
+    capsys.readouterr()
+    assert call("export", "--run", tmp_path / "mail", "--model", other, "--to", tmp_path / "x") == 2
+    said = capsys.readouterr().err
+    assert "its frozen weights differ" in said and str(tiny_st_model) in said and not (tmp_path / "x").exists()
+
+
+def test_any_checkpoint_and_an_unfinished_run(tuned: Path, tmp_path: Path) -> None:
+    steps = sorted(path.name for path in (tuned / "checkpoints").glob("step-*"))
+    assert [int(step[5:]) for step in steps] == [1, 2, 3]
+    for which, step in (("last", steps[-1]), ("step-2", steps[1]), (steps[0], steps[0])):
+        to = tmp_path / f"of-{which}"
+        assert call("export", "--run", tuned, "--checkpoint", which, "--to", to) == 0
+        held, got = load_file(tuned / "checkpoints" / step / "trainable.safetensors"), weights(to)
+        assert all(torch.equal(got[name], value) for name, value in held.items())
+    assert same(tmp_path / "of-last", tuned / "model") and not same(tmp_path / "of-step-2", tuned / "model")
+    assert "tuned" not in json.loads(metadata(tmp_path / "of-step-2" / ALONE))["metrics"]  # it was not measured
+    cut = shutil.copytree(tuned, tmp_path / "cut", symlinks=True)
+    shutil.rmtree(cut / "model")
+    damaged = cut / "checkpoints" / steps[-1] / "trainable.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")
+    assert call("export", "--run", cut, "--to", tmp_path / "cut-out") == 0  # the newest that is whole
+    assert same(tmp_path / "cut-out", tmp_path / "of-step-2")
+
+
+def metadata(path: Path) -> str:
+    with safe_open(path, "pt") as file:
+        return file.metadata()["thumbtune"]
+
+
+def test_half_precision_is_half_the_size_and_nearly_the_same(tuned: Path, tmp_path: Path) -> None:
+    assert call("export", "--run", tuned, "--to", tmp_path / "half", "--dtype", "fp16") == 0
+    half, full = weights(tmp_path / "half"), weights(tuned / "model")
+    assert {value.dtype for name, value in half.items() if "position_ids" not in name} == {torch.float16}
+    for name, value in half.items():
+        torch.testing.assert_close(value.float(), full[name].float(), atol=1e-3, rtol=1e-3)
+    assert all(torch.equal(value, load_file(tuned / "model" / ALONE)[name])
+               for name, value in load_file(tmp_path / "half" / ALONE).items())
+
+
+@pytest.mark.parametrize("name", ["o'brien: \"x\" #1\n---\n", "../a/--- b", "owner/name", "日本 \x07🎬", "`rm`",
+                                  "- x: [", "\ud800"])
+def test_the_hub_accepts_the_card_whatever_things_are_called(name: str, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    scores = {"image_to_text_R@1": 0.25, "image_to_text_R@1_ci95": [0.1, 0.4], "triplet_accuracy": 1.0}
+    origin = Origin(f"/home/me/{name}", "", "", name, {"trainable": [name], "lr": 1e-05, "mode": "auto"},
+                    {"base": {"test": scores}, "tuned": {"train": scores, "test": scores}})
+    write_card(tmp_path / "README.md", asdict(origin), "| table |", "mit")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "mit" and card.data.library_name == "transformers"
+    assert card.data.get("datasets") == ([name] if name == "owner/name" else None) and not card.data.get("base_model")
+    assert {(one.metric_type, one.metric_value, one.dataset_split) for one in card.data.eval_results} == {
+        ("image_to_text_R@1", 0.25, "test"), ("triplet_accuracy", 1.0, "test")}
+    assert "| table |" in card.text and "/home/me" not in card.content and "lr = 1e-05" in card.text
+    write_card(tmp_path / "README.md", {**asdict(origin), "base": "o/clip", "commit": "a" * 40}, "", "other")
+    assert ModelCard.load(tmp_path / "README.md").data.base_model == "o/clip"
+
+
+def test_a_push_arrives_and_the_card_says_from_where_to_load(tuned: Path, hub: Hub, tmp_path: Path) -> None:
+    """A process of its own: huggingface_hub reads its address once, and here it is offline."""
+    copy = shutil.copytree(tuned, tmp_path / "run", symlinks=True)
+    done = run(["export", "--run", copy, "--push-to-hub", "me/clip", "--private", "--license", "cc-by-4.0"],
+               env={**hub.env, "HF_TOKEN": hub.token})
+    assert done.returncode == 0 and f"pushed to {hub.url}/me/clip" in done.stderr, done.stderr
+    files = hub.repos["models", "me/clip"].files
+    assert files == {path.name: path.read_bytes() for path in (tuned / "model").iterdir()} | {
+        "README.md": files["README.md"]}
+    card, local = files["README.md"].decode(), (copy / "model" / "README.md").read_bytes()
+    assert local == (tuned / "model" / "README.md").read_bytes()  # what `verify` knows stays as it is
+    assert 'from_pretrained("me/clip")' in card and HERE not in card and "license: cc-by-4.0" in card
+
+
+class Broken:
+    """A hub that admits everybody and then goes away."""
+
+    def whoami(self) -> None:
+        pass
+
+    def create_repo(self, name: str, **_: Any) -> None:
+        raise ConnectionError(f"{name} is not\nto be reached")
+
+
+def test_a_failed_push_keeps_the_run_and_says_how_to_push_later(pairs: Path, tiny_model: Path, tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
+    import huggingface_hub
+
+    out = tmp_path / "my run"
+    flags = ["--model", tiny_model, "--dataset", pairs, "--cache-dir", tmp_path / "cache", "--out", out]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    assert call(*flags, "--push-to-hub", "me/clip") == 2 and not out.exists()  # before any work
+    assert "hf auth login" in capsys.readouterr().err
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
+    monkeypatch.setattr(huggingface_hub, "HfApi", Broken)
+    assert call(*flags, "--push-to-hub", "me/clip", "--private") == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == f"python run.py export --run '{out}' --push-to-hub me/clip --private"
+    assert "me/clip is not to be reached" in said[-2] and weights(out / "model")
+    assert call("export", "--run", out, "--checkpoint", "last", "--push-to-hub", "clip") == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"python run.py export --run '{out}' --push-to-hub clip --checkpoint last")
+
+
+def test_an_export_never_replaces_what_is_there(tuned: Path, tmp_path: Path,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    assert call("export", "--run", tuned, "--to", tmp_path / "mine") == 2
+    assert "choose a new folder" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]

@@ -1,0 +1,277 @@
+"""Shards from servers on loopback: fetched once by any number of processes, gone on with, guarded, bounded."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import random
+import resource
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from helpers import make_pairs, run, start
+from test_shards import picture
+
+import data.fetch
+from data import download
+from data.batch import UserError
+from data.fetch import FetchPolicy
+from data.remote import fetch_shards
+from data.shard_writer import ShardWriter
+from data.source import load_splits
+
+POLICY = FetchPolicy(timeout=5.0, allow_hosts=("127.0.0.1",))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data.fetch, "BACKOFF", 0.01)
+
+
+class Server:
+    """Serves a folder as nginx does (ETag, ranges); `cut(path, n)` says after how many bytes answer n breaks off."""
+
+    def __init__(self, folder: Path, cut: Callable[[str, int], int | None] = lambda path, n: None) -> None:
+        self.folder, self.cut, self.asked, self.sent, self.ranges = folder, cut, Counter[str](), 0, list[str]()
+        self.validators, self.believes, self.delay = True, True, 0.0
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        name = request.path.partition("?")[0].lstrip("/")
+        self.asked[name] += 1
+        file = self.folder / name
+        if not file.exists():
+            return request.send_error(404)
+        data = file.read_bytes()
+        tag, begin = f'"{hashlib.sha256(data).hexdigest()}"', 0
+        wanted = request.headers.get("Range")
+        if wanted and (request.headers.get("If-Range") == tag or not self.believes):
+            self.ranges.append(wanted)
+            begin = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if begin >= len(data):
+                request.send_response(416)
+                request.send_header("Content-Range", f"bytes */{len(data)}")
+                request.send_header("Content-Length", "0")
+                return request.end_headers()
+        request.send_response(206 if begin else 200)
+        if begin:
+            request.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{len(data)}")
+        if self.validators:
+            request.send_header("ETag", tag)
+        request.send_header("Content-Length", str(len(data) - begin))
+        request.end_headers()
+        cut = self.cut(name, self.asked[name])
+        body = memoryview(data)[begin:][:cut]
+        for at in range(0, len(body), 1 << 16):
+            time.sleep(self.delay)
+            request.wfile.write(body[at : at + (1 << 16)])
+            self.sent += len(body[at : at + (1 << 16)])
+        request.close_connection = begin + len(body) < len(data)
+
+    @contextmanager
+    def up(self) -> Iterator[str]:
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(this) -> None:
+                try:
+                    self.answer(this)
+                except OSError:
+                    this.close_connection = True
+
+            def log_message(this, *_: object) -> None:
+                pass
+
+        with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield f"http://127.0.0.1:{server.server_port}"
+            server.shutdown()
+
+
+def write_shards(folder: Path, sizes: dict[str, int], size: int = 700, seed: int = 0) -> Path:
+    for name, count in sizes.items():
+        with ShardWriter(folder, name, max_samples=4) as writer:
+            for number in range(count):
+                writer.write(f"{number:04}", picture(seed + number, size), f"{name} {number}", f"not {number}")
+    return folder
+
+
+def all_pairs(dataset: str, **more: object) -> dict[str, list[tuple]]:
+    """Every row of every split: the bytes of its image by reference, its texts."""
+    from data.shards import read_member
+
+    splits = load_splits(dataset, **more)
+    return {name: [(read_member(path), *texts) for path, *texts in zip(
+        rows.image.combine_chunks().field("path").to_pylist(), rows.title.to_pylist(), rows.title_neg.to_pylist(),
+        strict=True)] for name, rows in splits.items()}
+
+
+def bring(cache: Path, policy: FetchPolicy = POLICY) -> Callable[[str], list[Path]]:
+    return partial(fetch_shards, folder=cache, policy=policy, tell=lambda text: None)
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_shards_at_an_address_are_the_local_ones_and_fetched_once(tmp_path: Path, with_index: bool) -> None:
+    source = write_shards(tmp_path / "shards", {"train": 10, "valid": 3, "test": 7})
+    local = all_pairs(str(source))
+    if not with_index:
+        for index in source.glob("*.index.json"):
+            index.unlink()
+    server = Server(source)
+    with server.up() as url:
+        parts = f"{url}/train-{{000000..000002}}.tar {url}/valid-000000.tar {url}/test-{{000000..000001}}.tar".split()
+        for _ in range(2):
+            assert all_pairs(f"{url}/{{train-00000{{0,1,2}},valid-000000,test-00000{{0,1}}}}.tar",
+                             download=bring(tmp_path / "cache")) == local
+        assert {name: n for name, n in server.asked.items() if name.endswith(".tar")} == dict.fromkeys(
+            (tar.name for tar in source.glob("*.tar")), 1)
+        assert sum(server.asked.values()) == 12
+        assert sum(map(len, all_pairs(parts[0], download=bring(tmp_path / "cache")).values())) == 10
+        signed = load_splits(f"{url}/test-000000.tar?key=1&x=%2F", download=bring(tmp_path / "cache"))
+        assert list(signed) == ["test"] and server.asked["test-000000.tar"] == 2
+    left = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert {name.partition(".tar")[2] for name in left} == {"", ".lock"} | ({".index.json"} if with_index else set())
+
+
+def test_cut_connections_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "LEAST_BYTES", 1000)
+    source = write_shards(tmp_path / "shards", {"train": 4}, 300_000)
+    tar = source / "train-000000.tar"
+    rng = random.Random(0)
+    server = Server(source, lambda name, n: rng.randrange(100_000) if name == tar.name and n < 30 else None)
+    with server.up() as url:
+        (got,) = bring(tmp_path / "cache")(f"{url}/train-000000.tar")
+        assert got.read_bytes() == tar.read_bytes()
+        assert len(server.ranges) > 5 and server.sent < tar.stat().st_size * 1.2 + 100_000
+        # A server that says nothing of versions is asked for the whole; one that is cut every time is given up.
+        server.validators, server.cut = False, lambda name, n: 200_000 if n < 33 else None
+        server.asked.clear()
+        server.cut = lambda name, n: 200_000 if n < 3 else None
+        (got,) = bring(tmp_path / "other")(f"{url}/train-000000.tar")
+        assert got.read_bytes() == tar.read_bytes() and server.asked[tar.name] == 3
+        server.cut = lambda name, n: 900
+        with pytest.raises(UserError, match="train-000000.tar cannot be fetched .short-body.*run again to go on"):
+            bring(tmp_path / "never")(f"{url}/train-000000.tar")
+
+
+@pytest.mark.parametrize("believes", [True, False])
+def test_a_shard_that_changes_meanwhile_is_not_mixed(tmp_path: Path, believes: bool) -> None:
+    source, newer = (write_shards(tmp_path / str(seed), {"train": 4}, 100_000, seed) for seed in (0, 1))
+    tar = source / "train-000000.tar"
+    old = tar.read_bytes()
+
+    def cut(name: str, n: int) -> int | None:
+        if name == tar.name and n == 2:
+            raise OSError
+        return 150_000 if name == tar.name and n == 1 else None
+
+    server = Server(source, cut)
+    server.believes = believes  # one that does not answers with a part of what there is now
+    with server.up() as url:
+        def change() -> None:
+            while server.asked[tar.name] < 2:
+                time.sleep(0.001)
+            server.folder = newer
+
+        threading.Thread(target=change, daemon=True).start()
+        (got,) = bring(tmp_path / "cache")(f"{url}/train-000000.tar")
+    assert got.read_bytes() in (old, (newer / tar.name).read_bytes())
+
+
+def test_a_killed_process_is_gone_on_with_and_two_at_once_share(tmp_path: Path) -> None:
+    source = write_shards(tmp_path / "shards", {"train": 16}, 400_000)
+    server, fork = Server(source), multiprocessing.get_context("fork")
+    server.delay = 0.02
+    with server.up() as url:
+        fetching = partial(fork.Process, target=bring(tmp_path / "cache"),
+                           args=(f"{url}/train-{{000000..000003}}.tar",), daemon=True)
+        child = fetching()
+        child.start()
+        while server.sent < 1_500_000:
+            time.sleep(0.005)
+        child.kill()
+        child.join()
+        time.sleep(0.1)
+        before = sum(part.stat().st_size for part in (tmp_path / "cache").rglob("*.part"))
+        server.sent = 0
+        server.asked.clear()
+        children = [fetching(), fetching()]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(60)
+        assert [child.exitcode for child in children] == [0, 0]
+    assert before > 500_000 and server.ranges
+    assert {n for name, n in server.asked.items() if name.endswith(".tar")} == {1}
+    assert server.sent < sum(path.stat().st_size for path in source.iterdir()) - before / 2
+    for tar in source.glob("*.tar"):
+        assert next((tmp_path / "cache").rglob(tar.name)).read_bytes() == tar.read_bytes()
+
+
+def test_what_is_no_shard_is_refused_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_shards(tmp_path / "shards", {"train": 4})
+    for name, content in {"page.tar": b"<html>" * 999, "none.tar": b"", "tiny.tar": b"x"}.items():
+        (source / name).write_bytes(content)
+    with Server(source).up() as url:
+        def refusal(dataset: str, policy: FetchPolicy = POLICY) -> str:
+            with pytest.raises(UserError) as caught:
+                load_splits(dataset, download=bring(tmp_path / "cache", policy))
+            assert not list((tmp_path / "cache").rglob("*.tar"))
+            return str(caught.value)
+
+        assert "http-404" in refusal(f"{url}/gone-000000.tar")
+        assert all("not-tar" in refusal(f"{url}/{name}.tar") for name in ("page", "none", "tiny"))
+        assert "forbidden-address" in refusal(f"{url}/train-000000.tar", FetchPolicy())
+        assert "only tar shards are read from addresses" in refusal(f"{url}/train.csv")
+        assert "only tar shards" in refusal(f"{url}/..%2f..%2fx.tar")
+        assert "range such as" in refusal(f"{url}/train-*.tar")
+        for odd in ("ftp://h/x.tar", "file:///x.tar", "http://me:pw@127.0.0.1/x.tar", "s3://b/x.tar", "pipe:touch ://x.tar"):
+            assert "http" in refusal(odd) or "user name" in refusal(odd)
+        monkeypatch.setattr("data.remote.MAX_SHARD", 2000)
+        assert "too-large" in refusal(f"{url}/train-000000.tar")
+        monkeypatch.undo()
+        (tar,) = write_shards(tmp_path / "shards", {"large": 4}, 100_000).glob("large*.tar")
+        content = bytearray(tar.read_bytes())
+        content[100_300] ^= 1  # of a picture, and of none of the blocks by which an index knows its tar
+        tar.write_bytes(content)
+        assert "bad-digest" in refusal(f"{url}/{tar.name}")
+    assert not list(tmp_path.rglob("x.tar*"))
+
+
+def test_a_dripping_server_is_given_up_in_time_and_an_endless_one_costs_no_memory(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_shards(tmp_path / "shards", {"train": 1}, 60_000_000)
+    server = Server(source)
+    server.delay = 0.05
+    monkeypatch.setattr(download, "LEAST_BYTES", 1 << 30)
+    with server.up() as url:
+        began = time.monotonic()
+        with pytest.raises(UserError, match="timeout"):
+            bring(tmp_path / "cache", FetchPolicy(timeout=0.5, retries=1, allow_hosts=("127.0.0.1",)))(
+                f"{url}/train-000000.tar")
+        assert time.monotonic() - began < 2.5
+        server.delay = 0
+        monkeypatch.undo()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        bring(tmp_path / "cache")(f"{url}/train-000000.tar")
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB; the server's copy
+
+
+def test_two_ranks_train_from_shards_at_an_address(tiny_model: Path, tmp_path: Path) -> None:
+    pairs = make_pairs(tmp_path / "pairs", 40, 12, 8)
+    packed = run(["shards", "--dataset", pairs, "--out", tmp_path / "shards", "--cache-dir", tmp_path / "cache"])
+    assert packed.returncode == 0, packed.stderr
+    server = Server(tmp_path / "shards")
+    with server.up() as url:
+        process = start(["--dataset", url + "/{train,valid,test}-000000.tar", "--model", tiny_model, "--out",
+                         tmp_path / "run", "--cache-dir", tmp_path / "cache", "--allow-host", "127.0.0.1"], 2)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "train 40, valid 12, test 8; 0 rows dropped" in err and "shards fetched" in err
+    assert set(server.asked.values()) == {1} and len(server.asked) == 6

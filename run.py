@@ -533,6 +533,7 @@ def verify(cfg: Config, world: World, stop: Stop) -> int:
     given = {name: getattr(cfg, name) for name in ("dataset", "model") if getattr(cfg, name)}
     old = replace(settings_of(run), cache_dir=cfg.cache_dir, **mine, **given)
     findings, whole = again.files(run)
+    findings.append(again.exported(run, whole))
     try:
         findings += retrace(old, world, run, list(whole))
     except UserError as error:  # data or base model gone
@@ -562,7 +563,6 @@ def retrace(cfg: Config, world: World, run: Path, whole: Sequence[Path]) -> list
                         again.replay(state.step, losses_from(state, cfg, world, parts, pairs, saved), logged,
                                      parts.precision))
     metrics = read_json(run / "metrics.json")
-    findings.append(again.exported(run, whole, "interpolation" in metrics))
     if not (run / "model").exists():
         return findings
     tuned = replace(cfg, model=str(run / "model"))

@@ -235,7 +235,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     saved = saver(cfg, world, out, parts, pairs)
     start, drift = snapshot(parts.trainable) if cfg.interpolate else {}, Drift(parts.trainable)
-    base = measure(pairs.residents(), parts.head, list(pairs.splits), world) if begun else {}  # ere tuned weights return
+    base = measure(pairs.residents(), parts.head, list(pairs.splits), world) if begun else {}  # not yet tuned
     state = saved.resume(world.say) if begun else checkpoint.State()
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
@@ -526,6 +526,7 @@ def verify(cfg: Config, world: World, stop: Stop) -> int:
     given = {name: getattr(cfg, name) for name in ("dataset", "model") if getattr(cfg, name)}
     old = replace(settings_of(run), cache_dir=cfg.cache_dir, **mine, **given)
     findings, whole = again.files(run)
+    findings.append(again.exported(run, whole))
     try:
         findings += retrace(old, world, run, list(whole))
     except UserError as error:  # data or base model gone
@@ -555,7 +556,6 @@ def retrace(cfg: Config, world: World, run: Path, whole: Sequence[Path]) -> list
                         again.replay(state.step, losses_from(state, cfg, world, parts, pairs, saved), logged,
                                      parts.precision))
     metrics = read_json(run / "metrics.json")
-    findings.append(again.exported(run, whole, "interpolation" in metrics))
     if not (run / "model").exists():
         return findings
     tuned = replace(cfg, model=str(run / "model"))
@@ -684,6 +684,8 @@ def main(arguments: Sequence[str]) -> int:
     from engine.stop import Stop
 
     stop = Stop()  # before torch is loaded, which takes a while
+    from safetensors import SafetensorError  # which stands for what the disk said as well
+
     from data.batch import RunFailed, UserError
     from engine import dist
 
@@ -695,12 +697,14 @@ def main(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return dist.leave(141)
-    except (UserError, RunFailed, OSError) as error:  # OSError: a full disk, a folder gone; what was saved is whole
+    except (UserError, RunFailed, OSError, SafetensorError) as error:  # the last two: a full disk, a folder gone
         if int(os.environ.get("RANK", 0)):
             time.sleep(2)  # rank 0 has most likely met the same and says it for all
         mistake = isinstance(error, UserError)
         print(f"run.py {command}{'' if mistake else ' failed'}: {error}", file=sys.stderr, flush=True)
         return dist.leave(2 if mistake else 1)
+    except SystemExit as signalled:
+        return dist.leave(int(signalled.code or 0))
     finally:
         dist.close()
 

@@ -75,7 +75,7 @@ def open_images(splits: Mapping[str, Rows], reader: Reader, encoders: Encoders, 
     """
     found = catalogue(splits)
     store = FeatureStore(cache / "features" / encoders.image_space, encoders.image_width)
-    seen = Seen(cache / "seen", found.references.field("path").to_pylist(), reader.folder)
+    seen = Seen(cache / "seen", found.references.path.to_pylist(), reader.folder)
     keys, good = seen.keys.copy(), seen.known & (store.locate(seen.keys) >= 0)
     unread, problems = np.flatnonzero(~good), []
     for verdict in fill_images(found, reader, unread.tolist(), store, encoders.image, tell) if len(unread) else ():

@@ -235,7 +235,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     saved = saver(cfg, world, out, parts, pairs)
     start, drift = snapshot(parts.trainable) if cfg.interpolate else {}, Drift(parts.trainable)
-    base = measure(pairs.residents(), parts.head, list(pairs.splits), world) if begun else {}  # ere tuned weights return
+    base = measure(pairs.residents(), parts.head, list(pairs.splits), world) if begun else {}  # ere the tuned return
     state = saved.resume(world.say) if begun else checkpoint.State()
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
@@ -599,9 +599,10 @@ def losses_from(state: State, cfg: Config, world: World, parts: Parts, pairs: Pa
 
     recorder, end = Recorder(world), state.step + REPLAYED
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
-    fit(distribute(parts.trained_model(), world.size), pairs.batches("train", cfg.batch_size, cfg.seed, world.device),
-        saved.optimizer, plan, state, world, cfg, parts.precision, log=recorder, profiler=Profiler(),
-        evaluate=lambda: None, checkpoint=lambda _: None, stop=lambda step: int(step >= end))
+    model = distribute(parts.trained_model(cfg.micro_batch), world.size)
+    fit(model, pairs.batches("train", cfg.batch_size, cfg.seed, world.device), saved.optimizer, plan, state, world, cfg,
+        parts.precision, log=recorder, profiler=Profiler(), evaluate=lambda: None, checkpoint=lambda _: None,
+        stop=lambda step: int(step >= end))
     return recorder.losses
 
 

@@ -562,9 +562,10 @@ def losses_from(state: State, cfg: Config, world: World, parts: Parts, pairs: Pa
 
     recorder, end = Recorder(world), state.step + REPLAYED
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
-    fit(distribute(parts.trained_model(), world.size), pairs.batches("train", cfg.batch_size, cfg.seed, world.device),
-        saved.optimizer, plan, state, world, cfg, parts.precision, log=recorder, profiler=Profiler(),
-        evaluate=lambda: None, checkpoint=lambda _: None, stop=lambda step: int(step >= end))
+    model = distribute(parts.trained_model(cfg.micro_batch), world.size)
+    fit(model, pairs.batches("train", cfg.batch_size, cfg.seed, world.device), saved.optimizer, plan, state, world, cfg,
+        parts.precision, log=recorder, profiler=Profiler(), evaluate=lambda: None, checkpoint=lambda _: None,
+        stop=lambda step: int(step >= end))
     return recorder.losses
 
 

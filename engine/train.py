@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import record_function
 
 from data.batch import Batch, Features, UserError, share
 from engine.checkpoint import State
@@ -95,14 +94,14 @@ def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: An
         with log.waiting():
             inputs = next(stream)
         rows = plan.rows_at(state.step)
-        with record_function("project"), torch.autocast(world.device.type, precision, enabled=precision.itemsize < 4):
+        with profiler.region("project"), torch.autocast(world.device.type, precision, enabled=precision.itemsize < 4):
             out = model(inputs)
-        with record_function("loss"):
+        with profiler.region("loss"):
             loss = ranked(objective, world, out, inputs, rows)
-        with record_function("backward"):
+        with profiler.region("backward"):
             loss.backward(ranks)  # DDP averages over ranks what is to be added up
             loss = optimizer.pull(loss.detach(), world.size)
-        with record_function("optim"):
+        with profiler.region("optim"):
             lr = learning_rate(state.step, plan.steps, cfg.lr, cfg.schedule, cfg.warmup)
             grad_norm = update(optimizer, lr, cfg.clip_norm)
         state.step += 1

@@ -39,12 +39,12 @@ def slowed(module, name, seconds, skip):
         return whole(*args, **named)
     setattr(module, name, slow)
 import {module}
-slowed({module}, {name!r}, {seconds}, {skip})
+slowed({owner}, {name!r}, {seconds}, {skip})
 sys.exit(run.main(sys.argv[1:]))
 """
 PHASES = {  # what is made slow, how slow, and from which call on; when it says NOW, it is time for the signal
     "training": ("engine.train", "learning_rate", 0.05, 20),
-    "evaluation": ("eval.retrieval", "measure_split", 60, 3),  # the base model has been measured
+    "evaluation": ("engine.checkpoint", "Saver.note", 60, 1),  # the base model has been measured
     "saving": ("engine.checkpoint", "save_file", 1, 0),
     "decoding": ("data.cold", "decode_image", 1, 0),
 }
@@ -84,7 +84,9 @@ class Started:
 def started(phase: str, model: Path, pairs: Path, home: Path, *flags: str, ranks: int = 1) -> Iterator[Started]:
     module, name, seconds, skip = PHASES[phase]
     script = home / "slow.py"
-    script.write_text(SLOW.format(root=str(ROOT), module=module, name=name, seconds=seconds, skip=skip))
+    *inner, name = name.split(".")
+    owner = ".".join([module, *inner])
+    script.write_text(SLOW.format(root=str(ROOT), module=module, owner=owner, name=name, seconds=seconds, skip=skip))
     job = Started(start(["--model", model, "--dataset", pairs, "--out", home / "run", "--cache-dir", home / "cache",
                          "--precision", "fp32", "--epochs", "1000", "--eval-every", "3", "--save-every", "1000",
                          "--log-every", "100", *flags], ranks, program=script))
@@ -159,10 +161,10 @@ def test_no_rank_outlives_its_launcher_nor_a_stall_its_timeout(tiny_model: Path,
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of half a megabyte."""
+    """A file system of eight megabytes."""
     place = tmp_path / "disk"
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", place], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", place], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     yield place
     subprocess.run(["umount", "-l", place], check=True)

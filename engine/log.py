@@ -32,11 +32,11 @@ class Log:
     """
 
     def __init__(self, folder: Path, world: World, steps_per_epoch: int, steps: int, first_step: int,
-                 drift: Drift, recipe: Mapping[str, Any], base: Metrics | None = None) -> None:
+                 drift: Drift, recipe: Mapping[str, Any] | None = None, base: Metrics | None = None) -> None:
         self.world, self.steps_per_epoch = world, steps_per_epoch
         self._pending: list[tuple[int, Tensor, Tensor, float, int]] = []
         self._clock, self._waited, self._recall = time.perf_counter(), 0.0, ""
-        self._base, self._drift, self._recipe, self.steps = base or {}, drift, recipe, steps
+        self._base, self._drift, self._recipe, self.steps = base or {}, drift, recipe or {}, steps
         self._files = [_carry_on(folder / name, first_step) for name in ("steps.jsonl", "evaluations.jsonl")
                        if world.is_main]
         self.board = Board(folder / "tensorboard" if world.is_main else None, first_step, steps)
@@ -61,10 +61,10 @@ class Log:
         """Remember one step; `loss` is this rank's part, both tensors stay on the device."""
         self._pending.append((step, loss, grad_norm, lr, rows))
 
-    def flush(self, total_steps: int) -> None:
-        """Sum the losses over ranks, fetch everything in one copy, write it."""
+    def flush(self, total_steps: int) -> list[float]:
+        """Sum the losses over ranks, fetch everything in one copy, write it; the gradient norms since the last one."""
         if not self._pending:
-            return
+            return []
         losses = self.world.sum(torch.stack([entry[1] for entry in self._pending]))
         norms = torch.stack([entry[2] for entry in self._pending])
         values = torch.stack([losses, norms]).tolist()
@@ -74,6 +74,7 @@ class Log:
             self._tell(values[0][-1], seconds, total_steps)
         self._pending.clear()
         self._clock, self._waited = time.perf_counter(), 0.0
+        return values[1]
 
     def _write(self, losses: list[float], norms: list[float]) -> None:
         for (step, _, _, lr, rows), loss, norm in zip(self._pending, losses, norms, strict=True):

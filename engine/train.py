@@ -108,11 +108,11 @@ def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: An
         log.step(state.step, loss, grad_norm, lr, rows)
         profiler.step()
         state.stopped = stop(state.step)
-        save = plan.due(state.step, cfg.save_every) or state.stopped
         look = plan.due(state.step, cfg.eval_every) and not state.stopped
-        if plan.due(state.step, cfg.log_every) or save or look:
+        save = plan.due(state.step, cfg.save_every) or look or state.stopped  # before a look, which may be cut off
+        if plan.due(state.step, cfg.log_every) or save:
             watch(state.step, log.flush(plan.steps))  # the only host sync, but for `stop` about once a second
-        if save:  # before the evaluation, which may then be cut off
+        if save:
             with log.aside("checkpoint"):
                 checkpoint(state)
         if look:

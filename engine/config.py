@@ -57,6 +57,8 @@ class Config:
                               "too; keep: negatives, as the reference", ("mask", "multi", "keep"))
     hardness: float = setting(0.0, "recipe", "weight of similar negatives: adds X * cosine to their logits")
     label_smoothing: float = setting(0.0, "recipe", "share of the target spread evenly over all candidates")
+    l2_sp: float = setting(0.0, "recipe", "weight of the squared distance to the pretrained weights, of what trains")
+    micro_batch: int = setting(0, "recipe", "streaming: rows a rank whose activations are held at once; 0: all")
     seed: int = setting(42, "recipe", "seeds the order of the pairs")
     interpolate: str = setting("", "recipe", "export a mix of base and tuned: a share of tuned within 0 and 1, or auto "
                                "(best on valid)")
@@ -67,7 +69,6 @@ class Config:
     trials: int = setting(0, "sweep", "configurations drawn from the space; 0: all combinations of its lists")
     folds: int = setting(5, "sweep", "parts of train and valid that are held out in turn")
     seeds: int = setting(1, "sweep", "times that everything is repeated with other folds and orders")
-    best_metric: str = setting("image_to_text_mrr", "loop", "what is best: a metric of metrics.json")
     # When to look and to save.
     log_every: int = setting(10, "loop", "steps between flushes of the log (the only host sync)")
     eval_every: int = setting(0, "loop", "steps between evaluations; 0: every epoch")
@@ -205,8 +206,8 @@ def check(config: Config) -> None:
     at_least = {"epochs": 1, "batch_size": 1, "log_every": 1, "eval_every": 0, "save_every": 0, "keep": 1,
                 "patience": 0, "workers": 1, "resize": 0, "lr": 0,
                 "weight_decay": 0, "clip_norm": 0, "max_bad": 0, "max_pixels": 1, "scale": 1e-9,
-                "dist_timeout": 1, "hardness": 0, "label_smoothing": 0, "top": 1, "seed": 0, "trials": 0, "folds": 2,
-                "seeds": 1}
+                "dist_timeout": 1, "hardness": 0, "label_smoothing": 0, "l2_sp": 0, "micro_batch": 0, "top": 1,
+                "seed": 0, "trials": 0, "folds": 2, "seeds": 1}
     for name, low in at_least.items():
         value = getattr(config, name)
         if not low <= value < math.inf:  # NaN as well

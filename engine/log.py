@@ -61,10 +61,10 @@ class Log:
         """Remember one step; `loss` is this rank's part, both tensors stay on the device."""
         self._pending.append((step, loss, grad_norm, lr, rows))
 
-    def flush(self, total_steps: int) -> None:
-        """Sum the losses over ranks, fetch everything in one copy, write it."""
+    def flush(self, total_steps: int) -> list[float]:
+        """Sum the losses over ranks, fetch everything in one copy, write it; the gradient norms since the last one."""
         if not self._pending:
-            return
+            return []
         losses = self.world.sum(torch.stack([entry[1] for entry in self._pending]))
         norms = torch.stack([entry[2] for entry in self._pending])
         values = torch.stack([losses, norms]).tolist()
@@ -74,6 +74,7 @@ class Log:
             self._tell(values[0][-1], seconds, total_steps)
         self._pending.clear()
         self._clock, self._waited = time.perf_counter(), 0.0
+        return values[1]
 
     def _write(self, losses: list[float], norms: list[float]) -> None:
         for (step, _, _, lr, rows), loss, norm in zip(self._pending, losses, norms, strict=True):

@@ -1,8 +1,8 @@
 """The losses: rows of this rank ranked against the candidates of all ranks, a chunk of rows at a time.
 
-Each loss is a sum over pairs of base(S) - target * score(S), and its slope by the logits S is share(S) - target: three
-tensors a loss, see `softmax`. So one pass makes loss and gradient together, and neither the [B, C] matrix nor an
-autograd graph over it ever exists.
+Each loss is a sum over pairs of base(S) - target * score(S), and its slope by the logits S is share(S) - target; these
+three are all there is to a loss, see `softmax`. So one pass makes loss and gradient together, and neither the [B, C]
+matrix nor an autograd graph over it ever exists.
 
 Dimension key: B rows of this rank, R rows of a chunk, G rows of all ranks, C candidates (G titles, then G negatives;
 or G images), E embedding.

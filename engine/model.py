@@ -7,12 +7,14 @@ Dimension key: B batch, X texts (titles, then negatives), V/T image/text feature
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from data.batch import Batch, Features
+from data.batch import Batch, Features, UserError, map_tensors
 from engine.towers import Clip, Towers, describe_trainable, freeze, load_clip, pick_mode, pick_precision
 
 MAX_SCALE = 100.0  # CLIP clamps its learned inverse temperature here (Radford et al. 2021, section 2.5)
@@ -92,8 +94,37 @@ class Streamed(nn.Module):
         self.head = head
 
     def forward(self, batch: Batch) -> Embeddings:
+        """Tower inputs of one step -> Embeddings.
+
+        Without rows a blank one passes in their place and is cut off: its gradient is 0 but reaches every parameter, as
+        ranks that add gradients up expect of each other.
+        """
+        if len(batch.image_id_B):
+            return self.head(self.towers(batch))
+        blank = map_tensors(batch, lambda part: part.new_ones(1, *(max(1, size) for size in part.shape[1:])))
+        image_BE, text_XE, scale = self.head(self.towers(blank))
+        return Embeddings(image_BE[:0], text_XE[:0], scale)
+
+
+class MicroBatched(nn.Module):
+    """The same embeddings made `rows` at a time, their graphs not kept: backward runs each part again, one at a time.
+
+    GradCache (Gao et al. 2021, arXiv 2101.06983): the loss sees the embeddings of the whole batch, so every negative
+    counts, while memory holds the activations of one part. One more forward pass is the price.
+    """
+
+    def __init__(self, model: nn.Module, rows: int) -> None:
+        super().__init__()
+        self.model, self.rows = model, rows
+
+    def forward(self, batch: Batch) -> Embeddings:
         """Tower inputs of one step -> Embeddings."""
-        return self.head(self.towers(batch))
+        count = len(batch.pixels_BCSS)
+        slices = [slice(low, low + self.rows) for low in range(0, max(1, count), self.rows)]
+        parts = [checkpoint(self.model, map_tensors(batch, itemgetter(rows)), use_reentrant=False) for rows in slices]
+        texts = [part.text_XE.chunk(1 if batch.negative is None else 2) for part in parts]
+        return Embeddings(torch.cat([part.image_BE for part in parts]),
+                          torch.cat([text for kind in zip(*texts, strict=True) for text in kind]), parts[0].scale)
 
 
 @dataclass(frozen=True)
@@ -112,9 +143,18 @@ class Parts:
         how = "cached features" if self.cached else "streaming through the towers"
         return f"{describe_trainable(self.clip.model, self.trainable)}; {how}, {str(self.precision)[6:]}"
 
-    def trained_model(self) -> nn.Module:
-        """What the loop calls with its inputs: Features when cached, a Batch when streaming."""
-        return self.head if self.cached else Streamed(self.towers, self.head)
+    def trained_model(self, micro_batch: int = 0) -> nn.Module:
+        """What the loop calls: with Features when cached; with a Batch when streaming, `micro_batch` rows at once.
+
+        Raises UserError for micro-batches of cached features, of which a step keeps too little to be worth it.
+        """
+        if self.cached:
+            if micro_batch:
+                raise UserError("--micro-batch saves the activations of towers, and with cached features none run; "
+                                "leave it out or use --mode streaming")
+            return self.head
+        streamed = Streamed(self.towers, self.head)
+        return MicroBatched(streamed, micro_batch) if micro_batch else streamed
 
 
 def open_model(name: str, trainable: Sequence[str], mode: str, scale: float, precision: str,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,36 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str = "linear", 
     }[schedule]
 
 
-def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:
+class Anchored(torch.optim.AdamW):
+    """AdamW that knows the weights it was made with, the pretrained ones: for L2-SP, l2_sp * ||W - W_pretrained||_F^2.
+
+    Li et al. 2018 (arXiv 1802.01483); ProLIP (Fahes et al. 2024, arXiv 2410.05270) shows what it does for tuning CLIP's
+    projection on few pairs. To be made before weights come back from a checkpoint.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], l2_sp: float, **options: Any) -> None:
+        parameters = list(parameters)
+        super().__init__(parameters, **options)
+        self.l2_sp = l2_sp
+        self.pretrained = [(p, p.detach().clone()) for p in parameters] if l2_sp else []
+
+    @torch.no_grad()
+    def pull(self, loss: Tensor, ranks: int) -> Tensor:
+        """Add the term to a loss after backward, when ranks have added their gradients up; this rank's part of the sum.
+
+        Without L2-SP it is the loss as it came.
+        """
+        for parameter, pretrained in self.pretrained:
+            away = parameter - pretrained
+            parameter.grad = torch.zeros_like(away) if parameter.grad is None else parameter.grad
+            parameter.grad.add_(away, alpha=2 * self.l2_sp)
+            loss = loss + away.square().sum() * (self.l2_sp / ranks)
+        return loss
+
+
+def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, l2_sp: float = 0.0) -> Anchored:
     """AdamW with the reference's betas .9/.999 and eps 1e-8; the fused kernel, one pass over the parameters."""
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=True)
+    return Anchored(parameters, l2_sp, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=True)
 
 
 def update(optimizer: torch.optim.AdamW, lr: float, clip_norm: float) -> Tensor:

@@ -20,7 +20,7 @@ from engine.dist import World
 from engine.log import Log
 from engine.loss import Candidates, Objective
 from engine.model import Embeddings
-from engine.optim import learning_rate, update
+from engine.optim import Anchored, learning_rate, update
 from engine.profiler import Profiler
 
 
@@ -80,11 +80,14 @@ def ranked(objective: Objective, world: World, out: Embeddings, inputs: Batch | 
     return objective(image_BE, titles, scale, first_row, rows, out.text_XE[: len(image_BE)], images)
 
 
-def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: torch.optim.AdamW, plan: Plan,
+def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: Anchored, plan: Plan,
         state: State, world: World, cfg: Config, precision: torch.dtype, *, log: Log, profiler: Profiler,
-        evaluate: Callable[[], None], checkpoint: Callable[[State], None],
-        stop: Callable[[int], int]) -> None:
-    """Train from `state.step` to the end of the plan, or until a signal asks all ranks to stop."""
+        evaluate: Callable[[], None], checkpoint: Callable[[State], None], stop: Callable[[int], int],
+        watch: Callable[[int, list[float]], None] = lambda step, norms: None) -> None:
+    """Train from `state.step` to the end of the plan, or until a signal asks all ranks to stop.
+
+    `watch` sees the gradient norms of the steps before `state.step` at every flush, and may end the run.
+    """
     objective = Objective(cfg.loss, cfg.duplicates, cfg.hardness, cfg.label_smoothing)
     ranks = torch.tensor(float(world.size), device=world.device)
     stream = batches(state.step)  # this rank's slice of every remaining step
@@ -98,17 +101,18 @@ def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: to
             loss = ranked(objective, world, out, inputs, rows)
         with record_function("backward"):
             loss.backward(ranks)  # DDP averages over ranks what is to be added up
+            loss = optimizer.pull(loss.detach(), world.size)
         with record_function("optim"):
             lr = learning_rate(state.step, plan.steps, cfg.lr, cfg.schedule, cfg.warmup)
             grad_norm = update(optimizer, lr, cfg.clip_norm)
         state.step += 1
-        log.step(state.step, loss.detach(), grad_norm, lr, rows)
+        log.step(state.step, loss, grad_norm, lr, rows)
         profiler.step()
         state.stopped = stop(state.step)
         save = plan.due(state.step, cfg.save_every) or state.stopped
         look = plan.due(state.step, cfg.eval_every) and not state.stopped
         if plan.due(state.step, cfg.log_every) or save or look:
-            log.flush(plan.steps)  # the only host sync, but for `stop` about once a second
+            watch(state.step, log.flush(plan.steps))  # the only host sync, but for `stop` about once a second
         if save:  # before the evaluation, which may then be cut off
             with log.aside("checkpoint"):
                 checkpoint(state)

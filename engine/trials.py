@@ -60,7 +60,7 @@ class Tuner:
         """The head as `cfg` trains it on `pairs`: the loop of a run, without log, evaluation and checkpoints."""
         self.reset()
         self.parts.head.fixed_scale.fill_(cfg.scale)
-        optimizer = adamw(self.parts.trainable.values(), cfg.lr, cfg.weight_decay)
+        optimizer = adamw(self.parts.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp)
         fit(self.parts.head, partial(self.batches, pairs, cfg.batch_size, cfg.seed), optimizer,
             Plan(len(pairs), cfg.batch_size, cfg.epochs), State(), self.world, cfg, self.parts.precision, log=Silent(),
             profiler=Profiler(), evaluate=lambda: None, checkpoint=lambda state: None, stop=lambda step: 0)
@@ -104,8 +104,9 @@ class Silent(Log):
     def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, rows: int) -> None:
         """Forgotten."""
 
-    def flush(self, total_steps: int) -> None:
+    def flush(self, total_steps: int) -> list[float]:
         """Nothing to write."""
+        return []
 
 
 class Journal:

@@ -1,0 +1,105 @@
+"""Gradients that are not finite: all ranks skip the same steps, and stop after three in a row with the rows named."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import on_ranks
+from torch import Tensor, nn
+
+from data.batch import Features, RunFailed, share
+from engine.checkpoint import State
+from engine.config import Config
+from engine.dist import World
+from engine.finite import Finite
+from engine.model import Embeddings, distribute, unit
+from engine.optim import adamw
+from engine.profiler import Profiler
+from engine.train import Plan, fit
+from engine.trials import Silent
+
+ROWS, BATCH = 24, 6
+
+
+class Linears(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.image, self.text = nn.Linear(5, 4, bias=False), nn.Linear(3, 4, bias=False)
+
+    def forward(self, features: Features) -> Embeddings:
+        return Embeddings(unit(self.image(features.image_BV)), unit(self.text(features.title_BT)), torch.tensor(20.0))
+
+
+class Norms(Silent):
+    """A log that keeps the gradient norms, as the real one does until it flushes."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, rows: int) -> None:
+        self.norms.append(grad_norm.item())
+
+    def flush(self, total_steps: int) -> list[float]:
+        fresh, self.norms = self.norms, []
+        return fresh
+
+
+def train(run: Path, bad: dict[int, float], log_every: int = 2) -> tuple[str, list[Tensor], int]:
+    """One epoch without shuffling, row i holding `bad[i]` as a feature: what it ended with, weights a step, steps."""
+    size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    rank = torch.distributed.get_rank() if size > 1 else 0
+    world = World(rank, rank, size, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    image, title = torch.randn(ROWS, 5, generator=generator), torch.randn(ROWS, 3, generator=generator)
+    for row, value in bad.items():
+        (title if row % 2 else image)[row, 0] = value
+
+    def batches(step: int) -> Iterator[Features]:
+        for at in range(step, ROWS // BATCH):
+            low, high = (at * BATCH + cut for cut in share(BATCH, rank, size))
+            ids = torch.arange(low, high)
+            yield Features(image[low:high], title[low:high], None, ids, ids, None)
+
+    model, weights, state = Linears(), [], State()
+    cfg = Config(batch_size=BATCH, epochs=1, log_every=log_every, eval_every=100, save_every=1)
+    finite = Finite(run, model, batches, lambda step: list(range(100 + step * BATCH, 100 + (step + 1) * BATCH)), world)
+    try:
+        fit(distribute(model, size), batches, adamw(model.parameters(), 1e-2, 0.0), Plan(ROWS, BATCH, 1), state, world,
+            cfg, torch.float32, log=Norms(), profiler=Profiler(), evaluate=lambda: None, stop=lambda step: 0,
+            checkpoint=lambda _: weights.append(model.image.weight.detach().clone()), watch=finite.watch)
+    except RunFailed as failure:
+        return str(failure), weights, state.step
+    return "", weights, state.step
+
+
+def check(found: list[tuple[str, list[Tensor], int]], run: Path) -> None:
+    for failure, weights, step in found:
+        assert failure == found[0][0] and step == 3 and len(weights) == 2
+        assert "rows 101, 111, 116 of the training split" in failure and "no checkpoint" in failure
+        assert all(one.isfinite().all() and one.equal(found[0][1][0]) for one in weights)  # skipped by all
+    blamed = json.loads((run / "nan-step-00000003.json").read_text())["skipped_steps"]
+    assert blamed == {"1": [{"row": 101, "not_finite": ["title"]}], "2": [{"row": 111, "not_finite": ["title"]}],
+                      "3": [{"row": 116, "not_finite": ["image"]}]}
+
+
+BAD = {1: math.nan, 11: math.inf, 16: -math.inf}  # on two ranks: of the first, of the second, of the second
+
+
+def test_three_in_a_row_end_the_run_and_name_the_rows(tmp_path: Path) -> None:
+    check([train(tmp_path, BAD)], tmp_path)
+
+
+def test_ranks_skip_and_stop_together(tmp_path: Path) -> None:
+    check(on_ranks(2, train, tmp_path, BAD), tmp_path)
+
+
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_two_in_a_row_are_forgiven(log_every: int, tmp_path: Path) -> None:
+    failure, weights, step = train(tmp_path, {1: math.nan, 11: math.nan, 20: math.nan}, log_every)
+    assert not failure and step == 4 and not list(tmp_path.iterdir())
+    assert weights[0].equal(weights[1]) and weights[2].isfinite().all() and not weights[2].equal(weights[1])
+    assert weights[3].equal(weights[2])

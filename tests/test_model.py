@@ -1,0 +1,69 @@
+"""The head's unit length against F.normalize; micro-batches against the whole batch at once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import on_ranks
+from torch import Tensor
+
+from data.batch import Batch, Tokens, UserError, map_tensors, share
+from engine.dist import World
+from engine.loss import Objective
+from engine.model import distribute, open_model, unit
+from engine.train import ranked
+
+
+def test_unit_length_equals_normalize() -> None:
+    torch.manual_seed(0)
+    rows, slope = torch.randn(3, 5).double().requires_grad_(), torch.randn(3, 5).double()
+    assert torch.autograd.gradcheck(unit, (rows,))
+    for ours, theirs in zip(torch.autograd.grad(unit(rows), rows, slope),
+                            torch.autograd.grad(F.normalize(rows, dim=-1), rows, slope), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert unit(torch.zeros(1, 4)).equal(torch.zeros(1, 4))
+
+
+def stream_step(folder: str, micro_batch: int, rows: int, negatives: bool) -> tuple[Tensor, list[Tensor], int]:
+    """Loss and gradients of one step through the towers, and the bytes that forward kept for backward."""
+    size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    rank = torch.distributed.get_rank() if size > 1 else 0
+    world = World(rank, rank, size, torch.device("cpu"))
+    parts = open_model(folder, ("all", "logit_scale"), "streaming", 20.0, "fp32", world.device)
+    generator, at = torch.Generator().manual_seed(1), torch.arange(rows)
+    ids_BL = torch.randint(0, 500, (rows, 9), generator=generator)
+    tokens = Tokens(ids_BL, torch.ones_like(ids_BL))
+    batch = Batch(torch.randint(0, 256, (rows, 3, 32, 32), generator=generator).byte(), tokens,
+                  Tokens(ids_BL.flip(0), tokens.mask_BL) if negatives else None, at, at,
+                  at + rows if negatives else None)
+    low, high = share(rows, rank, size)
+    inputs, kept = map_tensors(batch, lambda part: part[low:high]), 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.nbytes * (not isinstance(tensor, torch.nn.Parameter))
+        return tensor
+
+    model = distribute(parts.trained_model(micro_batch), size)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = ranked(Objective("symmetric"), world, model(inputs), inputs, rows)
+    loss.backward(torch.tensor(float(size)))
+    return world.sum(loss.detach()), [p.grad.clone() for p in parts.trainable.values()], kept
+
+
+@pytest.mark.parametrize(("rows", "negatives", "ranks"), [(7, True, 1), (7, False, 1), (7, True, 2), (1, True, 2)])
+def test_micro_batches_equal_the_whole_batch(rows: int, negatives: bool, ranks: int, tiny_model: Path) -> None:
+    loss, gradients, kept = stream_step(str(tiny_model), 0, rows, negatives)
+    arguments = str(tiny_model), 2, rows, negatives
+    for ours, theirs, least in [stream_step(*arguments)] if ranks == 1 else on_ranks(ranks, stream_step, *arguments):
+        torch.testing.assert_close(ours, loss, atol=1e-6, rtol=0)
+        for one, other in zip(theirs, gradients, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+        assert least < kept / 10
+
+
+def test_micro_batches_of_cached_features_are_refused(tiny_model: Path) -> None:
+    parts = open_model(str(tiny_model), ("projection",), "cached", 20.0, "fp32", torch.device("cpu"))
+    with pytest.raises(UserError, match="--mode streaming"):
+        parts.trained_model(2)

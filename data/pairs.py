@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from data.album import Album
+from data.augment import random_region
 from data.batch import Batch, Features, Tokens, UserError, share
 from data.catalogue import Catalogue, Split, catalogue, settle
 from data.cold import Reader, encode_images, encode_titles, fill_images, fill_titles, streamed_batch
@@ -105,17 +106,16 @@ def open_pairs(rows: Mapping[str, Rows], lost: Sequence[Mapping[str, Any]], read
     identity = {"data": _fingerprint(splits, image_keys, title_keys),
                 "the base model": encoders.image_space + encoders.text_space}
     album = Album(found, splits, example, reader)
+    measured: Callable[[], Mapping[str, Resident]] = partial(_encode_all, found, splits, example, ids, reader, encoders,
+                                                             team, device)
+    makers = {name: streamed_batch(split, found, example, reader, ids, encoders.tokenizer.pad_token_id)
+              for name, split in splits.items()}
+    batches, told = partial(_streamed, splits, makers, team, reader), ""
     if images is not None:
         image_table, seconds = _table(images, image_keys), time.monotonic() - began
-        ready = _residents(splits, image_table, title_table, device)
-        return Pairs(splits, ledger, identity, lambda: ready, partial(_cached, ready, team), album,
-                     _say_store(cache, images, titles, seconds))
-    stream = partial(streamed_batch, found=found, example=example, reader=reader, ids=ids,
-                     pad_id=encoders.tokenizer.pad_token_id)
-    makers = {name: stream(split) for name, split in splits.items()}
-    encode_all = partial(_encode_all, found, splits, example, ids, reader, encoders, team, device)
-    return Pairs(splits, ledger, identity, encode_all, partial(_streamed, splits, makers, team, reader.workers),
-                 album)
+        ready, told = _residents(splits, image_table, title_table, device), _say_store(cache, images, titles, seconds)
+        measured, batches = lambda: ready, batches if reader.augment else partial(_cached, ready, team)
+    return Pairs(splits, ledger, identity, measured, batches, album, told)
 
 
 def _encode_all(found: Catalogue, splits: Mapping[str, Split], example: np.ndarray, ids: Sequence[Sequence[int]],
@@ -176,9 +176,14 @@ def _cached(ready: Mapping[str, Resident], team: Team, split: str, batch_size: i
     return batches
 
 
-def _streamed(splits: Mapping[str, Split], makers: Mapping[str, Callable[[Tensor], Batch]], team: Team, workers: int,
+def _streamed(splits: Mapping[str, Split], makers: Mapping[str, Callable[..., Batch]], team: Team, reader: Reader,
               split: str, batch_size: int, seed: int, device: torch.device) -> Callable[[int], Iterator[Batch]]:
     def batches(first_step: int) -> Iterator[Batch]:
         rows = slices(len(splits[split]), batch_size, seed, team.rank, team.size, first_step)
-        return copied_ahead(ahead(makers[split], rows, workers, workers + 1), device)
+        return copied_ahead(ahead(make, enumerate(rows, first_step), reader.workers, reader.workers + 1), device)
+
+    def make(step: tuple[int, Tensor]) -> Batch:
+        epoch = step[0] // -(-len(splits[split]) // batch_size)
+        return makers[split](step[1], partial(random_region, seed, epoch) if reader.augment else None)
+
     return batches

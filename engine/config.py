@@ -57,6 +57,7 @@ class Config:
                               "too; keep: negatives, as the reference", ("mask", "multi", "keep"))
     hardness: float = setting(0.0, "recipe", "weight of similar negatives: adds X * cosine to their logits")
     label_smoothing: float = setting(0.0, "recipe", "share of the target spread evenly over all candidates")
+    augment: bool = setting(False, "recipe", "train on random crops (90 to 100 % of the area); towers run every step")
     seed: int = setting(42, "recipe", "seeds the order of the pairs")
     interpolate: str = setting("", "recipe", "export a mix of base and tuned: a share of tuned within 0 and 1, or auto "
                                "(best on valid)")
@@ -83,6 +84,9 @@ class Config:
     device: str = setting("auto", "machine", "where to compute", ("auto", "cpu", "cuda"))
     precision: str = setting("auto", "machine", "auto: bf16 where it is faster", ("auto", "bf16", "fp32"))
     workers: int = setting(2, "machine", "threads a rank that decode images")
+    compile: str = setting("auto", "machine", "compile the image tower; auto: on a GPU, for many images",
+                           ("auto", "on", "off"))
+    gradient_checkpointing: bool = setting(False, "machine", "where layers in towers train: less memory, more time")
     profile: bool = setting(False, "machine", "write a trace of a few steps to the run folder")
     dist_timeout: float = setting(600.0, "machine", "seconds after which a stalled rank is an error")
     # Reading.

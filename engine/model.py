@@ -6,14 +6,15 @@ Dimension key: B batch, K kinds of text, V/T image/text feature width, E embeddi
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
-from data.batch import Batch, Features
+from data.batch import Batch, Features, UserError
 from engine.towers import Clip, Towers, describe_trainable, freeze, load_clip, pick_mode, pick_precision
 
 MAX_SCALE = 100.0  # CLIP clamps its learned inverse temperature here (Radford et al. 2021, section 2.5)
@@ -70,7 +71,9 @@ class Streamed(nn.Module):
 
     def forward(self, batch: Batch) -> Embeddings:
         """Tower inputs of one step -> Embeddings."""
-        return self.head(self.towers(batch))
+        with record_function("towers"):
+            features = self.towers(batch)
+        return self.head(features)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Parts:
     head: Head
     trainable: dict[str, nn.Parameter]
     cached: bool
+    stored: bool  # features are constants, so measuring takes them from the store also where training streams
     precision: torch.dtype
 
     def describe(self) -> str:
@@ -95,9 +99,17 @@ class Parts:
 
 
 def open_model(name: str, trainable: Sequence[str], mode: str, scale: float, precision: str,
-               device: torch.device) -> Parts:
-    """Load a CLIPModel, freeze it by name, put it on the device. Raises UserError for what cannot be."""
-    return take_apart(load_clip(name), trainable, mode, scale, precision, device)
+               device: torch.device, augment: bool = False, recompute: bool = False) -> Parts:
+    """Load a CLIPModel, freeze it by name, put it on the device. Raises UserError for what cannot be.
+
+    `augment` streams, as images differ in every epoch; `recompute` checkpoints the layers of the towers.
+    """
+    parts = take_apart(load_clip(name), trainable, mode, scale, precision, device)
+    if augment and mode == "cached":
+        raise UserError("--augment shows other pixels in every epoch, --mode cached the same; leave one out")
+    if recompute:
+        parts.towers.recompute()
+    return replace(parts, cached=False) if augment else parts
 
 
 def take_apart(clip: Clip, trainable: Sequence[str], mode: str, scale: float, precision: str,
@@ -105,7 +117,7 @@ def take_apart(clip: Clip, trainable: Sequence[str], mode: str, scale: float, pr
     """The same of a CLIPModel that is loaded already."""
     tuned = freeze(clip.model, trainable)
     cached = pick_mode(mode, tuned)
-    return Parts(clip, Towers(clip).to(device), Head(clip, scale).to(device), tuned, cached,
+    return Parts(clip, Towers(clip).to(device), Head(clip, scale).to(device), tuned, cached, cached,
                  pick_precision(precision, device))
 
 

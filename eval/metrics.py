@@ -44,8 +44,7 @@ def retrieval_ranks(image_NE: Tensor, title_NE: Tensor, title_id_N: Tensor, imag
     if not bool((best_i2t_N.isfinite() & best_t2i_N.isfinite()).all()):
         raise UserError("the model's embeddings hold NaN or infinity; use an earlier checkpoint")
 
-    ranks_2N = torch.zeros(2, n, dtype=torch.int64, device=image_NE.device)
-    tile_RC = best_i2t_N.new_empty(tile)
+    ranks_2N, tile_RC = pairs.order_N.new_zeros(2, n), best_i2t_N.new_empty(tile)
     better_SC = best_i2t_N.new_empty(BLOCK if on_cpu else tile[0], tile[1])
     corners = [(row, col) for row in range(0, n, tile[0]) for col in range(0, n, tile[1])]
     for row, col in corners[part[0]::part[1]]:
@@ -61,10 +60,8 @@ def retrieval_ranks(image_NE: Tensor, title_NE: Tensor, title_id_N: Tensor, imag
 
 def _count_better(scores_RC: Tensor, best_R: Tensor, best_C: Tensor, better_SC: Tensor, rank_R: Tensor,
                   rank_C: Tensor) -> None:
-    """Add to both ranks how many scores of a tile are above the best correct one of their row and of their column.
-
-    On a CPU torch compares into floats 4x faster than into bools, and counts up to a tile are exact.
-    """
+    """Add to both ranks how many scores of a tile are above the best correct one of their row and of their column."""
+    # On a CPU torch compares into floats 4x faster than into bools, and counts up to a tile are exact.
     strip = len(better_SC)
     for low in range(0, len(scores_RC), strip):
         scores_SC = scores_RC[low:low + strip]

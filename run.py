@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from engine.stop import Stop
     from engine.train import Plan
     from engine.trials import Journal, Tuner
+    from engine.verify import Finding
     from eval.bench import Bench
     from eval.metrics import Retrieval
     from eval.search import Found
@@ -147,14 +148,6 @@ def with_probe(cfg: Config, world: World, parts: Parts, pairs: Pairs) -> Pairs:
         residents=lambda: {**pairs.residents(), "probe": probe.residents()["test"]})
 
 
-def paired(before: Mapping[str, Retrieval], after: Mapping[str, Retrieval]) -> dict[str, dict[str, Any]]:
-    """After minus before on the same rows, with interval and p: split -> metric -> value, ci95, p."""
-    from eval.metrics import compare
-
-    return {split: {name: test.as_json() for name, test in compare(before[split], found).items()}
-            for split, found in after.items()}
-
-
 def interpolated(cfg: Config, world: World, parts: Parts, pairs: Pairs,
                  base: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Leave the parameters between base and tuned as --interpolate says; how valid (else train) and probe take it."""
@@ -211,11 +204,12 @@ class Judge:
         """What the run folder says of one end."""
         from engine import folder
         from eval.answers import embed
+        from eval.retrieval import differences
 
         when = "tuned" if self.state.step else "base"
         self.metrics[when] = scores
         if when == "tuned":
-            self.metrics["difference"] = paired(self.base, found)
+            self.metrics["difference"] = differences(self.base, found)
         else:
             self.base = found
         folder.write_metrics(self.saved.run, self.metrics, self.world)
@@ -228,8 +222,9 @@ class Judge:
 def train(cfg: Config, world: World, stop: Stop) -> int:
     """Base metrics, the loop, tuned metrics, the exported model."""
     from engine import checkpoint, folder
+    from engine.board import Drift, comparable
     from engine.interpolate import snapshot
-    from engine.log import Drift, Log
+    from engine.log import Log
     from engine.model import distribute
     from engine.profiler import profiler
     from engine.train import Plan, fit
@@ -241,11 +236,12 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     saved = saver(cfg, world, out, parts, pairs)
     start, drift = snapshot(parts.trainable) if cfg.interpolate else {}, Drift(parts.trainable)
-    base = measure(pairs.residents(), parts.head, list(pairs.splits)) if begun else {}  # ere tuned weights come back
+    # of a run to go on with, the base is measured before the tuned weights come back
+    base = measure(pairs.residents(), parts.head, list(pairs.splits), world) if begun else {}
     state = saved.resume(world.say) if begun else checkpoint.State()
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
-    log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, metrics.get("base"))
+    log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, comparable(cfg), metrics.get("base"))
     show = Show(out, shown_split(pairs.splits), pairs.album.title, pairs.album.picture, resumed=state.step > 0)
     judge = Judge(pairs, parts, plan, state, saved, log, show, world, metrics, base)
     batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
@@ -306,7 +302,7 @@ def finish(cfg: Config, world: World, parts: Parts, out: Path, metrics: dict[str
                   f"TensorBoard tensorboard --logdir {out.parent}")
         if cfg.push_to_hub:
             later = push_command(cfg, str(out), ["push_to_hub", "private"])
-            world.say(f"pushed to {push(out / 'model', cfg.push_to_hub, cfg.private, later)}")
+            world.say(f"pushed to {push(out / 'model', cfg.push_to_hub, cfg.private, cfg.license, later)}")
     return 0
 
 
@@ -338,7 +334,7 @@ def sweep(cfg: Config, world: World, stop: Stop) -> int:
     if not parts.cached:
         raise UserError("sweep trains from stored features: only projections and logit_scale can be --trainable")
     pairs = open_data(cfg, world, parts)
-    rows = join([split for name, split in pairs.residents().items() if name != "test"])
+    rows = join([split for name, split in pairs.residents().items() if name in ("train", "valid")])
     runs = [Run(seed, *fold) for seed in range(cfg.seed, cfg.seed + cfg.seeds * REPEAT, REPEAT)
             for fold in folds(rows, cfg.folds, seed)]
     for settings in tried:  # a batch too large for a fold is better said now
@@ -346,7 +342,8 @@ def sweep(cfg: Config, world: World, stop: Stop) -> int:
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     journal = Journal(out, world, pairs.identity, cfg.best_metric, begun)
     todo = [settings for settings in tried if not journal.known(settings)]
-    tuner, held_out = Tuner(parts, in_order), partial(measure_rows, parts.head)
+    tuner = Tuner(parts, in_order)
+    held_out = lambda rows: measure_rows(parts.head, rows).cpu()
     base, began = tuner.cross_validate(None, runs, held_out, world), time.monotonic()
     with stop.gracefully():
         for done, settings in enumerate(todo, start=1):
@@ -363,9 +360,9 @@ def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Reside
              out: Path) -> int:
     """Retrain the winner on all rows but test's, measure it there once; leaderboard, recipe and model."""
     from engine import folder
-    from engine.config import to_toml
-    from engine.sweep import RECIPE, named
+    from engine.sweep import named
     from eval.leaderboard import leaderboard
+    from eval.retrieval import differences
 
     lines = journal.ranked()
     best = replace(cfg, **lines[0]["settings"])
@@ -373,13 +370,12 @@ def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Reside
     before = measure(pairs.residents(), tuner.parts.head, ["test"])
     tuner.tune(best, rows)
     after = measure(pairs.residents(), tuner.parts.head, ["test"])
-    metrics = {"base": {name: one.summarise() for name, one in before.items()},
-               "tuned": {name: one.summarise() for name, one in after.items()}, "difference": paired(before, after)}
+    metrics: dict[str, Any] = {when: {name: one.summarise() for name, one in found.items()}
+                               for when, found in (("base", before), ("tuned", after))}
+    metrics["difference"] = differences(before, after)
     folder.write_metrics(out, metrics, world)
     if world.is_main:
-        folder.write_json(out / "sweep.json", {"metric": cfg.best_metric, "configurations": lines})
-        (out / "recipe.toml").write_text(to_toml(best, RECIPE), encoding="utf-8")
-        journal.hparams(out / "tensorboard", cfg)
+        journal.conclude(out, cfg)
         print(leaderboard(lines[:10], [named(line["settings"]) for line in lines[:10]], cfg.best_metric), end="\n\n")
         world.say(f"winner: {named(lines[0]['settings'])}  (run.py --config {out / 'recipe.toml'})")
     return finish(best, world, tuner.parts, out, metrics)
@@ -438,11 +434,14 @@ def check(cfg: Config, world: World, stop: Stop) -> int:
 def search(cfg: Config, world: World, stop: Stop) -> int:
     """The best thumbnails for titles, or the best titles for a picture: one process, from stored features."""
     from data import gallery
+    from data.batch import UserError
     from eval.search import as_json, as_text
 
     if not world.is_main:
         return 0
     titles = gallery.read_queries(cfg.query, cfg.queries, cfg.image)
+    if cfg.html and Path(cfg.html).expanduser().is_dir():
+        raise UserError(f"--html {cfg.html} is a folder; give a file, such as {cfg.html}/search.html")
     splits, results, look = find(cfg, world, titles)
     if cfg.html:
         write_pictures(cfg, splits, results, look)
@@ -491,7 +490,6 @@ def write_pictures(cfg: Config, splits: dict[str, Rows], results: Sequence[Found
 def export(cfg: Config, world: World, stop: Stop) -> int:
     """A run, or its projections alone, as a Hugging Face folder, and to the hub: one process."""
     from data.batch import UserError
-    from engine.card import set_licence
     from engine.export import finished_folder, new_folder
     from engine.hub import check_push, push, push_command
 
@@ -507,11 +505,9 @@ def export(cfg: Config, world: World, stop: Stop) -> int:
         if ready is None:
             rebuild(cfg, folder)
             world.say(f"model {folder}")
-        elif cfg.license != "other":
-            set_licence(folder / "README.md", cfg.license)
         if cfg.push_to_hub:
             later = push_command(cfg, cfg.run, ["push_to_hub", "private", "checkpoint", "model", "dtype", "license"])
-            world.say(f"pushed to {push(folder, cfg.push_to_hub, cfg.private, later)}")
+            world.say(f"pushed to {push(folder, cfg.push_to_hub, cfg.private, cfg.license, later)}")
     return 0
 
 
@@ -524,8 +520,96 @@ def rebuild(cfg: Config, folder: Path) -> None:
     tuned = read_tuned(cfg.run, cfg.checkpoint)
     clip = load_clip(cfg.model or tuned.origin.base, None if cfg.model else tuned.origin.commit or None)
     restore(clip, tuned)
-    measured = {when: scores for when, scores in tuned.origin.metrics.items() if when in ("base", "tuned")}
-    export(clip, folder, tuned, table(measured) if measured else "", cfg.license, cfg.dtype)
+    metrics = tuned.origin.metrics
+    export(clip, folder, tuned, table(metrics) if metrics else "", cfg.license, cfg.dtype)
+
+
+def verify(cfg: Config, world: World, stop: Stop) -> int:
+    """Check a run folder again, or the feature store; exit 1 when something is not what it was."""
+    from data.batch import UserError
+    from engine import verify as again
+    from engine.folder import settings_of
+
+    if not cfg.run:
+        return verify_store(cfg, world)
+    run = Path(cfg.run).expanduser()
+    mine = {name: getattr(cfg, name) for name in ("device", "workers", "allow_host", "max_pixels")}  # not the folder's
+    given = {name: getattr(cfg, name) for name in ("dataset", "model") if getattr(cfg, name)}
+    old = replace(settings_of(run), cache_dir=cfg.cache_dir, **mine, **given)
+    findings, whole = again.files(run)
+    try:
+        findings += retrace(old, world, run, list(whole))
+    except UserError as error:  # data or base model gone
+        findings.append(again.Finding("replay and metrics", again.UNCHECKED, str(error)))
+    if world.is_main:
+        print(again.table(findings), flush=True)
+    return int(again.failed(findings))
+
+
+def retrace(cfg: Config, world: World, run: Path, whole: Sequence[Path]) -> list[Finding]:
+    """Train a few steps again from the base model and from a checkpoint; measure the exported model again."""
+    from engine import verify as again
+    from engine.checkpoint import State, load, state_of
+    from engine.folder import read_json
+    from engine.train import Plan
+
+    parts = open_parts(cfg, world)
+    pairs = open_data(cfg, world, parts)
+    saved, logged = saver(cfg, world, run, parts, pairs), again.read_steps(run)
+    findings = [again.steps(logged, Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs).rows_at),
+                again.ledger(run, pairs.ledger), again.orders(whole, saved.order),
+                again.replay(0, losses_from(State(), cfg, world, parts, pairs, saved), logged, parts.precision)]
+    if earlier := [folder for folder in whole if int(folder.name[5:]) < max(logged, default=0)]:
+        content = load(earlier[-1])
+        changed, state = saved.restore(content), state_of(content[2])
+        findings.append(again.Finding("data, model, recipe", again.FAILED, "; ".join(changed)) if changed else
+                        again.replay(state.step, losses_from(state, cfg, world, parts, pairs, saved), logged,
+                                     parts.precision))
+    metrics = read_json(run / "metrics.json")
+    findings.append(again.exported(run, whole, "interpolation" in metrics))
+    if not (run / "model").exists():
+        return findings
+    tuned = replace(cfg, model=str(run / "model"))
+    parts = open_parts(tuned, world)
+    again_found = measure(with_probe(tuned, world, parts, open_data(tuned, world, parts)).residents(), parts.head,
+                          list(metrics.get("tuned", {})))
+    found = {name: one.summarise() for name, one in again_found.items()}
+    return [*findings, again.metrics(found, metrics.get("tuned", {}), again.same_machine(run, world))]
+
+
+def losses_from(state: State, cfg: Config, world: World, parts: Parts, pairs: Pairs, saved: Saver) -> dict[int, float]:
+    """The losses of the next few steps, trained again; nothing is written."""
+    from engine.model import distribute
+    from engine.profiler import Profiler
+    from engine.train import Plan, fit
+    from engine.verify import REPLAYED, Recorder
+
+    recorder, end = Recorder(world), state.step + REPLAYED
+    plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
+    fit(distribute(parts.trained_model(), world.size), pairs.batches("train", cfg.batch_size, cfg.seed, world.device),
+        saved.optimizer, plan, state, world, cfg, parts.precision, log=recorder, profiler=Profiler(),
+        evaluate=lambda: None, checkpoint=lambda _: None, stop=lambda step: int(step >= end))
+    return recorder.losses
+
+
+def verify_store(cfg: Config, world: World) -> int:
+    """Read the feature store again; with --prune, delete what is not --model's."""
+    from data.decode import ImageSpec
+    from data.upkeep import describe, look_over, tidy
+
+    if not world.is_main:
+        return 0
+    cache, keep = Path(cfg.cache_dir).expanduser(), set[str]()
+    found = look_over(cache)
+    print(describe(found))
+    if cfg.prune and cfg.model:
+        parts = open_parts(cfg, world)
+        towers = encoders(parts, ImageSpec.from_processor(parts.clip.image_processor).fingerprint(), world.device)
+        keep = {towers.image_space, towers.text_space}
+    if cfg.prune:
+        kept = sorted(keep & {space.name for space in found})
+        print(f"pruned {tidy(cache, keep) / 1e6:,.1f} MB; kept {', '.join(kept) or 'nothing'}")
+    return int(any(space.damaged for space in found))
 
 
 def bench(cfg: Config, world: World, stop: Stop) -> int:
@@ -615,7 +699,7 @@ def main(arguments: Sequence[str]) -> int:
     from engine import dist
 
     functions = {"train": train, "demo": demo, "eval": evaluate, "shards": shards, "check": check, "search": search,
-                 "export": export, "sweep": sweep, "bench": bench}
+                 "export": export, "sweep": sweep, "verify": verify, "bench": bench}
     try:
         with dist.asking("averaging gradients"):  # what else ranks ask of one another says so itself
             return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout, cfg.quiet), stop)

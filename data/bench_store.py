@@ -87,7 +87,7 @@ def measure_cold(race: Race, lent: Encoders, folder: Path, count: int) -> None:
         store = folder / f"features-{next(spaces)}"
         images, titles = (FeatureStore(store / name, width) for name, width in zip(("i", "t"), widths, strict=True))
         fill_images(found, reader, range(count), images, lent.image, lambda _: None)
-        fill_titles(ids, keys, titles, range(len(ids)), 0, lent.text)
+        fill_titles(lambda some: [ids[i] for i in some], keys, titles, range(len(ids)), 0, lent.text)
 
     def parts() -> None:
         for reference in references:

@@ -5,8 +5,9 @@ Dimension key: M distinct image references, P distinct titles, N rows of a split
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from data.batch import BadSample, UserError
 from data.rows import Rows, image_names
+from data.segments import KEY
+from data.titles import blank
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,6 +43,38 @@ class Verdict(NamedTuple):
     key: bytes
     problem: BadSample | None
     pixels: np.ndarray | None = None
+
+
+class Verdicts:
+    """Verdicts on many references in two arrays, without pixels; a Python object for each that failed, for no other.
+
+    Iterating makes them again, one at a time.
+    """
+
+    def __init__(self) -> None:
+        self._reference, self._key = array("q"), bytearray()
+        self.problems: dict[int, BadSample] = {}
+
+    def add(self, verdict: Verdict) -> None:
+        """Take one down."""
+        if verdict.problem is not None:
+            self.problems[verdict.reference] = verdict.problem
+        self._reference.append(verdict.reference)
+        self._key += verdict.key or bytes(KEY)
+
+    def __len__(self) -> int:
+        return len(self._reference)
+
+    def __iter__(self) -> Iterator[Verdict]:
+        for at, reference in enumerate(self._reference):
+            problem = self.problems.get(reference)
+            yield Verdict(reference, b"" if problem else bytes(self._key[KEY * at : KEY * (at + 1)]), problem)
+
+    def good(self) -> tuple[np.ndarray, np.ndarray]:
+        """The references that can be used, and the keys of their content, uint8 [n, 16]."""
+        reference = np.frombuffer(self._reference, np.int64)
+        is_good = ~np.isin(reference, list(self.problems))
+        return reference[is_good], np.frombuffer(self._key, np.uint8).reshape(-1, KEY)[is_good]
 
 
 @dataclass(frozen=True)
@@ -86,54 +121,53 @@ def catalogue(splits: Mapping[str, Rows]) -> Catalogue:
     return Catalogue(splits, references, coded.dictionary, parts, titles, negative_N)
 
 
-def settle(found: Catalogue, verdicts: Sequence[Verdict], lost: Sequence[Mapping[str, Any]], max_bad: float) -> tuple[
+def settle(found: Catalogue, verdicts: Sequence[Verdicts], lost: Sequence[Mapping[str, Any]], max_bad: float) -> tuple[
         dict[str, Split], np.ndarray, np.ndarray, list[Mapping[str, Any]]]:
-    """Turn verdicts on all M references into kept rows and the ledger.
+    """Turn verdicts on all M references, as several ranks gave them, into kept rows and the ledger.
 
     Returns splits, the distinct content keys [D, 16], for each of them one reference index [D], and ledger entries,
     those of `lost` (what never became a row) first. kept + dropped = rows in, for every split. Raises UserError when
     more than `max_bad` of all rows would go, or a split would be left empty.
     """
-    content: dict[bytes, int] = {}
-    image_of = np.full(len(found.references), -1, np.int64)
-    example: list[int] = []
-    problems: dict[int, BadSample] = {}
-    for verdict in sorted(verdicts, key=lambda v: v.reference):
-        if verdict.problem is not None:
-            problems[verdict.reference] = verdict.problem
-            continue
-        if verdict.key not in content:
-            content[verdict.key] = len(content)
-            example.append(verdict.reference)
-        image_of[verdict.reference] = content[verdict.key]
-    empty = {i for i, title in enumerate(found.titles.to_pylist()) if not title.strip()}
+    good = [each.good() for each in verdicts]
+    key_MK = np.zeros((len(found.references), KEY), np.uint8)
+    image_M = np.full(len(found.references), -1, np.int64)
+    for reference, key in good:
+        key_MK[reference], image_M[reference] = key, 0
+    usable = np.flatnonzero(image_M >= 0)
+    _, first, content = np.unique(key_MK[usable].view(f"S{KEY}")[:, 0], return_index=True, return_inverse=True)
+    order = np.argsort(first)  # the first to come is the first in number
+    image_M[usable] = np.argsort(order)[content]
+    example = usable[first[order]]
+    problems = {reference: problem for each in verdicts for reference, problem in each.problems.items()}
+    blank_P = blank(found.titles)
     splits, ledger = {}, list(lost)
     for name in found.splits:
-        splits[name], dropped = _settle_split(found, name, image_of, problems, empty)
+        splits[name], dropped = _settle_split(found, name, image_M, problems, blank_P)
         ledger += dropped
     refuse_if_too_bad(sum(map(len, found.splits.values())) + len(lost), ledger, max_bad)
     for name, split in splits.items():
         if not len(split):
             raise UserError(f"split {name!r} has no usable row ({reasons(ledger)})")
-    return splits, as_keys(list(content)), np.asarray(example, np.int64), ledger
+    return splits, key_MK[example], example, ledger
 
 
-def _settle_split(found: Catalogue, name: str, image_of: np.ndarray, problems: Mapping[int, BadSample],
-                  empty: set[int]) -> tuple[Split, list[dict[str, Any]]]:
+def _settle_split(found: Catalogue, name: str, image_M: np.ndarray, problems: Mapping[int, BadSample],
+                  blank_P: np.ndarray) -> tuple[Split, list[dict[str, Any]]]:
     image_N, title_N, negative_N = found.image_N[name], found.title_N[name], found.negative_N[name]
-    untitled_N = np.isin(title_N, list(empty))
-    good_N = (image_of[image_N] >= 0) & ~untitled_N
+    untitled_N = blank_P[title_N]
+    good_N = (image_M[image_N] >= 0) & ~untitled_N
     ledger = []
     for row in np.flatnonzero(~good_N):
         problem = BadSample("no-title") if untitled_N[row] else problems[int(image_N[row])]
         ledger.append({"split": name, "row": int(row), "image": found.references[image_N[row]]["path"].as_py(),
                        "title": found.titles[title_N[row]].as_py(), "reason": problem.reason, "detail": problem.detail})
     if negative_N is not None:
-        negative_N = np.where(np.isin(negative_N, list(empty)), -1, negative_N)
+        negative_N = np.where(np.append(blank_P, True)[negative_N], -1, negative_N)
         if (negative_N < 0).all():
             negative_N = None
     kept = np.flatnonzero(good_N)
-    return Split(name, kept, torch.from_numpy(image_of[image_N[kept]]), torch.from_numpy(title_N[kept]),
+    return Split(name, kept, torch.from_numpy(image_M[image_N[kept]]), torch.from_numpy(title_N[kept]),
                  None if negative_N is None else torch.from_numpy(negative_N[kept])), ledger
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data.augment import Region
 from data.batch import BadSample, Batch, Tokens
-from data.catalogue import Catalogue, Split, Verdict, as_keys
+from data.catalogue import Catalogue, Split, Verdict, Verdicts, as_keys
 from data.decode import ImageSpec, collate_tokens, decode_image
 from data.features import FeatureStore
 from data.fetch import Fetched, FetchPolicy, cached_path, fetch
@@ -33,6 +33,7 @@ TITLES = 512  # likewise titles, at most
 BUCKETS = 16  # of few titles there are at least so many lots of like length
 SEGMENT = 4096  # features written at once
 TELL_EVERY_S = 5.0
+URL_START = "^(?i)https?://"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Reader:
     retry_failed: bool = False
     augment: bool = False  # training sees random parts of its images
 
-    def fetch(self, urls: Iterable[str]) -> Iterator[Fetched]:
+    def fetch(self, urls: Iterable[str]) -> Generator[Fetched]:
         """Bring these URLs into the folder; each one's fate as it is known."""
         return fetch(urls, self.folder, self.policy, self.retry_failed)
 
@@ -85,57 +86,72 @@ def visit(found: Catalogue, reader: Reader, mine: Sequence[int], known: Callable
     `decode` takes the place of the reader's own decoding into pixels, and may raise BadSample as that does.
     """
     decode = decode or partial(decode_image, spec=reader.spec, max_pixels=reader.max_pixels)
-    problems: dict[int, BadSample] = {}
 
-    def look(index: int) -> Verdict:
-        if index in problems:
-            return Verdict(index, b"", problems[index])
+    def look(available: tuple[int, BadSample | None]) -> Verdict:
+        index, problem = available
         try:
-            reference = found.references[index].as_py()
-            data = reader.read(reference)
+            if problem is not None:
+                raise problem
+            data = reader.read(found.references[index].as_py())
             key = key_of(data)
             return Verdict(index, key, None, None if known(key) else decode(data))
-        except BadSample as problem:
-            return Verdict(index, b"", problem)
+        except BadSample as found_out:
+            return Verdict(index, b"", found_out)
 
-    started, spoken, done, failed = time.monotonic(), time.monotonic(), 0, Counter[str]()
-    for verdict in ahead(look, _available(found, reader, mine, problems), reader.workers, 2 * CHUNK):
-        done += 1
-        if verdict.problem is not None:
-            failed[verdict.problem.reason] += 1
-        now = time.monotonic()
-        if now - spoken >= TELL_EVERY_S or (done == len(mine) and now - started >= TELL_EVERY_S):
-            rate, spoken = done / (now - started), now
-            lost = "".join(f"  {reason} {count}" for reason, count in failed.most_common())
-            tell(f"images {done:,}/{len(mine):,}  {rate:,.0f}/s  eta {(len(mine) - done) / rate:,.0f} s{lost}")
+    progress = Progress("images", len(mine), tell)
+    for verdict in ahead(look, _available(found, reader, np.asarray(mine)), reader.workers, 2 * CHUNK):
+        progress.note(verdict.problem)
         yield verdict
 
 
-def _available(found: Catalogue, reader: Reader, mine: Sequence[int],
-               problems: dict[int, BadSample]) -> Iterator[int]:
+def _available(found: Catalogue, reader: Reader, mine: np.ndarray) -> Iterator[tuple[int, BadSample | None]]:
     """The references as their bytes become readable: local ones at once, URLs as the fetcher finishes them."""
-    remote: dict[str, int] = {}
-    for index in mine:
-        path = found.references[index]["path"].as_py()
-        if path and found.references[index]["bytes"].as_py() is None and is_url(path):
-            remote[path] = index
-        else:
-            yield index
-    for fetched in reader.fetch(remote) if remote else ():
-        index = remote[fetched.url]
-        if fetched.reason is not None:
-            problems[index] = BadSample(fetched.reason, fetched.detail)
-        yield index
+    import pyarrow.compute as pc
+
+    path, data = found.references.field("path"), found.references.field("bytes")
+    is_remote = pc.and_(pc.is_null(data), pc.fill_null(pc.match_substring_regex(path, URL_START), False))
+    is_remote_R = is_remote.to_numpy(zero_copy_only=False)[mine]
+    for index in mine[~is_remote_R]:
+        yield int(index), None
+    remote = mine[is_remote_R]
+    asked: dict[str, int] = {}  # those that the fetcher has in hand; no URL comes twice
+
+    def urls() -> Iterator[str]:
+        for index in remote:
+            asked[url := path[index].as_py()] = int(index)
+            yield url
+
+    for fetched in reader.fetch(urls()) if len(remote) else ():
+        yield asked.pop(fetched.url), BadSample(fetched.reason, fetched.detail) if fetched.reason else None
+
+
+class Progress:
+    """How far a pass over many images is; spoken of every few seconds: rows, rows/s, ETA, failures by reason."""
+
+    def __init__(self, what: str, total: int, tell: Callable[[str], None]) -> None:
+        self.what, self.total, self.tell, self.done, self.failed = what, total, tell, 0, Counter[str]()
+        self.started = self.spoken = time.monotonic()
+
+    def note(self, problem: BadSample | None = None) -> None:
+        """One more is done."""
+        self.done, now = self.done + 1, time.monotonic()
+        if problem is not None:
+            self.failed[problem.reason] += 1
+        if now - self.spoken >= TELL_EVERY_S or (self.done == self.total and now - self.started >= TELL_EVERY_S):
+            rate, self.spoken = self.done / (now - self.started), now
+            lost = "".join(f"  {reason} {count:,}" for reason, count in self.failed.most_common())
+            self.tell(f"{self.what} {self.done:,}/{self.total:,}  {rate:,.0f}/s  "
+                      f"eta {(self.total - self.done) / rate:,.0f} s{lost}")
 
 
 def fill_images(found: Catalogue, reader: Reader, mine: Sequence[int], store: FeatureStore | None,
-                encode: Callable[[Tensor], Tensor], tell: Callable[[str], None]) -> list[Verdict]:
+                encode: Callable[[Tensor], Tensor], tell: Callable[[str], None]) -> Verdicts:
     """Look at `mine` references; what the store does not hold yet goes through the tower once, in CHUNKs.
 
     Without a store images are only decoded, to know now which rows streaming can use.
     """
-    seen: list[Verdict] = []
-    fresh: set[bytes] = set()
+    seen = Verdicts()
+    fresh: set[bytes] = set()  # encoded, and not yet in the store
     lock = threading.Lock()  # `known` is asked from the decoding threads
 
     def known(key: bytes) -> bool:
@@ -145,10 +161,11 @@ def fill_images(found: Catalogue, reader: Reader, mine: Sequence[int], store: Fe
     keys: list[bytes] = []
     values: list[Tensor] = []
     for chunk in batched(visit(found, reader, mine, known, tell), CHUNK):
-        seen += [verdict._replace(pixels=None) for verdict in chunk]
+        for verdict in chunk:
+            seen.add(verdict)
         if store is None:
             continue
-        new = {v.key: v.pixels for v in chunk if v.pixels is not None and v.key not in fresh}
+        new = {v.key: v.pixels for v in chunk if v.pixels is not None and not known(v.key)}
         if new:
             keys += new
             fresh.update(new)
@@ -156,18 +173,20 @@ def fill_images(found: Catalogue, reader: Reader, mine: Sequence[int], store: Fe
         if len(keys) >= SEGMENT:
             with lock:
                 store.append(as_keys(keys), torch.cat(values))
+                fresh.clear()
             keys, values = [], []
     if store is not None and keys:
         store.append(as_keys(keys), torch.cat(values))
     return seen
 
 
-def fill_titles(ids: Sequence[Sequence[int]], keys: np.ndarray, store: FeatureStore, own: Sequence[int], pad_id: int,
-                encode: Callable[[Tokens], Tensor], tell: Callable[[str], None] = lambda text: None) -> None:
-    """Encode `own` of the titles, this rank's share of what the store does not hold yet."""
+def fill_titles(tokens: Callable[[Sequence[int]], Sequence[Sequence[int]]], keys: np.ndarray, store: FeatureStore,
+                own: Sequence[int], pad_id: int, encode: Callable[[Tokens], Tensor],
+                tell: Callable[[str], None] = lambda text: None) -> None:
+    """Encode `own` of the titles, this rank's share of what the store does not hold yet; `tokens` reads some."""
     pace = Pace("titles", len(own), tell)
     for part in batched(own, SEGMENT):
-        store.append(keys[np.asarray(part)], encode_titles([ids[i] for i in part], pad_id, encode, store.width, pace))
+        store.append(keys[np.asarray(part)], encode_titles(tokens(part), pad_id, encode, store.width, pace))
 
 
 def encode_titles(ids: Sequence[Sequence[int]], pad_id: int, encode: Callable[[Tokens], Tensor], width: int,

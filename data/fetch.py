@@ -12,7 +12,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ class Fetched(NamedTuple):
     detail: str
 
 
-def fetch(urls: Iterable[str], folder: Path, policy: FetchPolicy, retry_failed: bool = False) -> Iterator[Fetched]:
+def fetch(urls: Iterable[str], folder: Path, policy: FetchPolicy, retry_failed: bool = False) -> Generator[Fetched]:
     """Yield one `Fetched` for every URL given, as they finish; equal URLs are requested once.
 
     What lies in `folder`, or failed for good under the same limits, is answered without a request (`retry_failed` asks

@@ -6,7 +6,6 @@ Dimension key: M distinct image references, N distinct items of the gallery, Q q
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,19 +14,21 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from data.album import small_jpeg
 from data.batch import BadSample, UserError
 from data.catalogue import catalogue
 from data.cold import Reader, encode_titles, fill_images, fill_titles, is_url
-from data.decode import _open, _rgb, decode_image, tokenize
+from data.decode import decode_image, tokenize
 from data.features import FeatureStore
 from data.pairs import Encoders
 from data.resident import Mapped
-from data.segments import keys_of_titles
+from data.seen import Seen
+from data.segments import KEY, keys_of_titles
 from data.source import Rows
 
+SIDE = 320  # pixels of the longer side of a picture on the page
 Place = TypeVar("Place")
 
 
@@ -69,22 +70,30 @@ class Gallery:
 
 def open_images(splits: Mapping[str, Rows], reader: Reader, encoders: Encoders, cache: Path,
                 tell: Callable[[str], None]) -> Gallery:
-    """All images that can be used, titled or not; `tell` hears how many cannot. Raises UserError when none can."""
+    """All images that can be used, titled or not; `tell` hears how many cannot. Raises UserError when none can.
+
+    Only files that are new or have changed since the last look are read.
+    """
     found = catalogue(splits)
     store = FeatureStore(cache / "features" / encoders.image_space, encoders.image_width)
-    verdicts = fill_images(found, reader, range(len(found.references)), store, encoders.image, tell)
-    first = _first_rows(found.image_N, len(found.references))
-    content: dict[bytes, int] = {}
-    for verdict in verdicts:
+    seen = Seen(cache / "seen", found.references.field("path").to_pylist(), reader.folder)
+    keys, good = seen.keys.copy(), seen.known & (store.locate(seen.keys) >= 0)
+    unread, problems = np.flatnonzero(~good), []
+    for verdict in fill_images(found, reader, unread.tolist(), store, encoders.image, tell) if len(unread) else ():
         if verdict.problem is None:
-            content[verdict.key] = min(int(first[verdict.reference]), content.get(verdict.key, len(first) + 2**62))
-    problems = [verdict.problem for verdict in verdicts if verdict.problem is not None]
+            keys[verdict.reference], good[verdict.reference] = np.frombuffer(verdict.key, np.uint8), True
+        else:
+            problems.append(verdict.problem)
+    if good[unread].any():
+        seen.remember(keys, good)
     if problems:
-        tell(f"{len(problems):,} of {len(verdicts):,} images cannot be used, such as {problems[0]}")
-    if not content:
+        tell(f"{len(problems):,} of {len(keys):,} images cannot be used, such as {problems[0]}")
+    if not good.any():
         raise UserError("the dataset has no image that can be searched; `run.py check` says what is wrong with it")
-    keys = np.frombuffer(b"".join(content), np.uint8).reshape(len(content), -1)
-    return _gallery(splits, store, keys, np.array(list(content.values())))
+    first = _first_rows(found.image_N, len(keys))
+    usable = np.flatnonzero(good)[np.argsort(first[good])]
+    distinct = usable[np.sort(np.unique(keys[usable].view(f"S{KEY}")[:, 0], return_index=True)[1])]
+    return _gallery(splits, store, keys[distinct], first[distinct])
 
 
 def open_titles(splits: Mapping[str, Rows], encoders: Encoders, cache: Path) -> Gallery:
@@ -100,7 +109,8 @@ def open_titles(splits: Mapping[str, Rows], encoders: Encoders, cache: Path) -> 
     missing = np.flatnonzero(store.locate(keys) < 0)
     if len(missing):
         ids = tokenize(encoders.tokenizer, texts, encoders.max_tokens)
-        fill_titles(ids, keys, store, missing, encoders.tokenizer.pad_token_id, encoders.text)
+        fill_titles(lambda some: [ids[i] for i in some], keys, store, missing.tolist(), encoders.tokenizer.pad_token_id,
+                    encoders.text)
     return _gallery(splits, store, keys, first[own])
 
 
@@ -170,21 +180,5 @@ def pictures(wanted: Iterable[tuple[Place, Mapping[str, Any]]], reader: Reader) 
     shown = {}
     for name, reference in wanted:
         with suppress(BadSample):
-            shown[name] = preview(reader.read(reference), reader.max_pixels)
+            shown[name] = small_jpeg(reader.read(reference), SIDE, reader.max_pixels)
     return shown
-
-
-def preview(data: bytes, max_pixels: int, side: int = 320) -> bytes:
-    """A small JPEG of an image for people: all of it, where `decode_image` crops. Raises BadSample."""
-    try:
-        image = _open(data, max_pixels)
-        see_through = "A" in image.getbands() or image.info.get("transparency") is not None
-        image.draft("RGB", (side, side))
-        small = _rgb(image, see_through)
-        small.thumbnail((side, side), Image.Resampling.BICUBIC)
-        small.save(out := io.BytesIO(), "JPEG", quality=85)
-        return out.getvalue()
-    except (BadSample, MemoryError):
-        raise
-    except Exception as error:  # as in decode_image
-        raise BadSample("undecodable", f"{type(error).__name__}: {error}") from None

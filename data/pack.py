@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from data.batch import BadSample
-from data.cold import Reader, is_url
+from data.cold import Progress, Reader, is_url
 from data.decode import decode_image
+from data.fetch import Fetched
 from data.prefetch import ahead
 from data.shard_writer import ShardWriter
 from data.source import Rows
@@ -26,26 +29,26 @@ def pack(splits: Mapping[str, Rows], reader: Reader, out: Path, side: int,
     """Write every usable row to OUT/{split}-000000.tar, … in order; the rows left out as ledger entries.
 
     Images keep their bytes, or with `side` become JPEG crops of that many pixels a side. A row's key is its number.
-    After a kill the same call goes on behind the last complete shard; URLs fetched before are not asked for again.
+    Fetching, decoding and writing overlap. After a kill the same call goes on behind the last complete shard; URLs
+    fetched before are not asked for again.
     """
     ledger: list[dict[str, Any]] = []
     for name, rows in splits.items():
+        before = len(ledger)
         with ShardWriter(out, name) as writer:
             done = writer.done()
-            pending = [row for row in range(len(rows)) if _key(row) not in done]
-            problems = _fetched(rows, pending, reader, tell)
-            for row, image in ahead(lambda row: (row, _image(rows, row, reader, side, problems)), pending,  # noqa: B023
-                                    reader.workers, 4 * reader.workers):
-                title = rows.title[row].as_py()
-                negative = None if rows.title_neg is None else rows.title_neg[row].as_py()
-                try:
-                    if isinstance(image, BadSample):
-                        raise image
-                    writer.write(_key(row), image, title, negative)
-                except BadSample as problem:
+            pending = np.array([row for row in range(len(rows)) if _key(row) not in done], np.int64)
+            progress = Progress(f"{name} rows", len(pending), tell)
+            images = ahead(partial(_image, rows, reader, side), _available(rows, pending, reader), reader.workers,
+                           4 * reader.workers)
+            for row, image in zip(pending.tolist(), images, strict=True):
+                problem = image if isinstance(image, BadSample) else _write(writer, rows, row, image)
+                progress.note(problem)
+                if problem is not None:
                     ledger.append({"split": name, "row": row, "image": rows.image[row]["path"].as_py(),
-                                   "title": title, "reason": problem.reason, "detail": problem.detail})
-        tell(f"{name}: {len(rows):,} rows, {sum(entry['split'] == name for entry in ledger):,} left out")
+                                   "title": rows.title[row].as_py(), "reason": problem.reason,
+                                   "detail": problem.detail})
+        tell(f"{name}: {len(rows):,} rows, {len(ledger) - before:,} left out")
     return ledger
 
 
@@ -53,30 +56,55 @@ def _key(row: int) -> str:
     return f"{row:09d}"
 
 
-def _fetched(rows: Rows, pending: list[int], reader: Reader, tell: Callable[[str], None]) -> dict[str, BadSample]:
-    """Fetch what the pending rows name by URL; what went wrong, by URL."""
+def _write(writer: ShardWriter, rows: Rows, row: int, image: bytes) -> BadSample | None:
+    """Add a row; what is wrong with it, if something is."""
+    path = rows.image[row]["path"].as_py()
+    negative = None if rows.title_neg is None else rows.title_neg[row].as_py()
+    try:
+        writer.write(_key(row), image, rows.title[row].as_py(), negative,
+                     {"url": path} if path and is_url(path) else None)
+    except BadSample as found:
+        return found
+    return None
+
+
+def _available(rows: Rows, pending: np.ndarray, reader: Reader) -> Iterator[tuple[int, BadSample | None]]:
+    """The pending rows in order, each as soon as its bytes can be read; fetching goes on meanwhile.
+
+    Only what has landed before its turn came is remembered.
+    """
     def urls() -> Iterator[str]:
-        for row in pending:
+        for row in pending.tolist():
             path = rows.image[row]["path"].as_py()
             if path and is_url(path):
                 yield path
-    results = list(reader.fetch(urls()))
-    if results:
-        tell(f"fetched {sum(one.reason is None for one in results):,} of {len(results):,} URLs")
-    return {one.url: BadSample(one.reason, one.detail) for one in results if one.reason is not None}
+
+    with closing(reader.fetch(urls())) as fetched:  # starts when it is first asked
+        early: dict[str, list[Fetched]] = {}
+        for row in pending.tolist():
+            path = rows.image[row]["path"].as_py()
+            if not path or not is_url(path):
+                yield row, None
+                continue
+            while path not in early:  # every row that names a URL is answered, so it will come
+                early.setdefault((one := next(fetched)).url, []).append(one)
+            one = early[path].pop()
+            if not early[path]:
+                del early[path]
+            yield row, BadSample(one.reason, one.detail) if one.reason else None
 
 
-def _image(rows: Rows, row: int, reader: Reader, side: int, problems: Mapping[str, BadSample]) -> bytes | BadSample:
+def _image(rows: Rows, reader: Reader, side: int, available: tuple[int, BadSample | None]) -> bytes | BadSample:
     """The bytes to store, after one look at whether they decode; a problem is returned, so that order is kept."""
-    reference = rows.image[row].as_py()
-    if reference["path"] in problems:
-        return problems[reference["path"]]
+    row, problem = available
+    if problem is not None:
+        return problem
     try:
-        data = reader.read(reference)
+        data = reader.read(rows.image[row].as_py())
         spec = replace(reader.spec, resize=side, crop=(side, side)) if side else reader.spec
         pixels_CSS = decode_image(data, spec, reader.max_pixels)
-    except BadSample as problem:
-        return problem
+    except BadSample as found:
+        return found
     if not side:
         return data
     buffer = io.BytesIO()

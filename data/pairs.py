@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,10 @@ from data.features import FeatureStore
 from data.mine import mine
 from data.prefetch import ahead, copied_ahead, slices
 from data.resident import Mapped, Resident
-from data.segments import keys_of_titles, spaces
+from data.segments import spaces
 from data.source import Rows
+from data.titles import title_keys as keys_of
+from data.titles import title_tokens
 
 
 @dataclass(frozen=True)
@@ -88,16 +89,15 @@ def open_pairs(rows: Mapping[str, Rows], lost: Sequence[Mapping[str, Any]], read
     images = FeatureStore(cache / "features" / encoders.image_space, encoders.image_width) if encoders.stored else None
     own = range(*share(len(found.references), team.rank, team.size))
     verdicts = team.exchange(fill_images(found, reader, own, images, encoders.image, tell))
-    splits, image_keys, example, ledger = settle(found, list(chain.from_iterable(verdicts)), lost, max_bad)
-    texts = found.titles.to_pylist()
-    ids, title_keys = tokenize(encoders.tokenizer, texts, encoders.max_tokens), keys_of_titles(texts)
+    splits, image_keys, example, ledger = settle(found, verdicts, lost, max_bad)
+    title_keys = keys_of(found.titles)
     if mine_how != "off" or images is not None:
         titles = FeatureStore(cache / "features" / encoders.text_space, encoders.text_width)
         # One rank's view of the store is everybody's: another may look when some features are written already.
         missing = team.exchange(np.flatnonzero(titles.locate(title_keys) < 0))[0]
         own = missing[slice(*share(len(missing), team.rank, team.size))]
-        fill_titles(ids, title_keys, titles, own, encoders.tokenizer.pad_token_id, encoders.text,
-                    tell)
+        fill_titles(lambda some: tokenize(encoders.tokenizer, found.titles.take(some).to_pylist(), encoders.max_tokens),
+                    title_keys, titles, own, encoders.tokenizer.pad_token_id, encoders.text, tell)
         team.exchange(None)  # every rank has written
         title_table = _table(titles, title_keys)
         if mine_how != "off":
@@ -106,16 +106,23 @@ def open_pairs(rows: Mapping[str, Rows], lost: Sequence[Mapping[str, Any]], read
     identity = {"data": _fingerprint(splits, image_keys, title_keys),
                 "the base model": encoders.image_space + encoders.text_space}
     album = Album(found, splits, example, reader)
-    measured: Callable[[], Mapping[str, Resident]] = partial(_encode_all, found, splits, example, ids, reader, encoders,
-                                                             team, device)
+    streams = partial(_streams, found, splits, example, reader, encoders, team, device)
+    if images is None:
+        return Pairs(splits, ledger, identity, *streams(), album)
+    image_table, seconds = _table(images, image_keys), time.monotonic() - began
+    ready = _residents(splits, image_table, title_table, device)
+    batches = streams()[1] if reader.augment else partial(_cached, ready, team)
+    return Pairs(splits, ledger, identity, lambda: ready, batches, album, _say_store(cache, images, titles, seconds))
+
+
+def _streams(found: Catalogue, splits: Mapping[str, Split], example: np.ndarray, reader: Reader, encoders: Encoders,
+             team: Team, device: torch.device) -> tuple[Callable[[], Mapping[str, Resident]], Callable[..., Any]]:
+    """`residents` and `batches` of Pairs through the towers: all features anew on each call, inputs of every step."""
+    ids = title_tokens(found.titles, encoders.tokenizer, encoders.max_tokens)
     makers = {name: streamed_batch(split, found, example, reader, ids, encoders.tokenizer.pad_token_id)
               for name, split in splits.items()}
-    batches, told = partial(_streamed, splits, makers, team, reader), ""
-    if images is not None:
-        image_table, seconds = _table(images, image_keys), time.monotonic() - began
-        ready, told = _residents(splits, image_table, title_table, device), _say_store(cache, images, titles, seconds)
-        measured, batches = lambda: ready, batches if reader.augment else partial(_cached, ready, team)
-    return Pairs(splits, ledger, identity, measured, batches, album, told)
+    return (partial(_encode_all, found, splits, example, ids, reader, encoders, team, device),
+            partial(_streamed, splits, makers, team, reader))
 
 
 def _encode_all(found: Catalogue, splits: Mapping[str, Split], example: np.ndarray, ids: Sequence[Sequence[int]],

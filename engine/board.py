@@ -1,8 +1,8 @@
 """TensorBoard: what is written, under which tags, and how much of it.
 
-The groups of the first page sort as they should be read: `eval` (the few metrics that matter), `fit` (the loop),
-`machine`, then pictures and every other metric by split. The base model's metrics are a run of their own beside it,
-`base`, so each metric's card shows them as a second, level line.
+The groups of the first page sort as they should be read: `eval` (the few metrics that matter, of the splits watched on
+the way), `fit` (the loop), `machine`, then pictures and all other metrics by split. The base model's metrics are a run
+of their own beside it, `base`, so each metric's card shows them as a second, level line.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.config import Config, as_dict, config_fields
+
 POINTS = 5_000  # of any curve: a million steps leave this many; steps.jsonl has them all
 HEADLINE = ("image_to_text_R@10", "text_to_image_R@10", "triplet_accuracy")
+WATCHED = ("train", "valid")  # splits measured on the way, not only at both ends
 LAYOUT = {"at a glance": {
     "loss": ["Multiline", ["fit/loss"]],
-    "Recall@10, thumbnail to title": ["Multiline", ["eval/.* image_to_text_R@10"]],
-    "Recall@10, title to thumbnail": ["Multiline", ["eval/.* text_to_image_R@10"]],
-    "triplet accuracy": ["Multiline", ["eval/.* triplet_accuracy"]],
+    "Recall@10, thumbnail to title": ["Multiline", ["eval/image_to_text_R@10.*"]],
+    "Recall@10, title to thumbnail": ["Multiline", ["eval/text_to_image_R@10.*"]],
+    "triplet accuracy": ["Multiline", ["eval/triplet_accuracy.*"]],
+    "test: Recall@10 at both ends": ["Multiline", ["test/.*R@10"]],
     "drift of the projections from the base": ["Multiline", ["fit/drift.*"]],
     "share of time waiting for data": ["Multiline", ["machine/data_wait_share"]],
 }}
@@ -53,8 +57,12 @@ class Board:
         self._shown: dict[str, int] = {}  # what was written last, and at which step
 
     def due(self, what: str, step: int) -> bool:
-        """Is it time to write `what` again? At every step of a short run, at each POINTS-th part of a long one."""
-        if step < self._shown.get(what, -self.stride) + self.stride and step != self.steps:
+        """Is it time to write `what` again? At every step of a short run, at each POINTS-th part of a long one.
+
+        Never for a step before the last one written: best weights taken back are measured at the step they are of.
+        """
+        last = self._shown.get(what, -self.stride)
+        if step < last + self.stride and not step == self.steps > last:
             return False
         self._shown[what] = step
         return True
@@ -67,14 +75,12 @@ class Board:
     def metrics(self, scores: Mapping[str, Mapping[str, Any]], base: Mapping[str, Mapping[str, Any]],
                 step: int) -> None:
         """The metrics of an evaluation, and those of the base model as a level line beside them."""
-        if not self.due("metrics", step):
-            return
+        splits = [split for split in scores if self.due(f"metrics of {split}", step)]
         for writer, source in ((self._main, scores), (self._base, base)):
-            for split in scores:
+            for split in splits:
                 for name, value in source.get(split, {}).items():
                     if isinstance(value, (int, float)):
                         writer.add_scalar(tag(split, name), value, step)
-            writer.flush()
 
     def picture(self, name: str, pixels_HWC: np.ndarray, step: int) -> None:
         """A uint8 RGB picture."""
@@ -86,21 +92,24 @@ class Board:
 
     def embedding(self, name: str, vectors: Tensor, labels: Sequence[Sequence[str]], sprite_NCSS: Tensor,
                   step: int) -> None:
-        """Points for the projector, each with its kind and title and a small picture."""
+        """Points for the projector, each with its title, its kind and a small picture."""
         self._main.add_embedding(vectors, [list(label) for label in labels], sprite_NCSS, step, name,
-                                 metadata_header=["kind", "title"])
+                                 metadata_header=["title", "kind"])
 
     def hparams(self, recipe: Mapping[str, Any], splits: Sequence[str], done: bool) -> None:
-        """The recipe beside its results in this run's own event file (`add_hparams` would open a run of its own)."""
-        if isinstance(self._main, _Nothing):
-            return
+        """The recipe beside its results, in this run's own event file (`add_hparams` would open a run of its own)."""
         from torch.utils.tensorboard.summary import hparams
 
         plain = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in recipe.items()}
         results = {tag(split, name): 0.0 for split in splits for name in HEADLINE}
-        begin = hparams(plain, results)
-        for summary in begin[2:] if done else begin[:2]:
+        experiment, begin, end = hparams(plain, results)
+        for summary in (end,) if done else (experiment, begin):
             self._main.file_writer.add_summary(summary)
+
+    def flush(self) -> None:
+        """Let others see what was written."""
+        self._main.flush()
+        self._base.flush()
 
     def close(self) -> None:
         """Flush and close."""
@@ -110,7 +119,13 @@ class Board:
 
 def tag(split: str, name: str) -> str:
     """Where a metric of a split is shown."""
-    return f"eval/{split} {name}" if name in HEADLINE else f"{split}/{name}"
+    return f"eval/{name} {split}" if name in HEADLINE and split in WATCHED else f"{split}/{name}"
+
+
+def comparable(cfg: Config) -> dict[str, Any]:
+    """The settings to compare runs by: what is computed, on what."""
+    return {name: value for name, value in as_dict(cfg).items()
+            if name in ("model", "dataset") or config_fields()[name].metadata["group"] == "recipe"}
 
 
 class Drift:

@@ -94,13 +94,14 @@ def write_card(path: Path, origin: Mapping[str, Any], table: str, licence: str) 
     path.write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8", errors="replace")
 
 
-def set_licence(path: Path, licence: str) -> None:
-    """Name another licence in a card that is there already."""
+def card_on_hub(path: Path, name: str, licence: str) -> str:
+    """The text of a card as repository `name` has it, naming another licence unless that is `other`."""
     from huggingface_hub import ModelCard
 
-    card = ModelCard.load(path)
-    card.data.license, card.data.license_name = licence, None
-    card.save(path)
+    card = ModelCard(path.read_text(encoding="utf-8").replace(HERE, name))
+    if licence != "other":
+        card.data.license, card.data.license_name = licence, None
+    return str(card)
 
 
 def _results(origin: Mapping[str, Any]) -> list[Any] | None:

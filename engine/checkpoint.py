@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -59,7 +60,7 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], optimizer: Mapping
         temporary = root / f".writing-{name}-{os.getpid()}"
         temporary.mkdir()
         try:
-            for file, named in (("trainable.safetensors", tensors), ("optimizer.safetensors", optimizer)):
+            for file, named in zip(FILES, (tensors, optimizer), strict=False):
                 save_file({key: value.detach().cpu().contiguous() for key, value in named.items()}, temporary / file)
             (temporary / "state.json").write_text(json.dumps(dict(state), indent=2) + "\n", encoding="utf-8")
             digests = {file: sha256(synced(temporary / file)) for file in FILES}
@@ -95,9 +96,9 @@ def load(folder: Path) -> Content:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if folder.name != f"step-{state['state']['step']:08d}":
             raise DamagedCheckpoint(f"{folder.name} holds step {state['state']['step']}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return load_file(folder / FILES[0]), load_file(folder / FILES[1]), state
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DamagedCheckpoint(f"{folder.name} is incomplete: {error}") from error
-    return load_file(folder / "trainable.safetensors"), load_file(folder / "optimizer.safetensors"), state
 
 
 def newest(run: Path, tell: Callable[[str], None]) -> tuple[Path, Content] | None:
@@ -130,7 +131,7 @@ class Saver:
 
         Raises UserError when the metric is not among what is measured.
         """
-        values = scores.get("valid", scores["train"])
+        values = scores["valid" if "valid" in scores else "train"]
         if not isinstance(values.get(self.metric), (int, float)):
             names = [name for name, value in values.items() if isinstance(value, (int, float))]
             raise UserError(f"--best-metric {self.metric} is not measured here; there is {', '.join(names)}")
@@ -156,31 +157,32 @@ class Saver:
         self.world.on_main(write)
 
     def resume(self, tell: Callable[[str], None]) -> State:
-        """Put weights and moments of the newest valid checkpoint back; its state. Tells which newer ones were damaged.
-
-        Raises UserError, naming the difference, when data, model or recipe are not those of the checkpoint.
-        """
+        """Go on from the newest valid checkpoint, telling which newer ones were damaged; UserError names a change."""
         found = newest(self.run, tell)
         self.world.on_main(lambda: _set_aside(self.run / "checkpoints", found[0].name if found else ""))
         if found is None:
             tell("no checkpoint to resume from: starting at step 0")
             return State()
-        folder, (tensors, moments, content) = found
-        state = state_of(content)
-        changed = differences(content, self.identity, self.recipe)
-        if not changed and content.get("order") != self.order(state.step):
+        if changed := self.restore(found[1]):
+            raise UserError(f"--resume: {'; '.join(changed)} since {found[0]}; start a new run with another --out")
+        tell(f"resumed from {found[0]}")
+        return state_of(found[1][2])
+
+    def restore(self, content: Content) -> list[str]:
+        """Put the weights and moments of a checkpoint back; or, and then do nothing, say what is not as it was."""
+        tensors, moments, saved = content
+        changed = differences(saved, self.identity, self.recipe)
+        if not changed and saved.get("order") != self.order(state_of(saved).step):
             changed = ["the order of the pairs changed"]
         if _shapes(tensors) != _shapes(self.named):
             changed.append("the trainable parameters changed")
-        if changed:
-            raise UserError(f"--resume: {'; '.join(changed)} since {folder}; start a new run with another --out")
-        _restore(tensors, self.named)
-        for name, parameter in self.named.items():
-            self.optimizer.state[parameter] = {
-                key.removeprefix(f"{name}."): value.to(parameter.device)
-                for key, value in moments.items() if key.rpartition(".")[0] == name}
-        tell(f"resumed from {folder}")
-        return state
+        if not changed:
+            _restore(tensors, self.named)
+            for name, parameter in self.named.items():
+                self.optimizer.state[parameter] = {
+                    key.removeprefix(f"{name}."): value.to(parameter.device)
+                    for key, value in moments.items() if key.rpartition(".")[0] == name}
+        return changed
 
     def take_best(self, state: State, tell: Callable[[str], None]) -> int:
         """With patience, put the weights of the best evaluation in place of later ones; its step, 0 if nothing changed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ EXPORT = ["run", "to", "checkpoint", "dtype"]
 PUSH = ["push_to_hub", "private", "license"]
 SWEEP = ["space", "trials", "folds", "seeds"]
 TRAIN = [name for name in config_fields()
-         if name not in ["split", "resize", "strict", "json", "quick", *SEARCH, *EXPORT, *SWEEP]]
+         if name not in ["split", "resize", "strict", "json", "prune", "quick", *SEARCH, *EXPORT, *SWEEP]]
 ONE_RUN = ["eval_every", "save_every", "keep", "profile", "probe", "augment",
            "gradient_checkpointing"]  # what only a single run of training has
 POSITIONAL = "query"  # the one setting that needs no flag
@@ -70,6 +71,10 @@ COMMANDS = {
                      ["quick", "json"], {}),
     "export": Command("a run, or its projections alone, as a Hugging Face folder; or push it to the hub",
                       ["model", *EXPORT, *PUSH], {"model": ""}),
+    "verify": Command("prove a run: checksums, some steps trained again, the exported model measured again; without "
+                      "--run, check the stored features",
+                      ["run", "prune", "model", "dataset", "cache_dir", "allow_host", "max_pixels", "workers",
+                       *MACHINE], {"model": "", "dataset": ""}),
 }
 
 
@@ -118,6 +123,7 @@ class Parser(argparse.ArgumentParser):
             flags[POSITIONAL] = tuple(words)
         try:
             flags = {**(read_toml(Path(toml)) if toml else {}), **flags}
+            _refuse_homes_of_nobody(flags)
             resumed = _resumed(flags)
             recipe = {} if resumed else RECIPES.get(flags.get("recipe", ""), {})
             config = replace(Config(), **{**preset, **resumed, **recipe, **flags})
@@ -135,12 +141,20 @@ class Lines(argparse.RawDescriptionHelpFormatter):
     """One line a flag, however long; a switch shows its other end without a second name."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=38, width=1000)
+        super().__init__(prog, max_help_position=80, width=1000)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if isinstance(action, argparse.BooleanOptionalAction):
             return action.option_strings[0].replace("--", "--[no-]", 1)
         return super()._format_action_invocation(action)
+
+
+def _refuse_homes_of_nobody(flags: dict[str, Any]) -> None:
+    """Raises ValueError for a path that begins with ~NAME where there is no such user."""
+    for name, value in flags.items():
+        if isinstance(value, str) and value.startswith("~") and os.path.expanduser(value).startswith("~"):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: {Path(value).parts[0]} is nobody's home; write the "
+                             "path in full")
 
 
 def version() -> str:

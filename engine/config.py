@@ -84,8 +84,7 @@ class Config:
     device: str = setting("auto", "machine", "where to compute", ("auto", "cpu", "cuda"))
     precision: str = setting("auto", "machine", "auto: bf16 where it is faster", ("auto", "bf16", "fp32"))
     workers: int = setting(2, "machine", "threads a rank that decode images")
-    compile: str = setting("auto", "machine", "compile the image tower; auto: on a GPU, for many images",
-                           ("auto", "on", "off"))
+    compile: str = setting("auto", "machine", "the image tower; auto: a GPU's, for many images", ("auto", "on", "off"))
     gradient_checkpointing: bool = setting(False, "machine", "where layers in towers train: less memory, more time")
     profile: bool = setting(False, "machine", "write a trace of a few steps to the run folder")
     dist_timeout: float = setting(600.0, "machine", "seconds after which a stalled rank is an error")
@@ -98,6 +97,7 @@ class Config:
     allow_host: tuple[str, ...] = setting((), "data", "private hosts that images and shards may be fetched from")
     max_bad: float = setting(0.05, "data", "stop when a larger share of the rows (5% or 0.05) is unusable")
     max_pixels: int = setting(25_000_000, "data", "refuse images with more pixels than this")
+    prune: bool = setting(False, "output", "delete the stored features of all models but --model")
     strict: bool = setting(False, "output", "exit 1 when there are errors")
     quick: bool = setting(False, "output", "bench: fewer rounds and smaller inputs, under a minute")
     json: bool = setting(False, "output", "print JSON to stdout")
@@ -109,7 +109,7 @@ class Config:
     top: int = setting(10, "query", "answers to each query")
     html: str = setting("", "output", "write a page with the pictures to this file")
     # Handing on.
-    run: str = setting("", "model", "run folder, or a folder or file with projections.safetensors alone")
+    run: str = setting("", "model", "run folder; export takes projections.safetensors alone, or its folder, too")
     to: str = setting("", "output", "folder to write the Hugging Face model to")
     checkpoint: str = setting("", "model", "checkpoint of --run: last, best or step-N (default: the finished model)")
     dtype: str = setting("fp32", "output", "how weights are stored", ("fp32", "fp16", "bf16"))

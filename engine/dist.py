@@ -204,11 +204,24 @@ def init(wanted: str, timeout_s: float, quiet: bool = False) -> World:
         return World(rank, local_rank, size, device, timeout_s, quiet=quiet)
     timeout = datetime.timedelta(seconds=timeout_s)
     with asking("joining"):
-        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        store = _meeting_place(rank, size, timeout)
         store.set_timeout(timeout)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(rank, local_rank, size, device, timeout_s, dist.PrefixStore("thumbtune", store), quiet)
+
+
+def _meeting_place(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:
+    """Where torchrun's environment says that the ranks meet. Raises UserError when it says nothing or it is taken."""
+    try:
+        return next(dist.rendezvous("env://", rank, size, timeout=timeout))[0]
+    except ValueError as error:  # an environment variable is missing
+        raise UserError(f"WORLD_SIZE is {size}, but torchrun did not set it ({error}); start several ranks with "
+                        "`torchrun --nproc-per-node N run.py`") from None
+    except dist.DistNetworkError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(f"the ranks cannot meet at {where} ({str(error).splitlines()[0][:150]}); is the port in use? "
+                        "Give torchrun another --master-port, or --standalone") from None
 
 
 def close() -> None:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-_locks: list[int] = []  # descriptors held until the process ends, however it ends
+_locks: dict[tuple[int, int], int] = {}  # device and inode -> descriptor, held until the process ends, however it ends
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -60,6 +60,10 @@ def altered(root: Path, digests: Mapping[str, str]) -> list[str]:
 def lock(folder: Path) -> bool:
     """Hold `folder` for this process as long as it lives; False when another one holds it."""
     handle = os.open(folder, os.O_RDONLY)
+    place = os.fstat(handle).st_dev, os.fstat(handle).st_ino
+    if place in _locks:
+        os.close(handle)
+        return True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -67,5 +71,5 @@ def lock(folder: Path) -> bool:
         return False
     except OSError:  # a file system without locks: nobody is ever refused there
         pass
-    _locks.append(handle)
+    _locks[place] = handle
     return True

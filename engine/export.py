@@ -151,7 +151,7 @@ def _checkpoint(path: Path, which: str) -> Mapping[str, Tensor]:
     if name not in [*folders, "last", "best"] or not (path / "checkpoints" / name).is_dir():
         raise UserError(f"--checkpoint {which}: {path} has {', '.join(folders) or 'none'}, last and best")
     try:
-        return checkpoint.load(path / "checkpoints" / name)[0]
+        return checkpoint.load((path / "checkpoints" / name).resolve())[0]
     except checkpoint.DamagedCheckpoint as error:
         raise UserError(f"--checkpoint {which}: {error}; choose another one") from None
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from data.batch import UserError
-from engine.config import Config, as_dict
+from engine.config import Config, as_dict, config_fields
 from engine.dist import World
 from engine.durable import altered, lock, replace_text, sha256
 
@@ -71,6 +72,15 @@ def _launch() -> str | None:
     """A name of the torchrun this process is a rank of: the same after a restart, another for another launch."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return f"{platform.node()} {os.getppid()}" if name == "none" else name  # "none": no --rdzv-id was given
+
+
+def settings_of(folder: Path) -> Config:
+    """The Config that the run in `folder` was started with. Raises UserError when there is none."""
+    saved = read_json(folder / "config.json").get("config")
+    if not isinstance(saved, dict):
+        raise UserError(f"--run {folder} holds no run with a readable config.json")
+    return replace(Config(), **{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()
+                                if key in config_fields()})
 
 
 def still_there(folder: Path) -> Path:
@@ -133,8 +143,9 @@ def write_ledger(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
 
 def seal(folder: Path) -> None:
     """Write manifest.json: the sha256 of what a finished run leaves behind. Raises OSError."""
-    names = ["config.json", "ledger.jsonl", "metrics.json", "steps.jsonl"]
-    paths = [folder / name for name in names] + sorted(p for p in (folder / "model").rglob("*") if p.is_file())
+    names = ["config.json", "ledger.jsonl", "metrics.json", "steps.jsonl", "sweep.jsonl"]
+    paths = [folder / name for name in names if (folder / name).exists()]
+    paths += sorted(path for path in (folder / "model").rglob("*") if path.is_file())
     write_json(folder / SEAL, {str(path.relative_to(folder)): sha256(path) for path in paths})
 
 

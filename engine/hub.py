@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data.batch import RunFailed, UserError
-from engine.card import HERE
+from engine.card import card_on_hub
 from engine.config import Config, config_fields
 
 REPO = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -35,19 +35,20 @@ def check_push(name: str, tell: Callable[[str], None]) -> None:
         tell(f"the hub is not reached now ({type(error).__name__}); the push is tried at the end all the same")
 
 
-def push(folder: Path, name: str, private: bool, later: str) -> str:
-    """Upload a model folder; its URL. Raises RunFailed naming the command that pushes it `later`.
+def push(folder: Path, name: str, private: bool, licence: str, later: str) -> str:
+    """Upload a model folder in one commit; its URL. Raises RunFailed naming the command that pushes it `later`.
 
-    The card in `folder` then says how to load the model from the hub.
+    The folder stays as it is; its card on the hub says how to load the model from there.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
-    api, card = HfApi(), folder / "README.md"
+    api = HfApi()
     try:
         repo = api.create_repo(name, private=private, exist_ok=True)
-        if card.is_file():
-            card.write_text(card.read_text(encoding="utf-8").replace(HERE, repo.repo_id), encoding="utf-8")
-        api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="Upload model tuned with thumbtune")
+        files: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.iterdir())}
+        files["README.md"] = card_on_hub(folder / "README.md", repo.repo_id, licence).encode()
+        api.create_commit(repo.repo_id, [CommitOperationAdd(path, what) for path, what in files.items()],
+                          commit_message="Upload a model tuned with thumbtune")
     except Exception as error:  # of many kinds, from several libraries; all of them are about this push
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise RunFailed(f"the push to {name} failed ({reason}); nothing is lost, push later with\n{later}") from error

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from engine.board import Board, memory
-from engine.board import Drift as Drift
+from engine.board import Board, Drift, memory
 from engine.dist import World
 
 Metrics = Mapping[str, Mapping[str, Any]]  # split -> name -> value or [lo, hi]
@@ -28,17 +27,18 @@ HEADLINE = {"image_to_text_R@1": "R@1", "image_to_text_R@5": "R@5", "image_to_te
 class Log:
     """Collects steps on the device and writes them out at every flush.
 
-    `base` are the base model's metrics if this run, resumed, has measured them before.
+    `recipe` are the settings worth comparing runs by; `base` are the base model's metrics if this run, resumed, has
+    measured them before.
     """
 
     def __init__(self, folder: Path, world: World, steps_per_epoch: int, steps: int, first_step: int,
-                 drift: Drift, base: Metrics | None = None) -> None:
+                 drift: Drift, recipe: Mapping[str, Any], base: Metrics | None = None) -> None:
         self.world, self.steps_per_epoch = world, steps_per_epoch
         self._pending: list[tuple[int, Tensor, Tensor, float, int]] = []
         self._clock, self._waited, self._recall = time.perf_counter(), 0.0, ""
         self._began = self._clock
         self._whole = dict.fromkeys(("waiting for data", "evaluate", "checkpoint"), 0.0)
-        self._base, self._drift = base or {}, drift
+        self._base, self._drift, self._recipe, self.steps = base or {}, drift, recipe, steps
         self._files = [_carry_on(folder / name, first_step) for name in ("steps.jsonl", "evaluations.jsonl")
                        if world.is_main]
         self.board = Board(folder / "tensorboard" if world.is_main else None, first_step, steps)
@@ -125,6 +125,9 @@ class Log:
             self.board.metrics(plain, self._base, step)
             if self.board.due("drift", step):
                 self.board.scalars(drift, step)
+            if step in (0, self.steps):
+                self.board.hparams(self._recipe, list(scores), done=step > 0)
+            self.board.flush()
         for split, values in scores.items():
             self.world.say(f"{'base' if step == 0 else f'step {step}'}  {split}:  " + _headline(values))
         split = "valid" if "valid" in scores else next(iter(scores))

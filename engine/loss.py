@@ -1,7 +1,8 @@
 """The losses: rows of this rank ranked against the candidates of all ranks, a chunk of rows at a time.
 
-Each loss is a sum over rows of f(logits, target) whose slope by the logits is known in closed form. So one pass makes
-loss and gradient together, and neither the [B, C] matrix nor an autograd graph over it ever exists.
+Each loss is a sum over pairs of base(S) - target * score(S), and its slope by the logits S is share(S) - target: three
+tensors a loss, see `softmax`. So one pass makes loss and gradient together, and neither the [B, C] matrix nor an
+autograd graph over it ever exists.
 
 Dimension key: B rows of this rank, R rows of a chunk, G rows of all ranks, C candidates (G titles, then G negatives;
 or G images), E embedding.
@@ -10,7 +11,7 @@ or G images), E embedding.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,31 +24,32 @@ SIGMOID_BIAS = -10.0  # Zhai et al. 2023, section 3.2; constant, see `sigmoid`
 
 
 class Candidates(NamedTuple):
-    """What rows are ranked against. Equal ids mean identical content; title -1: no candidate, image -1: a negative."""
+    """What rows are ranked against. Equal ids mean identical content; negatives have the image -1."""
 
     embedding_CE: Tensor
     title_id_C: Tensor
     image_id_C: Tensor
+    absent_C: Tensor | None = None  # which stand for a missing negative
 
 
-def softmax(logits_RC: Tensor, target_RC: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy with rows of `target_RC` that sum to 1: sum_i(logsumexp_j S_ij - sum_j T_ij S_ij), and its slope.
+def softmax(logits_RC: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Cross entropy: -sum_j T_ij log softmax(S_i)_j, for targets that sum to 1 in each row.
 
     With the own title as target MultipleNegativesRankingLoss (Henderson et al. 2017, arXiv 1705.00652, section 4), with
     several titles in equal parts SupCon's L_out (Khosla et al. 2020, arXiv 2004.11362, equation 2).
     """
     log_share_RC = logits_RC.log_softmax(-1)
-    return -(target_RC * log_share_RC).sum(), log_share_RC.exp_().sub_(target_RC)
+    return None, log_share_RC, log_share_RC.exp()
 
 
-def sigmoid(logits_RC: Tensor, target_RC: Tensor) -> tuple[Tensor, Tensor]:
-    """Each pair judged alone: -sum_ij log sigmoid(z_ij (S_ij + bias)), z = 1 where `target_RC` is 1, else -1.
+def sigmoid(logits_RC: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Each pair judged alone: -sum_j log sigmoid(z_ij (S_ij + bias)), z = 1 where the target is 1, else -1.
 
     Zhai et al. 2023 (arXiv 2303.15343), equation 1. Their bias is learned from -10 on; here it stays: AdamW moves one
     number by at most the learning rate a step, and no ranking depends on it.
     """
     logits_RC = logits_RC + SIGMOID_BIAS
-    return F.softplus(logits_RC).sum() - (target_RC * logits_RC).sum(), logits_RC.sigmoid().sub_(target_RC)
+    return F.softplus(logits_RC).sum(), logits_RC, logits_RC.sigmoid()
 
 
 @dataclass(frozen=True)
@@ -85,36 +87,53 @@ class Objective:
         Hardness as Lan et al. 2025 (arXiv 2503.04812), equation 5, for all negatives: sentence-transformers'
         hardness_mode "all_negatives". Smoothing spreads its share evenly over all candidates (Szegedy et al. 2016).
         """
-        positive_RC, blocked_RC = self._answers(candidates, first_row + low, len(cosine_RC))
-        target_RC = positive_RC.to(cosine_RC.dtype)
-        logits_RC = cosine_RC * (scale + hardness * (1 - target_RC) if hardness else scale)
+        own = first_row + low
+        right_RC, blocked_RC = self._answers(candidates, own, len(cosine_RC))
+        logits_RC = cosine_RC * (scale + hardness * ~right_RC if hardness and right_RC is not None else scale)
         if blocked_RC is not None:
             logits_RC.masked_fill_(blocked_RC, NEVER)
-        if self.loss == "sigmoid":
-            return sigmoid(logits_RC, target_RC)
-        if self.duplicates == "multi":
-            target_RC /= target_RC.sum(-1, keepdim=True)
-        if self.smoothing:
-            open_RC = torch.ones_like(target_RC) if blocked_RC is None else (~blocked_RC).to(target_RC.dtype)
-            target_RC.lerp_(open_RC / open_RC.sum(-1, keepdim=True), self.smoothing)
-        return softmax(logits_RC, target_RC)
-
-    def _answers(self, candidates: Candidates, own: int, count: int) -> tuple[Tensor, Tensor | None]:
-        """Which candidates are right for rows whose own answers are `own ...`, and which of them do not count."""
-        title_C, image_C = candidates.title_id_C, candidates.image_id_C
-        absent_C = title_C < 0
-        if self.duplicates == "keep":
-            same_RC = absent_C.new_zeros(count, len(title_C))
+        base, score_RC, slope_RC = sigmoid(logits_RC) if self.loss == "sigmoid" else softmax(logits_RC)
+        if right_RC is None:
+            slope_RC.diagonal(own).sub_(1)
+            gain = score_RC.diagonal(own).sum()
         else:
-            mine = slice(own, own + count)
-            same_RC = (title_C[mine, None] == title_C) | (image_C[mine, None] == image_C)
+            target_RC = self._target(right_RC.to(score_RC.dtype), blocked_RC)
+            slope_RC.sub_(target_RC)
+            gain = (target_RC * score_RC).sum()
+        return -gain if base is None else base - gain, slope_RC
+
+    def _target(self, right_RC: Tensor, blocked_RC: Tensor | None) -> Tensor:
+        """What each candidate's share should be; for the sigmoid, 1 for all that are right."""
+        if self.loss == "sigmoid":
+            return right_RC
+        open_RC = torch.ones_like(right_RC)
+        if blocked_RC is not None:
+            open_RC.masked_fill_(blocked_RC, 0)
+        even_RC = open_RC / open_RC.sum(-1, keepdim=True)
+        return (right_RC / right_RC.sum(-1, keepdim=True)).lerp_(even_RC, self.smoothing)
+
+    def _answers(self, candidates: Candidates, own: int, count: int) -> tuple[Tensor | None, Tensor | None]:
+        """Which candidates are right for rows whose own answers are `own ...` (None: those alone, and nobody asks for
+        the rest), and which do not count for them (None: all do).
+        """
+        title_C, image_C, absent_C = candidates.title_id_C, candidates.image_id_C, candidates.absent_C
         if self.duplicates == "multi":
-            return same_RC, absent_C
-        blocked_RC = same_RC | absent_C
-        blocked_RC.diagonal(own).fill_(False)
-        positive_RC = torch.zeros_like(blocked_RC)
-        positive_RC.diagonal(own).fill_(True)
-        return positive_RC, blocked_RC
+            return _same(title_C, own, count).logical_or_(_same(image_C, own, count)), absent_C
+        right_RC, blocked_RC = None, absent_C
+        if self.hardness or self.smoothing:
+            right_RC = torch.zeros(count, len(title_C), dtype=torch.bool, device=title_C.device)
+            right_RC.diagonal(own).fill_(True)
+        if self.duplicates == "mask":
+            blocked_RC = _same(title_C, own, count).logical_or_(_same(image_C, own, count))
+            blocked_RC.diagonal(own).fill_(False)
+            if absent_C is not None:
+                blocked_RC.logical_or_(absent_C)
+        return right_RC, blocked_RC
+
+
+def _same(id_C: Tensor, own: int, count: int) -> Tensor:
+    """Which candidates have the ids of candidates `own ...`, bool [count, C]."""
+    return id_C[own : own + count, None] == id_C
 
 
 class _Look(Protocol):
@@ -128,25 +147,25 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query_BE: Tensor, candidate_CE: Tensor, scale: Tensor, weight: float, look: _Look) -> Tensor:
-        loss, by_scale = query_BE.new_zeros(()), torch.zeros_like(scale)
-        by_query_BE, by_candidate_CE = torch.empty_like(query_BE), torch.zeros_like(candidate_CE)
+        losses, by_query, by_candidate_CE, by_scale = [], [], None, []
         height = max(1, CHUNK[query_BE.device.type] // len(candidate_CE))
-        for low in range(0, len(query_BE), height):
-            query_RE = query_BE[low : low + height]
+        for number, query_RE in enumerate(query_BE.split(height)):  # of no rows, one chunk of none
             cosine_RC = query_RE @ candidate_CE.T
-            part, slope_RC = look(cosine_RC, scale, low)
-            loss += part
-            torch.mm(slope_RC, candidate_CE, out=by_query_BE[low : low + height])
-            by_candidate_CE.addmm_(slope_RC.T, query_RE)
+            loss, slope_RC = look(cosine_RC, scale, number * height)
+            losses.append(loss)
             if ctx.needs_input_grad[2]:
-                by_scale += (slope_RC * cosine_RC).sum()
-        ctx.save_for_backward(by_query_BE, by_candidate_CE, by_scale, scale)
+                by_scale.append((slope_RC * cosine_RC).sum())
+            slope_RC.mul_(scale)
+            by_query.append(slope_RC @ candidate_CE)
+            by_candidate_CE = (slope_RC.T @ query_RE if by_candidate_CE is None
+                               else by_candidate_CE.addmm_(slope_RC.T, query_RE))
+        ctx.save_for_backward(by_query[0] if len(by_query) == 1 else torch.cat(by_query), by_candidate_CE,
+                              torch.stack(by_scale).sum() if by_scale else None)
         ctx.weight = weight
-        return loss * weight
+        return reduce(torch.add, losses) * weight
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        by_query_BE, by_candidate_CE, by_scale, scale = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad * ctx.weight
-        return by_query_BE * (grad * scale), by_candidate_CE * (grad * scale), by_scale * grad, None, None
+        return *(None if slope is None else slope * grad for slope in ctx.saved_tensors), None, None

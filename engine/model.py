@@ -1,16 +1,15 @@
 """The tuned side: the two projections, and with the towers before them when those train too.
 
 The Linear layers are the CLIPModel's own, so what trains here is at once part of the model that is exported.
-Dimension key: B batch, K kinds of text, V/T image/text feature width, E embedding.
+Dimension key: B batch, X texts (titles, then negatives), V/T image/text feature width, E embedding.
 """
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -23,12 +22,35 @@ MAX_SCALE = 100.0  # CLIP clamps its learned inverse temperature here (Radford e
 class Embeddings(NamedTuple):
     """L2-normalised fp32 embeddings of a batch, and the scale its similarities are multiplied with.
 
-    `text_KBE` holds the titles, and where there are explicit negatives those behind them (K is 1 or 2).
+    `text_XE` holds the titles, and where there are explicit negatives those behind them (X is B or 2B).
     """
 
     image_BE: Tensor
-    text_KBE: Tensor
+    text_XE: Tensor
     scale: Tensor
+
+
+class _Unit(torch.autograd.Function):
+    """x / |x| along the last dimension; its gradient in three kernels where autograd's takes a dozen."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_XE: Tensor) -> Tensor:
+        length_X1 = torch.linalg.vector_norm(rows_XE, dim=-1, keepdim=True).clamp_(min=1e-12)
+        unit_XE = rows_XE / length_X1
+        ctx.save_for_backward(unit_XE, length_X1)
+        return unit_XE
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_XE: Tensor) -> Tensor:
+        unit_XE, length_X1 = ctx.saved_tensors
+        along_X1 = torch.linalg.vecdot(unit_XE, grad_XE)[..., None]
+        return torch.addcmul(grad_XE, unit_XE, along_X1, value=-1).div_(length_X1)
+
+
+def unit(rows_XE: Tensor) -> Tensor:
+    """The same rows at unit length, as `F.normalize` makes them."""
+    return _Unit.apply(rows_XE)
 
 
 class Head(nn.Module):
@@ -45,18 +67,19 @@ class Head(nn.Module):
 
     def image(self, features_BV: Tensor) -> Tensor:
         """[B, V] -> [B, E], unit length, fp32 also under autocast."""
-        return F.normalize(self.visual_projection(features_BV).float(), dim=-1)
+        return unit(self.visual_projection(features_BV).float())
 
     def text(self, features_BT: Tensor) -> Tensor:
-        """[..., T] -> [..., E], unit length, fp32 also under autocast."""
-        return F.normalize(self.text_projection(features_BT).float(), dim=-1)
+        """[B, T] -> [B, E], unit length, fp32 also under autocast."""
+        return unit(self.text_projection(features_BT).float())
 
     def forward(self, features: Features) -> Embeddings:
         """The scale is the recipe's constant, or CLIP's own `logit_scale` when that trains."""
         learned = self.logit_scale.requires_grad
-        kinds = [kind for kind in (features.title_BT, features.negative_BT) if kind is not None]
+        title_BT, negative_BT = features.title_BT, features.negative_BT
         return Embeddings(
-            self.image(features.image_BV), self.text(torch.stack(kinds)),
+            self.image(features.image_BV),
+            self.text(title_BT if negative_BT is None else torch.cat([title_BT, negative_BT])),
             self.logit_scale.exp().clamp(max=MAX_SCALE) if learned else self.fixed_scale,
         )
 

@@ -62,6 +62,7 @@ def load_clip(name: str, commit: str | None = None) -> Clip:
 
     Raises UserError when there is no such model, or when it is something other than a CLIPModel.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, CLIPModel, CLIPProcessor
     from transformers.utils import cached_file, logging
 
@@ -78,7 +79,7 @@ def load_clip(name: str, commit: str | None = None) -> Clip:
             raise UserError(f"--model {name} is a {config.model_type!r} model; thumbtune tunes CLIPModel checkpoints")
         model = CLIPModel.from_pretrained(source, **where, dtype=torch.float32)
         processor = CLIPProcessor.from_pretrained(source, **where)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # damaged, or of another size
         raise UserError(_load_failure(name, error)) from error
     found = re.search(r"/snapshots/([0-9a-f]{40})/", str(cached_file(source, "config.json", **where)))
     return Clip(name, model.eval(), processor, found[1] if found else None)

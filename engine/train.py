@@ -1,6 +1,6 @@
 """The loop. Cached or streamed, one rank or many, it is these lines; edit them.
 
-Dimension key: B rows of this rank, G rows of all ranks, K kinds of text (titles, negatives), C candidates, E embedding.
+Dimension key: B rows of this rank, G rows of all ranks, X texts (titles, then negatives), C candidates, E embedding.
 """
 
 from __future__ import annotations
@@ -63,17 +63,21 @@ def ranked(objective: Objective, world: World, out: Embeddings, inputs: Batch | 
     """This rank's part of the loss of a global batch of `rows`, ranked against the candidates of all ranks."""
     parts = [share(rows, rank, world.size) for rank in range(world.size)]
     sizes, first_row = [high - low for low, high in parts], parts[world.rank][0]
-    negative = [] if inputs.negative_id_B is None else [inputs.negative_id_B]
-    ids_BX = torch.stack([inputs.image_id_B, inputs.title_id_B, *negative], 1)
-    image_id_G, *text_ids_KG = world.gather(ids_BX, sizes).unbind(1)
-    nobody_G = [torch.full_like(image_id_G, -1) for _ in negative]
-    text_GKE = world.gather(out.text_KBE.transpose(0, 1), sizes)
-    titles = Candidates(text_GKE.transpose(0, 1).flatten(0, 1), torch.cat(text_ids_KG),
-                        torch.cat([image_id_G, *nobody_G]))
+    image_BE, text_XE, scale = out
+    kinds = [inputs.image_id_B, inputs.title_id_B, inputs.negative_id_B]
+    ids = [ids_B for ids_B in kinds if ids_B is not None]
+    if world.size > 1:
+        ids = list(world.gather(torch.stack(ids, 1), sizes).unbind(1))
+        text_BXE = text_XE.unflatten(0, (len(ids) - 1, len(image_BE))).transpose(0, 1)
+        text_XE = world.gather(text_BXE, sizes).transpose(0, 1).flatten(0, 1)
+    titles = Candidates(text_XE, ids[1], ids[0])
+    if inputs.negative_id_B is not None:
+        nobody_G = torch.full_like(ids[0], -1)
+        titles = Candidates(text_XE, torch.cat(ids[1:]), torch.cat([ids[0], nobody_G]), torch.cat([ids[0], ids[2]]) < 0)
     if objective.loss != "symmetric":
-        return objective(out.image_BE, titles, out.scale, first_row, rows)
-    images = Candidates(world.gather(out.image_BE, sizes), text_ids_KG[0], image_id_G)
-    return objective(out.image_BE, titles, out.scale, first_row, rows, out.text_KBE[0], images)
+        return objective(image_BE, titles, scale, first_row, rows)
+    images = Candidates(world.gather(image_BE, sizes), ids[1], ids[0])
+    return objective(image_BE, titles, scale, first_row, rows, out.text_XE[: len(image_BE)], images)
 
 
 def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: torch.optim.AdamW, plan: Plan,
@@ -82,6 +86,7 @@ def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: to
         stop: Callable[[int], int]) -> None:
     """Train from `state.step` to the end of the plan, or until a signal asks all ranks to stop."""
     objective = Objective(cfg.loss, cfg.duplicates, cfg.hardness, cfg.label_smoothing)
+    ranks = torch.tensor(float(world.size), device=world.device)
     stream = batches(state.step)  # this rank's slice of every remaining step
     while state.step < plan.steps and not state.stopped and not state.enough:
         with log.waiting():
@@ -92,7 +97,7 @@ def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: to
         with record_function("loss"):
             loss = ranked(objective, world, out, inputs, rows)
         with record_function("backward"):
-            (loss * world.size).backward()  # DDP averages over ranks what is to be added up
+            loss.backward(ranks)  # DDP averages over ranks what is to be added up
         with record_function("optim"):
             lr = learning_rate(state.step, plan.steps, cfg.lr, cfg.schedule, cfg.warmup)
             grad_norm = update(optimizer, lr, cfg.clip_norm)

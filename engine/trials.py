@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from engine.checkpoint import State
-from engine.config import Config
+from engine.config import Config, to_toml
 from engine.dist import World
+from engine.folder import write_json
 from engine.interpolate import blend, snapshot
 from engine.log import Log
 from engine.model import Parts
 from engine.optim import adamw
 from engine.profiler import Profiler
-from engine.sweep import Settings
+from engine.sweep import RECIPE, Settings
 from engine.train import Plan, fit
 
 REPEAT = 1_000  # between the seeds of repeats, so that their epochs share no order
@@ -143,12 +144,16 @@ class Journal:
         """The lines, best first; of equal ones the earlier."""
         return sorted(self.lines, key=lambda line: -line["scores"][self.metric])
 
-    def hparams(self, folder: Path, cfg: Config) -> None:
-        """Every configuration with its scores, for TensorBoard's hparams tab."""
+    def conclude(self, folder: Path, cfg: Config) -> None:
+        """sweep.json, the winner's recipe.toml, and all configurations with their scores for TensorBoard's hparams."""
         from torch.utils.tensorboard import SummaryWriter
 
+        lines = self.ranked()
+        write_json(folder / "sweep.json", {"metric": self.metric, "configurations": lines})
+        recipe = to_toml(replace(cfg, **lines[0]["settings"]), RECIPE)
+        (folder / "recipe.toml").write_text(recipe, encoding="utf-8")
         names: Sequence[str] = list(dict.fromkeys(name for line in self.lines for name in line["settings"]))
-        with SummaryWriter(str(folder)) as writer:
+        with SummaryWriter(str(folder / "tensorboard")) as writer:
             for number, line in enumerate(self.lines):
                 settings = {name: line["settings"].get(name, getattr(cfg, name)) for name in names}
                 writer.add_hparams(settings, {f"folds/{name}": value for name, value in line["scores"].items()},

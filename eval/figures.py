@@ -81,14 +81,19 @@ def _value(values: Mapping[str, Any], metric: str) -> str:
     return f'{number} <span class="ci">{interval}</span>'
 
 
-def curves(losses: Sequence[float], history: Sequence[Mapping[str, Any]], answers: Mapping[str, Both],
-           split: str) -> str:
-    """Loss, Recall in both directions with the base model's as reference, and margins before and after."""
+def curves(losses: Sequence[float], history: Sequence[Mapping[str, Any]], answers: Mapping[str, Both], split: str,
+           between: Mapping[str, Any] | None = None) -> str:
+    """Loss, Recall in both directions with the base model's as reference, margins before and after.
+
+    `between` is what metrics.json says of the weights between base and tuned.
+    """
     parts = [_loss(losses)] if losses else []
     for way, words in (("image_to_text", "thumbnail to title"), ("text_to_image", "title to thumbnail")):
         parts.append(_recall(f"{way}_R@10", f"Recall@10, {words}", history))
     if set(answers) >= set(WHEN):
         parts.append(_margins(answers, split))
+    if between:
+        parts.append(_interpolation(between))
     return f'<div class="charts">{"".join(parts)}</div>'
 
 
@@ -130,6 +135,18 @@ def _margins(answers: Mapping[str, Both], split: str) -> str:
              f"right one wins: {won['base']:.0%} before, {won['tuned']:.0%} after.")
     return chart("margin", "Margin of the right title", words, lines, "cosine of right minus best wrong",
                  "share of rows", floor=0.0, mark=0.0)
+
+
+def _interpolation(between: Mapping[str, Any]) -> str:
+    """Recall along the way from the base's weights to the tuned ones; the line stands where the model was left."""
+    points, taken = between["curve"], float(between["alpha"])
+    x = [float(point["alpha"]) for point in points]
+    lines = [Line(split, x, [float(point[split]["image_to_text_R@10"]) for point in points], style)
+             for split, style in zip((key for key in points[0] if key != "alpha"), ("s0", "s1", "s2"), strict=False)]
+    chosen = f"chosen on {between['chosen_on']}" if between.get("chosen_on") else "as asked for"
+    words = f"0 is the base model, 1 the tuned one; the exported model is at {taken:g}, {chosen}."
+    return chart("between", "Recall@10 between base and tuned", words, lines, "share of the tuned weights", "share",
+                 floor=0.0, mark=taken)
 
 
 def recipe(config: Mapping[str, Any], sizes: Mapping[str, int], steps: int) -> str:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.batch import UserError
+from eval.families import families
 from eval.intervals import Interval, PairedTest, mean_interval, median_interval, paired_test, share_interval
 
 RECALL_AT = (1, 5, 10)
@@ -80,7 +81,7 @@ class _Pairs:
 
     def __init__(self, image_NE: Tensor, title_NE: Tensor, title_id_N: Tensor, image_id_N: Tensor | None,
                  block: int) -> None:
-        family_N, self.order_N = _families(title_id_N, image_id_N).sort(stable=True)
+        family_N, self.order_N = families(title_id_N, image_id_N).sort(stable=True)
         self.n, self.block = len(family_N), block
         self.ids = [id_N[self.order_N] for id_N in (title_id_N, image_id_N) if id_N is not None]
         self.order_P = F.pad(self.order_N, (0, -self.n % block))
@@ -126,23 +127,6 @@ class _Pairs:
                 best = best_N[at:at + self.block]
                 torch.maximum(best, score, out=best)
         return best_i2t_N, best_t2i_N
-
-
-def _families(title_id_N: Tensor, image_id_N: Tensor | None) -> Tensor:
-    """Label [N]: rows that share a title or an image, directly or through other rows, share a label.
-
-    Connected components by the FastSV algorithm (Zhang, Azad, Hu, 2020): about log2(N) rounds, also on long chains.
-    """
-    groups = [id_N.unique(return_inverse=True)[1] for id_N in (title_id_N, image_id_N) if id_N is not None]
-    family_N = torch.arange(len(title_id_N), device=title_id_N.device)
-    while True:
-        before_N = family_N
-        for group_N in groups:
-            least_N = torch.full_like(family_N, len(family_N)).scatter_reduce(0, group_N, family_N, "amin")[group_N]
-            family_N = torch.minimum(family_N.scatter_reduce(0, family_N, least_N, "amin"), least_N)
-        family_N = family_N[family_N]
-        if torch.equal(family_N, before_N):
-            return family_N
 
 
 @torch.no_grad()
@@ -196,6 +180,11 @@ class Retrieval:
     image_to_text_rank_N: Tensor
     text_to_image_rank_N: Tensor
     triplet_M: Tensor | None = None
+
+    def cpu(self) -> Retrieval:
+        """The same on the host, to be handed to other ranks."""
+        triplet_M = None if self.triplet_M is None else self.triplet_M.cpu()
+        return Retrieval(self.image_to_text_rank_N.cpu(), self.text_to_image_rank_N.cpu(), triplet_M)
 
     def values(self) -> dict[str, float]:
         """Every metric by name. Raises UserError for no rows."""

@@ -99,8 +99,8 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;margin:.5re
 dd{margin:0;overflow-wrap:anywhere}
 code,pre{font:.88em/1.5 ui-monospace,"DejaVu Sans Mono",monospace;overflow-wrap:anywhere}
 pre{background:var(--card);border:1px solid var(--line);border-radius:6px;padding:.6rem;white-space:pre-wrap}
-@media (max-width:30rem){.thumb,.gone{width:6rem}.interval{width:5rem}dl{grid-template-columns:1fr}dt{color:var(--soft)}
-th,td{padding-right:.5rem}.ci{display:block}}
+@media (max-width:30rem){.thumb,.gone{width:6rem}dl{grid-template-columns:1fr}dt{color:var(--soft)}
+th,td{padding-right:.5rem}.ci{display:block}.bars{display:none}}
 @media print{.case{break-inside:avoid}}
 """
 

@@ -15,25 +15,25 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from eval.answers import Answers, Space
+from eval.answers import LISTED, Answers, Space
 
 Title = Callable[[int], str]  # row of the split -> its title
 Picture = Callable[[int], bytes]  # row of the split -> a small JPEG, b"" where there is none
 FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf")
-WIDTH, TILE_W, TILE_H, LINE, GAP = 1080, 160, 120, 22, 12
+WIDTH, TILE_W, TILE_H, LINE, GAP = 580, 104, 78, 20, 8  # a card of TensorBoard is some 400 pixels wide
 PAPER, INK, FAINT, RIGHT, RIGHT_PAPER = "#ffffff", "#1b1f24", "#6a737d", "#116329", "#dafbe1"
 RAMP = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis at five places
 
 
 def titles_of_images(answers: Answers, places: Sequence[int], title: Title, picture: Picture) -> np.ndarray:
     """Each thumbnail beside its best titles with their scores, the right one marked: uint8 [H, W, 3]."""
-    high = TILE_H + 2 * GAP + LINE // 2
+    high = LISTED * LINE + 3 * GAP
     sheet, pen = _paper(high * len(places))
     for index, place in enumerate(places):
         top = index * high + GAP
         row = int(answers.query_Q[place])
         _paste(sheet, picture(row), (GAP, top))
-        pen.text((GAP, top + TILE_H - 2), _rank(answers, place), FAINT, _font(12))
+        pen.text((GAP, top + TILE_H), _rank(answers, place), FAINT, _font(13))
         listed = zip(answers.best_QK[place].tolist(), answers.score_QK[place].tolist(),
                      answers.right_QK[place].tolist(), strict=True)
         for line, (candidate, score, right) in enumerate(listed):
@@ -47,17 +47,17 @@ def images_of_titles(answers: Answers, places: Sequence[int], title: Title, pict
     sheet, pen = _paper(high * len(places))
     for index, place in enumerate(places):
         top = index * high + GAP
-        text = f"{_clip(title(int(answers.query_Q[place])), 100)}   ({_rank(answers, place)})"
-        pen.text((GAP, top), text, INK, _font(15))
+        text = f"{_clip(title(int(answers.query_Q[place])), 54)}   ({_rank(answers, place)})"
+        pen.text((GAP, top), text, INK, _font(14))
         listed = zip(answers.best_QK[place].tolist(), answers.score_QK[place].tolist(),
                      answers.right_QK[place].tolist(), strict=True)
         for column, (candidate, score, right) in enumerate(listed):
-            left = GAP + column * (TILE_W + 4 * GAP)
+            left = GAP + column * (TILE_W + GAP + 3)
             if right:
-                pen.rectangle((left - 5, top + LINE - 2, left + TILE_W + 4, top + LINE + TILE_H + 22), RIGHT_PAPER,
+                pen.rectangle((left - 5, top + LINE - 2, left + TILE_W + 4, top + LINE + TILE_H + 21), RIGHT_PAPER,
                               RIGHT, 3)
             _paste(sheet, picture(candidate), (left, top + LINE + 3))
-            pen.text((left, top + LINE + TILE_H + 4), f"{score:.2f}" + "  right" * right, RIGHT if right else FAINT,
+            pen.text((left, top + LINE + TILE_H + 4), f"{score:.2f}" + "  ✓ right" * right, RIGHT if right else FAINT,
                      _font(13))
     return np.asarray(sheet)
 
@@ -112,12 +112,12 @@ def _paste(sheet: Image.Image, data: bytes, at: tuple[int, int]) -> None:
 def _answer_line(pen: ImageDraw.ImageDraw, x: int, y: int, score: str, text: str, right: bool) -> None:
     if right:
         pen.rectangle((x - 6, y - 1, WIDTH - GAP, y + LINE - 3), RIGHT_PAPER)
-    pen.text((x, y), score + ("  right:" if right else ""), RIGHT if right else FAINT, _font(14))
-    pen.text((x + 50 + 50 * right, y), _clip(text, 110), RIGHT if right else INK, _font(14))
+    pen.text((x, y), score, RIGHT if right else FAINT, _font(14))
+    pen.text((x + 40, y), "✓ " * right + _clip(text, 56 - 2 * right), RIGHT if right else INK, _font(14))
 
 
 def _rank(answers: Answers, place: int) -> str:
-    return f"right one at rank {int(answers.rank_Q[place]) + 1:,}"
+    return f"rank {int(answers.rank_Q[place]) + 1:,}"
 
 
 def _clean(text: str) -> str:

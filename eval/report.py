@@ -23,12 +23,13 @@ def write_report(out: Path, split: str, sizes: Mapping[str, int], answers: Mappi
     """
     config, metrics = (json.loads((out / name).read_text(encoding="utf-8")) for name in ("config.json", "metrics.json"))
     losses = [float(line["loss"]) for line in _lines(out / "steps.jsonl")]
-    history = list(_lines(out / "evaluations.jsonl"))
+    history = list({line["step"]: line for line in _lines(out / "evaluations.jsonl")}.values())
     settings = config["config"]
     name = f"{Path(str(settings['model'])).name} on {Path(str(settings['dataset'])).name}"
     contents = {"figures": "Before and after", "curves": "How it got there", "cases": "Row by row",
                 "recipe": "Recipe and data", "files": "Files"}
-    body = {"figures": figures(metrics, split), "curves": curves(losses, history, answers, split),
+    body = {"figures": figures(metrics, split),
+            "curves": curves(losses, history, answers, split, metrics.get("interpolation")),
             "cases": sections(answers, title, picture) if set(answers) >= set(WHEN) else "<p>Not kept.</p>",
             "recipe": recipe(config, sizes, len(losses)) + ledger(_lines(out / "ledger.jsonl")), "files": files(out)}
     links = "".join(f'<li><a href="#{key}">{label}</a></li>' for key, label in contents.items())

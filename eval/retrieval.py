@@ -5,13 +5,14 @@ Dimension key: N pairs of the split, E embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.batch import Features
-from eval.metrics import Retrieval, retrieval_ranks, triplet_correct
+from eval.metrics import Retrieval, compare, retrieval_ranks, triplet_correct
 
 Project = Callable[[Tensor], Tensor]  # features [n, V or T] -> unit embeddings [n, E]
 CHUNK = 65_536
@@ -38,3 +39,9 @@ def measure_split(project_image: Project, project_text: Project, pairs: Features
 
 def _embed(project: Project, features: Tensor) -> Tensor:
     return torch.cat([project(chunk) for chunk in features.split(CHUNK)])
+
+
+def differences(before: Mapping[str, Retrieval], after: Mapping[str, Retrieval]) -> dict[str, dict[str, Any]]:
+    """After minus before on the same rows, as it stands in metrics.json: split -> metric -> value, ci95, p."""
+    return {split: {name: test.as_json() for name, test in compare(before[split], found).items()}
+            for split, found in after.items()}

@@ -67,8 +67,8 @@ class Show:
         if len(rows) < 2:
             return
         titles = [self.title(row) for row in rows.tolist()]
-        labels = [("image", text) for text in titles] + [("title", text) for text in titles]
-        tidy = [(kind, " ".join(text.split())[:120]) for kind, text in labels]  # a tab would start a new column
+        tidy = [" ".join(text.split())[:120] for text in titles]  # a tab would start a new column
+        labels = [(text, kind) for kind in ("image", "title") for text in tidy]
         at = rows.to(space.image_NE.device)
-        board.embedding(when, torch.cat([space.image_NE[at], space.title_NE[at]]).float().cpu(), tidy,
+        board.embedding(when, torch.cat([space.image_NE[at], space.title_NE[at]]).float().cpu(), labels,
                         sprites([self.picture(row) for row in rows.tolist()], titles), step)

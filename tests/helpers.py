@@ -84,11 +84,12 @@ def _tiny_tokenizer() -> Any:
 
 
 def start(args: Sequence[str | Path], ranks: int = 1, env: Mapping[str, str] | None = None,
-          cwd: Path = ROOT) -> subprocess.Popen[str]:
-    """Start `python run.py ARGS`, or under torchrun with several `ranks`, in a process group of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+          cwd: Path = ROOT, program: Path = ROOT / "run.py", restarts: int = 0) -> subprocess.Popen[str]:
+    """Start `python PROGRAM ARGS`, or under torchrun with several `ranks`, in a process group of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--max-restarts",
+                str(restarts)] if ranks > 1 else []
     settings = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})}
-    return subprocess.Popen([sys.executable, *launcher, str(ROOT / "run.py"), *map(str, args)], cwd=cwd, text=True,
+    return subprocess.Popen([sys.executable, *launcher, str(program), *map(str, args)], cwd=cwd, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **settings},
                             encoding="utf-8", errors="replace", start_new_session=True)
 

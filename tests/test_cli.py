@@ -46,6 +46,7 @@ def any_value(name: str, rng: random.Random) -> Any:
     text = "".join(rng.choice(string.printable + "é🎬\x7f\u2028\\\"'#=[]") for _ in range(rng.randrange(9)))
     if spec.metadata["choices"]:
         return rng.choice(spec.metadata["choices"])
+    text = text.lstrip("~")  # a home, which has to be there
     return {bool: lambda: rng.random() < 0.5, int: lambda: rng.randrange(1, 10**6), str: lambda: text,
             float: lambda: rng.choice([rng.random(), 10.0 ** rng.randrange(-9, 9), 1.0]),
             tuple: lambda: tuple(text + str(i) for i in range(rng.randrange(1, 4)))}[type(spec.default)]()

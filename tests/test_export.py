@@ -157,9 +157,10 @@ def test_a_push_arrives_and_the_card_says_from_where_to_load(tuned: Path, hub: H
                env={**hub.env, "HF_TOKEN": hub.token})
     assert done.returncode == 0 and f"pushed to {hub.url}/me/clip" in done.stderr, done.stderr
     files = hub.repos["models", "me/clip"].files
-    assert {name: data for name, data in files.items() if name != ".gitattributes"} == {
-        path.name: path.read_bytes() for path in (copy / "model").iterdir()}
-    card = files["README.md"].decode()
+    assert files == {path.name: path.read_bytes() for path in (tuned / "model").iterdir()} | {
+        "README.md": files["README.md"]}
+    card, local = files["README.md"].decode(), (copy / "model" / "README.md").read_bytes()
+    assert local == (tuned / "model" / "README.md").read_bytes()  # what `verify` knows stays as it is
     assert 'from_pretrained("me/clip")' in card and HERE not in card and "license: cc-by-4.0" in card
 
 

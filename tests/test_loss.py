@@ -14,7 +14,7 @@ from data.batch import Features, share
 from engine import loss as losses
 from engine.dist import World
 from engine.loss import Candidates, Objective
-from engine.model import Embeddings, distribute
+from engine.model import Embeddings, distribute, unit
 from engine.train import ranked
 
 V, T, E = 7, 5, 4
@@ -34,9 +34,8 @@ class TwoLinear(nn.Module):
         self.scale = nn.Parameter(torch.tensor(20.0))
 
     def forward(self, features: Features) -> Embeddings:
-        kinds = [kind for kind in (features.title_BT, features.negative_BT) if kind is not None]
-        return Embeddings(F.normalize(self.image(features.image_BV), dim=-1),
-                          F.normalize(self.text(torch.stack(kinds)), dim=-1), self.scale)
+        texts = torch.cat([kind for kind in (features.title_BT, features.negative_BT) if kind is not None])
+        return Embeddings(unit(self.image(features.image_BV)), unit(self.text(texts)), self.scale)
 
 
 def global_batch(rows: int, negatives: bool) -> Features:
@@ -58,7 +57,7 @@ def global_batch(rows: int, negatives: bool) -> Features:
 
 def brute_force(objective: Objective, out: Embeddings, batch: Features) -> Tensor:
     """The definition, one pair after the other, by autograd."""
-    rows, kinds = len(batch.title_id_B), len(out.text_KBE)
+    rows = len(batch.title_id_B)
 
     def one_way(queries: Tensor, answers: list[tuple[Tensor, int, int]], hardness: float) -> Tensor:
         total = out.scale * 0
@@ -81,14 +80,14 @@ def brute_force(objective: Objective, out: Embeddings, batch: Features) -> Tenso
             total = total - wanted @ log_share
         return total / rows
 
-    titles = [(out.text_KBE[0, j], int(batch.title_id_B[j]), int(batch.image_id_B[j])) for j in range(rows)]
-    if kinds == 2 and batch.negative_id_B is not None:
-        titles += [(out.text_KBE[1, j], int(batch.negative_id_B[j]), -1) for j in range(rows)]
+    titles = [(out.text_XE[j], int(batch.title_id_B[j]), int(batch.image_id_B[j])) for j in range(rows)]
+    if batch.negative_id_B is not None:
+        titles += [(out.text_XE[rows + j], int(batch.negative_id_B[j]), -1) for j in range(rows)]
     forward = one_way(out.image_BE, titles, objective.hardness)
     if objective.loss != "symmetric":
         return forward
     images = [(out.image_BE[j], int(batch.title_id_B[j]), int(batch.image_id_B[j])) for j in range(rows)]
-    return (forward + one_way(out.text_KBE[0], images, 0.0)) / 2
+    return (forward + one_way(out.text_XE[:rows], images, 0.0)) / 2
 
 
 def one_step(objective: Objective, rows: int, negatives: bool, naive: bool = False) -> list[Tensor]:
@@ -102,7 +101,7 @@ def one_step(objective: Objective, rows: int, negatives: bool, naive: bool = Fal
     wrapped = distribute(model, size)  # must outlive the backward pass
     out = wrapped(inputs)
     loss = brute_force(objective, out, batch) if naive else ranked(objective, world, out, inputs, rows)
-    (loss * size).backward()  # as the loop does
+    loss.backward(torch.tensor(size).double())  # as the loop does
     return [world.sum(loss.detach()), *(p.grad.clone() for p in model.parameters())]
 
 
@@ -174,7 +173,7 @@ def test_equal_sentence_transformers(kind: Objective, options: dict[str, Any], n
     batch = Features(image, texts[0], None, torch.arange(9), torch.zeros(9).long(),
                      torch.arange(9) if negatives else None)
     world = World(0, 0, 1, torch.device("cpu"))
-    out = Embeddings(F.normalize(image, dim=-1), F.normalize(torch.stack(texts), dim=-1), torch.tensor(20.0))
+    out = Embeddings(F.normalize(image, dim=-1), F.normalize(torch.cat(texts), dim=-1), torch.tensor(20.0))
     found = ranked(kind, world, out, batch, 9)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
     for ours, other in zip(torch.autograd.grad(found, [image, *texts]), wanted, strict=True):

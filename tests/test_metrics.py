@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ from eval.metrics import (
     share_interval,
     triplet_correct,
 )
+from eval.report import table
 
 
 def rng(seed: int) -> torch.Generator:
@@ -330,3 +332,16 @@ def test_paired_intervals_cover_the_truth() -> None:
         return after + 0.1 - before
 
     assert coverage_of(lambda x: mean_interval(x, -1, 1, 0), draw, 0.1) > 0.91
+
+
+def test_the_table_shows_both_and_the_paired_test_between_them() -> None:
+    before, after = (Retrieval(torch.arange(60) // step, torch.arange(60), torch.arange(60) > 29) for step in (1, 3))
+    difference = {name: test.as_json() for name, test in compare(before, after).items()}
+    text = table({"base": {"test": before.summarise()}, "tuned": {"test": after.summarise()},
+                  "difference": {"test": difference}})
+    line = next(line for line in text.splitlines() if "image to text R@1 " in line)
+    gain = difference["image_to_text_R@1"]
+    assert re.search(r"\| 0\.017 \[0\.\d+, 0\.\d+\] +\| 0\.050 \[", line)
+    assert f"| +0.033 [{gain['ci95'][0]:+.3f}, {gain['ci95'][1]:+.3f}], p = {gain['p']:.3f} " in line
+    assert re.search(r"median rank +\| 30\.5 \[.*\| 10\.5 \[.*\| - ", text)
+    assert "p < 0.001" in text

@@ -12,8 +12,6 @@ from helpers import make_pairs, run
 from hub import Hub
 from safetensors.torch import load_file
 
-import run as command_line
-
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 METRICS = {f"{way}_{name}" for way in ("image_to_text", "text_to_image")
            for name in ("R@1", "R@5", "R@10", "median_rank", "mean_rank", "mrr")} | {"triplet_accuracy"}
@@ -153,53 +151,6 @@ def test_profile_names_the_regions(pairs: Path, tiny_model: Path, tmp_path: Path
     (trace,) = (tmp_path / "run" / "profile").glob("*.pt.trace.json")
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"load", "project", "loss", "backward", "optim"} <= names
-
-
-MISTAKES = {  # arguments -> what the answer has to name
-    "unknown command": (["trian"], "did you mean train"),
-    "typo in a flag": (["--epoch", "3"], "did you mean --epochs"),
-    "word for a number": (["--epochs", "many"], "--epochs"),
-    "zero epochs": (["--epochs", "0"], "at least 1"),
-    "nan": (["--lr", "nan"], "at least 0"),
-    "bad choice": (["--schedule", "cubic"], "linear"),
-    "no such config": (["--config", "nowhere.toml"], "nowhere.toml"),
-    "no such dataset": (["--model", "{model}", "--dataset", "nowhere"], "nowhere"),
-    "no such model": (["--model", "./nowhere", "--dataset", "{pairs}"], "nowhere"),
-    "model is a file": (["--model", "{pairs}/train.csv", "--dataset", "{pairs}"], "config.json"),
-    "model folder without a model": (["--model", "{pairs}", "--dataset", "{pairs}"], "does not load"),
-    "offline": (["--model", "owner/name", "--dataset", "{pairs}"], "owner/name"),
-    "no such column": (["--model", "{model}", "--dataset", "{pairs}", "--title-column", "titel"], "title"),
-    "no such split": (["eval", "--model", "{model}", "--dataset", "{pairs}", "--split", "tset"], "train, valid, test"),
-    "nothing trains": (["--model", "{model}", "--dataset", "{pairs}", "--trainable", "projektion"], "projektion"),
-    "cached cannot": (["--model", "{model}", "--dataset", "{pairs}", "--trainable", "all", "--mode", "cached"],
-                      "--mode streaming"),
-    "cuda without": (["--device", "cuda"], "--device cpu"),
-    "nothing to resume": (["--resume", "--out", "{tmp}/none"], "holds no run"),
-    "batch larger than data": (["--model", "{model}", "--dataset", "{pairs}", "--batch-size", "38"],
-                               "at most --batch-size 37"),
-    "out is a file": (["--model", "{model}", "--dataset", "{pairs}", "--out", "{pairs}/train.csv"], "--out"),
-    "out holds a run": (["--model", "{model}", "--dataset", "{pairs}", "--out", "{used}"], "--resume"),
-}
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_answered_in_a_line_that_names_the_fix(name: str, pairs: Path, tiny_model: Path, tmp_path: Path,
-                                                            capsys: pytest.CaptureFixture[str]) -> None:
-    arguments, answer = MISTAKES[name]
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "config.json").write_text("{}")
-    places = {"pairs": pairs, "model": tiny_model, "tmp": tmp_path, "used": tmp_path / "used"}
-    filled = [argument.format(**places) for argument in arguments]
-    if "--out" not in filled and filled[0] not in ("eval", "trian"):
-        filled += ["--out", str(tmp_path / "out")]
-    try:
-        code = command_line.main(filled)
-    except SystemExit as exit:
-        code = exit.code
-    said = [line for line in capsys.readouterr().err.splitlines()
-            if "parameters train" not in line and not line.startswith("pairs: ")]
-    assert code == 2
-    assert answer in "\n".join(said) and len(said) <= 3, said
 
 
 def test_settings_come_from_toml_and_flags_win(pairs: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -159,3 +159,39 @@ def test_only_the_main_rank_answers(odd: Path, tiny_model: Path, capsys: pytest.
     _, cfg = parse("run.py", ["search", "--model", str(tiny_model), "--dataset", str(odd), "words"])
     assert command_line.search(cfg, World(1, 1, 2, torch.device("cpu")), None) == 0
     assert capsys.readouterr() == ("", "")
+
+
+def test_only_files_that_changed_are_read_again(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    import os
+
+    from data.cold import Reader
+
+    pairs = make_pairs(tmp_path / "pairs", 8, 3, 3)
+    pictures = sorted((pairs / "images").iterdir())
+    long_ago = 1_600_000_000
+    read: list[str] = []
+    plain = Reader.read
+    monkeypatch.setattr(Reader, "read", lambda self, image: read.append(image["path"]) or plain(self, image))
+    monkeypatch.setattr("data.seen.SETTLED", -60.0)  # all files count as settled
+
+    def look() -> tuple[list[str], list[str]]:
+        read.clear()
+        out = search(capsys, "--model", tiny_model, "--dataset", pairs, "--cache-dir", tmp_path / "cache", "words",
+                     "--top", "50")
+        return sorted(read), out.splitlines()
+
+    everything, first = look()
+    assert everything == [str(path) for path in pictures]
+    assert look() == ([], first)
+    content = pictures[0].read_bytes()
+    pictures[1].write_bytes(content)
+    os.utime(pictures[1], (long_ago, long_ago))  # a date made up; the time of change cannot be
+    again, second = look()
+    assert again == [str(pictures[1])] and len(second) == len(first) - 1  # it is a copy now
+    (index,) = (tmp_path / "cache" / "seen").iterdir()
+    index.write_bytes(index.read_bytes()[:-30])
+    assert look() == (everything, second)
+    monkeypatch.setattr("data.seen.SETTLED", 60.0)  # written just now: not to be trusted
+    index.unlink()
+    assert look() == look() == (everything, second)

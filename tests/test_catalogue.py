@@ -1,0 +1,83 @@
+"""Verdicts become rows and a ledger as the rule says, written out naively; titles without an object each."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from data import titles as module
+from data.batch import BadSample, UserError
+from data.catalogue import Verdict, Verdicts, catalogue, settle
+from data.rows import Rows
+from data.segments import key_of, keys_of_titles
+from data.titles import TokenLists, blank, title_keys
+
+
+def make_rows(name: str, rng: random.Random, count: int) -> Rows:
+    kind = pa.struct({"bytes": pa.large_binary(), "path": pa.string()})
+    images = [{"bytes": None, "path": rng.choice([f"/x/{rng.randrange(30)}.jpg", None])} for _ in range(count)]
+    texts = [rng.choice(["", " \t", "\x1c", "\u3000", f"title {rng.randrange(20)}"]) for _ in range(count)]
+    negatives = [rng.choice([None, " ", f"title {rng.randrange(25)}"]) for _ in range(count)]
+    return Rows(name, pa.chunked_array([pa.array(images, kind)]), pa.chunked_array([pa.array(texts)]),
+                pa.chunked_array([pa.array(negatives, pa.string())]))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_kept_and_dropped_rows_are_those_of_the_rule(seed: int) -> None:
+    rng = random.Random(seed)
+    splits = {name: make_rows(name, rng, rng.randrange(20, 60)) for name in ("train", "valid")}
+    found = catalogue(splits)
+    fate = {ref: BadSample("gone", f"no {ref}") if rng.random() < 0.2 or not found.references[ref]["path"].as_py()
+            else key_of(b"%d" % rng.randrange(12)) for ref in range(len(found.references))}
+    ranks = [Verdicts() for _ in range(3)]
+    for ref in rng.sample(sorted(fate), len(fate)):
+        bad = fate[ref] if isinstance(fate[ref], BadSample) else None
+        ranks[ref % 3].add(Verdict(ref, b"" if bad else fate[ref], bad))
+    ranks = pickle.loads(pickle.dumps(ranks))  # as ranks exchange them
+    assert sum(map(len, ranks)) == len(fate)
+    for verdict in (one for each in ranks for one in each):
+        bad = fate[verdict.reference]
+        assert verdict.key == bad if verdict.problem is None else str(verdict.problem) == str(bad)
+    lost = [{"shard": "s", "key": "k", "reason": "truncated", "detail": "", "image": None, "row": 0}]
+    kept, keys, example, ledger = settle(found, ranks, lost, 1.0)
+    assert ledger[0] is lost[0] and sum(map(len, splits.values())) + 1 == len(ledger) + sum(map(len, kept.values()))
+    assert len(set(map(bytes, keys))) == len(keys)
+    assert all(fate[int(ref)] == bytes(key) for ref, key in zip(example, keys, strict=True))
+    assert list(example) == sorted(example)
+    for name, rows in splits.items():
+        dropped = {entry["row"]: entry["reason"] for entry in ledger[1:] if entry["split"] == name}
+        for row in range(len(rows)):
+            title, negative = rows.title[row].as_py(), rows.title_neg[row].as_py()
+            image = fate[int(found.image_N[name][row])]
+            expected = "no-title" if not title.strip() else "gone" if isinstance(image, BadSample) else None
+            assert dropped.get(row) == expected
+            if expected is None:
+                at = int(np.flatnonzero(kept[name].row_N == row)[0])
+                assert bytes(keys[kept[name].image_N[at]]) == image
+                assert found.titles[int(kept[name].title_N[at])].as_py() == title
+                other = int(kept[name].negative_N[at])
+                assert (found.titles[other].as_py() if other >= 0 else None) == (
+                    negative if negative and negative.strip() else None)
+    with pytest.raises(UserError, match=r"rows cannot be used \(.*(gone|no-title) \d+.*--max-bad \(now 5%\)"):
+        settle(found, ranks, lost, 0.05)
+
+
+def test_titles_in_pieces_equal_titles_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "CHUNK", 7)
+    rng = random.Random(1)
+    some = [rng.choice(["", " ", "a", "日本", "x" * 50]) + str(n) * (n % 3) for n in range(50)]
+    assert (title_keys(pa.array(some)) == keys_of_titles(some)).all()
+    assert blank(pa.array(some)).tolist() == [not title.strip() for title in some]
+    assert title_keys(pa.array([], pa.string())).shape == (0, 16) and len(blank(pa.array([], pa.string()))) == 0
+    lists = [[rng.randrange(49408) for _ in range(rng.randrange(5))] for _ in range(40)]
+    packed = TokenLists.of(iter(lists))
+    assert list(packed) == lists and packed[-1] == lists[-1] and len(TokenLists.of(iter([]))) == 0
+    for part in (slice(0, 0), slice(3, 20), slice(20, 99), slice(None), slice(30, 10)):
+        assert list(packed[part]) == lists[part] and len(packed[part]) == len(lists[part])
+    with pytest.raises(IndexError):
+        packed[40]

@@ -1,0 +1,279 @@
+"""Checkpoints: whole or absent under SIGKILL and full disks, every damage noticed, decisions alike after a resume."""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, full, on_ranks
+from torch import nn
+
+from data.batch import RunFailed, UserError
+from data.prefetch import epoch_order, order_digest, slices
+from engine import checkpoint, durable
+from engine.checkpoint import DamagedCheckpoint, Saver, State, load, newest, save
+from engine.dist import World
+from engine.folder import broken_seal, seal
+
+ALONE = World(0, 0, 1, torch.device("cpu"))
+
+
+def run_folder(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def write(run: Path, step: int, keep: int = 2, size: int = 2000) -> None:
+    """A checkpoint whose every value is its step."""
+    tensors = {"w": torch.full((size,), float(step))}
+    save(run, step, tensors, {"w.exp_avg": tensors["w"]}, {"state": {"step": step}}, keep)
+
+
+def saver(run: Path, **changes: object) -> Saver:
+    layer = nn.Linear(3, 2)
+    settings = {"identity": {"data": "abc"}, "recipe": {"lr": 0.1, "trainable": ["projection"]}, "keep": 9,
+                "order": order_digest(10, 4, 0), "metric": "mrr", "patience": 0, "world": ALONE, **changes}
+    return Saver(run, dict(layer.named_parameters()), torch.optim.AdamW(layer.parameters()), **settings)
+
+
+def test_sigkill_while_saving_loses_no_checkpoint_that_was_acknowledged(tmp_path: Path) -> None:
+    run, chance, acknowledged = run_folder(tmp_path), random.Random(0), 0
+    for _ in range(full(12, 100)):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            for step in range(acknowledged + 1, 10_000):
+                write(run, step)
+                os.write(writer, step.to_bytes(8, "little"))
+        os.close(writer)
+        assert os.read(reader, 8)
+        time.sleep(chance.uniform(0, 0.03))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        while told := os.read(reader, 8):
+            acknowledged = int.from_bytes(told, "little")
+        os.close(reader)
+        folder, (tensors, moments, state) = newest(run, pytest.fail)
+        step = state["state"]["step"]
+        assert step >= acknowledged and (tensors["w"] == step).all() and (moments["w.exp_avg"] == step).all()
+        assert (run / "checkpoints" / "last").resolve() in (folder, folder.with_name(f"step-{step - 1:08d}"))
+        acknowledged = step
+    write(run, acknowledged + 1)
+    left = {path.name for path in (run / "checkpoints").iterdir()}
+    assert left == {f"step-{acknowledged:08d}", f"step-{acknowledged + 1:08d}", "last"}  # nothing half done
+
+
+def damages(path: Path, chance: random.Random) -> dict[str, object]:
+    data = path.read_bytes()
+    at, bit = chance.randrange(len(data)), 1 << chance.randrange(8)
+    return {
+        "truncated": lambda: path.write_bytes(data[:at]),
+        "bit flipped": lambda: path.write_bytes(data[:at] + bytes([data[at] ^ bit]) + data[at + 1:]),
+        "zeroed": lambda: path.write_bytes(data[:at] + b"\0" * len(data[at:])),
+        "missing": path.unlink,
+        "longer": lambda: path.write_bytes(data + b"\0"),
+    }
+
+
+def test_every_damage_is_noticed_named_and_stepped_over(tmp_path: Path) -> None:
+    run, chance, seen = run_folder(tmp_path / "run"), random.Random(1), 0
+    write(run, 1)
+    write(run, 2)
+    whole = tmp_path / "whole"
+    shutil.copytree(run, whole, symlinks=True)
+    for _ in range(full(3, 30)):
+        for name in (*checkpoint.FILES, checkpoint.MANIFEST):
+            for damage in damages(run / "checkpoints/step-00000002" / name, chance):
+                shutil.rmtree(run)
+                shutil.copytree(whole, run, symlinks=True)
+                path = run / "checkpoints/step-00000002" / name
+                before = path.read_bytes()
+                damages(path, chance)[damage]()
+                if path.exists() and path.read_bytes() == before:
+                    continue  # zeros were zero already
+                said: list[str] = []
+                found = newest(run, said.append)
+                if name == checkpoint.MANIFEST and found[0].name == "step-00000002":
+                    # white space of the manifest itself may change; what it says may not
+                    assert json.loads(path.read_text()) == json.loads(before)
+                    continue
+                assert found[0].name == "step-00000001" and "step-00000002" in said[0], (name, damage)
+                seen += 1
+    assert seen >= full(3, 30) * 15
+
+
+def test_a_pickle_dressed_as_a_checkpoint_is_damage_and_runs_nothing(tmp_path: Path) -> None:
+    run, marker = run_folder(tmp_path), tmp_path / "marker"
+
+    class Bomb:
+        def __reduce__(self) -> tuple:
+            return os.system, (f"touch {marker}",)
+
+    write(run, 3)
+    folder = run / "checkpoints" / "step-00000003"
+    for name in checkpoint.FILES:
+        shutil.copytree(folder, run / "checkpoints" / "good")
+        (folder / name).write_bytes(pickle.dumps(Bomb()))
+        digests = {file: durable.sha256(folder / file) for file in checkpoint.FILES}
+        (folder / checkpoint.MANIFEST).write_text(json.dumps({**digests, "../../../marker": "0" * 64}))
+        with pytest.raises(DamagedCheckpoint):
+            load(folder)
+        shutil.rmtree(folder)
+        (run / "checkpoints" / "good").rename(folder)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("refused", ["write", "fsync", "rename"])
+def test_a_full_disk_leaves_the_old_checkpoint_and_one_line(refused: str, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_folder(tmp_path)
+    saves = saver(run)
+    saves.save(State(step=1))
+    before = load(run / "checkpoints" / "step-00000001")[2]
+
+    def full_disk(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(run))
+
+    target = {"write": (checkpoint, "save_file"), "fsync": (durable.os, "fsync"), "rename": (Path, "replace")}[refused]
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, full_disk)
+        with pytest.raises(RunFailed, match="No space left on device"):
+            saves.save(State(step=2))
+    assert newest(run, pytest.fail)[1][2] == before
+    saves.save(State(step=3))  # once there is room again, no trace is left
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_what_is_saved_is_on_the_disk_before_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, done = run_folder(tmp_path), []
+    sync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(durable.os, "fsync", lambda handle: done.append(
+        Path(os.readlink(f"/proc/self/fd/{handle}")).name) or sync(handle))
+    monkeypatch.setattr(Path, "replace", lambda old, new: done.append(f"rename {Path(new).name}") or replace(old, new))
+    write(run, 4)
+    at = done.index("rename step-00000004")
+    assert done[:3] == list(checkpoint.FILES) and done[3] == checkpoint.MANIFEST
+    assert done[at - 1].startswith(".writing-") and done[at + 1] == "checkpoints" and done[at + 2] == "rename last"
+
+
+def test_a_deleted_run_folder_is_not_made_anew(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    saves = saver(run)
+    shutil.rmtree(run)
+    with pytest.raises(RunFailed, match="deleted"):
+        saves.save(State(step=1))
+    assert not run.exists()
+
+
+def test_resume_takes_back_everything_and_sets_damaged_ones_aside(tmp_path: Path) -> None:
+    run = run_folder(tmp_path)
+    ours = saver(run, patience=2)
+    state = State()
+    for state.step in (1, 2, 3):
+        for parameter in ours.named.values():
+            parameter.grad = torch.ones_like(parameter) * state.step
+        ours.optimizer.step()
+        ours.save(state)
+        ours.note(state, {"valid": {"mrr": [0.5, 0.6, 0.4][state.step - 1]}})
+    assert (state.best_step, state.worse) == (2, 1)
+    (run / "checkpoints" / "step-00000003" / "state.json").write_text("{}")
+    again, said = saver(run, patience=2), []
+    state = again.resume(said.append)
+    assert "step-00000003/state.json is not what was written" in said[0]
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {
+        "step-00000001", "step-00000002", "damaged-step-00000003", "last", "best"}
+    assert (run / "checkpoints" / "last").resolve().name == "step-00000002"
+    kept = load(run / "checkpoints" / "step-00000002")
+    assert all(torch.equal(kept[0][name], value) for name, value in again.named.items())
+    assert all(torch.equal(kept[1][f"{name}.exp_avg"], again.optimizer.state[value]["exp_avg"])
+               for name, value in again.named.items())
+    # step 2 was saved before it was measured: measured again it decides as it did
+    for state.step, mrr in ((2, 0.6), (3, 0.4), (4, 0.3)):
+        again.note(state, {"valid": {"mrr": mrr}})
+    assert (state.best_step, state.worse, state.enough) == (2, 2, True)
+    assert again.take_best(state, said.append) == 2
+
+
+@pytest.mark.parametrize("name, changes", {
+    "--lr changed from 0.1 to 0.2": {"recipe": {"lr": 0.2}},
+    "data changed": {"identity": {"data": "abd"}},
+    "the order of the pairs changed": {"order": order_digest(10, 4, 1)},
+}.items())
+def test_what_changed_since_is_named(name: str, changes: dict, tmp_path: Path) -> None:
+    saver(run_folder(tmp_path)).save(State(step=2))
+    assert saver(tmp_path).resume(lambda _: None).step == 2
+    with pytest.raises(UserError, match=name):
+        saver(tmp_path, **changes).resume(lambda _: None)
+
+
+def test_best_means_what_was_asked_for(tmp_path: Path) -> None:
+    ranks = saver(run_folder(tmp_path), metric="median_rank")
+    state = State()
+    for state.step, value in ((1, 9.0), (2, 4.0), (3, 4.0), (4, 7.0)):  # small is good, a tie is no gain
+        ranks.note(state, {"valid": {"median_rank": value, "mrr": 0.1}})
+    assert state.best_step == 2 and (tmp_path / "checkpoints" / "best").resolve().name == "step-00000002"
+    with pytest.raises(UserError, match="--best-metric rank is not measured here; there is mrr"):
+        saver(tmp_path, metric="rank").note(state, {"valid": {"mrr": 0.1, "mrr_ci95": [0, 1]}})
+
+
+def test_the_digest_follows_what_ranks_are_given() -> None:
+    digest, again = order_digest(10, 4, 7), order_digest(10, 4, 7)
+    streams = [slices(10, 4, 7, rank, 3) for rank in range(3)]
+    seen, chain = [], b""
+    for step in range(1, 8):
+        seen += torch.cat([next(stream) for stream in streams]).tolist()
+        whole, part = divmod(len(seen), 10)
+        assert seen[whole * 10:] == epoch_order(10, 7, whole)[:part].tolist()
+        chain = b""
+        for epoch in range(whole + 1):
+            rows = torch.tensor(seen[epoch * 10:(epoch + 1) * 10], dtype=torch.int64)
+            chain = hashlib.sha256(chain + rows.numpy().tobytes()).digest()
+        assert digest(step) == chain.hex()
+    assert again(7) == digest(7) != order_digest(10, 4, 8)(7)
+
+
+def test_one_run_has_one_writer(tmp_path: Path) -> None:
+    assert durable.lock(tmp_path)
+    code = f"from pathlib import Path; from engine.durable import lock; print(lock(Path({str(tmp_path)!r})))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_a_seal_names_what_was_altered(tmp_path: Path) -> None:
+    for name in ("config.json", "ledger.jsonl", "metrics.json", "steps.jsonl", "model/model.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert broken_seal(tmp_path) is None
+    seal(tmp_path)
+    assert broken_seal(tmp_path) == []
+    (tmp_path / "metrics.json").write_text('{"better": 1}')
+    (tmp_path / "model/model.safetensors").unlink()
+    assert broken_seal(tmp_path) == ["metrics.json changed", "model/model.safetensors: No such file or directory"]
+
+
+def _one_refuses(folder: str) -> str:
+    """Rank 0's disk is full: every rank has to hear of it."""
+    world = World(torch.distributed.get_rank(), 0, torch.distributed.get_world_size(), torch.device("cpu"))
+
+    def action() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", folder)
+    try:
+        world.on_main(action)
+    except RunFailed as error:
+        return str(error)
+    return "nothing"
+
+
+def test_all_ranks_hear_of_a_full_disk(tmp_path: Path) -> None:
+    assert on_ranks(2, _one_refuses, str(tmp_path)) == [f"No space left on device: {tmp_path}"] * 2

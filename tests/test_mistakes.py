@@ -1,0 +1,193 @@
+"""What users get wrong: each mistake ends with code 2 and at most three lines that name the fix, no traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+from helpers import run, tiny_clip
+
+import run as command_line
+
+DATA = ["--model", "{model}", "--dataset", "{pairs}"]
+SEARCH = ["search", *DATA]
+EXPORT = ["export", "--run", "{alone}", "--to", "{tmp}/new"]
+PUSH = ["export", "--run", "{alone}", "--push-to-hub"]
+
+MISTAKES = {  # arguments -> what the answer has to name
+    # the command line
+    "unknown command": (["trian"], "did you mean train"),
+    "command of a newcomer": (["finetune"], "there is train, demo"),
+    "typo in a flag": (["--epoch", "3"], "did you mean --epochs"),
+    "flag of another command": (["shards", "--epochs", "3"], "unknown argument --epochs"),
+    "word too many": (["train", "fast"], "unknown argument fast"),
+    "word for a number": (["--epochs", "many"], "--epochs"),
+    "flag without its value": (["--epochs"], "--epochs"),
+    "zero epochs": (["--epochs", "0"], "at least 1"),
+    "negative epochs": (["--epochs", "-3"], "at least 1"),
+    "nan": (["--lr", "nan"], "at least 0"),
+    "infinity": (["--lr", "inf"], "at least 0"),
+    "endless warm-up": (["--warmup", "2"], "between 0 and 1"),
+    "seed beyond 32 bits": (["--seed", "9999999999999999999999"], "at most"),
+    "bad choice": (["--schedule", "cubic"], "linear"),
+    "nothing to train": (["--trainable", ","], "--trainable projection"),
+    # the recipe file
+    "no such config": (["--config", "nowhere.toml"], "nowhere.toml"),
+    "config is a folder": (["--config", "{tmp}"], "{tmp}"),
+    "config is not TOML": (["--config", "{pairs}/train.csv"], "line 1"),
+    "wrong type in TOML": (["--config", "{mess}/type.toml"], "epochs must be int, not str"),
+    "numbers for names in TOML": (["--config", "{mess}/list.toml"], "trainable must be"),
+    "typo in TOML": (["--config", "{mess}/typo.toml"], "did you mean epochs"),
+    "negative in TOML": (["--config", "{mess}/low.toml"], "at least 1"),
+    "config would be replaced": (["--write-config", "{mess}/low.toml"], "choose another name"),
+    # the model
+    "no such model": (["--model", "./nowhere", "--dataset", "{pairs}"], "nowhere"),
+    "model is a file": (["--model", "{pairs}/train.csv", "--dataset", "{pairs}"], "config.json"),
+    "model folder without a model": (["--model", "{pairs}", "--dataset", "{pairs}"], "does not load"),
+    "model that is not CLIP": (["--model", "{mess}/bert", "--dataset", "{pairs}"], "thumbtune tunes CLIPModel"),
+    "damaged weights": (["--model", "{mess}/damaged", "--dataset", "{pairs}"], "does not load"),
+    "config and weights of two models": (["--model", "{mess}/mixed", "--dataset", "{pairs}"], "does not load"),
+    "offline": (["--model", "owner/name", "--dataset", "{pairs}"], "owner/name"),
+    "nothing trains": ([*DATA, "--trainable", "projektion"], "projektion"),
+    "cached cannot": ([*DATA, "--trainable", "all", "--mode", "cached"], "--mode streaming"),
+    "cuda without": (["--device", "cuda"], "--device cpu"),
+    # the data
+    "no such dataset": (["--model", "{model}", "--dataset", "nowhere"], "nowhere"),
+    "dataset offline": (["--model", "{model}", "--dataset", "owner/pairs"], "owner/pairs"),
+    "dataset by URL": (["check", "--dataset", "https://example.com/pairs.csv"], "download"),
+    "dataset of no known kind": (["check", "--dataset", "{mess}/pairs.docx"], "pairs.docx"),
+    "empty folder": (["check", "--dataset", "{mess}/empty"], "{mess}/empty"),
+    "table without rows": (["--model", "{model}", "--dataset", "{mess}/headers.csv"], "no"),
+    "empty table": (["check", "--dataset", "{mess}/empty.csv"], "empty.csv"),
+    "dataset without images": (["check", "--dataset", "{mess}/no-images.csv"], "--image-column"),
+    "no such column": ([*DATA, "--title-column", "titel"], "did you mean 'title'"),
+    "dead images": (["--model", "{model}", "--dataset", "{mess}/dead.csv"], "missing-file"),
+    "images outside the dataset": (["check", "--dataset", "{mess}/outside.csv"], "secret.png"),
+    "no such split": (["eval", *DATA, "--split", "tset"], "train, valid, test"),
+    "no training split": (["--model", "{model}", "--dataset", "{mess}/only"], "no split 'train'"),
+    "batch larger than data": ([*DATA, "--batch-size", "38"], "at most --batch-size 37"),
+    # where things go
+    "nothing to resume": (["--resume", "--out", "{tmp}/none"], "holds no run"),
+    "resumed with another recipe": (["--resume", "--out", "{used}", "--lr", "5"], "--lr 0.25"),
+    "nobody's home": (["--out", "~nobody-of-that-name/run"], "nobody's home"),
+    "out is a file": ([*DATA, "--out", "{pairs}/train.csv"], "--out"),
+    "out holds a run": ([*DATA, "--out", "{used}"], "--resume"),
+    "shards without a place": (["shards", "--dataset", "{pairs}"], "--out DIR"),
+    "cache is a file": ([*DATA, "--cache-dir", "{pairs}/train.csv"], "--cache-dir"),
+    # searching
+    "search for nothing": (SEARCH, "search for what?"),
+    "search for both": ([*SEARCH, "words", "--image", "{picture}"], "not both"),
+    "no such picture": ([*SEARCH, "--image", "{tmp}/none.png"], "missing-file"),
+    "picture is text": ([*SEARCH, "--image", "{pairs}/train.csv"], "not-image"),
+    "picture is a folder": ([*SEARCH, "--image", "{pairs}"], "cannot be used"),
+    "picture in a private place": ([*SEARCH, "--image", "http://127.0.0.1:9/a.png"], "--allow-host"),
+    "no such queries": ([*SEARCH, "--queries", "{tmp}/none.txt"], "one title a line"),
+    "queries without a title": ([*SEARCH, "--queries", "{mess}/empty.csv"], "search for what?"),
+    "queries are a picture": ([*SEARCH, "--queries", "{picture}"], "not UTF-8"),
+    "search in no such split": ([*SEARCH, "words", "--split", "tset"], "train, valid, test"),
+    "no answers wanted": ([*SEARCH, "words", "--top", "0"], "at least 1"),
+    "page is a folder": ([*SEARCH, "words", "--html", "{pairs}"], "--html"),
+    "nothing to search in": (["search", "words", "--model", "{model}", "--dataset", "{mess}/dead.csv"], "run.py check"),
+    # handing on
+    "export of nothing": (["export", "--to", "{tmp}/new"], "--run DIR"),
+    "export to nowhere": (["export", "--run", "{alone}"], "--to DIR"),
+    "export of no run": (["export", "--run", "{pairs}", "--to", "{tmp}/new"], "give a run folder"),
+    "export of some file": (["export", "--run", "{model}/model.safetensors", "--to", "{tmp}/new"], "projections"),
+    "export over something": (["export", "--run", "{alone}", "--to", "{pairs}"], "choose a new folder"),
+    "base that is gone": (EXPORT, "/gone"),
+    "another base": ([*EXPORT, "--model", "{model}"], "is not the base"),
+    "no such checkpoint": (["export", "--run", "{used}", "--checkpoint", "step-9", "--to", "{tmp}/new"], "step-000000"),
+    "damaged checkpoint": (["export", "--run", "{used}", "--checkpoint", "step-4", "--to", "{tmp}/new"], "another one"),
+    "name that the hub has not": ([*PUSH, "me/my/model"], "OWNER/NAME"),
+    "push while offline": ([*PUSH, "me/model"], "unset HF_HUB_OFFLINE"),
+}
+
+
+@pytest.fixture(scope="module")
+def mess(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """Files and folders that are not what they should be."""
+    from transformers import BertConfig
+
+    mess = tmp_path_factory.mktemp("mess")
+    for name, text in {
+            "type.toml": 'epochs = "three"', "list.toml": "trainable = [1, 2]", "typo.toml": "epoch = 3",
+            "low.toml": "epochs = -1", "pairs.docx": "PK", "headers.csv": "image,title\n", "empty.csv": "",
+            "no-images.csv": "title,views\na,1\n", "dead.csv": "image,title\na.png,a\nb.png,b\nc.png,c\nd.png,d\n",
+            "outside.csv": "image,title\n../../secret.png,a\n", "only/test.csv": "image,title\na.png,a\n"}.items():
+        (mess / name).parent.mkdir(exist_ok=True)
+        (mess / name).write_text(text)
+    (mess / "empty").mkdir()
+    BertConfig().save_pretrained(mess / "bert")
+    damaged = shutil.copytree(tiny_model, mess / "damaged") / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    config = shutil.copytree(tiny_model, mess / "mixed") / "config.json"
+    config.write_text(config.read_text().replace('"projection_dim": 16', '"projection_dim": 8'))
+    return mess
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """projections.safetensors of a base that is not there any more."""
+    from engine.export import Origin, Tuned, export
+    from engine.towers import load_clip
+
+    folder = tmp_path_factory.mktemp("alone")
+    clip = load_clip(str(tiny_clip(folder / "gone", seed=5)))
+    tensors = {"text_projection.weight": clip.model.text_projection.weight}
+    export(clip, folder / "out", Tuned(tensors, Origin(str(folder / "gone"), "", "0" * 64, "pairs")), "")
+    (folder / "gone").rename(folder / "moved")
+    return folder / "out" / "projections.safetensors"
+
+
+def answered(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+    """Exit code and lines on stderr, but for what a run says of itself on its way."""
+    try:
+        code = command_line.main(arguments)
+    except SystemExit as exit:
+        code = int(exit.code or 0)
+    usual = "pairs: ", "images "
+    said = capsys.readouterr().err.splitlines()
+    return code, [line for line in said if "parameters train" not in line and not line.startswith(usual)]
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_answered_in_a_line_that_names_the_fix(name: str, pairs: Path, tiny_model: Path, mess: Path,
+                                                            alone: Path, tmp_path: Path,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, answer = MISTAKES[name]
+    used = tmp_path / "used"
+    (used / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (used / "config.json").write_text(json.dumps({"config": {"lr": 0.25, "model": str(tiny_model)}}))
+    places = {"pairs": pairs, "model": tiny_model, "tmp": tmp_path, "used": used, "mess": mess, "alone": alone,
+              "picture": next((pairs / "images").iterdir())}
+    filled = [argument.format(**places) for argument in arguments]
+    command = "" if filled[0].startswith("-") else filled[0]
+    filled += [] if "--out" in filled or command else ["--out", str(tmp_path / "out")]
+    filled += [] if "--cache-dir" in filled or command not in ("", "search", "eval", "check") else [
+        "--cache-dir", str(tmp_path / "cache")]
+    code, said = answered(filled, capsys)
+    assert code == 2, said
+    assert answer.format(**places) in "\n".join(said) and 1 <= len(said) <= 3, said
+
+
+def test_there_are_forty_mistakes_over_all_commands() -> None:
+    from engine.cli import COMMANDS
+
+    assert len(MISTAKES) >= 40
+    assert {"train", "eval", "shards", "check", "search", "export"} <= {
+        arguments[0] if arguments[0] in COMMANDS else "train" for arguments, _ in MISTAKES.values()}
+
+
+def test_ranks_that_cannot_meet_say_why() -> None:
+    """Real processes, since joining a group is done once."""
+    flags = ["--model", "m", "--dataset", "d", "--dist-timeout", "5"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        lost = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for env, answer in ((lost, "--master-port"), ({"WORLD_SIZE": "2"}, "torchrun --nproc-per-node")):
+            done = run(flags, env=env)
+            assert done.returncode == 2 and answer in done.stderr, done.stderr
+            assert len(done.stderr.splitlines()) <= 3 and "Traceback" not in done.stderr

@@ -1,0 +1,59 @@
+"""`run.py shards`: fetching, decoding and writing overlap, and the order is that of the rows."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from test_fetch import PICTURE, Site, reply
+from test_shards import contents, scan
+
+from data import cold
+from data.cold import Reader
+from data.decode import ImageSpec
+from data.fetch import FetchPolicy
+from data.pack import pack
+from data.shard_writer import ShardWriter
+from data.source import load_splits
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest sets aside the filter for Pillow's
+
+
+def test_rows_are_written_in_order_while_others_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(path: str, n: int):
+        number = int(path[1:])
+        late = [0.3] if number == 5 else [0.01]
+        return reply(404) if number % 50 == 7 else [*late, reply(body=PICTURE + path.encode())]
+
+    site, said, hits = Site(answer), list[str](), list[int]()
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    (folder / "here.jpg").write_bytes(PICTURE)
+    with (folder / "test.csv").open("w", newline="") as file:
+        rows = [("here.jpg" if n % 100 == 3 else site.url(f"/{n - n % 3 if n % 5 == 0 else n}"), f"title {n}")
+                for n in range(700)]  # some URLs come twice, at once or much later
+        csv.writer(file).writerows([("image", "title"), *rows, (rows[0][0], "again"), (rows[8][0], " ")])
+    monkeypatch.setattr(cold, "TELL_EVERY_S", 0.0)
+    write = ShardWriter.write
+    monkeypatch.setattr(ShardWriter, "write", lambda *args: (hits.append(site.hits.total()), write(*args))[1])
+    reader = Reader(tmp_path / "cache", ImageSpec.clip(), FetchPolicy(allow_hosts=("127.0.0.1",)), 25_000_000, 2)
+    ledger = pack(load_splits(str(folder)), reader, tmp_path / "out", 0, said.append)
+    assert hits[0] < 400 < site.hits.total()  # of those that fit into the fetcher's window
+    held, losses = scan(tmp_path / "out" / "test-000000.tar")
+    dropped = {entry["row"]: entry["reason"] for entry in ledger}
+    assert not losses and [int(key) for key, *_ in held] == [n for n in range(702) if n not in dropped]
+    assert [title for _, _, title, _ in held] == [t for n, (_, t) in enumerate([*rows, ("", "again")])
+                                                  if n not in dropped]
+    for key, image, *_ in held[:-1]:
+        url = rows[int(key)][0]
+        assert image == PICTURE + (b"/" + url.rpartition("/")[2].encode() if "http" in url else b"")
+    gone = [n for n, (url, _) in enumerate(rows) if "http" in url and int(url.rpartition("/")[2]) % 50 == 7]
+    assert [n for n, reason in dropped.items() if reason == "http-404"] == gone and len(gone) >= 14
+    assert dropped[701] == "no-title" and set(dropped.values()) == {"http-404", "no-title"}
+    assert said[-1] == f"test: 702 rows, {len(ledger)} left out"
+    assert said[-2].startswith("test rows 702/702  ") and f"/s  eta 0 s  http-404 {len(gone)}" in said[-2]
+    assert (ledger[0]["split"], ledger[0]["row"], ledger[0]["image"]) == ("test", 7, site.url("/7"))
+    before, asked = contents(tmp_path / "out"), site.hits.copy()
+    assert pack(load_splits(str(folder)), reader, tmp_path / "out", 0, said.append) == ledger
+    assert contents(tmp_path / "out") == before and site.hits == asked

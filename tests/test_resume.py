@@ -1,0 +1,175 @@
+"""However often a run is cut off, on however many ranks, it ends as if nothing had happened."""
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import ROOT, full, make_pairs, on_ranks, start
+from safetensors.torch import load_file
+
+import run
+from engine import durable
+from engine.cli import parse
+from engine.dist import World
+from engine.stop import Stop
+
+FLAGS = ["--precision", "fp32", "--lr", "1e-3", "--batch-size", "4", "--eval-every", "15", "--log-every", "7"]
+RUN = [*FLAGS, "--epochs", "4", "--keep", "1"]  # of 37 pairs: 40 steps
+ROWS = range(4, 18) if full(0, 1) else (4, 5, 9, 17)  # 1 to 4 batches and a row
+
+
+class StopAt(Stop):
+    """As if a signal had come during one step."""
+
+    def __init__(self, step: int) -> None:
+        self._received, self._graceful, self._step = 0, False, step
+
+    def _leave(self) -> None:
+        raise SystemExit(128 + self._received)
+
+    def agreed(self, world: World, step: int) -> int:
+        self._received = signal.SIGTERM if step == self._step else 0
+        return self._received
+
+
+def train(home: Path, out: str, *flags: str, stop: int = 0, data: str = "pairs") -> int:
+    """One run in this process, on all ranks there are; its exit code."""
+    size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    places = {"model": "tiny", "dataset": data, "cache-dir": "cache", "out": out}
+    cfg = parse("run.py", [*(f"--{name}={home / place}" for name, place in places.items()), *flags])[1]
+    world = World(rank, rank, size, torch.device("cpu"))
+    try:
+        return run.train(cfg, world, StopAt(stop))
+    except SystemExit as exit:
+        return int(exit.code)
+    finally:
+        world.barrier()  # rank 0 has exported
+        while durable._locks:  # other ranks go on in this folder while this process lives
+            os.close(durable._locks.popitem()[1])
+
+
+def result(out: Path) -> tuple[Any, ...]:
+    """What two equal runs have in common to the bit."""
+    last = out / "checkpoints" / "last"
+    files = out / "model/model.safetensors", out / "steps.jsonl", out / "metrics.json"
+    return (*(path.read_bytes() for path in (*files, last / "trainable.safetensors", last / "optimizer.safetensors")),
+            json.loads((last / "state.json").read_text())["order"])
+
+
+def stopped_everywhere(home: Path, ranks: int, mode: str) -> list[int]:
+    """Cut a run off after each of some steps and resume it; the steps after which it did not end as the whole one."""
+    flags, name = [*RUN, "--mode", mode], f"{mode}-{ranks}"
+    assert train(home, name, *flags) == 0
+    different = []
+    for step in random.Random(ranks).sample(range(1, 41), full(2, 40)):
+        out = f"{name}-{step}"
+        assert train(home, out, *flags, stop=step) == (143 if step < 41 else 0)
+        assert (home / out / "checkpoints" / "last").resolve().name == f"step-{step:08d}"
+        assert train(home, out, "--resume") == 0
+        different += [step] if result(home / out) != result(home / name) else []
+    return different
+
+
+def rows_of_all_sizes(home: Path) -> None:
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    for rows in ROWS:
+        assert train(home, f"rows-{rows}-{size}", *FLAGS, "--epochs", "2", data=f"rows-{rows}") == 0
+
+
+def on_two(home: Path) -> list[int]:
+    rows_of_all_sizes(home)
+    assert train(home, "sizes", *RUN, stop=13) == 143  # goes on alone
+    return stopped_everywhere(home, 2, "cached")
+
+
+def on_three(home: Path) -> None:
+    rows_of_all_sizes(home)
+    assert train(home, "sizes", "--resume") == 0
+
+
+@pytest.fixture(scope="module")
+def home(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, data, and everything that several ranks do in this file, done in two launches."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "tiny").symlink_to(tiny_model)
+    make_pairs(home / "pairs", 37, 11, 12)
+    for rows in ROWS:
+        make_pairs(home / f"rows-{rows}", rows, 3, 3)
+    different = on_ranks(2, on_two, home, timeout=full(150, 1200))
+    (home / "different.json").write_text(json.dumps(different))
+    assert train(home, "sizes", "--resume", stop=27) == 143
+    on_ranks(3, on_three, home, timeout=full(150, 600))
+    return home
+
+
+@pytest.mark.timeout(full(300, 3600))
+def test_stopped_after_any_step_two_ranks_end_as_if_uninterrupted(home: Path) -> None:
+    assert json.loads((home / "different.json").read_text()) == [[], []]
+
+
+@pytest.mark.timeout(full(180, 3600))
+@pytest.mark.parametrize("mode", ["cached", "streaming"])
+def test_stopped_after_any_step_a_run_ends_as_if_uninterrupted(mode: str, home: Path) -> None:
+    assert stopped_everywhere(home, 1, mode) == []
+
+
+def losses(out: Path) -> list[float]:
+    lines = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def test_two_ranks_then_one_then_three_train_the_same_batches(home: Path) -> None:
+    whole, changed = home / "cached-2", home / "sizes"
+    assert losses(changed) == pytest.approx(losses(whole), abs=1e-5)
+    assert result(changed)[-1] == result(whole)[-1]  # the order of all rows
+    theirs, ours = (load_file(out / "model" / "model.safetensors") for out in (whole, changed))
+    assert all((theirs[name] - ours[name]).abs().max() < 1e-5 for name in theirs)
+
+
+def test_any_number_of_rows_and_ranks_gives_the_same_metrics(home: Path) -> None:
+    rows_of_all_sizes(home)
+    for rows in ROWS:
+        one, *more = (home / f"rows-{rows}-{size}" for size in (1, 2, 3))
+        for other in more:
+            assert losses(other) == pytest.approx(losses(one), abs=1e-5)
+            assert json.loads((other / "metrics.json").read_text()) == json.loads((one / "metrics.json").read_text())
+
+
+DYING = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import run
+from engine.log import Log
+step, restart = Log.step, int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+def dying(log, number, *rest):
+    if restart < len({deaths}) and [int(os.environ["RANK"]), number] == {deaths}[restart]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(log, number, *rest)
+Log.step = dying
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.timeout(full(180, 1200))
+@pytest.mark.parametrize("seed", range(full(1, 5)))
+def test_killed_ranks_end_in_the_weights_of_a_clean_run(seed: int, home: Path, tmp_path: Path) -> None:
+    chance = random.Random(seed)
+    deaths = [[chance.randrange(2), step] for step in sorted(chance.sample(range(5, 41), full(1, 4)))]
+    script = tmp_path / "dying.py"
+    script.write_text(DYING.format(root=str(ROOT), deaths=deaths))
+    flags = ["--model", home / "tiny", "--dataset", home / "pairs", "--cache-dir", home / "cache", *RUN]
+    out = ["--out", tmp_path / "runs" / "named"] if seed % 2 else []  # the folder is found again by either way
+    process = start([*flags, "--save-every", "3", *out], 2, cwd=tmp_path, program=script, restarts=len(deaths))
+    _, said = process.communicate(timeout=full(170, 1000))
+    assert process.returncode == 0, said
+    assert said.count("resumed from") == len(deaths) or deaths[0][1] < 4
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert result(folder)[:2] == result(home / "cached-2")[:2]
+    assert os.path.exists(folder / "manifest.json")

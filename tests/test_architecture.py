@@ -19,7 +19,7 @@ HEAVY = {"transformers", "datasets", "pyarrow", "tensorboard", "huggingface_hub"
 LONG_FUNCTIONS: dict[tuple[str, str], str] = {}
 
 # file -> how many lines it may have, and why these are more than 250.
-LONG_FILES = {"run.py": (700, "ten commands, and the one place where the three rooms meet")}
+LONG_FILES = {"run.py": (720, "ten commands, and the one place where the three rooms meet")}
 
 
 def imports(tree: ast.AST) -> list[str]:

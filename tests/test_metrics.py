@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.batch import UserError
+from eval.families import families
 from eval.intervals import _histogram
 from eval.metrics import (
     Retrieval,
-    families,
     _Pairs,
     compare,
     mean_interval,

@@ -50,7 +50,8 @@ def open_parts(cfg: Config, world: World) -> Parts:
     """The CLIPModel taken apart, frozen by name, on this rank's device."""
     from engine.model import open_model
 
-    parts = open_model(cfg.model, cfg.trainable, cfg.mode, cfg.scale, cfg.precision, world.device)
+    parts = open_model(cfg.model, cfg.trainable, cfg.mode, cfg.scale, cfg.precision, world.device, cfg.augment,
+                       cfg.gradient_checkpointing)
     world.say(parts.describe())
     return parts
 
@@ -82,7 +83,7 @@ def reader(cfg: Config, spec: ImageSpec) -> Reader:
     from data.cold import Reader
 
     folder = Path(cfg.cache_dir).expanduser() / "fetched"
-    return Reader(folder, spec, fetch_policy(cfg), cfg.max_pixels, cfg.workers, cfg.retry_failed)
+    return Reader(folder, spec, fetch_policy(cfg), cfg.max_pixels, cfg.workers, cfg.retry_failed, cfg.augment)
 
 
 def open_data(cfg: Config, world: World, parts: Parts, only: str = "") -> Pairs:
@@ -97,13 +98,14 @@ def open_data(cfg: Config, world: World, parts: Parts, only: str = "") -> Pairs:
     spec = ImageSpec.from_processor(parts.clip.image_processor)
     team, cache = Team(world.rank, world.size, world.meet), Path(cfg.cache_dir).expanduser()
     pairs = open_pairs({only: rows[only]} if only else rows, lost, reader(cfg, spec),
-                       encoders(parts, spec.fingerprint(), world.device), team, cache, cfg.max_bad,
+                       encoders(parts, spec.fingerprint(), world.device, cfg.compile), team, cache, cfg.max_bad,
                        cfg.mine_negatives, world.device, world.live)
     world.say(pairs.describe())
     return pairs
 
 
-def encoders(parts: Parts, image_preprocessing: str, device: torch.device) -> Encoders:
+def encoders(parts: Parts, image_preprocessing: str, device: torch.device,
+             compiled: str = "off") -> Encoders:
     """Lend the towers to the data room: without autograd, in the run's precision, named by what they are."""
     from data.decode import tokenizer_fingerprint
     from data.pairs import Encoders
@@ -112,12 +114,13 @@ def encoders(parts: Parts, image_preprocessing: str, device: torch.device) -> En
 
     towers, clip = parts.towers, parts.clip
     title_preprocessing = tokenizer_fingerprint(clip.tokenizer, clip.max_tokens)
+    image, text = clip.config.vision_config, clip.config.text_config
     return Encoders(
-        image=Frozen(towers.image, device, parts.precision), image_width=clip.config.vision_config.hidden_size,
-        text=Frozen(towers.text, device, parts.precision), text_width=clip.config.text_config.hidden_size,
+        image=Frozen(towers.image, device, parts.precision, compiled), image_width=image.hidden_size,
+        text=Frozen(towers.text, device, parts.precision), text_width=text.hidden_size,
         image_space=fingerprint(towers.vision_model, image_preprocessing, parts.precision),
         text_space=fingerprint(towers.text_model, title_preprocessing, parts.precision),
-        stored=parts.cached, tokenizer=clip.tokenizer, max_tokens=clip.max_tokens)
+        stored=parts.stored, tokenizer=clip.tokenizer, max_tokens=clip.max_tokens)
 
 
 def measure(residents: Mapping[str, Resident], head: Head, names: Sequence[str],
@@ -235,7 +238,8 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     saved = saver(cfg, world, out, parts, pairs)
     start, drift = snapshot(parts.trainable) if cfg.interpolate else {}, Drift(parts.trainable)
-    base = measure(pairs.residents(), parts.head, list(pairs.splits), world) if begun else {}  # not yet tuned
+    # of a run to go on with, the base is measured before the tuned weights come back
+    base = measure(pairs.residents(), parts.head, list(pairs.splits), world) if begun else {}
     state = saved.resume(world.say) if begun else checkpoint.State()
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
@@ -244,7 +248,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     judge = Judge(pairs, parts, plan, state, saved, log, show, world, metrics, base)
     batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
     watch, model = watcher(cfg, world, out, pairs, trained), distribute(trained, world.size)
-    with closing(log), stop.gracefully(), profiler(cfg.profile, out / "profile", world.rank) as trace:
+    with closing(log), stop.gracefully(), profiler(cfg.profile, out / "profile", world.rank, log) as trace:
         evaluate = stop.at_once()(judge)  # what was trained is on the disk by then
         if not state.step or (state.evaluated < state.step and plan.due(state.step, cfg.eval_every)):
             evaluate()  # the base model; or what a signal or a crash has cut off

@@ -60,7 +60,8 @@ def measure_titles(race: Race, note: Note, encode: Callable[[Tokens], Tensor], w
     padded = Tokens(whole.ids_BL[:-1].clone(), whole.mask_BL[:-1].clone())
     apart = (encode(padded) - encode_titles(few, 0, encode, width)).abs().max().item()
     lengths = np.array([len(row) for row in ids])
-    race("P4", f"{count:,} titles of {lengths.mean():.0f} tokens ({lengths.min()} to {lengths.max()}) against padding to 77",
+    what = f"{count:,} titles of {lengths.min()} to {lengths.max()} tokens, {lengths.mean():.0f} on average"
+    race("P4", f"{what}, against padding to 77",
          lambda: encode_titles(ids, 0, encode, width), lambda: encode(padded), ">= 5", work=(count, len(few)),
          unit="titles")
     note("P4", "largest difference to features padded to 77", f"{apart:.1e}", "", [apart], "<= 5e-6")
@@ -95,8 +96,8 @@ def measure_cold(race: Race, lent: Encoders, folder: Path, count: int) -> None:
             lent.image(chunk)
         encode_titles(ids, 0, lent.text, widths[1])
 
-    race("P6", f"cold pass over {count} pairs (files, decode, towers, store) against decode + towers alone", ours, parts,
-         ">= 0.9", rounds=3)
+    race("P6", f"cold pass over {count} pairs (files, decode, towers, store) against decode + towers alone", ours,
+         parts, ">= 0.9", rounds=3)
 
 
 def measure_store(race: Race, note: Note, folder: Path, rows: int, widths: tuple[int, int]) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.augment import Region
 from data.batch import BadSample, Batch, Tokens
 from data.catalogue import Catalogue, Split, Verdict, Verdicts, as_keys
 from data.decode import ImageSpec, collate_tokens, decode_image
@@ -45,6 +46,7 @@ class Reader:
     max_pixels: int
     workers: int
     retry_failed: bool = False
+    augment: bool = False  # training sees random parts of its images
 
     def fetch(self, urls: Iterable[str]) -> Generator[Fetched]:
         """Bring these URLs into the folder; each one's fate as it is known."""
@@ -66,9 +68,10 @@ class Reader:
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             raise BadSample("unreadable-file", f"{path}: {error}") from None
 
-    def pixels(self, reference: Mapping[str, Any]) -> np.ndarray:
-        """uint8 pixels [3, S, S] of one reference. Raises BadSample."""
-        return decode_image(self.read(reference), self.spec, self.max_pixels)
+    def pixels(self, reference: Mapping[str, Any],
+               region: Callable[[int, int], Region] | None = None) -> np.ndarray:
+        """uint8 pixels [3, S, S] of one reference, or of a region of it. Raises BadSample."""
+        return decode_image(self.read(reference), self.spec, self.max_pixels, region)
 
 
 def is_url(path: str) -> bool:
@@ -200,12 +203,16 @@ def encode_titles(ids: Sequence[Sequence[int]], pad_id: int, encode: Callable[[T
 
 
 def streamed_batch(split: Split, found: Catalogue, example: np.ndarray, reader: Reader, ids: Sequence[Sequence[int]],
-                   pad_id: int) -> Callable[[Tensor], Batch]:
-    """A function that makes the Batch of given row numbers: images read and decoded, titles padded."""
-    def make(rows_B: Tensor) -> Batch:
+                   pad_id: int) -> Callable[..., Batch]:
+    """A function that makes the Batch of given row numbers: images read and decoded, titles padded.
+
+    Its second argument, if any, says which region of a row's image to show: row, width, height -> region.
+    """
+    def make(rows_B: Tensor, region: Callable[[int, int, int], Region] | None = None) -> Batch:
         image_B, title_B = split.image_N[rows_B], split.title_N[rows_B]
         negative_B = None if split.negative_N is None else split.negative_N[rows_B]
-        pixels = [reader.pixels(found.references[int(example[i])].as_py()) for i in image_B.tolist()]
+        pixels = [reader.pixels(found.references[int(example[i])].as_py(), region and partial(region, row))
+                  for row, i in zip(rows_B.tolist(), image_B.tolist(), strict=True)]
         side = reader.spec.crop
         return Batch(
             torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 3, *side, dtype=torch.uint8),

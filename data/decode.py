@@ -12,8 +12,8 @@ import json
 import math
 import threading
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ import torch
 from PIL import Image, UnidentifiedImageError, __version__
 from torch.nn.functional import interpolate
 
+from data.augment import Region
 from data.batch import BadSample, Tokens, UserError
 
 DECODER_VERSION = 1  # part of every fingerprint: raise it whenever the pixels or tokens of some input change
@@ -81,10 +82,12 @@ class ImageSpec:
         return hashlib.sha256(json.dumps([DECODER_VERSION, asdict(self)]).encode()).hexdigest()
 
 
-def decode_image(data: bytes, spec: ImageSpec, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode_image(data: bytes, spec: ImageSpec, max_pixels: int = MAX_PIXELS,
+                 region: Callable[[int, int], Region] | None = None) -> np.ndarray:
     """Decode the first frame as the transformers PIL processor would, to 2/255: uint8 [3, H, W], contiguous.
 
-    EXIF orientation is left as the processor leaves it. Raises BadSample: empty, not-image, too-many-pixels (judged by
+    EXIF orientation is left as the processor leaves it. `region`, given width and height, names a part (left, top,
+    right, bottom) that is resized to the whole crop instead. Raises BadSample: empty, not-image, too-many-pixels (by
     the header, before decoding; Pillow's own limit of 179 million holds too), truncated, undecodable.
     """
     if not data:
@@ -93,6 +96,8 @@ def decode_image(data: bytes, spec: ImageSpec, max_pixels: int = MAX_PIXELS) -> 
         image = _open(data, max_pixels)
         see_through = "A" in image.getbands() or image.info.get("transparency") is not None
         image.load()
+        if region is not None:
+            image, spec = image.crop(region(*image.size)), replace(spec, resize=spec.crop)
         return _fit(image, see_through, spec)
     except (BadSample, MemoryError):
         raise

@@ -14,7 +14,8 @@ from torch import Tensor
 from data.batch import UserError
 from data.segments import BLOCK, KEY, SUFFIX, Layout, Segment, open_segment, remove_stale, write_segment
 
-CHUNK = 8192  # rows copied at a time: few enough to stay in the processor's cache between two copies
+CHUNK = 8192  # rows moved to a device at a time
+PIECE = 256  # rows copied at a time: few enough to stay in the processor's cache between two copies
 
 
 class FeatureStore:
@@ -77,17 +78,17 @@ class FeatureStore:
         out = torch.empty(len(rows), self.width, dtype=self.dtype)
         target = out.view(torch.uint8).numpy()
         starts = np.array([segment.start for segment in self._segments], np.int64)
-        for low in range(0, len(rows), CHUNK):
-            order = np.argsort(rows[low : low + CHUNK])
-            wanted = rows[low : low + CHUNK][order]
-            found = np.empty((len(wanted), self._layout.row_bytes), np.uint8)
-            cuts = [*np.searchsorted(wanted, starts).tolist(), len(wanted)]  # segment i: wanted[cuts[i] : cuts[i + 1]]
-            if cuts[0]:
-                raise IndexError(f"no row {wanted[0]}")
-            for segment, first, last in zip(self._segments, cuts[:-1], cuts[1:], strict=True):
-                if first < last:
-                    segment.take(wanted[first:last], found[first:last])
-            np.take(found, np.argsort(order), 0, target[low : low + CHUNK], "clip")
+        buffer = np.empty((PIECE, self._layout.row_bytes), np.uint8)
+        order = np.argsort(rows)
+        wanted = rows[order]
+        cuts = [*np.searchsorted(wanted, starts).tolist(), len(wanted)]  # segment i: wanted[cuts[i] : cuts[i + 1]]
+        if cuts[0]:
+            raise IndexError(f"no row {wanted[0]}")
+        for segment, first, last in zip(self._segments, cuts[:-1], cuts[1:], strict=True):
+            for low in range(first, last, PIECE):
+                high = min(low + PIECE, last)
+                segment.take(wanted[low:high], buffer[: high - low])
+                target[order[low:high]] = buffer[: high - low]
         return out
 
     def append(self, keys: np.ndarray, values: Tensor) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from data.album import Album
+from data.augment import random_region
 from data.batch import Batch, Features, Tokens, UserError, share
 from data.catalogue import Catalogue, Split, Verdict, Verdicts, as_arrays, catalogue, settle
 from data.cold import Reader, encode_images, encode_titles, fill_images, fill_titles, streamed_batch
@@ -99,17 +100,23 @@ def open_pairs(rows: Mapping[str, Rows], lost: Sequence[Mapping[str, Any]], read
     identity = {"data": _fingerprint(splits, image_keys, title_keys),
                 "the base model": encoders.image_space + encoders.text_space}
     album = Album(found, splits, example, reader)
-    if images is not None:
-        image_table, seconds = _table(images, image_keys), time.monotonic() - began
-        ready = _residents(splits, image_table, title_table, device)
-        return Pairs(splits, ledger, identity, lambda: ready, partial(_cached, ready, team), album,
-                     _say_store(cache, images, titles, seconds))
+    streams = partial(_streams, found, splits, example, reader, encoders, team, device)
+    if images is None:
+        return Pairs(splits, ledger, identity, *streams(), album)
+    image_table, seconds = _table(images, image_keys), time.monotonic() - began
+    ready = _residents(splits, image_table, title_table, device)
+    batches = streams()[1] if reader.augment else partial(_cached, ready, team)
+    return Pairs(splits, ledger, identity, lambda: ready, batches, album, _say_store(cache, images, titles, seconds))
+
+
+def _streams(found: Catalogue, splits: Mapping[str, Split], example: np.ndarray, reader: Reader, encoders: Encoders,
+             team: Team, device: torch.device) -> tuple[Callable[[], Mapping[str, Resident]], Callable[..., Any]]:
+    """`residents` and `batches` of Pairs through the towers: all features anew on each call, inputs of every step."""
     ids = title_tokens(found.titles, encoders.tokenizer, encoders.max_tokens)
-    stream = partial(streamed_batch, found=found, example=example, reader=reader, ids=ids,
-                     pad_id=encoders.tokenizer.pad_token_id)
-    encode_all = partial(_encode_all, found, splits, example, ids, reader, encoders, team, device)
-    batches = partial(_streamed, splits, {name: stream(split) for name, split in splits.items()}, team, reader.workers)
-    return Pairs(splits, ledger, identity, encode_all, batches, album)
+    makers = {name: streamed_batch(split, found, example, reader, ids, encoders.tokenizer.pad_token_id)
+              for name, split in splits.items()}
+    return (partial(_encode_all, found, splits, example, ids, reader, encoders, team, device),
+            partial(_streamed, splits, makers, team, reader))
 
 
 def _look(found: Catalogue, reader: Reader, images: FeatureStore | None, encoders: Encoders, team: Team, cache: Path,
@@ -205,9 +212,14 @@ def _cached(ready: Mapping[str, Resident], team: Team, split: str, batch_size: i
     return batches
 
 
-def _streamed(splits: Mapping[str, Split], makers: Mapping[str, Callable[[Tensor], Batch]], team: Team, workers: int,
+def _streamed(splits: Mapping[str, Split], makers: Mapping[str, Callable[..., Batch]], team: Team, reader: Reader,
               split: str, batch_size: int, seed: int, device: torch.device) -> Callable[[int], Iterator[Batch]]:
     def batches(first_step: int) -> Iterator[Batch]:
         rows = slices(len(splits[split]), batch_size, seed, team.rank, team.size, first_step)
-        return copied_ahead(ahead(makers[split], rows, workers, workers + 1), device)
+        return copied_ahead(ahead(make, enumerate(rows, first_step), reader.workers, reader.workers + 1), device)
+
+    def make(step: tuple[int, Tensor]) -> Batch:
+        epoch = step[0] // -(-len(splits[split]) // batch_size)
+        return makers[split](step[1], partial(random_region, seed, epoch) if reader.augment else None)
+
     return batches

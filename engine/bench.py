@@ -101,8 +101,8 @@ def loop(parts: Parts, streamed: bool, batches: Callable[[int], Iterator[Any]], 
 
     def epoch() -> None:
         fit(model, batches, optimizer, Plan(rows, batch, 1), State(), world, cfg, parts.precision,
-            log=Log(folder, quiet, -(-rows // batch), -(-rows // batch), 0, Drift({})), profiler=Profiler(), evaluate=lambda: None,
-            checkpoint=lambda _: None, stop=lambda _: 0)
+            log=Log(folder, quiet, -(-rows // batch), -(-rows // batch), 0, Drift({}), {}), profiler=Profiler(),
+            evaluate=lambda: None, checkpoint=lambda _: None, stop=lambda _: 0)
     return epoch
 
 

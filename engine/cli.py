@@ -29,14 +29,15 @@ HOME = Path(__file__).resolve().parents[1]
 DEMO_MODEL = HOME / "data" / "demo_model"
 COLUMNS = ["dataset", "image_column", "title_column", "negative_column"]
 READING = ["allow_host", "retry_failed", "variants", "max_bad", "max_pixels", "workers", "cache_dir"]
-MACHINE = ["device", "precision", "dist_timeout", "quiet"]
+MACHINE = ["device", "precision", "compile", "dist_timeout", "quiet"]
 SEARCH = ["query", "queries", "image", "top", "html"]
 EXPORT = ["run", "to", "checkpoint", "dtype"]
 PUSH = ["push_to_hub", "private", "license"]
 SWEEP = ["space", "trials", "folds", "seeds"]
 TRAIN = [name for name in config_fields()
          if name not in ["split", "resize", "strict", "json", "prune", "quick", *SEARCH, *EXPORT, *SWEEP]]
-ONE_RUN = ["eval_every", "save_every", "keep", "profile", "probe"]  # what only a single run of training has
+ONE_RUN = ["eval_every", "save_every", "keep", "profile", "probe", "augment",
+           "gradient_checkpointing"]  # what only a single run of training has
 POSITIONAL = "query"  # the one setting that needs no flag
 
 
@@ -79,8 +80,8 @@ COMMANDS = {
 
 # What may differ between a run and its resumption: it changes where and how fast, not what is computed.
 FREE_ON_RESUME = {"out", "resume", "cache_dir", "log_every", "eval_every", "save_every", "keep", "device", "workers",
-                  "profile", "dist_timeout", "quiet", "allow_host", "max_bad", "dataset", "model", "patience", "space",
-                  "trials", *PUSH}
+                  "profile", "compile", "gradient_checkpointing", "dist_timeout", "quiet", "allow_host", "max_bad",
+                  "dataset", "model", "patience", "space", "trials", *PUSH}
 
 
 class Parser(argparse.ArgumentParser):

@@ -59,6 +59,7 @@ class Config:
     label_smoothing: float = setting(0.0, "recipe", "share of the target spread evenly over all candidates")
     l2_sp: float = setting(0.0, "recipe", "weight of the squared distance to the pretrained weights, of what trains")
     micro_batch: int = setting(0, "recipe", "streaming: rows a rank whose activations are held at once; 0: all")
+    augment: bool = setting(False, "recipe", "train on random crops (90 to 100 % of the area); towers run every step")
     seed: int = setting(42, "recipe", "seeds the order of the pairs")
     interpolate: str = setting("", "recipe", "export a mix of base and tuned: a share of tuned within 0 and 1, or auto "
                                "(best on valid)")
@@ -84,6 +85,8 @@ class Config:
     device: str = setting("auto", "machine", "where to compute", ("auto", "cpu", "cuda"))
     precision: str = setting("auto", "machine", "auto: bf16 where it is faster", ("auto", "bf16", "fp32"))
     workers: int = setting(2, "machine", "threads a rank that decode images")
+    compile: str = setting("auto", "machine", "the image tower; auto: a GPU's, for many images", ("auto", "on", "off"))
+    gradient_checkpointing: bool = setting(False, "machine", "where layers in towers train: less memory, more time")
     profile: bool = setting(False, "machine", "write a trace of a few steps to the run folder")
     dist_timeout: float = setting(600.0, "machine", "seconds after which a stalled rank is an error")
     # Reading.

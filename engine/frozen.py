@@ -22,7 +22,7 @@ class Frozen:
     """`encode` (Towers.image or Towers.text) as a function of any number of inputs, a tensor or a tuple of them.
 
     `batch` inputs go through at a time; where a GPU has no room for them, it is halved for good. `compiled` is auto, on
-    or off: auto compiles on a GPU once COMPILE_AFTER inputs have come; it is for inputs of one shape, so not for titles.
+    or off: auto compiles on a GPU once COMPILE_AFTER inputs have come. It is for inputs of one shape, not for titles.
     """
 
     def __init__(self, encode: Callable[[Any], Tensor], device: torch.device, precision: torch.dtype,

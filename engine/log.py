@@ -36,6 +36,8 @@ class Log:
         self.world, self.steps_per_epoch = world, steps_per_epoch
         self._pending: list[tuple[int, Tensor, Tensor, float, int]] = []
         self._clock, self._waited, self._recall = time.perf_counter(), 0.0, ""
+        self._began = self._clock
+        self._whole = dict.fromkeys(("waiting for data", "evaluate", "checkpoint"), 0.0)
         self._base, self._drift, self._recipe, self.steps = base or {}, drift, recipe or {}, steps
         self._files = [_carry_on(folder / name, first_step) for name in ("steps.jsonl", "evaluations.jsonl")
                        if world.is_main]
@@ -48,6 +50,7 @@ class Log:
         with record_function("load"):
             yield
         self._waited += time.perf_counter() - start
+        self._whole["waiting for data"] += time.perf_counter() - start
 
     @contextmanager
     def aside(self, name: str) -> Iterator[None]:
@@ -56,6 +59,19 @@ class Log:
         with record_function(name):
             yield
         self._clock += time.perf_counter() - start
+        self._whole[name] += time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """Where the time since the beginning went; the steps are what is left."""
+        rest = time.perf_counter() - self._began - sum(self._whole.values())
+        return {"steps": rest, **self._whole}
+
+    def spent(self, what: str, seconds: Mapping[str, float]) -> None:
+        """Say where the time of `what` went, and show it in TensorBoard."""
+        whole = sum(seconds.values()) or 1.0
+        shares = {name: value / whole for name, value in sorted(seconds.items(), key=lambda pair: -pair[1])}
+        self.world.say(f"time of {what}, {whole:.3g} s:  " + "  ".join(f"{k} {v:.0%}" for k, v in shares.items()))
+        self.board.scalars({f"profile/{what}: {name}": share for name, share in shares.items()}, 0)
 
     def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, rows: int) -> None:
         """Remember one step; `loss` is this rank's part, both tensors stay on the device."""

@@ -6,12 +6,13 @@ Dimension key: B batch, X texts (titles, then negatives), V/T image/text feature
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from data.batch import Batch, Features, UserError, map_tensors
@@ -100,7 +101,9 @@ class Streamed(nn.Module):
         ranks that add gradients up expect of each other.
         """
         if len(batch.image_id_B):
-            return self.head(self.towers(batch))
+            with record_function("towers"):
+                features = self.towers(batch)
+            return self.head(features)
         blank = map_tensors(batch, lambda part: part.new_ones(1, *(max(1, size) for size in part.shape[1:])))
         image_BE, text_XE, scale = self.head(self.towers(blank))
         return Embeddings(image_BE[:0], text_XE[:0], scale)
@@ -136,6 +139,7 @@ class Parts:
     head: Head
     trainable: dict[str, nn.Parameter]
     cached: bool
+    stored: bool  # features are constants, so measuring takes them from the store also where training streams
     precision: torch.dtype
 
     def describe(self) -> str:
@@ -158,9 +162,17 @@ class Parts:
 
 
 def open_model(name: str, trainable: Sequence[str], mode: str, scale: float, precision: str,
-               device: torch.device) -> Parts:
-    """Load a CLIPModel, freeze it by name, put it on the device. Raises UserError for what cannot be."""
-    return take_apart(load_clip(name), trainable, mode, scale, precision, device)
+               device: torch.device, augment: bool = False, recompute: bool = False) -> Parts:
+    """Load a CLIPModel, freeze it by name, put it on the device. Raises UserError for what cannot be.
+
+    `augment` streams, as images differ in every epoch; `recompute` checkpoints the layers of the towers.
+    """
+    parts = take_apart(load_clip(name), trainable, mode, scale, precision, device)
+    if augment and mode == "cached":
+        raise UserError("--augment shows other pixels in every epoch, --mode cached the same; leave one out")
+    if recompute:
+        parts.towers.recompute()
+    return replace(parts, cached=False) if augment else parts
 
 
 def take_apart(clip: Clip, trainable: Sequence[str], mode: str, scale: float, precision: str,
@@ -168,7 +180,7 @@ def take_apart(clip: Clip, trainable: Sequence[str], mode: str, scale: float, pr
     """The same of a CLIPModel that is loaded already."""
     tuned = freeze(clip.model, trainable)
     cached = pick_mode(mode, tuned)
-    return Parts(clip, Towers(clip).to(device), Head(clip, scale).to(device), tuned, cached,
+    return Parts(clip, Towers(clip).to(device), Head(clip, scale).to(device), tuned, cached, cached,
                  pick_precision(precision, device))
 
 

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from data.batch import Batch, Features, Tokens, UserError
 from engine.frozen import use_quick_gelu
@@ -178,6 +180,12 @@ class Towers(nn.Module):
         if not len(tokens.ids_BL):
             return self.gain_C11.new_zeros(0, self.text_model.config.hidden_size)
         return self.text_model(input_ids=tokens.ids_BL, attention_mask=tokens.mask_BL).pooler_output.float()
+
+    def recompute(self) -> None:
+        """Keep only what enters each layer, and compute the rest again when its gradient is due: memory for time."""
+        for tower in (self.vision_model, self.text_model):
+            for layer in tower.encoder.layers:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
     def forward(self, batch: Batch) -> Features:
         """One Batch of tower inputs -> its Features."""

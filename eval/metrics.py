@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.batch import UserError
+from eval.families import families
 from eval.intervals import Interval, PairedTest, mean_interval, median_interval, paired_test, share_interval
 
 RECALL_AT = (1, 5, 10)
@@ -44,8 +45,7 @@ def retrieval_ranks(image_NE: Tensor, title_NE: Tensor, title_id_N: Tensor, imag
     if not bool((best_i2t_N.isfinite() & best_t2i_N.isfinite()).all()):
         raise UserError("the model's embeddings hold NaN or infinity; use an earlier checkpoint")
 
-    ranks_2N = torch.zeros(2, n, dtype=torch.int64, device=image_NE.device)
-    tile_RC = best_i2t_N.new_empty(tile)
+    ranks_2N, tile_RC = pairs.order_N.new_zeros(2, n), best_i2t_N.new_empty(tile)
     better_SC = best_i2t_N.new_empty(BLOCK if on_cpu else tile[0], tile[1])
     corners = [(row, col) for row in range(0, n, tile[0]) for col in range(0, n, tile[1])]
     for row, col in corners[part[0]::part[1]]:
@@ -61,10 +61,8 @@ def retrieval_ranks(image_NE: Tensor, title_NE: Tensor, title_id_N: Tensor, imag
 
 def _count_better(scores_RC: Tensor, best_R: Tensor, best_C: Tensor, better_SC: Tensor, rank_R: Tensor,
                   rank_C: Tensor) -> None:
-    """Add to both ranks how many scores of a tile are above the best correct one of their row and of their column.
-
-    On a CPU torch compares into floats 4x faster than into bools, and counts up to a tile are exact.
-    """
+    """Add to both ranks how many scores of a tile are above the best correct one of their row and of their column."""
+    # On a CPU torch compares into floats 4x faster than into bools, and counts up to a tile are exact.
     strip = len(better_SC)
     for low in range(0, len(scores_RC), strip):
         scores_SC = scores_RC[low:low + strip]
@@ -83,7 +81,7 @@ class _Pairs:
 
     def __init__(self, image_NE: Tensor, title_NE: Tensor, title_id_N: Tensor, image_id_N: Tensor | None,
                  block: int) -> None:
-        family_N, self.order_N = _families(title_id_N, image_id_N).sort(stable=True)
+        family_N, self.order_N = families(title_id_N, image_id_N).sort(stable=True)
         self.n, self.block = len(family_N), block
         self.ids = [id_N[self.order_N] for id_N in (title_id_N, image_id_N) if id_N is not None]
         self.order_P = F.pad(self.order_N, (0, -self.n % block))
@@ -129,23 +127,6 @@ class _Pairs:
                 best = best_N[at:at + self.block]
                 torch.maximum(best, score, out=best)
         return best_i2t_N, best_t2i_N
-
-
-def _families(title_id_N: Tensor, image_id_N: Tensor | None) -> Tensor:
-    """Label [N]: rows that share a title or an image, directly or through other rows, share a label.
-
-    Connected components by the FastSV algorithm (Zhang, Azad, Hu, 2020): about log2(N) rounds, also on long chains.
-    """
-    groups = [id_N.unique(return_inverse=True)[1] for id_N in (title_id_N, image_id_N) if id_N is not None]
-    family_N = torch.arange(len(title_id_N), device=title_id_N.device)
-    while True:
-        before_N = family_N
-        for group_N in groups:
-            least_N = torch.full_like(family_N, len(family_N)).scatter_reduce(0, group_N, family_N, "amin")[group_N]
-            family_N = torch.minimum(family_N.scatter_reduce(0, family_N, least_N, "amin"), least_N)
-        family_N = family_N[family_N]
-        if torch.equal(family_N, before_N):
-            return family_N
 
 
 @torch.no_grad()

@@ -20,7 +20,8 @@ CHUNK = 65_536
 
 @torch.inference_mode()
 def measure_split(project_image: Project, project_text: Project, pairs: Features, image_id_N: Tensor,
-                  part: tuple[int, int] = (0, 1), total: Callable[[Tensor], Tensor] = lambda counts: counts) -> Retrieval:
+                  part: tuple[int, int] = (0, 1),
+                  total: Callable[[Tensor], Tensor] = lambda counts: counts) -> Retrieval:
     """Ranks in both directions and, for rows with a negative, whether their own title beats it.
 
     `image_id_N` are int64 identities of the images: equal id means identical image. `part` (rank, ranks) and `total`

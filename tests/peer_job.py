@@ -1,7 +1,7 @@
 """The whole reference job by sentence-transformers, as the original notebook does it: the peer of `run.py bench`.
 
-`python tests/peer_job.py MODEL DATASET OUT EPOCHS`: one line of JSON with the CPU seconds of the whole process and of one
-epoch with its evaluations, so that more epochs can be reckoned. The product itself never imports this.
+`python tests/peer_job.py MODEL DATASET OUT EPOCHS`: one line of JSON with the CPU seconds of the whole process and of
+one epoch with its evaluations, so that more epochs can be reckoned. The product itself never imports this.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Recall(SentenceEvaluator):
         super().__init__()
         self.images, self.titles, self.name, self.primary_metric = images, titles, name, f"{name}_recall"
 
-    def __call__(self, model: Any, output_path: str | None = None, epoch: int = -1, steps: int = -1) -> dict[str, float]:
+    def __call__(self, model: Any, output_path: str | None = None, epoch: int = -1,
+                 steps: int = -1) -> dict[str, float]:
         """Encode both sides anew, rank by cosine."""
         image = model.encode(self.images, convert_to_tensor=True)
         title = model.encode(self.titles, convert_to_tensor=True)

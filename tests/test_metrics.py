@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.batch import UserError
+from eval.families import families
 from eval.intervals import _histogram
 from eval.metrics import (
     Retrieval,
-    _families,
     _Pairs,
     compare,
     mean_interval,
@@ -86,7 +86,7 @@ def test_answers_are_left_out_even_where_rounding_puts_them_above_the_threshold(
 
 def test_families_of_a_very_long_chain_are_found_in_few_rounds() -> None:
     row = torch.randperm(200_000, generator=rng(0))
-    assert not _families(row // 2, (row + 1) // 2).any()
+    assert not families(row // 2, (row + 1) // 2).any()
 
 
 def test_titles_and_images_that_link_in_a_long_chain() -> None:

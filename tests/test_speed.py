@@ -1,0 +1,137 @@
+"""What makes things fast changes nothing: frozen towers in pieces, crops, recomputed layers, ranks shared by ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_pairs, on_ranks, run
+from torch import Tensor
+
+from data.augment import RATIO, SCALE, random_region
+from data.batch import Tokens, UserError
+from engine import frozen as module
+from engine.bench import image_flops, random_clip
+from engine.dist import World
+from engine.frozen import Frozen
+from engine.model import open_model
+from eval.bench import Bench, amount
+from eval.metrics import retrieval_ranks
+
+CPU = torch.device("cpu")
+
+
+def test_pieces_of_a_batch_give_the_whole(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CPU_BATCH", 4)
+    towers = open_model(str(tiny_model), ("projection",), "auto", 20.0, "fp32", CPU).towers
+    pixels = torch.randint(256, (11, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(Frozen(towers.image, CPU, torch.float32)(pixels), towers.image(pixels), atol=5e-6,
+                               rtol=0)
+    tokens = Tokens(torch.randint(200, (11, 9)), torch.ones(11, 9, dtype=torch.int64))
+    torch.testing.assert_close(Frozen(towers.text, CPU, torch.float32)(tokens), towers.text(tokens), atol=5e-6, rtol=0)
+    assert len(Frozen(towers.image, CPU, torch.float32)(pixels[:0])) == 0
+
+
+def test_a_full_device_halves_the_batch_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def encode(rows: Tensor) -> Tensor:
+        tried.append(len(rows))
+        if len(rows) > 5:
+            raise torch.OutOfMemoryError
+        return rows * 2.0
+
+    monkeypatch.setattr(module, "CPU_BATCH", 32)
+    tower = Frozen(encode, CPU, torch.float32)
+    rows = torch.arange(40)
+    assert tower(rows).equal(rows * 2.0) and tower.batch == 4 and tried[:4] == [32, 16, 8, 4]
+    assert tower(rows).equal(rows * 2.0) and max(tried[-10:]) == 4
+    with pytest.raises(UserError, match="no room for one input"):
+        Frozen(lambda rows: encode(torch.zeros(6)), CPU, torch.float32)(rows)
+
+
+def test_the_activation_is_that_of_transformers_to_the_bit() -> None:
+    x = torch.randn(3, 50, 64) * 4
+    expected = x * torch.sigmoid(1.702 * x)
+    assert module.QuickGelu()(x.clone().requires_grad_()).equal(expected)
+    with torch.no_grad():
+        assert module.QuickGelu()(x.clone()).equal(expected)
+
+
+def test_crops_are_as_drawn_and_a_pure_function_of_seed_epoch_and_row() -> None:
+    seen = {random_region(7, epoch, row, 480, 360) for epoch in range(3) for row in range(200)}
+    assert len(seen) > 300 and random_region(7, 2, 5, 480, 360) == random_region(7, 2, 5, 480, 360)
+    for left, top, right, bottom in seen:
+        width, height = right - left, bottom - top
+        assert 0 <= left < right <= 480 and 0 <= top < bottom <= 360
+        assert SCALE[0] - 0.01 <= width * height / (480 * 360) <= 1.0
+        assert RATIO[0] - 0.01 <= width / height <= RATIO[1] + 0.01
+    assert random_region(0, 0, 0, 1000, 10) == (493, 0, 506, 10)  # nothing fits: centred, as near as the ratio allows
+    assert random_region(0, 0, 0, 1, 1) == (0, 0, 1, 1)
+
+
+def gradients(model: Path, recompute: bool) -> list[Tensor]:
+    parts = open_model(str(model), ("projection", "layers.1"), "auto", 20.0, "fp32", CPU, recompute=recompute)
+    torch.manual_seed(0)
+    pixels = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
+    ids = torch.randint(200, (5, 9))
+    image, text = parts.towers.image(pixels), parts.towers.text(Tokens(ids, torch.ones_like(ids)))
+    (parts.head.image(image) * parts.head.text(text)).sum().backward()
+    return [parameter.grad for parameter in parts.trainable.values()]
+
+
+def test_recomputed_layers_give_the_same_gradients(tiny_model: Path) -> None:
+    plain, recomputed = gradients(tiny_model, False), gradients(tiny_model, True)
+    assert len(plain) > 20 and all(a is not None and a.equal(b) for a, b in zip(plain, recomputed, strict=True))
+
+
+def shared_ranks(image: Tensor, title: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return retrieval_ranks(image, title, ids, None, (64, 128), (rank, size), World(rank, rank, size, CPU).sum)
+
+
+def test_ranks_share_recall_and_get_the_same_integers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image, title = (torch.nn.functional.normalize(torch.randn(333, 8, generator=generator), dim=-1) for _ in range(2))
+    ids = torch.randint(200, (333,), generator=generator)
+    alone = retrieval_ranks(image, title, ids)
+    for answer in on_ranks(3, shared_ranks, image, title, ids):
+        assert all(ours.equal(one) for ours, one in zip(answer, alone, strict=True))
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "steps.jsonl").read_text().splitlines()]
+
+
+def test_augmented_runs_are_the_same_on_two_ranks_and_differ_by_epoch(tiny_model: Path, tmp_path: Path) -> None:
+    pairs = make_pairs(tmp_path / "pairs", 21, 5, 5)
+    args = ["--model", tiny_model, "--dataset", pairs, "--cache-dir", tmp_path / "cache", "--epochs", 2, "--lr", 0.0,
+            "--batch-size", 8, "--precision", "fp32"]
+    for name, more, ranks in (("plain", [], 1), ("one", ["--augment", "--profile"], 1), ("two", ["--augment"], 2)):
+        done = run([*args, "--out", tmp_path / name, *more], ranks)
+        assert done.returncode == 0, done.stderr
+        if name == "one":
+            assert "time of 4 recorded steps" in done.stderr and "towers" in done.stderr
+            assert "time of the run" in done.stderr and "evaluate" in done.stderr
+    plain, one, two = (losses(tmp_path / name) for name in ("plain", "one", "two"))
+    assert two == pytest.approx(one, abs=1e-5) and one != pytest.approx(plain, abs=1e-4)
+    assert sum(one[:3]) != pytest.approx(sum(one[3:]), abs=1e-4)  # other crops in the other epoch, nothing learned
+    base = [json.loads((tmp_path / name / "metrics.json").read_text())["base"] for name in ("plain", "one")]
+    assert base[0] == base[1]  # measured on whole images
+
+
+def test_figures_know_whether_they_reach_their_goal() -> None:
+    bench = Bench(True, lambda text: None)
+    bench.note("P9", "b", "1", "2", [3.0, 5.0, 4.0], ">= 4")
+    bench.note("P1", "a", "1", "2", [3.0], "<= 2.5")
+    bench.race("P2", "c", lambda: sum(range(300_000)), lambda: sum(range(30_000)), ">= 0.01", work=(2, 1), unit="x")
+    assert [figure.reached for figure in bench.figures] == [True, False, True]
+    assert [line.split("|")[1].strip() for line in bench.table().splitlines()[2:]] == ["P1", "P2", "P9"]
+    assert bench.figures[0].ratio == (4.0, 3.0, 5.0) and bench.figures[2].ratio[0] < 1
+    assert amount(0.0021, 1, "s") == "2.1 ms" and amount(2.0, 10, "pairs") == "5 pairs/s"
+
+
+def test_flops_of_an_image_are_those_of_its_matrix_products() -> None:
+    assert image_flops(random_clip("ViT-B/32").model.config.vision_config) == pytest.approx(8.8e9, rel=0.01)

@@ -24,6 +24,7 @@ from engine.config import (
     to_toml,
     unknown,
 )
+from engine.recipes import RECIPES
 
 HOME = Path(__file__).resolve().parents[1]
 DEMO_MODEL = HOME / "data" / "demo_model"

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from engine.config import (
-    RECIPES,
     Config,
     check,
     comma_list,

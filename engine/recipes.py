@@ -15,6 +15,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def fitted(config: Config, rows: int) -> Config:
-    """The settings for so many training pairs: where a recipe's own batch is larger than that, all pairs are a batch."""
+    """The settings for so many training pairs: where a recipe's own batch is larger, all pairs are one batch."""
     whole = config.batch_size > rows and config.batch_size == RECIPES[config.recipe].get("batch_size")
     return replace(config, batch_size=rows) if whole else config

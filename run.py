@@ -450,19 +450,20 @@ def check(cfg: Config, world: World, stop: Stop) -> int:
 def search(cfg: Config, world: World, stop: Stop) -> int:
     """The best thumbnails for titles, or the best titles for a picture: one process, from stored features."""
     from data import gallery
-    from data.batch import UserError
+    from engine.folder import write_text
     from eval.search import as_json, as_text
+    from eval.search_page import page
 
     if not world.is_main:
         return 0
     titles = gallery.read_queries(cfg.query, cfg.queries, cfg.image)
-    if cfg.html and Path(cfg.html).expanduser().is_dir():
-        raise UserError(f"--html {cfg.html} is a folder; give a file, such as {cfg.html}/search.html")
     splits, results, look = find(cfg, world, titles)
+    place = os.path.abspath(cfg.dataset)
     if cfg.html:
-        write_pictures(cfg, splits, results, look)
-    text = json.dumps(as_json(results), indent=2) if cfg.json else as_text(results, os.path.abspath(cfg.dataset))
-    print(text, flush=True)
+        shown = {(answer.split, answer.row) for found in results for answer in found.answers}
+        previews = gallery.pictures(splits, shown, cfg.image, look)
+        write_text(Path(cfg.html).expanduser(), page(place, results, previews))
+    print(json.dumps(as_json(results), indent=2) if cfg.json else as_text(results, place), flush=True)
     return 0
 
 
@@ -489,20 +490,6 @@ def find(cfg: Config, world: World, titles: Sequence[str]) -> tuple[dict[str, Ro
             shelf, project = gallery.open_titles(splits, towers, cache.expanduser()), head.text
         best = top_k(asked, lambda start, stop: project(shelf.chunk(start, stop).to(world.device)), len(shelf), cfg.top)
     return splits, found(titles, cfg.image, *best, shelf.item), look
-
-
-def write_pictures(cfg: Config, splits: dict[str, Rows], results: Sequence[Found], look: Reader) -> None:
-    """The page of --html."""
-    from data.gallery import pictures
-    from engine import folder
-    from eval.search_page import page
-
-    shown = {(answer.split, answer.row) for one in results for answer in one.answers}
-    wanted: dict[Any, Any] = {place: splits[place[0]].image[place[1]].as_py() for place in shown}
-    if cfg.image:
-        wanted[cfg.image] = {"bytes": None, "path": cfg.image}
-    previews = pictures(wanted, look)
-    folder.write_text(Path(cfg.html).expanduser(), page(os.path.abspath(cfg.dataset), results, previews))
 
 
 def export(cfg: Config, world: World, stop: Stop) -> int:
@@ -577,9 +564,10 @@ def losses_from(state: State, cfg: Config, world: World, parts: Parts, pairs: Pa
 
     recorder, end = Recorder(world), state.step + REPLAYED
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
-    fit(distribute(parts.trained_model(), world.size), pairs.batches("train", cfg.batch_size, cfg.seed, world.device),
-        saved.optimizer, plan, state, world, cfg, parts.precision, log=recorder, profiler=Profiler(),
-        evaluate=lambda: None, checkpoint=lambda _: None, stop=lambda step: int(step >= end))
+    model = distribute(parts.trained_model(cfg.micro_batch), world.size)
+    fit(model, pairs.batches("train", cfg.batch_size, cfg.seed, world.device), saved.optimizer, plan, state, world, cfg,
+        parts.precision, log=recorder, profiler=Profiler(), evaluate=lambda: None, checkpoint=lambda _: None,
+        stop=lambda step: int(step >= end))
     return recorder.losses
 
 

@@ -6,7 +6,7 @@ Dimension key: M distinct image references, N distinct items of the gallery, Q q
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,8 +172,13 @@ def choose(splits: dict[str, Rows], wanted: str, dataset: str) -> dict[str, Rows
     return splits if wanted == "all" else {wanted: splits[wanted]}
 
 
-def pictures(wanted: Mapping[Any, Mapping[str, Any]], reader: Reader) -> dict[Any, bytes]:
-    """Small JPEGs of image references under the names they have in `wanted`; what cannot be shown is left out."""
+def pictures(splits: Mapping[str, Rows], places: Iterable[tuple[str, int]], image: str,
+             reader: Reader) -> dict[tuple[str, int] | str, bytes]:
+    """Small JPEGs of rows (split, number) and of the `image` asked for, if any; what cannot be shown is left out."""
+    wanted: dict[tuple[str, int] | str, Mapping[str, Any]] = {
+        (split, row): splits[split].image[row].as_py() for split, row in places}
+    if image:
+        wanted[image] = {"bytes": None, "path": image}
     shown = {}
     for name, reference in wanted.items():
         with suppress(BadSample):

@@ -224,6 +224,8 @@ def check(config: Config) -> None:
                              f"not {getattr(config, name)!r}")
     if config.interpolate not in ("", "auto") and not 0 <= _number(config.interpolate) <= 1:
         raise ValueError(f"--interpolate is a share of tuned within 0 and 1, or auto; not {config.interpolate}")
+    if config.html and Path(config.html).expanduser().is_dir():
+        raise ValueError(f"--html {config.html} is a folder; give a file, such as {config.html}/search.html")
     if not config.trainable:
         raise ValueError("--trainable names nothing; try --trainable projection")
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
+from torch.profiler import ProfilerActivity, profile, record_function, schedule, tensorboard_trace_handler
 
 SKIP, WARM, RECORD = 1, 1, 4  # steps: the first is start-up, the second warms the profiler up
+NOWHERE = nullcontext()
 
 
 class Profiler:
@@ -20,6 +23,10 @@ class Profiler:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         return None
+
+    def region(self, name: str) -> AbstractContextManager[Any]:
+        """A named part of the step: free, where `record_function` costs 10 us even when nothing is recorded."""
+        return NOWHERE
 
     def step(self) -> None:
         """Nothing to do."""
@@ -43,6 +50,10 @@ class Trace(Profiler):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         self._profile.__exit__(kind, error, trace)
+
+    def region(self, name: str) -> AbstractContextManager[Any]:
+        """A named part of the step, as the trace shows it."""
+        return record_function(name)
 
     def step(self) -> None:
         """Tell the schedule that a step ended."""

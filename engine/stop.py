@@ -34,7 +34,7 @@ class Stop:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         if "TORCHELASTIC_RUN_ID" in os.environ:  # under nohup or tmux a parent may go; torchrun's going is an end
-            threading.Thread(target=_follow, args=(os.getppid(),), name="launcher", daemon=True).start()
+            threading.Thread(target=self._follow, args=(os.getppid(),), name="launcher", daemon=True).start()
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self._received:
@@ -42,6 +42,15 @@ class Stop:
         self._received = number
         if not self._graceful:
             self._leave()
+
+    def _follow(self, launcher: int) -> None:
+        """Wait until the launcher is gone; then stop as if it had asked for that, and soon in any case."""
+        while os.getppid() == launcher:
+            time.sleep(WATCH_S)
+        if not self._received:  # it may have asked before it went
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ORPHAN_S)
+        os._exit(128 + signal.SIGTERM)
 
     def _leave(self) -> None:
         last = threading.Timer(AT_ONCE_S, os._exit, [128 + self._received])
@@ -92,12 +101,3 @@ def _heed(ended: threading.ExceptHookArgs) -> None:
     """Say what ended a thread, but not that a disk refused: TensorBoard's thread hands that on to the main one."""
     if not isinstance(ended.exc_value, OSError):
         threading.__excepthook__(ended)
-
-
-def _follow(launcher: int) -> None:
-    """Wait until the launcher is gone; then stop as if it had asked for that, and soon in any case."""
-    while os.getppid() == launcher:
-        time.sleep(WATCH_S)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(ORPHAN_S)
-    os._exit(128 + signal.SIGTERM)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import record_function
 
 from data.batch import Batch, Features, UserError, share
 from engine.checkpoint import State
@@ -95,25 +94,25 @@ def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: An
         with log.waiting():
             inputs = next(stream)
         rows = plan.rows_at(state.step)
-        with record_function("project"), torch.autocast(world.device.type, precision, enabled=precision.itemsize < 4):
+        with profiler.region("project"), torch.autocast(world.device.type, precision, enabled=precision.itemsize < 4):
             out = model(inputs)
-        with record_function("loss"):
+        with profiler.region("loss"):
             loss = ranked(objective, world, out, inputs, rows)
-        with record_function("backward"):
+        with profiler.region("backward"):
             loss.backward(ranks)  # DDP averages over ranks what is to be added up
             loss = optimizer.pull(loss.detach(), world.size)
-        with record_function("optim"):
+        with profiler.region("optim"):
             lr = learning_rate(state.step, plan.steps, cfg.lr, cfg.schedule, cfg.warmup)
             grad_norm = update(optimizer, lr, cfg.clip_norm)
         state.step += 1
         log.step(state.step, loss, grad_norm, lr, rows)
         profiler.step()
         state.stopped = stop(state.step)
-        save = plan.due(state.step, cfg.save_every) or state.stopped
         look = plan.due(state.step, cfg.eval_every) and not state.stopped
-        if plan.due(state.step, cfg.log_every) or save or look:
+        save = plan.due(state.step, cfg.save_every) or look or state.stopped  # before a look, which may be cut off
+        if plan.due(state.step, cfg.log_every) or save:
             watch(state.step, log.flush(plan.steps))  # the only host sync, but for `stop` about once a second
-        if save:  # before the evaluation, which may then be cut off
+        if save:
             with log.aside("checkpoint"):
                 checkpoint(state)
         if look:

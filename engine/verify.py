@@ -50,8 +50,9 @@ class Recorder:
         """Note the loss of a step, summed over ranks."""
         self.losses[step] = float(self.world.sum(loss))
 
-    def flush(self, _: int) -> None:
-        """Nothing is pending."""
+    def flush(self, _: int) -> list[float]:
+        """As `Log.flush`; nothing is pending."""
+        return []
 
 
 def files(run: Path) -> tuple[list[Finding], list[Path]]:

@@ -57,14 +57,15 @@ def _split_table(metrics: Mapping[str, Any], split: str) -> str:
             values = metrics[when][split]
             bars.append((values[metric], *values[f"{metric}_ci95"], style))
         low, high = (0, 1) if not metric.endswith("rank") else (1, max(bar[2] for bar in bars))
-        cells.append(f"<td>{interval_bar(low, high, bars)}</td>")
+        cells.append(f'<td class="bars">{interval_bar(low, high, bars)}</td>')
         if difference:
-            cells += [f'<td class="n">{text(cell)}</td>' for cell in difference_cells(difference.get(metric), metric)]
+            change, p = difference_cells(difference.get(metric), metric)
+            cells += [f'<td class="n">{_apart(change)}</td>', f'<td class="n">{text(p)}</td>']
         rows.append(f'<tr><th scope="row">{_long_name(metric)}</th>{"".join(cells)}</tr>')
-    heads = ["Metric", '<span class="base-ink">Before</span>', '<span class="tuned-ink">After</span>', "Both"]
-    heads += ["Difference", "p"] if difference else []
+    heads = ['>Metric', ' class="base-ink">Before', ' class="tuned-ink">After', ' class="bars">Both']
+    heads += [">Difference", ">p"] if difference else []
     return (f'<div class="wide" tabindex="0" role="region" aria-label="Figures of {attribute(split)}"><table><caption>'
-            f'{text(split)} pairs</caption><thead><tr>{"".join(f"<th scope=col>{head}</th>" for head in heads)}</tr>'
+            f'{text(split)} pairs</caption><thead><tr>{"".join(f"<th scope=col{head}</th>" for head in heads)}</tr>'
             f'</thead><tbody>{"".join(rows)}</tbody></table></div>')
 
 
@@ -77,7 +78,12 @@ def _long_name(metric: str) -> str:
 
 
 def _value(values: Mapping[str, Any], metric: str) -> str:
-    number, _, interval = cell(values, metric).partition(" ")
+    return _apart(cell(values, metric))
+
+
+def _apart(shown: str) -> str:
+    """A number and its interval, the interval smaller; on a phone below it."""
+    number, _, interval = shown.partition(" ")
     return f'{number} <span class="ci">{interval}</span>'
 
 

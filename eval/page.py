@@ -100,7 +100,7 @@ dd{margin:0;overflow-wrap:anywhere}
 code,pre{font:.88em/1.5 ui-monospace,"DejaVu Sans Mono",monospace;overflow-wrap:anywhere}
 pre{background:var(--card);border:1px solid var(--line);border-radius:6px;padding:.6rem;white-space:pre-wrap}
 @media (max-width:30rem){.thumb,.gone{width:6rem}dl{grid-template-columns:1fr}dt{color:var(--soft)}
-th,td{padding-right:.5rem}.ci{display:block}.bars{display:none}}
+th,td{padding-right:.5rem}.ci{display:block;font-size:.78em}.bars{display:none}table{font-size:.88rem}}
 @media print{.case{break-inside:avoid}}
 """
 

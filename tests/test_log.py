@@ -6,16 +6,16 @@ import pty
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, run
+from helpers import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+import run as command_line
 from engine.board import POINTS, Board, Drift
 from engine.dist import CLEAR, World
 from engine.log import Log
@@ -32,79 +32,6 @@ def events(folder: Path) -> EventAccumulator:
 
 def curve(found: EventAccumulator, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in found.Scalars(tag)]
-
-
-@pytest.fixture(scope="module")
-def finished(pairs: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any]]:
-    out = tmp_path_factory.mktemp("log") / "run"
-    done = run(["--model", tiny_model, "--dataset", pairs, "--out", out, "--cache-dir", out.parent / "cache",
-                "--lr", "1e-2", "--log-every", "2", "--precision", "fp32", "--quiet"])
-    assert done.returncode == 0, done.stderr
-    yield out, done
-
-
-def test_quiet_leaves_the_table_alone(finished: tuple[Path, Any]) -> None:
-    _, done = finished
-    assert done.stderr == "" and done.stdout.startswith("| split | metric")
-    assert all(line.startswith("|") for line in done.stdout.splitlines())
-
-
-def test_curves_pictures_and_hparams_are_where_people_look(finished: tuple[Path, Any]) -> None:
-    out, _ = finished
-    steps = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
-    metrics = json.loads((out / "metrics.json").read_text())
-    main, base = events(out / "tensorboard"), events(out / "tensorboard" / "base")
-    assert {tag.split("/")[0] for tag in main.Tags()["scalars"]} == GROUPS
-    for name in ("loss", "lr", "grad_norm"):
-        assert curve(main, f"fit/{name}") == [(line["step"], pytest.approx(line[name])) for line in steps]
-    assert [step for step, _ in curve(main, "eval/image_to_text_R@10 valid")] == [0, 3, 6]
-    assert curve(main, "test/image_to_text_R@10") == [
-        (0, pytest.approx(metrics["base"]["test"]["image_to_text_R@10"])),
-        (6, pytest.approx(metrics["tuned"]["test"]["image_to_text_R@10"]))]
-    for split in ("train", "valid"):  # the base model is a level line beside every metric
-        value = metrics["base"][split]["triplet_accuracy"]
-        assert curve(base, f"eval/triplet_accuracy {split}") == [(step, pytest.approx(value)) for step in (0, 3, 6)]
-    for name in ("visual_projection", "text_projection"):
-        drift = [value for _, value in curve(main, f"fit/drift {name}")]
-        assert drift[0] == 0 < drift[1] < drift[2]
-    assert all(0 <= value <= 1 for _, value in curve(main, "machine/data_wait_share"))
-    assert set(main.Tags()["images"]) == {"retrieval/test image_to_text", "retrieval/test text_to_image",
-                                          "similarity/test"}
-    assert {tag.split("/")[0] for tag in main.Tags()["histograms"]} == {"margin"}
-    assert [path.parent.name for path in sorted(out.glob("tensorboard/*/*/sprite.png"))] == ["base", "tuned"]
-    assert len(list((out / "tensorboard").rglob("events.*"))) == 2  # hparams opened no run of their own
-    plugins = main.summary_metadata
-    assert {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"} <= set(plugins)
-    assert b"batch_size" in plugins["_hparams_/session_start_info"].plugin_data.content
-
-
-def test_evaluations_are_kept_line_by_line(finished: tuple[Path, Any]) -> None:
-    out, _ = finished
-    lines = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["epoch"]) for line in lines] == [(0, 0), (3, 1), (6, 2)]
-    assert set(lines[1]) == {"step", "epoch", "train", "valid"} and "test" in lines[2]
-
-
-def test_a_long_run_writes_a_bounded_number_of_points(tmp_path: Path) -> None:
-    steps = 30 * POINTS
-    board = Board(tmp_path, 0, steps)
-    written = [step for step in range(1, steps + 1) if board.due("steps", step)]
-    assert POINTS <= len(written) <= POINTS + 1 and written[-1] == steps
-    short = Board(tmp_path / "short", 0, 7)
-    assert [step for step in range(1, 8) if short.due("steps", step)] == list(range(1, 8))
-    assert not short.due("steps", 4)  # best weights taken back: no curve runs backwards
-    log = Log(tmp_path / "run", World(1, 1, 2, torch.device("cpu")), 5, 10, 0, Drift({}), {})
-    log.metrics({"valid": {"image_to_text_R@10": 0.5}}, 0)  # another rank: nothing is written
-    log.close()
-    assert not (tmp_path / "run").exists()
-
-
-def test_drift_is_relative_to_where_training_began() -> None:
-    weight = nn.Parameter(torch.full((2, 2), 2.0))
-    drift = Drift({"visual_projection.weight": weight, "logit_scale": nn.Parameter(torch.ones(()))})
-    with torch.no_grad():
-        weight += 0.5
-    assert drift() == {"fit/drift visual_projection": pytest.approx(0.25)}
 
 
 def on_terminal(args: list[Any]) -> tuple[int, str]:
@@ -137,15 +64,91 @@ def on_screen(said: str) -> list[str]:
     return lines
 
 
-def test_a_terminal_has_one_live_line(pairs: Path, tiny_model: Path, tmp_path: Path) -> None:
-    code, said = on_terminal(["--model", tiny_model, "--dataset", pairs, "--out", tmp_path / "run", "--cache-dir",
-                              tmp_path / "cache", "--log-every", "1"])
+@pytest.fixture(scope="module")
+def finished(pairs: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a run on a terminal, and what the terminal was sent."""
+    out = tmp_path_factory.mktemp("log") / "run"
+    code, said = on_terminal(["--model", tiny_model, "--dataset", pairs, "--out", out, "--cache-dir",
+                              out.parent / "cache", "--lr", "1e-2", "--log-every", "1", "--precision", "fp32"])
     assert code == 0, said
+    return out, said
+
+
+def test_quiet_leaves_the_table_alone(finished: tuple[Path, str], pairs: Path, tiny_model: Path, tmp_path: Path,
+                                      capfd: pytest.CaptureFixture[str]) -> None:
+    cache = finished[0].parent / "cache"
+    assert command_line.main(["--model", str(tiny_model), "--dataset", str(pairs), "--out", str(tmp_path / "run"),
+                              "--cache-dir", str(cache), "--epochs", "1", "--quiet"]) == 0
+    said = capfd.readouterr()
+    assert said.err == "" and said.out.startswith("| split | metric")
+    assert all(line.startswith("|") for line in said.out.splitlines())
+
+
+def test_curves_pictures_and_hparams_are_where_people_look(finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    steps = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
+    metrics = json.loads((out / "metrics.json").read_text())
+    main, base = events(out / "tensorboard"), events(out / "tensorboard" / "base")
+    assert {tag.split("/")[0] for tag in main.Tags()["scalars"]} == GROUPS
+    for name in ("loss", "lr", "grad_norm"):
+        assert curve(main, f"fit/{name}") == [(line["step"], pytest.approx(line[name])) for line in steps]
+    assert [step for step, _ in curve(main, "eval/image_to_text_R@10 valid")] == [0, 3, 6]
+    assert curve(main, "test/image_to_text_R@10") == [
+        (0, pytest.approx(metrics["base"]["test"]["image_to_text_R@10"])),
+        (6, pytest.approx(metrics["tuned"]["test"]["image_to_text_R@10"]))]
+    for split in ("train", "valid"):  # the base model is a level line beside every metric
+        value = metrics["base"][split]["triplet_accuracy"]
+        assert curve(base, f"eval/triplet_accuracy {split}") == [(step, pytest.approx(value)) for step in (0, 3, 6)]
+    for name in ("visual_projection", "text_projection"):
+        drift = [value for _, value in curve(main, f"fit/drift {name}")]
+        assert drift[0] == 0 < drift[1] < drift[2]
+    assert all(0 <= value <= 1 for _, value in curve(main, "machine/data_wait_share"))
+    assert set(main.Tags()["images"]) == {"retrieval/test image_to_text", "retrieval/test text_to_image",
+                                          "similarity/test"}
+    assert {tag.split("/")[0] for tag in main.Tags()["histograms"]} == {"margin"}
+    assert [path.parent.name for path in sorted(out.glob("tensorboard/*/*/sprite.png"))] == ["base", "tuned"]
+    assert len(list((out / "tensorboard").rglob("events.*"))) == 2  # hparams opened no run of their own
+    plugins = main.summary_metadata
+    assert {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"} <= set(plugins)
+    assert b"batch_size" in plugins["_hparams_/session_start_info"].plugin_data.content
+
+
+def test_evaluations_are_kept_line_by_line(finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    lines = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["epoch"]) for line in lines] == [(0, 0), (3, 1), (6, 2)]
+    assert set(lines[1]) == {"step", "epoch", "train", "valid"} and "test" in lines[2]
+
+
+def test_a_long_run_writes_a_bounded_number_of_points(tmp_path: Path) -> None:
+    steps = 30 * POINTS
+    board = Board(tmp_path, 0, steps)
+    written = [step for step in range(1, steps + 1) if board.due("steps", step)]
+    assert POINTS <= len(written) <= POINTS + 1 and written[-1] == steps
+    short = Board(tmp_path / "short", 0, 7)
+    assert [step for step in range(1, 8) if short.due("steps", step)] == list(range(1, 8))
+    assert not short.due("steps", 4)  # best weights taken back: no curve runs backwards
+    log = Log(tmp_path / "run", World(1, 1, 2, torch.device("cpu")), 5, 10, 0, Drift({}), {})
+    log.metrics({"valid": {"image_to_text_R@10": 0.5}}, 0)  # another rank: nothing is written
+    log.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_drift_is_relative_to_where_training_began() -> None:
+    weight = nn.Parameter(torch.full((2, 2), 2.0))
+    drift = Drift({"visual_projection.weight": weight, "logit_scale": nn.Parameter(torch.ones(()))})
+    with torch.no_grad():
+        weight += 0.5
+    assert drift() == {"fit/drift visual_projection": pytest.approx(0.25)}
+
+
+def test_a_terminal_has_one_live_line(finished: tuple[Path, str]) -> None:
+    out, said = finished
     live = re.findall(r"\x1b\[2K(step [^\r\n]*)\r(?!\n)", said)
     assert len(live) == 5 and all(len(line) < 80 for line in live)
-    assert re.match(r"step 2/6  epoch 0\.67  loss \d\.\d+  valid R@10 \d\.\d+  lr [\d.e-]+  [\d,]+ pairs/s", live[1])
+    assert re.match(r"step 2/6  epoch 0\.67  loss \d+\.\d+  valid R@10 \d\.\d+  lr [\d.e-]+  [\d,]+ pairs/s", live[1])
     shown = on_screen(said)
     assert [line for line in shown if re.match(r"step \d/6 ", line)] == [
         line for line in shown if line.startswith("step 6/6")]  # the last one stays, the others are gone
-    assert any(line.startswith(f"report      {tmp_path / 'run' / 'report.html'}") for line in shown)
+    assert any(line.startswith(f"report      {out / 'report.html'}") for line in shown)
     assert any(line.startswith("TensorBoard tensorboard --logdir") for line in shown)

@@ -49,7 +49,8 @@ ALTERED: dict[str, tuple[Callable[[Path], object], str]] = {  # what somebody do
     "a step": (lambda home: edit(home / "run/steps.jsonl", r'"step": 4', '"step": 5'), r"steps.jsonl +FAILED"),
     "a metric": (lambda home: boast(home / "run/metrics.json"), r"metrics.json +FAILED"),
     "the weights": (lambda home: shift(home / "run/model/projections.safetensors"), r"exported weights +FAILED"),
-    "the data": (lambda home: edit(home / "pairs/train.csv", r"(\n[^,]+),[^,]+,", r"\1,other,"), r"FAILED +data changed"),
+    "the data": (lambda home: edit(home / "pairs/train.csv", r"(\n[^,]+),[^,]+,", r"\1,other,"),
+                 r"FAILED +data changed"),
     "no data": (lambda home: shutil.rmtree(home / "pairs"), r"replay and metrics +not checked +.*no such file"),
 }
 

@@ -228,6 +228,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     from engine.log import Log
     from engine.model import distribute
     from engine.profiler import profiler
+    from engine.recipes import fitted
     from engine.train import Plan, fit
     from eval.show import Show, shown_split
 
@@ -235,6 +236,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     parts = open_parts(cfg, world)
     trained = parts.trained_model(cfg.micro_batch)
     pairs = with_probe(cfg, world, parts, open_data(cfg, world, parts))
+    cfg = fitted(cfg, len(pairs.splits["train"]))
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     saved = saver(cfg, world, out, parts, pairs)
     start, drift = snapshot(parts.trainable) if cfg.interpolate else {}, Drift(parts.trainable)
@@ -342,7 +344,7 @@ def sweep(cfg: Config, world: World, stop: Stop) -> int:
     from engine.sweep import configurations, named
     from engine.train import Plan
     from engine.trials import REPEAT, Journal, Run, Tuner
-    from eval.leaderboard import judge
+    from eval.leaderboard import judge, on_host
 
     tried = configurations(cfg)
     out, begun = open_run(cfg, world)
@@ -359,7 +361,7 @@ def sweep(cfg: Config, world: World, stop: Stop) -> int:
     journal = Journal(out, world, pairs.identity, cfg.best_metric, begun)
     todo = [settings for settings in tried if not journal.known(settings)]
     tuner = Tuner(parts, in_order)
-    held_out = lambda rows: measure_rows(parts.head, rows).cpu()
+    held_out = lambda rows: on_host(measure_rows(parts.head, rows))
     base, began = tuner.cross_validate(None, runs, held_out, world), time.monotonic()
     with stop.gracefully():
         for done, settings in enumerate(todo, start=1):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from engine.config import (
-    RECIPES,
     Config,
     check,
     comma_list,
@@ -24,6 +23,7 @@ from engine.config import (
     to_toml,
     unknown,
 )
+from engine.recipes import RECIPES
 
 HOME = Path(__file__).resolve().parents[1]
 DEMO_MODEL = HOME / "data" / "demo_model"

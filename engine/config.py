@@ -119,13 +119,6 @@ class Config:
     license: str = setting("other", "output", "licence that the model card names, such as mit or cc-by-4.0")
 
 
-# What --recipe names: settings that differ from the reference's.
-RECIPES: dict[str, dict[str, Any]] = {
-    "reference": {},
-    "best": {"epochs": 20, "batch_size": 128, "lr": 2e-3},
-}
-
-
 def config_fields() -> dict[str, Field[Any]]:
     """The settings by name, in order."""
     return {f.name: f for f in fields(Config)}

@@ -19,6 +19,12 @@ from eval.metrics import Retrieval
 RESAMPLES = 999  # enough to tell configurations apart, in a fraction of the time that their runs take
 
 
+def on_host(found: Retrieval) -> Retrieval:
+    """The same in main memory, to be handed to other ranks."""
+    triplet_M = None if found.triplet_M is None else found.triplet_M.cpu()
+    return Retrieval(found.image_to_text_rank_N.cpu(), found.text_to_image_rank_N.cpu(), triplet_M)
+
+
 def pooled(held: Sequence[tuple[Tensor, Retrieval]], rows: int, metric: str) -> Tensor:
     """Each row's `metric` averaged over the runs that held it out, float64 [N]. Raises UserError for no such metric."""
     sum_N, runs_N = torch.zeros(2, rows, dtype=torch.float64)

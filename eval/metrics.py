@@ -181,11 +181,6 @@ class Retrieval:
     text_to_image_rank_N: Tensor
     triplet_M: Tensor | None = None
 
-    def cpu(self) -> Retrieval:
-        """The same on the host, to be handed to other ranks."""
-        triplet_M = None if self.triplet_M is None else self.triplet_M.cpu()
-        return Retrieval(self.image_to_text_rank_N.cpu(), self.text_to_image_rank_N.cpu(), triplet_M)
-
     def values(self) -> dict[str, float]:
         """Every metric by name. Raises UserError for no rows."""
         found: dict[str, float] = {}

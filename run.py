@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -123,7 +123,7 @@ def encoders(parts: Parts, image_preprocessing: str, device: torch.device,
         stored=parts.stored, tokenizer=clip.tokenizer, max_tokens=clip.max_tokens)
 
 
-def measure(residents: Mapping[str, Resident], head: Head, names: Sequence[str],
+def measure(residents: Mapping[str, Resident], head: Head, names: Collection[str],
             world: World | None = None) -> dict[str, Retrieval]:
     """Ranks and triplets of the named splits with the head as it is now; all ranks of a `world` share the work."""
     return {name: measure_rows(head, split, world) for name, split in residents.items() if name in names}
@@ -147,20 +147,6 @@ def with_probe(cfg: Config, world: World, parts: Parts, pairs: Pairs) -> Pairs:
         pairs, splits={**pairs.splits, "probe": probe.splits["test"]},
         ledger=[*pairs.ledger, *({**entry, "split": "probe"} for entry in probe.ledger)],
         residents=lambda: {**pairs.residents(), "probe": probe.residents()["test"]})
-
-
-def interpolated(cfg: Config, world: World, parts: Parts, pairs: Pairs,
-                 base: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Leave the parameters between base and tuned as --interpolate says; how valid (else train) and probe take it."""
-    from engine.interpolate import interpolate
-
-    watched = ["valid" if "valid" in pairs.splits else "train", *({"probe"} & set(pairs.splits))]
-
-    def score() -> dict[str, dict[str, float]]:
-        found = measure(pairs.residents(), parts.head, watched, world)
-        return {name: found[name].values() for name in watched}
-
-    return interpolate(parts.trainable, base, cfg.interpolate, score, cfg.best_metric)
 
 
 def open_run(cfg: Config, world: World) -> tuple[Path, bool]:
@@ -220,6 +206,22 @@ class Judge:
             self.show.look(when, space, self.log.board, self.state.step)
 
 
+def interpolated(cfg: Config, judge: Judge, base: Mapping[str, torch.Tensor]) -> None:
+    """Leave the parameters between base and tuned as --interpolate says; how valid (else train) and probe take it."""
+    from engine.interpolate import interpolate
+
+    parts, names = judge.parts, judge.pairs.splits
+    watched = ["valid" if "valid" in names else "train", *({"probe"} & set(names))]
+
+    def score() -> dict[str, dict[str, float]]:
+        found = measure(judge.pairs.residents(), parts.head, watched, judge.world)
+        return {name: found[name].values() for name in watched}
+
+    curve = interpolate(parts.trainable, base, cfg.interpolate, score, cfg.best_metric)
+    judge.metrics["interpolation"] = curve
+    judge.log.curve("interpolation", curve["curve"])
+
+
 def train(cfg: Config, world: World, stop: Stop) -> int:
     """Base metrics, the loop, tuned metrics, the exported model."""
     from engine import checkpoint, folder
@@ -240,8 +242,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     saved = saver(cfg, world, out, parts, pairs)
     start, drift = snapshot(parts.trainable) if cfg.interpolate else {}, Drift(parts.trainable)
-    # of a run to go on with, the base is measured before the tuned weights come back
-    base = measure(pairs.residents(), parts.head, list(pairs.splits), world) if begun else {}
+    base = measure(pairs.residents(), parts.head, pairs.splits, world) if begun else {}  # before tuned weights return
     state = saved.resume(world.say) if begun else checkpoint.State()
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
@@ -259,8 +260,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
         if taken := saved.take_best(state, world.say):
             evaluate(taken)
         if cfg.interpolate and not state.stopped:
-            metrics["interpolation"] = interpolated(cfg, world, parts, pairs, start)
-            log.curve("interpolation", metrics["interpolation"]["curve"])
+            interpolated(cfg, judge, start)
             evaluate(taken or state.step)
     return finish(cfg, world, parts, out, metrics, partial(report, out, pairs, show))
 
@@ -521,7 +521,7 @@ def verify(cfg: Config, world: World, stop: Stop) -> int:
     findings, whole = again.files(run)
     findings.append(again.exported(run, whole))
     try:
-        findings += retrace(old, world, run, list(whole))
+        findings += rerun(old, world, run, whole)
     except UserError as error:  # data or base model gone
         findings.append(again.Finding("replay and metrics", again.UNCHECKED, str(error)))
     if world.is_main:
@@ -529,50 +529,25 @@ def verify(cfg: Config, world: World, stop: Stop) -> int:
     return int(again.failed(findings))
 
 
-def retrace(cfg: Config, world: World, run: Path, whole: Sequence[Path]) -> list[Finding]:
-    """Train a few steps again from the base model and from a checkpoint; measure the exported model again."""
+def rerun(cfg: Config, world: World, run: Path, whole: Sequence[Path]) -> list[Finding]:
+    """Train a few steps again, and measure the exported model again."""
     from engine import verify as again
-    from engine.checkpoint import State, load, state_of
     from engine.folder import read_json
+    from engine.retrace import retrace
     from engine.train import Plan
 
     parts = open_parts(cfg, world)
     pairs = open_data(cfg, world, parts)
-    saved, logged = saver(cfg, world, run, parts, pairs), again.read_steps(run)
-    findings = [again.steps(logged, Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs).rows_at),
-                again.ledger(run, pairs.ledger), again.orders(whole, saved.order),
-                again.replay(0, losses_from(State(), cfg, world, parts, pairs, saved), logged, parts.precision)]
-    if earlier := [folder for folder in whole if int(folder.name[5:]) < max(logged, default=0)]:
-        content = load(earlier[-1])
-        changed, state = saved.restore(content), state_of(content[2])
-        findings.append(again.Finding("data, model, recipe", again.FAILED, "; ".join(changed)) if changed else
-                        again.replay(state.step, losses_from(state, cfg, world, parts, pairs, saved), logged,
-                                     parts.precision))
-    metrics = read_json(run / "metrics.json")
+    plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
+    findings = retrace(cfg, world, run, whole, parts, saver(cfg, world, run, parts, pairs), plan, pairs.ledger,
+                       pairs.batches("train", cfg.batch_size, cfg.seed, world.device))
     if not (run / "model").exists():
         return findings
-    tuned = replace(cfg, model=str(run / "model"))
+    written, tuned = read_json(run / "metrics.json").get("tuned", {}), replace(cfg, model=str(run / "model"))
     parts = open_parts(tuned, world)
-    again_found = measure(with_probe(tuned, world, parts, open_data(tuned, world, parts)).residents(), parts.head,
-                          list(metrics.get("tuned", {})))
-    found = {name: one.summarise() for name, one in again_found.items()}
-    return [*findings, again.metrics(found, metrics.get("tuned", {}), again.same_machine(run, world))]
-
-
-def losses_from(state: State, cfg: Config, world: World, parts: Parts, pairs: Pairs, saved: Saver) -> dict[int, float]:
-    """The losses of the next few steps, trained again; nothing is written."""
-    from engine.model import distribute
-    from engine.profiler import Profiler
-    from engine.train import Plan, fit
-    from engine.verify import REPLAYED, Recorder
-
-    recorder, end = Recorder(world), state.step + REPLAYED
-    plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
-    model = distribute(parts.trained_model(cfg.micro_batch), world.size)
-    fit(model, pairs.batches("train", cfg.batch_size, cfg.seed, world.device), saved.optimizer, plan, state, world, cfg,
-        parts.precision, log=recorder, profiler=Profiler(), evaluate=lambda: None, checkpoint=lambda _: None,
-        stop=lambda step: int(step >= end))
-    return recorder.losses
+    found = measure(with_probe(tuned, world, parts, open_data(tuned, world, parts)).residents(), parts.head, written)
+    scores = {name: one.summarise() for name, one in found.items()}
+    return [*findings, again.metrics(scores, written, again.same_machine(run, world))]
 
 
 def verify_store(cfg: Config, world: World) -> int:

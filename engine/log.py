@@ -152,6 +152,30 @@ class Log:
         self.board.close()
 
 
+class Silent(Log):
+    """A log that says and keeps nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Not timed."""
+        yield
+
+    @contextmanager
+    def aside(self, name: str) -> Iterator[None]:
+        """Not timed."""
+        yield
+
+    def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, rows: int) -> None:
+        """Forgotten."""
+
+    def flush(self, total_steps: int) -> list[float]:
+        """Nothing to write."""
+        return []
+
+
 def _headline(values: Mapping[str, Any]) -> str:
     return "  ".join(f"{short} {values[name]:.3g}" for name, short in HEADLINE.items() if name in values)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from engine.config import Config, to_toml
 from engine.dist import World
 from engine.folder import write_json
 from engine.interpolate import blend, snapshot
-from engine.log import Log
+from engine.log import Silent
 from engine.model import Parts
 from engine.optim import adamw
 from engine.profiler import Profiler
@@ -83,30 +82,6 @@ class Tuner:
             mine.append((number, run.row_N, measure(run.held)))
         found = [run for part in world.exchange(mine) for run in part]
         return [run[1:] for run in sorted(found, key=lambda run: run[0])]
-
-
-class Silent(Log):
-    """A log that says and keeps nothing."""
-
-    def __init__(self) -> None:
-        pass
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Not timed."""
-        yield
-
-    @contextmanager
-    def aside(self, name: str) -> Iterator[None]:
-        """Not timed."""
-        yield
-
-    def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, rows: int) -> None:
-        """Forgotten."""
-
-    def flush(self, total_steps: int) -> list[float]:
-        """Nothing to write."""
-        return []
 
 
 class Journal:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 from engine.checkpoint import DamagedCheckpoint, load
 from engine.dist import World
 from engine.folder import broken_seal, read_json
 
-REPLAYED = 5  # steps trained again from each place
 OK, FAILED, UNCHECKED = "ok", "FAILED", "not checked"
 
 
@@ -28,31 +25,6 @@ class Finding(NamedTuple):
     what: str
     verdict: str
     detail: str
-
-
-class Recorder:
-    """Takes the place of the Log in a replay: keeps the losses, writes nothing."""
-
-    def __init__(self, world: World) -> None:
-        self.world, self.losses = world, dict[int, float]()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """As `Log.waiting`."""
-        yield
-
-    @contextmanager
-    def aside(self, _: str) -> Iterator[None]:
-        """As `Log.aside`."""
-        yield
-
-    def step(self, step: int, loss: Tensor, *_: Any) -> None:
-        """Note the loss of a step, summed over ranks."""
-        self.losses[step] = float(self.world.sum(loss))
-
-    def flush(self, _: int) -> list[float]:
-        """As `Log.flush`; nothing is pending."""
-        return []
 
 
 def files(run: Path) -> tuple[list[Finding], list[Path]]:

@@ -235,7 +235,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     saved = saver(cfg, world, out, parts, pairs)
     start, drift = snapshot(parts.trainable) if cfg.interpolate else {}, Drift(parts.trainable)
-    base = measure(pairs.residents(), parts.head, list(pairs.splits), world) if begun else {}  # ere the tuned return
+    base = measure(pairs.residents(), parts.head, list(pairs.splits), world) if begun else {}  # not yet tuned
     state = saved.resume(world.say) if begun else checkpoint.State()
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
@@ -302,7 +302,7 @@ def finish(cfg: Config, world: World, parts: Parts, out: Path, metrics: dict[str
     """What a finished run leaves behind: the model folder, the page, the table, the digests of it all."""
     from engine import folder
     from engine.export import Origin, Tuned, export
-    from engine.hub import push, push_command
+    from engine.hub import push
     from eval.report import table
 
     if world.is_main:
@@ -314,8 +314,7 @@ def finish(cfg: Config, world: World, parts: Parts, out: Path, metrics: dict[str
         world.say(f"run folder  {out}\nmodel       {out / 'model'}\n{page}"
                   f"TensorBoard tensorboard --logdir {out.parent}")
         if cfg.push_to_hub:
-            later = push_command(cfg, str(out), ["push_to_hub", "private"])
-            world.say(f"pushed to {push(out / 'model', cfg.push_to_hub, cfg.private, cfg.license, later)}")
+            push(out / "model", cfg, str(out), ["push_to_hub", "private"], world.say)
     return 0
 
 
@@ -432,15 +431,17 @@ def shards(cfg: Config, world: World, stop: Stop) -> int:
 
 def check(cfg: Config, world: World, stop: Stop) -> int:
     """A look at all images and titles before any GPU time: one process."""
-    from data.check import as_json, table
     from data.check import check as look_over
     from data.decode import ImageSpec
+    from data.findings import as_json, table
 
     if not world.is_main:
         return 0
     rows, lost = read_rows(cfg, world.say)
-    findings = look_over(rows, reader(cfg, ImageSpec.clip()), world.say, lost)
-    print(json.dumps(as_json(findings, rows), indent=2) if cfg.json else table(findings, rows))
+    findings, usable = look_over(rows, reader(cfg, ImageSpec.clip()), world.say, lost)
+    counts = {name: len(split) for name, split in rows.items()}
+    print(json.dumps(as_json(findings, counts, usable), indent=2) if cfg.json
+          else table(findings, counts, usable, len(lost)))
     return int(cfg.strict and any(finding.severity == "error" for finding in findings))
 
 
@@ -472,10 +473,11 @@ def find(cfg: Config, world: World, titles: Sequence[str]) -> tuple[dict[str, Ro
     from engine.model import open_model
     from eval.search import found, top_k
 
-    splits = gallery.choose(read_rows(cfg)[0], cfg.split, cfg.dataset)
+    splits = gallery.choose(read_rows(cfg, world.say)[0], cfg.split, cfg.dataset)
     parts = open_model(cfg.model, cfg.trainable, "cached", cfg.scale, cfg.precision, world.device)
     spec, cache, head = ImageSpec.from_processor(parts.clip.image_processor), Path(cfg.cache_dir), parts.head
     look, towers = reader(cfg, spec), encoders(parts, spec.fingerprint(), world.device)
+    project: Callable[[torch.Tensor], torch.Tensor]
     with torch.no_grad():
         if titles:
             asked = head.text(gallery.title_features(titles, towers).to(world.device))
@@ -494,47 +496,21 @@ def write_pictures(cfg: Config, splits: dict[str, Rows], results: Sequence[Found
     from eval.search_page import page
 
     shown = {(answer.split, answer.row) for one in results for answer in one.answers}
-    previews = pictures(((place, splits[place[0]].image[place[1]].as_py()) for place in shown), look)
+    wanted: dict[Any, Any] = {place: splits[place[0]].image[place[1]].as_py() for place in shown}
     if cfg.image:
-        previews |= pictures([(cfg.image, {"bytes": None, "path": cfg.image})], look)
-    folder.write_text(Path(cfg.html).expanduser(), page(f"Search in {cfg.dataset}", results, previews))
+        wanted[cfg.image] = {"bytes": None, "path": cfg.image}
+    previews = pictures(wanted, look)
+    folder.write_text(Path(cfg.html).expanduser(), page(os.path.abspath(cfg.dataset), results, previews))
 
 
 def export(cfg: Config, world: World, stop: Stop) -> int:
     """A run, or its projections alone, as a Hugging Face folder, and to the hub: one process."""
-    from data.batch import UserError
-    from engine.export import finished_folder, new_folder
-    from engine.hub import check_push, push, push_command
-
-    if not world.is_main:
-        return 0
-    if not cfg.run or not (cfg.to or cfg.push_to_hub):
-        raise UserError("export what and where? --run DIR, and --to DIR or --push-to-hub NAME or both")
-    if cfg.push_to_hub:
-        check_push(cfg.push_to_hub, world.say)
-    with TemporaryDirectory() as scratch:
-        ready = None if cfg.to or cfg.checkpoint or cfg.model or cfg.dtype != "fp32" else finished_folder(cfg.run)
-        folder = ready or (new_folder(cfg.to) if cfg.to else Path(scratch) / "model")
-        if ready is None:
-            rebuild(cfg, folder)
-            world.say(f"model {folder}")
-        if cfg.push_to_hub:
-            later = push_command(cfg, cfg.run, ["push_to_hub", "private", "checkpoint", "model", "dtype", "license"])
-            world.say(f"pushed to {push(folder, cfg.push_to_hub, cfg.private, cfg.license, later)}")
-    return 0
-
-
-def rebuild(cfg: Config, folder: Path) -> None:
-    """Put what --run has trained back on its base model; the whole Hugging Face folder."""
-    from engine.export import export, read_tuned, restore
-    from engine.towers import load_clip
+    from engine.handing import hand_on
     from eval.report import table
 
-    tuned = read_tuned(cfg.run, cfg.checkpoint)
-    clip = load_clip(cfg.model or tuned.origin.base, None if cfg.model else tuned.origin.commit or None)
-    restore(clip, tuned)
-    metrics = tuned.origin.metrics
-    export(clip, folder, tuned, table(metrics) if metrics else "", cfg.license, cfg.dtype)
+    if world.is_main:
+        hand_on(cfg, table, world.say)
+    return 0
 
 
 def verify(cfg: Config, world: World, stop: Stop) -> int:
@@ -550,6 +526,7 @@ def verify(cfg: Config, world: World, stop: Stop) -> int:
     given = {name: getattr(cfg, name) for name in ("dataset", "model") if getattr(cfg, name)}
     old = replace(settings_of(run), cache_dir=cfg.cache_dir, **mine, **given)
     findings, whole = again.files(run)
+    findings.append(again.exported(run, whole))
     try:
         findings += retrace(old, world, run, list(whole))
     except UserError as error:  # data or base model gone
@@ -579,7 +556,6 @@ def retrace(cfg: Config, world: World, run: Path, whole: Sequence[Path]) -> list
                         again.replay(state.step, losses_from(state, cfg, world, parts, pairs, saved), logged,
                                      parts.precision))
     metrics = read_json(run / "metrics.json")
-    findings.append(again.exported(run, whole, "interpolation" in metrics))
     if not (run / "model").exists():
         return findings
     tuned = replace(cfg, model=str(run / "model"))
@@ -709,6 +685,8 @@ def main(arguments: Sequence[str]) -> int:
     from engine.stop import Stop
 
     stop = Stop()  # before torch is loaded, which takes a while
+    from safetensors import SafetensorError  # which stands for what the disk said as well
+
     from data.batch import RunFailed, UserError
     from engine import dist
 
@@ -717,12 +695,17 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with dist.asking("averaging gradients"):  # what else ranks ask of one another says so itself
             return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout, cfg.quiet), stop)
-    except (UserError, RunFailed, OSError) as error:  # OSError: a full disk, a folder gone; what was saved is whole
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return dist.leave(141)
+    except (UserError, RunFailed, OSError, SafetensorError) as error:  # the last two: a full disk, a folder gone
         if int(os.environ.get("RANK", 0)):
             time.sleep(2)  # rank 0 has most likely met the same and says it for all
         mistake = isinstance(error, UserError)
         print(f"run.py {command}{'' if mistake else ' failed'}: {error}", file=sys.stderr, flush=True)
         return dist.leave(2 if mistake else 1)
+    except SystemExit as signalled:
+        return dist.leave(int(signalled.code or 0))
     finally:
         dist.close()
 

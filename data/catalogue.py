@@ -24,12 +24,31 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+class References:
+    """M distinct images, each bytes or a path, where the splits have them: images embedded in a dataset that is mapped
+    from disk stay there until one is asked for.
+    """
+
+    def __init__(self, images: pa.ChunkedArray, row_M: np.ndarray) -> None:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        self._images, self._row_M = images, row_M
+        self.path: pa.ChunkedArray = pc.struct_field(images, "path").take(pa.array(row_M))  # null where embedded
+
+    def __len__(self) -> int:
+        return len(self._row_M)
+
+    def __getitem__(self, index: int) -> pa.StructScalar:
+        return self._images[int(self._row_M[index])]
+
+
 @dataclass(frozen=True)
 class Catalogue:
     """The distinct inputs of all splits, and which of them each row holds."""
 
     splits: Mapping[str, Rows]
-    references: pa.StructArray  # M distinct images: bytes or path
+    references: References
     titles: pa.StringArray  # P distinct titles, negatives among them
     image_N: Mapping[str, np.ndarray]  # split -> index into references
     title_N: Mapping[str, np.ndarray]  # split -> index into titles
@@ -103,7 +122,6 @@ def catalogue(splits: Mapping[str, Rows]) -> Catalogue:
     encoded = name_of.combine_chunks().dictionary_encode()
     image_all = encoded.indices.to_numpy(zero_copy_only=False)
     first = np.unique(image_all, return_index=True)[1]
-    references = images.take(pa.array(first)).combine_chunks()
 
     columns = [rows.title for rows in splits.values()]
     columns += [rows.title_neg for rows in splits.values() if rows.title_neg is not None]
@@ -118,7 +136,16 @@ def catalogue(splits: Mapping[str, Rows]) -> Catalogue:
         at += count
     parts = dict(zip(names, np.split(image_all, ends[:-1]), strict=True))
     titles = dict(zip(names, np.split(text_all[: ends[-1]], ends[:-1]), strict=True))
-    return Catalogue(splits, references, coded.dictionary, parts, titles, negative_N)
+    return Catalogue(splits, References(images, first), coded.dictionary, parts, titles, negative_N)
+
+
+def as_arrays(verdicts: Sequence[Verdicts], references: int) -> tuple[np.ndarray, np.ndarray]:
+    """What several ranks found, by reference: content keys [M, 16], and whether it can be used [M]."""
+    key_MK, good_M = np.zeros((references, KEY), np.uint8), np.zeros(references, bool)
+    for each in verdicts:
+        reference, key = each.good()
+        key_MK[reference], good_M[reference] = key, True
+    return key_MK, good_M
 
 
 def settle(found: Catalogue, verdicts: Sequence[Verdicts], lost: Sequence[Mapping[str, Any]], max_bad: float) -> tuple[
@@ -129,12 +156,8 @@ def settle(found: Catalogue, verdicts: Sequence[Verdicts], lost: Sequence[Mappin
     those of `lost` (what never became a row) first. kept + dropped = rows in, for every split. Raises UserError when
     more than `max_bad` of all rows would go, or a split would be left empty.
     """
-    good = [each.good() for each in verdicts]
-    key_MK = np.zeros((len(found.references), KEY), np.uint8)
-    image_M = np.full(len(found.references), -1, np.int64)
-    for reference, key in good:
-        key_MK[reference], image_M[reference] = key, 0
-    usable = np.flatnonzero(image_M >= 0)
+    key_MK, good_M = as_arrays(verdicts, len(found.references))
+    image_M, usable = np.full(len(good_M), -1, np.int64), np.flatnonzero(good_M)
     _, first, content = np.unique(key_MK[usable].view(f"S{KEY}")[:, 0], return_index=True, return_inverse=True)
     order = np.argsort(first)  # the first to come is the first in number
     image_M[usable] = np.argsort(order)[content]

@@ -12,54 +12,30 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data.batch import BadSample
 from data.catalogue import Catalogue, catalogue
 from data.cold import Reader, is_url, visit
+from data.findings import SEVERITIES, TINY, Finding, printable
 from data.rows import Rows
 from data.similar import LOOK, first_similar, glance
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SEVERITIES = ("error", "warning", "hint")
 EXAMPLES = 5
-TINY = 64  # pixels; CLIP sees 224
 NA_TITLES = {"na", "n/a", "none", "null", "nil", "nan", "-"}
 # CLIP reads 75 tokens of a title; how many it has, only the tokenizer knows, but each of these pieces is one at least.
 # More than 70 have 1,254 of 1,279 English texts that are too long, and 22 of 4,106 that are not.
 PIECE, TOO_MANY_PIECES = re.compile(r"[A-Za-z]{1,12}|[^\sA-Za-z]"), 70
-MEANING = {  # of the kinds that are not the ledger's reasons
-    "tiny-image": f"the shortest side is below {TINY} pixels",
-    "na-title": "the title looks like a missing value; it is used as it stands",
-    "long-title": "longer than CLIP's 77 tokens by an estimate (the tokenizer comes with the model); the rest is cut",
-    "no-negative": "the row trains without an explicit negative",
-    "negative-is-title": "the negative reads like the row's own title",
-    "repeated-title": "an earlier row of the split has the title, up to case and spacing, which CLIP does not see",
-    "repeated-image": "an earlier row of the split has the image, byte for byte",
-    "similar-image": "an earlier row of the split has an image that looks the same",
-    "title-in": "the title is also in the split named: the two are not independent",
-    "image-in": "the image is also in the split named: what is measured here was seen there",
-    "similar-image-in": "an image that looks the same is in the split named",
-}
-
-
-class Finding(NamedTuple):
-    """One kind of defect in one split: `count` rows have it, `examples` shows up to five of them."""
-
-    split: str  # or the file name of a shard that has lost samples
-    kind: str  # the ledger's reason or a key of MEANING; after "-in-" comes the other split: "image-in-train"
-    severity: str  # one of SEVERITIES
-    count: int  # type: ignore[assignment]  # nobody misses tuple.count
-    examples: tuple[str, ...]
 
 
 def check(rows: Mapping[str, Rows], reader: Reader, tell: Callable[[str], None],
-          lost: Sequence[Mapping[str, Any]] = ()) -> list[Finding]:
-    """Open every image and read every title once; the worst findings come first.
+          lost: Sequence[Mapping[str, Any]] = ()) -> tuple[list[Finding], dict[str, int]]:
+    """Open every image and read every title once: the findings, worst first, and the usable rows of each split.
 
     `lost`: ledger entries of samples that never became rows. Rows count from 0, as in the ledger. The reader's spec is
     not used: what decodes for one model decodes for all. Memory: under 1 KB a row, and no pixels.
@@ -73,33 +49,9 @@ def check(rows: Mapping[str, Rows], reader: Reader, tell: Callable[[str], None],
         findings += _texts(found, name, flaw_P, title_P)
     findings += _repeats(found, image_M, title_P, _similar(found, image_M, looks_M))
     place = {name: number for number, name in enumerate(rows)}
-    return sorted(findings, key=lambda one: (SEVERITIES.index(one.severity), place.get(one.split, -1)))
-
-
-def table(findings: Sequence[Finding], rows: Mapping[str, Rows]) -> str:
-    """The findings as a Markdown table, what they mean, and one line that sums up."""
-    shares = ", ".join(f"{name} {len(split):,}" for name, split in rows.items())
-    sums = ", ".join(f"{severity}s {count:,}" for severity, count in _totals(findings).items())
-    cells = [["severity", "split", "rows", "finding", "for example"]]
-    cells += [[one.severity, one.split, f"{one.count:,}", one.kind, one.examples[0].replace("|", "\\|")]
-              for one in findings]
-    widths = [max(len(line[column]) for line in cells) for column in range(4)] + [0]
-    lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    kinds = dict.fromkeys(re.sub("-in-.*", "-in", one.kind) for one in findings)
-    lines += ["", *(f"{kind}: {MEANING[kind]}" for kind in kinds if kind in MEANING), ""]
-    return "\n".join([*(lines if findings else []), f"rows checked: {shares}; {sums}"])
-
-
-def as_json(findings: Sequence[Finding], rows: Mapping[str, Rows]) -> dict[str, Any]:
-    """The findings as plain JSON values, with the number of rows of each split and of rows by severity."""
-    return {"rows": {name: len(split) for name, split in rows.items()}, "totals": _totals(findings),
-            "findings": [{**one._asdict(), "examples": list(one.examples)} for one in findings]}
-
-
-def _totals(findings: Sequence[Finding]) -> dict[str, int]:
-    """Rows by severity; a row counts once for each of its defects."""
-    return {severity: sum(one.count for one in findings if one.severity == severity) for severity in SEVERITIES}
+    usable = {name: int(((image_M[found.image_N[name]] >= 0) & (flaw_P[found.title_N[name]] != "no-title")).sum())
+              for name in rows}
+    return sorted(findings, key=lambda one: (SEVERITIES.index(one.severity), place.get(one.split, -1))), usable
 
 
 def _finding(split: str, kind: str, severity: str, is_so_N: np.ndarray, show: Callable[[int], str]) -> list[Finding]:
@@ -112,7 +64,7 @@ def _lost(lost: Sequence[Mapping[str, Any]]) -> list[Finding]:
     entries: dict[tuple[str, str], list[str]] = defaultdict(list)
     for entry in lost:
         shard = Path(entry["shard"]).name
-        entries[shard, entry["reason"]].append(_printable(f"{entry['key'] or '(unknown sample)'}: {entry['detail']}"))
+        entries[shard, entry["reason"]].append(printable(f"{entry['key'] or '(unknown sample)'}: {entry['detail']}"))
     return [Finding(shard, reason, "error", len(shown), tuple(shown[:EXAMPLES]))
             for (shard, reason), shown in entries.items()]
 
@@ -163,7 +115,7 @@ def _images(found: Catalogue, name: str, image_M: np.ndarray, side_M: np.ndarray
 
     def show(row: int) -> str:
         path, reference = _path(found, name, row), int(reference_N[row])
-        detail = _printable(problems[reference].detail) if reference in problems else f"{side_M[reference]} px"
+        detail = printable(problems[reference].detail) if reference in problems else f"{side_M[reference]} px"
         return detail if path in detail else f"{path} {detail}"
 
     return [one for flaw in sorted(set(flaw_N) - {""}) for one in
@@ -185,16 +137,12 @@ def _texts(found: Catalogue, name: str, flaw_P: np.ndarray, title_P: np.ndarray)
 
 def _path(found: Catalogue, name: str, row: int) -> str:
     path = found.references[found.image_N[name][row]]["path"].as_py() or ""
-    return _printable(path if is_url(path) else "/".join(path.split("/")[-2:]))
+    return printable(path if is_url(path) else "/".join(path.split("/")[-2:]))
 
 
 def _title(found: Catalogue, name: str, row: int) -> str:
     title = found.titles[found.title_N[name][row]].as_py()
-    return repr(_printable(title if len(title) <= 60 else f"{title[:59]}…"))
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    return repr(printable(title if len(title) <= 60 else f"{title[:59]}…"))
 
 
 def _repeats(found: Catalogue, image_M: np.ndarray, title_P: np.ndarray, similar_MS: np.ndarray) -> list[Finding]:

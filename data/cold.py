@@ -96,7 +96,7 @@ def visit(found: Catalogue, reader: Reader, mine: Sequence[int], known: Callable
             return Verdict(index, b"", found_out)
 
     progress = Progress("images", len(mine), tell)
-    for verdict in ahead(look, _available(found, reader, np.asarray(mine)), reader.workers, 2 * CHUNK):
+    for verdict in ahead(look, _available(found, reader, np.asarray(mine, np.int64)), reader.workers, 2 * CHUNK):
         progress.note(verdict.problem)
         yield verdict
 
@@ -105,9 +105,8 @@ def _available(found: Catalogue, reader: Reader, mine: np.ndarray) -> Iterator[t
     """The references as their bytes become readable: local ones at once, URLs as the fetcher finishes them."""
     import pyarrow.compute as pc
 
-    path, data = found.references.field("path"), found.references.field("bytes")
-    is_remote = pc.and_(pc.is_null(data), pc.fill_null(pc.match_substring_regex(path, URL_START), False))
-    is_remote_R = is_remote.to_numpy(zero_copy_only=False)[mine]
+    path = found.references.path  # null where the bytes are embedded
+    is_remote_R = pc.fill_null(pc.match_substring_regex(path, URL_START), False).to_numpy()[mine]
     for index in mine[~is_remote_R]:
         yield int(index), None
     remote = mine[is_remote_R]

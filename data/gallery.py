@@ -6,11 +6,11 @@ Dimension key: M distinct image references, N distinct items of the gallery, Q q
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,6 @@ from data.segments import KEY, keys_of_titles
 from data.source import Rows
 
 SIDE = 320  # pixels of the longer side of a picture on the page
-Place = TypeVar("Place")
 
 
 class Item(NamedTuple):
@@ -76,7 +75,7 @@ def open_images(splits: Mapping[str, Rows], reader: Reader, encoders: Encoders, 
     """
     found = catalogue(splits)
     store = FeatureStore(cache / "features" / encoders.image_space, encoders.image_width)
-    seen = Seen(cache / "seen", found.references.field("path").to_pylist(), reader.folder)
+    seen = Seen(cache / "seen", found.references.path.to_pylist(), reader.folder)
     keys, good = seen.keys.copy(), seen.known & (store.locate(seen.keys) >= 0)
     unread, problems = np.flatnonzero(~good), []
     for verdict in fill_images(found, reader, unread.tolist(), store, encoders.image, tell) if len(unread) else ():
@@ -107,9 +106,8 @@ def open_titles(splits: Mapping[str, Rows], encoders: Encoders, cache: Path) -> 
     keys = keys_of_titles(texts)
     store = FeatureStore(cache / "features" / encoders.text_space, encoders.text_width)
     missing = np.flatnonzero(store.locate(keys) < 0)
-    if len(missing):
-        ids = tokenize(encoders.tokenizer, texts, encoders.max_tokens)
-        fill_titles(lambda some: [ids[i] for i in some], keys, store, missing, encoders.tokenizer.pad_token_id, encoders.text)
+    fill_titles(lambda some: tokenize(encoders.tokenizer, [texts[index] for index in some], encoders.max_tokens),
+                keys, store, missing, encoders.tokenizer.pad_token_id, encoders.text)
     return _gallery(splits, store, keys, first[own])
 
 
@@ -174,10 +172,10 @@ def choose(splits: dict[str, Rows], wanted: str, dataset: str) -> dict[str, Rows
     return splits if wanted == "all" else {wanted: splits[wanted]}
 
 
-def pictures(wanted: Iterable[tuple[Place, Mapping[str, Any]]], reader: Reader) -> dict[Place, bytes]:
-    """Small JPEGs of image references by the name each is given; what cannot be shown is left out."""
+def pictures(wanted: Mapping[Any, Mapping[str, Any]], reader: Reader) -> dict[Any, bytes]:
+    """Small JPEGs of image references under the names they have in `wanted`; what cannot be shown is left out."""
     shown = {}
-    for name, reference in wanted:
+    for name, reference in wanted.items():
         with suppress(BadSample):
             shown[name] = small_jpeg(reader.read(reference), SIDE, reader.max_pixels)
     return shown

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from data.album import Album
 from data.batch import Batch, Features, Tokens, UserError, share
-from data.catalogue import Catalogue, Split, catalogue, settle
+from data.catalogue import Catalogue, Split, Verdict, Verdicts, as_arrays, catalogue, settle
 from data.cold import Reader, encode_images, encode_titles, fill_images, fill_titles, streamed_batch
 from data.decode import tokenize
 from data.features import FeatureStore
 from data.mine import mine
 from data.prefetch import ahead, copied_ahead, slices
 from data.resident import Mapped, Resident
+from data.seen import Seen
 from data.segments import spaces
 from data.source import Rows
 from data.titles import title_keys as keys_of
@@ -86,18 +87,11 @@ def open_pairs(rows: Mapping[str, Rows], lost: Sequence[Mapping[str, Any]], read
     """
     found, began = catalogue(rows), time.monotonic()
     images = FeatureStore(cache / "features" / encoders.image_space, encoders.image_width) if encoders.stored else None
-    own = range(*share(len(found.references), team.rank, team.size))
-    verdicts = team.exchange(fill_images(found, reader, own, images, encoders.image, tell))
+    verdicts = _look(found, reader, images, encoders, team, cache, tell)
     splits, image_keys, example, ledger = settle(found, verdicts, lost, max_bad)
     title_keys = keys_of(found.titles)
     if mine_how != "off" or images is not None:
-        titles = FeatureStore(cache / "features" / encoders.text_space, encoders.text_width)
-        # One rank's view of the store is everybody's: another may look when some features are written already.
-        missing = team.exchange(np.flatnonzero(titles.locate(title_keys) < 0))[0]
-        own = missing[slice(*share(len(missing), team.rank, team.size))]
-        fill_titles(lambda some: tokenize(encoders.tokenizer, found.titles.take(some).to_pylist(), encoders.max_tokens),
-                    title_keys, titles, own, encoders.tokenizer.pad_token_id, encoders.text, tell)
-        team.exchange(None)  # every rank has written
+        titles = _encoded_titles(found, title_keys, encoders, team, cache, tell)
         title_table = _table(titles, title_keys)
         if mine_how != "off":
             features_PT = title_table.to(torch.device("cpu"))
@@ -113,10 +107,44 @@ def open_pairs(rows: Mapping[str, Rows], lost: Sequence[Mapping[str, Any]], read
     ids = title_tokens(found.titles, encoders.tokenizer, encoders.max_tokens)
     stream = partial(streamed_batch, found=found, example=example, reader=reader, ids=ids,
                      pad_id=encoders.tokenizer.pad_token_id)
-    makers = {name: stream(split) for name, split in splits.items()}
     encode_all = partial(_encode_all, found, splits, example, ids, reader, encoders, team, device)
-    return Pairs(splits, ledger, identity, encode_all, partial(_streamed, splits, makers, team, reader.workers),
-                 album)
+    batches = partial(_streamed, splits, {name: stream(split) for name, split in splits.items()}, team, reader.workers)
+    return Pairs(splits, ledger, identity, encode_all, batches, album)
+
+
+def _look(found: Catalogue, reader: Reader, images: FeatureStore | None, encoders: Encoders, team: Team, cache: Path,
+          tell: Callable[[str], None]) -> list[Verdicts]:
+    """Every rank's verdicts on its share of the images. Where features are stored, a file is not read again if it is
+    as it was at the last look and its features are there.
+    """
+    own = np.arange(*share(len(found.references), team.rank, team.size))
+    if images is None:
+        return team.exchange(fill_images(found, reader, own.tolist(), None, encoders.image, tell))
+    seen = Seen(cache / "seen", found.references.path.to_pylist(), reader.folder)
+    is_known = seen.known[own] & (images.locate(seen.keys[own]) >= 0)
+    verdicts = fill_images(found, reader, own[~is_known].tolist(), images, encoders.image, tell)
+    for reference in own[is_known].tolist():
+        verdicts.add(Verdict(reference, seen.keys[reference].tobytes(), None))
+    answers = team.exchange((verdicts, bool(is_known.all())))
+    of_all = [each for each, _ in answers]
+    if team.rank == 0 and not all(nothing_new for _, nothing_new in answers):
+        seen.remember(*as_arrays(of_all, len(found.references)))
+    return of_all
+
+
+def _encoded_titles(found: Catalogue, keys: np.ndarray, encoders: Encoders, team: Team, cache: Path,
+                    tell: Callable[[str], None]) -> FeatureStore:
+    """The store of title features, brought up to date by all ranks."""
+    def tokens(some: Sequence[int]) -> list[list[int]]:
+        return tokenize(encoders.tokenizer, found.titles.take(some).to_pylist(), encoders.max_tokens)
+
+    titles = FeatureStore(cache / "features" / encoders.text_space, encoders.text_width)
+    # One rank's view of the store is everybody's: another may look when some features are written already.
+    missing = team.exchange(np.flatnonzero(titles.locate(keys) < 0))[0]
+    own = missing[slice(*share(len(missing), team.rank, team.size))]
+    fill_titles(tokens, keys, titles, own, encoders.tokenizer.pad_token_id, encoders.text, tell)
+    team.exchange(None)  # every rank has written
+    return titles
 
 
 def _encode_all(found: Catalogue, splits: Mapping[str, Split], example: np.ndarray, ids: Sequence[Sequence[int]],

@@ -101,7 +101,7 @@ class Board:
         from torch.utils.tensorboard.summary import hparams
 
         plain = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in recipe.items()}
-        results = {tag(split, name): 0.0 for split in splits for name in HEADLINE}
+        results = {tag(split, name): 0.0 for split in splits if split != "train" for name in HEADLINE}
         experiment, begin, end = hparams(plain, results)
         for summary in (end,) if done else (experiment, begin):
             self._main.file_writer.add_summary(summary)

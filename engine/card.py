@@ -100,7 +100,7 @@ def card_on_hub(path: Path, name: str, licence: str) -> str:
 
     card = ModelCard(path.read_text(encoding="utf-8").replace(HERE, name))
     if licence != "other":
-        card.data.license, card.data.license_name = licence, None
+        card.data["license"], card.data["license_name"] = licence, None
     return str(card)
 
 

@@ -69,7 +69,6 @@ class Config:
     trials: int = setting(0, "sweep", "configurations drawn from the space; 0: all combinations of its lists")
     folds: int = setting(5, "sweep", "parts of train and valid that are held out in turn")
     seeds: int = setting(1, "sweep", "times that everything is repeated with other folds and orders")
-    best_metric: str = setting("image_to_text_mrr", "loop", "what is best: a metric of metrics.json")
     # When to look and to save.
     log_every: int = setting(10, "loop", "steps between flushes of the log (the only host sync)")
     eval_every: int = setting(0, "loop", "steps between evaluations; 0: every epoch")

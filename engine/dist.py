@@ -21,11 +21,11 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 
 from data.batch import RunFailed, UserError
-
-POLL_S = 0.05  # between two looks at who has arrived
+from engine.join import POLL_S, attempt
 
 CLEAR = "\x1b[2K"  # what a live line has left on this line of a terminal
 
@@ -50,18 +50,22 @@ class World:
 
     def say(self, text: str) -> None:
         """One line for people on stderr, from rank 0; said by any rank it tells those who wait in `meet` to go on."""
-        if self.store is not None:
-            self.store.add(f"progress/{self.rank}", 1)
+        self._alive()
         if self.is_main and not self.quiet:
             print(CLEAR + text if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
     def live(self, text: str) -> None:
         """Progress: on a terminal a line that the next one replaces, elsewhere a line like any other."""
+        self._alive()
         if not sys.stderr.isatty():
             self.say(text) if text else None
         elif self.is_main and not self.quiet:
             width = shutil.get_terminal_size().columns - 1
             print(CLEAR + text[:width], end="\r", file=sys.stderr, flush=True)
+
+    def _alive(self) -> None:
+        if self.store is not None:
+            self.store.add(f"progress/{self.rank}", 1)
 
     def gather(self, rows_BX: Tensor, sizes: Sequence[int]) -> Tensor:
         """Rows of all ranks in rank order, [G, ...]; the gradient flows back to the rank that owns a row.
@@ -121,13 +125,13 @@ class World:
             time.sleep(POLL_S)
 
     def on_main(self, action: Callable[[], None]) -> None:
-        """Rank 0 acts while the others wait. Raises RunFailed on every rank when the disk refuses (OSError)."""
+        """Rank 0 acts while the others wait. Raises RunFailed on every rank when the disk refuses."""
         problem = None
         if self.is_main:
             try:
                 action()
-            except OSError as error:
-                problem = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+            except (OSError, SafetensorError) as error:
+                problem = str(error)
         if problem := self.exchange(problem)[0]:
             raise RunFailed(problem)
 
@@ -206,6 +210,7 @@ def init(wanted: str, timeout_s: float, quiet: bool = False) -> World:
     with asking("joining"):
         store = _meeting_place(rank, size, timeout)
         store.set_timeout(timeout)
+        store = dist.PrefixStore(attempt(store, rank, size, timeout_s), store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(rank, local_rank, size, device, timeout_s, dist.PrefixStore("thumbtune", store), quiet)
@@ -232,7 +237,7 @@ def close() -> None:
 
 
 def leave(code: int) -> int:
-    """After a failure: end this process at once if there are other ranks, whose answers would never come."""
+    """After a failure or a signal: end this process at once if there are other ranks, which may never answer."""
     if dist.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -92,7 +92,8 @@ def export(clip: Clip, folder: Path, tuned: Tuned, table: str, licence: str = "o
     try:
         save_file({name: value.detach().cpu().float().contiguous() for name, value in tuned.tensors.items()},
                   temporary / ALONE, metadata={"thumbtune": json.dumps(asdict(tuned.origin))})
-        clip.model.to(DTYPES[dtype]).save_pretrained(temporary)
+        nn.Module.to(clip.model, DTYPES[dtype])
+        clip.model.save_pretrained(temporary)
         clip.processor.save_pretrained(temporary)
         write_card(temporary / "README.md", asdict(tuned.origin), table, licence)
         if folder.exists():

@@ -58,12 +58,14 @@ def _open(cfg: Config) -> tuple[Path, bool]:
 
 
 def _begun(folders: Iterable[Path]) -> Path | None:
-    """The folder that this very torchrun began before it restarted its ranks, if it did."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        return None
+    """The folder that this very torchrun began before it restarted its ranks, if it did.
+
+    Its restart count does not tell: it is that of one node, and stays 0 where the lost rank was another node's.
+    """
     for folder in folders:
         with suppress(OSError, ValueError, AttributeError):  # no run there, or not a whole one
-            if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("launch") == _launch():
+            launch = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("launch")
+            if launch and launch == _launch():
                 return folder
     return None
 
@@ -71,7 +73,7 @@ def _begun(folders: Iterable[Path]) -> Path | None:
 def _launch() -> str | None:
     """A name of the torchrun this process is a rank of: the same after a restart, another for another launch."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
-    return f"{platform.node()} {os.getppid()}" if name == "none" else name  # "none": no --rdzv-id was given
+    return name and f"{name} {platform.node()} {os.getppid()}"
 
 
 def settings_of(folder: Path) -> Config:

@@ -35,24 +35,25 @@ def check_push(name: str, tell: Callable[[str], None]) -> None:
         tell(f"the hub is not reached now ({type(error).__name__}); the push is tried at the end all the same")
 
 
-def push(folder: Path, name: str, private: bool, licence: str, later: str) -> str:
-    """Upload a model folder in one commit; its URL. Raises RunFailed naming the command that pushes it `later`.
+def push(folder: Path, cfg: Config, run: str, again: Sequence[str], tell: Callable[[str], None]) -> None:
+    """Upload a model folder in one commit and tell its URL; the card on the hub says how to load it from there.
 
-    The folder stays as it is; its card on the hub says how to load the model from there.
+    The folder stays as it is. Raises RunFailed naming the command that pushes `run` later, with the settings `again`.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    api = HfApi()
+    api, name = HfApi(), cfg.push_to_hub
     try:
-        repo = api.create_repo(name, private=private, exist_ok=True)
+        repo = api.create_repo(name, private=cfg.private, exist_ok=True)
         files: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.iterdir())}
-        files["README.md"] = card_on_hub(folder / "README.md", repo.repo_id, licence).encode()
+        files["README.md"] = card_on_hub(folder / "README.md", repo.repo_id, cfg.license).encode()
         api.create_commit(repo.repo_id, [CommitOperationAdd(path, what) for path, what in files.items()],
                           commit_message="Upload a model tuned with thumbtune")
     except Exception as error:  # of many kinds, from several libraries; all of them are about this push
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise RunFailed(f"the push to {name} failed ({reason}); nothing is lost, push later with\n{later}") from error
-    return str(repo)
+        raise RunFailed(f"the push to {name} failed ({reason}); nothing is lost, push later with\n"
+                        + push_command(cfg, run, again)) from error
+    tell(f"pushed to {repo}")
 
 
 def push_command(cfg: Config, run: str, names: Sequence[str]) -> str:

@@ -32,11 +32,11 @@ class Log:
     """
 
     def __init__(self, folder: Path, world: World, steps_per_epoch: int, steps: int, first_step: int,
-                 drift: Drift, recipe: Mapping[str, Any], base: Metrics | None = None) -> None:
+                 drift: Drift, recipe: Mapping[str, Any] | None = None, base: Metrics | None = None) -> None:
         self.world, self.steps_per_epoch = world, steps_per_epoch
         self._pending: list[tuple[int, Tensor, Tensor, float, int]] = []
         self._clock, self._waited, self._recall = time.perf_counter(), 0.0, ""
-        self._base, self._drift, self._recipe, self.steps = base or {}, drift, recipe, steps
+        self._base, self._drift, self._recipe, self.steps = base or {}, drift, recipe or {}, steps
         self._files = [_carry_on(folder / name, first_step) for name in ("steps.jsonl", "evaluations.jsonl")
                        if world.is_main]
         self.board = Board(folder / "tensorboard" if world.is_main else None, first_step, steps)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 ASK_EVERY_S = 1.0  # how often ranks ask one another for signals
 AT_ONCE_S = 5.0  # how long threads at work may hold up an exit that saves nothing
-ORPHAN_S = 3.0  # how long a rank whose launcher is gone may take to save
-WATCH_S = 0.5
+ORPHAN_S = 2.0  # how long a rank whose launcher is gone may take to save
+WATCH_S = 0.25
 
 
 class Stop:
@@ -30,6 +30,7 @@ class Stop:
         self._received = 0
         self._graceful = False
         self._asked, self._asked_at, self._ahead = 0, time.monotonic(), 1
+        threading.excepthook = _heed
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         if "TORCHELASTIC_RUN_ID" in os.environ:  # under nohup or tmux a parent may go; torchrun's going is an end
@@ -85,6 +86,12 @@ class Stop:
         self._received = self._received or max(answer[0] for answer in answers)
         self._asked, self._asked_at, self._ahead = step, now, min(answer[1] for answer in answers)
         return max(answer[0] for answer in answers)
+
+
+def _heed(ended: threading.ExceptHookArgs) -> None:
+    """Say what ended a thread, but not that a disk refused: TensorBoard's thread hands that on to the main one."""
+    if not isinstance(ended.exc_value, OSError):
+        threading.__excepthook__(ended)
 
 
 def _follow(launcher: int) -> None:

@@ -11,9 +11,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from data.batch import Batch, Features, Tokens, UserError
@@ -60,7 +62,6 @@ def load_clip(name: str, commit: str | None = None) -> Clip:
 
     Raises UserError when there is no such model, or when it is something other than a CLIPModel.
     """
-    from safetensors import SafetensorError
     from transformers import AutoConfig, CLIPModel, CLIPProcessor
     from transformers.utils import cached_file, logging
 
@@ -77,7 +78,10 @@ def load_clip(name: str, commit: str | None = None) -> Clip:
             raise UserError(f"--model {name} is a {config.model_type!r} model; thumbtune tunes CLIPModel checkpoints")
         model = CLIPModel.from_pretrained(source, **where, dtype=torch.float32)
         processor = CLIPProcessor.from_pretrained(source, **where)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # damaged, or of another size
+    except (UnpicklingError, SafetensorError) as error:
+        raise UserError(f"--model {name}: its weights are damaged, or hold code, which is never run; give them as "
+                        "safetensors") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # damaged, or of another size
         raise UserError(_load_failure(name, error)) from error
     found = re.search(r"/snapshots/([0-9a-f]{40})/", str(cached_file(source, "config.json", **where)))
     return Clip(name, model.eval(), processor, found[1] if found else None)

@@ -138,7 +138,7 @@ def orders(whole: Sequence[Path], digest: Callable[[int], str]) -> Finding:
                    f"differs in {', '.join(wrong)}" if wrong else f"{len(whole)} digests computed again are the same")
 
 
-def exported(run: Path, whole: Sequence[Path], interpolated: bool) -> Finding:
+def exported(run: Path, whole: Sequence[Path]) -> Finding:
     """Are the exported weights those of a checkpoint, to the bit?"""
     try:
         ours = load_file(run / "model" / "projections.safetensors")
@@ -148,7 +148,7 @@ def exported(run: Path, whole: Sequence[Path], interpolated: bool) -> Finding:
         theirs = load(folder)[0]
         if theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours):
             return Finding("exported weights", OK, f"equal those of {folder.name}")
-    if interpolated:
+    if "interpolation" in read_json(run / "metrics.json"):
         return Finding("exported weights", UNCHECKED, "they lie between the base model and a checkpoint")
     return Finding("exported weights", FAILED, "those of no checkpoint that is whole")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from data.batch import Features
 from eval.retrieval import Project
 
-LOOKED_AT = 2_000  # rows asked, drawn at random from a longer split
+LOOKED_AT = 1_000  # rows asked, drawn at random from a longer split
 LISTED = 5
 TILE = 2**24  # scores held at once
 

@@ -27,10 +27,9 @@ class Answer(NamedTuple):
     image: str  # path or URL, "" where the dataset holds bytes
     title: str
 
-    @property
-    def place(self) -> str:
-        """Where the image is to be found."""
-        return self.image or f"{self.split} row {self.row}"
+    def place(self, folder: str) -> str:
+        """Where the image is to be found, as seen from `folder`."""
+        return self.image.removeprefix(f"{folder}/") or f"{self.split} row {self.row}"
 
 
 class Found(NamedTuple):
@@ -60,7 +59,7 @@ def as_text(results: Sequence[Found], folder: str) -> str:
     """The answers for a terminal: rank, score, image (as seen from `folder`), title; nothing in them can steer it."""
     blocks = []
     for found in results:
-        places = [answer.place.removeprefix(f"{folder}/") if found.kind == "title" else "" for answer in found.answers]
+        places = [answer.place(folder) if found.kind == "title" else "" for answer in found.answers]
         width = max(map(len, places), default=0)
         lines = [f"{answer.rank:4d}  {answer.score:6.3f}  {place.ljust(width)}{'  ' if width else ''}{answer.title}"
                  for answer, place in zip(found.answers, places, strict=True)]

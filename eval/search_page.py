@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 
 from eval.search import Answer, Found, printable
 
@@ -35,21 +36,21 @@ small {{ opacity: .75; }}
 """
 
 
-def page(title: str, results: Sequence[Found], pictures: Pictures) -> str:
-    """The HTML of these results; an answer without a picture shows its title alone."""
-    parts = [HEAD.format(title=_text(title))]
+def page(folder: str, results: Sequence[Found], pictures: Pictures) -> str:
+    """The HTML of these results from a dataset's `folder`; an answer without a picture shows its title alone."""
+    parts = [HEAD.format(title=_text(f"Search in {Path(folder).name}"))]
     for found in results:
         parts.append(f"<section>\n<h2>{_text(found.query)}</h2>")
         if found.kind == "image":
             parts.append(f'<p class="query">{_picture(pictures.get(found.query), "the picture asked about")}</p>')
-        parts += ["<ol>", *(_item(answer, pictures) for answer in found.answers), "</ol>\n</section>"]
+        parts += ["<ol>", *(_item(answer, folder, pictures) for answer in found.answers), "</ol>\n</section>"]
     return "\n".join([*parts, "</main>\n</body>\n</html>\n"])
 
 
-def _item(answer: Answer, pictures: Pictures) -> str:
+def _item(answer: Answer, folder: str, pictures: Pictures) -> str:
     return (f"<li>{_picture(pictures.get((answer.split, answer.row)), '')}\n"
             f"<p>{answer.rank}. {_text(answer.title)}</p>\n"
-            f"<small>{answer.score:.3f} · {_text(answer.place)}</small></li>")
+            f"<small>{answer.score:.3f} · {_text(answer.place(folder))}</small></li>")
 
 
 def _picture(jpeg: bytes | None, alt: str) -> str:

@@ -16,10 +16,11 @@ from PIL import Image, ImageEnhance
 from scenes import SCENES, scene_thumbnail
 
 from data import similar
-from data.check import PIECE, TOO_MANY_PIECES, Finding, as_json, check, table
+from data.check import PIECE, TOO_MANY_PIECES, check
 from data.cold import Reader
 from data.decode import ImageSpec
 from data.fetch import FetchPolicy
+from data.findings import Finding, as_json, table
 from data.similar import NEAR, first_similar, glance, near_pairs, perceptual_hash
 from data.source import load_splits
 
@@ -29,7 +30,7 @@ LONG = "How I built it: " + "one part after the other, " * 16
 
 def look_over(dataset: Path, cache: Path, **more: object) -> list[Finding]:
     reader = Reader(cache, ImageSpec.clip(), FetchPolicy(allow_hosts=("127.0.0.1",)), 25_000_000, 2)
-    return check(load_splits(str(dataset)), reader, print, **more)
+    return check(load_splits(str(dataset)), reader, print, **more)[0]
 
 
 def jpeg(image: Image.Image, quality: int = 90) -> bytes:
@@ -156,13 +157,16 @@ def test_rows_are_counted_and_five_shown(tmp_path: Path) -> None:
     assert damage == ("train-0.tar", "truncated", "error", 2, ("k7: cut\ufffd[2J", "(unknown sample): cut\ufffd[2J"))
     assert repeats[:4] == ("train", "repeated-title", "warning", 9)
     assert [example.split(":")[0] for example in repeats.examples] == [f"row {row}" for row in range(3, 8)]
-    rows = load_splits(str(pairs))
-    lines = table([damage, repeats], rows).splitlines()
-    assert lines[2].startswith("| error    | train-0.tar | 2    | truncated") and len(lines) == 8
-    assert lines[-1] == "rows checked: train 40, valid 10, test 10; errors 2, warnings 9, hints 0"
-    plain = as_json([damage, repeats], rows)
+    rows = {"train": 40, "valid": 10, "test": 10}
+    lines = table([damage, repeats], rows, rows, 2).splitlines()
+    assert lines[2].startswith("| error    | train-0.tar | 2    | truncated") and len(lines) == 9
+    assert lines[-2] == "rows checked: train 40, valid 10, test 10; errors 2, warnings 9, hints 0"
+    assert lines[-1] == "a run would drop 2 of 62 rows (3.2%)"
+    plain = as_json([damage, repeats], rows, rows)
     assert json.loads(json.dumps(plain)) == plain and plain["findings"][1]["count"] == 9
-    assert table([], rows) == "rows checked: train 40, valid 10, test 10; errors 0, warnings 0, hints 0"
+    assert table([], rows, {**rows, "train": 36}, 0).splitlines() == [
+        "rows checked: train 40, valid 10, test 10; errors 0, warnings 0, hints 0",
+        "a run would drop 4 of 60 rows (6.7%); above --max-bad, 5% unless set, it stops"]
 
 
 def test_the_command_and_its_exit_code(tmp_path: Path) -> None:
@@ -176,7 +180,8 @@ def test_the_command_and_its_exit_code(tmp_path: Path) -> None:
     strict = run([*flags, "--strict", "--json"])
     assert strict.returncode == 1, strict.stderr
     said = json.loads(strict.stdout)
-    assert said["rows"] == {"train": 20, "valid": 6, "test": 6}
+    assert said["rows"] == {"train": 20, "valid": 6, "test": 6} == {**said["usable"], "valid": 6}
+    assert said["usable"]["valid"] == 5
     assert said["totals"] == {"error": 1, "warning": 0, "hint": 1}
     assert [(one["split"], one["kind"]) for one in said["findings"]] == [("valid", "empty"), ("test", "na-title")]
     lenient = run(flags)

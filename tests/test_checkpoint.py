@@ -276,4 +276,4 @@ def _one_refuses(folder: str) -> str:
 
 
 def test_all_ranks_hear_of_a_full_disk(tmp_path: Path) -> None:
-    assert on_ranks(2, _one_refuses, str(tmp_path)) == [f"No space left on device: {tmp_path}"] * 2
+    assert on_ranks(2, _one_refuses, str(tmp_path)) == [f"[Errno 28] No space left on device: {str(tmp_path)!r}"] * 2

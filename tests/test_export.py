@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -74,6 +75,13 @@ def test_other_libraries_give_the_same_embeddings(tuned: Path, pairs: Path) -> N
     peer = SentenceTransformer(str(folder), device="cpu")
     embedded = [torch.from_numpy(peer.encode(inputs, normalize_embeddings=True)) for inputs in (images, TITLES)]
     torch.testing.assert_close(torch.cat(embedded), theirs, atol=1e-5, rtol=0)
+    card = (folder / "README.md").read_text(encoding="utf-8").replace(HERE, str(folder))
+    told: dict[str, Any] = {"image": images[0]}
+    for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):  # what the card tells people to type
+        exec(code, told)
+    torch.testing.assert_close(told["outputs"].image_embeds, theirs[:1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.from_numpy(told["image_and_title"][0]), theirs[:1], atol=1e-5, rtol=0)
+    assert told["image_and_title"][1].shape == (1, 16)
 
 
 def test_projections_alone_go_back_on_their_base(tuned: Path, tiny_st_model: Path, tmp_path: Path,

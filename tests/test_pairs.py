@@ -1,0 +1,60 @@
+"""A dataset is opened again without reading what has not changed, and what has changed is seen."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_pairs, tiny_clip
+
+from data.cold import Reader
+from data.decode import ImageSpec
+from data.fetch import FetchPolicy
+from data.pairs import Encoders, Pairs, Team, open_pairs
+from data.source import load_splits
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest sets aside the filter for Pillow's
+
+
+def opened(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Pairs, set[str]]:
+    """The pairs of a folder, and which files were read for them."""
+    from transformers import CLIPProcessor
+
+    read, taken = Reader.read, set[str]()
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "read", lambda self, ref: (taken.add(Path(ref["path"]).name), read(self, ref))[1])
+        tokenizer = CLIPProcessor.from_pretrained(cache / "model").tokenizer
+        encoders = Encoders(lambda pixels: pixels.float().mean((2, 3)), lambda tokens: tokens.ids_BL[:, :1].float(),
+                            3, 1, "images-" + "0" * 8, "titles-" + "0" * 8, True, tokenizer, 77)
+        reader = Reader(cache / "fetched", ImageSpec.clip(32), FetchPolicy(), 25_000_000, 2)
+        alone = Team(0, 1, lambda value: [value])
+        pairs = open_pairs(load_splits(str(folder)), [], reader, encoders, alone, cache, 0.5, "off",
+                           torch.device("cpu"), print)
+    return pairs, taken
+
+
+def test_only_new_and_changed_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, folder = tmp_path / "cache", make_pairs(tmp_path / "pairs", 20, 5, 5)
+    tiny_clip(cache / "model")
+    (folder / "images" / "train-0003.jpg").write_bytes(b"<html>")
+    for file in folder.rglob("*.jpg"):
+        os.utime(file, (1, 1))
+    monkeypatch.setattr("data.seen.SETTLED", -60.0)  # change times cannot be set back
+    first, taken = opened(folder, cache, monkeypatch)
+    assert len(taken) == 30 and len(first.ledger) == 1
+    again, taken = opened(folder, cache, monkeypatch)
+    assert taken == {"train-0003.jpg"} and again.identity == first.identity and again.ledger == first.ledger
+    for name in first.splits:
+        assert torch.equal(again.residents()[name].image_MV, first.residents()[name].image_MV)
+        assert torch.equal(again.splits[name].image_N, first.splits[name].image_N)
+    time.sleep(0.02)
+    (folder / "images" / "train-0004.jpg").write_bytes((folder / "images" / "train-0005.jpg").read_bytes())
+    (folder / "images" / "test-0001.jpg").unlink()
+    changed, taken = opened(folder, cache, monkeypatch)
+    assert taken == {"train-0003.jpg", "train-0004.jpg", "test-0001.jpg"}
+    assert changed.identity != first.identity and len(changed.ledger) == 2
+    train = changed.splits["train"]
+    assert train.image_N[train.row_N.tolist().index(4)] == train.image_N[train.row_N.tolist().index(5)]

@@ -12,6 +12,8 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+METRICS = [*(f"{way}_{name}" for way in ("image_to_text", "text_to_image")
+             for name in ("R@1", "R@5", "R@10", "median_rank", "mean_rank", "mrr")), "triplet_accuracy"]
 # As `--help` and written TOML order them.
 GROUPS = ("query", "model", "data", "recipe", "sweep", "loop", "output", "machine")
 
@@ -229,6 +231,8 @@ def check(config: Config) -> None:
         raise ValueError(f"--interpolate is a share of tuned within 0 and 1, or auto; not {config.interpolate}")
     if config.html and Path(config.html).expanduser().is_dir():
         raise ValueError(f"--html {config.html} is a folder; give a file, such as {config.html}/search.html")
+    if config.best_metric not in METRICS:
+        raise ValueError(f"--best-metric {config.best_metric} is not measured; there is {', '.join(METRICS)}")
     if not config.trainable:
         raise ValueError("--trainable names nothing; try --trainable projection")
 

@@ -234,8 +234,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     from engine.train import Plan, fit
     from eval.show import Show, shown_split
 
-    out, begun = open_run(cfg, world)
-    parts = open_parts(cfg, world)
+    (out, begun), parts = open_run(cfg, world), open_parts(cfg, world)
     trained = parts.trained_model(cfg.micro_batch)
     pairs = with_probe(cfg, world, parts, open_data(cfg, world, parts))
     cfg = fitted(cfg, len(pairs.splits["train"]))

@@ -232,7 +232,6 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     from engine.profiler import profiler
     from engine.recipes import fitted
     from engine.train import Plan, fit
-    from eval.show import Show, shown_split
 
     (out, begun), parts = open_run(cfg, world), open_parts(cfg, world)
     trained = parts.trained_model(cfg.micro_batch)
@@ -246,7 +245,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
     log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, comparable(cfg), metrics.get("base"))
-    show = Show(out, shown_split(pairs.splits), pairs.album.title, pairs.album.picture, resumed=state.step > 0)
+    show = open_show(out, pairs, resumed=state.step > 0)
     judge = Judge(pairs, parts, plan, state, saved, log, show, world, metrics, base)
     batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
     watch, model = watcher(cfg, world, out, pairs, trained), distribute(trained, world.size)
@@ -276,6 +275,13 @@ def watcher(cfg: Config, world: World, out: Path, pairs: Pairs,
 
     batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
     return Finite(out, trained, batches, rows, world).watch
+
+
+def open_show(out: Path, pairs: Pairs, resumed: bool) -> Show:
+    """What people are shown of the model: answers about test, else valid."""
+    from eval.show import Show, shown_split
+
+    return Show(out, shown_split(pairs.splits), pairs.album.title, pairs.album.picture, resumed)
 
 
 def report(out: Path, pairs: Pairs, show: Show) -> Path:

@@ -374,7 +374,8 @@ def sweep(cfg: Config, world: World, stop: Stop) -> int:
             speed = done * len(runs) / (time.monotonic() - began) * 60
             world.say(f"{done}/{len(todo)}  {cfg.best_metric} {score:.4f}  ({named(settings)})  {speed:,.0f} runs/min")
             if stop.agreed(world, done):
-                break  # every finished configuration is in the journal
+                world.say(f"stopped; run.py sweep --resume --out {out} goes on from what sweep.jsonl holds")
+                break
     return conclude(cfg, world, tuner, pairs, rows, journal, out)
 
 

@@ -233,8 +233,7 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     from engine.recipes import fitted
     from engine.train import Plan, fit
 
-    out, begun = open_run(cfg, world)
-    parts = open_parts(cfg, world)
+    (out, begun), parts = open_run(cfg, world), open_parts(cfg, world)
     trained = parts.trained_model(cfg.micro_batch)
     pairs = with_probe(cfg, world, parts, open_data(cfg, world, parts))
     cfg = fitted(cfg, len(pairs.splits["train"]))
@@ -366,8 +365,7 @@ def sweep(cfg: Config, world: World, stop: Stop) -> int:
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     journal = Journal(out, world, pairs.identity, cfg.best_metric, begun)
     todo = [settings for settings in tried if not journal.known(settings)]
-    tuner = Tuner(parts, in_order)
-    held_out = lambda rows: on_host(measure_rows(parts.head, rows))
+    tuner, held_out = Tuner(parts, in_order), lambda rows: on_host(measure_rows(parts.head, rows))
     base, began = tuner.cross_validate(None, runs, held_out, world), time.monotonic()
     with stop.gracefully():
         for done, settings in enumerate(todo, start=1):
@@ -376,7 +374,8 @@ def sweep(cfg: Config, world: World, stop: Stop) -> int:
             speed = done * len(runs) / (time.monotonic() - began) * 60
             world.say(f"{done}/{len(todo)}  {cfg.best_metric} {score:.4f}  ({named(settings)})  {speed:,.0f} runs/min")
             if stop.agreed(world, done):
-                break  # every finished configuration is in the journal
+                world.say(f"stopped; run.py sweep --resume --out {out} goes on from what sweep.jsonl holds")
+                break
     return conclude(cfg, world, tuner, pairs, rows, journal, out)
 
 
@@ -388,8 +387,7 @@ def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Reside
     from eval.leaderboard import leaderboard
     from eval.retrieval import differences
 
-    lines = journal.ranked()
-    best = replace(cfg, **lines[0]["settings"])
+    lines, best = journal.ranked(), replace(cfg, **journal.ranked()[0]["settings"])
     tuner.reset()
     before = measure(pairs.residents(), tuner.parts.head, ["test"])
     tuner.tune(best, rows)
@@ -400,7 +398,7 @@ def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Reside
     folder.write_metrics(out, metrics, world)
     if world.is_main:
         journal.conclude(out, cfg)
-        print(leaderboard(lines[:10], [named(line["settings"]) for line in lines[:10]], cfg.best_metric), end="\n\n")
+        print(leaderboard(lines[:10], [named(line["settings"]) for line in lines[:10]], cfg.best_metric) + "\n")
         world.say(f"winner: {named(lines[0]['settings'])}  (run.py --config {out / 'recipe.toml'})")
     return finish(best, world, tuner.parts, out, metrics)
 

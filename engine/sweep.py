@@ -100,7 +100,8 @@ def configurations(cfg: Config) -> list[Settings]:
 
 def _drawn(space: Mapping[str, Range | list[Any]], trials: int, seed: int) -> Iterator[Settings]:
     """`trials` distinct combinations, fewer when the space has fewer."""
-    rng, seen, stale = random.Random(seed), set(), 0
+    rng, stale = random.Random(seed), 0
+    seen: set[tuple[Any, ...]] = set()
     while len(seen) < trials and stale < PATIENCE:
         settings = {name: values.draw(rng) if isinstance(values, Range) else rng.choice(values)
                     for name, values in space.items()}

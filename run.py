@@ -159,11 +159,22 @@ def open_run(cfg: Config, world: World) -> tuple[Path, bool]:
     return open_folder(cfg, world)
 
 
+def measured(cfg: Config, pairs: Pairs) -> list[str]:
+    """The splits that --eval-splits names and the probe, else all there are."""
+    from data.batch import UserError
+
+    for name in cfg.eval_splits:
+        if name not in pairs.splits:
+            raise UserError(f"--eval-splits {name}: there is {', '.join(pairs.splits)}")
+    return [name for name in pairs.splits if name in (*cfg.eval_splits, "probe") or not cfg.eval_splits]
+
+
 @dataclass
 class Judge:
     """Measures the head and tells all who want to know: at both ends everything, between them only what is watched."""
 
     pairs: Pairs
+    names: Sequence[str]  # of the splits to measure
     parts: Parts
     plan: Plan
     state: State
@@ -176,11 +187,11 @@ class Judge:
 
     def __call__(self, taken: int = 0) -> None:
         """`taken` is the step whose weights have been put in place of the last ones, if any have."""
-        step, names = self.state.step, list(self.pairs.splits)
+        step = self.state.step
         ends = bool(taken) or step in (0, self.plan.steps)
         residents = self.pairs.residents()
-        watched = [name for name in names if ends or name in ("train", "valid")]
-        found = measure(residents, self.parts.head, watched, self.world)
+        watched = [name for name in self.names if name in ("train", "valid")]
+        found = measure(residents, self.parts.head, self.names if ends or not watched else watched, self.world)
         scores = {name: one.summarise() if ends else one.values() for name, one in found.items()}
         self.log.metrics(scores, taken or step)
         self.saved.note(self.state, scores)
@@ -210,8 +221,9 @@ def interpolated(cfg: Config, judge: Judge, base: Mapping[str, torch.Tensor]) ->
     """Leave the parameters between base and tuned as --interpolate says; how valid (else train) and probe take it."""
     from engine.interpolate import interpolate
 
-    parts, names = judge.parts, judge.pairs.splits
-    watched = ["valid" if "valid" in names else "train", *({"probe"} & set(names))]
+    parts, names = judge.parts, judge.names
+    watched = list(dict.fromkeys([next(name for name in ("valid", "train", *names) if name in names),
+                                  *({"probe"} & set(names))]))
 
     def score() -> dict[str, dict[str, float]]:
         found = measure(judge.pairs.residents(), parts.head, watched, judge.world)
@@ -237,16 +249,16 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     trained = parts.trained_model(cfg.micro_batch)
     pairs = with_probe(cfg, world, parts, open_data(cfg, world, parts))
     cfg = fitted(cfg, len(pairs.splits["train"]))
-    plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
+    names, plan = measured(cfg, pairs), Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     saved = saver(cfg, world, out, parts, pairs)
     start, drift = snapshot(parts.trainable) if cfg.interpolate else {}, Drift(parts.trainable)
-    base = measure(pairs.residents(), parts.head, pairs.splits, world) if begun else {}  # before tuned weights return
+    base = measure(pairs.residents(), parts.head, names, world) if begun else {}  # before tuned weights return
     state = saved.resume(world.say) if begun else checkpoint.State()
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
     log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, comparable(cfg), metrics.get("base"))
-    show = open_show(out, pairs, resumed=state.step > 0)
-    judge = Judge(pairs, parts, plan, state, saved, log, show, world, metrics, base)
+    show = open_show(out, pairs, names, resumed=state.step > 0)
+    judge = Judge(pairs, names, parts, plan, state, saved, log, show, world, metrics, base)
     batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
     watch, model = watcher(cfg, world, out, pairs, trained), distribute(trained, world.size)
     with closing(log), stop.gracefully(), profiler(cfg.profile, out / "profile", world.rank, log) as trace:
@@ -277,11 +289,11 @@ def watcher(cfg: Config, world: World, out: Path, pairs: Pairs,
     return Finite(out, trained, batches, rows, world).watch
 
 
-def open_show(out: Path, pairs: Pairs, resumed: bool) -> Show:
+def open_show(out: Path, pairs: Pairs, names: Sequence[str], resumed: bool) -> Show:
     """What people are shown of the model: answers about test, else valid."""
     from eval.show import Show, shown_split
 
-    return Show(out, shown_split(pairs.splits), pairs.album.title, pairs.album.picture, resumed)
+    return Show(out, shown_split(names), pairs.album.title, pairs.album.picture, resumed)
 
 
 def report(out: Path, pairs: Pairs, show: Show) -> Path:

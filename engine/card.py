@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.config import toml_value
+from engine.settings import toml_value
 
 HERE = "path/to/this/folder"  # becomes the hub's name when the folder is pushed
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)

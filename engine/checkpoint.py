@@ -131,7 +131,7 @@ class Saver:
 
         Raises UserError when the metric is not among what is measured.
         """
-        values = scores["valid" if "valid" in scores else "train"]
+        values = next(scores[name] for name in ("valid", "train", *scores) if name in scores)
         if not isinstance(values.get(self.metric), (int, float)):
             names = [name for name, value in values.items() if isinstance(value, (int, float))]
             raise UserError(f"--best-metric {self.metric} is not measured here; there is {', '.join(names)}")

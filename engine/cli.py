@@ -12,18 +12,9 @@ from dataclasses import Field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from engine.config import (
-    Config,
-    check,
-    comma_list,
-    config_fields,
-    in_groups,
-    number,
-    read_toml,
-    to_toml,
-    unknown,
-)
+from engine.config import Config, config_fields
 from engine.recipes import RECIPES
+from engine.settings import check, comma_list, in_groups, number, read_toml, to_toml, unknown
 
 HOME = Path(__file__).resolve().parents[1]
 DEMO_MODEL = HOME / "data" / "demo_model"
@@ -36,7 +27,7 @@ PUSH = ["push_to_hub", "private", "license"]
 SWEEP = ["space", "trials", "folds", "seeds"]
 TRAIN = [name for name in config_fields()
          if name not in ["split", "resize", "strict", "json", "prune", "quick", *SEARCH, *EXPORT, *SWEEP]]
-ONE_RUN = ["eval_every", "save_every", "keep", "profile", "probe", "augment",
+ONE_RUN = ["eval_every", "eval_splits", "save_every", "keep", "profile", "probe", "augment",
            "gradient_checkpointing"]  # what only a single run of training has
 POSITIONAL = "query"  # the one setting that needs no flag
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data.batch import UserError
-from engine.config import Config, check, config_fields, unknown
+from engine.config import Config, config_fields
+from engine.settings import check, unknown
 
 FIXED = ("mode", "trainable", "seed", "recipe")  # of the recipe, but not to be searched
 RECIPE = [name for name, spec in config_fields().items() if spec.metadata["group"] == "recipe"

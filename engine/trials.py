@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from engine.checkpoint import State
-from engine.config import Config, to_toml
+from engine.config import Config
 from engine.dist import World
 from engine.folder import write_json
 from engine.interpolate import blend, snapshot
@@ -23,6 +23,7 @@ from engine.log import Silent
 from engine.model import Parts
 from engine.optim import adamw
 from engine.profiler import Profiler
+from engine.settings import to_toml
 from engine.sweep import RECIPE, Settings
 from engine.train import Plan, fit
 

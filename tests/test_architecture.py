@@ -92,6 +92,7 @@ FLAGS = [
     "duplicates",
     "epochs",
     "eval_every",
+    "eval_splits",
     "folds",
     "gradient_checkpointing",
     "hardness",

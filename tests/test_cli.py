@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from engine.cli import COMMANDS, Parser, parse
-from engine.config import Config, check, config_fields
+from engine.config import Config, config_fields
+from engine.settings import check
 
 
 def options(command: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:

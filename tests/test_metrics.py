@@ -342,6 +342,6 @@ def test_the_table_shows_both_and_the_paired_test_between_them() -> None:
     line = next(line for line in text.splitlines() if "image to text R@1 " in line)
     gain = difference["image_to_text_R@1"]
     assert re.search(r"\| 0\.017 \[0\.\d+, 0\.\d+\] +\| 0\.050 \[", line)
-    assert f"| +0.033 [{gain['ci95'][0]:+.3f}, {gain['ci95'][1]:+.3f}], p = {gain['p']:.3f} " in line
-    assert re.search(r"median rank +\| 30\.5 \[.*\| 10\.5 \[.*\| - ", text)
-    assert "p < 0.001" in text
+    assert f"| +0.033 [{gain['ci95'][0]:+.3f}, {gain['ci95'][1]:+.3f}] | {gain['p']:.3f}".replace("| 0.", "| .") in line
+    assert re.search(r"median rank +\| 30\.5 \[.*\| 10\.5 \[.*\| - +\| - ", text)
+    assert re.search(r"\| <\.001 +\|", text)

@@ -49,7 +49,7 @@ MISTAKES = {  # arguments -> what the answer has to name
     "model is a file": (["--model", "{pairs}/train.csv", "--dataset", "{pairs}"], "config.json"),
     "model folder without a model": (["--model", "{pairs}", "--dataset", "{pairs}"], "does not load"),
     "model that is not CLIP": (["--model", "{mess}/bert", "--dataset", "{pairs}"], "thumbtune tunes CLIPModel"),
-    "damaged weights": (["--model", "{mess}/damaged", "--dataset", "{pairs}"], "does not load"),
+    "damaged weights": (["--model", "{mess}/damaged", "--dataset", "{pairs}"], "its weights are damaged"),
     "config and weights of two models": (["--model", "{mess}/mixed", "--dataset", "{pairs}"], "does not load"),
     "offline": (["--model", "owner/name", "--dataset", "{pairs}"], "owner/name"),
     "nothing trains": ([*DATA, "--trainable", "projektion"], "projektion"),

@@ -8,8 +8,9 @@ import pytest
 
 import run as command_line
 from engine.cli import parse
-from engine.config import Config, check, config_fields
+from engine.config import Config, config_fields
 from engine.recipes import RECIPES, fitted
+from engine.settings import check
 
 
 def test_every_recipe_is_a_choice_and_can_work() -> None:

@@ -531,6 +531,9 @@ def verify(cfg: Config, world: World, stop: Stop) -> int:
     if not cfg.run:
         return verify_store(cfg, world)
     run = Path(cfg.run).expanduser()
+    if (run / "sweep.jsonl").exists():
+        raise UserError(f"--run {run} is a sweep's folder and has no steps; train with --config {run}/recipe.toml and "
+                        "verify that run")
     mine = {name: getattr(cfg, name) for name in ("device", "workers", "allow_host", "max_pixels")}  # not the folder's
     given = {name: getattr(cfg, name) for name in ("dataset", "model") if getattr(cfg, name)}
     old = replace(settings_of(run), cache_dir=cfg.cache_dir, **mine, **given)

@@ -118,8 +118,8 @@ def encoders(parts: Parts, image_preprocessing: str, device: torch.device,
     return Encoders(
         image=Frozen(towers.image, device, parts.precision, compiled), image_width=image.hidden_size,
         text=Frozen(towers.text, device, parts.precision), text_width=text.hidden_size,
-        image_space=fingerprint(towers.vision_model, image_preprocessing, parts.precision),
-        text_space=fingerprint(towers.text_model, title_preprocessing, parts.precision),
+        image_space=fingerprint(clip, "vision_model", image_preprocessing, parts.precision),
+        text_space=fingerprint(clip, "text_model", title_preprocessing, parts.precision),
         stored=parts.stored, tokenizer=clip.tokenizer, max_tokens=clip.max_tokens)
 
 

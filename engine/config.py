@@ -48,7 +48,6 @@ class Config:
     duplicates: str = setting("mask", "recipe", "identical titles or images: mask: no negatives; multi: right answers "
                               "too; keep: negatives, as the reference", ("mask", "multi", "keep"))
     hardness: float = setting(0.0, "recipe", "weight of similar negatives: adds X * cosine to their logits")
-    label_smoothing: float = setting(0.0, "recipe", "share of the target spread evenly over all candidates")
     l2_sp: float = setting(0.0, "recipe", "weight of the squared distance to the pretrained weights, of what trains")
     micro_batch: int = setting(0, "recipe", "streaming: rows a rank whose activations are held at once; 0: all")
     augment: bool = setting(False, "recipe", "train on random crops (90 to 100 % of the area); towers run every step")

@@ -46,7 +46,7 @@ class Origin:
     def of(cls, cfg: Config, clip: Clip, trained: Collection[str], metrics: Mapping[str, Any]) -> Origin:
         """The origin of what this run has trained."""
         base = clip.name if clip.commit else str(Path(clip.name).expanduser().absolute())
-        return cls(base, clip.commit or "", frozen_digest(clip.model, trained), _public(cfg.dataset), recipe_of(cfg),
+        return cls(base, clip.commit or "", frozen_digest(clip, trained), _public(cfg.dataset), recipe_of(cfg),
                    metrics)
 
 
@@ -71,14 +71,10 @@ def recipe_of(cfg: Config) -> dict[str, Any]:
             for name, spec in config_fields().items() if spec.metadata["group"] == "recipe"}
 
 
-def frozen_digest(model: nn.Module, trained: Collection[str]) -> str:
+def frozen_digest(clip: Clip, trained: Collection[str]) -> str:
     """SHA-256 of all parameters but the `trained` ones: equal for the base and for what was tuned from it."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if name not in trained:
-            digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            digest.update(parameter.detach().float().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    frozen = sorted(name for name, _ in clip.model.named_parameters() if name not in trained)
+    return hashlib.sha256("".join(f"{name}={clip.digests[name]}\n" for name in frozen).encode()).hexdigest()
 
 
 def export(clip: Clip, folder: Path, tuned: Tuned, table: str, licence: str = "other", dtype: str = "fp32") -> None:
@@ -187,7 +183,7 @@ def restore(clip: Clip, tuned: Tuned) -> None:
     if wrong:
         raise UserError(f"--model {clip.name} is not the base of these tensors: {wrong[0]} does not fit; "
                         f"they were trained on {tuned.origin.base}")
-    if tuned.origin.frozen and frozen_digest(clip.model, tuned.tensors.keys()) != tuned.origin.frozen:
+    if tuned.origin.frozen and frozen_digest(clip, tuned.tensors.keys()) != tuned.origin.frozen:
         at = f" at commit {tuned.origin.commit}" if tuned.origin.commit else ""
         raise UserError(f"--model {clip.name} is not the base of these tensors: its frozen weights differ; "
                         f"they were trained on {tuned.origin.base}{at}")

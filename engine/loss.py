@@ -63,7 +63,6 @@ class Objective:
     loss: str = "image-to-text"  # or "symmetric", "sigmoid"
     duplicates: str = "mask"
     hardness: float = 0.0  # logits of negatives rise by hardness * cosine, without gradient
-    smoothing: float = 0.0
 
     def __call__(self, image_BE: Tensor, titles: Candidates, scale: Tensor, first_row: int, rows: int,
                  title_BE: Tensor | None = None, images: Candidates | None = None) -> Tensor:
@@ -85,7 +84,7 @@ class Objective:
         """Loss of a chunk of rows from `low` on, and its slope by scale * cosine_RC.
 
         Hardness as Lan et al. 2025 (arXiv 2503.04812), equation 5, for all negatives: sentence-transformers'
-        hardness_mode "all_negatives". Smoothing spreads its share evenly over all candidates (Szegedy et al. 2016).
+        hardness_mode "all_negatives".
         """
         own = first_row + low
         right_RC, blocked_RC = self._answers(candidates, own, len(cosine_RC))
@@ -97,20 +96,12 @@ class Objective:
             slope_RC.diagonal(own).sub_(1)
             gain = score_RC.diagonal(own).sum()
         else:
-            target_RC = self._target(right_RC.to(score_RC.dtype), blocked_RC)
+            target_RC = right_RC.to(score_RC.dtype)
+            if self.loss != "sigmoid":
+                target_RC /= target_RC.sum(-1, keepdim=True)
             slope_RC.sub_(target_RC)
             gain = (target_RC * score_RC).sum()
         return -gain if base is None else base - gain, slope_RC
-
-    def _target(self, right_RC: Tensor, blocked_RC: Tensor | None) -> Tensor:
-        """What each candidate's share should be; for the sigmoid, 1 for all that are right."""
-        if self.loss == "sigmoid":
-            return right_RC
-        open_RC = torch.ones_like(right_RC)
-        if blocked_RC is not None:
-            open_RC.masked_fill_(blocked_RC, 0)
-        even_RC = open_RC / open_RC.sum(-1, keepdim=True)
-        return (right_RC / right_RC.sum(-1, keepdim=True)).lerp_(even_RC, self.smoothing)
 
     def _answers(self, candidates: Candidates, own: int, count: int) -> tuple[Tensor | None, Tensor | None]:
         """Which candidates are right for rows whose own answers are `own ...` (None: those alone, and nobody asks for
@@ -120,7 +111,7 @@ class Objective:
         if self.duplicates == "multi":
             return _same(title_C, own, count).logical_or_(_same(image_C, own, count)), absent_C
         right_RC, blocked_RC = None, absent_C
-        if self.hardness or self.smoothing:
+        if self.hardness:
             right_RC = torch.zeros(count, len(title_C), dtype=torch.bool, device=title_C.device)
             right_RC.diagonal(own).fill_(True)
         if self.duplicates == "mask":

@@ -97,7 +97,7 @@ def check(config: Config) -> None:
     at_least = {"epochs": 1, "batch_size": 1, "log_every": 1, "eval_every": 0, "save_every": 0, "keep": 1,
                 "patience": 0, "workers": 1, "resize": 0, "lr": 0,
                 "weight_decay": 0, "clip_norm": 0, "max_bad": 0, "max_pixels": 1, "scale": 1e-9,
-                "dist_timeout": 1, "hardness": 0, "label_smoothing": 0, "l2_sp": 0, "micro_batch": 0, "top": 1,
+                "dist_timeout": 1, "hardness": 0, "l2_sp": 0, "micro_batch": 0, "top": 1,
                 "seed": 0, "trials": 0, "folds": 2, "seeds": 1}
     for name, low in at_least.items():
         value = getattr(config, name)
@@ -110,11 +110,9 @@ def check(config: Config) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at most {high:g}, not {getattr(config, name):g}")
     if not 0 <= config.warmup < 1:
         raise ValueError(f"--warmup is a share of all steps between 0 and 1, not {config.warmup:g}")
-    if not config.label_smoothing < 1:
-        raise ValueError(f"--label-smoothing is a share below 1, not {config.label_smoothing:g}")
-    if config.loss == "sigmoid" and (config.hardness or config.label_smoothing):
-        raise ValueError("--loss sigmoid judges each pair alone; --hardness and --label-smoothing need a softmax: "
-                         "leave them out or use --loss symmetric")
+    if config.loss == "sigmoid" and config.hardness:
+        raise ValueError("--loss sigmoid judges each pair alone, --hardness needs a softmax; leave it out or use "
+                         "--loss symmetric")
     for name, spec in config_fields().items():
         allowed = spec.metadata["choices"]
         if allowed and getattr(config, name) not in allowed:

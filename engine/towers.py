@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,14 @@ class Clip:
     model: CLIPModel
     processor: Any
     commit: str | None
+
+    @cached_property
+    def digests(self) -> Mapping[str, str]:
+        """BLAKE2b of every tensor as it was loaded, by name; read once, as gigabytes take seconds."""
+        def digest(tensor: Tensor) -> str:
+            plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            return hashlib.blake2b(plain, digest_size=32, person=str(tuple(tensor.shape)).encode()[:16]).hexdigest()
+        return {name: digest(tensor) for name, tensor in self.model.state_dict().items()}
 
     @property
     def image_processor(self) -> Any:
@@ -209,10 +217,14 @@ def pick_precision(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if units.get("avx512_bf16") or units.get("amx_bf16") else torch.float32
 
 
-def fingerprint(tower: Any, preprocessing: str, precision: torch.dtype) -> str:
-    """Names the feature space: a digest of the tower's config and weights, its preprocessing and its precision."""
-    digest = hashlib.sha256(f"{preprocessing}|{precision}|{tower.config.to_json_string()}".encode())
-    for name, tensor in sorted(tower.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+def fingerprint(clip: Clip, tower: str, preprocessing: str, precision: torch.dtype) -> str:
+    """Names the feature space: a digest of the tower's config and weights, its preprocessing and its precision.
+
+    `tower` is vision_model or text_model.
+    """
+    config = getattr(clip.model, tower).config.to_json_string()
+    digest = hashlib.sha256(f"{preprocessing}|{precision}|{config}".encode())
+    for name, tensor in sorted(clip.digests.items()):
+        if name.startswith(f"{tower}."):
+            digest.update(f"{name}={tensor}".encode())
     return digest.hexdigest()

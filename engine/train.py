@@ -87,7 +87,7 @@ def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: An
 
     `watch` sees the gradient norms of the steps before `state.step` at every flush, and may end the run.
     """
-    objective = Objective(cfg.loss, cfg.duplicates, cfg.hardness, cfg.label_smoothing)
+    objective = Objective(cfg.loss, cfg.duplicates, cfg.hardness)
     ranks = torch.tensor(float(world.size), device=world.device)
     stream = batches(state.step)  # this rank's slice of every remaining step
     while state.step < plan.steps and not state.stopped and not state.enough:

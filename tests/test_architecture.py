@@ -103,7 +103,6 @@ FLAGS = [
     "json",
     "keep",
     "l2_sp",
-    "label_smoothing",
     "license",
     "log_every",
     "loss",

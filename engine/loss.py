@@ -81,14 +81,14 @@ class Objective:
 
     def _rows(self, candidates: Candidates, first_row: int, hardness: float, cosine_RC: Tensor, scale: Tensor,
               low: int) -> tuple[Tensor, Tensor]:
-        """Loss of a chunk of rows from `low` on, and its slope by scale * cosine_RC.
+        """Loss of a chunk of rows from `low` on, and its slope by scale * cosine_RC, which is overwritten.
 
         Hardness as Lan et al. 2025 (arXiv 2503.04812), equation 5, for all negatives: sentence-transformers'
         hardness_mode "all_negatives".
         """
         own = first_row + low
         right_RC, blocked_RC = self._answers(candidates, own, len(cosine_RC))
-        logits_RC = cosine_RC * (scale + hardness * ~right_RC if hardness and right_RC is not None else scale)
+        logits_RC = cosine_RC.mul_(scale + hardness * ~right_RC if hardness and right_RC is not None else scale)
         if blocked_RC is not None:
             logits_RC.masked_fill_(blocked_RC, NEVER)
         base, score_RC, slope_RC = sigmoid(logits_RC) if self.loss == "sigmoid" else softmax(logits_RC)
@@ -107,28 +107,29 @@ class Objective:
         """Which candidates are right for rows whose own answers are `own ...` (None: those alone, and nobody asks for
         the rest), and which do not count for them (None: all do).
         """
-        title_C, image_C, absent_C = candidates.title_id_C, candidates.image_id_C, candidates.absent_C
+        title_C, absent_C = candidates.title_id_C, candidates.absent_C
         if self.duplicates == "multi":
-            return _same(title_C, own, count).logical_or_(_same(image_C, own, count)), absent_C
+            return _repeats(candidates, own, count), absent_C
         right_RC, blocked_RC = None, absent_C
         if self.hardness:
             right_RC = torch.zeros(count, len(title_C), dtype=torch.bool, device=title_C.device)
             right_RC.diagonal(own).fill_(True)
         if self.duplicates == "mask":
-            blocked_RC = _same(title_C, own, count).logical_or_(_same(image_C, own, count))
+            blocked_RC = _repeats(candidates, own, count)
             blocked_RC.diagonal(own).fill_(False)
             if absent_C is not None:
                 blocked_RC.logical_or_(absent_C)
         return right_RC, blocked_RC
 
 
-def _same(id_C: Tensor, own: int, count: int) -> Tensor:
-    """Which candidates have the ids of candidates `own ...`, bool [count, C]."""
-    return id_C[own : own + count, None] == id_C
+def _repeats(candidates: Candidates, own: int, count: int) -> Tensor:
+    """Which candidates have the title or the image of candidates `own ...`, bool [count, C]."""
+    title_C, image_C = candidates.title_id_C.int(), candidates.image_id_C.int()  # half the bytes to compare
+    return (title_C[own : own + count, None] == title_C).logical_or_(image_C[own : own + count, None] == image_C)
 
 
 class _Look(Protocol):
-    """Loss of a chunk of rows and its slope by scale * cosine."""
+    """Loss of a chunk of rows and its slope by scale * cosine; it may overwrite the cosines."""
 
     def __call__(self, cosine_RC: Tensor, scale: Tensor, low: int) -> tuple[Tensor, Tensor]: ...
 
@@ -142,21 +143,23 @@ class _Contrast(torch.autograd.Function):
         height = max(1, CHUNK[query_BE.device.type] // len(candidate_CE))
         for number, query_RE in enumerate(query_BE.split(height)):  # of no rows, one chunk of none
             cosine_RC = query_RE @ candidate_CE.T
+            kept_RC = cosine_RC.clone() if ctx.needs_input_grad[2] else None
             loss, slope_RC = look(cosine_RC, scale, number * height)
             losses.append(loss)
-            if ctx.needs_input_grad[2]:
-                by_scale.append((slope_RC * cosine_RC).sum())
-            slope_RC.mul_(scale)
+            if kept_RC is not None:
+                by_scale.append((slope_RC * kept_RC).sum())
             by_query.append(slope_RC @ candidate_CE)
             by_candidate_CE = (slope_RC.T @ query_RE if by_candidate_CE is None
                                else by_candidate_CE.addmm_(slope_RC.T, query_RE))
         ctx.save_for_backward(by_query[0] if len(by_query) == 1 else torch.cat(by_query), by_candidate_CE,
-                              torch.stack(by_scale).sum() if by_scale else None)
+                              torch.stack(by_scale).sum() if by_scale else None, scale)
         ctx.weight = weight
         return reduce(torch.add, losses) * weight
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        by_query_BE, by_candidate_CE, by_scale, scale = ctx.saved_tensors
         grad = grad * ctx.weight
-        return *(None if slope is None else slope * grad for slope in ctx.saved_tensors), None, None
+        scaled = grad * scale
+        return by_query_BE * scaled, by_candidate_CE * scaled, None if by_scale is None else by_scale * grad, None, None

@@ -67,6 +67,8 @@ def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize(("mode", "ranks"), [("cached", 1), ("streaming", 1), ("cached", 3), ("streaming", 2)])
 def test_losses_and_weights_equal_theirs(mode: str, ranks: int, theirs: Theirs, tmp_path: Path) -> None:
+    if ranks > 1 and theirs.tolerance > TOLERANCE["same pixels"]:
+        pytest.skip("that ranks change nothing is held on the same pixels")
     out = tmp_path / "run"
     done = run(["--model", theirs.base, "--dataset", theirs.pairs, "--out", out, "--cache-dir", tmp_path / "cache",
                 "--epochs", EPOCHS, "--precision", "fp32", "--mode", mode, "--duplicates", "keep"], ranks)

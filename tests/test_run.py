@@ -78,9 +78,8 @@ def test_everything_trains(pairs: Path, tiny_model: Path, tmp_path: Path) -> Non
     assert [step["rows"] for step in read_steps(tmp_path / "run")] == [37]
 
 
-@pytest.mark.parametrize("mode", ["cached", "streaming"])
-def test_resume_equals_uninterrupted(mode: str, pairs: Path, tiny_model: Path, tmp_path: Path) -> None:
-    flags = "--mode", mode, "--save-every", "2", "--keep", "9"
+def test_resume_equals_uninterrupted(pairs: Path, tiny_model: Path, tmp_path: Path) -> None:
+    flags = "--save-every", "2", "--keep", "9"
     whole = train(pairs, tiny_model, tmp_path / "whole", *flags)
     cut = tmp_path / "cut"
     shutil.copytree(tmp_path / "whole", cut, symlinks=True)

@@ -3,6 +3,9 @@
 
     rows --data.source--> data.cold: fetch, decode, towers once --> features --engine.train--> embeddings, loss, step
                                      eval.retrieval: Recall@K, triplet accuracy --> engine.log, eval.report
+
+The three rooms meet only here. In order: how things are opened; how they are measured; the commands, each with what
+only it needs behind it: train, demo, sweep, eval, shards, check, search, export, verify, bench; and `main`.
 """
 
 from __future__ import annotations
@@ -44,6 +47,9 @@ if TYPE_CHECKING:
     from eval.metrics import Retrieval
     from eval.search import Found
     from eval.show import Show
+
+
+# Opening: the model in parts, the rows, the pairs ready to train on
 
 
 def open_parts(cfg: Config, world: World) -> Parts:
@@ -121,6 +127,9 @@ def encoders(parts: Parts, image_preprocessing: str, device: torch.device,
         image_space=fingerprint(clip, "vision_model", image_preprocessing, parts.precision),
         text_space=fingerprint(clip, "text_model", title_preprocessing, parts.precision),
         stored=parts.stored, tokenizer=clip.tokenizer, max_tokens=clip.max_tokens)
+
+
+# Measuring: the same head on any rows, and what a run remembers of it
 
 
 def measure(residents: Mapping[str, Resident], head: Head, names: Collection[str],
@@ -215,6 +224,9 @@ class Judge:
             head = self.parts.head
             space = embed(head.image, head.text, shown.features(shown.rows()), shown.image_row_N)
             self.show.look(when, space, self.log.board, self.state.step)
+
+
+# The commands
 
 
 def interpolated(cfg: Config, judge: Judge, base: Mapping[str, torch.Tensor]) -> None:

@@ -5,6 +5,7 @@ Imports nothing heavy: signals are heeded, and the launcher is watched, before t
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
@@ -33,6 +34,7 @@ class Stop:
         threading.excepthook = _heed
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        atexit.register(_be_deaf)
         if "TORCHELASTIC_RUN_ID" in os.environ:  # under nohup or tmux a parent may go; torchrun's going is an end
             threading.Thread(target=self._follow, args=(os.getppid(),), name="launcher", daemon=True).start()
 
@@ -95,6 +97,12 @@ class Stop:
         self._received = self._received or max(answer[0] for answer in answers)
         self._asked, self._asked_at, self._ahead = step, now, min(answer[1] for answer in answers)
         return max(answer[0] for answer in answers)
+
+
+def _be_deaf() -> None:
+    """What is left is Python's own end, in which a second signal would be fatal and the exit code not ours."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _heed(ended: threading.ExceptHookArgs) -> None:

@@ -7,6 +7,7 @@ Dimension key: B batch, G global batch, C candidates, E embedding, N pairs.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,7 @@ def measure_loss(race: Race, note: Callable[..., None], rows: int) -> None:
 def _peak_bytes(function: Callable[[], object]) -> int:
     """How far the resident memory of this process rises while `function` runs (Linux keeps the mark)."""
     function()  # what it allocates once
+    ctypes.CDLL(None).malloc_trim(0)  # or what that freed, kept by the allocator, would hide what comes
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     function()

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = {"cpu": 1 << 22, "cuda": 1 << 24}  # logits held at once: so many rows that adding gradients up costs little
+CHUNK = {"cpu": 1 << 21, "cuda": 1 << 24}  # logits held at once: so many rows that adding gradients up costs little
 NEVER = -1e30  # the logit of what is no candidate: exp is 0 as with -inf, and 0 times it is 0 and not NaN
 SIGMOID_BIAS = -10.0  # Zhai et al. 2023, section 3.2; constant, see `sigmoid`
 

@@ -6,8 +6,6 @@ Dimension key: V/T image/text feature width, B rows of a batch.
 from __future__ import annotations
 
 import threading
-import time
-from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +30,6 @@ CHUNK = 64  # images handed to the tower at once
 TITLES = 512  # likewise titles, at most
 BUCKETS = 16  # of few titles there are at least so many lots of like length
 SEGMENT = 4096  # features written at once
-TELL_EVERY_S = 5.0
 URL_START = "^(?i)https?://"
 
 
@@ -98,9 +95,9 @@ def visit(found: Catalogue, reader: Reader, mine: Sequence[int], known: Callable
         except BadSample as found_out:
             return Verdict(index, b"", found_out)
 
-    progress = Progress("images", len(mine), tell)
+    pace = Pace("images", len(mine), tell)
     for verdict in ahead(look, _available(found, reader, np.asarray(mine, np.int64)), reader.workers, 2 * CHUNK):
-        progress.note(verdict.problem)
+        pace(problem=verdict.problem)
         yield verdict
 
 
@@ -122,25 +119,6 @@ def _available(found: Catalogue, reader: Reader, mine: np.ndarray) -> Iterator[t
 
     for fetched in reader.fetch(urls()) if len(remote) else ():
         yield asked.pop(fetched.url), BadSample(fetched.reason, fetched.detail) if fetched.reason else None
-
-
-class Progress:
-    """How far a pass over many images is; spoken of every few seconds: rows, rows/s, ETA, failures by reason."""
-
-    def __init__(self, what: str, total: int, tell: Callable[[str], None]) -> None:
-        self.what, self.total, self.tell, self.done, self.failed = what, total, tell, 0, Counter[str]()
-        self.started = self.spoken = time.monotonic()
-
-    def note(self, problem: BadSample | None = None) -> None:
-        """One more is done."""
-        self.done, now = self.done + 1, time.monotonic()
-        if problem is not None:
-            self.failed[problem.reason] += 1
-        if now - self.spoken >= TELL_EVERY_S or (self.done == self.total and now - self.started >= TELL_EVERY_S):
-            rate, self.spoken = self.done / (now - self.started), now
-            lost = "".join(f"  {reason} {count:,}" for reason, count in self.failed.most_common())
-            self.tell(f"{self.what} {self.done:,}/{self.total:,}  {rate:,.0f}/s  "
-                      f"eta {(self.total - self.done) / rate:,.0f} s{lost}")
 
 
 def fill_images(found: Catalogue, reader: Reader, mine: Sequence[int], store: FeatureStore | None,

@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image
 
 from data.batch import BadSample
-from data.cold import Progress, Reader, is_url
+from data.cold import Reader, is_url
 from data.decode import decode_image
 from data.fetch import Fetched
-from data.prefetch import ahead
+from data.prefetch import Pace, ahead
 from data.shard_writer import ShardWriter
 from data.source import Rows
 
@@ -38,12 +38,12 @@ def pack(splits: Mapping[str, Rows], reader: Reader, out: Path, side: int,
         with ShardWriter(out, name) as writer:
             done = writer.done()
             pending = np.array([row for row in range(len(rows)) if _key(row) not in done], np.int64)
-            progress = Progress(f"{name} rows", len(pending), tell)
+            pace = Pace(f"{name} rows", len(pending), tell)
             images = ahead(partial(_image, rows, reader, side), _available(rows, pending, reader), reader.workers,
                            4 * reader.workers)
             for row, image in zip(pending.tolist(), images, strict=True):
                 problem = image if isinstance(image, BadSample) else _write(writer, rows, row, image)
-                progress.note(problem)
+                pace(problem=problem)
                 if problem is not None:
                     ledger.append({"split": name, "row": row, "image": rows.image[row]["path"].as_py(),
                                    "title": rows.title[row].as_py(), "reason": problem.reason,

@@ -9,7 +9,7 @@ import pytest
 from test_fetch import PICTURE, Site, reply
 from test_shards import contents, scan
 
-from data import cold
+from data import prefetch
 from data.cold import Reader
 from data.decode import ImageSpec
 from data.fetch import FetchPolicy
@@ -34,7 +34,7 @@ def test_rows_are_written_in_order_while_others_are_fetched(tmp_path: Path, monk
         rows = [("here.jpg" if n % 100 == 3 else site.url(f"/{n - n % 3 if n % 5 == 0 else n}"), f"title {n}")
                 for n in range(700)]  # some URLs come twice, at once or much later
         csv.writer(file).writerows([("image", "title"), *rows, (rows[0][0], "again"), (rows[8][0], " ")])
-    monkeypatch.setattr(cold, "TELL_EVERY_S", 0.0)
+    monkeypatch.setattr(prefetch, "TELL_EVERY_S", 0.0)
     write = ShardWriter.write
     monkeypatch.setattr(ShardWriter, "write", lambda *args: (hits.append(site.hits.total()), write(*args))[1])
     reader = Reader(tmp_path / "cache", ImageSpec.clip(), FetchPolicy(allow_hosts=("127.0.0.1",)), 25_000_000, 2)

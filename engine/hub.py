@@ -39,7 +39,8 @@ def check_push(name: str, tell: Callable[[str], None]) -> None:
 def push(folder: Path, cfg: Config, run: str, again: Sequence[str], tell: Callable[[str], None]) -> None:
     """Upload a model folder in one commit and tell its URL; the card on the hub says how to load it from there.
 
-    The folder stays as it is; no path of this machine goes along. Raises RunFailed naming the command that pushes `run` later, with the settings `again`.
+    The folder stays as it is; no path of this machine goes along. Raises RunFailed naming the command that pushes `run`
+    later, with the settings `again`.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 

@@ -161,7 +161,8 @@ def _chunks(look: _Look, by_scale_too: bool, query_BE: Tensor, candidate_CE: Ten
     """The loss over all rows, a chunk of them at a time, and its gradients: by the queries and by the candidates, both
     divided by the scale, [B, E] and [C, E], and by the scale.
     """
-    losses, by_query, by_candidate_CE, by_scale = [], [], None, []
+    losses, by_query, by_scale = [], [], []
+    by_candidate_CE: Any = None
     height = max(1, CHUNK[query_BE.device.type] // len(candidate_CE))
     for number, query_RE in enumerate(query_BE.split(height)):  # of no rows, one chunk of none
         cosine_RC = query_RE @ candidate_CE.T

@@ -1,0 +1,202 @@
+"""The step replayed from a graph against the step itself.
+
+On a CPU a tape stands for the CUDA graph: it notes every kernel of a step with its operands, leaves the tensors as they
+were, and starts the same kernels on the same tensors again. Like a graph it knows nothing of what Python did between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from data.batch import Features, map_tensors
+from engine import graph, train
+from engine.checkpoint import State
+from engine.config import Config
+from engine.dist import World
+from engine.graph import Graphed, Outputs, graphed
+from engine.log import Silent
+from engine.model import Parts, open_model
+from engine.optim import adamw
+from engine.profiler import Profiler
+from engine.train import Plan, fit
+
+ROWS, BATCH, EPOCHS, STEPS = 28, 8, 4, 16  # four steps an epoch, the last one short
+LR = 2**-7  # and, falling to 0 in 16 steps, always a number that fp32 has: a graph's learning rate is fp32
+CPU = torch.device("cpu")
+
+
+class Tape(TorchDispatchMode):
+    """Notes kernels; `undo` puts back what they changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self.made: set[int] = set()
+
+    def __torch_dispatch__(self, kernel: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kernel is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        named = {argument.name: argument for argument in kernel._schema.arguments}
+        given = {**dict(zip(named, args, strict=False)), **kwargs}
+        for name, value in given.items():
+            if named[name].alias_info is not None and named[name].alias_info.is_write:
+                for tensor in tree_leaves(value):
+                    if memory(tensor) not in self.made:
+                        self.before.setdefault(memory(tensor), (tensor, tensor.clone()))
+        out = kernel(*args, **kwargs)
+        self.made |= {memory(one) for one in tree_leaves(out) if isinstance(one, Tensor)} - {
+            memory(one) for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        self.calls.append((kernel, args, kwargs, out))
+        return out
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        for tensor, before in self.before.values():
+            tensor.copy_(before)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for kernel, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(kernel(*args, **kwargs)), strict=True):
+                if isinstance(old, Tensor) and memory(old) != memory(new):
+                    old.copy_(new)
+
+
+def memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class Taped:
+    """Stands for graph.Cuda."""
+
+    captures = 0
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        yield
+
+    def capture(self, step: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
+        Taped.captures += 1
+        tape = Tape()
+        with tape:
+            outputs = step()
+        tape.undo()
+        return outputs, tape.replay
+
+
+class Steps(Silent):
+    """Notes loss and gradient norm of every step, and what is said."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Tensor, Tensor]] = []  # kept for later, as by the Log
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, rows: int) -> None:
+        self.steps.append((loss, grad_norm))
+
+
+def opened(model: Path, trainable: str = "projection", precision: str = "fp32", device: torch.device = CPU) -> Parts:
+    return open_model(str(model), trainable.split(","), "auto", 20.0, precision, device)
+
+
+def run(parts: Parts, monkeypatch: pytest.MonkeyPatch | None, bad: int = -1, device: torch.device = CPU,
+        **recipe: Any) -> tuple[Steps, list[Tensor]]:
+    """A run of the loop; with a `monkeypatch` from a graph, on a CPU a tape. The batch of step `bad` holds a NaN."""
+    config = parts.clip.config
+    generator = torch.Generator().manual_seed(0)
+    image, title, negative = (torch.randn(ROWS, width, generator=generator) for width in (
+        config.vision_config.hidden_size, config.text_config.hidden_size, config.text_config.hidden_size))
+    ids = torch.arange(ROWS) // 2  # every title twice
+
+    def batches(first: int) -> Iterator[Features]:
+        for step in range(first, STEPS):
+            rows = slice(step % 4 * BATCH, min(ROWS, step % 4 * BATCH + BATCH))
+            pixels = image[rows].clone()
+            if step == bad:
+                pixels[0, 0] = float("nan")
+            yield map_tensors(Features(pixels, title[rows], negative[rows], ids[rows], ids[rows], ids[rows] + 100),
+                              lambda part: part.to(device))
+
+    cfg = Config(**{"batch_size": BATCH, "epochs": EPOCHS, "lr": LR, "log_every": 1, **recipe})
+    if monkeypatch is not None:
+        if device.type == "cpu":
+            monkeypatch.setattr(graph, "Cuda", Taped)
+        monkeypatch.setattr(train, "graphed", lambda step, optimizer, wanted, rows, steps, world, say, region:
+                            Graphed(step, optimizer, rows, say, region))
+    log = Steps()
+    fit(parts.head, batches, adamw(parts.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp),
+        Plan(ROWS, BATCH, EPOCHS), State(), World(0, 0, 1, device), cfg, parts.precision, log=log, profiler=Profiler(),
+        evaluate=lambda: None, checkpoint=lambda _: None, stop=lambda _: 0)
+    return log, [parameter.detach() for parameter in parts.trainable.values()]
+
+
+@pytest.mark.parametrize(("trainable", "precision", "recipe"), [
+    ("projection", "fp32", {}), ("projection", "bf16", {"loss": "symmetric", "duplicates": "multi", "l2_sp": 0.1}),
+    ("projection,logit_scale", "fp32", {"loss": "sigmoid", "weight_decay": 0.1, "clip_norm": 0.0}),
+    ("projection", "fp32", {"hardness": 5.0, "duplicates": "keep", "clip_norm": 0.1}),
+    ("projection", "fp32", {"bad": 9}), ("projection", "fp32", {"bad": 4})])
+def test_a_replayed_step_is_the_step_to_the_bit(trainable: str, precision: str, recipe: dict[str, Any],
+                                                tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, weights = run(opened(tiny_model, trainable, precision), None, **recipe)
+    monkeypatch.setattr(Taped, "captures", 0)
+    replayed, same = run(opened(tiny_model, trainable, precision), monkeypatch, **recipe)
+    assert Taped.captures == (2 if recipe.get("bad") == 4 else 1) and not replayed.said  # 4: the one to compare with
+    torch.testing.assert_close(replayed.steps, steps.steps, rtol=0, atol=0, equal_nan=True)
+    assert all(one.equal(other) for one, other in zip(weights, same, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_real_graph_does_what_the_step_does(precision: str, tiny_model: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
+    steps, weights = run(opened(tiny_model, "projection", precision, device), None, device=device)
+    replayed, same = run(opened(tiny_model, "projection", precision, device), monkeypatch, device=device)
+    assert not replayed.said
+    torch.testing.assert_close((replayed.steps, same), (steps.steps, weights), rtol=1e-4, atol=1e-5)
+
+
+def counts_in_python(objective: Any, *args: Any, seen: list[int], ranked: Any) -> Tensor:
+    """An edit of the loss that a graph cannot hold: every other step counts double."""
+    seen.append(0)
+    return ranked(objective, *args) * (1 + len(seen) % 2)
+
+
+def asks_the_host(objective: Any, *args: Any, ranked: Any) -> Tensor:
+    loss = ranked(objective, *args)
+    return loss * 2 if loss.item() > 1e9 else loss
+
+
+@pytest.mark.parametrize(("edit", "why"), [(counts_in_python, "something else"), (asks_the_host, "not permitted when")])
+def test_what_a_graph_cannot_hold_is_noticed_and_runs_without(edit: Callable[..., Tensor], why: str, tiny_model: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    keywords: dict[str, Any] = {"ranked": train.ranked}
+    if edit is counts_in_python:
+        keywords["seen"] = []
+    monkeypatch.setattr(train, "ranked", partial(edit, **keywords))
+    log, _ = run(opened(tiny_model), monkeypatch)
+    assert len(log.said) == 1 and why in log.said[0] and "--cuda-graph off" in log.said[0]
+    assert len(log.steps) == STEPS
+
+
+def test_several_ranks_short_runs_and_cpus_have_no_graph() -> None:
+    def step(inputs: Any, rows: int, lr: Any) -> Outputs: ...
+
+    for device, size, steps in ((CPU, 1, 10_000), (torch.device("cuda"), 2, 10_000), (torch.device("cuda"), 1, 10)):
+        assert graphed(step, adamw([torch.nn.Parameter(torch.ones(1))], 1.0, 0.0), "auto", 8, steps,
+                       World(0, 0, size, device), print, Profiler().region) is step

@@ -53,8 +53,8 @@ def retrieval_ranks(image_NE: Tensor, title_NE: Tensor, title_id_N: Tensor, imag
         images = pairs.images(row, image_RE)
         for _, col in tiles:
             scores_RC = pairs.scores(images, col, tile_RC)[:n - row, :n - col]
-            for corners, correct_BRC in pairs.answers(row, col, tile):
-                for (r, c), correct_RC in zip(corners, correct_BRC, strict=True):
+            for starts, correct_BRC in pairs.answers(row, col, tile):
+                for (r, c), correct_RC in zip(starts, correct_BRC, strict=True):
                     block = scores_RC[r - row:r - row + pairs.block, c - col:c - col + pairs.block]
                     block.masked_fill_(correct_RC[:block.shape[0], :block.shape[1]], -math.inf)
             rows, cols = slice(row, row + tile[0]), slice(col, col + tile[1])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -125,14 +125,18 @@ def measure_store(race: Race, note: Note, folder: Path, rows: int, widths: tuple
     steps = [torch.from_numpy(rng.integers(rows, size=8192)) for _ in range(8)]
     near = [index % part for index in steps]
     race("P9", "random rows of it (fp32, in batches of 8,192), against tensors of 65,536 rows in memory",
-         lambda: [table.index_select(0, index) for index in steps for table in tables],
-         lambda: [table.index_select(0, index) for index in near for table in ready], "", unit="rows",
+         lambda: _take_turns(tables, steps), lambda: _take_turns(ready, near), "", unit="rows",
          work=(2 * 8192 * len(steps),) * 2)
     before = _private_bytes()
-    for index in steps * 4:
+    _take_turns(tables, steps * 4)
+    note("P9", f"private memory after {64 * 8192:,} more rows", f"{(_private_bytes() - before) / 2**20:+.1f} MiB")
+
+
+def _take_turns(tables: Sequence[Tensor | Mapped], steps: Sequence[Tensor]) -> None:
+    """Rows of every table, step by step; as in the loop none is kept, or new memory would be what is measured."""
+    for index in steps:
         for table in tables:
             table.index_select(0, index)
-    note("P9", f"private memory after {64 * 8192:,} more rows", f"{(_private_bytes() - before) / 2**20:+.1f} MiB")
 
 
 def warm_batches(rows: int, widths: tuple[int, int], batch: int,

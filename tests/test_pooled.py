@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from data.batch import Tokens
@@ -17,11 +17,8 @@ from data.decode import collate_tokens
 from engine.bench import image_flops, random_clip
 from engine.towers import Clip, Towers
 
-CPU = torch.device("cpu")
-
-
-class Processor:
-    image_processor = CLIPImageProcessorPil()
+PROCESSOR = SimpleNamespace(image_processor=SimpleNamespace(
+    do_normalize=True, image_mean=[0.5, 0.4, 0.4], image_std=[0.3] * 3, do_rescale=True, rescale_factor=1 / 255))
 
 
 def small(eos: int = 95, act: str = "quick_gelu", layers: int = 3, **config: Any) -> Clip:
@@ -36,7 +33,7 @@ def small(eos: int = 95, act: str = "quick_gelu", layers: int = 3, **config: Any
     for name, parameter in model.named_parameters():
         if name.endswith("proj.weight"):
             parameter.data.mul_(4)
-    return Clip("small", model, Processor(), None)
+    return Clip("small", model, PROCESSOR, None)
 
 
 def titles(eos: int = 95) -> Tokens:

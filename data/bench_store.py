@@ -1,4 +1,4 @@
-"""What this room shows in `run.py bench` beside decoding and fetching: titles in buckets, the cold pass, the store.
+"""What this room shows in `run.py bench` beside decoding and fetching: titles without padding, the cold pass, the store.
 
 Each `measure_*` gets `race`, which times two arms in turn and takes the figure down (eval.bench.Bench.race).
 Dimension key: V/T image/text feature width, L tokens.

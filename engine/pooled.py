@@ -64,24 +64,22 @@ def _encode(tower: Any, hidden_RE: Tensor, groups: Groups, pooled_B: Tensor, cau
 
 def _layer(layer: Any, hidden_RE: Tensor, groups: Groups, causal: bool, pooled_B: Tensor | None) -> Tensor:
     """One CLIPEncoderLayer; with `pooled_B` only these rows ask and come out, and each sees the whole of its input."""
-    attention, rows_RE = layer.self_attn, layer.layer_norm1(hidden_RE)
-    keys_RE, values_RE = attention.k_proj(rows_RE), attention.v_proj(rows_RE)
-    if pooled_B is not None:
-        hidden_RE, rows_RE = hidden_RE[pooled_B], rows_RE[pooled_B]
-    seen_RE = _attend(attention.q_proj(rows_RE), keys_RE, values_RE, groups, causal, attention)
-    hidden_RE = hidden_RE + attention.out_proj(seen_RE)
+    seen_RE = _attend(layer.self_attn, layer.layer_norm1(hidden_RE), groups, causal, pooled_B)
+    hidden_RE = (hidden_RE if pooled_B is None else hidden_RE[pooled_B]) + seen_RE
+    del seen_RE  # what is done with leaves the cache to the products that follow
     return hidden_RE + layer.mlp(layer.layer_norm2(hidden_RE))
 
 
-def _attend(queries_RE: Tensor, keys_RE: Tensor, values_RE: Tensor, groups: Groups, causal: bool,
-            attention: Any) -> Tensor:
-    """Attention within each input; where there are fewer queries than keys, an input has one."""
+def _attend(attention: Any, rows_RE: Tensor, groups: Groups, causal: bool, pooled_B: Tensor | None) -> Tensor:
+    """Attention within each input."""
     sizes = [count * length for count, length in groups]
-    asking = sizes if len(queries_RE) == len(keys_RE) else [count for count, _ in groups]
+    asking = sizes if pooled_B is None else [count for count, _ in groups]
+    queries_RE = attention.q_proj(rows_RE if pooled_B is None else rows_RE[pooled_B])
+    keys_RE, values_RE = attention.k_proj(rows_RE), attention.v_proj(rows_RE)
     parts = []
     for (count, _), *rows in zip(groups, queries_RE.split(asking), keys_RE.split(sizes), values_RE.split(sizes),
                                  strict=True):
         q, k, v = (part.view(count, -1, attention.num_heads, attention.head_dim).transpose(1, 2) for part in rows)
         seen = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=attention.scale)
         parts.append(seen.transpose(1, 2).reshape(-1, queries_RE.shape[1]))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return attention.out_proj(parts[0] if len(parts) == 1 else torch.cat(parts))

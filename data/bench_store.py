@@ -1,4 +1,4 @@
-"""What this room shows in `run.py bench` beside decoding and fetching: titles without padding, the cold pass, the store.
+"""What this room shows in `run.py bench` beside decoding and fetching: unpadded titles, the cold pass, the store.
 
 Each `measure_*` gets `race`, which times two arms in turn and takes the figure down (eval.bench.Bench.race).
 Dimension key: V/T image/text feature width, L tokens.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Features, Tokens
+from data.batch import Batches, Tokens
 from data.bench import photograph
 from data.catalogue import catalogue
 from data.cold import CHUNK, Reader, encode_titles, fill_images, fill_titles
@@ -24,7 +24,6 @@ from data.demo import some_titles
 from data.features import FeatureStore
 from data.fetch import FetchPolicy
 from data.pairs import Encoders
-from data.prefetch import slices
 from data.resident import Mapped, Resident
 from data.segments import keys_of_titles
 from data.source import Columns, load_splits
@@ -140,13 +139,13 @@ def _take_turns(tables: Sequence[Tensor | Mapped], steps: Sequence[Tensor]) -> N
 
 
 def warm_batches(rows: int, widths: tuple[int, int], batch: int,
-                 device: torch.device | str = "cpu") -> Callable[[int], Iterator[Features]]:
+                 device: torch.device | str = "cpu") -> Batches:
     """What the loop trains on after a cold pass: batches of `rows` pairs with negatives from tables on the device."""
     device = torch.device(device)
     ids = torch.arange(rows, device=device)
     split = Resident(torch.randn(rows, widths[0], device=device), torch.randn(rows, widths[1], device=device), ids, ids,
                      ids.roll(1), device)
-    return lambda first: map(split.features, slices(rows, batch, 0, 0, 1, first, device))
+    return split.batches(batch, 0)
 
 
 def _private_bytes() -> int:

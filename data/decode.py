@@ -30,7 +30,7 @@ MAX_TEXT_CHUNKS = 16  # of a PNG; Pillow inflates each to 1 MiB at most
 MAX_SCANS = 100  # of a JPEG; each costs a pass over the whole image, and a file needs no more than about fifteen
 # Raster formats decoded inside this process. Pillow tries all it knows unless told: EPS, for one, starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM")
-# What `interpolate` calls; unlike that they take a scale and an output size, so what is cropped off is not computed.
+# What `interpolate` calls; these take a scale and a size, so that what lies behind the crop need not be computed.
 _TORCH_FILTER = {int(Image.Resampling.BILINEAR): torch.ops.aten._upsample_bilinear2d_aa,
                  int(Image.Resampling.BICUBIC): torch.ops.aten._upsample_bicubic2d_aa}
 _SIMD = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # without it Pillow is the faster of the two
@@ -119,14 +119,9 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     tile = [int(getattr(image, "tag_v2", {}).get(tag, 1)) for tag in (322, 323)]  # a TIFF's tile may dwarf its image
     if (pixels := max(math.prod(image.size), math.prod(tile))) > max_pixels:
         raise BadSample("too-many-pixels", f"{pixels:,} where {max_pixels:,} are allowed")
-    if image.format in ("JPEG", "MPO") and _scans(data) > MAX_SCANS:
+    if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
         raise BadSample("undecodable", f"more than {MAX_SCANS} scans")
     return image
-
-
-def _scans(data: bytes) -> int:
-    """How often bytes that start a JPEG's scan occur, aligned or not: 6 times faster than bytes.count."""
-    return sum(int((np.frombuffer(data, "<u2", (len(data) - first) // 2, first) == 0xDAFF).sum()) for first in (0, 1))
 
 
 class _Axis(NamedTuple):

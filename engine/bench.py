@@ -97,19 +97,20 @@ def measure_image_tower(race: Race, parts: Parts, encode: Callable[[Tensor], Ten
 
 
 def loop(parts: Parts, streamed: bool, batches: Callable[[int], Iterator[Any]], rows: int, batch: int,
-         folder: Path, device: torch.device) -> Callable[[], None]:
-    """One epoch of the real loop over `batches`, its log included, without evaluation and saving."""
-    world, cfg = World(0, 0, 1, device), Config(epochs=1, batch_size=batch, log_every=50)
+         folder: Path, device: torch.device, graph: str = "auto", epochs: int = 1) -> Callable[[], None]:
+    """A run of the real loop over `batches`, its log included, without evaluation and saving."""
+    world, cfg = World(0, 0, 1, device), Config(epochs=epochs, batch_size=batch, log_every=50, cuda_graph=graph)
+    plan = Plan(rows, batch, epochs)
     head = Head(parts.clip, cfg.scale).to(device)
     model = Streamed(parts.towers, head) if streamed else head
     optimizer = adamw(parts.trainable.values(), 1e-6, 0.0)
     quiet = World(1, 0, 1, device)  # a log that writes nothing: the disk is not what is measured
 
-    def epoch() -> None:
-        fit(model, batches, optimizer, Plan(rows, batch, 1), State(), world, cfg, parts.precision,
-            log=Log(folder, quiet, -(-rows // batch), -(-rows // batch), 0, Drift({}), {}), profiler=Profiler(),
+    def run() -> None:
+        fit(model, batches, optimizer, plan, State(), world, cfg, parts.precision,
+            log=Log(folder, quiet, plan.steps_per_epoch, plan.steps, 0, Drift({}), {}), profiler=Profiler(),
             evaluate=lambda: None, checkpoint=lambda _: None, stop=lambda _: 0)
-    return epoch
+    return run
 
 
 def measure_warm_epoch(race: Race, parts: Parts, warm: Callable[[int], Iterator[Features]], rows: int, tokens: Tokens,

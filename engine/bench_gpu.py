@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
+from data.batch import Batches
 from engine.bench import image_flops, loop, pixels_like, random_clip
 from engine.frozen import Frozen
+from engine.graph import PAYS, WARM
 from engine.model import Parts, take_apart
 from engine.towers import pick_precision
 
 Note = Callable[..., None]
-Warm = Callable[..., Callable[[int], Iterator[Any]]]  # rows, widths, batch, device -> first step -> batches
+Warm = Callable[..., Batches]  # of: rows, widths, batch, device
 GOALS = {"ViT-B/32": ">= 0.5", "ViT-L/14": ">= 0.6"}
 
 
@@ -35,11 +38,13 @@ def measure_gpu(note: Note, warm: Warm, device: torch.device, scratch: Path, qui
         note("GPU", name, f"{rate / 1e12:.0f} TFLOP/s", f"{peak / 1e12:.0f} TFLOP/s", [rate / peak], goal)
         if shape == "ViT-B/32":
             for batch, limit in ((1024, "<= 0.1"), (32_768, "<= 0.35")):
-                took = epoch_seconds(parts, warm, rows, batch, device, scratch)
-                note("GPU", f"a warm epoch of {rows:,} pairs at batch {batch:,}: seconds", f"{took:.2f} s", "", [took],
-                     "" if quick else limit)
-            steps_without_sync(parts, warm, device, scratch)
-            note("GPU", "20 steps under set_sync_debug_mode('error')", "no sync")
+                took, plain = (epoch_seconds(parts, warm, rows, batch, device, scratch, graph)
+                               for graph in ("auto", "off"))
+                note("GPU", f"a warm epoch of {rows:,} pairs at batch {batch:,}: seconds, against --cuda-graph off",
+                     f"{took:.3f} s", f"{plain:.3f} s", [took], "" if quick else limit)
+            for graph in ("auto", "off"):
+                steps_without_sync(parts, warm, device, scratch, graph)
+                note("GPU", f"20 steps under set_sync_debug_mode('error'), --cuda-graph {graph}", "no sync")
 
 
 def product_rate(size: int, precision: torch.dtype, device: torch.device) -> float:
@@ -57,24 +62,30 @@ def tower_rate(parts: Parts, device: torch.device, calls: int) -> float:
     return len(pixels) * image_flops(parts.clip.config.vision_config) / took
 
 
-def epoch_seconds(parts: Parts, warm: Warm, rows: int, batch: int, device: torch.device, scratch: Path) -> float:
-    """One epoch of the loop from features on the device, after one to warm up."""
-    batches = warm(rows, widths(parts), batch, device)
-    epoch = loop(parts, False, batches, rows, batch, scratch, device)
-    return min(seconds(epoch, device) for _ in range(3))
+def epoch_seconds(parts: Parts, warm: Warm, rows: int, batch: int, device: torch.device, scratch: Path,
+                  graph: str) -> float:
+    """A fifth of five epochs from features on the device, the capture of a graph included; the best of three times."""
+    batches, epochs = warm(rows, widths(parts), batch, device), 5
+    run = loop(parts, False, batches, rows, batch, scratch, device, graph, epochs)
+    return min(seconds(run, device) for _ in range(3)) / epochs
 
 
-def steps_without_sync(parts: Parts, warm: Warm, device: torch.device, scratch: Path, steps: int = 20) -> None:
-    """Steps between two flushes of the log; RuntimeError where one of them waits for the device."""
-    batches = warm(256 * (steps + 2), widths(parts), 256, device)
+def steps_without_sync(parts: Parts, warm: Warm, device: torch.device, scratch: Path, graph: str,
+                       steps: int = 20) -> None:
+    """Steps between two flushes of the log; RuntimeError where one of them waits for the device.
 
-    def watched(first: int) -> Iterator[Any]:
-        for step, batch in enumerate(batches(first)):
-            torch.cuda.set_sync_debug_mode("error" if 0 < step <= steps else "default")
-            yield batch
+    The loop begins with those before the graph, if there is one, is captured and compared, which does wait.
+    """
+    first, rows = WARM + 1, 256 * PAYS
+    batches = warm(rows, widths(parts), 256, device)
+
+    def watched(start: int) -> Iterator[Any]:
+        for step, index_B in enumerate(batches.rows(start)):
+            torch.cuda.set_sync_debug_mode("error" if first <= step < first + steps else "default")
+            yield index_B
 
     try:
-        loop(parts, False, watched, 256 * (steps + 2), 256, scratch, device)()
+        loop(parts, False, replace(batches, rows=watched), rows, 256, scratch, device, graph)()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

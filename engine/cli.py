@@ -71,8 +71,8 @@ COMMANDS = {
 
 # What may differ between a run and its resumption: it changes where and how fast, not what is computed.
 FREE_ON_RESUME = {"out", "resume", "cache_dir", "log_every", "eval_every", "save_every", "keep", "device", "workers",
-                  "profile", "compile", "gradient_checkpointing", "dist_timeout", "quiet", "allow_host", "max_bad",
-                  "dataset", "model", "patience", "space", "trials", *PUSH}
+                  "profile", "compile", "cuda_graph", "gradient_checkpointing", "dist_timeout", "quiet", "allow_host",
+                  "max_bad", "dataset", "model", "patience", "space", "trials", *PUSH}
 
 
 class Parser(argparse.ArgumentParser):

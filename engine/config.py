@@ -77,6 +77,8 @@ class Config:
     precision: str = setting("auto", "machine", "auto: bf16 where it is faster", ("auto", "bf16", "fp32"))
     workers: int = setting(2, "machine", "threads a rank that decode images")
     compile: str = setting("auto", "machine", "the image tower; auto: a GPU's, for many images", ("auto", "on", "off"))
+    cuda_graph: str = setting("auto", "machine", "launch a whole cached step at once; auto: one GPU, 500 steps or so",
+                              ("auto", "off"))
     gradient_checkpointing: bool = setting(False, "machine", "where layers in towers train: less memory, more time")
     profile: bool = setting(False, "machine", "write a trace of a few steps to the run folder")
     dist_timeout: float = setting(600.0, "machine", "seconds after which a stalled rank is an error")

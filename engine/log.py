@@ -73,6 +73,10 @@ class Log:
         self.world.say(f"time of {what}, {whole:.3g} s:  " + "  ".join(f"{k} {v:.0%}" for k, v in shares.items()))
         self.board.scalars({f"profile/{what}: {name}": share for name, share in shares.items()}, 0)
 
+    def say(self, text: str) -> None:
+        """One line for people."""
+        self.world.say(text)
+
     def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, rows: int) -> None:
         """Remember one step; `loss` is this rank's part, both tensors stay on the device."""
         self._pending.append((step, loss, grad_norm, lr, rows))
@@ -167,6 +171,9 @@ class Silent(Log):
     def aside(self, name: str) -> Iterator[None]:
         """Not timed."""
         yield
+
+    def say(self, text: str) -> None:
+        """Unsaid."""
 
     def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, rows: int) -> None:
         """Forgotten."""

@@ -54,11 +54,16 @@ class Anchored(torch.optim.AdamW):
 
 
 def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, l2_sp: float = 0.0) -> Anchored:
-    """AdamW with the reference's betas .9/.999 and eps 1e-8; the fused kernel, one pass over the parameters."""
-    return Anchored(parameters, l2_sp, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=True)
+    """AdamW with the reference's betas .9/.999 and eps 1e-8; the fused kernel, one pass over the parameters.
+
+    On a GPU its step can be captured in a CUDA graph.
+    """
+    parameters = list(parameters)
+    return Anchored(parameters, l2_sp, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=True,
+                    capturable=parameters[0].is_cuda)
 
 
-def update(optimizer: torch.optim.AdamW, lr: float, clip_norm: float) -> Tensor:
+def update(optimizer: torch.optim.AdamW, lr: float | Tensor, clip_norm: float) -> Tensor:
     """Clip, step, clear; returns the gradient norm before clipping, on the device.
 
     A norm that is not finite skips the update without a host sync: the fused kernel leaves weights and moments as they

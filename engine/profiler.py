@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule,
 
 from engine.log import Log
 
-REGIONS = ("load", "towers", "project", "loss", "backward", "optim")  # of a step, as the loop names them
+REGIONS = ("load", "towers", "project", "loss", "backward", "optim", "graph")  # of a step, as the loop names them
 
 SKIP, WARM, RECORD = 1, 1, 4  # steps: the first is start-up, the second warms the profiler up
 NOWHERE = nullcontext()

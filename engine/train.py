@@ -16,6 +16,7 @@ from data.batch import Batch, Features, UserError, share
 from engine.checkpoint import State
 from engine.config import Config
 from engine.dist import World
+from engine.graph import Graphed, pays
 from engine.log import Log
 from engine.loss import Candidates, Objective
 from engine.model import Embeddings
@@ -79,6 +80,33 @@ def ranked(objective: Objective, world: World, out: Embeddings, inputs: Batch | 
     return objective(image_BE, titles, scale, first_row, rows, out.text_XE[: len(image_BE)], images)
 
 
+@dataclass(frozen=True)
+class Step:
+    """One update of what trains, from this rank's part of a global batch."""
+
+    model: nn.Module
+    objective: Objective
+    optimizer: Anchored
+    world: World
+    clip_norm: float
+    precision: torch.dtype
+    profiler: Profiler
+
+    def __call__(self, inputs: Batch | Features, rows: int, lr: float | torch.Tensor) -> tuple[
+            torch.Tensor, torch.Tensor]:
+        """This rank's part of the loss of `rows` rows, and the gradient norm of all; both stay on the device."""
+        region, kind, low = self.profiler.region, self.world.device.type, self.precision.itemsize < 4
+        with region("project"), torch.autocast(kind, self.precision, enabled=low):
+            out = self.model(inputs)
+        with region("loss"):
+            loss = ranked(self.objective, self.world, out, inputs, rows)
+        with region("backward"):
+            loss.backward(torch.full_like(loss, self.world.size))  # DDP averages over ranks what is to be added up
+            loss = self.optimizer.pull(loss.detach(), self.world.size)
+        with region("optim"):
+            return loss, update(self.optimizer, lr, self.clip_norm)
+
+
 def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: Anchored, plan: Plan,
         state: State, world: World, cfg: Config, precision: torch.dtype, *, log: Log, profiler: Profiler,
         evaluate: Callable[[], None], checkpoint: Callable[[State], None], stop: Callable[[int], int],
@@ -88,22 +116,17 @@ def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: An
     `watch` sees the gradient norms of the steps before `state.step` at every flush, and may end the run.
     """
     objective = Objective(cfg.loss, cfg.duplicates, cfg.hardness)
-    ranks = torch.tensor(float(world.size), device=world.device)
+    step: Any = Step(model, objective, optimizer, world, cfg.clip_norm, precision, profiler)
     stream = batches(state.step)  # this rank's slice of every remaining step
+    if cfg.cuda_graph == "auto" and pays(batches, plan.steps - state.step, world):
+        step = Graphed(step, batches.look, optimizer, plan.batch_size, log.say, profiler.region)
+        stream = batches.rows(state.step)
     while state.step < plan.steps and not state.stopped and not state.enough:
         with log.waiting():
             inputs = next(stream)
         rows = plan.rows_at(state.step)
-        with profiler.region("project"), torch.autocast(world.device.type, precision, enabled=precision.itemsize < 4):
-            out = model(inputs)
-        with profiler.region("loss"):
-            loss = ranked(objective, world, out, inputs, rows)
-        with profiler.region("backward"):
-            loss.backward(ranks)  # DDP averages over ranks what is to be added up
-            loss = optimizer.pull(loss.detach(), world.size)
-        with profiler.region("optim"):
-            lr = learning_rate(state.step, plan.steps, cfg.lr, cfg.schedule, cfg.warmup)
-            grad_norm = update(optimizer, lr, cfg.clip_norm)
+        lr = learning_rate(state.step, plan.steps, cfg.lr, cfg.schedule, cfg.warmup)
+        loss, grad_norm = step(inputs, rows, lr)
         state.step += 1
         log.step(state.step, loss, grad_norm, lr, rows)
         profiler.step()

@@ -85,6 +85,7 @@ FLAGS = [
     "checkpoint",
     "clip_norm",
     "compile",
+    "cuda_graph",
     "dataset",
     "device",
     "dist_timeout",

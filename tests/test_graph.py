@@ -1,0 +1,207 @@
+"""The step replayed from a graph against the step itself.
+
+On a CPU a tape stands for the CUDA graph: it notes every kernel of a step with its operands, leaves the tensors as they
+were, and starts the same kernels on the same tensors again. Like a graph it knows nothing of what Python did between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from data.batch import Batches
+from data.prefetch import slices
+from data.resident import Resident
+from engine import graph, train
+from engine.checkpoint import State
+from engine.config import Config
+from engine.dist import World
+from engine.graph import PAYS, Outputs, pays
+from engine.log import Silent
+from engine.model import Parts, open_model
+from engine.optim import adamw
+from engine.profiler import Profiler
+from engine.train import Plan, fit
+
+ROWS, BATCH, EPOCHS, STEPS = 28, 8, 4, 16  # four steps an epoch, the last one short
+LR = 2**-7  # and, falling to 0 in 16 steps, always a number that fp32 has: a graph's learning rate is fp32
+CPU = torch.device("cpu")
+
+
+class Tape(TorchDispatchMode):
+    """Notes kernels; `undo` puts back what they changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self.made: set[int] = set()
+
+    def __torch_dispatch__(self, kernel: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kernel is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        named = {argument.name: argument for argument in kernel._schema.arguments}
+        given = {**dict(zip(named, args, strict=False)), **kwargs}
+        for name, value in given.items():
+            if named[name].alias_info is not None and named[name].alias_info.is_write:
+                for tensor in tree_leaves(value):
+                    if memory(tensor) not in self.made:
+                        self.before.setdefault(memory(tensor), (tensor, tensor.clone()))
+        out = kernel(*args, **kwargs)
+        self.made |= {memory(one) for one in tree_leaves(out) if isinstance(one, Tensor)} - {
+            memory(one) for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        self.calls.append((kernel, args, kwargs, out))
+        return out
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        for tensor, before in self.before.values():
+            tensor.copy_(before)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for kernel, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(kernel(*args, **kwargs)), strict=True):
+                if isinstance(old, Tensor) and memory(old) != memory(new):
+                    old.copy_(new)
+
+
+def memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class Taped:
+    """Stands for graph.Cuda."""
+
+    captures = 0
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        yield
+
+    def capture(self, step: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
+        Taped.captures += 1
+        tape = Tape()
+        with tape:
+            outputs = step()
+        tape.undo()
+        return outputs, tape.replay
+
+
+class Steps(Silent):
+    """Notes loss and gradient norm of every step, and what is said."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Tensor, Tensor]] = []  # kept for later, as by the Log
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, rows: int) -> None:
+        self.steps.append((loss, grad_norm))
+
+
+def opened(model: Path, trainable: str = "projection", precision: str = "fp32", device: torch.device = CPU) -> Parts:
+    return open_model(str(model), trainable.split(","), "auto", 20.0, precision, device)
+
+
+def run(parts: Parts, monkeypatch: pytest.MonkeyPatch | None, bad: int = -1, device: torch.device = CPU,
+        **recipe: Any) -> tuple[Steps, list[Tensor]]:
+    """A run of the loop; with a `monkeypatch` from a graph, on a CPU a tape. The batch of step `bad` holds a NaN."""
+    config = parts.clip.config
+    generator = torch.Generator().manual_seed(0)
+    image, title = (torch.randn(ROWS + 1, width, generator=generator) for width in (
+        config.vision_config.hidden_size, config.text_config.hidden_size))
+    image[ROWS, 0] = float("nan")
+    each = torch.arange(ROWS + 1)
+    pairs = Resident(image, title, each, each // 2, each // 3).to(device)  # titles repeat, also as negatives
+
+    def rows(first: int) -> Iterator[Tensor]:
+        for step, index_B in enumerate(slices(ROWS, BATCH, 0, 0, 1, first, device), first):
+            yield torch.cat([index_B[1:], torch.full_like(index_B[:1], ROWS)]) if step == bad else index_B
+
+    cfg = Config(**{"batch_size": BATCH, "epochs": EPOCHS, "lr": LR, "log_every": 1, **recipe})
+    if monkeypatch is not None:
+        if device.type == "cpu":
+            monkeypatch.setattr(graph, "Cuda", Taped)
+        monkeypatch.setattr(train, "pays", lambda *_: True)
+    log = Steps()
+    optimizer = adamw(parts.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp)
+    fit(parts.head, Batches(rows, pairs.features, device), optimizer, Plan(ROWS, BATCH, EPOCHS), State(),
+        World(0, 0, 1, device), cfg, parts.precision, log=log, profiler=Profiler(), evaluate=lambda: None,
+        checkpoint=lambda _: None, stop=lambda _: 0)
+    return log, [parameter.detach() for parameter in parts.trainable.values()]
+
+
+@pytest.mark.parametrize(("trainable", "precision", "recipe"), [
+    ("projection", "fp32", {}), ("projection", "bf16", {"loss": "symmetric", "duplicates": "multi", "l2_sp": 0.1}),
+    ("projection,logit_scale", "fp32", {"loss": "sigmoid", "weight_decay": 0.1, "clip_norm": 0.0}),
+    ("projection", "fp32", {"hardness": 5.0, "duplicates": "keep", "clip_norm": 0.1}),
+    ("projection", "fp32", {"bad": 9}), ("projection", "fp32", {"bad": 4})])
+def test_a_replayed_step_is_the_step_to_the_bit(trainable: str, precision: str, recipe: dict[str, Any],
+                                                tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, weights = run(opened(tiny_model, trainable, precision), None, **recipe)
+    monkeypatch.setattr(Taped, "captures", 0)
+    replayed, same = run(opened(tiny_model, trainable, precision), monkeypatch, **recipe)
+    assert Taped.captures == (2 if recipe.get("bad") == 4 else 1) and not replayed.said  # 4: the one to compare with
+    torch.testing.assert_close(replayed.steps, steps.steps, rtol=0, atol=0, equal_nan=True)
+    assert all(one.equal(other) for one, other in zip(weights, same, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_real_graph_does_what_the_step_does(precision: str, tiny_model: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
+    steps, weights = run(opened(tiny_model, "projection", precision, device), None, device=device)
+    replayed, same = run(opened(tiny_model, "projection", precision, device), monkeypatch, device=device)
+    assert not replayed.said
+    torch.testing.assert_close((replayed.steps, same), (steps.steps, weights), rtol=1e-4, atol=1e-5)
+
+
+def counts_in_python(objective: Any, *args: Any, seen: list[int], ranked: Any) -> Tensor:
+    """An edit of the loss that a graph cannot hold: every other step counts double."""
+    seen.append(0)
+    return ranked(objective, *args) * (1 + len(seen) % 2)
+
+
+def asks_the_host(*args: Any, function: Any) -> Any:
+    """An edit of the loss or of the update that a graph cannot hold either."""
+    return function(*args) if args[-1] != torch.ones(()).item() else None
+
+
+@pytest.mark.parametrize("name", ["ranked", "update"])
+def test_a_step_that_cannot_be_captured_is_the_step(name: str, tiny_model: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, name, partial(asks_the_host, function=getattr(train, name)))
+    steps, weights = run(opened(tiny_model), None, clip_norm=0.5)
+    again, same = run(opened(tiny_model), monkeypatch, clip_norm=0.5)
+    assert len(again.said) == 1 and "not permitted when" in again.said[0] and "--cuda-graph off" in again.said[0]
+    torch.testing.assert_close((again.steps, same), (steps.steps, weights), rtol=0, atol=0)
+
+
+def test_a_graph_that_leaves_something_out_is_not_used(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "ranked", partial(counts_in_python, seen=[], ranked=train.ranked))
+    log, _ = run(opened(tiny_model), monkeypatch)
+    assert len(log.said) == 1 and "something else" in log.said[0] and len(log.steps) == STEPS
+
+
+def test_several_ranks_short_runs_and_host_tables_have_no_graph() -> None:
+    gpu = torch.device("cuda")
+    for size, steps, place, expected in ((1, PAYS, gpu, True), (2, PAYS, gpu, False), (1, PAYS - 1, gpu, False),
+                                         (1, PAYS, CPU, False)):
+        batches = Batches(lambda first: iter(()), lambda rows: rows, place)
+        assert pays(batches, steps, World(0, 0, size, gpu)) is expected
+    assert not pays(lambda first: iter(()), PAYS, World(0, 0, 1, gpu))  # streaming
+    assert not pays(Batches(lambda first: iter(()), lambda rows: rows, CPU), PAYS, World(0, 0, 1, CPU))

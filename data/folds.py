@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from data.batch import Features, UserError
-from data.prefetch import slices
 from data.resident import Resident
 from data.split import components
 
@@ -84,4 +83,4 @@ def folds(pairs: Resident, count: int, seed: int) -> list[Fold]:
 
 def in_order(pairs: Resident, batch_size: int, seed: int, first_step: int) -> Iterator[Features]:
     """The features of every step from `first_step` on, in this process alone, as a run of `seed` meets them."""
-    return map(pairs.features, slices(len(pairs), batch_size, seed, 0, 1, first_step, pairs.device))
+    return pairs.batches(batch_size, seed, 0, 1, first_step)

@@ -207,8 +207,7 @@ def _residents(splits: Mapping[str, Split], image_DV: Tensor | Mapped, title_PT:
 def _cached(ready: Mapping[str, Resident], team: Team, split: str, batch_size: int, seed: int,
             device: torch.device) -> Callable[[int], Iterator[Features]]:
     def batches(first_step: int) -> Iterator[Features]:
-        rows = slices(len(ready[split]), batch_size, seed, team.rank, team.size, first_step, device)
-        return map(ready[split].features, rows)
+        return ready[split].batches(batch_size, seed, team.rank, team.size, first_step)
     return batches
 
 

@@ -368,7 +368,8 @@ def demo(cfg: Config, world: World, stop: Stop) -> int:
 def sweep(cfg: Config, world: World, stop: Stop) -> int:
     """Try settings by cross-validation over all rows but test's; retrain the best on them, and test that once."""
     from data.batch import UserError
-    from data.folds import folds, in_order, join
+    from data.folds import folds, join
+    from data.resident import Resident
     from engine import folder
     from engine.sweep import configurations, named
     from engine.train import Plan
@@ -389,7 +390,7 @@ def sweep(cfg: Config, world: World, stop: Stop) -> int:
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     journal = Journal(out, world, pairs.identity, cfg.best_metric, begun)
     todo = [settings for settings in tried if not journal.known(settings)]
-    tuner, held_out = Tuner(parts, in_order), lambda rows: on_host(measure_rows(parts.head, rows))
+    tuner, held_out = Tuner(parts, Resident.batches), lambda rows: on_host(measure_rows(parts.head, rows))
     base, began = tuner.cross_validate(None, runs, held_out, world), time.monotonic()
     with stop.gracefully():
         for done, settings in enumerate(todo, start=1):

@@ -5,9 +5,11 @@ Dimension key: B local batch, V/T image/text feature width, L tokens, S image si
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 Moved = TypeVar("Moved", bound=tuple)
@@ -57,6 +59,22 @@ class Features(NamedTuple):
     image_id_B: Tensor
     title_id_B: Tensor
     negative_id_B: Tensor | None
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Cached inputs: called with a step, this rank's features of every step from there on.
+
+    They are `look` of the row numbers that `rows` yields.
+    """
+
+    rows: Callable[[int], Iterator[Tensor]]
+    look: Callable[[Tensor], Features]
+    device: torch.device  # of the tables, and so of the row numbers
+
+    def __call__(self, first_step: int) -> Iterator[Features]:
+        """Without end."""
+        return map(self.look, self.rows(first_step))
 
 
 def map_tensors(item: Moved, function: Callable[[Tensor], Tensor]) -> Moved:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Features, Tokens
+from data.batch import Batches, Tokens
 from data.bench import photograph
 from data.catalogue import catalogue
 from data.cold import CHUNK, Reader, encode_titles, fill_images, fill_titles
@@ -24,7 +24,6 @@ from data.demo import some_titles
 from data.features import FeatureStore
 from data.fetch import FetchPolicy
 from data.pairs import Encoders
-from data.prefetch import slices
 from data.resident import Mapped, Resident
 from data.segments import keys_of_titles
 from data.source import Columns, load_splits
@@ -133,13 +132,13 @@ def measure_store(race: Race, note: Note, folder: Path, rows: int, widths: tuple
 
 
 def warm_batches(rows: int, widths: tuple[int, int], batch: int,
-                 device: torch.device | str = "cpu") -> Callable[[int], Iterator[Features]]:
+                 device: torch.device | str = "cpu") -> Batches:
     """What the loop trains on after a cold pass: batches of `rows` pairs with negatives from tables on the device."""
     device = torch.device(device)
     ids = torch.arange(rows, device=device)
     split = Resident(torch.randn(rows, widths[0], device=device), torch.randn(rows, widths[1], device=device), ids, ids,
                      ids.roll(1), device)
-    return lambda first: map(split.features, slices(rows, batch, 0, 0, 1, first, device))
+    return split.batches(batch, 0)
 
 
 def _private_bytes() -> int:

@@ -5,7 +5,7 @@ Dimension key: N rows, K folds, V/T image/text feature width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Features, UserError
+from data.batch import UserError
 from data.resident import Resident
 from data.split import components
 
@@ -79,8 +79,3 @@ def folds(pairs: Resident, count: int, seed: int) -> list[Fold]:
             train = replace(train, negative_row_N=train.negative_row_N.masked_fill(leaks_N, -1))
         found.append(Fold(train, held, out))
     return found
-
-
-def in_order(pairs: Resident, batch_size: int, seed: int, first_step: int) -> Iterator[Features]:
-    """The features of every step from `first_step` on, in this process alone, as a run of `seed` meets them."""
-    return pairs.batches(batch_size, seed, 0, 1, first_step)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data.album import Album
 from data.augment import random_region
-from data.batch import Batch, Features, Tokens, UserError, share
+from data.batch import Batch, Batches, Features, Tokens, UserError, share
 from data.catalogue import Catalogue, Split, Verdict, Verdicts, as_arrays, catalogue, settle
 from data.cold import Reader, encode_images, encode_titles, fill_images, fill_titles, streamed_batch
 from data.decode import tokenize
@@ -205,10 +205,8 @@ def _residents(splits: Mapping[str, Split], image_DV: Tensor | Mapped, title_PT:
 
 
 def _cached(ready: Mapping[str, Resident], team: Team, split: str, batch_size: int, seed: int,
-            device: torch.device) -> Callable[[int], Iterator[Features]]:
-    def batches(first_step: int) -> Iterator[Features]:
-        return ready[split].batches(batch_size, seed, team.rank, team.size, first_step)
-    return batches
+            device: torch.device) -> Batches:
+    return ready[split].batches(batch_size, seed, team.rank, team.size)
 
 
 def _streamed(splits: Mapping[str, Split], makers: Mapping[str, Callable[..., Batch]], team: Team, reader: Reader,

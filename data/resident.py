@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Features, map_tensors
+from data.batch import Batches, Features, map_tensors
 from data.features import CHUNK, FeatureStore
 from data.prefetch import slices
 
@@ -59,11 +60,6 @@ class Resident:
     def __len__(self) -> int:
         return len(self.image_row_N)
 
-    def batches(self, batch_size: int, seed: int, rank: int, size: int, first_step: int) -> Iterator[Features]:
-        """This rank's features of every step from `first_step` on; the order lies where it is looked up."""
-        rows = slices(len(self), batch_size, seed, rank, size, first_step, self.image_row_N.device)
-        return map(self.features, rows)
-
     def parts(self) -> Iterator[Features]:
         """The features of all pairs in order, some at a time: all at once may be as much memory as the tables."""
         return map(self.features, torch.arange(len(self)).split(PART))
@@ -82,6 +78,11 @@ class Resident:
         negative = None if self.negative_row_N is None else self.negative_row_N.to(device)
         return Resident(self.image_MV.to(device), self.title_PT.to(device),
                         self.image_row_N.to(device), self.title_row_N.to(device), negative, device)
+
+    def batches(self, batch_size: int, seed: int, rank: int = 0, size: int = 1) -> Batches:
+        """What the loop trains on: this rank's features of every step of a run of `seed`."""
+        device = self.image_row_N.device
+        return Batches(partial(slices, len(self), batch_size, seed, rank, size, device=device), self.features, device)
 
     def features(self, rows: Tensor) -> Features:
         """Features of the pairs `rows` [B] int64, no wait if they are where the tables are; id -1: no negative."""

@@ -34,7 +34,8 @@ def load_splits(dataset: str, columns: Columns = DETECT, seed: int = 42,
 
     `dataset`: a folder with {train,valid,test} as .csv .tsv .jsonl .parquet, as -*.tar shards or as folders; a folder
     that is one table, shards, or images with KEY.txt and KEY.json; one such file; a pattern `train-{000..009}.tar`,
-    also as an address, whose files `download` brings; or a hub name OWNER/NAME. A lone split, unless it is called valid
+    also as an address, whose files `download` brings; or a hub name OWNER/NAME, with several configurations
+    OWNER/NAME:CONFIGURATION. A lone split, unless it is called valid
     or test, is made three by `seed` (`three`). `ledger` is told of each sample that a shard has lost, as `read_index`
     tells it; every other row is kept, also without image or title. Raises UserError.
     """
@@ -48,7 +49,7 @@ def load_splits(dataset: str, columns: Columns = DETECT, seed: int = 42,
             found = {"all": [path]}
         elif "{" in dataset or "*" in dataset:
             found = _in_splits(list(_expand(str(path))))
-        elif re.fullmatch(r"[\w.-]*\w/[\w.-]+", dataset) and path.suffix.lower() not in TABLES | {".tar"}:
+        elif re.fullmatch(r"[\w.-]*\w/[\w.-]+(:[\w.-]+)?", dataset) and path.suffix.lower() not in TABLES | {".tar"}:
             found = None
         else:
             raise UserError(f"{dataset}: there is no such file or folder, and a hub dataset's name is OWNER/NAME")
@@ -137,8 +138,9 @@ def _hub(name: str, columns: Columns) -> dict[str, Rows]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     prepared: Mapping[str, Any] = {}
+    repository, _, configuration = name.partition(":")
     try:
-        builder = datasets.load_dataset_builder(name)
+        builder = datasets.load_dataset_builder(repository, configuration or None)
         files = builder.config.data_files or {}
         as_text = bool(files) and {Path(file).suffix for some in files.values() for file in some} <= TEXT_TABLES
         separator = getattr(builder.config, "sep", None)
@@ -150,8 +152,8 @@ def _hub(name: str, columns: Columns) -> dict[str, Rows]:
             prepared = builder.as_dataset()
     except Exception as error:  # of many kinds, from several libraries; all of them are about this name
         raise UserError(_hub_advice(name, error)) from error
-    repository = os.path.join(HF_HUB_CACHE, "datasets--" + name.replace("/", "--"))
-    folders = repository, str(datasets.config.DOWNLOADED_DATASETS_PATH)  # where image folders and archives come to lie
+    cached = os.path.join(HF_HUB_CACHE, "datasets--" + repository.replace("/", "--"))
+    folders = cached, str(datasets.config.DOWNLOADED_DATASETS_PATH)  # where image folders and archives come to lie
     splits: dict[str, Rows] = {}
     for found in files if as_text else prepared:
         label = f"{name}, split {found}"
@@ -170,6 +172,8 @@ def _hub_advice(name: str, error: Exception) -> str:
     from datasets.exceptions import DatasetNotFoundError
 
     text = " ".join(str(error).split())[:300]
+    if "Config name is missing" in text or "BuilderConfig" in text:
+        return f"{name}: its configuration is named as in {name.partition(':')[0]}:CONFIGURATION ({text})"
     if "gated" in text:
         return f"{name} is gated: accept its terms on its hub page, then run `hf auth login`"
     if isinstance(error, DatasetNotFoundError):

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
+from data.batch import Batches
 from engine.bench import image_flops, loop, pixels_like, random_clip
 from engine.frozen import Frozen
 from engine.graph import PAYS, WARM
@@ -20,7 +22,7 @@ from engine.model import Parts, take_apart
 from engine.towers import pick_precision
 
 Note = Callable[..., None]
-Warm = Callable[..., Callable[[int], Iterator[Any]]]  # rows, widths, batch, device -> first step -> batches
+Warm = Callable[..., Batches]  # of: rows, widths, batch, device
 GOALS = {"ViT-B/32": ">= 0.5", "ViT-L/14": ">= 0.6"}
 
 
@@ -78,12 +80,12 @@ def steps_without_sync(parts: Parts, warm: Warm, device: torch.device, scratch: 
     batches = warm(rows, widths(parts), 256, device)
 
     def watched(start: int) -> Iterator[Any]:
-        for step, batch in enumerate(batches(start)):
+        for step, index_B in enumerate(batches.rows(start)):
             torch.cuda.set_sync_debug_mode("error" if first <= step < first + steps else "default")
-            yield batch
+            yield index_B
 
     try:
-        loop(parts, False, watched, rows, 256, scratch, device, graph)()
+        loop(parts, False, replace(batches, rows=watched), rows, 256, scratch, device, graph)()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

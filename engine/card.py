@@ -10,7 +10,7 @@ from typing import Any
 from engine.settings import toml_value
 
 HERE = "path/to/this/folder"  # becomes the hub's name when the folder is pushed
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?", re.ASCII)  # : configuration
 REPORTED = ("image_to_text_R@1", "image_to_text_R@10", "image_to_text_mrr", "text_to_image_R@1", "text_to_image_R@10",
             "text_to_image_mrr", "triplet_accuracy")  # shares: the hub lists single numbers, without their unit
 
@@ -81,7 +81,7 @@ def write_card(path: Path, origin: Mapping[str, Any], table: str, licence: str) 
     data = ModelCardData(
         library_name="transformers", pipeline_tag="zero-shot-image-classification", license=licence,
         license_name="see-base-model-and-data" if licence == "other" else None, base_model=hub_base,
-        datasets=[origin["dataset"]] if HUB_NAME.fullmatch(origin["dataset"]) else None,
+        datasets=[origin["dataset"].partition(":")[0]] if HUB_NAME.fullmatch(origin["dataset"]) else None,
         tags=["clip", "sentence-transformers", "thumbtune"], model_name=f"{_shown(origin['base'])} tuned",
         eval_results=_results(origin))
     recipe = origin["recipe"]
@@ -111,8 +111,9 @@ def _results(origin: Mapping[str, Any]) -> list[Any] | None:
     splits = origin["metrics"].get("tuned") or {}
     split = "test" if "test" in splits else next(reversed(splits), None)
     dataset = origin["dataset"]
+    name_on_hub, _, configuration = dataset.partition(":") if HUB_NAME.fullmatch(dataset) else ("custom", "", "")
     return [EvalResult(task_type="zero-shot-image-classification", task_name="image-text retrieval",
-                       dataset_type=dataset if HUB_NAME.fullmatch(dataset) else "custom", dataset_name=_shown(dataset),
+                       dataset_type=name_on_hub, dataset_name=_shown(dataset), dataset_config=configuration or None,
                        dataset_split=split, metric_type=name, metric_name=name.replace("_", " "),
                        metric_value=round(float(splits[split][name]), 4))
             for name in REPORTED if name in splits.get(split, {})] or None

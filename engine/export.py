@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from data.batch import UserError
@@ -174,6 +174,13 @@ def _read_alone(path: Path) -> Tuned:
             return Tuned({name: file.get_tensor(name) for name in file.keys()}, origin)  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--run {path} is no {ALONE} of thumbtune's ({error or type(error).__name__})") from None
+
+
+def portable(path: Path) -> bytes:
+    """The content of a projections.safetensors for others: of a local base's path the last part."""
+    tuned = _read_alone(path)
+    origin = tuned.origin if tuned.origin.commit else replace(tuned.origin, base=Path(tuned.origin.base).name)
+    return save(dict(tuned.tensors), {"thumbtune": json.dumps(asdict(origin))})
 
 
 def restore(clip: Clip, tuned: Tuned) -> None:

@@ -1,21 +1,21 @@
 """The cached step as a CUDA graph: one call launches its sixty-odd kernels, each of which runs shorter than its launch.
 
-A graph repeats what was captured: the same kernels on the same addresses with the same Python values. So inputs and
-learning rate are copied into tensors that stay, and only whole batches are replayed; a short one has other shapes and
-runs as ever. What a graph does not hold (an edit that counts steps in Python, say) may show at once: before a graph is
-used one replay of it is compared with the step itself. Where the two differ, or nothing can be captured, there is none.
+A graph repeats what was captured: the same kernels on the same addresses with the same Python values. So row numbers
+and learning rate are copied into tensors that stay, and only whole batches are replayed; a short one has other shapes
+and runs as ever. What a graph does not hold (an edit that counts steps in Python, say) may show at once: before a graph
+is used one replay of it is compared with the step itself. Where the two differ, or none can be captured, none is used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from data.batch import Features, map_tensors
+from data.batch import Batches
 from engine.dist import World
 
 WARM = 3  # steps first, after which the optimizer's state and the libraries' workspaces exist
@@ -51,53 +51,50 @@ class Cuda:
 
 
 class Graphed:
-    """`step` for batches of `rows` rows replayed from a graph, every other one as it is; called like `step`."""
+    """`step` of what `look` makes of row numbers, for batches of `rows` rows replayed from a graph."""
 
-    def __init__(self, step: Step, optimizer: torch.optim.Optimizer, rows: int, say: Callable[[str], None],
-                 region: Callable[[str], AbstractContextManager[Any]]) -> None:
-        self.step, self.optimizer, self.rows, self.say, self.region = step, optimizer, rows, say, region
+    def __init__(self, step: Step, look: Callable[[Tensor], Any], optimizer: torch.optim.Optimizer, rows: int,
+                 say: Callable[[str], None], region: Callable[[str], AbstractContextManager[Any]]) -> None:
+        self.step, self.look, self.optimizer, self.rows = step, look, optimizer, rows
+        self.say, self.region = say, region
         self._cuda, self._warm, self._given_up = Cuda(), 0, False
         self._replay: Callable[[], None] | None = None
-        self._inputs: Features
+        self._index_B: Tensor
         self._lr: Tensor
         self._outputs: Outputs
 
-    def __call__(self, inputs: Any, rows: int, lr: float) -> Outputs:
-        """Loss and gradient norm of this step."""
-        if self._given_up or rows != self.rows or not isinstance(inputs, Features):
-            return self.step(inputs, rows, lr)
+    def __call__(self, index_B: Tensor, rows: int, lr: float) -> Outputs:
+        """Loss and gradient norm of this step; `index_B` are its row numbers, `rows` how many these are."""
+        if self._given_up or rows != self.rows:
+            return self.step(self.look(index_B), rows, lr)
         if self._replay is not None:
             with self.region("graph"):
-                self._set(inputs, lr)
+                self._index_B.copy_(index_B)
+                self._lr.fill_(lr)
                 self._replay()
                 return self._outputs[0].clone(), self._outputs[1].clone()
         if self._warm == WARM:
-            return self._record(inputs, lr)
+            return self._record(index_B, lr)
         self._warm += 1
         with self._cuda.aside():
-            return self.step(inputs, rows, lr)
+            return self.step(self.look(index_B), rows, lr)
 
-    def _set(self, inputs: Features, lr: float) -> None:
-        for kept, new in zip(self._inputs, inputs, strict=True):
-            if kept is not None and new is not None:
-                kept.copy_(new)
-        self._lr.fill_(lr)
-
-    def _record(self, inputs: Features, lr: float) -> Outputs:
+    def _record(self, index_B: Tensor, lr: float) -> Outputs:
         """Capture the step, replay it, undo that, then take the step; from now on the graph, if both did the same."""
-        self._inputs, self._lr = map_tensors(inputs, Tensor.clone), torch.tensor(lr, device=inputs.image_BV.device)
+        self._index_B, self._lr = index_B.clone(), torch.tensor(lr, device=index_B.device)
         try:
-            self._outputs, replay = self._cuda.capture(lambda: self.step(self._inputs, self.rows, self._lr))
+            self._outputs, replay = self._cuda.capture(
+                lambda: self.step(self.look(self._index_B), self.rows, self._lr))
         except RuntimeError as error:
             self.optimizer.zero_grad(set_to_none=True)
             self._give_up(f"it cannot be captured ({str(error.__context__ or error).splitlines()[0][:150]})")
-            return self.step(inputs, self.rows, lr)
+            return self.step(self.look(index_B), self.rows, lr)
         before = self._copies()
         replay()
         replayed = [*(output.clone() for output in self._outputs), *self._copies()]
         for tensor, old in zip(self._state(), before, strict=True):
             tensor.copy_(old)
-        outputs = self.step(inputs, self.rows, lr)
+        outputs = self.step(self.look(index_B), self.rows, lr)
         if outputs[1].isfinite():  # else the update was skipped, which tells nothing: record the next step
             nothing = [torch.zeros_like(output) for output in outputs]
             same = all(bool((one - other).norm() <= APART * (one - old).norm()) for one, other, old in
@@ -120,11 +117,10 @@ class Graphed:
         return [tensor.clone() for tensor in self._state()]
 
 
-def graphed(step: Step, optimizer: torch.optim.Optimizer, wanted: str, rows: int, steps: int, world: World,
-            say: Callable[[str], None], region: Callable[[str], AbstractContextManager[Any]]) -> Step:
-    """`step`, from a graph where `wanted` is auto and it pays: on one GPU and for enough steps.
+def pays(batches: Callable[[int], Iterator[Any]], steps: int, world: World) -> TypeGuard[Batches]:
+    """Is a graph possible and worth it: on one GPU, with features that lie there, for enough steps?
 
-    With several ranks it stays as it is: NCCL's watchdog, which names a stalled rank, cannot look into a graph.
+    With several ranks it is not: NCCL's watchdog, which names a stalled rank, cannot look into a graph.
     """
-    pays = world.device.type == "cuda" and world.size == 1 and steps >= PAYS
-    return Graphed(step, optimizer, rows, say, region) if wanted == "auto" and pays else step
+    return (world.device.type == "cuda" and world.size == 1 and steps >= PAYS and isinstance(batches, Batches)
+            and batches.device.type == "cuda")

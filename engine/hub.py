@@ -10,6 +10,7 @@ from pathlib import Path
 from data.batch import RunFailed, UserError
 from engine.card import card_on_hub
 from engine.config import Config, config_fields
+from engine.export import ALONE, portable
 
 REPO = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -38,7 +39,8 @@ def check_push(name: str, tell: Callable[[str], None]) -> None:
 def push(folder: Path, cfg: Config, run: str, again: Sequence[str], tell: Callable[[str], None]) -> None:
     """Upload a model folder in one commit and tell its URL; the card on the hub says how to load it from there.
 
-    The folder stays as it is. Raises RunFailed naming the command that pushes `run` later, with the settings `again`.
+    The folder stays as it is; no path of this machine goes along. Raises RunFailed naming the command that pushes `run`
+    later, with the settings `again`.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -46,6 +48,7 @@ def push(folder: Path, cfg: Config, run: str, again: Sequence[str], tell: Callab
     try:
         repo = api.create_repo(name, private=cfg.private, exist_ok=True)
         files: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.iterdir())}
+        files[ALONE] = portable(folder / ALONE)
         files["README.md"] = card_on_hub(folder / "README.md", repo.repo_id, cfg.license).encode()
         api.create_commit(repo.repo_id, [CommitOperationAdd(path, what) for path, what in files.items()],
                           commit_message="Upload a model tuned with thumbtune")

@@ -135,31 +135,44 @@ class _Look(Protocol):
 
 
 class _Contrast(torch.autograd.Function):
-    """weight * the loss over all rows; the gradient is made on the way, chunk by chunk, kept as [B, E] and [C, E]."""
+    """weight * the loss over all rows; the gradient is made on the way, see `_chunks`."""
 
     @staticmethod
     def forward(ctx: Any, query_BE: Tensor, candidate_CE: Tensor, scale: Tensor, weight: float, look: _Look) -> Tensor:
-        losses, by_query, by_candidate_CE, by_scale = [], [], None, []
-        height = max(1, CHUNK[query_BE.device.type] // len(candidate_CE))
-        for number, query_RE in enumerate(query_BE.split(height)):  # of no rows, one chunk of none
-            cosine_RC = query_RE @ candidate_CE.T
-            kept_RC = cosine_RC.clone() if ctx.needs_input_grad[2] else None
-            loss, slope_RC = look(cosine_RC, scale, number * height)
-            losses.append(loss)
-            if kept_RC is not None:
-                by_scale.append((slope_RC * kept_RC).sum())
-            by_query.append(slope_RC @ candidate_CE)
-            by_candidate_CE = (slope_RC.T @ query_RE if by_candidate_CE is None
-                               else by_candidate_CE.addmm_(slope_RC.T, query_RE))
-        ctx.save_for_backward(by_query[0] if len(by_query) == 1 else torch.cat(by_query), by_candidate_CE,
-                              torch.stack(by_scale).sum() if by_scale else None, scale)
-        ctx.weight = weight
-        return reduce(torch.add, losses) * weight
+        ctx.save_for_backward(query_BE, candidate_CE, scale)
+        ctx.weight, ctx.again = weight, partial(_chunks, look, ctx.needs_input_grad[2])
+        loss, ctx.found = ctx.again(query_BE, candidate_CE, scale)
+        return loss * weight
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        by_query_BE, by_candidate_CE, by_scale, scale = ctx.saved_tensors
+        scale = ctx.saved_tensors[2]
+        found = ctx.found or ctx.again(*ctx.saved_tensors)[1]  # again: a graph that was retained
+        (by_query_BE, by_candidate_CE, by_scale), ctx.found = found, None  # nobody else's, so scaled where they are
         grad = grad * ctx.weight
         scaled = grad * scale
-        return by_query_BE * scaled, by_candidate_CE * scaled, None if by_scale is None else by_scale * grad, None, None
+        return (by_query_BE.mul_(scaled), by_candidate_CE.mul_(scaled), None if by_scale is None else by_scale * grad,
+                None, None)
+
+
+def _chunks(look: _Look, by_scale_too: bool, query_BE: Tensor, candidate_CE: Tensor, scale: Tensor) -> tuple[
+        Tensor, tuple[Tensor, Tensor, Tensor | None]]:
+    """The loss over all rows, a chunk of them at a time, and its gradients: by the queries and by the candidates, both
+    divided by the scale, [B, E] and [C, E], and by the scale.
+    """
+    losses, by_query, by_scale = [], [], []
+    by_candidate_CE: Any = None
+    height = max(1, CHUNK[query_BE.device.type] // len(candidate_CE))
+    for number, query_RE in enumerate(query_BE.split(height)):  # of no rows, one chunk of none
+        cosine_RC = query_RE @ candidate_CE.T
+        kept_RC = cosine_RC.clone() if by_scale_too else None
+        loss, slope_RC = look(cosine_RC, scale, number * height)
+        losses.append(loss)
+        if kept_RC is not None:
+            by_scale.append((slope_RC * kept_RC).sum())
+        by_query.append(slope_RC @ candidate_CE)
+        by_candidate_CE = (slope_RC.T @ query_RE if by_candidate_CE is None
+                           else by_candidate_CE.addmm_(slope_RC.T, query_RE))
+    return reduce(torch.add, losses), (by_query[0] if len(by_query) == 1 else torch.cat(by_query), by_candidate_CE,
+                                       torch.stack(by_scale).sum() if by_scale else None)

@@ -16,7 +16,7 @@ from data.batch import Batch, Features, UserError, share
 from engine.checkpoint import State
 from engine.config import Config
 from engine.dist import World
-from engine.graph import graphed
+from engine.graph import Graphed, pays
 from engine.log import Log
 from engine.loss import Candidates, Objective
 from engine.model import Embeddings
@@ -116,9 +116,11 @@ def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: An
     `watch` sees the gradient norms of the steps before `state.step` at every flush, and may end the run.
     """
     objective = Objective(cfg.loss, cfg.duplicates, cfg.hardness)
-    step = graphed(Step(model, objective, optimizer, world, cfg.clip_norm, precision, profiler), optimizer,
-                   cfg.cuda_graph, plan.batch_size, plan.steps - state.step, world, log.say, profiler.region)
+    step: Any = Step(model, objective, optimizer, world, cfg.clip_norm, precision, profiler)
     stream = batches(state.step)  # this rank's slice of every remaining step
+    if cfg.cuda_graph == "auto" and pays(batches, plan.steps - state.step, world):
+        step = Graphed(step, batches.look, optimizer, plan.batch_size, log.say, profiler.region)
+        stream = batches.rows(state.step)
     while state.step < plan.steps and not state.stopped and not state.enough:
         with log.waiting():
             inputs = next(stream)

@@ -6,14 +6,14 @@ A run costs milliseconds because features are constants, so every configuration 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from data.batch import Batches
 from engine.checkpoint import State
 from engine.config import Config
 from engine.dist import World
@@ -45,10 +45,10 @@ class Run(NamedTuple):
 class Tuner:
     """Tunes the head over and over, each time from the base weights and in this process alone.
 
-    `batches(pairs, batch size, seed, first step)` are the Features of every step from there on.
+    `batches(pairs, batch size, seed)` is what a run of this seed trains on.
     """
 
-    def __init__(self, parts: Parts, batches: Callable[[Any, int, int, int], Iterator[Any]]) -> None:
+    def __init__(self, parts: Parts, batches: Callable[[Any, int, int], Batches]) -> None:
         self.parts, self.batches, self.base = parts, batches, snapshot(parts.trainable)
         self.world = World(0, 0, 1, next(parts.head.parameters()).device)
 
@@ -61,7 +61,7 @@ class Tuner:
         self.reset()
         self.parts.head.fixed_scale.fill_(cfg.scale)
         optimizer = adamw(self.parts.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp)
-        fit(self.parts.head, partial(self.batches, pairs, cfg.batch_size, cfg.seed), optimizer,
+        fit(self.parts.head, self.batches(pairs, cfg.batch_size, cfg.seed), optimizer,
             Plan(len(pairs), cfg.batch_size, cfg.epochs), State(), self.world, cfg, self.parts.precision, log=Silent(),
             profiler=Profiler(), evaluate=lambda: None, checkpoint=lambda state: None, stop=lambda step: 0)
         if cfg.interpolate:

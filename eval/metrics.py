@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby, islice
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from eval.intervals import Interval, PairedTest, mean_interval, median_interval,
 
 RECALL_AT = (1, 5, 10)
 BLOCK = 64
-CPU_TILE = (2048, 2048)  # large, so that the product runs at its full rate; counted in strips of 64 rows that fit in L2
+CPU_TILE = (2560, 2560)  # large, so that the product runs at its full rate; counted in strips that fit in L2
 ACCELERATOR_TILE = (8192, 8192)
 
 
@@ -46,29 +47,34 @@ def retrieval_ranks(image_NE: Tensor, title_NE: Tensor, title_id_N: Tensor, imag
         raise UserError("the model's embeddings hold NaN or infinity; use an earlier checkpoint")
 
     ranks_2N, tile_RC = pairs.order_N.new_zeros(2, n), best_i2t_N.new_empty(tile)
-    better_SC = best_i2t_N.new_empty(BLOCK if on_cpu else tile[0], tile[1])
-    corners = [(row, col) for row in range(0, n, tile[0]) for col in range(0, n, tile[1])]
-    for row, col in corners[part[0]::part[1]]:
-        rows, cols = slice(row, row + tile[0]), slice(col, col + tile[1])
-        scores_RC = pairs.scores(pairs.images(row, tile[0]), row, col, out=tile_RC)
-        for r, c in pairs.blocks(row, col, tile):
-            block = scores_RC[r - row:r - row + pairs.block, c - col:c - col + pairs.block]
-            block.masked_fill_(pairs.correct(r, c), -math.inf)
-        _count_better(scores_RC, best_i2t_N[rows], best_t2i_N[cols], better_SC, ranks_2N[0, rows], ranks_2N[1, cols])
+    image_RE = pairs.image_NE.new_empty(tile[0], pairs.image_NE.shape[1])
+    corners = [(row, col) for row in range(0, n, tile[0]) for col in range(0, n, tile[1])][part[0]::part[1]]
+    for row, tiles in groupby(corners, key=lambda corner: corner[0]):
+        images = pairs.images(row, image_RE)
+        for _, col in tiles:
+            scores_RC = pairs.scores(images, col, tile_RC)[:n - row, :n - col]
+            for starts, correct_BRC in pairs.answers(row, col, tile):
+                for (r, c), correct_RC in zip(starts, correct_BRC, strict=True):
+                    block = scores_RC[r - row:r - row + pairs.block, c - col:c - col + pairs.block]
+                    block.masked_fill_(correct_RC[:block.shape[0], :block.shape[1]], -math.inf)
+            rows, cols = slice(row, row + tile[0]), slice(col, col + tile[1])
+            _count_better(scores_RC, best_i2t_N[rows], best_t2i_N[cols], ranks_2N[0, rows], ranks_2N[1, cols])
     rank_2N = total(ranks_2N)[:, pairs.order_N.argsort()]
     return rank_2N[0], rank_2N[1]
 
 
-def _count_better(scores_RC: Tensor, best_R: Tensor, best_C: Tensor, better_SC: Tensor, rank_R: Tensor,
-                  rank_C: Tensor) -> None:
+def _count_better(scores_RC: Tensor, best_R: Tensor, best_C: Tensor, rank_R: Tensor, rank_C: Tensor) -> None:
     """Add to both ranks how many scores of a tile are above the best correct one of their row and of their column."""
-    # On a CPU torch compares into floats 4x faster than into bools, and counts up to a tile are exact.
-    strip = len(better_SC)
-    for low in range(0, len(scores_RC), strip):
-        scores_SC = scores_RC[low:low + strip]
-        better = better_SC[:scores_SC.shape[0], :scores_SC.shape[1]]
-        rank_R[low:low + strip] += torch.gt(scores_SC, best_R[low:low + strip, None], out=better).sum(1).long()
-        rank_C += scores_SC.gt_(best_C).sum(0).long()
+    # On a CPU torch compares into floats 4x faster than into bools, exact up to a tile; 32 rows a core fit in L2.
+    strip = 32 * torch.get_num_threads() if scores_RC.device.type == "cpu" else len(scores_RC)
+    better_SC = torch.empty_like(scores_RC[:strip])
+    count_R, count_C = torch.zeros_like(best_R), torch.zeros_like(best_C)
+    for scores_SC, best_S, count_S in zip(*(x.split(strip) for x in (scores_RC, best_R, count_R)), strict=True):
+        better = better_SC[:len(scores_SC)]
+        torch.sum(torch.gt(scores_SC, best_S[:, None], out=better), 1, out=count_S)
+        count_C += torch.gt(scores_SC, best_C, out=better).sum(0)
+    rank_R += count_R.long()
+    rank_C += count_C.long()
 
 
 class _Pairs:
@@ -83,8 +89,8 @@ class _Pairs:
                  block: int) -> None:
         family_N, self.order_N = families(title_id_N, image_id_N).sort(stable=True)
         self.n, self.block = len(family_N), block
-        self.ids = [id_N[self.order_N] for id_N in (title_id_N, image_id_N) if id_N is not None]
         self.order_P = F.pad(self.order_N, (0, -self.n % block))
+        self.ids = [id_N[self.order_P] for id_N in (title_id_N, image_id_N) if id_N is not None]
         self.image_NE, title_NE = _wide(image_NE), _wide(title_NE)
         self.title_PE = title_NE.index_select(0, self.order_P)  # images are gathered a strip at a time
         first = family_N[::block].contiguous()
@@ -92,20 +98,30 @@ class _Pairs:
         low, high = torch.searchsorted(family_N, first), torch.searchsorted(family_N, last, right=True)
         self.span = torch.stack([low // block * block, high], 1).tolist()  # columns with correct answers, by block row
 
-    def images(self, row: int, count: int) -> Tensor:
-        """Images from `row` on, [<= count, E], the last ones padding."""
-        return self.image_NE.index_select(0, self.order_P[row:row + count])
+    def images(self, row: int, out: Tensor) -> Tensor:
+        """Images from `row` on, [<= R, E], gathered in `out`, the last ones padding."""
+        return torch.index_select(self.image_NE, 0, self.order_P[row:row + len(out)], out=out[:len(self.order_P) - row])
 
-    def scores(self, image_RE: Tensor, row: int, col: int, out: Tensor) -> Tensor:
-        """Scores of the images from `row` and the titles from `col` on, computed in `out`, without padding."""
+    def scores(self, image_RE: Tensor, col: int, out: Tensor) -> Tensor:
+        """Scores of these images and the titles from `col` on, padding too, computed in `out`."""
         title_CE = self.title_PE[col:col + out.shape[1]]
-        torch.mm(image_RE, title_CE.T, out=out[:len(image_RE), :len(title_CE)])
-        return out[:self.n - row, :self.n - col]
+        return torch.mm(image_RE, title_CE.T, out=out[:len(image_RE), :len(title_CE)])
 
-    def correct(self, row: int, col: int) -> Tensor:
-        """Which candidates of one block are correct answers: title ids or image ids are equal, [block, block] bool."""
-        same = [id_N[row:row + self.block, None] == id_N[col:col + self.block] for id_N in self.ids]
-        return same[0].logical_or_(same[-1])
+    def sides(self, corners: list[tuple[int, int]]) -> Tensor:
+        """The rows and the columns of the blocks that begin there, int64 [2, B, block]."""
+        step = torch.arange(self.block, device=self.order_P.device)
+        return torch.tensor(corners, device=step.device).T[:, :, None] + step
+
+    def answers(self, row: int, col: int, tile: list[int]) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
+        """Blocks of a tile that can hold correct answers, some at a time: where they begin, and which are correct.
+
+        Correct is [B, block, block] bool: title ids or image ids are equal. Padding repeats a row, ids and all.
+        """
+        blocks = self.blocks(row, col, tile)
+        while corners := list(islice(blocks, math.ceil(2**18 / self.block**2))):
+            row_BR, col_BC = self.sides(corners)
+            same = [id_P[row_BR][:, :, None] == id_P[col_BC][:, None] for id_P in self.ids]
+            yield corners, same[0].logical_or_(same[-1])
 
     def blocks(self, row: int, col: int, tile: list[int]) -> Iterator[tuple[int, int]]:
         """Where the blocks within a tile begin that can hold correct answers."""
@@ -116,17 +132,17 @@ class _Pairs:
 
     def best_correct(self) -> tuple[Tensor, Tensor]:
         """The score of the best correct answer of every image and of every title, [N] each."""
-        best_i2t_N, best_t2i_N = (self.image_NE.new_full((self.n,), -math.inf) for _ in range(2))
-        out = self.image_NE.new_empty(self.block, self.block)
-        for row, col in self.blocks(0, 0, [self.n, self.n]):
-            correct = self.correct(row, col)
-            if not correct.any():  # a large family is mostly empty
-                continue
-            own = self.scores(self.images(row, self.block), row, col, out).masked_fill_(~correct, -math.inf)
-            for best_N, at, score in ((best_i2t_N, row, own.amax(1)), (best_t2i_N, col, own.amax(0))):
-                best = best_N[at:at + self.block]
-                torch.maximum(best, score, out=best)
-        return best_i2t_N, best_t2i_N
+        best_2P = self.image_NE.new_full((2, len(self.order_P)), -math.inf)
+        image_RE = self.image_NE.new_empty(self.block, self.image_NE.shape[1])
+        for corners, correct_BRC in self.answers(0, 0, [self.n, self.n]):
+            own_BRC = best_2P.new_empty(correct_BRC.shape)
+            for (row, col), own_RC, some in zip(corners, own_BRC, correct_BRC.flatten(1).any(1).tolist(), strict=True):
+                if some:  # a large family is mostly empty
+                    self.scores(self.images(row, image_RE), col, own_RC)
+            own_BRC.masked_fill_(~correct_BRC, -math.inf)
+            for best_P, at_BR, side in zip(best_2P, self.sides(corners), (2, 1), strict=True):
+                best_P.scatter_reduce_(0, at_BR.flatten(), own_BRC.amax(side).flatten(), "amax")
+        return best_2P[0, :self.n], best_2P[1, :self.n]
 
 
 @torch.no_grad()

@@ -20,7 +20,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import run
-from data.folds import in_order, take
+from data.folds import take
+from data.resident import Resident
 from engine import dist
 from engine.config import Config
 from engine.recipes import RECIPES
@@ -40,7 +41,7 @@ def measured(model: str, dataset: str, cache: str, seeds: int) -> Iterator[tuple
     world = dist.init("cpu", 60)
     parts = run.open_parts(cfg, world)
     residents = run.open_data(cfg, world, parts).residents()
-    train, tuner = residents["train"], Tuner(parts, in_order)
+    train, tuner = residents["train"], Tuner(parts, Resident.batches)
 
     def ranks() -> Tensor:
         found = run.measure_rows(parts.head, residents["test"])

@@ -21,7 +21,7 @@ from torch import Tensor
 import run
 from data.batch import Features, map_tensors
 from data.features import FeatureStore
-from data.folds import folds, in_order, join
+from data.folds import folds, join
 from data.prefetch import copied_ahead
 from data.resident import Mapped, Resident
 from engine import bench_gpu, dist, train
@@ -164,9 +164,7 @@ def test_no_batch_waits_wherever_the_tables_are(tmp_path: Path) -> None:
         for on_gpu in (split.to(GPU), mapped.to(GPU), mapped.to(GPU, room=0)):
             gpu.syncs.clear()
             for first in (0, 3):
-                batches = on_gpu.batches(16, 1, 0, 1, first)
-                for want in islice(split.batches(16, 1, 0, 1, first), 4):
-                    got = next(batches)
+                for got, want in islice(zip(on_gpu.batches(16, 1)(first), split.batches(16, 1)(first), strict=True), 4):
                     assert all(part.device == GPU for part in got)
                     torch.testing.assert_close(map_tensors(got, plain), want)
             assert not gpu.syncs
@@ -183,7 +181,7 @@ def test_measuring_searching_and_sweeping_are_the_cpus(tmp_path: Path) -> None:
         one = measure_split(unit, lambda x: unit(x.flip(-1) + 1), pairs.parts())
         gallery = unit(pairs.to(CPU).features(torch.arange(40)).image_BV).to(device)
         fold = folds(join([pairs, replace(pairs, negative_row_N=None)]), 3, 0)[1]
-        batch = next(in_order(fold.train, 16, 0, 1))
+        batch = next(fold.train.batches(16, 0)(1))
         return [one.summarise(), *(plain(part) for part in one.rows().values()), *(plain(part) for part in batch),
                 *top_k(gallery[:7], lambda low, high: gallery[low:high], 40, 5, chunk=16),
                 *map(plain, retrieval_ranks(gallery, gallery.flip(0), pairs.title_row_N.to(device), None, (64, 64))),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import run as command_line
 from engine.card import HERE, write_card
-from engine.export import ALONE, Origin
+from engine.export import ALONE, Origin, read_tuned
 
 TITLES = ["3 red circles", "a title that is longer than the other", "NA", "café 🎬 مرحبا", "many words " * 200]
 
@@ -166,7 +166,12 @@ def test_a_push_arrives_and_the_card_says_from_where_to_load(tuned: Path, hub: H
     assert done.returncode == 0 and f"pushed to {hub.url}/me/clip" in done.stderr, done.stderr
     files = hub.repos["models", "me/clip"].files
     assert files == {path.name: path.read_bytes() for path in (tuned / "model").iterdir()} | {
-        "README.md": files["README.md"]}
+        name: files[name] for name in ("README.md", ALONE)}
+    assert not any(str(tuned.parent).encode() in content for content in files.values())  # nobody's business
+    (tmp_path / ALONE).write_bytes(files[ALONE])
+    theirs, ours = read_tuned(str(tmp_path / ALONE)), read_tuned(str(tuned))
+    assert theirs.origin == replace(ours.origin, base=Path(ours.origin.base).name)
+    assert all(tensor.equal(ours.tensors[name]) for name, tensor in theirs.tensors.items())
     card, local = files["README.md"].decode(), (copy / "model" / "README.md").read_bytes()
     assert local == (tuned / "model" / "README.md").read_bytes()  # what `verify` knows stays as it is
     assert 'from_pretrained("me/clip")' in card and HERE not in card and "license: cc-by-4.0" in card

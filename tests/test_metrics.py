@@ -84,6 +84,17 @@ def test_answers_are_left_out_even_where_rounding_puts_them_above_the_threshold(
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("block", [128, 320, 1024])
+def test_the_best_correct_answers_are_the_same_in_blocks_of_any_size(block: int) -> None:
+    """An accelerator's blocks are whole tiles: mostly padding where there are few rows."""
+    image, title = quantised(450, 12, 1), quantised(450, 12, 2)
+    for titles, images in ((10**9, None), (300, 300), (5, None)):
+        title_id = torch.randint(titles, (450,), generator=rng(3))
+        image_id = None if images is None else torch.randint(images, (450,), generator=rng(4))
+        want = _Pairs(image, title, title_id, image_id, 64).best_correct()
+        assert all(map(torch.equal, _Pairs(image, title, title_id, image_id, block).best_correct(), want))
+
+
 def test_families_of_a_very_long_chain_are_found_in_few_rounds() -> None:
     row = torch.randperm(200_000, generator=rng(0))
     assert not families(row // 2, (row + 1) // 2).any()

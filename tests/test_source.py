@@ -277,8 +277,12 @@ def test_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def hub(kind: str, **splits: dict[str, Any]) -> dict[str, Rows]:
         files = {name: str(write(tmp_path / f"{name}.{kind}", part)) for name, part in splits.items()}
         local = real(kind, data_files=files, cache_dir=str(tmp_path / "cache"))
-        monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: local)
-        return load_splits("owner/name")
+        asked: list[Any] = []
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda *named: asked.append(named) or local)
+        load_splits("owner/name:large.en")
+        found = load_splits("owner/name")
+        assert asked == [("owner/name", "large.en"), ("owner/name", None)]
+        return found
 
     splits = hub("parquet", test=good, validation=good, train=good)
     assert {name: pairs(rows) for name, rows in splits.items()} == dict.fromkeys(
@@ -289,7 +293,7 @@ def test_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         hub("parquet", train={"url": ["x.jpg"], "title": ["x"]}, test={"url": ["x.jpg"], "title": ["x"]})
     text = {"url": ["http://h/1", "http://h/2"], "title": ["NA", "007"]}
     assert [row[1] for row in pairs(hub("csv", train=text, test=text)["train"])] == ["NA", "007"]
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: 1 / 0)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *named: 1 / 0)
     with pytest.raises(UserError, match="owner/name cannot be loaded"):
         load_splits("owner/name")
 

@@ -115,7 +115,7 @@ def encoders(parts: Parts, image_preprocessing: str, device: torch.device,
     """Lend the towers to the data room: without autograd, in the run's precision, named by what they are."""
     from data.decode import tokenizer_fingerprint
     from data.pairs import Encoders
-    from engine.frozen import Frozen
+    from engine.frozen import CPU_TITLES, Frozen
     from engine.towers import fingerprint
 
     towers, clip = parts.towers, parts.clip
@@ -123,7 +123,7 @@ def encoders(parts: Parts, image_preprocessing: str, device: torch.device,
     image, text = clip.config.vision_config, clip.config.text_config
     return Encoders(
         image=Frozen(towers.image, device, parts.precision, compiled), image_width=image.hidden_size,
-        text=Frozen(towers.text, device, parts.precision), text_width=text.hidden_size,
+        text=Frozen(towers.text, device, parts.precision, cpu_batch=CPU_TITLES), text_width=text.hidden_size,
         image_space=fingerprint(clip, "vision_model", image_preprocessing, parts.precision),
         text_space=fingerprint(clip, "text_model", title_preprocessing, parts.precision),
         stored=parts.stored, tokenizer=clip.tokenizer, max_tokens=clip.max_tokens)
@@ -642,7 +642,8 @@ def bench_rooms(figures: Bench, scratch: Path) -> None:
     parts = open_model(str(model), ("projection",), "auto", 20.0, "fp32", cpu)
     lent, tokenizer = encoders(parts, "", cpu), parts.clip.tokenizer
     engine_bench.measure_image_tower(race, parts, lent.image)
-    tokens = bench_store.measure_titles(race, note, lent.text, widths[1], tokenizer, 64 if quick else 512)
+    tokens = bench_store.measure_titles(race, note, lent.text, engine_bench.plain_text(parts), widths[1], tokenizer,
+                                        64 if quick else 512)
     for batch, goal in ((32, ">= 1200"), (256, ">= 2000")):
         rows = 50 * batch
         warm = bench_store.warm_batches(rows, widths, batch)

@@ -27,8 +27,7 @@ from data.segments import key_of
 from data.shards import read_member
 
 CHUNK = 64  # images handed to the tower at once
-TITLES = 512  # likewise titles, at most
-BUCKETS = 16  # of few titles there are at least so many lots of like length
+TITLES = 512  # likewise titles
 SEGMENT = 4096  # features written at once
 URL_START = "^(?i)https?://"
 
@@ -168,13 +167,12 @@ def fill_titles(tokens: Callable[[Sequence[int]], Sequence[Sequence[int]]], keys
 
 def encode_titles(ids: Sequence[Sequence[int]], pad_id: int, encode: Callable[[Tokens], Tensor], width: int,
                   pace: Callable[[int], None] = lambda count: None) -> Tensor:
-    """Text features [len(ids), T] on the CPU, in order; like lengths go together, so almost nothing is padding."""
+    """Text features [len(ids), T] on the CPU, in order; like lengths go to the tower together."""
     if not ids:
         return torch.empty(0, width)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    bucket = min(max(len(ids) // BUCKETS, 8), TITLES)
     parts = []
-    for chunk in batched(order, bucket):
+    for chunk in batched(order, TITLES):
         parts.append(encode(collate_tokens([ids[i] for i in chunk], pad_id)).cpu())
         pace(len(chunk))
     return torch.cat(parts)[torch.argsort(torch.tensor(order))]

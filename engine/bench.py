@@ -62,17 +62,22 @@ def new_model(folder: Path, shape: str) -> None:
     clip.processor.save_pretrained(folder)
 
 
-def tower_flops(config: Any, tokens: int) -> float:
-    """Multiplications and additions of one input's forward pass in a transformer of this config: matrices only."""
-    width, inner = config.hidden_size, config.intermediate_size
-    layer = 2 * tokens * width * (4 * width + 2 * inner) + 4 * tokens * tokens * width
-    patch = getattr(config, "patch_size", 0)
-    return config.num_hidden_layers * layer + 2 * (tokens - 1) * 3 * patch**2 * width
-
-
 def image_flops(config: Any) -> float:
-    """The same of one image."""
-    return tower_flops(config, (config.image_size // config.patch_size) ** 2 + 1)
+    """Multiplications and additions for one image in our tower (engine.pooled) of this config: matrices only."""
+    width, inner, patch = config.hidden_size, config.intermediate_size, config.patch_size
+    patches = (config.image_size // patch) ** 2
+    tokens = patches + 1
+    layer = 2 * tokens * width * (4 * width + 2 * inner) + 4 * tokens**2 * width
+    last = 2 * width * (tokens * 2 * width + 2 * width + 2 * inner) + 4 * tokens * width  # of one token beyond its keys
+    return (config.num_hidden_layers - 1) * layer + last + 2 * patches * 3 * patch**2 * width
+
+
+def plain_text(parts: Parts) -> Callable[[Tokens], Tensor]:
+    """The text tower as transformers runs it, every layer for every token and padding."""
+    @torch.no_grad()
+    def encode(tokens: Tokens) -> Tensor:
+        return parts.towers.text_model(input_ids=tokens.ids_BL, attention_mask=tokens.mask_BL).pooler_output
+    return encode
 
 
 def pixels_like(parts: Parts, count: int, device: torch.device | str = "cpu") -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from data.batch import UserError, map_tensors
 
 CPU_BATCH = 32  # measured best: what 64 leave between two layers is past the caches, and allocated anew each time
+CPU_TITLES = 96  # of titles likewise: one has some 14 tokens where an image has 50
 GPU_BATCH = 512  # a GPU is busy from here on
 COMPILE_AFTER = 20_000  # inputs: sooner a compilation, about a minute, costs more than it saves
 
@@ -26,9 +27,9 @@ class Frozen:
     """
 
     def __init__(self, encode: Callable[[Any], Tensor], device: torch.device, precision: torch.dtype,
-                 compiled: str = "off") -> None:
+                 compiled: str = "off", cpu_batch: int | None = None) -> None:
         self.encode, self.device, self.precision, self.compiled = encode, device, precision, compiled
-        self.batch = CPU_BATCH if device.type == "cpu" else GPU_BATCH
+        self.batch = (cpu_batch or CPU_BATCH) if device.type == "cpu" else GPU_BATCH
         self._seen = 0
         self._fast: Callable[[Any], Tensor] | None = None
 

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data.batch import Batch, Features, Tokens, UserError
 from engine.frozen import use_quick_gelu
+from engine.pooled import can_pool, pool_images, pool_texts
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -169,6 +170,7 @@ class Towers(nn.Module):
         self.text_model: Any = clip.model.text_model
         for tower in (self.vision_model, self.text_model):
             use_quick_gelu(tower)
+        self.pools = can_pool(self.vision_model) and can_pool(self.text_model)
         settings = clip.image_processor
         mean = torch.tensor(settings.image_mean if settings.do_normalize else [0.0] * 3)
         std = torch.tensor(settings.image_std if settings.do_normalize else [1.0] * 3)
@@ -181,12 +183,16 @@ class Towers(nn.Module):
         if not len(pixels_BCSS):
             return self.gain_C11.new_zeros(0, self.vision_model.config.hidden_size)
         normalised = torch.addcmul(self.shift_C11, pixels_BCSS.float(), self.gain_C11)
+        if self.pools and not torch.is_grad_enabled():
+            return pool_images(self.vision_model, normalised).float()
         return self.vision_model(pixel_values=normalised).pooler_output.float()
 
     def text(self, tokens: Tokens) -> Tensor:
         """Tokens [B, L] -> text features [B, T], fp32: the hidden state at the first EOS."""
         if not len(tokens.ids_BL):
             return self.gain_C11.new_zeros(0, self.text_model.config.hidden_size)
+        if self.pools and not torch.is_grad_enabled():
+            return pool_texts(self.text_model, tokens).float()
         # Without the mask: attention is causal, so no padding reaches the EOS before it; but transformers asks a mask
         # for its values, and the host would wait for them.
         return self.text_model(input_ids=tokens.ids_BL).pooler_output.float()

@@ -13,7 +13,6 @@ from torch import Tensor
 from data.augment import RATIO, SCALE, random_region
 from data.batch import Tokens, UserError
 from engine import frozen as module
-from engine.bench import image_flops, random_clip
 from engine.dist import World
 from engine.frozen import Frozen
 from engine.model import open_model
@@ -131,7 +130,3 @@ def test_figures_know_whether_they_reach_their_goal() -> None:
     assert [line.split("|")[1].strip() for line in bench.table().splitlines()[2:]] == ["P1", "P2", "P9"]
     assert bench.figures[0].ratio == (4.0, 3.0, 5.0) and bench.figures[2].ratio[0] < 1
     assert amount(0.0021, 1, "s") == "2.1 ms" and amount(2.0, 10, "pairs") == "5 pairs/s"
-
-
-def test_flops_of_an_image_are_those_of_its_matrix_products() -> None:
-    assert image_flops(random_clip("ViT-B/32").model.config.vision_config) == pytest.approx(8.8e9, rel=0.01)

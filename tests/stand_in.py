@@ -145,7 +145,7 @@ def stand_in(free: int = 2**33) -> Iterator[StandIn]:
     """A process that has one such GPU, with `free` bytes for tables of features."""
     core = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     guards = (ctypes.c_void_p * 20).in_dll(core, "_ZN3c104impl26device_guard_impl_registryE")
-    guards[1] = guards[1] or guards[14]  # autograd asks the guard of a node's device for a stream: here meta's
+    own, guards[1] = guards[1], guards[14]  # autograd asks the guard of a node's device for a stream: here meta's
     lifted = torch._C._only_lift_cpu_tensors()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)  # as Module.to keeps them
@@ -168,6 +168,7 @@ def stand_in(free: int = 2**33) -> Iterator[StandIn]:
                 yield device
         finally:
             torch._C._set_only_lift_cpu_tensors(lifted)
+            guards[1] = own
 
 
 class Stream:

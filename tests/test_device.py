@@ -48,8 +48,7 @@ def test_the_stand_in_notices_what_a_gpu_would() -> None:
         with pytest.raises(RuntimeError, match="same device"):
             there + here
         gpu.syncs.clear()
-        here.pin_memory().to(GPU, non_blocking=True)
-        assert not gpu.syncs
+        assert here.pin_memory().to(GPU, non_blocking=True).is_cuda and not gpu.syncs
         for count, wait in enumerate((lambda: there.sum().item(), lambda: there.cpu(), lambda: here.to(GPU),
                                       lambda: bool(there[0] > 0), lambda: there[there > 0], lambda: there.nonzero(),
                                       lambda: there[torch.tensor([0])]), start=1):
@@ -136,9 +135,7 @@ def test_a_run_is_the_cpus(trainable: str, tiny_model: Path, pairs: Path, tmp_pa
     flags = ["--trainable", trainable, "--precision", "fp32"]
     here = trained(tiny_model, pairs, tmp_path / "cpu", monkeypatch, *flags, device="cpu")
     there = trained(tiny_model, pairs, tmp_path / "gpu", monkeypatch, *flags)
-    assert len(here) == 3
-    for one, other in zip(here, there, strict=True):
-        assert one == pytest.approx(other, rel=1e-4)
+    assert len(here) == 3 and here == [pytest.approx(step, rel=1e-4) for step in there]
 
 
 def test_a_resumed_run_and_tables_beside_the_gpu_change_nothing(tiny_model: Path, pairs: Path, tmp_path: Path,

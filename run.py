@@ -143,7 +143,7 @@ def measure_rows(head: Head, split: Resident, world: World | None = None) -> Ret
     from eval.retrieval import measure_split
 
     team = ((world.rank, world.size), world.sum) if world else ()
-    return measure_split(head.image, head.text, split.features(split.rows()), split.image_row_N, *team)
+    return measure_split(head.image, head.text, split.parts(), *team)
 
 
 def with_probe(cfg: Config, world: World, parts: Parts, pairs: Pairs) -> Pairs:
@@ -222,7 +222,7 @@ class Judge:
         folder.write_metrics(self.saved.run, self.metrics, self.world)
         if self.world.is_main:
             head = self.parts.head
-            space = embed(head.image, head.text, shown.features(shown.rows()), shown.image_row_N)
+            space = embed(head.image, head.text, shown.parts())
             self.show.look(when, space, self.log.board, self.state.step)
 
 

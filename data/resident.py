@@ -6,6 +6,7 @@ Dimension key: B rows of a batch, M distinct images, P distinct titles, N pairs,
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from data.features import CHUNK, FeatureStore
 from data.prefetch import slices
 
 CPU = torch.device("cpu")
+PART = 65_536  # pairs measured at a time
 
 
 class Mapped(NamedTuple):
@@ -58,9 +60,9 @@ class Resident:
     def __len__(self) -> int:
         return len(self.image_row_N)
 
-    def rows(self) -> Tensor:
-        """All row numbers [N]."""
-        return torch.arange(len(self))
+    def parts(self) -> Iterator[Features]:
+        """The features of all pairs in order, some at a time: all at once may be as much memory as the tables."""
+        return map(self.features, torch.arange(len(self)).split(PART))
 
     def to(self, device: torch.device | str, room: int | None = None) -> Resident:
         """The same split with features coming out on `device`.

@@ -32,7 +32,7 @@ def measure_gpu(note: Note, warm: Warm, device: torch.device, scratch: Path, qui
     size, rows = (4096, 100_000) if quick else (8192, 1_000_000)
     peak = product_rate(size, precision, device)
     for shape, goal in GOALS.items():
-        parts = take_apart(random_clip(shape), ("projection",), "auto", 20.0, str(precision)[6:], device)
+        parts = take_apart(random_clip(shape), ("projection",), "auto", 20.0, "auto", device)
         name = f"image tower {shape}, {str(precision)[6:]}, pixels on the device: share of the {size} product's rate"
         rate = tower_rate(parts, device, 4 if quick else 16)
         note("GPU", name, f"{rate / 1e12:.0f} TFLOP/s", f"{peak / 1e12:.0f} TFLOP/s", [rate / peak], goal)

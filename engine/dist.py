@@ -83,15 +83,6 @@ class World:
             dist.all_reduce(total)
         return total
 
-    def max(self, value: int) -> int:
-        """The largest value any rank gives; all ranks get the same answer. A host sync."""
-        if self.size == 1:
-            return value
-        largest = torch.tensor(value, device=self.device)
-        with asking("agreeing"):
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
-            return int(largest)
-
     def exchange(self, value: Any) -> list[Any]:
         """What every rank said, in rank order."""
         if self.size == 1:
@@ -139,7 +130,7 @@ class World:
         """Wait for every rank."""
         if self.size > 1:
             with asking("waiting for all ranks"):
-                dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
+                dist.barrier()
 
 
 @contextmanager
@@ -211,7 +202,8 @@ def init(wanted: str, timeout_s: float, quiet: bool = False) -> World:
         store = _meeting_place(rank, size, timeout)
         store.set_timeout(timeout)
         store = dist.PrefixStore(attempt(store, rank, size, timeout_s), store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        # What is no tensor of a GPU goes over gloo also there: it waits for no kernel, and who stalls is a RunFailed.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(rank, local_rank, size, device, timeout_s, dist.PrefixStore("thumbtune", store), quiet)
 

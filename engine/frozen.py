@@ -16,6 +16,7 @@ from data.batch import UserError, map_tensors
 CPU_BATCH = 32  # measured best: what 64 leave between two layers is past the caches, and allocated anew each time
 CPU_TITLES = 96  # of titles likewise: one has some 14 tokens where an image has 50
 GPU_BATCH = 512  # a GPU is busy from here on
+FILLED = 64  # compiled lots are filled up to multiples of this, which is what the cold pass hands over at once
 COMPILE_AFTER = 20_000  # inputs: sooner a compilation, about a minute, costs more than it saves
 
 
@@ -62,10 +63,10 @@ class Frozen:
             return self.encode(moved)
 
     def _run_compiled(self, pixels: Tensor) -> Tensor:
-        """Short batches are filled up, so that there is one shape to compile for."""
+        """Short lots are filled up, so that there are few shapes to compile for: one for the lots of the cold pass."""
         try:
             self._fast = self._fast or torch.compile(self.encode, dynamic=False)
-            short = self.batch - len(pixels)
+            short = min(self.batch - len(pixels), -len(pixels) % FILLED)
             whole = torch.cat([pixels, pixels.new_zeros(short, *pixels.shape[1:])]) if short else pixels
             return self._fast(whole)[: len(pixels)]
         except torch._dynamo.exc.BackendCompilerFailed as error:

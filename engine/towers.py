@@ -193,7 +193,9 @@ class Towers(nn.Module):
             return self.gain_C11.new_zeros(0, self.text_model.config.hidden_size)
         if self.pools and not torch.is_grad_enabled():
             return pool_texts(self.text_model, tokens).float()
-        return self.text_model(input_ids=tokens.ids_BL, attention_mask=tokens.mask_BL).pooler_output.float()
+        # Without the mask: attention is causal, so no padding reaches the EOS before it; but transformers asks a mask
+        # for its values, and the host would wait for them.
+        return self.text_model(input_ids=tokens.ids_BL).pooler_output.float()
 
     def recompute(self) -> None:
         """Keep only what enters each layer, and compute the rest again when its gradient is due: memory for time."""

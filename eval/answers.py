@@ -7,7 +7,7 @@ Dimension key: Q queries, N gallery (rows of the split), U distinct candidates, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -49,12 +49,10 @@ class Space:
 
 
 @torch.inference_mode()
-def embed(project_image: Project, project_text: Project, pairs: Features, image_id_N: Tensor,
-          chunk: int = 65_536) -> Space:
-    """Project the features of a split."""
-    images = torch.cat([project_image(part) for part in pairs.image_BV.split(chunk)])
-    titles = torch.cat([project_text(part) for part in pairs.title_BT.split(chunk)])
-    return Space(images, titles, pairs.title_id_B, image_id_N.to(images.device))
+def embed(project_image: Project, project_text: Project, parts: Iterable[Features]) -> Space:
+    """Project the features of a split, some pairs at a time."""
+    return Space(*map(torch.cat, zip(*((project_image(part.image_BV), project_text(part.title_BT), part.title_id_B,
+                                        part.image_id_B) for part in parts), strict=True)))
 
 
 @torch.inference_mode()

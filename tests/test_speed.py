@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,20 @@ def test_a_full_device_halves_the_batch_for_good(monkeypatch: pytest.MonkeyPatch
     assert tower(rows).equal(rows * 2.0) and max(tried[-10:]) == 4
     with pytest.raises(UserError, match="no room for one input"):
         Frozen(lambda rows: encode(torch.zeros(6)), CPU, torch.float32)(rows)
+
+
+def test_compiled_lots_have_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    heights = set[int]()
+
+    def compiled(encode: Any, dynamic: bool) -> Any:
+        return lambda pixels: (heights.add(len(pixels)), encode(pixels))[1]
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    frozen = Frozen(lambda pixels: pixels.double(), CPU, torch.float32, "on")
+    frozen.batch = 512
+    for count in (64, 3, 61, 512, 70):
+        assert frozen(torch.arange(count)[:, None]).flatten().tolist() == list(range(count))
+    assert heights == {64, 128, 512}  # of the cold pass's lots one; not 512, eight times the work
 
 
 def test_the_activation_is_that_of_transformers_to_the_bit() -> None:

@@ -1,0 +1,200 @@
+"""What runs on a GPU, run on a stand-in for one: nothing mixes devices, a step never waits, results are the CPU's.
+
+`stand_in` says what it cannot show: kernels, streams, memory, NCCL and graphs are a real GPU's alone.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stand_in import GPU, plain, stand_in
+from torch import Tensor
+
+import run
+from data.batch import Features, map_tensors
+from data.features import FeatureStore
+from data.folds import folds, join
+from data.prefetch import copied_ahead
+from data.resident import Mapped, Resident
+from engine import bench_gpu, dist, train
+from engine.cli import parse
+from engine.dist import World
+from engine.loss import Objective
+from engine.model import take_apart
+from engine.optim import adamw
+from engine.profiler import Profiler
+from engine.towers import load_clip
+from engine.train import Step
+from eval.metrics import retrieval_ranks, triplet_correct
+from eval.retrieval import measure_split
+from eval.search import top_k
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU needs no stand-in")
+CPU, ROWS = torch.device("cpu"), 8
+
+
+def test_the_stand_in_notices_what_a_gpu_would() -> None:
+    with stand_in() as gpu:
+        there, here = torch.ones(3, device=GPU), torch.ones(3)
+        assert there.is_cuda and (there + 1).device == GPU and torch.tensor([1.0], device="cuda").is_cuda
+        with pytest.raises(RuntimeError, match="same device"):
+            there + here
+        gpu.syncs.clear()
+        assert here.pin_memory().to(GPU, non_blocking=True).is_cuda and not gpu.syncs
+        for count, wait in enumerate((lambda: there.sum().item(), lambda: there.cpu(), lambda: here.to(GPU),
+                                      lambda: bool(there[0] > 0), lambda: there[there > 0], lambda: there.nonzero(),
+                                      lambda: there[torch.tensor([0])]), start=1):
+            wait()
+            assert len(gpu.syncs) >= count, count
+
+
+def steps(model: Path, device: torch.device, precision: str, l2_sp: float, lr: float, watch: list[str],
+          **objective: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The last loss and norm of three steps, and the weights after them; the second step's norm is infinite."""
+    parts = take_apart(load_clip(str(model)), ("projection", "logit_scale"), "auto", 20.0, precision, device)
+    generator, ids = torch.Generator().manual_seed(0), torch.arange(ROWS)
+    inputs = map_tensors(Features(*(torch.randn(ROWS, width, generator=generator) for width in (32, 24, 24)), ids // 2,
+                                  ids // 3, ids - 1), lambda part: part.to(device))
+    weights = list(parts.trainable.values())
+    step = Step(parts.head, Objective(**objective), adamw(weights, lr, 0.01, l2_sp), World(0, 0, 1, device), 1.0,
+                parts.precision, Profiler())
+    rate = torch.tensor(lr, device=device)
+    broken = inputs._replace(image_BV=inputs.image_BV * torch.inf)
+    watch.clear()
+    for some, how in ((inputs, lr), (broken, lr), (inputs, rate)):
+        loss, norm = step(some, ROWS, how)
+    assert not watch
+    assert all(step.optimizer.state[weight]["step"].device == device for weight in weights)
+    return plain(loss), plain(norm), [plain(weight.detach()) for weight in weights]
+
+
+@pytest.mark.parametrize(("precision", "l2_sp", "objective"), [
+    ("fp32", 0.0, {}), ("bf16", 0.1, {}), ("fp32", 0.0, {"duplicates": "keep", "hardness": 2.0}),
+    ("fp32", 0.0, {"loss": "symmetric", "duplicates": "multi"}), ("bf16", 0.0, {"loss": "symmetric", "hardness": 2.0}),
+    ("fp32", 0.1, {"loss": "sigmoid"}), ("fp32", 0.0, {"loss": "sigmoid", "duplicates": "multi"})])
+def test_a_step_never_waits_and_is_the_cpus(precision: str, l2_sp: float, objective: dict[str, Any],
+                                            tiny_model: Path) -> None:
+    with stand_in() as gpu:
+        there = steps(tiny_model, GPU, precision, l2_sp, 1e-3, gpu.syncs, **objective)
+    here = steps(tiny_model, CPU, precision, l2_sp, 1e-3, [], **objective)
+    torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-6)
+
+
+class Endless:
+    """A Stop that no signal reaches; after `end` steps it says that one has."""
+
+    def __init__(self, end: int) -> None:
+        self.end = end
+
+    def gracefully(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def at_once(self) -> Any:
+        return lambda function: function
+
+    def agreed(self, world: World, step: int) -> int:
+        return 15 * (step == self.end)
+
+
+def trained(model: Path, pairs: Path, folder: Path, patch: pytest.MonkeyPatch, *flags: str, device: str = "cuda",
+            free: int = 2**33, end: int = -1) -> list[dict[str, Any]]:
+    """steps.jsonl of a run; on the stand-in, AssertionError where a step waits."""
+    places = {"model": model, "dataset": pairs, "out": folder / "run", "cache-dir": folder / "cache", "device": device}
+    _, cfg = parse("run.py", ["train", *(f"--{name}={place}" for name, place in places.items()), "--quiet",
+                              "--epochs=1", "--eval-splits=valid", *flags])
+    call = Step.__call__
+    with stand_in(free) if device == "cuda" else nullcontext() as gpu:
+        def watched(self: Step, *args: Any) -> Any:
+            before = len(gpu.syncs) if gpu else 0
+            result = call(self, *args)
+            assert not gpu or len(gpu.syncs) == before, set(gpu.syncs[before:])
+            return result
+
+        patch.setattr(train.Step, "__call__", watched)
+        patch.setattr(run, "finish", lambda *_: 0)  # transformers looks at addresses, which a stand-in has not
+        try:
+            run.train(cfg, dist.init(device, 60), Endless(end))
+        except KeyError:  # stopped: there are no metrics of a tuned model
+            assert end > 0
+        finally:
+            patch.undo()
+    return [json.loads(line) for line in (folder / "run" / "steps.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("trainable", ["projection,logit_scale", "projection,text_model.encoder.layers.1"])
+def test_a_run_is_the_cpus(trainable: str, tiny_model: Path, pairs: Path, tmp_path: Path,
+                           monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--trainable", trainable, "--precision", "fp32"]
+    here = trained(tiny_model, pairs, tmp_path / "cpu", monkeypatch, *flags, device="cpu")
+    there = trained(tiny_model, pairs, tmp_path / "gpu", monkeypatch, *flags)
+    assert len(here) == 3 and here == [pytest.approx(step, rel=1e-4) for step in there]
+
+
+def test_a_resumed_run_and_tables_beside_the_gpu_change_nothing(tiny_model: Path, pairs: Path, tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = trained(tiny_model, pairs, tmp_path / "whole", monkeypatch, free=0)
+    trained(tiny_model, pairs, tmp_path / "cut", monkeypatch, end=2)
+    assert trained(tiny_model, pairs, tmp_path / "cut", monkeypatch, "--resume") == whole
+
+
+def residents(folder: Path) -> tuple[Resident, Resident]:
+    """The same 40 pairs twice: tables in memory, tables in the store's files."""
+    keys, values = np.random.default_rng(0).integers(0, 256, (40, 16), np.uint8), torch.randn(40, 24)
+    store = FeatureStore(folder, 24)
+    store.append(keys, values)
+    rows = torch.arange(40)
+    split = Resident(values, values, rows, rows // 2, rows - 1)
+    return split, replace(split, image_MV=Mapped(store, store.locate(keys)), title_PT=Mapped(store, store.locate(keys)))
+
+
+def test_no_batch_waits_wherever_the_tables_are(tmp_path: Path) -> None:
+    split, mapped = residents(tmp_path)
+    with stand_in() as gpu:
+        for on_gpu in (split.to(GPU), mapped.to(GPU), mapped.to(GPU, room=0)):
+            gpu.syncs.clear()
+            for first in (0, 3):
+                for got, want in islice(zip(on_gpu.batches(16, 1)(first), split.batches(16, 1)(first), strict=True), 4):
+                    assert all(part.device == GPU for part in got)
+                    torch.testing.assert_close(map_tensors(got, plain), want)
+            assert not gpu.syncs
+        ahead = list(copied_ahead(iter([split.features(torch.arange(5))] * 3), GPU))
+        assert [part.image_BV.device for part in ahead] == [GPU] * 3 and not gpu.syncs
+
+
+def test_measuring_searching_and_sweeping_are_the_cpus(tmp_path: Path) -> None:
+    split, mapped = residents(tmp_path)
+
+    unit = torch.nn.functional.normalize
+
+    def found(pairs: Resident, device: torch.device) -> list[Any]:
+        one = measure_split(unit, lambda x: unit(x.flip(-1) + 1), pairs.parts())
+        gallery = unit(pairs.to(CPU).features(torch.arange(40)).image_BV).to(device)
+        fold = folds(join([pairs, replace(pairs, negative_row_N=None)]), 3, 0)[1]
+        batch = next(fold.train.batches(16, 0)(1))
+        return [one.summarise(), *(plain(part) for part in one.rows().values()), *(plain(part) for part in batch),
+                *top_k(gallery[:7], lambda low, high: gallery[low:high], 40, 5, chunk=16),
+                *map(plain, retrieval_ranks(gallery, gallery.flip(0), pairs.title_row_N.to(device), None, (64, 64))),
+                plain(triplet_correct(gallery, gallery.flip(0), gallery.roll(1, 0)))]
+
+    here = found(split, CPU)
+    with stand_in():
+        for on_gpu in (split.to(GPU), mapped.to(GPU, room=0)):
+            torch.testing.assert_close(found(on_gpu, GPU), here)
+
+
+def test_the_gpus_bench_opens_its_models(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_gpu, "random_clip", lambda shape: load_clip(str(tiny_model)))
+    for name in ("product_rate", "tower_rate", "epoch_seconds", "steps_without_sync"):
+        monkeypatch.setattr(bench_gpu, name, lambda *_: 1.0)
+    notes: list[Any] = []
+    with stand_in():
+        bench_gpu.measure_gpu(lambda *row: notes.append(row), None, GPU, Path(), quick=True)  # type: ignore[arg-type]
+    assert len(notes) == 6 and "bfloat16" in notes[0][1]

@@ -8,6 +8,7 @@ is used one replay of it is compared with the step itself. Where the two differ,
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeGuard
@@ -33,12 +34,20 @@ class Cuda:
         self.stream = torch.cuda.Stream()
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Inside, everything runs on that stream, after what came before and before what comes after."""
-        here = torch.cuda.current_stream()
+    def aside(self) -> Iterator[list[warnings.WarningMessage]]:
+        """Inside, everything runs on that stream, after what came before and before what comes after.
+
+        Yields the list that torch's warnings come to, of the host waiting for the device above all.
+        """
+        here, mode = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
         self.stream.wait_stream(here)
-        with torch.cuda.stream(self.stream):
-            yield
+        with torch.cuda.stream(self.stream), warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield found
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
         here.wait_stream(self.stream)
 
     def capture(self, step: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
@@ -76,8 +85,11 @@ class Graphed:
         if self._warm == WARM:
             return self._record(index_B, lr)
         self._warm += 1
-        with self._cuda.aside():
-            return self.step(self.look(index_B), rows, lr)
+        with self._cuda.aside() as found:
+            outputs = self.step(self.look(index_B), rows, lr)
+        if self._warm == WARM and any("synchroniz" in str(warning.message) for warning in found):
+            self._give_up("it asks the host for a value")  # a capture would fail
+        return outputs
 
     def _record(self, index_B: Tensor, lr: float) -> Outputs:
         """Capture the step, replay it, undo that, then take the step; from now on the graph, if both did the same."""

@@ -6,6 +6,7 @@ Dimension key: B rows of this rank, G rows of all ranks, X texts (titles, then n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,17 @@ def ranked(objective: Objective, world: World, out: Embeddings, inputs: Batch | 
     return objective(image_BE, titles, scale, first_row, rows, out.text_XE[: len(image_BE)], images)
 
 
+@contextmanager
+def tensor_cores(on: bool) -> Iterator[None]:
+    """Inside, fp32 products are TF32: several times faster where a GPU has it, and finer than the bf16 behind it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if on else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @dataclass(frozen=True)
 class Step:
     """One update of what trains, from this rank's part of a global batch."""
@@ -98,7 +110,7 @@ class Step:
         region, kind, low = self.profiler.region, self.world.device.type, self.precision.itemsize < 4
         with region("project"), torch.autocast(kind, self.precision, enabled=low):
             out = self.model(inputs)
-        with region("loss"):
+        with region("loss"), tensor_cores(low and kind == "cuda"):
             loss = ranked(self.objective, self.world, out, inputs, rows)
         with region("backward"):
             loss.backward(torch.full_like(loss, self.world.size))  # DDP averages over ranks what is to be added up

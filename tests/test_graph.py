@@ -6,6 +6,7 @@ were, and starts the same kernels on the same tensors again. Like a graph it kno
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -86,8 +87,10 @@ class Taped:
     captures = 0
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        yield
+    def aside(self) -> Iterator[list[warnings.WarningMessage]]:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            yield found
 
     def capture(self, step: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
         Taped.captures += 1
@@ -179,6 +182,17 @@ def counts_in_python(objective: Any, *args: Any, seen: list[int], ranked: Any) -
 def asks_the_host(*args: Any, function: Any) -> Any:
     """An edit of the loss or of the update that a graph cannot hold either."""
     return function(*args) if args[-1] != torch.ones(()).item() else None
+
+
+def test_a_step_that_asks_the_host_is_not_captured(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asks(*args: Any, ranked: Any = train.ranked) -> Tensor:
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)  # as torch says it
+        return ranked(*args)
+
+    monkeypatch.setattr(train, "ranked", asks)
+    monkeypatch.setattr(Taped, "captures", 0)
+    log, _ = run(opened(tiny_model), monkeypatch)
+    assert Taped.captures == 0 and len(log.said) == 1 and "asks the host" in log.said[0] and len(log.steps) == STEPS
 
 
 @pytest.mark.parametrize("name", ["ranked", "update"])

@@ -641,16 +641,16 @@ def bench_rooms(figures: Bench, scratch: Path) -> None:
     engine_bench.new_model(model, "ViT-B/32")
     parts = open_model(str(model), ("projection",), "auto", 20.0, "fp32", cpu)
     lent, tokenizer = encoders(parts, "", cpu), parts.clip.tokenizer
-    engine_bench.measure_image_tower(race, parts, lent.image)
+    engine_bench.measure_image_tower(race, parts, lent.image, 32 if quick else 64)
     tokens = bench_store.measure_titles(race, note, lent.text, engine_bench.plain_text(parts), widths[1], tokenizer,
                                         64 if quick else 512)
-    for batch, goal in ((32, ">= 1200"), (256, ">= 2000")):
+    for batch, goal in ((32, ">= 1200"), (256, ">= 2000"))[:1 if quick else 2]:
         rows = 50 * batch
         warm = bench_store.warm_batches(rows, widths, batch)
         engine_bench.measure_warm_epoch(race, parts, warm, rows, tokens, batch, goal, scratch)
     figures.fold("P5", data_bench.measure_decode(quick), "ours", "transformers",
                  {"decode 1280": ">= 2.7", "decode 480": ">= 1.7"})
-    bench_store.measure_cold(race, lent, scratch / "cold", 16 if quick else 64)
+    bench_store.measure_cold(race, lent, scratch / "cold", 8 if quick else 64)
     measure_recall(figures)
     engine_bench.measure_loss(race, note, 2048 if quick else 8192)
     bench_store.measure_store(race, note, scratch / "store", 50_000 if quick else 1_000_000, widths)

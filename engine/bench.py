@@ -86,7 +86,7 @@ def pixels_like(parts: Parts, count: int, device: torch.device | str = "cpu") ->
     return torch.randint(256, (count, 3, side, side), dtype=torch.uint8).to(device)
 
 
-def measure_image_tower(race: Race, parts: Parts, encode: Callable[[Tensor], Tensor], batch: int = 64) -> None:
+def measure_image_tower(race: Race, parts: Parts, encode: Callable[[Tensor], Tensor], batch: int) -> None:
     """P3: floating point operations a second in the image tower against a plain matrix product's."""
     size = 2048
     a, b, out = (torch.randn(size, size) for _ in range(3))

@@ -6,6 +6,7 @@ Nothing here contacts anything but loopback.
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import os
 import pickle
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,21 @@ def run(args: Sequence[str | Path], ranks: int = 1, env: Mapping[str, str] | Non
         kill(process.pid)
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def inside(args: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
+    """`run` with one rank in this process, where what takes seconds to import is there: for what run.py does, not how
+    a process ends. A run folder stays locked until this process does.
+    """
+    import run as command_line
+
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            code = command_line.main(list(map(str, args)))
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return subprocess.CompletedProcess(list(args), code, out.getvalue(), err.getvalue())
 
 
 def family(pid: int) -> list[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_pairs, run
+from helpers import inside, make_pairs, run
 from hub import Hub
 from safetensors.torch import load_file
 
@@ -23,8 +23,9 @@ def read_steps(out: Path) -> list[dict]:
 
 def train(pairs: Path, model: Path, out: Path, *flags: str, ranks: int = 1) -> dict[str, torch.Tensor]:
     """Run in fp32 with a cache of its own beside `out`; the exported weights."""
-    done = run(["--model", model, "--dataset", pairs, "--out", out, "--cache-dir", out.parent / "cache",
-                "--precision", "fp32", "--lr", "1e-3", *flags], ranks)
+    args = ["--model", model, "--dataset", pairs, "--out", out, "--cache-dir", out.parent / "cache", "--precision",
+            "fp32", "--lr", "1e-3", *flags]
+    done = inside(args) if ranks == 1 else run(args, ranks)
     assert done.returncode == 0, done.stderr
     return load_file(out / "model" / "model.safetensors")
 
@@ -121,7 +122,7 @@ def test_bad_rows_are_dropped_and_accounted_for(tiny_model: Path, tmp_path: Path
         writer.writeheader()
         writer.writerows(rows)
     flags = ["--model", tiny_model, "--dataset", pairs, "--cache-dir", tmp_path / "cache", "--out", tmp_path / "run"]
-    strict = run(flags)
+    strict = inside(flags)
     assert strict.returncode == 2 and "3 of 56 rows cannot be used" in strict.stderr and "--max-bad" in strict.stderr
     shutil.rmtree(tmp_path / "run")
     for ranks in (1, 2):
@@ -138,8 +139,8 @@ def test_eval_prints_what_a_run_measures(pairs: Path, tiny_model: Path, tmp_path
     train(pairs, tiny_model, tmp_path / "run")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     for model, when in ((tiny_model, "base"), (tmp_path / "run" / "model", "tuned")):
-        done = run(["eval", "--model", model, "--dataset", pairs, "--cache-dir", tmp_path / "cache", "--precision",
-                    "fp32"])
+        done = inside(["eval", "--model", model, "--dataset", pairs, "--cache-dir", tmp_path / "cache", "--precision",
+                       "fp32"])
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout) == {"test": metrics[when]["test"]}
         assert "triplet accuracy" in done.stderr
@@ -159,7 +160,7 @@ def test_settings_come_from_toml_and_flags_win(pairs: Path, tiny_model: Path, tm
     config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     assert (config["epochs"], config["batch_size"], config["lr"]) == (1, 10, 1e-3)
     recipe.write_text("epoch = 3\n")
-    done = run(["--config", recipe])
+    done = inside(["--config", recipe])
     assert done.returncode == 2 and "did you mean epochs" in done.stderr
 
 
@@ -179,7 +180,7 @@ def test_shards_hold_what_the_folder_held(pairs: Path, tiny_model: Path, tmp_pat
     flags = ["--max-bad", "0.1", "--dataset", pairs, "--cache-dir", tmp_path / "cache"]
     for out, resize in ((tmp_path / "shards", []), (tmp_path / "small", ["--resize", "64"])):
         for _ in range(2):  # the second time there is nothing left to do
-            done = run(["shards", *flags, "--out", out, *resize])
+            done = inside(["shards", *flags, "--out", out, *resize])
             assert done.returncode == 0, done.stderr
         assert sorted(path.name for path in out.glob("*.tar")) == [
             "test-000000.tar", "train-000000.tar", "valid-000000.tar"]

@@ -21,7 +21,7 @@ from engine.dist import World
 
 WARM = 3  # steps first, after which the optimizer's state and the libraries' workspaces exist
 PAYS = 500  # steps of a run from which on a capture, about a tenth of a second, is worth it
-APART = 0.01  # of what a step changes: how far a replay may be from the step
+APART = 0.1  # of what a step changes: AdamW makes much of the last bits of the smallest gradients
 
 Outputs = tuple[Tensor, Tensor]  # loss, gradient norm
 Step = Callable[[Any, int, Any], Outputs]  # this rank's inputs, rows of the global batch, learning rate (also a tensor)

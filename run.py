@@ -579,7 +579,8 @@ def rerun(cfg: Config, world: World, run: Path, whole: Sequence[Path]) -> list[F
     parts = open_parts(tuned, world)
     found = measure(with_probe(tuned, world, parts, open_data(tuned, world, parts)).residents(), parts.head, written)
     scores = {name: one.summarise() for name, one in found.items()}
-    return [*findings, again.metrics(scores, written, again.same_machine(run, world))]
+    exact = again.same_machine(run, world) and not any(finding.apart for finding in findings)
+    return [*findings, again.metrics(scores, written, exact)]
 
 
 def verify_store(cfg: Config, world: World) -> int:

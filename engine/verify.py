@@ -25,6 +25,7 @@ class Finding(NamedTuple):
     what: str
     verdict: str
     detail: str
+    apart: float = 0.0  # how far figures computed again are from those written
 
 
 def files(run: Path) -> tuple[list[Finding], list[Path]]:
@@ -81,7 +82,7 @@ def replay(start: int, losses: Mapping[int, float], logged: Mapping[int, Mapping
     apart = max(_apart(losses[step], logged[step]["loss"]) for step in shared)
     close = apart <= (1e-5 if precision == torch.float32 else 1e-2)
     return Finding(what, OK if close else FAILED,
-                   f"losses of steps {shared[0]} to {shared[-1]}: largest difference {apart:.2g}")
+                   f"losses of steps {shared[0]} to {shared[-1]}: largest difference {apart:.2g}", apart)
 
 
 def ledger(run: Path, dropped: Sequence[Mapping[str, Any]]) -> Finding:
@@ -128,7 +129,9 @@ def exported(run: Path, whole: Sequence[Path]) -> Finding:
 
 def metrics(found: Mapping[str, Mapping[str, Any]], written: Mapping[str, Mapping[str, Any]],
             exact: bool) -> Finding:
-    """The exported model measured again against metrics.json; on other hardware close calls may fall otherwise."""
+    """The exported model measured again against metrics.json; where losses are not `exact` to the bit (other hardware,
+    features encoded anew in other company) close calls may fall otherwise.
+    """
     pairs = [(value, found.get(split, {}).get(name, math.nan)) for split, values in written.items()
              for name, value in values.items() if isinstance(value, (int, float))]
     if not pairs:

@@ -112,8 +112,9 @@ def all_pairs(dataset: str, **more: object) -> dict[str, list[tuple]]:
         strict=True)] for name, rows in splits.items()}
 
 
-def bring(cache: Path, policy: FetchPolicy = POLICY) -> Callable[[str], list[Path]]:
-    return partial(fetch_shards, folder=cache, policy=policy, tell=lambda text: None)
+def bring(cache: Path, policy: FetchPolicy = POLICY,
+          tell: Callable[[str], None] = lambda text: None) -> Callable[[str], list[Path]]:
+    return partial(fetch_shards, folder=cache, policy=policy, tell=tell)
 
 
 @pytest.mark.parametrize("with_index", [True, False])
@@ -126,9 +127,11 @@ def test_shards_at_an_address_are_the_local_ones_and_fetched_once(tmp_path: Path
     server = Server(source)
     with server.up() as url:
         parts = f"{url}/train-{{000000..000002}}.tar {url}/valid-000000.tar {url}/test-{{000000..000001}}.tar".split()
+        said: list[str] = []
         for _ in range(2):
             assert all_pairs(f"{url}/{{train-00000{{0,1,2}},valid-000000,test-00000{{0,1}}}}.tar",
-                             download=bring(tmp_path / "cache")) == local
+                             download=bring(tmp_path / "cache", tell=said.append)) == local
+        assert said[-1].startswith("shards fetched 6/6  ")  # of six
         assert {name: n for name, n in server.asked.items() if name.endswith(".tar")} == dict.fromkeys(
             (tar.name for tar in source.glob("*.tar")), 1)
         assert sum(server.asked.values()) == 12

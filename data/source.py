@@ -35,9 +35,9 @@ def load_splits(dataset: str, columns: Columns = DETECT, seed: int = 42,
     `dataset`: a folder with {train,valid,test} as .csv .tsv .jsonl .parquet, as -*.tar shards or as folders; a folder
     that is one table, shards, or images with KEY.txt and KEY.json; one such file; a pattern `train-{000..009}.tar`,
     also as an address, whose files `download` brings; or a hub name OWNER/NAME, with several configurations
-    OWNER/NAME:CONFIGURATION. A lone split, unless it is called valid
-    or test, is made three by `seed` (`three`). `ledger` is told of each sample that a shard has lost, as `read_index`
-    tells it; every other row is kept, also without image or title. Raises UserError.
+    OWNER/NAME:CONFIGURATION. A lone split, unless it is called valid or test, is made three by `seed` (`three`).
+    `ledger` is told of each sample that a shard has lost, as `read_index` tells it; every other row is kept, also
+    without image or title. Raises UserError.
     """
     path = Path(dataset).expanduser()
     try:

@@ -6,7 +6,7 @@ Dimension key: B rows of this rank, G rows of all ranks, X texts (titles, then n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,10 +82,10 @@ def ranked(objective: Objective, world: World, out: Embeddings, inputs: Batch | 
 
 
 @contextmanager
-def tensor_cores(on: bool) -> Iterator[None]:
+def tensor_cores() -> Iterator[None]:
     """Inside, fp32 products are TF32: several times faster where a GPU has it, and finer than the bf16 behind it."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if on else before)
+    torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
@@ -110,7 +110,7 @@ class Step:
         region, kind, low = self.profiler.region, self.world.device.type, self.precision.itemsize < 4
         with region("project"), torch.autocast(kind, self.precision, enabled=low):
             out = self.model(inputs)
-        with region("loss"), tensor_cores(low and kind == "cuda"):
+        with region("loss"), tensor_cores() if low and kind == "cuda" else nullcontext():
             loss = ranked(self.objective, self.world, out, inputs, rows)
         with region("backward"):
             loss.backward(torch.full_like(loss, self.world.size))  # DDP averages over ranks what is to be added up

@@ -5,7 +5,7 @@ Dimension key: N pairs of the split, E embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,18 +26,14 @@ def measure_split(project_image: Project, project_text: Project, parts: Iterable
     `parts` are the features of the split, some pairs at a time, of which only the embeddings stay. `part` (rank, ranks)
     and `total` (the sum over ranks) share the score tiles among ranks; all get the same numbers.
     """
-    triplets: list[Tensor] = []
-
-    def seen() -> Iterator[tuple[Tensor, ...]]:
-        for some in parts:
-            image_BE, title_BE = project_image(some.image_BV), project_text(some.title_BT)
-            if some.negative_BT is not None and some.negative_id_B is not None:
-                given = (some.negative_id_B >= 0).nonzero()[:, 0]
-                triplets.append(triplet_correct(image_BE[given], title_BE[given],
-                                                project_text(some.negative_BT[given])))
-            yield image_BE, title_BE, some.title_id_B, some.image_id_B
-
-    image_NE, title_NE, title_id_N, image_id_N = map(torch.cat, zip(*seen(), strict=True))
+    seen, triplets = [], []
+    for some in parts:
+        image_BE, title_BE = project_image(some.image_BV), project_text(some.title_BT)
+        seen.append((image_BE, title_BE, some.title_id_B, some.image_id_B))
+        if some.negative_BT is not None and some.negative_id_B is not None:
+            given = (some.negative_id_B >= 0).nonzero()[:, 0]
+            triplets.append(triplet_correct(image_BE[given], title_BE[given], project_text(some.negative_BT[given])))
+    image_NE, title_NE, title_id_N, image_id_N = map(torch.cat, zip(*seen, strict=True))
     forward_N, backward_N = retrieval_ranks(image_NE, title_NE, title_id_N, image_id_N, None, part, total)
     return Retrieval(forward_N, backward_N, torch.cat(triplets) if triplets else None)
 

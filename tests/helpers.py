@@ -111,18 +111,23 @@ def run(args: Sequence[str | Path], ranks: int = 1, env: Mapping[str, str] | Non
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def call(*arguments: Any) -> int:
+    """run.py in this process; its exit code."""
+    import run as command_line
+
+    try:
+        return command_line.main([*map(str, arguments)])
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
 def inside(args: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
     """`run` with one rank in this process, where what takes seconds to import is there: for what run.py does, not how
     a process ends. A run folder stays locked until this process does.
     """
-    import run as command_line
-
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        try:
-            code = command_line.main(list(map(str, args)))
-        except SystemExit as end:
-            code = int(end.code or 0)
+        code = call(*args)
     return subprocess.CompletedProcess(list(args), code, out.getvalue(), err.getvalue())
 
 

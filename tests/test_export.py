@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import run, tiny_clip
+from helpers import call, run, tiny_clip
 from hub import Hub
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import run as command_line
 from engine.card import HERE, write_card
 from engine.export import ALONE, Origin, read_tuned
 
@@ -30,14 +29,6 @@ def tuned(pairs: Path, tiny_st_model: Path, tmp_path_factory: pytest.TempPathFac
     assert call("--model", tiny_st_model, "--dataset", pairs, "--out", out, "--cache-dir", out.parent / "cache",
                 "--precision", "fp32", "--lr", "1e-2", "--epochs", "1", "--save-every", "1") == 0
     return out
-
-
-def call(*arguments: Any) -> int:
-    """run.py in this process; its exit code."""
-    try:
-        return command_line.main([*map(str, arguments)])
-    except SystemExit as exit:
-        return int(exit.code or 0)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -8,9 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from helpers import run, tiny_clip
-
-import run as command_line
+from helpers import inside, run, tiny_clip
 
 DATA = ["--model", "{model}", "--dataset", "{pairs}"]
 SEARCH = ["search", *DATA]
@@ -156,20 +154,16 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out" / "projections.safetensors"
 
 
-def answered(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+def answered(arguments: list[str]) -> tuple[int, list[str]]:
     """Exit code and the answer: the lines from `run.py` on, after what a run tells on its way."""
-    try:
-        code = command_line.main(arguments)
-    except SystemExit as exit:
-        code = int(exit.code or 0)
-    said = capsys.readouterr().err.splitlines()
-    return code, said[next((at for at, line in enumerate(said) if line.startswith("run.py ")), 0):]
+    done = inside(arguments)
+    said = done.stderr.splitlines()
+    return done.returncode, said[next((at for at, line in enumerate(said) if line.startswith("run.py ")), 0):]
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_answered_in_a_line_that_names_the_fix(name: str, pairs: Path, tiny_model: Path, mess: Path,
-                                                            alone: Path, tmp_path: Path,
-                                                            capsys: pytest.CaptureFixture[str]) -> None:
+                                                            alone: Path, tmp_path: Path) -> None:
     arguments, answer = MISTAKES[name]
     used = tmp_path / "used"
     (used / "checkpoints" / "step-00000004").mkdir(parents=True)
@@ -181,7 +175,7 @@ def test_a_mistake_is_answered_in_a_line_that_names_the_fix(name: str, pairs: Pa
     filled += [] if "--out" in filled or command not in ("", "sweep") else ["--out", str(tmp_path / "out")]
     filled += [] if "--cache-dir" in filled or command not in ("", "sweep", "search", "eval", "check") else [
         "--cache-dir", str(tmp_path / "cache")]
-    code, said = answered(filled, capsys)
+    code, said = answered(filled)
     assert code == 2, said
     assert answer.format(**places) in "\n".join(said) and 1 <= len(said) <= 3, said
 

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.decode import ImageSpec, decode_image
-from data.fetch import FetchPolicy, fetch
+from data.images.decode import ImageSpec, decode_image
 from data.prefetch import ahead
-from data.shard_writer import ShardWriter
-from data.shards import format_reference, read_index, read_member
+from data.shards.index import format_reference, read_index, read_member
+from data.shards.writer import ShardWriter
+from data.web.fetch import FetchPolicy, fetch
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

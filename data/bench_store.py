@@ -19,14 +19,14 @@ from data.batch import Batches, Tokens
 from data.bench import photograph
 from data.catalogue import catalogue
 from data.cold import CHUNK, Reader, encode_titles, fill_images, fill_titles
-from data.decode import ImageSpec, collate_tokens, decode_image, tokenize
-from data.demo import some_titles
-from data.features import FeatureStore
-from data.fetch import FetchPolicy
+from data.demo.demo import some_titles
+from data.images.decode import ImageSpec, collate_tokens, decode_image, tokenize
 from data.pairs import Encoders
-from data.resident import Mapped, Resident
-from data.segments import keys_of_titles
-from data.source import Columns, load_splits
+from data.sources.source import Columns, load_splits
+from data.store.features import FeatureStore
+from data.store.resident import Mapped, Resident
+from data.store.segments import keys_of_titles
+from data.web.fetch import FetchPolicy
 
 Race = Callable[..., None]
 Note = Callable[..., None]

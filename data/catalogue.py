@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from data.batch import BadSample, UserError
-from data.rows import Rows, image_names
-from data.segments import KEY
+from data.sources.rows import Rows, image_names
+from data.store.segments import KEY
 from data.titles import blank
 
 if TYPE_CHECKING:

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.augment import Region
 from data.batch import BadSample, Batch, Tokens
 from data.catalogue import Catalogue, Split, Verdict, Verdicts, as_keys
-from data.decode import ImageSpec, collate_tokens, decode_image
-from data.features import FeatureStore
-from data.fetch import Fetched, FetchPolicy, cached_path, fetch
+from data.images.augment import Region
+from data.images.decode import ImageSpec, collate_tokens, decode_image
 from data.prefetch import Pace, ahead, batched
-from data.segments import key_of
-from data.shards import read_member
+from data.shards.index import read_member
+from data.store.features import FeatureStore
+from data.store.segments import key_of
+from data.web.fetch import Fetched, FetchPolicy, cached_path, fetch
 
 CHUNK = 64  # images handed to the tower at once
 TITLES = 512  # likewise titles

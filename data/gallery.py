@@ -16,17 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.album import small_jpeg
 from data.batch import BadSample, UserError
 from data.catalogue import catalogue
 from data.cold import Reader, encode_titles, fill_images, fill_titles, is_url
-from data.decode import decode_image, tokenize
-from data.features import FeatureStore
+from data.images.album import small_jpeg
+from data.images.decode import decode_image, tokenize
 from data.pairs import Encoders
-from data.resident import Mapped
-from data.seen import Seen
-from data.segments import KEY, keys_of_titles
-from data.source import Rows
+from data.sources.source import Rows
+from data.store.features import FeatureStore
+from data.store.resident import Mapped
+from data.store.seen import Seen
+from data.store.segments import KEY, keys_of_titles
 
 SIDE = 320  # pixels of the longer side of a picture on the page
 

@@ -17,19 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.album import Album
-from data.augment import random_region
 from data.batch import Batch, Batches, Features, Tokens, UserError, share
 from data.catalogue import Catalogue, Split, Verdict, Verdicts, as_arrays, catalogue, settle
 from data.cold import Reader, encode_images, encode_titles, fill_images, fill_titles, streamed_batch
-from data.decode import tokenize
-from data.features import FeatureStore
+from data.images.album import Album
+from data.images.augment import random_region
+from data.images.decode import tokenize
 from data.mine import mine
 from data.prefetch import ahead, copied_ahead, slices
-from data.resident import Mapped, Resident
-from data.seen import Seen
-from data.segments import spaces
-from data.source import Rows
+from data.sources.source import Rows
+from data.store.features import FeatureStore
+from data.store.resident import Mapped, Resident
+from data.store.seen import Seen
+from data.store.segments import spaces
 from data.titles import title_keys as keys_of
 from data.titles import title_tokens
 

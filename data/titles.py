@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from data.decode import tokenize
+from data.images.decode import tokenize
 from data.prefetch import batched
-from data.segments import KEY, keys_of_titles
+from data.store.segments import KEY, keys_of_titles
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -17,16 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.batch import Batch, Features, Tokens
-from engine.checkpoint import State
-from engine.cli import DEMO_MODEL
-from engine.config import Config
-from engine.dist import World
-from engine.log import Drift, Log
+from engine.clip.model import Head, Parts, Streamed
+from engine.clip.towers import Clip
+from engine.config.cli import DEMO_MODEL
+from engine.config.fields import Config
 from engine.loss import Candidates, Objective
-from engine.model import Head, Parts, Streamed
 from engine.optim import adamw
-from engine.profiler import Profiler
-from engine.towers import Clip
+from engine.ranks.world import World
+from engine.run_folder.checkpoint import State
+from engine.run_folder.log import Drift, Log
+from engine.run_folder.profiler import Profiler
 from engine.train import Plan, fit
 
 Race = Callable[..., None]
@@ -63,7 +63,7 @@ def new_model(folder: Path, shape: str) -> None:
 
 
 def image_flops(config: Any) -> float:
-    """Multiplications and additions for one image in our tower (engine.pooled) of this config: matrices only."""
+    """Multiplications and additions for one image in our tower (engine.clip.pooled) of this config: matrices only."""
     width, inner, patch = config.hidden_size, config.intermediate_size, config.patch_size
     patches = (config.image_size // patch) ** 2
     tokens = patches + 1

@@ -16,10 +16,10 @@ import torch
 
 from data.batch import Batches
 from engine.bench import image_flops, loop, pixels_like, random_clip
-from engine.frozen import Frozen
-from engine.graph import PAYS, WARM
-from engine.model import Parts, take_apart
-from engine.towers import pick_precision
+from engine.clip.encoder import Frozen
+from engine.clip.model import Parts, take_apart
+from engine.clip.towers import pick_precision
+from engine.cuda_graph import PAYS, WARM
 
 Note = Callable[..., None]
 Warm = Callable[..., Batches]  # of: rows, widths, batch, device

@@ -14,15 +14,15 @@ import torch
 from torch import nn
 
 from data.batch import Batch, Features, UserError, share
-from engine.checkpoint import State
-from engine.config import Config
-from engine.dist import World
-from engine.graph import Graphed, pays
-from engine.log import Log
+from engine.clip.model import Embeddings
+from engine.config.fields import Config
+from engine.cuda_graph import Graphed, pays
 from engine.loss import Candidates, Objective
-from engine.model import Embeddings
 from engine.optim import Anchored, learning_rate, update
-from engine.profiler import Profiler
+from engine.ranks.world import World
+from engine.run_folder.checkpoint import State
+from engine.run_folder.log import Log
+from engine.run_folder.profiler import Profiler
 
 
 @dataclass(frozen=True)

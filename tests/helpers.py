@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from scenes import make_pairs as make_pairs
 
-from engine.dist import close
+from engine.ranks.world import close
 
 ROOT = Path(__file__).resolve().parents[1]
 

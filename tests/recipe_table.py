@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import run
-from data.folds import take
-from data.resident import Resident
-from engine import dist
-from engine.config import Config
-from engine.recipes import RECIPES
-from engine.trials import Tuner
+from data.sources.folds import take
+from data.store.resident import Resident
+from engine.commands import common
+from engine.config.fields import Config
+from engine.config.recipes import RECIPES
+from engine.ranks import world as dist
+from engine.sweep.trials import Tuner
 from eval.intervals import paired_test
 
 REFERENCE = {"duplicates": "keep"}
@@ -39,12 +39,12 @@ def measured(model: str, dataset: str, cache: str, seeds: int) -> Iterator[tuple
     """(pairs, recipe, 1-based ranks [seeds, ways, rows of test]), the base model first."""
     cfg = replace(Config(), model=model, dataset=dataset, cache_dir=cache, precision="fp32", device="cpu")
     world = dist.init("cpu", 60)
-    parts = run.open_parts(cfg, world)
-    residents = run.open_data(cfg, world, parts).residents()
+    parts = common.open_parts(cfg, world)
+    residents = common.open_data(cfg, world, parts).residents()
     train, tuner = residents["train"], Tuner(parts, Resident.batches)
 
     def ranks() -> Tensor:
-        found = run.measure_rows(parts.head, residents["test"])
+        found = common.measure_rows(parts.head, residents["test"])
         return torch.stack([found.image_to_text_rank_N, found.text_to_image_rank_N]) + 1
 
     yield 0, "base", ranks()[None]

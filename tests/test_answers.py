@@ -6,8 +6,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from eval.answers import LISTED, Space, answer, first_rows, hardest, improved, load_answers, save_answers, worsened
 from eval.metrics import retrieval_ranks
+from eval.report.answers import (
+    LISTED,
+    Space,
+    answer,
+    first_rows,
+    hardest,
+    improved,
+    load_answers,
+    save_answers,
+    worsened,
+)
 
 
 def space(n: int = 83, seed: int = 0) -> Space:

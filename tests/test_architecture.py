@@ -7,19 +7,33 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import config_fields
+from engine.config.fields import config_fields
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("engine", "data", "eval")
-SOURCES = [ROOT / "run.py", *(path for room in ROOMS for path in sorted((ROOT / room).glob("*.py")))]
+SOURCES = [ROOT / "run.py", *(path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py")))]
+# floor -> the floors it may import from. engine/commands/ is where the rooms meet; run.py sees engine alone.
+BELOW = {
+    "run": {"engine", "engine.commands", "data"},
+    "engine.commands": {"engine.commands", "engine", "eval", "data"},
+    "engine": {"engine", "data"},
+    "eval": {"eval", "data"},
+    "data": {"data"},
+}
 TRAINERS = {"sentence_transformers", "accelerate", "lightning", "pytorch_lightning", "webdataset", "open_clip"}
 HEAVY = {"transformers", "datasets", "pyarrow", "tensorboard", "huggingface_hub"}
 
-# (file, function) -> the reason why it may be longer than 40 lines.
+# (file, function) -> the reason why it may be longer than 60 lines.
 LONG_FUNCTIONS: dict[tuple[str, str], str] = {}
 
-# file -> how many lines it may have, and why these are more than 250.
-LONG_FILES = {"run.py": (720, "ten commands, and the one place where the three rooms meet")}
+# file -> how many lines it may have, where that is not 400.
+LONG_FILES = {"run.py": 100}
+
+
+def floor(module: str) -> str:
+    """The floor that a dotted module belongs to."""
+    parts = module.split(".")
+    return "engine.commands" if parts[:2] == ["engine", "commands"] else parts[0]
 
 
 def imports(tree: ast.AST) -> list[str]:
@@ -34,15 +48,14 @@ def imports(tree: ast.AST) -> list[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_rooms_meet_only_in_run(path: Path) -> None:
+def test_imports_go_down_only(path: Path) -> None:
     tree = ast.parse(path.read_text())
-    room = path.parent.name if path.parent != ROOT else "run"
+    own = floor(".".join(path.relative_to(ROOT).with_suffix("").parts))
     for module in imports(tree):
-        top = module.split(".")[0]
-        assert top not in TRAINERS, f"{path}: imports {module}"
+        assert module.split(".")[0] not in TRAINERS, f"{path}: imports {module}"
         assert module != "eval", f"{path}: a bare `import eval` hides the builtin"
-        if room in ROOMS and top in ROOMS and top != room:
-            assert module == "data.batch", f"{path}: {room} must not import {module}"
+        if module.split(".")[0] in ROOMS:
+            assert floor(module) in BELOW[own], f"{path}: {own} must not import {module}"
     for node in tree.body:
         for module in imports(node) if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
             assert module.split(".")[0] not in HEAVY, f"{path}: import {module} where it is needed"
@@ -51,13 +64,11 @@ def test_rooms_meet_only_in_run(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_size_budget(path: Path) -> None:
     text = path.read_text()
-    budget, _ = LONG_FILES.get(str(path.relative_to(ROOT)), (250, ""))
-    assert text.count("\n") <= budget, f"{path}: {text.count(chr(10))} lines"
+    assert text.count("\n") <= LONG_FILES.get(str(path.relative_to(ROOT)), 400), f"{path}: {text.count(chr(10))} lines"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             lines = node.end_lineno - node.lineno + 1
-            limit = 60 if (path.name, node.name) == ("train.py", "fit") else 40
-            assert lines <= limit or (path.name, node.name) in LONG_FUNCTIONS, f"{path}: {node.name} has {lines} lines"
+            assert lines <= 60 or (path.name, node.name) in LONG_FUNCTIONS, f"{path}: {node.name} has {lines} lines"
 
 
 def test_no_module_hides_one_of_the_standard_library() -> None:

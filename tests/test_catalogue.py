@@ -13,8 +13,8 @@ import pytest
 from data import titles as module
 from data.batch import BadSample, UserError
 from data.catalogue import Verdict, Verdicts, catalogue, settle
-from data.rows import Rows
-from data.segments import key_of, keys_of_titles
+from data.sources.rows import Rows
+from data.store.segments import key_of, keys_of_titles
 from data.titles import TokenLists, blank, title_keys
 
 

@@ -15,14 +15,13 @@ from helpers import make_pairs, run
 from PIL import Image, ImageEnhance
 from scenes import SCENES, scene_thumbnail
 
-from data import similar
-from data.check import PIECE, TOO_MANY_PIECES, check
+from data.check.checks import PIECE, TOO_MANY_PIECES, check, similar
+from data.check.findings import Finding, as_json, table
+from data.check.similar import NEAR, first_similar, glance, near_pairs, perceptual_hash
 from data.cold import Reader
-from data.decode import ImageSpec
-from data.fetch import FetchPolicy
-from data.findings import Finding, as_json, table
-from data.similar import NEAR, first_similar, glance, near_pairs, perceptual_hash
-from data.source import load_splits
+from data.images.decode import ImageSpec
+from data.sources.source import load_splits
+from data.web.fetch import FetchPolicy
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 LONG = "How I built it: " + "one part after the other, " * 16
@@ -62,7 +61,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    monkeypatch.setattr("data.guard.YOUTUBE", re.compile(r"127\.0\.0\.1"))
+    monkeypatch.setattr("data.web.guard.YOUTUBE", re.compile(r"127\.0\.0\.1"))
     with ThreadingHTTPServer(("127.0.0.1", 0), Host) as host:
         threading.Thread(target=host.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{host.server_port}"

@@ -18,12 +18,13 @@ import torch
 from helpers import ROOT, full, on_ranks
 from torch import nn
 
+from data import files as durable
 from data.batch import RunFailed, UserError
 from data.prefetch import epoch_order, order_digest, slices
-from engine import checkpoint, durable
-from engine.checkpoint import DamagedCheckpoint, Saver, State, load, newest, save
-from engine.dist import World
-from engine.folder import broken_seal, seal
+from engine.ranks.world import World
+from engine.run_folder import checkpoint
+from engine.run_folder.checkpoint import DamagedCheckpoint, Saver, State, load, newest, save
+from engine.run_folder.folder import broken_seal, seal
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 
@@ -245,7 +246,7 @@ def test_the_digest_follows_what_ranks_are_given() -> None:
 
 def test_one_run_has_one_writer(tmp_path: Path) -> None:
     assert durable.lock(tmp_path)
-    code = f"from pathlib import Path; from engine.durable import lock; print(lock(Path({str(tmp_path)!r})))"
+    code = f"from pathlib import Path; from data.files import lock; print(lock(Path({str(tmp_path)!r})))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from engine.cli import COMMANDS, Parser, parse
-from engine.config import Config, config_fields
-from engine.settings import check
+from engine.config.cli import COMMANDS, Parser, parse
+from engine.config.fields import Config, config_fields
+from engine.config.settings import check
 
 
 def options(command: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:

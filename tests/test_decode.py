@@ -23,9 +23,9 @@ import torch
 from helpers import full
 from PIL import Image, PngImagePlugin, features
 
-from data import decode
 from data.batch import BadSample, UserError
-from data.decode import ImageSpec, collate_tokens, decode_image, tokenize, tokenizer_fingerprint
+from data.images import decode
+from data.images.decode import ImageSpec, collate_tokens, decode_image, tokenize, tokenizer_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -267,7 +267,7 @@ import io, sys
 from pathlib import Path
 from PIL import Image
 from data.batch import BadSample
-from data.decode import ImageSpec, decode_image
+from data.images.decode import ImageSpec, decode_image
 def status(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
 spec = ImageSpec(48, (48, 48), 3, 1 / 255, (0.5,) * 3, (0.5,) * 3)

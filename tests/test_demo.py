@@ -7,7 +7,7 @@ from pathlib import Path
 from helpers import run
 from PIL import Image
 
-from data.demo import BACKDROPS, CAPTIONS, TITLES, new_demo_model, write_demo, write_pretraining
+from data.demo.demo import BACKDROPS, CAPTIONS, TITLES, new_demo_model, write_demo, write_pretraining
 
 COUNTS = {"train": 60, "valid": 20, "test": 20}
 

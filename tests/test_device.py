@@ -18,20 +18,21 @@ import torch
 from stand_in import GPU, plain, stand_in
 from torch import Tensor
 
-import run
 from data.batch import Features, map_tensors
-from data.features import FeatureStore
-from data.folds import folds, join
 from data.prefetch import copied_ahead
-from data.resident import Mapped, Resident
-from engine import bench_gpu, dist, train
-from engine.cli import parse
-from engine.dist import World
+from data.sources.folds import folds, join
+from data.store.features import FeatureStore
+from data.store.resident import Mapped, Resident
+from engine import bench_gpu, train
+from engine.clip.model import take_apart
+from engine.clip.towers import load_clip
+from engine.commands import train as train_command
+from engine.config.cli import parse
 from engine.loss import Objective
-from engine.model import take_apart
 from engine.optim import adamw
-from engine.profiler import Profiler
-from engine.towers import load_clip
+from engine.ranks import world as dist
+from engine.ranks.world import World
+from engine.run_folder.profiler import Profiler
 from engine.train import Step
 from eval.metrics import retrieval_ranks, triplet_correct
 from eval.retrieval import measure_split
@@ -124,9 +125,10 @@ def trained(model: Path, pairs: Path, folder: Path, patch: pytest.MonkeyPatch, *
             return result
 
         patch.setattr(train.Step, "__call__", watched)
-        patch.setattr(run, "finish", lambda *_: 0)  # transformers looks at addresses, which a stand-in has not
+        # transformers looks at addresses, which a stand-in has not
+        patch.setattr(train_command, "finish", lambda *_: 0)
         try:
-            run.train(cfg, dist.init(device, 60), Endless(end))
+            train_command.train(cfg, dist.init(device, 60), Endless(end))
         except KeyError:  # stopped: there are no metrics of a tuned model
             assert end > 0
         finally:

@@ -16,8 +16,8 @@ from hub import Hub
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from engine.card import HERE, write_card
-from engine.export import ALONE, Origin, read_tuned
+from engine.publish.card import HERE, write_card
+from engine.publish.export import ALONE, Origin, read_tuned
 
 TITLES = ["3 red circles", "a title that is longer than the other", "NA", "café 🎬 مرحبا", "many words " * 200]
 
@@ -45,9 +45,9 @@ def test_other_libraries_give_the_same_embeddings(tuned: Path, pairs: Path) -> N
     from sentence_transformers import SentenceTransformer
     from transformers import CLIPModel, CLIPProcessor
 
-    from data.decode import ImageSpec, collate_tokens, decode_image, tokenize
-    from engine.model import Head
-    from engine.towers import Towers, load_clip
+    from data.images.decode import ImageSpec, collate_tokens, decode_image, tokenize
+    from engine.clip.model import Head
+    from engine.clip.towers import Towers, load_clip
 
     folder, pictures = tuned / "model", sorted((pairs / "images").iterdir())[:8]
     clip = load_clip(str(folder))

@@ -21,12 +21,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data import features as module
 from data.batch import UserError, share
-from data.features import FeatureStore
 from data.prefetch import epoch_order, slices
-from data.resident import Mapped, Resident
-from data.segments import HEADER, key_of, keys_of_titles, prune, spaces
+from data.store import features as module
+from data.store.features import FeatureStore
+from data.store.resident import Mapped, Resident
+from data.store.segments import HEADER, key_of, keys_of_titles, prune, spaces
 
 KILLS = int(os.environ.get("THUMBTUNE_FAULTS", "20"))
 WIDTH = 5

@@ -29,10 +29,10 @@ import pytest
 from helpers import full
 from PIL import Image
 
-import data.fetch as module
+import data.web.fetch as module
 from data.batch import UserError
-from data.fetch import FetchPolicy, cached_path, fetch
-from data.guard import is_public
+from data.web.fetch import FetchPolicy, cached_path, fetch
+from data.web.guard import is_public
 
 LOCAL, ROOT = "127.0.0.1", Path(__file__).resolve().parents[1]
 RESET, CLOSE = None, ...  # parts of an answer, beside bytes and pauses (floats, in seconds)
@@ -247,7 +247,7 @@ def test_a_killed_process_leaves_whole_files_and_only_the_rest_is_fetched(tmp_pa
     site = Site(lambda path, n: [0.02, reply(body=PICTURE + path.encode())])
     urls = [site.url(f"/{i}") for i in range(200)]
     code = (
-        "import json, sys; from pathlib import Path; from data.fetch import FetchPolicy, fetch\n"
+        "import json, sys; from pathlib import Path; from data.web.fetch import FetchPolicy, fetch\n"
         f"list(fetch(json.load(sys.stdin), Path({str(tmp_path)!r}), FetchPolicy(4, 4, allow_hosts=({LOCAL!r},))))"
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, cwd=ROOT, text=True)
@@ -412,7 +412,7 @@ def test_youtube_variants_and_placeholders(tmp_path: Path, names) -> None:
 KEY = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
 TLS_CHILD = """import json, sys
 from pathlib import Path
-from data.fetch import FetchPolicy, fetch
+from data.web.fetch import FetchPolicy, fetch
 found = fetch(sys.argv[2:], Path(sys.argv[1]), FetchPolicy(allow_hosts=("localhost",)))
 print(json.dumps({each.url: [each.reason, each.detail] for each in found}))"""
 

@@ -11,15 +11,15 @@ from helpers import on_ranks
 from torch import Tensor, nn
 
 from data.batch import Features, RunFailed, share
-from engine.checkpoint import State
-from engine.config import Config
-from engine.dist import World
-from engine.finite import Finite
-from engine.model import Embeddings, distribute, unit
+from engine.clip.model import Embeddings, distribute, unit
+from engine.config.fields import Config
 from engine.optim import adamw
-from engine.profiler import Profiler
+from engine.ranks.world import World
+from engine.run_folder.checkpoint import State
+from engine.run_folder.nonfinite import Finite
+from engine.run_folder.profiler import Profiler
+from engine.sweep.trials import Silent
 from engine.train import Plan, fit
-from engine.trials import Silent
 
 ROWS, BATCH = 24, 6
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from data.batch import UserError
-from data.folds import fold_of, folds, join, take
 from data.prefetch import epoch_order
-from data.resident import Resident
+from data.sources.folds import fold_of, folds, join, take
+from data.store.resident import Resident
 
 
 def pairs(rows: int, titles: int, images: int, seed: int) -> Resident:

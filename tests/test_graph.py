@@ -21,16 +21,17 @@ from torch.utils._pytree import tree_leaves
 
 from data.batch import Batches
 from data.prefetch import slices
-from data.resident import Resident
-from engine import graph, train
-from engine.checkpoint import State
-from engine.config import Config
-from engine.dist import World
-from engine.graph import PAYS, Outputs, pays
-from engine.log import Silent
-from engine.model import Parts, open_model
+from data.store.resident import Resident
+from engine import cuda_graph as graph
+from engine import train
+from engine.clip.model import Parts, open_model
+from engine.config.fields import Config
+from engine.cuda_graph import PAYS, Outputs, pays
 from engine.optim import adamw
-from engine.profiler import Profiler
+from engine.ranks.world import World
+from engine.run_folder.checkpoint import State
+from engine.run_folder.log import Silent
+from engine.run_folder.profiler import Profiler
 from engine.train import Plan, fit
 
 ROWS, BATCH, EPOCHS, STEPS = 28, 8, 4, 16  # four steps an epoch, the last one short

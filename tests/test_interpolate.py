@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import run as command_line
-from engine.interpolate import ALPHAS, blend, interpolate, snapshot
+from engine.sweep.interpolate import ALPHAS, blend, interpolate, snapshot
 
 
 def layers(seed: int) -> dict[str, nn.Parameter]:

@@ -21,9 +21,9 @@ from helpers import ROOT, family, full, kill, on_ranks, start
 
 import run
 from data.batch import RunFailed
-from engine.checkpoint import newest
-from engine.dist import World
-from engine.stop import Stop
+from engine.ranks.signals import Stop
+from engine.ranks.world import World
+from engine.run_folder.checkpoint import newest
 
 TERM, INT = signal.SIGTERM, signal.SIGINT
 SLOW = """
@@ -45,8 +45,8 @@ sys.exit(run.main(sys.argv[1:]))
 """
 PHASES = {  # what is made slow, how slow, and from which call on; when it says NOW, it is time for the signal
     "training": ("engine.train", "learning_rate", 0.05, 20),
-    "evaluation": ("engine.checkpoint", "Saver.note", 60, 1),  # the base model has been measured
-    "saving": ("engine.checkpoint", "save_file", 1, 0),
+    "evaluation": ("engine.run_folder.checkpoint", "Saver.note", 60, 1),  # the base model has been measured
+    "saving": ("engine.run_folder.checkpoint", "save_file", 1, 0),
     "decoding": ("data.cold", "decode_image", 1, 0),
 }
 

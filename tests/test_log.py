@@ -16,9 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import run as command_line
-from engine.board import POINTS, Board, Drift
-from engine.dist import CLEAR, World
-from engine.log import Log
+from engine.ranks.world import CLEAR, World
+from engine.run_folder.board import POINTS, Board, Drift
+from engine.run_folder.log import Log
 
 WORLD = World(0, 0, 1, torch.device("cpu"), quiet=True)
 GROUPS = {"eval", "fit", "machine", "train", "valid", "test"}

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from data.batch import Features, share
 from engine import loss as losses
-from engine.dist import World
+from engine.clip.model import Embeddings, distribute, unit
 from engine.loss import Candidates, Objective
-from engine.model import Embeddings, distribute, unit
+from engine.ranks.world import World
 from engine.train import ranked
 
 V, T, E = 7, 5, 4

@@ -31,7 +31,7 @@ from eval.metrics import (
     share_interval,
     triplet_correct,
 )
-from eval.report import table
+from eval.report.report import table
 
 
 def rng(seed: int) -> torch.Generator:

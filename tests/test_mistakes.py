@@ -143,8 +143,8 @@ def mess(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """projections.safetensors of a base that is not there any more."""
-    from engine.export import Origin, Tuned, export
-    from engine.towers import load_clip
+    from engine.clip.towers import load_clip
+    from engine.publish.export import Origin, Tuned, export
 
     folder = tmp_path_factory.mktemp("alone")
     clip = load_clip(str(tiny_clip(folder / "gone", seed=5)))
@@ -181,7 +181,7 @@ def test_a_mistake_is_answered_in_a_line_that_names_the_fix(name: str, pairs: Pa
 
 
 def test_there_are_forty_mistakes_over_all_commands() -> None:
-    from engine.cli import COMMANDS
+    from engine.config.cli import COMMANDS
 
     assert len(MISTAKES) >= 40
     assert set(COMMANDS) - {"demo"} == {

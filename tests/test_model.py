@@ -9,9 +9,9 @@ from helpers import on_ranks
 from torch import Tensor
 
 from data.batch import Batch, Tokens, UserError, map_tensors, share
-from engine.dist import World
+from engine.clip.model import distribute, open_model, unit
 from engine.loss import Objective
-from engine.model import distribute, open_model, unit
+from engine.ranks.world import World
 from engine.train import ranked
 
 

@@ -11,11 +11,11 @@ from test_shards import contents, scan
 
 from data import prefetch
 from data.cold import Reader
-from data.decode import ImageSpec
-from data.fetch import FetchPolicy
-from data.pack import pack
-from data.shard_writer import ShardWriter
-from data.source import load_splits
+from data.images.decode import ImageSpec
+from data.shards.pack import pack
+from data.shards.writer import ShardWriter
+from data.sources.source import load_splits
+from data.web.fetch import FetchPolicy
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest sets aside the filter for Pillow's
 

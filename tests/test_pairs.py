@@ -11,10 +11,10 @@ import torch
 from helpers import make_pairs, tiny_clip
 
 from data.cold import Reader
-from data.decode import ImageSpec
-from data.fetch import FetchPolicy
+from data.images.decode import ImageSpec
 from data.pairs import Encoders, Pairs, Team, open_pairs
-from data.source import load_splits
+from data.sources.source import load_splits
+from data.web.fetch import FetchPolicy
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest sets aside the filter for Pillow's
 
@@ -42,7 +42,7 @@ def test_only_new_and_changed_files_are_read(tmp_path: Path, monkeypatch: pytest
     (folder / "images" / "train-0003.jpg").write_bytes(b"<html>")
     for file in folder.rglob("*.jpg"):
         os.utime(file, (1, 1))
-    monkeypatch.setattr("data.seen.SETTLED", -60.0)  # change times cannot be set back
+    monkeypatch.setattr("data.store.seen.SETTLED", -60.0)  # change times cannot be set back
     first, taken = opened(folder, cache, monkeypatch)
     assert len(taken) == 30 and len(first.ledger) == 1
     again, taken = opened(folder, cache, monkeypatch)

@@ -13,9 +13,9 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from data.batch import Tokens
-from data.decode import collate_tokens
+from data.images.decode import collate_tokens
 from engine.bench import image_flops, random_clip
-from engine.towers import Clip, Towers
+from engine.clip.towers import Clip, Towers
 
 PROCESSOR = SimpleNamespace(image_processor=SimpleNamespace(
     do_normalize=True, image_mean=[0.5, 0.4, 0.4], image_std=[0.3] * 3, do_rescale=True, rescale_factor=1 / 255))

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import run as command_line
-from engine.cli import parse
-from engine.config import Config, config_fields
-from engine.recipes import RECIPES, fitted
-from engine.settings import check
+from engine.config.cli import parse
+from engine.config.fields import Config, config_fields
+from engine.config.recipes import RECIPES, fitted
+from engine.config.settings import check
 
 
 def test_every_recipe_is_a_choice_and_can_work() -> None:

@@ -19,20 +19,20 @@ import pytest
 from helpers import make_pairs, run, start
 from test_shards import picture
 
-import data.fetch
-from data import download
+import data.web.fetch
 from data.batch import UserError
-from data.fetch import FetchPolicy
-from data.remote import fetch_shards
-from data.shard_writer import ShardWriter
-from data.source import load_splits
+from data.shards.writer import ShardWriter
+from data.sources.source import load_splits
+from data.web import download
+from data.web.fetch import FetchPolicy
+from data.web.remote_shards import fetch_shards
 
 POLICY = FetchPolicy(timeout=5.0, allow_hosts=("127.0.0.1",))
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.fetch, "BACKOFF", 0.01)
+    monkeypatch.setattr(data.web.fetch, "BACKOFF", 0.01)
 
 
 class Server:
@@ -104,7 +104,7 @@ def write_shards(folder: Path, sizes: dict[str, int], size: int = 700, seed: int
 
 def all_pairs(dataset: str, **more: object) -> dict[str, list[tuple]]:
     """Every row of every split: the bytes of its image by reference, its texts."""
-    from data.shards import read_member
+    from data.shards.index import read_member
 
     splits = load_splits(dataset, **more)
     return {name: [(read_member(path), *texts) for path, *texts in zip(
@@ -236,7 +236,7 @@ def test_what_is_no_shard_is_refused_with_its_reason(tmp_path: Path, monkeypatch
         assert "range such as" in refusal(f"{url}/train-*.tar")
         for odd in ("ftp://h/x.tar", "file:///x.tar", "http://me:pw@127.0.0.1/x.tar", "s3://b/x.tar", "pipe:touch ://x.tar"):
             assert "http" in refusal(odd) or "user name" in refusal(odd)
-        monkeypatch.setattr("data.remote.MAX_SHARD", 2000)
+        monkeypatch.setattr("data.web.remote_shards.MAX_SHARD", 2000)
         assert "too-large" in refusal(f"{url}/train-000000.tar")
         monkeypatch.undo()
         (tar,) = write_shards(tmp_path / "shards", {"large": 4}, 100_000).glob("large*.tar")

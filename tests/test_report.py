@@ -14,10 +14,10 @@ from browser import PROGRAM, Browser
 from PIL import Image
 from test_answers import space
 
-from eval.answers import answer
-from eval.charts import Line, binned, chart
-from eval.page import clean
-from eval.report import table, write_report
+from eval.report.answers import answer
+from eval.report.charts import Line, binned, chart
+from eval.report.page import clean
+from eval.report.report import table, write_report
 
 HOSTILE = ["<script>document.title='owned'</script>", '"><img src=x onerror=document.title="owned">',
            "\u202ereversed\u202c \u2067 and isolated", "A" * 5000, "</bdi></h4></main><h1>broken out</h1>",

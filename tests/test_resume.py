@@ -13,11 +13,11 @@ import torch.distributed as dist
 from helpers import ROOT, full, make_pairs, on_ranks, start
 from safetensors.torch import load_file
 
-import run
-from engine import durable
-from engine.cli import parse
-from engine.dist import World
-from engine.stop import Stop
+from data import files as durable
+from engine.commands.train import train as run_train
+from engine.config.cli import parse
+from engine.ranks.signals import Stop
+from engine.ranks.world import World
 
 FLAGS = ["--precision", "fp32", "--lr", "1e-3", "--batch-size", "4", "--eval-every", "15", "--log-every", "7"]
 RUN = [*FLAGS, "--epochs", "4", "--keep", "1"]  # of 37 pairs: 40 steps
@@ -45,7 +45,7 @@ def train(home: Path, out: str, *flags: str, stop: int = 0, data: str = "pairs")
     cfg = parse("run.py", [*(f"--{name}={home / place}" for name, place in places.items()), *flags])[1]
     world = World(rank, rank, size, torch.device("cpu"))
     try:
-        return run.train(cfg, world, StopAt(stop))
+        return run_train(cfg, world, StopAt(stop))
     except SystemExit as exit:
         return int(exit.code)
     finally:
@@ -146,7 +146,7 @@ DYING = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import run
-from engine.log import Log
+from engine.run_folder.log import Log
 step, restart = Log.step, int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 def dying(log, number, *rest):
     if restart < len({deaths}) and [int(os.environ["RANK"]), number] == {deaths}[restart]:

@@ -15,8 +15,9 @@ from helpers import make_pairs
 from hub import Hub
 
 import run as command_line
-from engine.cli import parse
-from engine.dist import World
+from engine.commands.search import search as run_search
+from engine.config.cli import parse
+from engine.ranks.world import World
 from eval.search import top_k
 
 HOSTILE = "<script>alert(1)</script>\x1b[31m & \"quoted\" \u202e"
@@ -109,7 +110,7 @@ def test_a_warm_store_runs_no_tower_over_the_gallery(odd: Path, cache: Path, tin
             return encode(self, inputs)
         return limited
 
-    from engine.towers import Towers
+    from engine.clip.towers import Towers
 
     monkeypatch.setattr(Towers, "image", encode(0, Towers.image))
     monkeypatch.setattr(Towers, "text", encode(1, Towers.text))
@@ -157,7 +158,7 @@ def test_a_picture_from_the_web_comes_through_the_guard(odd: Path, cache: Path, 
 
 def test_only_the_main_rank_answers(odd: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, cfg = parse("run.py", ["search", "--model", str(tiny_model), "--dataset", str(odd), "words"])
-    assert command_line.search(cfg, World(1, 1, 2, torch.device("cpu")), None) == 0
+    assert run_search(cfg, World(1, 1, 2, torch.device("cpu")), None) == 0
     assert capsys.readouterr() == ("", "")
 
 
@@ -173,7 +174,7 @@ def test_only_files_that_changed_are_read_again(tiny_model: Path, tmp_path: Path
     read: list[str] = []
     plain = Reader.read
     monkeypatch.setattr(Reader, "read", lambda self, image: read.append(image["path"]) or plain(self, image))
-    monkeypatch.setattr("data.seen.SETTLED", -60.0)  # all files count as settled
+    monkeypatch.setattr("data.store.seen.SETTLED", -60.0)  # all files count as settled
 
     def look() -> tuple[list[str], list[str]]:
         read.clear()
@@ -192,6 +193,6 @@ def test_only_files_that_changed_are_read_again(tiny_model: Path, tmp_path: Path
     (index,) = (tmp_path / "cache" / "seen").iterdir()
     index.write_bytes(index.read_bytes()[:-30])
     assert look() == (everything, second)
-    monkeypatch.setattr("data.seen.SETTLED", 60.0)  # written just now: not to be trusted
+    monkeypatch.setattr("data.store.seen.SETTLED", 60.0)  # written just now: not to be trusted
     index.unlink()
     assert look() == look() == (everything, second)

@@ -24,12 +24,12 @@ import pytest
 import webdataset
 from helpers import full
 
-import data.shard_writer as writing
-import data.shards as module
+import data.shards.index as module
+import data.shards.writer as writing
 from data.batch import BadSample, UserError
-from data.samples import IMAGES, MAX_IMAGE
-from data.shard_writer import ShardWriter, check_shard
-from data.shards import expand_braces, format_reference, read_index, read_member
+from data.shards.index import expand_braces, format_reference, read_index, read_member
+from data.shards.samples import IMAGES, MAX_IMAGE
+from data.shards.writer import ShardWriter, check_shard
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 Files = Iterable[tuple[str, bytes]]

@@ -11,10 +11,10 @@ from PIL import Image
 from test_answers import space
 from test_report import HOSTILE, noise
 
-from data.album import small_jpeg
 from data.batch import BadSample
-from eval.answers import load_answers
-from eval.show import Show, shown_split
+from data.images.album import small_jpeg
+from eval.report.answers import load_answers
+from eval.report.show import Show, shown_split
 
 
 class Recorder:

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data import tables
 from data.batch import UserError
-from data.source import Columns, Rows, load_splits
-from data.split import components
+from data.sources import tables
+from data.sources.source import Columns, Rows, load_splits
+from data.sources.split import components
 
 OPENSTAX = Path(__file__).resolve().parents[2] / "shared" / "data" / "openstax-titles"
 TITLES = ["NA", "None", "null", "NaN", "nan", "N/A", "#N/A", "", " ", " padded ", "1984", "007", "1e5", "1.0", "-0",

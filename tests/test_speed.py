@@ -11,12 +11,12 @@ import torch
 from helpers import inside, make_pairs, on_ranks, run
 from torch import Tensor
 
-from data.augment import RATIO, SCALE, random_region
 from data.batch import Tokens, UserError
-from engine import frozen as module
-from engine.dist import World
-from engine.frozen import Frozen
-from engine.model import open_model
+from data.images.augment import RATIO, SCALE, random_region
+from engine.clip import encoder as module
+from engine.clip.encoder import Frozen
+from engine.clip.model import open_model
+from engine.ranks.world import World
 from eval.bench import Bench, amount
 from eval.metrics import retrieval_ranks
 

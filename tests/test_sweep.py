@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 import run as command_line
 from data.batch import UserError
-from engine.config import Config
-from engine.settings import read_toml
-from engine.sweep import Range, configurations, read_space
+from engine.config.fields import Config
+from engine.config.settings import read_toml
+from engine.sweep.space import Range, configurations, read_space
 from eval.leaderboard import judge, pooled
 from eval.metrics import Retrieval
 

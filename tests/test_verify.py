@@ -12,7 +12,7 @@ from helpers import make_pairs
 from safetensors.torch import load_file, save_file
 
 import run
-from engine.folder import seal
+from engine.run_folder.folder import seal
 
 
 @pytest.fixture(scope="module")

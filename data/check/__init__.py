@@ -1,0 +1,1 @@
+"""The check of a dataset before any GPU time."""

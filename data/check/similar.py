@@ -1,0 +1,117 @@
+"""Images that look the same: a look at each, then all pairs whose looks agree, without comparing each with each.
+
+Dimension key: C colour channels, S side of a square in pixels, W cosine waves, N images, Q pairs.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+from PIL import Image
+
+from data.images.decode import FORMATS, ImageSpec, decode_image
+
+S, W, CELLS = 32, 8, 8  # pixels, waves and cells along a side of the square that an image is squeezed into
+SQUARE = ImageSpec((S, S), (S, S), int(Image.Resampling.BILINEAR), 1 / 255, (0.0,) * 3, (1.0,) * 3)
+COSINES_WS = np.cos(np.pi / S * np.arange(W)[:, None] * (np.arange(S) + 0.5))
+LUMA_C = np.array([0.299, 0.587, 0.114])
+LOOK = np.dtype([("hash", np.uint64), ("side", np.int32), ("cells", np.uint8, (3, CELLS, CELLS))])  # 204 bytes
+NEAR = 7  # bits of 64 that may differ; what four bands and one flip find for certain, see `near_pairs`
+BANDS, FLIPS = 4, (0, *(1 << bit for bit in range(16)))
+SAME_CELL, SAME_MEAN = 20, 32  # levels of 255 by which cells may differ once exposure is evened out, and exposures may
+CHUNK = 1 << 18  # candidate pairs at a time, 2 MB an array
+SLICE = 1 << 14  # pairs whose cells are compared at a time, 12 MB an array
+
+
+def glance(data: bytes, max_pixels: int) -> np.ndarray:
+    """The LOOK of an image: its hash, its shortest side in pixels, its colours. Raises BadSample as `decode_image`."""
+    pixels_CSS = decode_image(data, SQUARE, max_pixels)
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # the header alone
+        side = min(image.size)
+    cells = pixels_CSS.reshape(3, CELLS, S // CELLS, CELLS, S // CELLS).mean((2, 4)).round()
+    return np.array((perceptual_hash(pixels_CSS), side, cells), LOOK)
+
+
+def perceptual_hash(pixels_CSS: np.ndarray) -> np.uint64:
+    """64 bits of uint8 pixels [3, 32, 32]: which of the 8x8 longest cosine waves are stronger than their median.
+
+    Stronger by a ripple of one grey level at least: less is noise, and a plain image hashes to 0. Brightness, the wave
+    that is constant, is left out. After "pHash", Zauner 2010, Implementation and Benchmarking of Perceptual Hashes.
+    """
+    wave_WW = COSINES_WS @ np.tensordot(LUMA_C, pixels_CSS, 1) @ COSINES_WS.T
+    wave_WW[0, 0] = median = np.median(wave_WW.ravel()[1:])
+    return np.packbits(wave_WW > median + S * S / 4).view(np.uint64)[0]
+
+
+def first_similar(looks_N: np.ndarray, is_in_NS: np.ndarray) -> np.ndarray:
+    """The first other image in each of some sets that is alike; from LOOKs [N] and membership [N, sets].
+
+    Returns int64 [N, sets], N where there is none.
+    """
+    N, sets = is_in_NS.shape
+    first_NS = np.full((N, sets), N)
+    for left, right in similar_pairs(looks_N):
+        for image, twin in ((left, right), (right, left)):
+            for number in range(sets):
+                there = is_in_NS[twin, number]
+                np.minimum.at(first_NS[:, number], image[there], twin[there])
+    return first_NS
+
+
+def similar_pairs(looks_N: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The pairs of LOOKs [N] that are alike, each once, as two index arrays [Q] at a time; memory stays bounded."""
+    for left_Q, right_Q in near_pairs(np.ascontiguousarray(looks_N["hash"])):
+        for start in range(0, len(left_Q), SLICE):
+            left, right = left_Q[start:start + SLICE], right_Q[start:start + SLICE]
+            same = _same_cells(looks_N["cells"][left], looks_N["cells"][right])
+            yield left[same], right[same]
+
+
+def near_pairs(hash_N: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The pairs of uint64 hashes that differ in at most NEAR bits, each once, as two index arrays [Q] at a time.
+
+    Were two bits to differ in each of the four 16-bit bands, eight would: so in some band at most one does, and equal
+    values of that band, or values one bit apart, find the pair (multi-index hashing, Norouzi, Punjani, Fleet 2012).
+    """
+    for band in range(BANDS):
+        value_N = hash_N.view(np.uint16).reshape(-1, BANDS)[:, band]
+        order_N = np.argsort(value_N, kind="stable")
+        value_N = value_N[order_N].astype(np.int64)
+        start_V = np.searchsorted(value_N, np.arange((1 << 16) + 1))
+        for flip in FLIPS:
+            at = np.flatnonzero(value_N & flip == 0)  # from the side without the bit, or each pair would come twice
+            partner = value_N[at] | flip
+            low = start_V[partner] if flip else at + 1
+            for index, member in _members(low, start_V[partner + 1]):
+                left, right = order_N[at[index]], order_N[member]
+                odd_Q = hash_N[left] ^ hash_N[right]
+                near = np.flatnonzero(np.bitwise_count(odd_Q) <= NEAR)
+                odd = odd_Q[near].view(np.uint16).reshape(-1, BANDS)
+                near = near[(np.bitwise_count(odd[:, :band]) > 1).all(1)]  # else an earlier band has found it
+                yield left[near], right[near]
+
+
+def _members(low: np.ndarray, high: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(number of the range, member) for all members of all ranges [low, high), about CHUNK at a time."""
+    end = np.cumsum(high - low)
+    marks = np.arange(CHUNK, end[-1] if len(end) else 0, CHUNK)
+    for first, last in pairwise([0, *np.searchsorted(end, marks) + 1, len(end)]):
+        count = high[first:last] - low[first:last]
+        begin = np.cumsum(count) - count
+        index = np.repeat(np.arange(len(count)), count)
+        yield first + index, np.arange(len(index)) + (low[first:last] - begin)[index]
+
+
+def _same_cells(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Which pairs of cells uint8 [Q, 3, 8, 8] show one picture, once brightness and contrast are evened out; bool [Q].
+
+    The hash looks for structure only; this tells apart what differs in colour, or in one place of a common template.
+    """
+    one, other = (cells.reshape(len(cells), -1).astype(np.float32) for cells in (one, other))
+    mean, other_mean = one.mean(1, keepdims=True), other.mean(1, keepdims=True)
+    spread, other_spread = (np.maximum(cells.std(1, keepdims=True), 1) for cells in (one, other))
+    apart = np.abs((one - mean) / spread - (other - other_mean) / other_spread) * (spread + other_spread) / 2
+    return (apart.max(1) <= SAME_CELL) & (np.abs(mean - other_mean)[:, 0] <= SAME_MEAN)

@@ -1,0 +1,1 @@
+"""The drawn demo dataset."""

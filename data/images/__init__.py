@@ -1,0 +1,1 @@
+"""Image bytes to pixels, random crops, thumbnails for display."""

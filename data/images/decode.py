@@ -1,0 +1,246 @@
+"""Image bytes to the uint8 pixels CLIP's processor would make, and titles to tokens.
+
+Bytes are hostile until shown otherwise: whatever they hold, the answer is pixels or a `BadSample` with a stable reason.
+Dimension key: B batch, C colour channels, S crop side in pixels (height, width), L tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError, __version__
+
+from data.batch import BadSample, Tokens, UserError
+from data.images.augment import Region
+
+DECODER_VERSION = 1  # part of every fingerprint: raise it whenever the pixels or tokens of some input change
+MAX_PIXELS = 25_000_000
+MAX_TEXT_CHUNKS = 16  # of a PNG; Pillow inflates each to 1 MiB at most
+MAX_SCANS = 100  # of a JPEG; each costs a pass over the whole image, and a file needs no more than about fifteen
+# Raster formats decoded inside this process. Pillow tries all it knows unless told: EPS, for one, starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM")
+# What `interpolate` calls; these take a scale and a size, so that what lies behind the crop need not be computed.
+_TORCH_FILTER = {int(Image.Resampling.BILINEAR): torch.ops.aten._upsample_bilinear2d_aa,
+                 int(Image.Resampling.BICUBIC): torch.ops.aten._upsample_bicubic2d_aa}
+_SIMD = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # without it Pillow is the faster of the two
+_TOKENIZING = threading.Lock()
+
+# Pillow warns about odd metadata and big sizes, where the verdict says all a user needs; torch about read-only pixels,
+# which are only read here. Set once: `warnings.catch_warnings` around each image would race between decoding threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What a model's image processor does to an image; sizes in pixels, (height, width)."""
+
+    resize: int | tuple[int, int]  # of the shortest edge, or of both
+    crop: tuple[int, int]
+    resample: int
+    rescale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def from_processor(cls, image_processor: Any) -> ImageSpec:
+        """Read transformers' CLIPImageProcessor or CLIPImageProcessorPil; UserError names a setting that cannot be."""
+        switches = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+        others = ("do_pad", "size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
+        has: dict[str, Any] = {name: getattr(image_processor, name, None) for name in switches + others}
+        size, crop = dict(has["size"] or {}), dict(has["crop_size"] or {})
+        fits = {name: has[name] is True for name in switches} | {
+            "do_pad": not has["do_pad"],
+            "size": set(size) in ({"shortest_edge"}, {"height", "width"}),
+            "crop_size": set(crop) == {"height", "width"},
+            "resample": has["resample"] in _TORCH_FILTER,
+        } | {name: np.size(has[name]) == 3 for name in ("image_mean", "image_std")}
+        for name in (name for name, fine in fits.items() if not fine):
+            raise UserError(f"the model's image processor has {name}={has[name]}, which is not how CLIP decodes; "
+                            f"mend {name} in its preprocessor_config.json or choose another --model")
+        resize = size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
+        return cls(resize, (crop["height"], crop["width"]), int(has["resample"]), float(has["rescale_factor"]),
+                   tuple(map(float, has["image_mean"])), tuple(map(float, has["image_std"])))
+
+    @classmethod
+    def clip(cls, side: int = 224) -> ImageSpec:
+        """CLIP's own preprocessing, for work without a model."""
+        return cls(side, (side, side), int(Image.Resampling.BICUBIC), 1 / 255, (0.0,) * 3, (1.0,) * 3)
+
+    def fingerprint(self) -> str:
+        """SHA-256 in hex of everything that decides what a tower sees of given image bytes."""
+        return hashlib.sha256(json.dumps([DECODER_VERSION, asdict(self)]).encode()).hexdigest()
+
+
+def decode_image(data: bytes, spec: ImageSpec, max_pixels: int = MAX_PIXELS,
+                 region: Callable[[int, int], Region] | None = None) -> np.ndarray:
+    """Decode the first frame as the transformers PIL processor would, to 2/255: uint8 [3, H, W], contiguous.
+
+    EXIF orientation is left as the processor leaves it. `region`, given width and height, names a part (left, top,
+    right, bottom) that is resized to the whole crop instead. Raises BadSample: empty, not-image, too-many-pixels (by
+    the header, before decoding; Pillow's own limit of 179 million holds too), truncated, undecodable.
+    """
+    if not data:
+        raise BadSample("empty", "zero bytes")
+    try:
+        image = _open(data, max_pixels)
+        see_through = "A" in image.getbands() or image.info.get("transparency") is not None
+        image.load()
+        if region is not None:
+            image, spec = image.crop(region(*image.size)), replace(spec, resize=spec.crop)
+        return _fit(image, see_through, spec)
+    except (BadSample, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise BadSample("not-image", f"starts with {data[:16]!r}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadSample("too-many-pixels", str(error)) from None
+    except Exception as error:  # hostile bytes reach nearly every exception class through Pillow's plugins
+        reason = "truncated" if "truncated" in str(error).lower() else "undecodable"
+        raise BadSample(reason, f"{type(error).__name__}: {error}") from None
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """Parse the header only, and refuse what would cost memory or time out of all proportion to its pixels."""
+    if data.startswith(b"\x89PNG") and data.count(b"zTXt") + data.count(b"iTXt") > MAX_TEXT_CHUNKS:
+        raise BadSample("undecodable", f"more than {MAX_TEXT_CHUNKS} compressed text chunks")
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    tile = [int(getattr(image, "tag_v2", {}).get(tag, 1)) for tag in (322, 323)]  # a TIFF's tile may dwarf its image
+    if (pixels := max(math.prod(image.size), math.prod(tile))) > max_pixels:
+        raise BadSample("too-many-pixels", f"{pixels:,} where {max_pixels:,} are allowed")
+    if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
+        raise BadSample("undecodable", f"more than {MAX_SCANS} scans")
+    return image
+
+
+class _Axis(NamedTuple):
+    """One side of an image: resized from `before` to `after` pixels, of which the crop keeps `start` to `stop`."""
+
+    before: int
+    after: int
+    start: int
+    stop: int
+    pad: int  # zeros ahead of them, where the crop is larger
+
+    @classmethod
+    def of(cls, before: int, after: int, crop: int) -> _Axis:
+        offset = (after - crop) // 2
+        return cls(before, after, max(0, offset), min(after, offset + crop), max(0, -offset))
+
+    def source(self) -> tuple[float, float]:
+        """Where the kept part lies in the original; not in whole pixels."""
+        return self.start * self.before / self.after, self.stop * self.before / self.after
+
+    def cut(self) -> tuple[int, int]:
+        """Every original pixel that the kept part depends on: a bicubic filter reaches two (scaled) pixels away."""
+        first, last = self.source()
+        reach = 2 * max(self.before / self.after, 1) + 1
+        return max(0, math.floor(first - reach)), min(self.before, math.ceil(last + reach))
+
+
+def _fit(image: Image.Image, see_through: bool, spec: ImageSpec) -> np.ndarray:
+    """Resize and centre-crop, zeros where the crop is larger than the resized image: uint8 [3, H, W]."""
+    if isinstance(spec.resize, int):  # the long edge is rounded down, as transformers does
+        short = min(image.size)
+        width, height = (int(spec.resize * side / short) for side in image.size)
+    else:
+        height, width = spec.resize
+    x, y = _Axis.of(image.width, width, spec.crop[1]), _Axis.of(image.height, height, spec.crop[0])
+    mostly_kept = x.after * y.after <= 4 * math.prod(spec.crop)
+    if _SIMD and mostly_kept and not _height_first(x, y):
+        pixels_HWC = _resize_then_crop(_rgb(image, see_through), x, y, spec.resample)
+    else:
+        pixels_HWC = _resize_cropped(image, see_through, x, y, spec.resample)
+    out_CHW = np.zeros((3, *spec.crop), np.uint8)
+    out_CHW[:, y.pad:y.pad + y.stop - y.start, x.pad:x.pad + x.stop - x.start] = pixels_HWC.transpose(2, 0, 1)
+    return out_CHW
+
+
+def _height_first(x: _Axis, y: _Axis) -> bool:
+    """Does Pillow, from version 13 on, shrink the height first? The 8-bit values in between depend on it."""
+    return int(__version__.split(".")[0]) >= 13 and y.before - y.after > max(0, 2 * (x.before - x.after))
+
+
+def _rgb(image: Image.Image, see_through: bool) -> Image.Image:
+    """Convert as transformers does: whatever is transparent lies on white."""
+    if see_through:
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _resize_then_crop(image: Image.Image, x: _Axis, y: _Axis, resample: int) -> np.ndarray:
+    """Resize up to the crop's end with torch's SIMD port of Pillow's filter, width first: off by at most 2/255.
+
+    Both round to 8 bits after each of two passes; torch's weights have 15 bits, Pillow's 22, so a pass may differ by 1.
+    """
+    import pyarrow
+    try:
+        pixels_HWC = pyarrow.array(image).flatten().to_numpy().reshape(image.height, image.width, 4)  # RGBX, no copy
+    except ValueError:  # beyond 4 megapixels Pillow keeps an image in several blocks
+        pixels_HWC = np.asarray(image)
+    pixels_1CHW = torch.from_numpy(pixels_HWC[: y.cut()[1]]).permute(2, 0, 1)[None]
+    kept_1CHW = _TORCH_FILTER[resample](pixels_1CHW, [y.stop, x.stop], False, y.after / y.before, x.after / x.before)
+    return kept_1CHW[0, :3, y.start:y.stop, x.start:x.stop].permute(1, 2, 0).numpy()
+
+
+def _resize_cropped(image: Image.Image, see_through: bool, x: _Axis, y: _Axis, resample: int) -> np.ndarray:
+    """Compute the crop alone, in Pillow's order of passes: memory stays small however long the image is.
+
+    Pillow keeps boxes in 32-bit floats, hence the cut to the part that matters first: coordinates stay small and exact.
+    """
+    (left, right), (top, bottom), (x0, x1), (y0, y1) = x.cut(), y.cut(), x.source(), y.source()
+
+    def across(part: Image.Image) -> Image.Image:
+        return part.resize((x.stop - x.start, part.height), resample, (x0 - left, 0, x1 - left, part.height))
+
+    def down(part: Image.Image) -> Image.Image:
+        return part.resize((part.width, y.stop - y.start), resample, (0, y0 - top, part.width, y1 - top))
+
+    part = _rgb(image.crop((left, top, right, bottom)), see_through)
+    return np.asarray(across(down(part)) if _height_first(x, y) else down(across(part)))
+
+
+def tokenize(tokenizer: Any, titles: Sequence[str], max_length: int) -> list[list[int]]:
+    """Encode titles with BOS and EOS, cut on the right to `max_length` tokens with EOS kept, without padding.
+
+    Truncation and padding stored with a (transformers) tokenizer are set aside meanwhile and put back. Halves of
+    surrogate pairs, which UTF-8 cannot hold, become "?".
+    """
+    backend = tokenizer.backend_tokenizer
+    texts = [title.encode("utf-8", "replace").decode("utf-8") for title in titles]
+    with _TOKENIZING:
+        truncation, padding = backend.truncation, backend.padding
+        try:
+            backend.enable_truncation(max_length)
+            backend.no_padding()
+            return [encoding.ids for encoding in backend.encode_batch(texts)]
+        finally:
+            backend.enable_truncation(**truncation) if truncation else backend.no_truncation()
+            backend.enable_padding(**padding) if padding else backend.no_padding()
+
+
+def collate_tokens(ids: Sequence[Sequence[int]], pad_id: int) -> Tokens:
+    """Pad on the right to the longest of the batch: ids and mask, int64 [B, L]."""
+    lengths_B = np.array([len(row) for row in ids], np.int64)
+    mask_BL = np.arange(max(lengths_B, default=0)) < lengths_B[:, None]
+    ids_BL = np.full(mask_BL.shape, pad_id, np.int64)
+    ids_BL[mask_BL] = np.fromiter(chain.from_iterable(ids), np.int64)
+    return Tokens(torch.from_numpy(ids_BL), torch.from_numpy(mask_BL.astype(np.int64)))
+
+
+def tokenizer_fingerprint(tokenizer: Any, max_length: int) -> str:
+    """SHA-256 in hex of everything that decides a title's tokens; stored truncation and padding do not."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": max_length, "padding": None}
+    return hashlib.sha256(json.dumps([DECODER_VERSION, state], sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,175 @@
+"""WebDataset tar shards: their index, and random access to their images.
+
+What a tar says is not trusted: nothing is extracted, and names are labels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from data.batch import BadSample, UserError
+from data.shards.samples import MAX_IMAGE, row, samples
+from data.shards.tar import BLOCK, members, open_tar, read_at
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MAX_INDEX = 1 << 28
+MAX_SHARDS = 1_000_000  # that one pattern may name
+HANDLES = 64  # tars kept open
+REFERENCE = re.compile(r"([^\0]+)#([0-9]{1,18})\+([1-9][0-9]{0,17})")
+BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+COLUMNS = ("key", "image_offset", "image_size", "title", "title_neg")
+INDEX = (*COLUMNS, "sha256")
+FORMAT = "thumbtune shard index 1"
+Ledger = Callable[[dict[str, Any]], None]
+
+
+def read_index(path: Path, ledger: Ledger | None = None) -> pa.Table:
+    """The samples of a shard in order, without reading an image: key, image_offset, image_size, title, title_neg.
+
+    int64 offsets and sizes are bytes of the tar; `title_neg` is null where there is none. `ledger` is told each sample
+    dropped: {"shard", "key", "reason", "detail"}; with the key "" it is told of damage that may have hidden samples.
+    A sidecar index that fits is believed instead: an edit that keeps the tar's size and all bytes its index sampled is
+    seen by `check_shard` only. Raises UserError if the file is no tar, OSError.
+    """
+    with open_tar(path) as file:
+        table = indexed(path, file)
+        table = scanned(path, file, ledger) if table is None else table
+    return table.select(COLUMNS).replace_schema_metadata(None)
+
+
+def read_member(reference: str) -> bytes:
+    """The bytes at FILE.tar#OFFSET+SIZE, in any thread.
+
+    Raises BadSample (truncated, too-large, bad-reference), OSError.
+    """
+    tar, offset, size = parse_reference(reference)
+    if size > MAX_IMAGE:
+        raise BadSample("too-large", f"{size} bytes, {MAX_IMAGE} allowed")
+    found = os.stat(tar)
+    data = b""
+    if offset + size <= found.st_size:
+        handle = _handle(tar, found.st_dev, found.st_ino, found.st_mtime_ns)  # held until the bytes are there
+        data = os.pread(handle.descriptor, size, offset)
+    if len(data) < size:
+        raise BadSample("truncated", f"{tar} ends before the {size} bytes at {offset} do")
+    return data
+
+
+class _Handle:
+    """An open file, closed when neither the cache nor a thread that reads holds it any more."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self.descriptor)
+
+
+@lru_cache(HANDLES)
+def _handle(path: str, *_identity: int) -> _Handle:  # another file of that name is another handle
+    return _Handle(os.open(path, os.O_RDONLY))
+
+
+def format_reference(tar: str | Path, offset: int, size: int) -> str:
+    """FILE.tar#OFFSET+SIZE, which `read_member` reads."""
+    return f"{tar}#{offset}+{size}"
+
+
+def parse_reference(reference: str) -> tuple[str, int, int]:
+    """The file, offset and size (at least 1) that a reference names. Raises BadSample (bad-reference)."""
+    match = REFERENCE.fullmatch(reference)
+    if match is None:
+        raise BadSample("bad-reference", f"{reference[:200]!r} is not FILE.tar#OFFSET+SIZE")
+    return match[1], int(match[2]), int(match[3])
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The names that a pattern with {000..009} and {a,b} stands for, in order. Raises UserError above MAX_SHARDS."""
+    names = list(islice(_expanded(pattern), MAX_SHARDS + 1))
+    if len(names) > MAX_SHARDS:
+        raise UserError(f"{pattern} names more than {MAX_SHARDS:,} files; narrow its ranges")
+    return names
+
+
+def _expanded(pattern: str) -> Iterator[str]:
+    match = BRACES.search(pattern)
+    if match is None:
+        yield pattern
+        return
+    first, last, words = match.groups()
+    options = words.split(",") if words else (f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1))
+    for option in options:
+        yield from _expanded(pattern[: match.start()] + option + pattern[match.end() :])
+
+
+# The index beside a tar: a line that says which tar and index belong together, then the columns
+
+
+def sidecar(path: Path) -> Path:
+    """Where the index of a tar lies."""
+    return path.with_name(path.name + ".index.json")
+
+
+def seal(file: BinaryIO, body: bytes) -> dict[str, Any]:
+    """What identifies a tar (its size and 64 blocks spread over it, so no clock counts) and the body of its index."""
+    size = file.seek(0, os.SEEK_END)
+    sampled = b"".join(read_at(file, (size - BLOCK) * i // 63, BLOCK) for i in range(64))
+    return {"format": FORMAT, "tar_bytes": size, "tar_sha256_of_64_blocks": hashlib.sha256(sampled).hexdigest(),
+            "index_sha256": hashlib.sha256(body).hexdigest()}
+
+
+def indexed(path: Path, file: BinaryIO) -> pa.Table | None:
+    """The index beside a tar; None if there is none, it is damaged, or it does not fit this tar."""
+    try:
+        with open_tar(sidecar(path)) as index:
+            claim, _, body = read_at(index, 0, min(index.seek(0, os.SEEK_END), MAX_INDEX)).partition(b"\n")
+        identity = seal(file, body)
+        if json.loads(claim) != identity:
+            return None
+        columns = json.loads(body)
+        table = _table(columns, INDEX).replace_schema_metadata({"tar_sha256": columns["tar_sha256"]})
+        offset, size = (table[name].to_numpy() for name in COLUMNS[1:3])
+        inside = (offset >= 0) & (size > 0) & (size <= MAX_IMAGE) & (offset <= identity["tar_bytes"] - size)
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return None
+    return table if inside.all() and not any(table[name].null_count for name in COLUMNS[:4]) else None
+
+
+def tar_digest(index: pa.Table) -> str:
+    """The SHA-256 in hex of the whole tar that an index was written with."""
+    return index.schema.metadata[b"tar_sha256"].decode()
+
+
+def _table(columns: Mapping[str, Any], names: Iterable[str]) -> pa.Table:
+    import pyarrow as pa
+
+    kinds = dict.fromkeys(COLUMNS[1:3], pa.int64())
+    return pa.table({name: pa.array(columns[name], kinds.get(name, pa.string())) for name in names})
+
+
+def scanned(path: Path, file: BinaryIO, ledger: Ledger | None) -> pa.Table:
+    """`read_index` from the tar itself."""
+    def tell(key: str, problem: BadSample) -> None:
+        if ledger is not None:
+            ledger({"shard": str(path), "key": key, "reason": problem.reason, "detail": problem.detail})
+
+    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    for key, files in samples(members(file, tell)):
+        try:
+            values = key, *row(file, files)
+        except BadSample as problem:
+            tell(key, problem)
+            continue
+        for column, value in zip(columns.values(), values, strict=True):
+            column.append(value)
+    return _table(columns, COLUMNS)

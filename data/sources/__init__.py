@@ -1,0 +1,1 @@
+"""Any dataset as rows: readers, columns, splits, folds."""

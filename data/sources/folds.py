@@ -1,0 +1,81 @@
+"""Cross-validation over pairs in which no title and no image of a held-out row occurs in training, in any role.
+
+Dimension key: N rows, K folds, V/T image/text feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from heapq import heapify, heappop, heappush
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batch import UserError
+from data.sources.split import components
+from data.store.resident import Resident
+
+
+class Fold(NamedTuple):
+    """One part held out, the others to train on; `row_N` says which rows of the whole are held out."""
+
+    train: Resident
+    held: Resident
+    row_N: Tensor
+
+
+def join(splits: Sequence[Resident]) -> Resident:
+    """One split of the rows of several that share their tables, in order."""
+    first = splits[0]
+    rows_of = [split.image_row_N.new_full((len(split),), -1) if split.negative_row_N is None else split.negative_row_N
+               for split in splits]
+    negative_N = torch.cat(rows_of)
+    return replace(first, image_row_N=torch.cat([split.image_row_N for split in splits]),
+                   title_row_N=torch.cat([split.title_row_N for split in splits]),
+                   negative_row_N=negative_N if bool((negative_N >= 0).any()) else None)
+
+
+def take(pairs: Resident, row_N: Tensor) -> Resident:
+    """Some rows of a split, in this order."""
+    row_N = row_N.to(pairs.image_row_N.device)
+    return replace(pairs, image_row_N=pairs.image_row_N[row_N], title_row_N=pairs.title_row_N[row_N],
+                   negative_row_N=None if pairs.negative_row_N is None else pairs.negative_row_N[row_N])
+
+
+def fold_of(title_N: np.ndarray, image_N: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """The fold of each row, int64 [N]: rows that share a title or an image, directly or through others, share it.
+
+    Groups go largest first, equal ones shuffled by `seed`, to the fold with the fewest rows. Raises UserError when
+    there are fewer groups than folds.
+    """
+    group_N = components(title_N, image_N)
+    size_N = np.bincount(group_N, minlength=len(group_N))
+    groups = np.flatnonzero(size_N)
+    if len(groups) < folds:
+        raise UserError(f"--folds {folds} needs as many pairs that share no title and no image; there are "
+                        f"{len(groups)}")
+    groups = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).numpy()]
+    fold_G, room = np.zeros(len(group_N), np.int64), [(0, fold) for fold in range(folds)]
+    heapify(room)
+    for group in groups[np.argsort(-size_N[groups], kind="stable")].tolist():
+        rows, fold = heappop(room)
+        fold_G[group] = fold
+        heappush(room, (rows + int(size_N[group]), fold))
+    return fold_G[group_N]
+
+
+def folds(pairs: Resident, count: int, seed: int) -> list[Fold]:
+    """`count` ways to hold a part out; a training row whose negative is a held-out title has no negative there."""
+    fold_N = torch.from_numpy(fold_of(pairs.title_row_N.cpu().numpy(), pairs.image_row_N.cpu().numpy(), count, seed))
+    found = []
+    for fold in range(count):
+        out, rest = ((fold_N == fold).nonzero()[:, 0], (fold_N != fold).nonzero()[:, 0])
+        held, train = take(pairs, out), take(pairs, rest)
+        if train.negative_row_N is not None:
+            leaks_N = torch.isin(train.negative_row_N, held.title_row_N)
+            train = replace(train, negative_row_N=train.negative_row_N.masked_fill(leaks_N, -1))
+        found.append(Fold(train, held, out))
+    return found

@@ -1,0 +1,183 @@
+"""Any dataset -> its splits: a hub name, table files, a folder of images with sidecars, tar shards."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from data.batch import UserError
+from data.shards.index import Ledger, expand_braces
+from data.sources.rows import Columns as Columns
+from data.sources.rows import Rows as Rows
+from data.sources.rows import clean, in_roles, join_tables, pick
+from data.sources.split import ORDER, three
+from data.sources.tables import TABLES, TEXT_TABLES, read_csv, read_table
+
+SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test"}
+SPLIT_FILE = re.compile(rf"({'|'.join(SPLITS)})(-.*)?\.(tar|csv|tsv|jsonl|parquet)")
+DETECT = Columns()
+Download = Callable[[str], Sequence[Path]]
+
+
+def _refuse(pattern: str) -> NoReturn:
+    raise UserError(f"{pattern}: only local files are read here; download them and pass their folder")
+
+
+def load_splits(dataset: str, columns: Columns = DETECT, seed: int = 42,
+                ledger: Ledger | None = None, download: Download = _refuse) -> dict[str, Rows]:
+    """Read a dataset's splits: `train`, `valid`, `test` in this order, then others under the names they have.
+
+    `dataset`: a folder with {train,valid,test} as .csv .tsv .jsonl .parquet, as -*.tar shards or as folders; a folder
+    that is one table, shards, or images with KEY.txt and KEY.json; one such file; a pattern `train-{000..009}.tar`,
+    also as an address, whose files `download` brings; or a hub name OWNER/NAME, with several configurations
+    OWNER/NAME:CONFIGURATION. A lone split, unless it is called valid or test, is made three by `seed` (`three`).
+    `ledger` is told of each sample that a shard has lost, as `read_index` tells it; every other row is kept, also
+    without image or title. Raises UserError.
+    """
+    path = Path(dataset).expanduser()
+    try:
+        if "://" in dataset:
+            found = _in_splits(download(dataset))
+        elif path.is_dir():
+            found = _find(path)
+        elif path.is_file():
+            found = {"all": [path]}
+        elif "{" in dataset or "*" in dataset:
+            found = _in_splits(list(_expand(str(path))))
+        elif re.fullmatch(r"[\w.-]*\w/[\w.-]+(:[\w.-]+)?", dataset) and path.suffix.lower() not in TABLES | {".tar"}:
+            found = None
+        else:
+            raise UserError(f"{dataset}: there is no such file or folder, and a hub dataset's name is OWNER/NAME")
+        splits = _hub(dataset, columns) if found is None else _local(found, columns, ledger)
+    except OSError as error:
+        raise UserError(f"{error.filename or dataset}: {error.strerror or error}") from error
+    if len(splits) == 1 and not splits.keys() & {"valid", "test"}:
+        return three(next(iter(splits.values())), seed)
+    return dict(sorted(splits.items(), key=lambda item: (*ORDER, item[0]).index(item[0])))
+
+
+def _find(folder: Path) -> dict[str, list[Path]]:
+    """The files of each split of a folder; a folder in their place stands for the images in it."""
+    entries = _entries(folder)
+    if found := _by_split(entries):
+        return found
+    folders = [entry for entry in entries if entry.name.lower() in SPLITS and entry.is_dir()]
+    if folders:
+        return _one_kind((SPLITS[entry.name.lower()], entry.name, _unsplit(entry)) for entry in folders)
+    return {"all": _unsplit(folder)}
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def _unsplit(folder: Path) -> list[Path]:
+    """What a folder that names no splits consists of: shards, else one table, else images."""
+    shards = [file for file in _entries(folder) if file.suffix.lower() == ".tar"]
+    tables = [file for file in _entries(folder) if file.suffix.lower() in TABLES]
+    if len(tables) > 1 and not shards:
+        raise UserError(f"{folder}: which of {', '.join(file.name for file in tables[:5])}? Pass one of them or a "
+                        "pattern, or call them train, valid and test")
+    return shards or tables or [folder]
+
+
+def _by_split(entries: Sequence[Path]) -> dict[str, list[Path]]:
+    """Files called after a split (`train.csv`, `val-00001-of-00009.parquet`); where there are shards, shards alone."""
+    named = [(match, entry) for entry in entries if (match := SPLIT_FILE.fullmatch(entry.name.lower()))]
+    shards = [(match, entry) for match, entry in named if match[3] == "tar"]
+    kinds: dict[tuple[str, str], list[Path]] = {}
+    for match, entry in shards or named:
+        kinds.setdefault((SPLITS[match[1]], f"{match[1]}{'-*' if match[2] else ''}.{match[3]}"), []).append(entry)
+    return _one_kind((split, kind, files) for (split, kind), files in kinds.items())
+
+
+def _in_splits(files: Sequence[Path]) -> dict[str, list[Path]]:
+    """The files that a pattern names, by split if all of them are called after one."""
+    found = _by_split(files)
+    return found if sum(map(len, found.values())) == len(files) else {"all": list(files)}
+
+
+def _one_kind(found: Iterable[tuple[str, str, list[Path]]]) -> dict[str, list[Path]]:
+    """(split, what it is called, files) by split. Raises UserError where a split is there under two names."""
+    splits: dict[str, tuple[str, list[Path]]] = {}
+    for split, kind, files in found:
+        if split in splits:
+            raise UserError(f"split {split!r} is there twice, as {splits[split][0]} and {kind}; keep one")
+        splits[split] = kind, files
+    return {split: files for split, (_, files) in splits.items()}
+
+
+def _expand(pattern: str) -> Iterator[Path]:
+    """The files of a pattern with {000..009}, {a,b} and *. Raises UserError at the first that is missing."""
+    for name in expand_braces(pattern):
+        files = sorted(glob.glob(name)) if "*" in name else [name] if os.path.isfile(name) else []
+        if not files:
+            raise UserError(f"{name}: no such file; the pattern asks for it")
+        yield from map(Path, files)
+
+
+def _local(found: Mapping[str, Sequence[Path]], columns: Columns, ledger: Ledger | None) -> dict[str, Rows]:
+    splits = {}
+    for name, files in found.items():
+        tables = []
+        for file in files:
+            folder, table = file if file.is_dir() else file.parent, read_table(file, columns, ledger)
+            tables.append(clean(table, str(file), (os.path.abspath(folder), os.path.realpath(folder))))
+        splits[name] = join_tables(name, tables, str(files[0] if len(files) == 1 else files[0].parent))
+    return splits
+
+
+def _hub(name: str, columns: Columns) -> dict[str, Rows]:
+    """The splits of a hub dataset, images as uploaded. CSV and JSONL are read here: the library guesses their types."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    prepared: Mapping[str, Any] = {}
+    repository, _, configuration = name.partition(":")
+    try:
+        builder = datasets.load_dataset_builder(repository, configuration or None)
+        files = builder.config.data_files or {}
+        as_text = bool(files) and {Path(file).suffix for some in files.values() for file in some} <= TEXT_TABLES
+        separator = getattr(builder.config, "sep", None)
+        read = partial(read_csv, delimiter=separator) if separator else read_table
+        if as_text:
+            files = datasets.DownloadManager().download(files)
+        else:
+            builder.download_and_prepare()
+            prepared = builder.as_dataset()
+    except Exception as error:  # of many kinds, from several libraries; all of them are about this name
+        raise UserError(_hub_advice(name, error)) from error
+    cached = os.path.join(HF_HUB_CACHE, "datasets--" + repository.replace("/", "--"))
+    folders = cached, str(datasets.config.DOWNLOADED_DATASETS_PATH)  # where image folders and archives come to lie
+    splits: dict[str, Rows] = {}
+    for found in files if as_text else prepared:
+        label = f"{name}, split {found}"
+        if as_text:
+            tables = [read(Path(file), columns) for file in files[found]]
+        else:
+            table = prepared[found].data.table  # mapped from disk; taken from here, images are never decoded
+            tables = [in_roles(table, pick(table.column_names, columns, label))]
+        split = SPLITS.get(str(found).lower(), str(found))
+        split = str(found) if split in splits else split
+        splits[split] = join_tables(split, [clean(table, label, folders, relative=False) for table in tables], label)
+    return splits
+
+
+def _hub_advice(name: str, error: Exception) -> str:
+    from datasets.exceptions import DatasetNotFoundError
+
+    text = " ".join(str(error).split())[:300]
+    if "Config name is missing" in text or "BuilderConfig" in text:
+        return f"{name}: its configuration is named as in {name.partition(':')[0]}:CONFIGURATION ({text})"
+    if "gated" in text:
+        return f"{name} is gated: accept its terms on its hub page, then run `hf auth login`"
+    if isinstance(error, DatasetNotFoundError):
+        return f"{name}: neither a local folder nor a dataset of the hub; check the name, or `hf auth login` if private"
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return f"{name} cannot be had from the hub ({text}); check the network, or pass a local folder"
+    return f"{name} cannot be loaded ({type(error).__name__}: {text}); download it and pass its folder"

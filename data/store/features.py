@@ -1,0 +1,179 @@
+"""The feature store: what the towers said about each image and title, kept by content, encoded once ever."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batch import UserError
+from data.store.segments import BLOCK, KEY, SUFFIX, Layout, Segment, open_segment, remove_stale, write_segment
+
+CHUNK = 8192  # rows moved to a device at a time
+PIECE = 256  # rows copied at a time: few enough to stay in the processor's cache between two copies
+
+
+class FeatureStore:
+    """One space: append-only, shared by any number of processes, no byte of it used before it was verified.
+
+    Opening verifies everything but the values (size, header, keys, sums); `locate` verifies the blocks of values it
+    points into, once per process, so `gather` only copies. A damaged segment is renamed `*.damaged`, warned about,
+    listed in `damaged` and forgotten: its rows are missing again, and get encoded again. Row numbers stay good as long
+    as the object lives; each process numbers rows its own way. Raises UserError when the folder cannot be read.
+    """
+
+    def __init__(self, folder: Path, width: int, dtype: torch.dtype = torch.float32) -> None:
+        self.folder, self.width, self.dtype = Path(folder), width, dtype
+        self.damaged: list[str] = []
+        self._layout = Layout(self.folder.absolute().name, width, dtype)
+        self._segments: list[Segment] = []
+        self._known: set[str] = set()
+        self._verified = np.zeros(0, bool)  # one per block
+        self._index: list[tuple[np.ndarray, np.ndarray]] = []  # sorted keys and their rows, each part half of the last
+        remove_stale(self.folder)
+        self.refresh()
+        self._opened_with = len(self)
+
+    def __len__(self) -> int:
+        """Rows held; content that several ranks wrote counts as often as it was written."""
+        return sum(len(segment.keys) for segment in self._live())
+
+    @property
+    def grown(self) -> int:
+        """Rows more than when it was opened, whoever wrote them."""
+        return len(self) - self._opened_with
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return sum(self._layout.header(len(segment.keys))[1] for segment in self._live())
+
+    def refresh(self) -> None:
+        """See what other processes wrote. Those that see the same segments pick the same copy of repeated content."""
+        try:
+            for name in sorted(os.listdir(self.folder)) if self.folder.exists() else []:
+                if name.endswith(SUFFIX) and name not in self._known:
+                    self._load(self.folder / name)
+        except OSError as error:
+            raise UserError(f"cannot read features in {self.folder}: {error.strerror or error}; "
+                            "mend its permissions or choose another --cache-dir") from error
+        self._rebuild()
+
+    def locate(self, keys: np.ndarray) -> np.ndarray:
+        """Row numbers [n] int64 of keys [n, 16] uint8, -1 where missing; every row named has been verified."""
+        while True:
+            rows = self._find(np.ascontiguousarray(keys, np.uint8).reshape(-1).view(f"S{KEY}"))
+            wanted = np.zeros(len(self._verified), bool)
+            wanted[rows[rows >= 0] // BLOCK] = True
+            if self._verify(wanted & ~self._verified):
+                return rows
+
+    def gather(self, rows: np.ndarray) -> Tensor:
+        """Values [n, width] of row numbers that `locate` gave, in a fresh CPU tensor; IndexError for any others."""
+        out = torch.empty(len(rows), self.width, dtype=self.dtype)
+        target = out.view(torch.uint8).numpy()
+        starts = np.array([segment.start for segment in self._segments], np.int64)
+        buffer = np.empty((PIECE, self._layout.row_bytes), np.uint8)
+        order = np.argsort(rows)
+        wanted = rows[order]
+        cuts = [*np.searchsorted(wanted, starts).tolist(), len(wanted)]  # segment i: wanted[cuts[i] : cuts[i + 1]]
+        if cuts[0]:
+            raise IndexError(f"no row {wanted[0]}")
+        for segment, first, last in zip(self._segments, cuts[:-1], cuts[1:], strict=True):
+            for low in range(first, last, PIECE):
+                high = min(low + PIECE, last)
+                segment.take(wanted[low:high], buffer[: high - low])
+                target[order[low:high]] = buffer[: high - low]
+        return out
+
+    def append(self, keys: np.ndarray, values: Tensor) -> None:
+        """Write keys [n, 16] uint8 and values [n, width] as one segment, on disk for good when this returns.
+
+        Raises UserError, with the store as it was, when the disk is full or the folder cannot be written.
+        """
+        if keys.shape != (len(values), KEY) or values.shape != (len(keys), self.width):
+            raise ValueError(f"keys {keys.shape}, values {tuple(values.shape)}: want [n, {KEY}], [n, {self.width}]")
+        if not len(keys):
+            return
+        try:
+            path = write_segment(self.folder, self._layout, keys, values)
+        except OSError as error:
+            raise UserError(f"cannot write features to {self.folder}: {error.strerror or error}; "
+                            "make room there or choose another --cache-dir") from error
+        segment = self._load(path)
+        if segment is not None:
+            self._add(segment.keys, np.arange(len(keys)) + segment.start)
+
+    def verify(self) -> list[str]:
+        """Read every byte again; names of all segments found damaged or gone since this store was opened."""
+        for segment in self._live():
+            try:
+                open_segment(segment.path, segment.start, self._layout)
+            except (FileNotFoundError, ValueError) as error:
+                self._set_aside(segment.path, str(error))
+        self._verify(np.ones(len(self._verified), bool))
+        self._rebuild()
+        return list(self.damaged)
+
+    def _live(self) -> list[Segment]:
+        return [segment for segment in self._segments if segment.path.name not in self.damaged]
+
+    def _load(self, path: Path) -> Segment | None:
+        self._known.add(path.name)
+        try:
+            segment = open_segment(path, len(self._verified) * BLOCK, self._layout)
+        except FileNotFoundError:  # pruned, or set aside by another rank, since it was listed
+            return None
+        except ValueError as error:
+            self._set_aside(path, str(error))
+            return None
+        self._segments.append(segment)
+        self._verified = np.concatenate([self._verified, np.zeros(len(segment.sums), bool)])
+        return segment
+
+    def _set_aside(self, path: Path, reason: str) -> None:
+        with suppress(OSError):  # another rank was first, or the folder is read-only: forgetting it is enough
+            os.replace(path, path.with_name(path.name + ".damaged"))
+        self.damaged.append(path.name)
+        warnings.warn(f"feature segment {path} is damaged ({reason}); its rows will be encoded again", stacklevel=2)
+
+    def _rebuild(self) -> None:
+        """Index all live segments anew, in an order that is the same in every process."""
+        live, self._index = sorted(self._live()), []
+        if live:
+            self._add(np.concatenate([segment.keys for segment in live]),
+                      np.concatenate([np.arange(len(segment.keys)) + segment.start for segment in live]))
+
+    def _add(self, keys: np.ndarray, rows: np.ndarray) -> None:
+        """Index these rows; parts of like size are merged, so a row is sorted few times however many appends come."""
+        while self._index and len(self._index[-1][0]) <= 2 * len(keys):
+            older_keys, older_rows = self._index.pop()
+            keys, rows = np.concatenate([older_keys, keys]), np.concatenate([older_rows, rows])
+        order = np.argsort(keys, kind="stable")
+        self._index.append((keys[order], rows[order]))
+
+    def _find(self, keys: np.ndarray) -> np.ndarray:
+        found, order = np.full(len(keys), -1), np.argsort(keys)  # sorted queries share cache lines: twice as fast
+        for known, rows in self._index:
+            spots = np.minimum(np.searchsorted(known, keys[order]), len(known) - 1)
+            hits = known[spots] == keys[order]
+            found[order[hits]] = rows[spots[hits]]
+        return found
+
+    def _verify(self, wanted: np.ndarray) -> bool:
+        """Read these blocks (bool [blocks]) and set aside the segments that are damaged; True when none is."""
+        before = len(self.damaged)
+        for segment in self._live() if wanted.any() else []:
+            ours = slice(segment.start // BLOCK, segment.start // BLOCK + len(segment.sums))
+            bad = segment.first_bad(np.flatnonzero(wanted[ours]))
+            if bad is not None:
+                self._set_aside(segment.path, f"values of rows {bad * BLOCK} and on")
+            self._verified[ours] |= wanted[ours]
+        if len(self.damaged) > before:
+            self._rebuild()
+        return len(self.damaged) == before

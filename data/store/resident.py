@@ -1,0 +1,107 @@
+"""The view training has of the store: tables of features on the device, indexed by pair.
+
+Dimension key: B rows of a batch, M distinct images, P distinct titles, N pairs, V/T image/text feature width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batch import Batches, Features, map_tensors
+from data.prefetch import slices
+from data.store.features import CHUNK, FeatureStore
+
+CPU = torch.device("cpu")
+PART = 65_536  # pairs measured at a time
+
+
+class Mapped(NamedTuple):
+    """A feature table that stays in the store's files: its row i is the store's row `rows[i]`. Used like a tensor."""
+
+    store: FeatureStore
+    rows: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the table once copied."""
+        return len(self.rows) * self.store.width * self.store.dtype.itemsize
+
+    def index_select(self, _: int, index: Tensor) -> Tensor:
+        """Rows [B, width] of a CPU index [B]."""
+        return self.store.gather(self.rows[index.numpy()])
+
+    def to(self, device: torch.device) -> Tensor:
+        """The whole table as a tensor; the host never holds a second copy of it."""
+        table = torch.empty(len(self.rows), self.store.width, dtype=self.store.dtype, device=device)
+        for low in range(0, len(self.rows), CHUNK):
+            table[low : low + CHUNK] = self.store.gather(self.rows[low : low + CHUNK])
+        return table
+
+
+@dataclass(frozen=True)
+class Resident:
+    """One split ready to train on: M distinct images, P distinct titles, N pairs. Equal row means identical content."""
+
+    image_MV: Tensor | Mapped
+    title_PT: Tensor | Mapped
+    image_row_N: Tensor  # int64, where the tables are
+    title_row_N: Tensor
+    negative_row_N: Tensor | None = None  # -1 where a pair has no negative
+    device: torch.device = CPU  # where features come out
+
+    def __len__(self) -> int:
+        return len(self.image_row_N)
+
+    def parts(self) -> Iterator[Features]:
+        """The features of all pairs in order, some at a time: all at once may be as much memory as the tables."""
+        return map(self.features, torch.arange(len(self)).split(PART))
+
+    def to(self, device: torch.device | str, room: int | None = None) -> Resident:
+        """The same split with features coming out on `device`.
+
+        Tables that are not there yet move if they fit in `room` bytes (by default a share of what is there); else all
+        stay, and each batch is gathered on the host and copied from pinned memory.
+        """
+        device = torch.device(device)
+        coming = [table.nbytes for table in (self.image_MV, self.title_PT)
+                  if isinstance(table, Mapped) or table.device.type != device.type]
+        if sum(coming) > (_room(device) if room is None else room):
+            return replace(self, device=device)
+        negative = None if self.negative_row_N is None else self.negative_row_N.to(device)
+        return Resident(self.image_MV.to(device), self.title_PT.to(device),
+                        self.image_row_N.to(device), self.title_row_N.to(device), negative, device)
+
+    def batches(self, batch_size: int, seed: int, rank: int = 0, size: int = 1) -> Batches:
+        """What the loop trains on: this rank's features of every step of a run of `seed`."""
+        device = self.image_row_N.device
+        return Batches(partial(slices, len(self), batch_size, seed, rank, size, device=device), self.features, device)
+
+    def features(self, rows: Tensor) -> Features:
+        """Features of the pairs `rows` [B] int64, no wait if they are where the tables are; id -1: no negative."""
+        rows = rows.to(self.image_row_N.device)
+        image_B, title_B = self.image_row_N.index_select(0, rows), self.title_row_N.index_select(0, rows)
+        negative_B = None if self.negative_row_N is None else self.negative_row_N.index_select(0, rows)
+        found = Features(
+            self.image_MV.index_select(0, image_B),
+            self.title_PT.index_select(0, title_B),
+            None if negative_B is None else self.title_PT.index_select(0, negative_B.clamp(min=0)),
+            image_B, title_B, negative_B)
+        if rows.device.type == self.device.type:
+            return found
+        return map_tensors(found, lambda part: part.pin_memory().to(self.device, non_blocking=True))
+
+
+def _room(device: torch.device) -> int:
+    """Bytes the tables may take: four fifths of what is free on a GPU, on the host this rank's share of half of it."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * 4 // 5)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

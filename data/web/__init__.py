@@ -1,0 +1,1 @@
+"""The network: fetcher, address guard, downloads, remote shards."""

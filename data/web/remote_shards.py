@@ -1,0 +1,157 @@
+"""Shards at http(s) addresses -> local files, each fetched once, whatever the number of ranks and runs.
+
+A shard streams to disk, so memory stays flat; it goes on where a cut connection or a killed run left it, and appears
+under its name when it is whole. The guard of addresses is that of thumbnails (`data.web.guard`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from data.batch import BadSample, UserError
+from data.shards.index import MAX_INDEX, expand_braces, indexed, sidecar, tar_digest
+from data.shards.tar import open_tar
+from data.web.download import Downloader, Progress, seal_of
+from data.web.fetch import FetchPolicy, on_disk
+from data.web.guard import Sessions, web_url
+
+MAX_SHARD = 1 << 36  # bytes; such a shard would not be one
+AT_ONCE = 4  # shards under way in one process
+TELL_EVERY_S = 5.0
+POLL_S = 0.2  # between looks at a shard that another process is fetching
+
+
+def fetch_shards(pattern: str, folder: Path, policy: FetchPolicy, tell: Callable[[str], None]) -> list[Path]:
+    """Local paths, in order, of the shards at http://HOST/{train,valid}-{000..009}.tar; those in `folder` are not
+    asked for again, and those that another process is fetching are waited for.
+
+    Raises UserError at the first that cannot be had; what was fetched until then stays.
+    """
+    if "*" in pattern:
+        raise UserError(f"{pattern}: a server cannot be asked what * stands for; write a range such as {{000..009}}")
+    urls = list(dict.fromkeys(expand_braces(pattern)))
+    names = [web_name(url) for url in urls]
+    places = [folder / hashlib.sha256(url.encode()).hexdigest()[:32] / name
+              for url, name in zip(urls, names, strict=True)]
+    missing = [(url, path) for url, path in zip(urls, places, strict=True) if not path.exists()]
+    random.shuffle(missing)  # an order of its own for every rank, so that they share the work and seldom wait
+    if missing:
+        asyncio.run(_fetch_all(missing, folder, policy, tell))
+    return places
+
+
+def web_name(url: str) -> str:
+    """The file name in the address of a shard. Raises UserError."""
+    try:
+        name = web_url(url).name
+    except BadSample as bad:
+        raise UserError(f"{url}: {bad.detail}") from None
+    if not re.fullmatch(r"[\w.-]{1,200}\.tar", name):
+        raise UserError(f"{url}: only tar shards are read from addresses; download other files and pass their folder")
+    return name
+
+
+async def _fetch_all(missing: Sequence[tuple[str, Path]], folder: Path, policy: FetchPolicy,
+                     tell: Callable[[str], None]) -> None:
+    progress, slots = _Progress(len(missing), tell), asyncio.Semaphore(AT_ONCE)
+    async with Sessions(policy.allow_hosts) as sessions:
+        loader = Downloader(sessions, policy, progress)
+
+        async def one(url: str, path: Path) -> None:
+            async with slots:
+                await _Shard(url, path, loader).obtain()
+                progress.note(0, done=1)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for url, path in missing:
+                    group.create_task(one(url, path))
+        except BaseExceptionGroup as problems:  # the first failure has cancelled the others
+            raise problems.exceptions[0] from None
+
+
+class _Progress(Progress):
+    """How far all downloads of this process are; spoken of every few seconds."""
+
+    def __init__(self, shards: int, tell: Callable[[str], None]) -> None:
+        self.shards, self.tell, self.done, self.bytes = shards, tell, 0, 0
+        self.announced: list[int] = []  # sizes
+        self.started = self.spoken = time.monotonic()
+
+    def expect(self, size: int) -> None:
+        self.announced.append(size)
+
+    def note(self, size: int, done: int = 0) -> None:
+        self.bytes, self.done, now = self.bytes + size, self.done + done, time.monotonic()
+        if now - self.spoken >= TELL_EVERY_S or (done and self.done == self.shards):
+            self.spoken, rate = now, self.bytes / max(now - self.started, 1e-3)
+            left = sum(self.announced) / max(len(self.announced), 1) * self.shards - self.bytes
+            eta = f"  eta {max(left, 0) / rate:,.0f} s" if rate and self.done < self.shards else ""
+            self.tell(f"shards fetched {self.done:,}/{self.shards:,}  {self.bytes / 1e6:,.1f} MB  "
+                      f"{rate / 1e6:,.1f} MB/s{eta}")
+
+
+class _Shard:
+    """One shard on its way into its place: NAME.tar.part, and beside it which version it is of."""
+
+    def __init__(self, url: str, path: Path, loader: Downloader) -> None:
+        self.url, self.path, self.loader = url, path, loader
+        self.part = path.with_name(path.name + ".part")
+
+    async def obtain(self) -> None:
+        """Fetch it under a lock, or wait for the process that does; the kernel frees the lock of a killed one."""
+        with on_disk(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = open(f"{self.path}.lock", "ab")
+        with lock:
+            while not self.path.exists():
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    await asyncio.sleep(POLL_S)
+                    continue
+                if not self.path.exists():
+                    await self._fetch()
+
+    async def _fetch(self) -> None:
+        try:
+            await self.loader.persist(web_url(self.url), self.part, MAX_SHARD, is_tar=True)
+            await self._index()
+        except BadSample as bad:
+            raise UserError(f"{self.url} cannot be fetched ({bad}); run again to go on where it stopped, or leave the "
+                            "shard out of the pattern") from None
+        with on_disk(self.path.parent), open(self.part, "rb+") as file:
+            os.fsync(file.fileno())
+            os.replace(self.part, self.path)
+            seal_of(self.part).unlink(missing_ok=True)
+
+    async def _index(self) -> None:
+        """The index beside the shard, where the server has one that fits: it spares every run a walk over the tar.
+
+        A shard written by `run.py shards` is then known to be, byte for byte, what was written. Raises BadSample.
+        """
+        place, part = sidecar(self.path), sidecar(self.part)
+        url = web_url(self.url)
+        try:
+            await self.loader.persist(url.with_path(url.path + ".index.json", keep_query=True), part, MAX_INDEX)
+            with open_tar(self.part) as file:
+                index = indexed(self.part, file)
+        except BadSample:
+            index = None
+        seal_of(part).unlink(missing_ok=True)
+        if index is None:
+            part.unlink(missing_ok=True)
+            return
+        with open(self.part, "rb") as whole:
+            if hashlib.file_digest(whole, "sha256").hexdigest() != tar_digest(index):
+                self.part.unlink()
+                raise BadSample("bad-digest", "its bytes are not those that its index was written with")
+        part.replace(place)

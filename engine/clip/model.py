@@ -1,0 +1,193 @@
+"""The tuned side: the two projections, and with the towers before them when those train too.
+
+The Linear layers are the CLIPModel's own, so what trains here is at once part of the model that is exported.
+Dimension key: B batch, X texts (titles, then negatives), V/T image/text feature width, E embedding.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+from torch.utils.checkpoint import checkpoint
+
+from data.batch import Batch, Features, UserError, map_tensors
+from engine.clip.towers import Clip, Towers, describe_trainable, freeze, load_clip, pick_mode, pick_precision
+
+MAX_SCALE = 100.0  # CLIP clamps its learned inverse temperature here (Radford et al. 2021, section 2.5)
+
+
+class Embeddings(NamedTuple):
+    """L2-normalised fp32 embeddings of a batch, and the scale its similarities are multiplied with.
+
+    `text_XE` holds the titles, and where there are explicit negatives those behind them (X is B or 2B).
+    """
+
+    image_BE: Tensor
+    text_XE: Tensor
+    scale: Tensor
+
+
+class _Unit(torch.autograd.Function):
+    """x / |x| along the last dimension; its gradient in three kernels where autograd's takes a dozen."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_XE: Tensor) -> Tensor:
+        length_X1 = torch.linalg.vector_norm(rows_XE, dim=-1, keepdim=True).clamp_(min=1e-12)
+        unit_XE = rows_XE / length_X1
+        ctx.save_for_backward(unit_XE, length_X1)
+        return unit_XE
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_XE: Tensor) -> Tensor:
+        unit_XE, length_X1 = ctx.saved_tensors
+        along_X1 = torch.linalg.vecdot(unit_XE, grad_XE)[..., None]
+        return torch.addcmul(grad_XE, unit_XE, along_X1, value=-1).div_(length_X1)
+
+
+def unit(rows_XE: Tensor) -> Tensor:
+    """The same rows at unit length, as `F.normalize` makes them."""
+    return _Unit.apply(rows_XE)
+
+
+class Head(nn.Module):
+    """Features -> Embeddings by CLIP's two bias-free projections."""
+
+    fixed_scale: Tensor
+
+    def __init__(self, clip: Clip, scale: float) -> None:
+        super().__init__()
+        self.visual_projection = clip.model.visual_projection
+        self.text_projection = clip.model.text_projection
+        self.register_buffer("fixed_scale", torch.tensor(scale), persistent=False)
+        self.logit_scale = clip.model.logit_scale
+
+    def image(self, features_BV: Tensor) -> Tensor:
+        """[B, V] -> [B, E], unit length, fp32 also under autocast."""
+        return unit(self.visual_projection(features_BV).float())
+
+    def text(self, features_BT: Tensor) -> Tensor:
+        """[B, T] -> [B, E], unit length, fp32 also under autocast."""
+        return unit(self.text_projection(features_BT).float())
+
+    def forward(self, features: Features) -> Embeddings:
+        """The scale is the recipe's constant, or CLIP's own `logit_scale` when that trains."""
+        learned = self.logit_scale.requires_grad
+        title_BT, negative_BT = features.title_BT, features.negative_BT
+        return Embeddings(
+            self.image(features.image_BV),
+            self.text(title_BT if negative_BT is None else torch.cat([title_BT, negative_BT])),
+            self.logit_scale.exp().clamp(max=MAX_SCALE) if learned else self.fixed_scale,
+        )
+
+
+class Streamed(nn.Module):
+    """Batch -> Embeddings through the towers, for when a layer inside them trains; frozen layers build no graph."""
+
+    def __init__(self, towers: Towers, head: Head) -> None:
+        super().__init__()
+        self.towers = towers
+        self.head = head
+
+    def forward(self, batch: Batch) -> Embeddings:
+        """Tower inputs of one step -> Embeddings.
+
+        Without rows a blank one passes in their place and is cut off: its gradient is 0 but reaches every parameter, as
+        ranks that add gradients up expect of each other.
+        """
+        if len(batch.image_id_B):
+            with record_function("towers"):
+                features = self.towers(batch)
+            return self.head(features)
+        blank = map_tensors(batch, lambda part: part.new_ones(1, *(max(1, size) for size in part.shape[1:])))
+        image_BE, text_XE, scale = self.head(self.towers(blank))
+        return Embeddings(image_BE[:0], text_XE[:0], scale)
+
+
+class MicroBatched(nn.Module):
+    """The same embeddings made `rows` at a time, their graphs not kept: backward runs each part again, one at a time.
+
+    GradCache (Gao et al. 2021, arXiv 2101.06983): the loss sees the embeddings of the whole batch, so every negative
+    counts, while memory holds the activations of one part. One more forward pass is the price.
+    """
+
+    def __init__(self, model: nn.Module, rows: int) -> None:
+        super().__init__()
+        self.model, self.rows = model, rows
+
+    def forward(self, batch: Batch) -> Embeddings:
+        """Tower inputs of one step -> Embeddings."""
+        count = len(batch.pixels_BCSS)
+        slices = [slice(low, low + self.rows) for low in range(0, max(1, count), self.rows)]
+        parts = [checkpoint(self.model, map_tensors(batch, itemgetter(rows)), use_reentrant=False) for rows in slices]
+        texts = [part.text_XE.chunk(1 if batch.negative is None else 2) for part in parts]
+        return Embeddings(torch.cat([part.image_BE for part in parts]),
+                          torch.cat([text for kind in zip(*texts, strict=True) for text in kind]), parts[0].scale)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A loaded model taken apart: what stays frozen, what is tuned, and how they run."""
+
+    clip: Clip
+    towers: Towers
+    head: Head
+    trainable: dict[str, nn.Parameter]
+    cached: bool
+    stored: bool  # features are constants, so measuring takes them from the store also where training streams
+    precision: torch.dtype
+
+    def describe(self) -> str:
+        """One line: what trains and how."""
+        how = "cached features" if self.cached else "streaming through the towers"
+        return f"{describe_trainable(self.clip.model, self.trainable)}; {how}, {str(self.precision)[6:]}"
+
+    def trained_model(self, micro_batch: int = 0) -> nn.Module:
+        """What the loop calls: with Features when cached; with a Batch when streaming, `micro_batch` rows at once.
+
+        Raises UserError for micro-batches of cached features, of which a step keeps too little to be worth it.
+        """
+        if self.cached:
+            if micro_batch:
+                raise UserError("--micro-batch saves the activations of towers, and with cached features none run; "
+                                "leave it out or use --mode streaming")
+            return self.head
+        streamed = Streamed(self.towers, self.head)
+        return MicroBatched(streamed, micro_batch) if micro_batch else streamed
+
+
+def open_model(name: str, trainable: Sequence[str], mode: str, scale: float, precision: str,
+               device: torch.device, augment: bool = False, recompute: bool = False) -> Parts:
+    """Load a CLIPModel, freeze it by name, put it on the device. Raises UserError for what cannot be.
+
+    `augment` streams, as images differ in every epoch; `recompute` checkpoints the layers of the towers.
+    """
+    parts = take_apart(load_clip(name), trainable, mode, scale, precision, device)
+    if augment and mode == "cached":
+        raise UserError("--augment shows other pixels in every epoch, --mode cached the same; leave one out")
+    if recompute:
+        parts.towers.recompute()
+    return replace(parts, cached=False) if augment else parts
+
+
+def take_apart(clip: Clip, trainable: Sequence[str], mode: str, scale: float, precision: str,
+               device: torch.device) -> Parts:
+    """The same of a CLIPModel that is loaded already."""
+    tuned = freeze(clip.model, trainable)
+    cached = pick_mode(mode, tuned)
+    return Parts(clip, Towers(clip).to(device), Head(clip, scale).to(device), tuned, cached, cached,
+                 pick_precision(precision, device))
+
+
+def distribute(model: nn.Module, size: int) -> nn.Module:
+    """Wrap in DistributedDataParallel, which averages gradients over ranks; the loop makes that a sum."""
+    if size == 1:
+        return model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer torch renames broadcast_buffers, older has no other name
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)

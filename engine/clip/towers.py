@@ -1,0 +1,238 @@
+"""The frozen side: load a CLIPModel, freeze by name, find the frozen cut, and run the towers.
+
+Dimension key: B batch, V/T image/text feature width, L tokens, C colour channels, S image side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from data.batch import Batch, Features, Tokens, UserError
+from engine.clip.encoder import use_quick_gelu
+from engine.clip.pooled import can_pool, pool_images, pool_texts
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
+
+HEAD = ("visual_projection.", "text_projection.", "logit_scale")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A loaded CLIPModel in fp32 with its own preprocessing."""
+
+    name: str
+    model: CLIPModel
+    processor: Any
+    commit: str | None
+
+    @cached_property
+    def digests(self) -> Mapping[str, str]:
+        """BLAKE2b of every tensor as it was loaded, by name; read once, as gigabytes take seconds."""
+        def digest(tensor: Tensor) -> str:
+            plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            return hashlib.blake2b(plain, digest_size=32, person=str(tuple(tensor.shape)).encode()[:16]).hexdigest()
+        return {name: digest(tensor) for name, tensor in self.model.state_dict().items()}
+
+    @property
+    def image_processor(self) -> Any:
+        """The processor's image half."""
+        return self.processor.image_processor
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's title half."""
+        return self.processor.tokenizer
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest title the text tower has positions for, special tokens included."""
+        return int(self.config.text_config.max_position_embeddings)
+
+    @property
+    def config(self) -> Any:
+        """The CLIPModel's config, with its vision_config and text_config."""
+        return self.model.config
+
+
+def load_clip(name: str, commit: str | None = None) -> Clip:
+    """Load a plain CLIPModel or a sentence-transformers folder, by hub name (at `commit`) or path, in fp32.
+
+    Raises UserError when there is no such model, or when it is something other than a CLIPModel.
+    """
+    from transformers import AutoConfig, CLIPModel, CLIPProcessor
+    from transformers.utils import cached_file, logging
+
+    logging.disable_progress_bar()  # a bar a rank would cross the run's own lines
+
+    path = Path(name).expanduser()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--model {name} is a file; give the folder that holds config.json")
+    source = str(path) if path.is_dir() else name
+    where: Any = {"subfolder": _subfolder(source, commit), "revision": commit}
+    try:
+        config = AutoConfig.from_pretrained(source, **where)
+        if config.model_type != "clip":
+            raise UserError(f"--model {name} is a {config.model_type!r} model; thumbtune tunes CLIPModel checkpoints")
+        model = CLIPModel.from_pretrained(source, **where, dtype=torch.float32)
+        processor = CLIPProcessor.from_pretrained(source, **where)
+    except (UnpicklingError, SafetensorError) as error:
+        raise UserError(f"--model {name}: its weights are damaged, or hold code, which is never run; give them as "
+                        "safetensors") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # damaged, or of another size
+        raise UserError(_load_failure(name, error)) from error
+    found = re.search(r"/snapshots/([0-9a-f]{40})/", str(cached_file(source, "config.json", **where)))
+    return Clip(name, model.eval(), processor, found[1] if found else None)
+
+
+def _subfolder(source: str, commit: str | None) -> str:
+    """Where a sentence-transformers folder keeps its CLIPModel; '' for a plain one."""
+    from transformers.utils import cached_file
+
+    try:
+        listing = cached_file(source, "modules.json", revision=commit, _raise_exceptions_for_missing_entries=False)
+        modules = json.loads(Path(listing).read_text(encoding="utf-8")) if listing else []
+        return next((m["path"] for m in modules if str(m["type"]).endswith("CLIPModel")), "")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(_load_failure(source, error)) from error
+
+
+def _load_failure(name: str, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(name).expanduser().is_dir():
+        return f"--model {name} does not load as a CLIPModel folder: {first}"
+    return (f"--model {name}: no such folder, and the hub did not give it ({first}); check the name and the network, "
+            "or `hf auth login` for a private model")
+
+
+def freeze(model: CLIPModel, trainable: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Let only parameters train whose name holds one of `trainable` (`all`: every one); return them by name.
+
+    CLIP's own `logit_scale` stays frozen unless asked for by name: the loss has its own scale.
+    Raises UserError when nothing matches, naming what there is.
+    """
+    named = dict(model.named_parameters())
+    def wanted(name: str) -> bool:
+        if name == "logit_scale":
+            return "logit_scale" in trainable
+        return any(part == "all" or part in name for part in trainable)
+    for part in trainable:
+        if part != "all" and not any(part in name for name in named):
+            tops = sorted({".".join(name.split(".")[:2]) for name in named})
+            raise UserError(f"--trainable {part} matches no parameter; names begin with {', '.join(tops)}")
+    for name, parameter in named.items():
+        parameter.requires_grad_(wanted(name))
+    return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+
+
+def pick_mode(wanted: str, trainable: dict[str, nn.Parameter]) -> bool:
+    """True for cached: everything that trains lies after the towers, so that their features are constants.
+
+    Raises UserError when `cached` is asked for although a layer inside a tower trains.
+    """
+    inside = [name for name in trainable if not name.startswith(HEAD)]
+    if wanted == "cached" and inside:
+        raise UserError(f"--mode cached cannot train {inside[0]}: features change with it; use --mode streaming")
+    return wanted != "streaming" and not inside
+
+
+def describe_trainable(model: CLIPModel, trainable: dict[str, nn.Parameter]) -> str:
+    """One line: what trains and how much, e.g. `1,376,256 of 427,616,513 (0.32 %)`."""
+    # logit_scale is a scalar of the loss; the reference counts it, so the totals are comparable.
+    total = sum(p.numel() for p in model.parameters())
+    count = sum(p.numel() for p in trainable.values())
+    shown = list(trainable) if len(trainable) <= 4 else [*list(trainable)[:3], f"… {len(trainable) - 3} more"]
+    return f"{count:,} of {total:,} parameters train ({100 * count / total:.2f} %): {', '.join(shown)}"
+
+
+class Towers(nn.Module):
+    """Both towers up to their pooled outputs; pixels come as uint8 and are normalised here, on the device."""
+
+    gain_C11: Tensor
+    shift_C11: Tensor
+
+    def __init__(self, clip: Clip) -> None:
+        super().__init__()
+        self.vision_model: Any = clip.model.vision_model
+        self.text_model: Any = clip.model.text_model
+        for tower in (self.vision_model, self.text_model):
+            use_quick_gelu(tower)
+        self.pools = can_pool(self.vision_model) and can_pool(self.text_model)
+        settings = clip.image_processor
+        mean = torch.tensor(settings.image_mean if settings.do_normalize else [0.0] * 3)
+        std = torch.tensor(settings.image_std if settings.do_normalize else [1.0] * 3)
+        rescale = settings.rescale_factor if settings.do_rescale else 1.0
+        self.register_buffer("gain_C11", (rescale / std)[:, None, None], persistent=False)
+        self.register_buffer("shift_C11", (-mean / std)[:, None, None], persistent=False)
+
+    def image(self, pixels_BCSS: Tensor) -> Tensor:
+        """uint8 pixels [B, 3, S, S] -> image features [B, V], fp32."""
+        if not len(pixels_BCSS):
+            return self.gain_C11.new_zeros(0, self.vision_model.config.hidden_size)
+        normalised = torch.addcmul(self.shift_C11, pixels_BCSS.float(), self.gain_C11)
+        if self.pools and not torch.is_grad_enabled():
+            return pool_images(self.vision_model, normalised).float()
+        return self.vision_model(pixel_values=normalised).pooler_output.float()
+
+    def text(self, tokens: Tokens) -> Tensor:
+        """Tokens [B, L] -> text features [B, T], fp32: the hidden state at the first EOS."""
+        if not len(tokens.ids_BL):
+            return self.gain_C11.new_zeros(0, self.text_model.config.hidden_size)
+        if self.pools and not torch.is_grad_enabled():
+            return pool_texts(self.text_model, tokens).float()
+        # Without the mask: attention is causal, so no padding reaches the EOS before it; but transformers asks a mask
+        # for its values, and the host would wait for them.
+        return self.text_model(input_ids=tokens.ids_BL).pooler_output.float()
+
+    def recompute(self) -> None:
+        """Keep only what enters each layer, and compute the rest again when its gradient is due: memory for time."""
+        for tower in (self.vision_model, self.text_model):
+            for layer in tower.encoder.layers:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+    def forward(self, batch: Batch) -> Features:
+        """One Batch of tower inputs -> its Features."""
+        return Features(
+            self.image(batch.pixels_BCSS), self.text(batch.title),
+            None if batch.negative is None else self.text(batch.negative),
+            batch.image_id_B, batch.title_id_B, batch.negative_id_B,
+        )
+
+
+def pick_precision(wanted: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 exactly where the hardware has bf16 units; elsewhere it would be slower than fp32.
+
+    Measured: a CPU without such units runs bf16 autocast 4.3x slower than fp32, one with them 1.8x faster.
+    """
+    if wanted != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    units = torch.cpu.get_capabilities()
+    return torch.bfloat16 if units.get("avx512_bf16") or units.get("amx_bf16") else torch.float32
+
+
+def fingerprint(clip: Clip, tower: str, preprocessing: str, precision: torch.dtype) -> str:
+    """Names the feature space: a digest of the tower's config and weights, its preprocessing and its precision.
+
+    `tower` is vision_model or text_model.
+    """
+    config = getattr(clip.model, tower).config.to_json_string()
+    digest = hashlib.sha256(f"{preprocessing}|{precision}|{config}".encode())
+    for name, tensor in sorted(clip.digests.items()):
+        if name.startswith(f"{tower}."):
+            digest.update(f"{name}={tensor}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,25 @@
+"""`run.py check`: look at all images and titles before any GPU time."""
+
+from __future__ import annotations
+
+import json
+
+from data.check.checks import check as look_over
+from data.check.findings import as_json, table
+from data.images.decode import ImageSpec
+from engine.commands.common import read_rows, reader
+from engine.config.fields import Config
+from engine.ranks.signals import Stop
+from engine.ranks.world import World
+
+
+def check(cfg: Config, world: World, stop: Stop) -> int:
+    """A look at all images and titles before any GPU time: one process."""
+    if not world.is_main:
+        return 0
+    rows, lost = read_rows(cfg, world.say)
+    findings, usable = look_over(rows, reader(cfg, ImageSpec.clip()), world.say, lost)
+    counts = {name: len(split) for name, split in rows.items()}
+    print(json.dumps(as_json(findings, counts, usable), indent=2) if cfg.json
+          else table(findings, counts, usable, len(lost)))
+    return int(cfg.strict and any(finding.severity == "error" for finding in findings))

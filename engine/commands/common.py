@@ -1,0 +1,117 @@
+"""How commands open a model, its rows and its pairs, and measure them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.batch import UserError
+from data.cold import Reader
+from data.images.decode import ImageSpec, tokenizer_fingerprint
+from data.pairs import Encoders, Pairs, Team, open_pairs
+from data.sources.source import Columns, Rows, load_splits
+from data.store.resident import Resident
+from data.web.fetch import FetchPolicy
+from data.web.remote_shards import fetch_shards
+from engine.clip.encoder import CPU_TITLES, Frozen
+from engine.clip.model import Head, Parts, open_model
+from engine.clip.towers import fingerprint
+from engine.config.fields import Config
+from engine.publish.hub import check_push
+from engine.ranks.world import World
+from engine.run_folder.folder import open_folder
+from eval.metrics import Retrieval
+from eval.retrieval import measure_split
+
+
+def open_parts(cfg: Config, world: World) -> Parts:
+    """The CLIPModel taken apart, frozen by name, on this rank's device."""
+    parts = open_model(cfg.model, cfg.trainable, cfg.mode, cfg.scale, cfg.precision, world.device, cfg.augment,
+                       cfg.gradient_checkpointing)
+    world.say(parts.describe())
+    return parts
+
+
+def read_rows(cfg: Config, tell: Callable[[str], None] = lambda text: None) -> tuple[
+        dict[str, Rows], list[dict[str, Any]]]:
+    """The splits of --dataset, and ledger entries of what shards have lost; shards at an address are fetched first."""
+    def download(pattern: str) -> list[Path]:
+        return fetch_shards(pattern, Path(cfg.cache_dir).expanduser() / "shards", fetch_policy(cfg), tell)
+
+    columns = Columns(cfg.image_column or None, cfg.title_column or None, cfg.negative_column or None)
+    lost: list[dict[str, Any]] = []
+    return load_splits(cfg.dataset, columns, cfg.seed, lost.append, download), lost
+
+
+def fetch_policy(cfg: Config) -> FetchPolicy:
+    """What may be asked for over the network, and how."""
+    return FetchPolicy(allow_hosts=cfg.allow_host, variants=cfg.variants)
+
+
+def reader(cfg: Config, spec: ImageSpec) -> Reader:
+    """How this run turns an image reference into pixels."""
+    folder = Path(cfg.cache_dir).expanduser() / "fetched"
+    return Reader(folder, spec, fetch_policy(cfg), cfg.max_pixels, cfg.workers, cfg.retry_failed, cfg.augment)
+
+
+def open_data(cfg: Config, world: World, parts: Parts, only: str = "") -> Pairs:
+    """Read the rows, run the cold pass with the towers' help, account for every row."""
+    (rows, lost), wanted = read_rows(cfg, world.say), only or "train"
+    if wanted not in rows:
+        raise UserError(f"--dataset {cfg.dataset} has no split {wanted!r}; it has {', '.join(rows)}")
+    spec = ImageSpec.from_processor(parts.clip.image_processor)
+    team, cache = Team(world.rank, world.size, world.meet), Path(cfg.cache_dir).expanduser()
+    pairs = open_pairs({only: rows[only]} if only else rows, lost, reader(cfg, spec),
+                       encoders(parts, spec.fingerprint(), world.device, cfg.compile), team, cache, cfg.max_bad,
+                       cfg.mine_negatives, world.device, world.live)
+    world.say(pairs.describe())
+    return pairs
+
+
+def encoders(parts: Parts, image_preprocessing: str, device: torch.device,
+             compiled: str = "off") -> Encoders:
+    """Lend the towers to the data room: without autograd, in the run's precision, named by what they are."""
+    towers, clip = parts.towers, parts.clip
+    title_preprocessing = tokenizer_fingerprint(clip.tokenizer, clip.max_tokens)
+    image, text = clip.config.vision_config, clip.config.text_config
+    return Encoders(
+        image=Frozen(towers.image, device, parts.precision, compiled), image_width=image.hidden_size,
+        text=Frozen(towers.text, device, parts.precision, cpu_batch=CPU_TITLES), text_width=text.hidden_size,
+        image_space=fingerprint(clip, "vision_model", image_preprocessing, parts.precision),
+        text_space=fingerprint(clip, "text_model", title_preprocessing, parts.precision),
+        stored=parts.stored, tokenizer=clip.tokenizer, max_tokens=clip.max_tokens)
+
+
+def measure(residents: Mapping[str, Resident], head: Head, names: Collection[str],
+            world: World | None = None) -> dict[str, Retrieval]:
+    """Ranks and triplets of the named splits with the head as it is now; all ranks of a `world` share the work."""
+    return {name: measure_rows(head, split, world) for name, split in residents.items() if name in names}
+
+
+def measure_rows(head: Head, split: Resident, world: World | None = None) -> Retrieval:
+    """Ranks and triplets of some rows."""
+    team = ((world.rank, world.size), world.sum) if world else ()
+    return measure_split(head.image, head.text, split.parts(), *team)
+
+
+def with_probe(cfg: Config, world: World, parts: Parts, pairs: Pairs) -> Pairs:
+    """The pairs, and the test split of --probe beside them as a split of its own, only ever measured."""
+    if not cfg.probe:
+        return pairs
+    other = replace(cfg, dataset=cfg.probe, image_column="", title_column="", negative_column="", mine_negatives="off")
+    probe = open_data(other, world, parts, only="test")
+    return replace(
+        pairs, splits={**pairs.splits, "probe": probe.splits["test"]},
+        ledger=[*pairs.ledger, *({**entry, "split": "probe"} for entry in probe.ledger)],
+        residents=lambda: {**pairs.residents(), "probe": probe.residents()["test"]})
+
+
+def open_run(cfg: Config, world: World) -> tuple[Path, bool]:
+    """The run folder and whether it holds a run to go on with; first of all, whether the hub would take the model."""
+    if cfg.push_to_hub and world.is_main:
+        check_push(cfg.push_to_hub, world.say)
+    return open_folder(cfg, world)

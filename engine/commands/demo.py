@@ -1,0 +1,22 @@
+"""`run.py demo`: draw thumbnails and titles, then tune the small model that ships with the project on them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from data.demo.demo import write_demo
+from engine.commands.train import train
+from engine.config.fields import Config
+from engine.ranks.signals import Stop
+from engine.ranks.world import World
+
+
+def demo(cfg: Config, world: World, stop: Stop) -> int:
+    """Draw thumbnails and titles, then tune the small model that ships with the project on them."""
+    folder = Path(cfg.cache_dir).expanduser() / "demo"
+    if world.is_main:
+        world.say(f"drawing thumbnails into {folder}")
+        write_demo(folder)
+    world.barrier()
+    return train(replace(cfg, dataset=str(folder)), world, stop)

@@ -1,0 +1,27 @@
+"""`run.py eval`: the metrics of any CLIPModel on one split."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from engine.commands.common import measure, open_data, open_parts
+from engine.config.fields import Config
+from engine.ranks.signals import Stop
+from engine.ranks.world import World
+from engine.run_folder import folder
+from eval.report.report import table
+
+
+def evaluate(cfg: Config, world: World, stop: Stop) -> int:
+    """The metrics alone, for any CLIPModel."""
+    parts = open_parts(cfg, world)
+    pairs = open_data(cfg, world, parts, only=cfg.split)
+    scores = {cfg.split: measure(pairs.residents(), parts.head, [cfg.split], world)[cfg.split].summarise()}
+    if world.is_main:
+        world.say(table({parts.clip.name: scores}))
+        print(json.dumps(scores, indent=2))
+        if cfg.out:
+            folder.write_json(Path(cfg.out) / "metrics.json", scores)
+            folder.write_ledger(Path(cfg.out) / "ledger.jsonl", pairs.ledger)
+    return 0

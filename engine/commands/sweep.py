@@ -1,0 +1,73 @@
+"""`run.py sweep`: settings tried by cross-validation; the best one trained on all rows and tested once."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data.batch import UserError
+from data.pairs import Pairs
+from data.sources.folds import folds, join
+from data.store.resident import Resident
+from engine.commands.common import measure, measure_rows, open_data, open_parts, open_run
+from engine.commands.train import finish
+from engine.config.fields import Config
+from engine.ranks.signals import Stop
+from engine.ranks.world import World
+from engine.run_folder import folder
+from engine.sweep.space import configurations, named
+from engine.sweep.trials import REPEAT, Journal, Run, Tuner
+from engine.train import Plan
+from eval.leaderboard import judge, leaderboard, on_host
+from eval.retrieval import differences
+
+
+def sweep(cfg: Config, world: World, stop: Stop) -> int:
+    """Try settings by cross-validation over all rows but test's; retrain the best on them, and test that once."""
+    tried = configurations(cfg)
+    out, begun = open_run(cfg, world)
+    parts = open_parts(cfg, world)
+    if not parts.cached:
+        raise UserError("sweep trains from stored features: only projections and logit_scale can be --trainable")
+    pairs = open_data(cfg, world, parts)
+    rows = join([split for name, split in pairs.residents().items() if name in ("train", "valid")])
+    runs = [Run(seed, *fold) for seed in range(cfg.seed, cfg.seed + cfg.seeds * REPEAT, REPEAT)
+            for fold in folds(rows, cfg.folds, seed)]
+    for settings in tried:  # a batch too large for a fold is better said now
+        Plan(min(len(run.train) for run in runs), replace(cfg, **settings).batch_size, 1)
+    folder.begin(out, cfg, world, parts.precision, pairs.ledger)
+    journal = Journal(out, world, pairs.identity, cfg.best_metric, begun)
+    todo = [settings for settings in tried if not journal.known(settings)]
+    tuner, held_out = Tuner(parts, Resident.batches), lambda rows: on_host(measure_rows(parts.head, rows))
+    base, began = tuner.cross_validate(None, runs, held_out, world), time.monotonic()
+    with stop.gracefully():
+        for done, settings in enumerate(todo, start=1):
+            found = tuner.cross_validate(replace(cfg, **settings), runs, held_out, world)
+            score = journal.add(settings, judge(found, base, len(rows), cfg.best_metric))
+            speed = done * len(runs) / (time.monotonic() - began) * 60
+            world.say(f"{done}/{len(todo)}  {cfg.best_metric} {score:.4f}  ({named(settings)})  {speed:,.0f} runs/min")
+            if stop.agreed(world, done):
+                world.say(f"stopped; run.py sweep --resume --out {out} goes on from what sweep.jsonl holds")
+                break
+    return conclude(cfg, world, tuner, pairs, rows, journal, out)
+
+
+def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Resident, journal: Journal,
+             out: Path) -> int:
+    """Retrain the winner on all rows but test's, measure it there once; leaderboard, recipe and model."""
+    lines, best = journal.ranked(), replace(cfg, **journal.ranked()[0]["settings"])
+    tuner.reset()
+    before = measure(pairs.residents(), tuner.parts.head, ["test"])
+    tuner.tune(best, rows)
+    after = measure(pairs.residents(), tuner.parts.head, ["test"])
+    metrics: dict[str, Any] = {when: {name: one.summarise() for name, one in found.items()}
+                               for when, found in (("base", before), ("tuned", after))}
+    metrics["difference"] = differences(before, after)
+    folder.write_metrics(out, metrics, world)
+    if world.is_main:
+        journal.conclude(out, cfg)
+        print(leaderboard(lines[:10], [named(line["settings"]) for line in lines[:10]], cfg.best_metric) + "\n")
+        world.say(f"winner: {named(lines[0]['settings'])}  (run.py --config {out / 'recipe.toml'})")
+    return finish(best, world, tuner.parts, out, metrics)

@@ -1,0 +1,188 @@
+"""`run.py train`: base metrics, the loop, tuned metrics, the exported model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from data.batch import UserError
+from data.pairs import Pairs
+from data.prefetch import order_digest, slices
+from data.store.resident import Resident
+from engine.clip.model import Parts, distribute
+from engine.commands.common import measure, open_data, open_parts, open_run, with_probe
+from engine.config.cli import FREE_ON_RESUME
+from engine.config.fields import Config, as_dict
+from engine.config.recipes import fitted
+from engine.optim import adamw
+from engine.publish.export import Origin, Tuned, export
+from engine.publish.hub import push
+from engine.ranks.signals import Stop
+from engine.ranks.world import World
+from engine.run_folder import checkpoint, folder
+from engine.run_folder.board import Drift, comparable
+from engine.run_folder.checkpoint import Saver, State
+from engine.run_folder.log import Log
+from engine.run_folder.nonfinite import Finite
+from engine.run_folder.profiler import profiler
+from engine.sweep.interpolate import interpolate, snapshot
+from engine.train import Plan, fit
+from eval.metrics import Retrieval
+from eval.report.answers import embed
+from eval.report.report import table, write_report
+from eval.report.show import Show, shown_split
+from eval.retrieval import differences
+
+
+def train(cfg: Config, world: World, stop: Stop) -> int:
+    """Base metrics, the loop, tuned metrics, the exported model."""
+    (out, begun), parts = open_run(cfg, world), open_parts(cfg, world)
+    trained = parts.trained_model(cfg.micro_batch)
+    pairs = with_probe(cfg, world, parts, open_data(cfg, world, parts))
+    cfg = fitted(cfg, len(pairs.splits["train"]))
+    names, plan = measured(cfg, pairs), Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
+    saved = saver(cfg, world, out, parts, pairs)
+    start, drift = snapshot(parts.trainable) if cfg.interpolate else {}, Drift(parts.trainable)
+    base = measure(pairs.residents(), parts.head, names, world) if begun else {}  # before tuned weights return
+    state = saved.resume(world.say) if begun else checkpoint.State()
+    folder.begin(out, cfg, world, parts.precision, pairs.ledger)
+    metrics = folder.read_json(out / "metrics.json") if state.step else {}
+    log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, comparable(cfg), metrics.get("base"))
+    show = open_show(out, pairs, names, resumed=state.step > 0)
+    judge = Judge(pairs, names, parts, plan, state, saved, log, show, world, metrics, base)
+    batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
+    watch, model = watcher(cfg, world, out, pairs, trained), distribute(trained, world.size)
+    with closing(log), stop.gracefully(), profiler(cfg.profile, out / "profile", world.rank, log) as trace:
+        evaluate = stop.at_once()(judge)  # what was trained is on the disk by then
+        if not state.step or (state.evaluated < state.step and plan.due(state.step, cfg.eval_every)):
+            evaluate()  # the base model; or what a signal or a crash has cut off
+        fit(model, batches, saved.optimizer, plan, state, world, cfg, parts.precision, log=log, profiler=trace,
+            evaluate=evaluate, checkpoint=saved.save, stop=partial(stop.agreed, world), watch=watch)
+        if taken := saved.take_best(state, world.say):
+            evaluate(taken)
+        if cfg.interpolate and not state.stopped:
+            interpolated(cfg, judge, start)
+            evaluate(taken or state.step)
+    return finish(cfg, world, parts, out, metrics, partial(report, out, pairs, show))
+
+
+@dataclass
+class Judge:
+    """Measures the head and tells all who want to know: at both ends everything, between them only what is watched."""
+
+    pairs: Pairs
+    names: Sequence[str]  # of the splits to measure
+    parts: Parts
+    plan: Plan
+    state: State
+    saved: Saver
+    log: Log
+    show: Show
+    world: World
+    metrics: dict[str, Any]  # what metrics.json holds
+    base: Mapping[str, Retrieval]  # row by row, of the model that the run began with
+
+    def __call__(self, taken: int = 0) -> None:
+        """`taken` is the step whose weights have been put in place of the last ones, if any have."""
+        step = self.state.step
+        ends = bool(taken) or step in (0, self.plan.steps)
+        residents = self.pairs.residents()
+        watched = [name for name in self.names if name in ("train", "valid")]
+        found = measure(residents, self.parts.head, self.names if ends or not watched else watched, self.world)
+        scores = {name: one.summarise() if ends else one.values() for name, one in found.items()}
+        self.log.metrics(scores, taken or step)
+        self.saved.note(self.state, scores)
+        if ends:
+            self._keep(found, scores, residents[self.show.split])
+
+    def _keep(self, found: Mapping[str, Retrieval], scores: dict[str, Any], shown: Resident) -> None:
+        """What the run folder says of one end."""
+        when = "tuned" if self.state.step else "base"
+        self.metrics[when] = scores
+        if when == "tuned":
+            self.metrics["difference"] = differences(self.base, found)
+        else:
+            self.base = found
+        folder.write_metrics(self.saved.run, self.metrics, self.world)
+        if self.world.is_main:
+            head = self.parts.head
+            space = embed(head.image, head.text, shown.parts())
+            self.show.look(when, space, self.log.board, self.state.step)
+
+
+def measured(cfg: Config, pairs: Pairs) -> list[str]:
+    """The splits that --eval-splits names and the probe, else all there are."""
+    for name in cfg.eval_splits:
+        if name not in pairs.splits:
+            raise UserError(f"--eval-splits {name}: there is {', '.join(pairs.splits)}")
+    return [name for name in pairs.splits if name in (*cfg.eval_splits, "probe") or not cfg.eval_splits]
+
+
+def interpolated(cfg: Config, judge: Judge, base: Mapping[str, torch.Tensor]) -> None:
+    """Leave the parameters between base and tuned as --interpolate says; how valid (else train) and probe take it."""
+    parts, names = judge.parts, judge.names
+    watched = list(dict.fromkeys([next(name for name in ("valid", "train", *names) if name in names),
+                                  *({"probe"} & set(names))]))
+
+    def score() -> dict[str, dict[str, float]]:
+        found = measure(judge.pairs.residents(), parts.head, watched, judge.world)
+        return {name: found[name].values() for name in watched}
+
+    curve = interpolate(parts.trainable, base, cfg.interpolate, score, cfg.best_metric)
+    judge.metrics["interpolation"] = curve
+    judge.log.curve("interpolation", curve["curve"])
+
+
+def watcher(cfg: Config, world: World, out: Path, pairs: Pairs,
+            trained: nn.Module) -> Callable[[int, list[float]], None]:
+    """What ends a run whose gradients stay not finite, and can name the rows to blame."""
+    def rows(step: int) -> list[int]:
+        train = pairs.splits["train"]
+        return train.row_N[next(slices(len(train), cfg.batch_size, cfg.seed, 0, 1, step)).numpy()].tolist()
+
+    batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
+    return Finite(out, trained, batches, rows, world).watch
+
+
+def open_show(out: Path, pairs: Pairs, names: Sequence[str], resumed: bool) -> Show:
+    """What people are shown of the model: answers about test, else valid."""
+    return Show(out, shown_split(names), pairs.album.title, pairs.album.picture, resumed)
+
+
+def report(out: Path, pairs: Pairs, show: Show) -> Path:
+    """The before/after page of a run."""
+    sizes = {name: len(split) for name, split in pairs.splits.items()}
+    return write_report(out, show.split, sizes, show.answers, show.title, show.picture)
+
+
+def saver(cfg: Config, world: World, out: Path, parts: Parts, pairs: Pairs) -> Saver:
+    """The optimizer, and what saves and resumes this run and knows what its checkpoints belong to."""
+    rows = len(pairs.splits["train"])
+    identity = {**pairs.identity, "the precision": str(parts.precision), "the number of pairs": str(rows)}
+    recipe = {key: value for key, value in as_dict(cfg).items() if key not in FREE_ON_RESUME}
+    optimizer = adamw(parts.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp)
+    return Saver(out, parts.trainable, optimizer, identity, recipe,
+                 order_digest(rows, cfg.batch_size, cfg.seed), cfg.keep, cfg.best_metric, cfg.patience, world)
+
+
+def finish(cfg: Config, world: World, parts: Parts, out: Path, metrics: dict[str, Any],
+           write_page: Callable[[], Path] | None = None) -> int:
+    """What a finished run leaves behind: the model folder, the page, the table, the digests of it all."""
+    if world.is_main:
+        tuned = Tuned(parts.trainable, Origin.of(cfg, parts.clip, parts.trainable, metrics))
+        export(parts.clip, out / "model", tuned, table(metrics), cfg.license)
+        page = f"report      {write_page()}\n" if write_page else ""
+        folder.seal(out)
+        print(table(metrics), flush=True)
+        world.say(f"run folder  {out}\nmodel       {out / 'model'}\n{page}"
+                  f"TensorBoard tensorboard --logdir {out.parent}")
+        if cfg.push_to_hub:
+            push(out / "model", cfg, str(out), ["push_to_hub", "private"], world.say)
+    return 0

@@ -1,0 +1,77 @@
+"""`run.py verify`: prove a run again, or check the feature store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from data.batch import UserError
+from data.images.decode import ImageSpec
+from data.store.upkeep import describe, look_over, tidy
+from engine.commands.common import encoders, measure, open_data, open_parts, with_probe
+from engine.commands.train import saver
+from engine.config.fields import Config
+from engine.ranks.signals import Stop
+from engine.ranks.world import World
+from engine.run_folder import verification as again
+from engine.run_folder.folder import read_json, settings_of
+from engine.run_folder.replay import retrace
+from engine.run_folder.verification import Finding
+from engine.train import Plan
+
+
+def verify(cfg: Config, world: World, stop: Stop) -> int:
+    """Check a run folder again, or the feature store; exit 1 when something is not what it was."""
+    if not cfg.run:
+        return verify_store(cfg, world)
+    run = Path(cfg.run).expanduser()
+    if (run / "sweep.jsonl").exists():
+        raise UserError(f"--run {run} is a sweep's folder and has no steps; train with --config {run}/recipe.toml and "
+                        "verify that run")
+    mine = {name: getattr(cfg, name) for name in ("device", "workers", "allow_host", "max_pixels")}  # not the folder's
+    given = {name: getattr(cfg, name) for name in ("dataset", "model") if getattr(cfg, name)}
+    old = replace(settings_of(run), cache_dir=cfg.cache_dir, **mine, **given)
+    findings, whole = again.files(run)
+    findings.append(again.exported(run, whole))
+    try:
+        findings += rerun(old, world, run, whole)
+    except UserError as error:  # data or base model gone
+        findings.append(again.Finding("replay and metrics", again.UNCHECKED, str(error)))
+    if world.is_main:
+        print(again.table(findings), flush=True)
+    return int(again.failed(findings))
+
+
+def rerun(cfg: Config, world: World, run: Path, whole: Sequence[Path]) -> list[Finding]:
+    """Train a few steps again, and measure the exported model again."""
+    parts = open_parts(cfg, world)
+    pairs = open_data(cfg, world, parts)
+    plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
+    findings = retrace(cfg, world, run, whole, parts, saver(cfg, world, run, parts, pairs), plan, pairs.ledger,
+                       pairs.batches("train", cfg.batch_size, cfg.seed, world.device))
+    if not (run / "model").exists():
+        return findings
+    written, tuned = read_json(run / "metrics.json").get("tuned", {}), replace(cfg, model=str(run / "model"))
+    parts = open_parts(tuned, world)
+    found = measure(with_probe(tuned, world, parts, open_data(tuned, world, parts)).residents(), parts.head, written)
+    scores = {name: one.summarise() for name, one in found.items()}
+    exact = again.same_machine(run, world) and not any(finding.apart for finding in findings)
+    return [*findings, again.metrics(scores, written, exact)]
+
+
+def verify_store(cfg: Config, world: World) -> int:
+    """Read the feature store again; with --prune, delete what is not --model's."""
+    if not world.is_main:
+        return 0
+    cache, keep = Path(cfg.cache_dir).expanduser(), set[str]()
+    found = look_over(cache)
+    print(describe(found))
+    if cfg.prune and cfg.model:
+        parts = open_parts(cfg, world)
+        towers = encoders(parts, ImageSpec.from_processor(parts.clip.image_processor).fingerprint(), world.device)
+        keep = {towers.image_space, towers.text_space}
+    if cfg.prune:
+        kept = sorted(keep & {space.name for space in found})
+        print(f"pruned {tidy(cache, keep) / 1e6:,.1f} MB; kept {', '.join(kept) or 'nothing'}")
+    return int(any(space.damaged for space in found))

@@ -1,0 +1,1 @@
+"""Settings: fields, flags, TOML, recipes."""

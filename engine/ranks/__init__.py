@@ -1,0 +1,1 @@
+"""Ranks: world and collectives, rendezvous, signals."""

@@ -1,0 +1,153 @@
+"""TensorBoard: what is written, under which tags, and how much of it.
+
+The groups of the first page sort as they should be read: `eval` (the few metrics that matter, of the splits watched on
+the way), `fit` (the loop), `machine`, then pictures and all other metrics by split. The base model's metrics are a run
+of their own beside it, `base`, so each metric's card shows them as a second, level line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.config.fields import Config, as_dict, config_fields
+
+POINTS = 5_000  # of any curve: a million steps leave this many; steps.jsonl has them all
+HEADLINE = ("image_to_text_R@10", "text_to_image_R@10", "triplet_accuracy")
+WATCHED = ("train", "valid")  # splits measured on the way, not only at both ends
+LAYOUT = {"at a glance": {
+    "loss": ["Multiline", ["fit/loss"]],
+    "Recall@10, thumbnail to title": ["Multiline", ["eval/image_to_text_R@10.*"]],
+    "Recall@10, title to thumbnail": ["Multiline", ["eval/text_to_image_R@10.*"]],
+    "triplet accuracy": ["Multiline", ["eval/triplet_accuracy.*"]],
+    "test: Recall@10 at both ends": ["Multiline", ["test/.*R@10"]],
+    "drift of the projections from the base": ["Multiline", ["fit/drift.*"]],
+    "share of time waiting for data": ["Multiline", ["machine/data_wait_share"]],
+}}
+
+
+class _Nothing:
+    """Takes every call and does nothing: the writer of ranks that do not write."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+class Board:
+    """The event files of one run. Cheap to call, silent on all ranks but the first (`folder` None)."""
+
+    def __init__(self, folder: Path | None, first_step: int, steps: int) -> None:
+        self.steps, self.stride = steps, max(1, steps // POINTS)
+        self._main: Any = _Nothing()
+        self._base: Any = _Nothing()
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = first_step + 1 if first_step else None
+            self._main = SummaryWriter(str(folder), purge_step=purge)
+            self._base = SummaryWriter(str(folder / "base"), purge_step=purge)
+            if not first_step:
+                self._main.add_custom_scalars(LAYOUT)
+        self._shown: dict[str, int] = {}  # what was written last, and at which step
+
+    def due(self, what: str, step: int) -> bool:
+        """Is it time to write `what` again? At every step of a short run, at each POINTS-th part of a long one.
+
+        Never for a step before the last one written: best weights taken back are measured at the step they are of.
+        """
+        last = self._shown.get(what, -self.stride)
+        if step < last + self.stride and not step == self.steps > last:
+            return False
+        self._shown[what] = step
+        return True
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """One point a tag."""
+        for tag, value in values.items():
+            self._main.add_scalar(tag, value, step)
+
+    def metrics(self, scores: Mapping[str, Mapping[str, Any]], base: Mapping[str, Mapping[str, Any]],
+                step: int) -> None:
+        """The metrics of an evaluation, and those of the base model as a level line beside them."""
+        splits = [split for split in scores if self.due(f"metrics of {split}", step)]
+        for writer, source in ((self._main, scores), (self._base, base)):
+            for split in splits:
+                for name, value in source.get(split, {}).items():
+                    if isinstance(value, (int, float)):
+                        writer.add_scalar(tag(split, name), value, step)
+
+    def picture(self, name: str, pixels_HWC: np.ndarray, step: int) -> None:
+        """A uint8 RGB picture."""
+        self._main.add_image(name, pixels_HWC, step, dataformats="HWC")
+
+    def histogram(self, name: str, values: Tensor, step: int) -> None:
+        """How values are spread."""
+        self._main.add_histogram(name, values[values.isfinite()], step)
+
+    def embedding(self, name: str, vectors: Tensor, labels: Sequence[Sequence[str]], sprite_NCSS: Tensor,
+                  step: int) -> None:
+        """Points for the projector, each with its title, its kind and a small picture."""
+        self._main.add_embedding(vectors, [list(label) for label in labels], sprite_NCSS, step, name,
+                                 metadata_header=["title", "kind"])
+
+    def hparams(self, recipe: Mapping[str, Any], splits: Sequence[str], done: bool) -> None:
+        """The recipe beside its results, in this run's own event file (`add_hparams` would open a run of its own)."""
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in recipe.items()}
+        results = {tag(split, name): 0.0 for split in splits if split != "train" for name in HEADLINE}
+        experiment, begin, end = hparams(plain, results)
+        for summary in (end,) if done else (experiment, begin):
+            self._main.file_writer.add_summary(summary)
+
+    def flush(self) -> None:
+        """Let others see what was written."""
+        self._main.flush()
+        self._base.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._main.close()
+        self._base.close()
+
+
+def tag(split: str, name: str) -> str:
+    """Where a metric of a split is shown."""
+    return f"eval/{name} {split}" if name in HEADLINE and split in WATCHED else f"{split}/{name}"
+
+
+def comparable(cfg: Config) -> dict[str, Any]:
+    """The settings to compare runs by: what is computed, on what."""
+    return {name: value for name, value in as_dict(cfg).items()
+            if name in ("model", "dataset") or config_fields()[name].metadata["group"] == "recipe"}
+
+
+class Drift:
+    """How far the projections are from where they began: ||W - W0|| / ||W0||, [] each, on their device."""
+
+    def __init__(self, trainable: Mapping[str, nn.Parameter]) -> None:
+        self.now = {name.split(".")[-2]: weight for name, weight in trainable.items()
+                    if name.endswith("projection.weight")}
+        self.base = {name: weight.detach().clone() for name, weight in self.now.items()}
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, float]:
+        """Waits for the device: call it where one waits anyway, at an evaluation."""
+        return {f"fit/drift {name}": float((weight - self.base[name]).norm() / self.base[name].norm())
+                for name, weight in self.now.items()}
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """GiB this process holds on the host now, and at most on its GPU; nothing waits for the device."""
+    found, statm = {}, Path("/proc/self/statm")
+    if statm.exists():  # Linux
+        found["machine/host_GiB"] = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    if device.type == "cuda":
+        found["machine/gpu_peak_GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return found

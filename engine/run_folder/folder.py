@@ -1,0 +1,182 @@
+"""The run folder: made once, never mixed with another run, and able to say how it came to be."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.batch import UserError
+from data.files import altered, lock, replace_text, sha256
+from engine.config.fields import Config, as_dict, config_fields
+from engine.ranks.world import World
+
+SEAL = "manifest.json"
+PACKAGES = ("torch", "transformers", "datasets", "pillow", "aiohttp", "numpy", "tensorboard")
+
+
+def open_folder(cfg: Config, world: World) -> tuple[Path, bool]:
+    """The run folder, the same on every rank, and whether it holds a run to go on with.
+
+    It is `--out`, or one named after the time and the dataset; after a restart by torchrun, the one begun before.
+    Raises UserError when it holds a run already, cannot be made, is in use, or holds nothing to resume.
+    """
+    return world.exchange(_open(cfg) if world.is_main else None)[0]
+
+
+def _open(cfg: Config) -> tuple[Path, bool]:
+    dataset = re.sub(r"[^\w.-]+", "-", Path(cfg.dataset.rstrip("/")).name) or "pairs"
+    fresh = Path(cfg.out or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}-{dataset}").expanduser()
+    begun = _begun([fresh] if cfg.out else sorted(Path("runs").glob("*"), reverse=True))
+    folder = begun or fresh
+    holds_run = (folder / "config.json").exists()
+    if holds_run and cfg.resume == "off" and not begun:
+        raise UserError(f"--out {folder} already holds a run; choose another folder or carry on with --resume")
+    if cfg.resume == "on" and not holds_run:
+        raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = lock(folder)
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be made: {error.strerror}") from None
+    if not free:
+        raise UserError(f"--out {folder} is being written by another run; wait for its end or choose another folder")
+    return folder, holds_run
+
+
+def _begun(folders: Iterable[Path]) -> Path | None:
+    """The folder that this very torchrun began before it restarted its ranks, if it did.
+
+    Its restart count does not tell: it is that of one node, and stays 0 where the lost rank was another node's.
+    """
+    for folder in folders:
+        with suppress(OSError, ValueError, AttributeError):  # no run there, or not a whole one
+            launch = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("launch")
+            if launch and launch == _launch():
+                return folder
+    return None
+
+
+def _launch() -> str | None:
+    """A name of the torchrun this process is a rank of: the same after a restart, another for another launch."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return name and f"{name} {platform.node()} {os.getppid()}"
+
+
+def settings_of(folder: Path) -> Config:
+    """The Config that the run in `folder` was started with. Raises UserError when there is none."""
+    saved = read_json(folder / "config.json").get("config")
+    if not isinstance(saved, dict):
+        raise UserError(f"--run {folder} holds no run with a readable config.json")
+    return replace(Config(), **{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()
+                                if key in config_fields()})
+
+
+def still_there(folder: Path) -> Path:
+    """`folder`; raises FileNotFoundError when somebody has deleted the run meanwhile, so that nobody makes it anew."""
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(errno.ENOENT, "the run folder was deleted", str(folder))
+    return folder
+
+
+def begin(folder: Path, cfg: Config, world: World, precision: torch.dtype,
+          ledger: Iterable[Mapping[str, Any]]) -> None:
+    """Write config.json and ledger.jsonl, from rank 0."""
+    def write() -> None:
+        write_json(folder / "config.json", _provenance(cfg, world, precision))
+        write_ledger(folder / "ledger.jsonl", ledger)
+    world.on_main(write)
+
+
+def _provenance(cfg: Config, world: World, precision: torch.dtype) -> dict[str, Any]:
+    """The content of config.json: resolved settings, versions, commit, host, devices."""
+    device = world.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "config": as_dict(cfg),
+        "precision": str(precision).removeprefix("torch."),
+        "command": " ".join(sys.argv),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "git_commit": _commit(),
+        "host": platform.node(),
+        "devices": {"kind": device.type, "name": name, "ranks": world.size},
+        "launch": _launch(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file, {} when there is none. Raises UserError when it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); move it away to start afresh") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one step, so that a reader sees the old or the new one."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_metrics(folder: Path, metrics: Mapping[str, Any], world: World) -> None:
+    """metrics.json, from rank 0. Raises RunFailed on every rank when the disk refuses."""
+    world.on_main(lambda: write_json(still_there(folder) / "metrics.json", metrics))
+
+
+def write_ledger(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """One line for every dropped row."""
+    write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+
+
+def seal(folder: Path) -> None:
+    """Write manifest.json: the sha256 of what a finished run leaves behind. Raises OSError."""
+    names = ["config.json", "ledger.jsonl", "metrics.json", "steps.jsonl", "sweep.jsonl"]
+    paths = [folder / name for name in names if (folder / name).exists()]
+    paths += sorted(path for path in (folder / "model").rglob("*") if path.is_file())
+    write_json(folder / SEAL, {str(path.relative_to(folder)): sha256(path) for path in paths})
+
+
+def broken_seal(folder: Path) -> list[str] | None:
+    """What changed in a finished run since `seal`; None when it was never sealed. Raises UserError if damaged."""
+    digests = read_json(folder / SEAL)
+    return altered(folder, digests) if digests else None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, text)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, with `+` when its files differ from it."""
+    here = Path(__file__).resolve().parent
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True,
+                              timeout=10).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

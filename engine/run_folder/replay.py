@@ -1,0 +1,55 @@
+"""Some steps of a run trained again, from the base model and from a checkpoint: what `run.py verify` compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from engine.clip.model import Parts, distribute
+from engine.config.fields import Config
+from engine.ranks.world import World
+from engine.run_folder.checkpoint import Saver, State, load, state_of
+from engine.run_folder.log import Silent
+from engine.run_folder.profiler import Profiler
+from engine.run_folder.verification import FAILED, Finding, ledger, orders, read_steps, replay, steps
+from engine.train import Plan, fit
+
+REPLAYED = 5  # steps trained again from each place
+
+
+def retrace(cfg: Config, world: World, run: Path, whole: Sequence[Path], parts: Parts, saved: Saver, plan: Plan,
+            dropped: Sequence[Mapping[str, Any]], batches: Callable[[int], Iterator[Any]]) -> list[Finding]:
+    """Steps, ledger, order and losses of the run in `run` against the same computed again; nothing is written.
+
+    `whole` are its undamaged checkpoints, oldest first; the other arguments are the run opened again: model, optimizer
+    at the base model, plan, ledger, batches from a step on.
+    """
+    def again(state: State) -> Finding:
+        recorder, start, end = Recorder(world), state.step, state.step + REPLAYED
+        fit(model, batches, saved.optimizer, plan, state, world, cfg, parts.precision, log=recorder,
+            profiler=Profiler(), evaluate=lambda: None, checkpoint=lambda _: None, stop=lambda step: int(step >= end))
+        return replay(start, recorder.losses, logged, parts.precision)
+
+    model, logged = distribute(parts.trained_model(cfg.micro_batch), world.size), read_steps(run)
+    findings = [steps(logged, plan.rows_at), ledger(run, dropped), orders(whole, saved.order), again(State())]
+    if earlier := [folder for folder in whole if int(folder.name[5:]) < max(logged, default=0)]:
+        content = load(earlier[-1])
+        changed = saved.restore(content)
+        findings.append(Finding("data, model, recipe", FAILED, "; ".join(changed)) if changed else
+                        again(state_of(content[2])))
+    return findings
+
+
+class Recorder(Silent):
+    """Takes the place of the Log in a replay: keeps the losses, writes nothing."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world, self.losses = world, dict[int, float]()
+
+    def step(self, step: int, loss: Tensor, *_: Any) -> None:
+        """Note the loss of a step, summed over ranks."""
+        self.losses[step] = float(self.world.sum(loss))

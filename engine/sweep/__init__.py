@@ -1,0 +1,1 @@
+"""Sweeps: search space, cross-validated trials, weight interpolation."""

@@ -1,0 +1,118 @@
+"""What a sweep tries: the space of settings, read and drawn from."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from data.batch import UserError
+from engine.config.fields import Config, config_fields
+from engine.config.settings import check, unknown
+
+FIXED = ("mode", "trainable", "seed", "recipe")  # of the recipe, but not to be searched
+RECIPE = [name for name, spec in config_fields().items() if spec.metadata["group"] == "recipe"
+          and name not in ("recipe", "mode")]
+PATIENCE = 1_000  # draws in a row that bring nothing new: the space is exhausted
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, evenly spread or evenly in the logarithm."""
+
+    low: float
+    high: float
+    log: bool
+    whole: bool
+
+    def draw(self, rng: random.Random) -> float | int:
+        """One number, of three digits so that a recipe can be read."""
+        value = (math.exp(rng.uniform(math.log(self.low), math.log(self.high))) if self.log
+                 else rng.uniform(self.low, self.high))
+        return round(value) if self.whole else float(f"{value:.3g}")
+
+
+def read_space(text: str) -> dict[str, Range | list[Any]]:
+    """`lr=1e-4..1e-2:log epochs=2,10` -> for each setting its range or its values. Raises UserError."""
+    known = {name: spec for name, spec in config_fields().items()
+             if spec.metadata["group"] == "recipe" and name not in FIXED}
+    space: dict[str, Range | list[Any]] = {}
+    for part in text.split():
+        key, given, values = part.partition("=")
+        name = key.lstrip("-").replace("-", "_")
+        if not given or not values:
+            raise UserError(f"--space: {part} is no setting with values; write lr=1e-4,1e-3 or lr=1e-4..1e-2:log")
+        if name not in known:
+            raise UserError("--space: " + unknown("setting", name, list(known)))
+        try:
+            space[name] = _values(values, type(known[name].default))
+        except ValueError as error:
+            raise UserError(f"--space: {part}: {error}") from None
+    if not space:
+        raise UserError('sweep needs something to try, such as --space "lr=1e-4,3e-4,1e-3 epochs=2,10"')
+    return space
+
+
+def _values(text: str, kind: type) -> Range | list[Any]:
+    low, dots, high = text.partition("..")
+    if not dots:
+        return [kind(value) for value in text.split(",")]
+    high, colon, scale = high.partition(":")
+    if kind not in (int, float):
+        raise ValueError("only numbers have a range; list the values")
+    found = Range(kind(low), kind(high), scale == "log", kind is int)
+    if (colon and scale != "log") or not found.low < found.high or (found.log and found.low <= 0):
+        raise ValueError("a range is LOW..HIGH or LOW..HIGH:log with LOW below HIGH, above 0 for log")
+    return found
+
+
+def configurations(cfg: Config) -> list[Settings]:
+    """What to try: {} (the settings as given) first, then every combination, or --trials drawn by --seed.
+
+    More --trials extend fewer ones. Raises UserError for a combination that cannot work.
+    """
+    space = read_space(cfg.space)
+    ranges = [name for name, values in space.items() if isinstance(values, Range)]
+    if ranges and not cfg.trials:
+        raise UserError(f"--space: {ranges[0]} is a range; say how many configurations to draw with --trials N")
+    grid = (dict(zip(space, values, strict=True)) for values in itertools.product(
+        *(values for values in space.values() if isinstance(values, list)))) if not ranges else iter(())
+    found: list[Settings] = [{}]
+    seen = {cfg}
+    for settings in _drawn(space, cfg.trials, cfg.seed) if cfg.trials else grid:
+        try:
+            tried = replace(cfg, **settings)
+            check(tried)
+        except ValueError as error:
+            raise UserError(f"--space: {named(settings)}: {error}") from None
+        if tried.interpolate == "auto":
+            raise UserError("sweep holds out no split to choose alpha on; try some: --space interpolate=0.5,0.7,1")
+        if tried not in seen:
+            seen.add(tried)
+            found.append(settings)
+    return found
+
+
+def _drawn(space: Mapping[str, Range | list[Any]], trials: int, seed: int) -> Iterator[Settings]:
+    """`trials` distinct combinations, fewer when the space has fewer."""
+    rng, stale = random.Random(seed), 0
+    seen: set[tuple[Any, ...]] = set()
+    while len(seen) < trials and stale < PATIENCE:
+        settings = {name: values.draw(rng) if isinstance(values, Range) else rng.choice(values)
+                    for name, values in space.items()}
+        key = tuple(settings.values())
+        stale = stale + 1 if key in seen else 0
+        if key not in seen:
+            seen.add(key)
+            yield settings
+
+
+def named(settings: Mapping[str, Any]) -> str:
+    """`lr 0.001, epochs 10`; what is as given by flags and defaults says so."""
+    return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+                     for name, value in settings.items()) or "as given"

@@ -1,0 +1,139 @@
+"""Pictures for TensorBoard, drawn with Pillow: answers of the model, a similarity heat map, sprites of the projector.
+
+Titles are drawn in the first font found; characters that it lacks come out as boxes (the report page has them all).
+Dimension key: N pictures, S side in pixels, H height, W width, C colour channels.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from eval.report.answers import LISTED, Answers, Space
+
+Title = Callable[[int], str]  # row of the split -> its title
+Picture = Callable[[int], bytes]  # row of the split -> a small JPEG, b"" where there is none
+FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf")
+WIDTH, TILE_W, TILE_H, LINE, GAP = 580, 104, 78, 20, 8  # a card of TensorBoard is some 400 pixels wide
+PAPER, INK, FAINT, RIGHT, RIGHT_PAPER = "#ffffff", "#1b1f24", "#6a737d", "#116329", "#dafbe1"
+RAMP = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis at five places
+
+
+def titles_of_images(answers: Answers, places: Sequence[int], title: Title, picture: Picture) -> np.ndarray:
+    """Each thumbnail beside its best titles with their scores, the right one marked: uint8 [H, W, 3]."""
+    high = LISTED * LINE + 3 * GAP
+    sheet, pen = _paper(high * len(places))
+    for index, place in enumerate(places):
+        top = index * high + GAP
+        row = int(answers.query_Q[place])
+        _paste(sheet, picture(row), (GAP, top))
+        pen.text((GAP, top + TILE_H), _rank(answers, place), FAINT, _font(13))
+        listed = zip(answers.best_QK[place].tolist(), answers.score_QK[place].tolist(),
+                     answers.right_QK[place].tolist(), strict=True)
+        for line, (candidate, score, right) in enumerate(listed):
+            _answer_line(pen, TILE_W + 2 * GAP, top + line * LINE, f"{score:.2f}", title(candidate), right)
+    return np.asarray(sheet)
+
+
+def images_of_titles(answers: Answers, places: Sequence[int], title: Title, picture: Picture) -> np.ndarray:
+    """Each title above its best thumbnails with their scores, the right one framed: uint8 [H, W, 3]."""
+    high = TILE_H + 2 * LINE + 2 * GAP
+    sheet, pen = _paper(high * len(places))
+    for index, place in enumerate(places):
+        top = index * high + GAP
+        text = f"{_clip(title(int(answers.query_Q[place])), 54)}   ({_rank(answers, place)})"
+        pen.text((GAP, top), text, INK, _font(14))
+        listed = zip(answers.best_QK[place].tolist(), answers.score_QK[place].tolist(),
+                     answers.right_QK[place].tolist(), strict=True)
+        for column, (candidate, score, right) in enumerate(listed):
+            left = GAP + column * (TILE_W + GAP + 3)
+            if right:
+                pen.rectangle((left - 5, top + LINE - 2, left + TILE_W + 4, top + LINE + TILE_H + 21), RIGHT_PAPER,
+                              RIGHT, 3)
+            _paste(sheet, picture(candidate), (left, top + LINE + 3))
+            pen.text((left, top + LINE + TILE_H + 4), f"{score:.2f}" + "  ✓ right" * right, RIGHT if right else FAINT,
+                     _font(13))
+    return np.asarray(sheet)
+
+
+def heat_map(space: Space, rows: Tensor, cell: int = 14) -> np.ndarray:
+    """Cosines of images (down) and titles (across) of `rows`, bright is similar, pairs on the diagonal: uint8 RGB.
+
+    The scale spans what is there, so that a model whose cosines all lie close together is seen as well.
+    """
+    rows = rows.to(space.image_NE.device)
+    score = (space.image_NE[rows].float() @ space.title_NE[rows].float().T).cpu().numpy()
+    low, high = float(score.min()), float(score.max())
+    at = (score - low) / max(high - low, 1e-9) * (len(RAMP) - 1)
+    colour = np.stack([np.interp(at, range(len(RAMP)), channel) for channel in zip(*RAMP, strict=True)], -1)
+    body = colour.round().astype(np.uint8).repeat(cell, 0).repeat(cell, 1)
+    sheet = Image.new("RGB", (max(body.shape[1], 420), body.shape[0] + 30), PAPER)
+    sheet.paste(Image.fromarray(body), (0, 30))
+    ImageDraw.Draw(sheet).text((4, 7), f"images down, titles across; cosines {low:.2f} (dark) to {high:.2f} (bright)",
+                               INK, _font(13))
+    return np.asarray(sheet)
+
+
+def sprites(pictures: Sequence[bytes], titles: Sequence[str], side: int = 64) -> Tensor:
+    """Small squares for the projector, the pictures first, then the titles written out: float [N, 3, side, side]."""
+    tiles = [Image.new("RGB", (side, side), PAPER) for _ in (*pictures, *titles)]
+    for tile, data in zip(tiles, pictures, strict=False):
+        if data:
+            small = Image.open(io.BytesIO(data))
+            small.thumbnail((side, side))
+            tile.paste(small, ((side - small.width) // 2, (side - small.height) // 2))
+    for tile, text in zip(tiles[len(pictures):], titles, strict=True):
+        pen = ImageDraw.Draw(tile)
+        pen.rectangle((0, 0, side - 1, side - 1), "#fff8c5", "#9a6700")
+        for line in range(4):
+            pen.text((3, 4 + 14 * line), _clean(text)[line * 10:line * 10 + 10], INK, _font(10))
+    stacked = np.stack([np.asarray(tile) for tile in tiles])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
+
+
+def _paper(height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    sheet = Image.new("RGB", (WIDTH, height), PAPER)
+    return sheet, ImageDraw.Draw(sheet)
+
+
+def _paste(sheet: Image.Image, data: bytes, at: tuple[int, int]) -> None:
+    if data:
+        small = Image.open(io.BytesIO(data))
+        small.thumbnail((TILE_W, TILE_H))
+        sheet.paste(small, at)
+
+
+def _answer_line(pen: ImageDraw.ImageDraw, x: int, y: int, score: str, text: str, right: bool) -> None:
+    if right:
+        pen.rectangle((x - 6, y - 1, WIDTH - GAP, y + LINE - 3), RIGHT_PAPER)
+    pen.text((x, y), score, RIGHT if right else FAINT, _font(14))
+    pen.text((x + 40, y), "✓ " * right + _clip(text, 56 - 2 * right), RIGHT if right else INK, _font(14))
+
+
+def _rank(answers: Answers, place: int) -> str:
+    return f"rank {int(answers.rank_Q[place]) + 1:,}"
+
+
+def _clean(text: str) -> str:
+    return " ".join("".join(char if char.isprintable() else " " for char in text[:400]).split())
+
+
+def _clip(text: str, length: int) -> str:
+    clean = _clean(text)
+    return clean if len(clean) <= length else clean[:length - 1] + "…"
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    for name in FONTS:
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
+    return ImageFont.load_default(size)

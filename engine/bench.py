@@ -26,8 +26,7 @@ from engine.optim import adamw
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import State
 from engine.run_folder.log import Drift, Log
-from engine.run_folder.profiler import Profiler
-from engine.train import Plan, fit
+from engine.train import Callbacks, Plan, Replica, fit
 
 Race = Callable[..., None]
 # Shapes by name: vision (width, layers, heads, patch), text (width, layers, heads), embedding; the rest as OpenAI's.
@@ -103,13 +102,12 @@ def loop(parts: Parts, streamed: bool, batches: Callable[[int], Iterator[Any]], 
     plan = Plan(rows, batch, epochs)
     head = Head(parts.clip, cfg.scale).to(device)
     model = Streamed(parts.towers, head) if streamed else head
-    optimizer = adamw(parts.trainable.values(), 1e-6, 0.0)
+    replica = Replica(model, adamw(parts.trainable.values(), 1e-6, 0.0), world, parts.precision)
     quiet = World(1, 0, 1, device)  # a log that writes nothing: the disk is not what is measured
 
     def run() -> None:
-        fit(model, batches, optimizer, plan, State(), world, cfg, parts.precision,
-            log=Log(folder, quiet, plan.steps_per_epoch, plan.steps, 0, Drift({}), {}), profiler=Profiler(),
-            evaluate=lambda: None, checkpoint=lambda _: None, stop=lambda _: 0)
+        log = Log(folder, quiet, plan.steps_per_epoch, plan.steps, 0, Drift({}), {})
+        fit(replica, batches, plan, State(), cfg, Callbacks(log))
     return run
 
 
@@ -146,7 +144,7 @@ def measure_loss(race: Race, note: Callable[..., None], rows: int) -> None:
     candidates = Candidates(title_CE, torch.arange(2 * rows), torch.cat([ids_G, torch.full_like(ids_G, -1)]))
 
     def ours() -> None:
-        Objective()(image_GE, candidates, scale, 0, rows).backward()
+        (Objective().sum_over_rows(image_GE, candidates, scale, 0) / rows).backward()
 
     def whole() -> None:
         F.cross_entropy(scale * (image_GE @ title_CE.T), torch.arange(rows)).backward()

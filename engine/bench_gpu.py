@@ -19,7 +19,7 @@ from engine.bench import image_flops, loop, pixels_like, random_clip
 from engine.clip.encoder import Frozen
 from engine.clip.model import Parts, take_apart
 from engine.clip.towers import pick_precision
-from engine.cuda_graph import PAYS, WARM
+from engine.cuda_graph import MIN_STEPS, WARMUP_STEPS
 
 Note = Callable[..., None]
 Warm = Callable[..., Batches]  # of: rows, widths, batch, device
@@ -76,7 +76,7 @@ def steps_without_sync(parts: Parts, warm: Warm, device: torch.device, scratch: 
 
     The loop begins with those before the graph, if there is one, is captured and compared, which does wait.
     """
-    first, rows = WARM + 1, 256 * PAYS
+    first, rows = WARMUP_STEPS + 1, 256 * MIN_STEPS
     batches = warm(rows, widths(parts), 256, device)
 
     def watched(start: int) -> Iterator[Any]:

@@ -1,33 +1,36 @@
-"""The loop. Cached or streamed, one rank or many, it is these lines; edit them.
+"""The training loop: `fit` picks the step, `loop` runs it. The same lines for cached or streamed inputs, any ranks.
 
-Dimension key: B rows of this rank, G rows of all ranks, X texts (titles, then negatives), C candidates, E embedding.
+Dimension key: B rows of this rank, G rows of all ranks, X texts (titles, then negatives), K texts of a row (1 or 2), C
+candidates, E embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data.batch import Batch, Features, UserError, share
 from engine.clip.model import Embeddings
 from engine.config.fields import Config
-from engine.cuda_graph import Graphed, pays
+from engine.cuda_graph import GraphedStep, should_capture
 from engine.loss import Candidates, Objective
-from engine.optim import Anchored, learning_rate, update
+from engine.optim import AdamWL2SP, learning_rate, update
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import State
-from engine.run_folder.log import Log
+from engine.run_folder.log import Log, Silent
 from engine.run_folder.profiler import Profiler
+
+Inputs = TypeVar("Inputs")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How many steps there are and which rows each one takes; the last batch of an epoch may be short.
+    """Numbers of steps, and of rows in each; the last batch of an epoch may be short.
 
     Raises UserError for a batch larger than the data: each epoch would be one short step.
     """
@@ -56,83 +59,52 @@ class Plan:
         return min(self.batch_size, self.rows - step % self.steps_per_epoch * self.batch_size)
 
     def due(self, step: int, every: int) -> bool:
-        """Is it time after `step` steps? `every` 0 means each epoch; the last step is always due."""
+        """Return whether it is time after `step` steps. `every` 0 means each epoch; the last step is always due."""
         return step % (every or self.steps_per_epoch) == 0 or step == self.steps
 
 
-def ranked(objective: Objective, world: World, out: Embeddings, inputs: Batch | Features, rows: int) -> torch.Tensor:
-    """This rank's part of the loss of a global batch of `rows`, ranked against the candidates of all ranks."""
-    parts = [share(rows, rank, world.size) for rank in range(world.size)]
-    sizes, first_row = [high - low for low, high in parts], parts[world.rank][0]
-    image_BE, text_XE, scale = out
-    kinds = [inputs.image_id_B, inputs.title_id_B, inputs.negative_id_B]
-    ids = [ids_B for ids_B in kinds if ids_B is not None]
-    if world.size > 1:
-        ids = list(world.gather(torch.stack(ids, 1), sizes).unbind(1))
-        text_BXE = text_XE.unflatten(0, (len(ids) - 1, len(image_BE))).transpose(0, 1)
-        text_XE = world.gather(text_BXE, sizes).transpose(0, 1).flatten(0, 1)
-    titles = Candidates(text_XE, ids[1], ids[0])
-    if inputs.negative_id_B is not None:
-        nobody_G = torch.full_like(ids[0], -1)
-        titles = Candidates(text_XE, torch.cat(ids[1:]), torch.cat([ids[0], nobody_G]), torch.cat([ids[0], ids[2]]) < 0)
-    if objective.loss != "symmetric":
-        return objective(image_BE, titles, scale, first_row, rows)
-    images = Candidates(world.gather(image_BE, sizes), ids[1], ids[0])
-    return objective(image_BE, titles, scale, first_row, rows, out.text_XE[: len(image_BE)], images)
+@dataclass(frozen=True)
+class Replica:
+    """This rank's copy of what trains, and how it computes."""
 
-
-@contextmanager
-def tensor_cores() -> Iterator[None]:
-    """Inside, fp32 products are TF32: several times faster where a GPU has it, and finer than the bf16 behind it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    model: nn.Module  # Batch or Features -> Embeddings; several ranks: wrapped in DistributedDataParallel
+    optimizer: AdamWL2SP
+    world: World
+    precision: torch.dtype  # of autocast in the model; the loss is fp32
 
 
 @dataclass(frozen=True)
-class Step:
-    """One update of what trains, from this rank's part of a global batch."""
+class Callbacks:
+    """What the loop calls on its way; by default nothing happens."""
 
-    model: nn.Module
-    objective: Objective
-    optimizer: Anchored
-    world: World
-    clip_norm: float
-    precision: torch.dtype
-    profiler: Profiler
-
-    def __call__(self, inputs: Batch | Features, rows: int, lr: float | torch.Tensor) -> tuple[
-            torch.Tensor, torch.Tensor]:
-        """This rank's part of the loss of `rows` rows, and the gradient norm of all; both stay on the device."""
-        region, kind, low = self.profiler.region, self.world.device.type, self.precision.itemsize < 4
-        with region("project"), torch.autocast(kind, self.precision, enabled=low):
-            out = self.model(inputs)
-        with region("loss"), tensor_cores() if low and kind == "cuda" else nullcontext():
-            loss = ranked(self.objective, self.world, out, inputs, rows)
-        with region("backward"):
-            loss.backward(torch.full_like(loss, self.world.size))  # DDP averages over ranks what is to be added up
-            loss = self.optimizer.pull(loss.detach(), self.world.size)
-        with region("optim"):
-            return loss, update(self.optimizer, lr, self.clip_norm)
+    log: Log = field(default_factory=Silent)
+    profiler: Profiler = field(default_factory=Profiler)
+    evaluate: Callable[[], None] = lambda: None
+    save_checkpoint: Callable[[State], None] = lambda state: None
+    stop_signal: Callable[[int], int] = lambda step: 0  # number of the signal that ends the run after `step`, or 0
+    check_gradients: Callable[[int, list[float]], None] = lambda step, norms: None  # norms of the steps before `step`
 
 
-def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: Anchored, plan: Plan,
-        state: State, world: World, cfg: Config, precision: torch.dtype, *, log: Log, profiler: Profiler,
-        evaluate: Callable[[], None], checkpoint: Callable[[State], None], stop: Callable[[int], int],
-        watch: Callable[[int, list[float]], None] = lambda step, norms: None) -> None:
+def fit(replica: Replica, batches: Callable[[int], Iterator[Batch | Features]], plan: Plan, state: State,
+        cfg: Config, callbacks: Callbacks) -> None:
     """Train from `state.step` to the end of the plan, or until a signal asks all ranks to stop.
 
-    `watch` sees the gradient norms of the steps before `state.step` at every flush, and may end the run.
+    `batches(step)` yields this rank's inputs of every step from there on.
     """
     objective = Objective(cfg.loss, cfg.duplicates, cfg.hardness)
-    step: Any = Step(model, objective, optimizer, world, cfg.clip_norm, precision, profiler)
-    stream = batches(state.step)  # this rank's slice of every remaining step
-    if cfg.cuda_graph == "auto" and pays(batches, plan.steps - state.step, world):
-        step = Graphed(step, batches.look, optimizer, plan.batch_size, log.say, profiler.region)
-        stream = batches.rows(state.step)
+    step = Step(replica, objective, cfg.clip_norm, callbacks.profiler)
+    if cfg.cuda_graph == "auto" and should_capture(batches, plan.steps - state.step, replica.world):
+        graphed = GraphedStep(step, batches.look, replica.optimizer, plan.batch_size, callbacks.log.say,
+                              callbacks.profiler.region)
+        loop(graphed, batches.rows(state.step), plan, state, cfg, callbacks)
+    else:
+        loop(step, batches(state.step), plan, state, cfg, callbacks)
+
+
+def loop(step: Callable[[Inputs, int, float], tuple[Tensor, Tensor]], stream: Iterator[Inputs], plan: Plan,
+         state: State, cfg: Config, callbacks: Callbacks) -> None:
+    """Take a step for each item of the stream; log, save and evaluate when it is time."""
+    log = callbacks.log
     while state.step < plan.steps and not state.stopped and not state.enough:
         with log.waiting():
             inputs = next(stream)
@@ -141,15 +113,89 @@ def fit(model: nn.Module, batches: Callable[[int], Iterator[Any]], optimizer: An
         loss, grad_norm = step(inputs, rows, lr)
         state.step += 1
         log.step(state.step, loss, grad_norm, lr, rows)
-        profiler.step()
-        state.stopped = stop(state.step)
-        look = plan.due(state.step, cfg.eval_every) and not state.stopped
-        save = plan.due(state.step, cfg.save_every) or look or state.stopped  # before a look, which may be cut off
-        if plan.due(state.step, cfg.log_every) or save:
-            watch(state.step, log.flush(plan.steps))  # the only host sync, but for `stop` about once a second
-        if save:
+        callbacks.profiler.step()
+        state.stopped = callbacks.stop_signal(state.step)
+
+        evaluate_now = plan.due(state.step, cfg.eval_every) and not state.stopped
+        save_now = plan.due(state.step, cfg.save_every) or evaluate_now or state.stopped
+        if plan.due(state.step, cfg.log_every) or save_now:
+            grad_norms = log.flush(plan.steps)  # the only host sync, besides stop_signal's about once a second
+            callbacks.check_gradients(state.step, grad_norms)
+        if save_now:  # before the evaluation, which a signal may cut off
             with log.aside("checkpoint"):
-                checkpoint(state)
-        if look:
+                callbacks.save_checkpoint(state)
+        if evaluate_now:
             with log.aside("evaluate"):
-                evaluate()
+                callbacks.evaluate()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One update of what trains, from this rank's part of a global batch."""
+
+    replica: Replica
+    objective: Objective
+    clip_norm: float
+    profiler: Profiler
+
+    def __call__(self, inputs: Batch | Features, rows: int, lr: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Return this rank's part of the loss of `rows` rows, and the gradient norm of all; both on the device."""
+        world, optimizer, precision = self.replica.world, self.replica.optimizer, self.replica.precision
+        region, device, mixed = self.profiler.region, world.device.type, precision.itemsize < 4
+        with region("project"), torch.autocast(device, precision, enabled=mixed):
+            out = self.replica.model(inputs)
+        with region("loss"), tf32_products() if mixed and device == "cuda" else nullcontext():
+            loss = global_batch_loss(self.objective, world, out, inputs, rows)
+        with region("backward"):
+            loss.backward(torch.full_like(loss, world.size))  # DDP averages over ranks, the parts of the loss add up
+            loss = optimizer.add_penalty(loss.detach(), world.size)
+        with region("optim"):
+            grad_norm = update(optimizer, lr, self.clip_norm)
+        return loss, grad_norm
+
+
+def global_batch_loss(objective: Objective, world: World, out: Embeddings, inputs: Batch | Features,
+                      rows: int) -> Tensor:
+    """Return this rank's part of the mean loss of a global batch of `rows`, against the candidates of all ranks.
+
+    The parts of all ranks add up to the mean. Symmetric: half image to text, half text to image over the positives
+    (Radford et al. 2021, arXiv 2103.00020, figure 3; equals sentence-transformers' directions query_to_doc and
+    doc_to_query with partition_mode "per_direction").
+    """
+    shares = [share(rows, rank, world.size) for rank in range(world.size)]
+    sizes, first_row = [stop - start for start, stop in shares], shares[world.rank][0]
+    image_BE, text_XE, scale = out
+    titles = gather_titles(world, text_XE, inputs, sizes)
+    image_to_text = objective.sum_over_rows(image_BE, titles, scale, first_row)
+    if objective.loss != "symmetric":
+        return image_to_text / rows
+    images = Candidates(world.gather(image_BE, sizes), titles.title_id_C[:rows], titles.image_id_C[:rows])
+    text_to_image = replace(objective, hardness=0.0).sum_over_rows(text_XE[: len(image_BE)], images, scale, first_row)
+    return (image_to_text + text_to_image) / (2 * rows)
+
+
+def gather_titles(world: World, text_XE: Tensor, inputs: Batch | Features, sizes: Sequence[int]) -> Candidates:
+    """Return the titles of all ranks, then their negatives, with gradient; rank r holds sizes[r] rows."""
+    ids = [inputs.image_id_B, inputs.title_id_B]
+    if inputs.negative_id_B is not None:
+        ids.append(inputs.negative_id_B)
+    if world.size > 1:
+        ids = list(world.gather(torch.stack(ids, 1), sizes).unbind(1))
+        text_BKE = text_XE.unflatten(0, (len(ids) - 1, len(inputs.title_id_B))).transpose(0, 1)
+        text_XE = world.gather(text_BKE, sizes).transpose(0, 1).flatten(0, 1)
+    image_id_G, title_id_G, *negative_ids = ids
+    if not negative_ids:
+        return Candidates(text_XE, title_id_G, image_id_G)
+    no_image_G = torch.full_like(image_id_G, -1)
+    return Candidates(text_XE, torch.cat([title_id_G, *negative_ids]), torch.cat([image_id_G, no_image_G]))
+
+
+@contextmanager
+def tf32_products() -> Iterator[None]:
+    """Inside, fp32 matrix products use TF32: faster where a GPU has it, and finer than the bf16 of the embeddings."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

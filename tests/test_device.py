@@ -33,7 +33,7 @@ from engine.optim import adamw
 from engine.ranks import world as dist
 from engine.ranks.world import World
 from engine.run_folder.profiler import Profiler
-from engine.train import Step
+from engine.train import Replica, Step
 from eval.metrics import retrieval_ranks, triplet_correct
 from eval.retrieval import measure_split
 from eval.search import top_k
@@ -65,15 +65,15 @@ def steps(model: Path, device: torch.device, precision: str, l2_sp: float, lr: f
     inputs = map_tensors(Features(*(torch.randn(ROWS, width, generator=generator) for width in (32, 24, 24)), ids // 2,
                                   ids // 3, ids - 1), lambda part: part.to(device))
     weights = list(parts.trainable.values())
-    step = Step(parts.head, Objective(**objective), adamw(weights, lr, 0.01, l2_sp), World(0, 0, 1, device), 1.0,
-                parts.precision, Profiler())
+    replica = Replica(parts.head, adamw(weights, lr, 0.01, l2_sp), World(0, 0, 1, device), parts.precision)
+    step = Step(replica, Objective(**objective), 1.0, Profiler())
     rate = torch.tensor(lr, device=device)
     broken = inputs._replace(image_BV=inputs.image_BV * torch.inf)
     watch.clear()
     for some, how in ((inputs, lr), (broken, lr), (inputs, rate)):
         loss, norm = step(some, ROWS, how)
     assert not watch
-    assert all(step.optimizer.state[weight]["step"].device == device for weight in weights)
+    assert all(replica.optimizer.state[weight]["step"].device == device for weight in weights)
     return plain(loss), plain(norm), [plain(weight.detach()) for weight in weights]
 
 
@@ -83,9 +83,9 @@ def steps(model: Path, device: torch.device, precision: str, l2_sp: float, lr: f
     ("fp32", 0.1, {"loss": "sigmoid"}), ("fp32", 0.0, {"loss": "sigmoid", "duplicates": "multi"})])
 def test_a_step_never_waits_and_is_the_cpus(precision: str, l2_sp: float, objective: dict[str, Any],
                                             tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    products, ranked = set(), train.ranked
-    monkeypatch.setattr(train, "ranked", lambda *args: products.add(torch.get_float32_matmul_precision())
-                        or ranked(*args))
+    products, global_batch_loss = set(), train.global_batch_loss
+    monkeypatch.setattr(train, "global_batch_loss", lambda *args: products.add(
+        torch.get_float32_matmul_precision()) or global_batch_loss(*args))
     with stand_in() as gpu:
         there = steps(tiny_model, GPU, precision, l2_sp, 1e-3, gpu.syncs, **objective)
     assert products == {"high" if precision == "bf16" else "highest"}  # tensor cores where bf16 is behind the loss

@@ -16,10 +16,9 @@ from engine.config.fields import Config
 from engine.optim import adamw
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import State
-from engine.run_folder.nonfinite import Finite
-from engine.run_folder.profiler import Profiler
+from engine.run_folder.nonfinite import NonfiniteGuard
 from engine.sweep.trials import Silent
-from engine.train import Plan, fit
+from engine.train import Callbacks, Plan, Replica, fit
 
 ROWS, BATCH = 24, 6
 
@@ -66,11 +65,13 @@ def train(run: Path, bad: dict[int, float], log_every: int = 2) -> tuple[str, li
 
     model, weights, state = Linears(), [], State()
     cfg = Config(batch_size=BATCH, epochs=1, log_every=log_every, eval_every=100, save_every=1)
-    finite = Finite(run, model, batches, lambda step: list(range(100 + step * BATCH, 100 + (step + 1) * BATCH)), world)
+    guard = NonfiniteGuard(run, model, batches,
+                           lambda step: list(range(100 + step * BATCH, 100 + (step + 1) * BATCH)), world)
     try:
-        fit(distribute(model, size), batches, adamw(model.parameters(), 1e-2, 0.0), Plan(ROWS, BATCH, 1), state, world,
-            cfg, torch.float32, log=Norms(), profiler=Profiler(), evaluate=lambda: None, stop=lambda step: 0,
-            checkpoint=lambda _: weights.append(model.image.weight.detach().clone()), watch=finite.watch)
+        replica = Replica(distribute(model, size), adamw(model.parameters(), 1e-2, 0.0), world, torch.float32)
+        callbacks = Callbacks(Norms(), check_gradients=guard.check,
+                              save_checkpoint=lambda _: weights.append(model.image.weight.detach().clone()))
+        fit(replica, batches, Plan(ROWS, BATCH, 1), state, cfg, callbacks)
     except RunFailed as failure:
         return str(failure), weights, state.step
     return "", weights, state.step

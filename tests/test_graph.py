@@ -26,13 +26,12 @@ from engine import cuda_graph as graph
 from engine import train
 from engine.clip.model import Parts, open_model
 from engine.config.fields import Config
-from engine.cuda_graph import PAYS, Outputs, pays
+from engine.cuda_graph import MIN_STEPS, Outputs, should_capture
 from engine.optim import adamw
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import State
 from engine.run_folder.log import Silent
-from engine.run_folder.profiler import Profiler
-from engine.train import Plan, fit
+from engine.train import Callbacks, Plan, Replica, fit
 
 ROWS, BATCH, EPOCHS, STEPS = 28, 8, 4, 16  # four steps an epoch, the last one short
 LR = 2**-7  # and, falling to 0 in 16 steps, always a number that fp32 has: a graph's learning rate is fp32
@@ -83,12 +82,12 @@ def memory(tensor: Tensor) -> int:
 
 
 class Taped:
-    """Stands for graph.Cuda."""
+    """Stands for CudaCapture."""
 
     captures = 0
 
     @contextmanager
-    def aside(self) -> Iterator[list[warnings.WarningMessage]]:
+    def side_stream(self) -> Iterator[list[warnings.WarningMessage]]:
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
             yield found
@@ -138,13 +137,12 @@ def run(parts: Parts, monkeypatch: pytest.MonkeyPatch | None, bad: int = -1, dev
     cfg = Config(**{"batch_size": BATCH, "epochs": EPOCHS, "lr": LR, "log_every": 1, **recipe})
     if monkeypatch is not None:
         if device.type == "cpu":
-            monkeypatch.setattr(graph, "Cuda", Taped)
-        monkeypatch.setattr(train, "pays", lambda *_: True)
+            monkeypatch.setattr(graph, "CudaCapture", Taped)
+        monkeypatch.setattr(train, "should_capture", lambda *_: True)
     log = Steps()
     optimizer = adamw(parts.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp)
-    fit(parts.head, Batches(rows, pairs.features, device), optimizer, Plan(ROWS, BATCH, EPOCHS), State(),
-        World(0, 0, 1, device), cfg, parts.precision, log=log, profiler=Profiler(), evaluate=lambda: None,
-        checkpoint=lambda _: None, stop=lambda _: 0)
+    fit(Replica(parts.head, optimizer, World(0, 0, 1, device), parts.precision),
+        Batches(rows, pairs.features, device), Plan(ROWS, BATCH, EPOCHS), State(), cfg, Callbacks(log))
     return log, [parameter.detach() for parameter in parts.trainable.values()]
 
 
@@ -174,10 +172,10 @@ def test_a_real_graph_does_what_the_step_does(precision: str, tiny_model: Path,
     torch.testing.assert_close((replayed.steps, same), (steps.steps, weights), rtol=1e-4, atol=1e-5)
 
 
-def counts_in_python(objective: Any, *args: Any, seen: list[int], ranked: Any) -> Tensor:
+def counts_in_python(objective: Any, *args: Any, seen: list[int], function: Any) -> Tensor:
     """An edit of the loss that a graph cannot hold: every other step counts double."""
     seen.append(0)
-    return ranked(objective, *args) * (1 + len(seen) % 2)
+    return function(objective, *args) * (1 + len(seen) % 2)
 
 
 def asks_the_host(*args: Any, function: Any) -> Any:
@@ -186,17 +184,17 @@ def asks_the_host(*args: Any, function: Any) -> Any:
 
 
 def test_a_step_that_asks_the_host_is_not_captured(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def asks(*args: Any, ranked: Any = train.ranked) -> Tensor:
+    def asks(*args: Any, function: Any = train.global_batch_loss) -> Tensor:
         warnings.warn("called a synchronizing CUDA operation", stacklevel=1)  # as torch says it
-        return ranked(*args)
+        return function(*args)
 
-    monkeypatch.setattr(train, "ranked", asks)
+    monkeypatch.setattr(train, "global_batch_loss", asks)
     monkeypatch.setattr(Taped, "captures", 0)
     log, _ = run(opened(tiny_model), monkeypatch)
     assert Taped.captures == 0 and len(log.said) == 1 and "asks the host" in log.said[0] and len(log.steps) == STEPS
 
 
-@pytest.mark.parametrize("name", ["ranked", "update"])
+@pytest.mark.parametrize("name", ["global_batch_loss", "update"])
 def test_a_step_that_cannot_be_captured_is_the_step(name: str, tiny_model: Path,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, name, partial(asks_the_host, function=getattr(train, name)))
@@ -207,16 +205,17 @@ def test_a_step_that_cannot_be_captured_is_the_step(name: str, tiny_model: Path,
 
 
 def test_a_graph_that_leaves_something_out_is_not_used(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "ranked", partial(counts_in_python, seen=[], ranked=train.ranked))
+    monkeypatch.setattr(train, "global_batch_loss",
+                        partial(counts_in_python, seen=[], function=train.global_batch_loss))
     log, _ = run(opened(tiny_model), monkeypatch)
     assert len(log.said) == 1 and "something else" in log.said[0] and len(log.steps) == STEPS
 
 
 def test_several_ranks_short_runs_and_host_tables_have_no_graph() -> None:
     gpu = torch.device("cuda")
-    for size, steps, place, expected in ((1, PAYS, gpu, True), (2, PAYS, gpu, False), (1, PAYS - 1, gpu, False),
-                                         (1, PAYS, CPU, False)):
+    for size, steps, place, expected in ((1, MIN_STEPS, gpu, True), (2, MIN_STEPS, gpu, False),
+                                         (1, MIN_STEPS - 1, gpu, False), (1, MIN_STEPS, CPU, False)):
         batches = Batches(lambda first: iter(()), lambda rows: rows, place)
-        assert pays(batches, steps, World(0, 0, size, gpu)) is expected
-    assert not pays(lambda first: iter(()), PAYS, World(0, 0, 1, gpu))  # streaming
-    assert not pays(Batches(lambda first: iter(()), lambda rows: rows, CPU), PAYS, World(0, 0, 1, CPU))
+        assert should_capture(batches, steps, World(0, 0, size, gpu)) is expected
+    assert not should_capture(lambda first: iter(()), MIN_STEPS, World(0, 0, 1, gpu))  # streaming
+    assert not should_capture(Batches(lambda first: iter(()), lambda rows: rows, CPU), MIN_STEPS, World(0, 0, 1, CPU))

@@ -10,17 +10,26 @@ import torch.nn.functional as F
 from helpers import on_ranks
 from torch import Tensor, nn
 
-from data.batch import Features, share
+from data.batch import Features, UserError, share
 from engine import loss as losses
 from engine.clip.model import Embeddings, distribute, unit
 from engine.loss import Candidates, Objective
 from engine.ranks.world import World
-from engine.train import ranked
+from engine.train import global_batch_loss
 
 V, T, E = 7, 5, 4
+
+
+def hinge(logits_RC: Tensor, target_RC: Tensor, ignored_RC: Tensor) -> Tensor:
+    """A loss of somebody's own, as the README tells them to write it: each pair alone, right or wrong by a margin."""
+    sign_RC = torch.where(target_RC > 0, 1.0, -1.0)
+    return (1 - sign_RC * logits_RC).clamp(min=0).sum()
+
+
+losses.LOSSES["hinge"] = hinge
 KINDS = [Objective(kind, duplicates, hardness) for kind, duplicates, hardness in itertools.product(
-             ("image-to-text", "symmetric", "sigmoid"), ("mask", "multi", "keep"), (0.0, 5.0))
-         if kind != "sigmoid" or not hardness]
+             ("image-to-text", "symmetric", "sigmoid", "hinge"), ("mask", "multi", "keep"), (0.0, 5.0))
+         if kind not in ("sigmoid", "hinge") or not hardness]
 
 
 class TwoLinear(nn.Module):
@@ -73,6 +82,10 @@ def brute_force(objective: Objective, out: Embeddings, batch: Features) -> Tenso
                 total = total - sum(F.logsigmoid((logit - 10) * (1 if hit else -1))
                                     for logit, hit in zip(logits, right, strict=True))
                 continue
+            if objective.loss == "hinge":
+                total = total + sum((1 - logit * (1 if hit else -1)).clamp(min=0)
+                                    for logit, hit in zip(logits, right, strict=True))
+                continue
             log_share = torch.stack(logits) - torch.stack(logits).logsumexp(0)
             wanted = torch.tensor(right).double() / sum(right)
             total = total - wanted @ log_share
@@ -98,7 +111,8 @@ def one_step(objective: Objective, rows: int, negatives: bool, naive: bool = Fal
     model = TwoLinear().double()
     wrapped = distribute(model, size)  # must outlive the backward pass
     out = wrapped(inputs)
-    loss = brute_force(objective, out, batch) if naive else ranked(objective, world, out, inputs, rows)
+    loss = brute_force(objective, out, batch) if naive else global_batch_loss(
+        objective, world, out, inputs, rows)
     loss.backward(torch.tensor(size).double())  # as the loop does
     return [world.sum(loss.detach()), *(p.grad.clone() for p in model.parameters())]
 
@@ -131,20 +145,22 @@ def test_ranks_add_up_to_one_process(ranks: int) -> None:
 
 def test_chunks_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [one_step(*case) for case in CASES]
-    monkeypatch.setitem(losses.CHUNK, "cpu", 70)  # three rows of 22 candidates
+    monkeypatch.setitem(losses.MAX_LOGITS, "cpu", 70)  # three rows of 22 candidates
     for case, expected in zip(CASES, whole, strict=True):
         assert_equal(one_step(*case), expected, case)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.hardness])  # its weight has no gradient
 def test_gradient_is_the_slope(kind: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(losses.CHUNK, "cpu", 20)
+    monkeypatch.setitem(losses.MAX_LOGITS, "cpu", 20)
     batch = global_batch(5, True)
     ids = torch.cat([batch.title_id_B, batch.negative_id_B]), torch.cat([batch.image_id_B, torch.full((5,), -1)])
 
     def value(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        images = Candidates(image, batch.title_id_B, batch.image_id_B) if kind.loss == "symmetric" else None
-        return kind(image, Candidates(text, *ids), scale, 0, 5, text[:5] if images else None, images)
+        loss = kind.sum_over_rows(image, Candidates(text, *ids), scale, 0)
+        if kind.loss == "symmetric":
+            loss = loss + kind.sum_over_rows(text[:5], Candidates(image, batch.title_id_B, batch.image_id_B), scale, 0)
+        return loss
 
     torch.manual_seed(3)
     inputs = torch.randn(5, E).double(), torch.randn(10, E).double(), torch.tensor(2.0).double()
@@ -172,7 +188,7 @@ def test_equal_sentence_transformers(kind: Objective, options: dict[str, Any], n
                      torch.arange(9) if negatives else None)
     world = World(0, 0, 1, torch.device("cpu"))
     out = Embeddings(F.normalize(image, dim=-1), F.normalize(torch.cat(texts), dim=-1), torch.tensor(20.0))
-    found = ranked(kind, world, out, batch, 9)
+    found = global_batch_loss(kind, world, out, batch, 9)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
     for ours, other in zip(torch.autograd.grad(found, [image, *texts]), wanted, strict=True):
         torch.testing.assert_close(ours, other, atol=1e-6, rtol=1e-5)
@@ -182,7 +198,7 @@ def test_what_becomes_of_repeats_does_not_matter_without_repeats() -> None:
     torch.manual_seed(6)
     image, text = F.normalize(torch.randn(6, E), dim=-1), F.normalize(torch.randn(12, E), dim=-1)
     titles = Candidates(text, torch.arange(12), torch.cat([torch.arange(6), torch.full((6,), -1)]))
-    mask, multi, keep = (Objective(duplicates=how)(image, titles, torch.tensor(20.0), 0, 6).item()
+    mask, multi, keep = (Objective(duplicates=how).sum_over_rows(image, titles, torch.tensor(20.0), 0).item()
                          for how in ("mask", "multi", "keep"))
     assert mask == multi == keep
 
@@ -192,5 +208,20 @@ def test_repeats_cost_nothing_when_masked() -> None:
     image = text = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     ids = torch.tensor([7, 7, 8])
     for how, floor in (("keep", 2 / 3 * math.log(2)), ("mask", 0.0), ("multi", 2 / 3 * math.log(2))):
-        loss = Objective(duplicates=how)(image, Candidates(text, ids, torch.arange(3)), torch.tensor(100.0), 0, 3)
-        assert loss.item() == pytest.approx(floor, abs=1e-5)
+        titles = Candidates(text, ids, torch.arange(3))
+        loss = Objective(duplicates=how).sum_over_rows(image, titles, torch.tensor(100.0), 0)
+        assert loss.item() / 3 == pytest.approx(floor, abs=1e-5)
+
+
+def test_a_trained_tensor_inside_a_loss_is_refused_in_chunks_and_not_left_untrained(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    margin = torch.tensor(0.1, requires_grad=True)
+    monkeypatch.setitem(losses.LOSSES, "learned", lambda logits_RC, target_RC, ignored_RC: losses.info_nce(
+        logits_RC - margin * target_RC, target_RC, ignored_RC))
+    image, text, ids = torch.randn(4, E), torch.randn(4, E), torch.arange(4)
+    arguments = image, Candidates(text, ids, ids), torch.tensor(20.0), 0
+    Objective("learned").sum_over_rows(*arguments).backward()
+    assert margin.grad is not None
+    monkeypatch.setitem(losses.MAX_LOGITS, "cpu", 8)
+    with pytest.raises(UserError, match="another trained tensor"):
+        Objective("learned").sum_over_rows(*arguments)

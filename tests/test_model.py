@@ -12,7 +12,7 @@ from data.batch import Batch, Tokens, UserError, map_tensors, share
 from engine.clip.model import distribute, open_model, unit
 from engine.loss import Objective
 from engine.ranks.world import World
-from engine.train import ranked
+from engine.train import global_batch_loss
 
 
 def test_unit_length_equals_normalize() -> None:
@@ -47,7 +47,7 @@ def stream_step(folder: str, micro_batch: int, rows: int, negatives: bool) -> tu
 
     model = distribute(parts.trained_model(micro_batch), size)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = ranked(Objective("symmetric"), world, model(inputs), inputs, rows)
+        loss = global_batch_loss(Objective("symmetric"), world, model(inputs), inputs, rows)
     loss.backward(torch.tensor(float(size)))
     return world.sum(loss.detach()), [p.grad.clone() for p in parts.trainable.values()], kept
 

@@ -56,7 +56,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
         torch.testing.assert_close(optimizer.state[parameter][key], value)
 
 
-def anchored_steps(ranks: int) -> tuple[float, Tensor]:
+def l2_sp_steps(ranks: int) -> tuple[float, Tensor]:
     """Three steps on a loss of which each rank computes a part; the sum of the last loss's parts, the weights."""
     parameter = torch.nn.Parameter(torch.arange(4.0))
     optimizer = adamw([parameter], 1e-2, 0.0, l2_sp=0.3)
@@ -67,14 +67,14 @@ def anchored_steps(ranks: int) -> tuple[float, Tensor]:
         loss.backward()
         if ranks > 1:
             torch.distributed.all_reduce(parameter.grad)
-        loss = optimizer.pull(loss.detach(), ranks)
+        loss = optimizer.add_penalty(loss.detach(), ranks)
         update(optimizer, 1e-2, 0.0)
     if ranks > 1:
         torch.distributed.all_reduce(loss)
     return loss.item(), parameter.detach()
 
 
-def test_l2_sp_pulls_towards_the_pretrained_weights_on_any_number_of_ranks() -> None:
+def test_l2_sp_is_the_distance_to_the_pretrained_weights_on_any_number_of_ranks() -> None:
     start, naive = torch.arange(4.0), torch.nn.Parameter(torch.arange(4.0) + 1)
     plain = torch.optim.AdamW([naive], lr=1e-2, weight_decay=0.0)
     for _ in range(3):
@@ -82,6 +82,6 @@ def test_l2_sp_pulls_towards_the_pretrained_weights_on_any_number_of_ranks() -> 
         expected = (naive ** 3).sum() + 0.3 * torch.linalg.vector_norm(naive - start) ** 2
         expected.backward()
         plain.step()
-    for loss, weights in [anchored_steps(1), *on_ranks(2, anchored_steps, 2)]:
+    for loss, weights in [l2_sp_steps(1), *on_ranks(2, l2_sp_steps, 2)]:
         assert loss == pytest.approx(expected.item(), rel=1e-6)
         torch.testing.assert_close(weights, naive.detach(), atol=1e-6, rtol=0)

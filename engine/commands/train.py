@@ -30,10 +30,10 @@ from engine.run_folder import checkpoint, folder
 from engine.run_folder.board import Drift, comparable
 from engine.run_folder.checkpoint import Saver, State
 from engine.run_folder.log import Log
-from engine.run_folder.nonfinite import Finite
+from engine.run_folder.nonfinite import NonfiniteGuard
 from engine.run_folder.profiler import profiler
 from engine.sweep.interpolate import interpolate, snapshot
-from engine.train import Plan, fit
+from engine.train import Callbacks, Plan, Replica, fit
 from eval.metrics import Retrieval
 from eval.report.answers import embed
 from eval.report.report import table, write_report
@@ -58,13 +58,14 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     show = open_show(out, pairs, names, resumed=state.step > 0)
     judge = Judge(pairs, names, parts, plan, state, saved, log, show, world, metrics, base)
     batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
-    watch, model = watcher(cfg, world, out, pairs, trained), distribute(trained, world.size)
+    guard = nonfinite_guard(cfg, world, out, pairs, trained)
+    replica = Replica(distribute(trained, world.size), saved.optimizer, world, parts.precision)
     with closing(log), stop.gracefully(), profiler(cfg.profile, out / "profile", world.rank, log) as trace:
         evaluate = stop.at_once()(judge)  # what was trained is on the disk by then
         if not state.step or (state.evaluated < state.step and plan.due(state.step, cfg.eval_every)):
             evaluate()  # the base model; or what a signal or a crash has cut off
-        fit(model, batches, saved.optimizer, plan, state, world, cfg, parts.precision, log=log, profiler=trace,
-            evaluate=evaluate, checkpoint=saved.save, stop=partial(stop.agreed, world), watch=watch)
+        callbacks = Callbacks(log, trace, evaluate, saved.save, partial(stop.agreed, world), guard.check)
+        fit(replica, batches, plan, state, cfg, callbacks)
         if taken := saved.take_best(state, world.say):
             evaluate(taken)
         if cfg.interpolate and not state.stopped:
@@ -140,15 +141,14 @@ def interpolated(cfg: Config, judge: Judge, base: Mapping[str, torch.Tensor]) ->
     judge.log.curve("interpolation", curve["curve"])
 
 
-def watcher(cfg: Config, world: World, out: Path, pairs: Pairs,
-            trained: nn.Module) -> Callable[[int, list[float]], None]:
-    """What ends a run whose gradients stay not finite, and can name the rows to blame."""
+def nonfinite_guard(cfg: Config, world: World, out: Path, pairs: Pairs, trained: nn.Module) -> NonfiniteGuard:
+    """Return the guard that ends a run whose gradients stay not finite, and names the rows to blame."""
     def rows(step: int) -> list[int]:
         train = pairs.splits["train"]
         return train.row_N[next(slices(len(train), cfg.batch_size, cfg.seed, 0, 1, step)).numpy()].tolist()
 
     batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
-    return Finite(out, trained, batches, rows, world).watch
+    return NonfiniteGuard(out, trained, batches, rows, world)
 
 
 def open_show(out: Path, pairs: Pairs, names: Sequence[str], resumed: bool) -> Show:

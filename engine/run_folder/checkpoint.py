@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from data.batch import UserError
 from data.files import replace_link, sha256, synced
+from engine.optim import AdamWL2SP
 from engine.ranks.world import World
 from engine.run_folder.folder import still_there
 
@@ -117,7 +118,7 @@ class Saver:
 
     run: Path
     named: Mapping[str, nn.Parameter]
-    optimizer: torch.optim.AdamW
+    optimizer: AdamWL2SP
     identity: Mapping[str, str]  # digests of the data and of the towers
     recipe: Mapping[str, Any]  # the settings that say what is computed
     order: Callable[[int], str]  # step -> digest of the order of all rows up to there

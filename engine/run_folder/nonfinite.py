@@ -17,8 +17,8 @@ from engine.ranks.world import World
 IN_A_ROW = 3
 
 
-class Finite:
-    """Watches the gradient norms, which are the same on every rank, so that all ranks give up together.
+class NonfiniteGuard:
+    """Ends a run whose gradient norms stay not finite. The norms are the same on every rank, so all ranks end together.
 
     `batches(step)` yields this rank's inputs from `step` on, `rows(step)` the source's numbers of the global batch.
     """
@@ -28,8 +28,8 @@ class Finite:
         self.run, self.model, self.batches, self.rows, self.world = run, model, batches, rows, world
         self.skipped: list[int] = []  # the latest steps (from 0), all skipped
 
-    def watch(self, step: int, norms: Sequence[float]) -> None:
-        """Take in the gradient norms of the steps before `step`. Raises RunFailed once three in a row were skipped."""
+    def check(self, step: int, norms: Sequence[float]) -> None:
+        """Check the gradient norms of the steps before `step`. Raises RunFailed once three in a row were skipped."""
         for at, norm in enumerate(norms, step - len(norms)):
             self.skipped = [] if math.isfinite(norm) else [*self.skipped, at]
             if len(self.skipped) == IN_A_ROW:

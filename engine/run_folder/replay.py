@@ -13,9 +13,8 @@ from engine.config.fields import Config
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import Saver, State, load, state_of
 from engine.run_folder.log import Silent
-from engine.run_folder.profiler import Profiler
 from engine.run_folder.verification import FAILED, Finding, ledger, orders, read_steps, replay, steps
-from engine.train import Plan, fit
+from engine.train import Callbacks, Plan, Replica, fit
 
 REPLAYED = 5  # steps trained again from each place
 
@@ -29,8 +28,8 @@ def retrace(cfg: Config, world: World, run: Path, whole: Sequence[Path], parts: 
     """
     def again(state: State) -> Finding:
         recorder, start, end = Recorder(world), state.step, state.step + REPLAYED
-        fit(model, batches, saved.optimizer, plan, state, world, cfg, parts.precision, log=recorder,
-            profiler=Profiler(), evaluate=lambda: None, checkpoint=lambda _: None, stop=lambda step: int(step >= end))
+        callbacks = Callbacks(log=recorder, stop_signal=lambda step: int(step >= end))
+        fit(Replica(model, saved.optimizer, world, parts.precision), batches, plan, state, cfg, callbacks)
         return replay(start, recorder.losses, logged, parts.precision)
 
     model, logged = distribute(parts.trained_model(cfg.micro_batch), world.size), read_steps(run)

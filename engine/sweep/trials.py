@@ -21,11 +21,9 @@ from engine.optim import adamw
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import State
 from engine.run_folder.folder import write_json
-from engine.run_folder.log import Silent
-from engine.run_folder.profiler import Profiler
 from engine.sweep.interpolate import blend, snapshot
 from engine.sweep.space import RECIPE, Settings
-from engine.train import Plan, fit
+from engine.train import Callbacks, Plan, Replica, fit
 
 REPEAT = 1_000  # between the seeds of repeats, so that their epochs share no order
 
@@ -61,9 +59,9 @@ class Tuner:
         self.reset()
         self.parts.head.fixed_scale.fill_(cfg.scale)
         optimizer = adamw(self.parts.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp)
-        fit(self.parts.head, self.batches(pairs, cfg.batch_size, cfg.seed), optimizer,
-            Plan(len(pairs), cfg.batch_size, cfg.epochs), State(), self.world, cfg, self.parts.precision, log=Silent(),
-            profiler=Profiler(), evaluate=lambda: None, checkpoint=lambda state: None, stop=lambda step: 0)
+        replica = Replica(self.parts.head, optimizer, self.world, self.parts.precision)
+        fit(replica, self.batches(pairs, cfg.batch_size, cfg.seed), Plan(len(pairs), cfg.batch_size, cfg.epochs),
+            State(), cfg, Callbacks())
         if cfg.interpolate:
             blend(self.parts.trainable, self.base, snapshot(self.parts.trainable), float(cfg.interpolate))
 

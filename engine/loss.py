@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
 from data.batch import UserError
 
@@ -158,6 +158,6 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        query_grad_BE, candidate_grad_CE = ctx.saved_tensors
-        return query_grad_BE * grad, candidate_grad_CE * grad, None, None
+    def backward(ctx: BackwardCFunction, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        query_grad_BE, candidate_grad_CE = (saved * grad for saved in ctx.saved_tensors)
+        return query_grad_BE, candidate_grad_CE, None, None

@@ -16,8 +16,8 @@ from engine.config.fields import Config
 from engine.optim import adamw
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import State
+from engine.run_folder.log import Silent
 from engine.run_folder.nonfinite import NonfiniteGuard
-from engine.sweep.trials import Silent
 from engine.train import Callbacks, Plan, Replica, fit
 
 ROWS, BATCH = 24, 6

@@ -59,7 +59,8 @@ def test_micro_batches_equal_the_whole_batch(rows: int, negatives: bool, ranks: 
     for ours, theirs, least in [stream_step(*arguments)] if ranks == 1 else on_ranks(ranks, stream_step, *arguments):
         torch.testing.assert_close(ours, loss, atol=1e-6, rtol=0)
         for one, other in zip(theirs, gradients, strict=True):
-            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+            terms = max(1.0, float(other.abs().max()))  # what an element is a sum of is rounded, also where it cancels
+            torch.testing.assert_close(one, other, atol=1e-6 * terms, rtol=1e-5)
         assert least < kept / 10
 
 

@@ -132,6 +132,7 @@ FLAGS = [
     "private",
     "probe",
     "profile",
+    "proxy",
     "prune",
     "push_to_hub",
     "queries",

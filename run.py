@@ -5,7 +5,7 @@
                                      eval.retrieval: Recall@K, triplet accuracy --> engine.log, eval.report
 
 The three rooms meet only here. In order: how things are opened; how they are measured; the commands, each with what
-only it needs behind it: train, demo, sweep, eval, shards, check, search, export, verify, bench; and `main`.
+only it needs behind it: train, demo, sweep, eval, shards, check, search, export, verify; and `main`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from engine.cli import parse
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
     from engine.train import Plan
     from engine.trials import Journal, Tuner
     from engine.verify import Finding
-    from eval.bench import Bench
     from eval.metrics import Retrieval
     from eval.search import Found
     from eval.show import Show
@@ -603,82 +601,6 @@ def verify_store(cfg: Config, world: World) -> int:
     return int(any(space.damaged for space in found))
 
 
-def bench(cfg: Config, world: World, stop: Stop) -> int:
-    """What this machine can do, and how near we are to it: one process, on inputs of its own making."""
-    import torch
-
-    from eval.bench import Bench, versions
-
-    if not world.is_main:
-        return 0
-    figures, threads = Bench(cfg.quick, world.say), torch.get_num_threads()
-    torch.set_num_threads(1)
-    world.say(versions())
-    try:
-        with TemporaryDirectory(prefix="thumbtune-bench-") as scratch:
-            bench_rooms(figures, Path(scratch))
-            bench_device(figures, Path(scratch))
-    finally:
-        torch.set_num_threads(threads)
-    print(json.dumps({"machine": versions(), "figures": figures.as_json()}, indent=2) if cfg.json
-          else f"{versions()}\n\n{figures.table()}")
-    return 0
-
-
-def bench_rooms(figures: Bench, scratch: Path) -> None:
-    """Every figure that needs no GPU, cheap ones first; ViT-B/32's shape with random weights."""
-    import torch
-
-    from data import bench as data_bench
-    from data import bench_store
-    from engine import bench as engine_bench
-    from engine.model import open_model
-    from eval.bench import measure_recall
-    from eval.bench_jobs import measure_help, measure_ranks, measure_reference_job
-
-    quick, race, note, cpu = figures.quick, figures.race, figures.note, torch.device("cpu")
-    model, widths = scratch / "model", (768, 512)
-    measure_help(figures)
-    engine_bench.new_model(model, "ViT-B/32")
-    parts = open_model(str(model), ("projection",), "auto", 20.0, "fp32", cpu)
-    lent, tokenizer = encoders(parts, "", cpu), parts.clip.tokenizer
-    engine_bench.measure_image_tower(race, parts, lent.image, 32 if quick else 64)
-    tokens = bench_store.measure_titles(race, note, lent.text, engine_bench.plain_text(parts), widths[1], tokenizer,
-                                        64 if quick else 512)
-    for batch, goal in ((32, ">= 1200"), (256, ">= 2000"))[:1 if quick else 2]:
-        rows = 50 * batch
-        warm = bench_store.warm_batches(rows, widths, batch)
-        engine_bench.measure_warm_epoch(race, parts, warm, rows, tokens, batch, goal, scratch)
-    figures.fold("P5", data_bench.measure_decode(quick), "ours", "transformers",
-                 {"decode 1280": ">= 2.7", "decode 480": ">= 1.7"})
-    bench_store.measure_cold(race, lent, scratch / "cold", 8 if quick else 64)
-    measure_recall(figures)
-    engine_bench.measure_loss(race, note, 2048 if quick else 8192)
-    bench_store.measure_store(race, note, scratch / "store", 50_000 if quick else 1_000_000, widths)
-    figures.fold("P10", data_bench.measure_fetch(quick), "ours", "one by one", {"fetch": ">= 40"})
-    figures.fold("shards", data_bench.measure_shards(quick), "ours", "webdataset", {})
-    bench_store.write_pairs(scratch / "76", {"train": 53, "valid": 11, "test": 12})
-    measure_reference_job(figures, model, scratch / "76", scratch)
-    bench_store.write_pairs(scratch / "ranks", {"train": 128}, negatives=False)
-    measure_ranks(figures, model, scratch / "ranks", scratch)
-
-
-def bench_device(figures: Bench, scratch: Path) -> None:
-    """The figures of a GPU, where there is one."""
-    import torch
-
-    from data.bench_store import warm_batches
-    from engine.bench_gpu import measure_gpu
-    from eval.bench import measure_recall_on
-
-    if not torch.cuda.is_available():
-        figures.note("GPU", "tower MFU, warm epoch of 1M pairs, Recall 1M x 1M, no sync in a step", "not measured",
-                     "no CUDA device")
-        return
-    measure_gpu(figures.note, warm_batches, torch.device("cuda"), scratch, figures.quick)
-    measure_recall_on(figures, torch.device("cuda"))
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run one command on this rank; the exit code says how it went."""
     command, cfg = parse("run.py", arguments)
@@ -693,7 +615,7 @@ def main(arguments: Sequence[str]) -> int:
     from engine import dist
 
     functions = {"train": train, "demo": demo, "eval": evaluate, "shards": shards, "check": check, "search": search,
-                 "export": export, "sweep": sweep, "verify": verify, "bench": bench}
+                 "export": export, "sweep": sweep, "verify": verify}
     try:
         with dist.asking("averaging gradients"):  # what else ranks ask of one another says so itself
             return functions[command](cfg, dist.init(cfg.device, cfg.dist_timeout, cfg.quiet), stop)

@@ -42,8 +42,8 @@ def test_the_gpus_figures_open_their_models(tiny_model: Path, tmp_path: Path, mo
     monkeypatch.setattr(gpu, "random_clip", lambda shape: load_clip(str(tiny_model)))
     for name in ("product_rate", "tower_rate", "epoch_seconds", "steps_without_sync"):
         monkeypatch.setattr(gpu, name, lambda *_: 1.0)
-    monkeypatch.setattr(gpu, "recall", lambda *_: None)
     bench = Bench(True, tmp_path, "", "")
     with stand_in():
-        gpu.gpu(bench)
-    assert GPU.type == "cuda" and len(bench.figures) == 6 and "bfloat16" in bench.figures[0].what
+        gpu.towers(bench)
+        gpu.warm_epochs(bench)
+    assert GPU.type == "cuda" and len(bench.figures) == 8 and "bfloat16" in bench.figures[0].what

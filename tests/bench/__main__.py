@@ -26,7 +26,8 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "P5": decoding.jpeg, "P16": decoding.feed, "P6": store.cold_pass, "P7": recall.ranks, "P15": recall.intervals,
     "P8": loss.large_batch, "P9": store.million_pairs, "P10": fetching.thumbnails, "P17,shards": decoding.shards,
     "P13,P14": jobs.warm_jobs, "P18": jobs.sweep, "P1": jobs.reference_job, "P12": jobs.two_ranks,
-    "P19": jobs.streaming, "P20": jobs.million_rows, "GPU": gpu.gpu}
+    "P19": jobs.streaming, "P20": jobs.million_rows, "GPU,towers": gpu.towers, "GPU,cold": gpu.cold_passes,
+    "GPU,epochs": gpu.warm_epochs, "GPU,recall": gpu.recall}
 
 
 def measure(bench: Bench, names: str) -> None:
@@ -36,7 +37,7 @@ def measure(bench: Bench, names: str) -> None:
     except (NotMeasured, UserError, RunFailed, RuntimeError, OSError, ImportError) as error:
         what = str(MEASUREMENTS[names].__doc__).split("\n")[0].partition(": ")[2]
         kind = "" if isinstance(error, NotMeasured) else f"{type(error).__name__}: "
-        bench.add(Figure(names, what, not_measured=f"{kind}{error}"))
+        bench.add(Figure(names.replace(",", " "), what, not_measured=f"{kind}{error}"))
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ Seconds are by the clock, the device waited for.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,36 +16,47 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.batch import Batches
+from data.cold import fill_images
+from data.features import FeatureStore
 from engine.frozen import Frozen
 from engine.graph import PAYS, WARM
 from engine.model import take_apart
-from engine.towers import pick_precision
 from eval.metrics import retrieval_ranks
 
 from .harness import Arm, Bench, Figure, NotMeasured, amount, timed
 from .inputs import Model, image_flops, noise_pixels, random_clip, warm_batches
+from .store import read_pairs
 from .towers import TrainingRun
 
-GOALS = {"ViT-B/32": ">= 0.5", "ViT-L/14": ">= 0.6"}  # share of the matrix product's rate
+SHAPES = {"ViT-B/32": (">= 0.5", ">= 8,000"), "ViT-L/14": (">= 0.6", ">= 2,500")}  # share of a product, images/s
 EPOCHS = {1024: "<= 0.1", 32_768: "<= 0.6"}  # seconds for a million pairs, by batch
 STEPS = 20
 
 
-def gpu(bench: Bench) -> None:
-    """GPU: share of the matrix product, warm epoch of 1M pairs, no sync in a step, Recall 1M x 1M."""
+def cuda_device() -> torch.device:
+    """Raises NotMeasured where there is none."""
     if not torch.cuda.is_available():
         raise NotMeasured("no CUDA device")
-    device = torch.device("cuda")
-    precision = pick_precision("auto", device)
-    peak = product_rate(4096 if bench.quick else 8192, precision, device)
-    for shape, goal in GOALS.items():
-        model = Model.of(take_apart(random_clip(shape), ("projection",), "auto", 20.0, "auto", device), device)
-        rate = tower_rate(model, device, 4 if bench.quick else 16)
-        bench.add(Figure("GPU", f"image tower {shape}, {str(precision)[6:]}: share of the matrix product's rate", goal,
-                         [rate / peak], f"{rate / 1e12:.0f} TFLOP/s", f"{peak / 1e12:.0f} TFLOP/s"))
-        if shape == "ViT-B/32":
-            warm_epochs(bench, model, device)
-    recall(bench, device)
+    return torch.device("cuda")
+
+
+def open_random(shape: str, device: torch.device) -> Model:
+    """A model of this shape in the precision that a run would take."""
+    return Model.of(take_apart(random_clip(shape), ("projection",), "auto", 20.0, "auto", device), device)
+
+
+def towers(bench: Bench) -> None:
+    """GPU: image towers, eager and compiled, as a share of the matrix product's rate."""
+    device = cuda_device()
+    for shape, (goal, _) in SHAPES.items():
+        model = open_random(shape, device)
+        precision = model.parts.precision
+        peak = product_rate(4096 if bench.quick else 8192, precision, device)
+        for how, wanted in (("off", ""), ("on", goal)):
+            rate = tower_rate(model, device, how, 4 if bench.quick else 16)
+            what = f"image tower {shape}, {str(precision)[6:]}, --compile {how}: share of the matrix product's rate"
+            bench.add(Figure("GPU", what, wanted, [rate / peak], f"{rate / 1e12:.0f} TFLOP/s",
+                             f"{peak / 1e12:.0f} TFLOP/s"))
 
 
 def product_rate(size: int, precision: torch.dtype, device: torch.device) -> float:
@@ -53,18 +65,32 @@ def product_rate(size: int, precision: torch.dtype, device: torch.device) -> flo
     return 2 * size**3 / median(seconds(lambda: a @ b, device) for _ in range(10))
 
 
-def tower_rate(model: Model, device: torch.device, calls: int) -> float:
-    """The same of the image tower, compiled, in batches as `Frozen` takes them."""
-    parts = model.parts
-    encode = Frozen(parts.towers.image, device, parts.precision, "off" if device.type == "cpu" else "on")
+def tower_rate(model: Model, device: torch.device, compiled: str, calls: int) -> float:
+    """The same of the image tower, in batches as `Frozen` takes them."""
+    encode = Frozen(model.parts.towers.image, device, model.parts.precision, compiled)
     pixels = noise_pixels(encode.batch).to(device)
     encode(pixels)  # compiles
     taken = median(seconds(partial(encode, pixels), device) for _ in range(calls))
-    return len(pixels) * image_flops(parts.clip.config.vision_config) / taken
+    return len(pixels) * image_flops(model.parts.clip.config.vision_config) / taken
 
 
-def warm_epochs(bench: Bench, model: Model, device: torch.device) -> None:
-    """Epochs from features on the device with the CUDA graph and without; and no step waits for the device."""
+def cold_passes(bench: Bench) -> None:
+    """GPU: images a second of the cold pass over files of 480x360, all cores decoding."""
+    device, cores = cuda_device(), len(os.sched_getaffinity(0))
+    images = 500 if bench.quick else 5000
+    catalogue, reader = read_pairs(bench.scratch / "gpu-pairs", images, cores)
+    for shape, (_, goal) in SHAPES.items():
+        model = open_random(shape, device)
+        model.image(noise_pixels(64))
+        store = FeatureStore(bench.scratch / f"gpu-{shape[-2:]}", model.widths[0])
+        arm = partial(fill_images, catalogue, reader, range(images), store, model.image, lambda text: None)
+        taken = seconds(arm, device)
+        bench.add(Figure("GPU", f"cold pass {shape}, 480x360, {cores} workers: images/s", goal, [images / taken]))
+
+
+def warm_epochs(bench: Bench) -> None:
+    """GPU: a warm epoch of a million pairs with the CUDA graph and without; no step waits for the device."""
+    model, device = open_random("ViT-B/32", cuda_device()), cuda_device()
     rows = 100_000 if bench.quick else 1_000_000
     for batch, goal in EPOCHS.items():
         graph, eager = (epoch_seconds(bench, model, rows, batch, device, how) for how in ("auto", "off"))
@@ -111,9 +137,9 @@ def steps_without_sync(bench: Bench, model: Model, device: torch.device, graph: 
         torch.cuda.set_sync_debug_mode("default")
 
 
-def recall(bench: Bench, device: torch.device) -> None:
-    """Exact ranks both ways of a million pairs."""
-    n = 100_000 if bench.quick else 1_000_000
+def recall(bench: Bench) -> None:
+    """GPU: exact ranks both ways of a million pairs."""
+    n, device = 100_000 if bench.quick else 1_000_000, cuda_device()
     image_NE, title_NE = (F.normalize(torch.randn(n, 512, device=device), dim=-1) for _ in range(2))
     arm = partial(retrieval_ranks, image_NE, title_NE, torch.arange(n, device=device))
     seconds(arm, device)  # warms up

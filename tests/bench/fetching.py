@@ -8,7 +8,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,38 +19,31 @@ from .harness import Bench, Race
 from .inputs import photograph
 
 DELAY_S = 0.05
-
-
-@dataclass
-class Thumbnails:
-    """Both ways to bring addresses that were never asked for before."""
-
-    url: str
-    folder: Path
-    numbers: count[int] = field(default_factory=count)
-
-    def at_once(self, many: int) -> None:
-        """By the product's fetcher."""
-        urls = [f"{self.url}/{next(self.numbers)}.jpg" for _ in range(many)]
-        fetched = list(fetch(iter(urls), self.folder, FetchPolicy(allow_hosts=("127.0.0.1",))))
-        if len(fetched) != many or any(answer.reason for answer in fetched):
-            raise RuntimeError("the fetcher has not brought everything")
-
-    def one_by_one(self, many: int) -> None:
-        """By a loop over urllib."""
-        for _ in range(many):
-            with urllib.request.urlopen(f"{self.url}/{next(self.numbers)}.jpg") as answer:
-                answer.read()
+NUMBERS = count()  # so that no address is asked for twice
 
 
 def thumbnails(bench: Bench) -> None:
     """P10: seconds by the clock for one thumbnail of many that are 50 ms away; one by one only some are asked for."""
     many, some = (200, 20) if bench.quick else (1000, 60)
     with slow_server(photograph(480, 360)) as url:
-        ways = Thumbnails(url, bench.scratch / "fetched")
         bench.race(Race("P10", f"{many:,} thumbnails {1e3 * DELAY_S:.0f} ms away, against {some} one by one", ">= 40",
-                        lambda: ways.at_once(many), lambda: ways.one_by_one(some), work=(many, some), rounds=3,
-                        clock=time.perf_counter))
+                        partial(fetch_all, url, many, bench.scratch / "fetched"), partial(fetch_in_turn, url, some),
+                        work=(many, some), rounds=3, clock=time.perf_counter))
+
+
+def fetch_all(url: str, many: int, folder: Path) -> None:
+    """By the product's fetcher."""
+    urls = (f"{url}/{next(NUMBERS)}.jpg" for _ in range(many))
+    fetched = list(fetch(urls, folder, FetchPolicy(allow_hosts=("127.0.0.1",))))
+    if len(fetched) != many or any(answer.reason for answer in fetched):
+        raise RuntimeError("the fetcher has not brought everything")
+
+
+def fetch_in_turn(url: str, many: int) -> None:
+    """One by one, by urllib."""
+    for _ in range(many):
+        with urllib.request.urlopen(f"{url}/{next(NUMBERS)}.jpg") as answer:
+            answer.read()
 
 
 @contextmanager

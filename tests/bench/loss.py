@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,43 +15,29 @@ from engine.loss import Candidates, Objective
 from .harness import Arm, Bench, Figure, Race
 
 
-@dataclass(frozen=True)
-class LargeBatch:
-    """Embeddings of `rows` images [G, E] and of their titles, then negatives [C, E], and both ways to the loss."""
-
-    image_GE: Tensor
-    title_CE: Tensor
-
-    @classmethod
-    def random(cls, rows: int) -> LargeBatch:
-        """Unit vectors of 512 numbers."""
-        generator = torch.Generator().manual_seed(0)
-        image_GE, title_CE = (F.normalize(torch.randn(count, 512, generator=generator), dim=-1).requires_grad_()
-                              for count in (rows, 2 * rows))
-        return cls(image_GE, title_CE)
-
-    def chunked(self) -> None:
-        """The product's loss, forward and backward."""
-        rows = len(self.image_GE)
-        ids_G = torch.arange(rows)
-        image_id_C = torch.cat([ids_G, torch.full_like(ids_G, -1)])
-        candidates = Candidates(self.title_CE, torch.arange(2 * rows), image_id_C)
-        Objective()(self.image_GE, candidates, torch.tensor(20.0), 0, rows).backward()
-
-    def whole(self) -> None:
-        """The same by cross entropy over the full matrix."""
-        F.cross_entropy(20.0 * (self.image_GE @ self.title_CE.T), torch.arange(len(self.image_GE))).backward()
-
-
 def large_batch(bench: Bench) -> None:
     """P8: forward and backward of the loss at a large batch, with negatives."""
-    rows = 2048 if bench.quick else 8192
-    batch = LargeBatch.random(rows)
-    ours, other = peak_bytes(batch.chunked), peak_bytes(batch.whole)
-    bench.add(Figure("P8", f"loss at batch {rows:,}: peak memory against the whole matrix", "<= 0.125", [ours / other],
-                     f"{ours / 2**20:,.0f} MiB", f"{other / 2**20:,.0f} MiB"))
-    bench.race(Race("P8", f"loss at batch {rows:,}, forward and backward: times faster", ">= 1", batch.chunked,
-                    batch.whole, rounds=3))
+    rows, generator = 2048 if bench.quick else 8192, torch.Generator().manual_seed(0)
+    image_GE, text_CE = (F.normalize(torch.randn(count, 512, generator=generator), dim=-1).requires_grad_()
+                         for count in (rows, 2 * rows))
+    ours, whole = partial(chunked_loss, image_GE, text_CE), partial(whole_loss, image_GE, text_CE)
+    peak, other = peak_bytes(ours), peak_bytes(whole)
+    bench.add(Figure("P8", f"loss at batch {rows:,}: peak memory against the whole matrix", "<= 0.125", [peak / other],
+                     f"{peak / 2**20:,.0f} MiB", f"{other / 2**20:,.0f} MiB"))
+    bench.race(Race("P8", f"loss at batch {rows:,}, forward and backward: times faster", ">= 1", ours, whole, rounds=3))
+
+
+def chunked_loss(image_GE: Tensor, text_CE: Tensor) -> None:
+    """The product's loss over titles, then negatives, forward and backward."""
+    rows = len(image_GE)
+    ids_G = torch.arange(rows)
+    candidates = Candidates(text_CE, torch.arange(len(text_CE)), torch.cat([ids_G, torch.full_like(ids_G, -1)]))
+    Objective()(image_GE, candidates, torch.tensor(20.0), 0, rows).backward()
+
+
+def whole_loss(image_GE: Tensor, text_CE: Tensor) -> None:
+    """The same by cross entropy over the full matrix."""
+    F.cross_entropy(20.0 * (image_GE @ text_CE.T), torch.arange(len(image_GE))).backward()
 
 
 def peak_bytes(arm: Arm) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Batches, Tokens
+from data.batch import Batch, Features, Tokens
 from data.cold import encode_titles
 from data.decode import collate_tokens, tokenize
 from data.demo import some_titles
@@ -65,7 +65,7 @@ class TrainingRun:
     """A call runs the real loop over `batches`, its log included, without evaluation and saving."""
 
     parts: Parts
-    batches: Batches | Repeated
+    batches: Callable[[int], Iterator[Batch | Features]]
     rows: int
     batch: int
     folder: Path
@@ -87,17 +87,6 @@ class TrainingRun:
             stop=lambda _: 0)
 
 
-@dataclass(frozen=True)
-class Repeated:
-    """One batch of tower inputs, ready, for a run of one step."""
-
-    batch: Batch
-
-    def __call__(self, first_step: int) -> Iterator[Batch]:
-        """That batch."""
-        yield self.batch
-
-
 def warm_epoch(bench: Bench) -> None:
     """P2: pairs a second of an epoch from features against steps that run both towers on ready pixels and tokens.
 
@@ -107,7 +96,7 @@ def warm_epoch(bench: Bench) -> None:
     title = collate_tokens(tokenize(model.parts.clip.tokenizer, some_titles(small), 77), 0)
     ids = torch.arange(small)
     step = Batch(noise_pixels(small), title, title, ids, ids, ids + small)
-    cold = TrainingRun(model.parts, Repeated(step), small, small, bench.scratch, streamed=True)
+    cold = TrainingRun(model.parts, lambda _: iter([step]), small, small, bench.scratch, streamed=True)
     for batch, goal in ((32, ">= 1,200"), (256, ">= 2,000"))[: 1 if bench.quick else 2]:
         rows = 50 * batch
         warm = TrainingRun(model.parts, warm_batches(rows, model.widths, batch), rows, batch, bench.scratch)

@@ -61,11 +61,15 @@ def device() -> torch.device:
     return torch.device("cuda", 0) if GPU else torch.device("cpu")
 
 
-def run_py(*arguments: str | Path, ranks: int = 1, **env: str) -> subprocess.CompletedProcess[str]:
-    """run.py in a process of its own, under torchrun for several ranks; what it prints goes to the check's log."""
+def run_py(*arguments: str | Path, ranks: int = 1, threads: int = 0) -> subprocess.CompletedProcess[str]:
+    """run.py in a process of its own, under torchrun for several ranks; what it prints goes to the check's log.
+
+    `threads` is for a run on the CPU, beside others.
+    """
+    env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)} if threads else {})}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, str(ROOT / "run.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **env}, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env, check=False)
     print(done.stdout[-3000:], done.stderr[-3000:])
     return done
 
@@ -101,8 +105,8 @@ def draw(variant: str, flags: list[str]) -> None:
 def cuda_tests(variant: str, flags: list[str]) -> None:
     """The tests that only a GPU can run."""
     pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run([*pytest, "tests/test_graph.py", "tests/test_features.py", "-k", "real_graph or gpu_features"],
-                          capture_output=True, text=True, timeout=150, check=False)
+    chosen = ["tests/test_graph.py", "tests/test_features.py", "-k", "real_graph or gpu_features"]
+    done = subprocess.run([*pytest, *chosen], capture_output=True, text=True, timeout=150, check=False)
     print(done.stdout, done.stderr)
     line = last_line(done)
     verdict(done.returncode == 0 and "passed" in line and "skipped" not in line if GPU else None, line)
@@ -123,8 +127,8 @@ def demo(variant: str, flags: list[str]) -> None:
 
 def run(variant: str, flags: list[str]) -> None:
     """One of the runs that `losses` compares."""
-    on_cpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(max(1, CORES // 2))} if "cpu" in flags else {}
-    done = run_py(*training(variant, 12 if variant == "graph" and GPU else 1, *flags), **on_cpu)
+    epochs, threads = 12 if variant == "graph" and GPU else 1, max(1, CORES // 2) if "cpu" in flags else 0
+    done = run_py(*training(variant, epochs, *flags), threads=threads)
     refused = re.search(r"no CUDA graph[^\n]*", done.stderr)
     right = done.returncode == 0 and not refused
     verdict(None if right else False, f"exit {done.returncode}, {refused[0] if refused else last_line(done)}")
@@ -147,13 +151,13 @@ def signals(variant: str, flags: list[str]) -> None:
     whole = run_py(*training("whole", epochs, "--quiet", *ON_DEVICE))
     command = [sys.executable, str(ROOT / "run.py"), *map(str, training("cut", epochs, "--quiet", *ON_DEVICE))]
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    steps, end = RUNS / "cut" / "steps.jsonl", time.monotonic() + 90
+    steps, end = RUNS / "cut" / "steps.jsonl", time.monotonic() + (90 if GPU else 300)
     while job.poll() is None and time.monotonic() < end:
         if steps.exists() and steps.read_bytes().count(b"\n") > wanted:
             job.send_signal(signal.SIGTERM)
             break
         time.sleep(0.05)
-    code = job.wait(60)
+    code = job.wait(120)
     resumed = run_py("train", "--resume", "--out", RUNS / "cut")
     pairs = list(zip(losses("whole"), losses("cut"), strict=False))
     apart = max(abs(a - b) for a, b in pairs)
@@ -243,10 +247,12 @@ def after_the_run(variant: str, flags: list[str]) -> None:
     """verify, search and a small sweep with what `demo` has left."""
     cache, pairs = WORK / "demo-cache", WORK / "demo-cache" / "demo"
     shared = ["--dataset", pairs, "--cache-dir", cache, *ON_DEVICE]
-    for command in (["verify", "--run", RUNS / "demo", "--cache-dir", cache, "--device", KIND],
-                    ["search", "three red balls", "--model", RUNS / "demo" / "model", *shared],
-                    ["sweep", "--model", DEMO_MODEL, "--out", RUNS / "sweep", "--space", "lr=1e-3,3e-3", "--folds", "3",
-                     "--epochs", "16" if GPU else "2", "--batch-size", "64", *shared]):
+    commands: list[list[str | Path]] = [
+        ["verify", "--run", RUNS / "demo", "--cache-dir", cache, "--device", KIND],
+        ["search", "three red balls", "--model", RUNS / "demo" / "model", *shared],
+        ["sweep", "--model", DEMO_MODEL, "--out", RUNS / "sweep", "--space", "lr=1e-3,3e-3", "--folds", "3", "--epochs",
+         "16" if GPU else "2", "--batch-size", "64", *shared]]
+    for command in commands:
         done = run_py(*command)
         speed = re.findall(r"[\d,]+ runs/min", done.stderr)
         verdict(done.returncode == 0, f"{command[0]}: exit {done.returncode}, {(speed or [last_line(done)])[-1]}")

@@ -26,7 +26,7 @@ EXPORT = ["run", "to", "checkpoint", "dtype"]
 PUSH = ["push_to_hub", "private", "license"]
 SWEEP = ["space", "trials", "folds", "seeds"]
 TRAIN = [name for name in config_fields()
-         if name not in ["split", "resize", "strict", "json", "prune", "quick", *SEARCH, *EXPORT, *SWEEP]]
+         if name not in ["split", "resize", "strict", "json", "prune", *SEARCH, *EXPORT, *SWEEP]]
 ONE_RUN = ["eval_every", "eval_splits", "save_every", "keep", "profile", "probe", "augment",
            "gradient_checkpointing"]  # what only a single run of training has
 POSITIONAL = "query"  # the one setting that needs no flag
@@ -58,8 +58,6 @@ COMMANDS = {
     "search": Command("the best thumbnails for a title, or the best titles for a picture",
                       ["model", *SEARCH, "json", "split", *COLUMNS, *(name for name in READING if name != "max_bad"),
                        "seed", *MACHINE], {"split": "all"}),
-    "bench": Command("what this machine can do and how near we are to it, beside our peers; a table, or --json",
-                     ["quick", "json"], {}),
     "export": Command("a run, or its projections alone, as a Hugging Face folder; or push it to the hub",
                       ["model", *EXPORT, *PUSH], {"model": ""}),
     "verify": Command("prove a run: checksums, some steps trained again, the exported model measured again; without "

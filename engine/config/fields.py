@@ -94,7 +94,6 @@ class Config:
     max_pixels: int = setting(25_000_000, "data", "refuse images with more pixels than this")
     prune: bool = setting(False, "output", "delete the stored features of all models but --model")
     strict: bool = setting(False, "output", "exit 1 when there are errors")
-    quick: bool = setting(False, "output", "bench: fewer rounds and smaller inputs, under a minute")
     json: bool = setting(False, "output", "print JSON to stdout")
     quiet: bool = setting(False, "output", "say nothing but errors and the final table")
     # Searching.

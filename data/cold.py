@@ -24,11 +24,13 @@ from data.prefetch import Pace, ahead, batched
 from data.shards.index import read_member
 from data.store.features import FeatureStore
 from data.store.segments import key_of
-from data.web.fetch import Fetched, FetchPolicy, cached_path, fetch
+from data.web.fetch import Fetched, FetchPolicy, cached_path, fetch, forget
+from data.web.guard import unused_proxy
 
 CHUNK = 64  # images handed to the tower at once
 TITLES = 512  # likewise titles
 SEGMENT = 4096  # features written at once
+NO_PICTURE = {"empty", "not-image", "truncated", "undecodable"}  # reasons of `decode_image` that lie in the bytes
 URL_START = "^(?i)https?://"
 
 
@@ -47,6 +49,11 @@ class Reader:
     def fetch(self, urls: Iterable[str]) -> Generator[Fetched]:
         """Bring these URLs into the folder; each one's fate as it is known."""
         return fetch(urls, self.folder, self.policy, self.retry_failed)
+
+    def forget(self, reference: Mapping[str, Any]) -> None:
+        """Drop what was fetched for a reference, as it is no picture; a later run asks for it again."""
+        if reference["bytes"] is None and is_url(reference["path"] or ""):
+            forget(reference["path"], self.folder)
 
     def read(self, reference: Mapping[str, Any]) -> bytes:
         """The bytes behind one reference. Raises BadSample when they are not to be had."""
@@ -88,19 +95,23 @@ def visit(found: Catalogue, reader: Reader, mine: Sequence[int], known: Callable
         try:
             if problem is not None:
                 raise problem
-            data = reader.read(found.references[index].as_py())
+            reference = found.references[index].as_py()
+            data = reader.read(reference)
             key = key_of(data)
             return Verdict(index, key, None, None if known(key) else decode(data))
         except BadSample as found_out:
+            if found_out.reason in NO_PICTURE:
+                reader.forget(reference)
             return Verdict(index, b"", found_out)
 
     pace = Pace("images", len(mine), tell)
-    for verdict in ahead(look, _available(found, reader, np.asarray(mine, np.int64)), reader.workers, 2 * CHUNK):
+    for verdict in ahead(look, _available(found, reader, np.asarray(mine, np.int64), tell), reader.workers, 2 * CHUNK):
         pace(problem=verdict.problem)
         yield verdict
 
 
-def _available(found: Catalogue, reader: Reader, mine: np.ndarray) -> Iterator[tuple[int, BadSample | None]]:
+def _available(found: Catalogue, reader: Reader, mine: np.ndarray,
+               tell: Callable[[str], None]) -> Iterator[tuple[int, BadSample | None]]:
     """The references as their bytes become readable: local ones at once, URLs as the fetcher finishes them."""
     import pyarrow.compute as pc
 
@@ -116,6 +127,8 @@ def _available(found: Catalogue, reader: Reader, mine: np.ndarray) -> Iterator[t
             asked[url := path[index].as_py()] = int(index)
             yield url
 
+    if len(remote) and not reader.policy.proxy and (name := unused_proxy()):
+        tell(f"{name} is set and not used: images are fetched directly; --proxy URL fetches them through a proxy")
     for fetched in reader.fetch(urls()) if len(remote) else ():
         yield asked.pop(fetched.url), BadSample(fetched.reason, fetched.detail) if fetched.reason else None
 

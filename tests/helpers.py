@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def full(reduced: int, full: int) -> int:
     """How often a test repeats itself: `reduced` in the normal suite, `full` with THUMBTUNE_FULL=1 in the environment.
 
-    The figures of the README's reliability table are those of `THUMBTUNE_FULL=1 python -m pytest`.
+    The figures of tests/README.md's reliability table are those of `THUMBTUNE_FULL=1 python -m pytest`.
     """
     return full if os.environ.get("THUMBTUNE_FULL") == "1" else reduced
 

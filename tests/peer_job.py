@@ -1,4 +1,4 @@
-"""The whole reference job by sentence-transformers, as the original notebook does it: the peer of `run.py bench`.
+"""The reference job by sentence-transformers, as the original notebook does it: the peer of `python -m tests.bench`.
 
 `python tests/peer_job.py MODEL DATASET OUT EPOCHS`: one line of JSON with the CPU seconds of the whole process and of
 one epoch with its evaluations, so that more epochs can be reckoned. The product itself never imports this.

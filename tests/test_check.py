@@ -256,3 +256,30 @@ def test_the_estimate_of_long_titles() -> None:
     too_long = np.array([len(ids) for ids in tokenizer(texts)["input_ids"]]) > 77
     estimate = np.array([len(PIECE.findall(text)) > TOO_MANY_PIECES for text in texts])
     assert estimate[too_long].mean() > 0.97 and too_long[estimate].mean() > 0.97
+
+
+def test_a_body_that_is_no_picture_is_forgotten(tmp_path: Path) -> None:
+    """Else an error message that a server sent with status 200 stands for the picture in every later run."""
+    picture = jpeg(Image.effect_noise((300, 200), 60))
+    broken = {"/message.jpg": b'{"error": "rate limited"}', "/cut.jpg": picture[: len(picture) // 2]}
+    bodies = dict(broken)
+
+    class Host(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()  # without a length nobody can tell that a body was cut
+            self.wfile.write(bodies[self.path])
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    host = ThreadingHTTPServer(("127.0.0.1", 0), Host)
+    threading.Thread(target=host.serve_forever, daemon=True).start()
+    (tmp_path / "all.csv").write_text("image,title\n" + "".join(
+        f"http://127.0.0.1:{host.server_port}{path},title of {path}\n" for path in broken))
+    kinds = [one.kind for one in look_over(tmp_path / "all.csv", tmp_path / "cache")]
+    assert {"not-image", "truncated"} <= set(kinds)
+    bodies.update(dict.fromkeys(broken, picture))
+    kinds = [one.kind for one in look_over(tmp_path / "all.csv", tmp_path / "cache")]
+    assert not {"not-image", "truncated"} & set(kinds)
+    host.shutdown()

@@ -23,7 +23,7 @@ from data.prefetch import copied_ahead
 from data.sources.folds import folds, join
 from data.store.features import FeatureStore
 from data.store.resident import Mapped, Resident
-from engine import bench_gpu, train
+from engine import train
 from engine.clip.model import take_apart
 from engine.clip.towers import load_clip
 from engine.commands import train as train_command
@@ -195,13 +195,3 @@ def test_measuring_searching_and_sweeping_are_the_cpus(tmp_path: Path) -> None:
     with stand_in():
         for on_gpu in (split.to(GPU), mapped.to(GPU, room=0)):
             torch.testing.assert_close(found(on_gpu, GPU), here)
-
-
-def test_the_gpus_bench_opens_its_models(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_gpu, "random_clip", lambda shape: load_clip(str(tiny_model)))
-    for name in ("product_rate", "tower_rate", "epoch_seconds", "steps_without_sync"):
-        monkeypatch.setattr(bench_gpu, name, lambda *_: 1.0)
-    notes: list[Any] = []
-    with stand_in():
-        bench_gpu.measure_gpu(lambda *row: notes.append(row), None, GPU, Path(), quick=True)  # type: ignore[arg-type]
-    assert len(notes) == 6 and "bfloat16" in notes[0][1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import gzip
 import io
 import json
@@ -32,7 +33,7 @@ from PIL import Image
 import data.web.fetch as module
 from data.batch import UserError
 from data.web.fetch import FetchPolicy, cached_path, fetch
-from data.web.guard import is_public
+from data.web.guard import check_proxy, is_public
 
 LOCAL, ROOT = "127.0.0.1", Path(__file__).resolve().parents[1]
 RESET, CLOSE = None, ...  # parts of an answer, beside bytes and pauses (floats, in seconds)
@@ -445,3 +446,66 @@ def test_tls_is_always_checked(tmp_path: Path) -> None:
         reason, detail = found[url]
         assert reason == ("tls" if word else None) and word in detail
         assert sites[word].hits.total() == (0 if word else 1)
+
+
+SIGNED = ["/9eOz=/smart/http%3A%2F%2Fcdn.example%2Fa.jpg", "/foo%27bar.jpg?sig=q%2FX&type=image%2Fjpeg",
+          "/p%28t%29.jpg", "/a/../b.jpg?x=a+b%20c", "/lower%c3%a9.jpg"]
+
+
+def test_a_signed_address_goes_out_byte_for_byte_also_in_a_redirect(tmp_path: Path) -> None:
+    """A signature covers one spelling: an address that is decoded and encoded again answers 403."""
+    site = Site(lambda path, n: reply(302, b"", Location=path.removeprefix("/to")) if path[:3] == "/to" else reply())
+    for paths in SIGNED, [f"/to{path}" for path in SIGNED if "/../" not in path]:  # a relative redirect resolves those
+        site.hits.clear()
+        assert [got.reason for got in ask(tmp_path, *map(site.url, paths), again=True)] == [None] * len(paths)
+        assert {path for path in site.hits if path[:3] != "/to"} == {path.removeprefix("/to") for path in paths}
+
+
+def test_what_no_address_may_hold_is_encoded(tmp_path: Path) -> None:
+    site = Site(lambda path, n: reply())
+    assert [got.reason for got in ask(tmp_path, site.url('/ä b"|.jpg?q=é'), site.url("/100%.jpg"))] == [None, None]
+    assert set(site.hits) == {"/%C3%A4%20b%22%7C.jpg?q=%C3%A9", "/100%25.jpg"}
+
+
+TWIN = """import sys
+from pathlib import Path
+from data.web.fetch import FetchPolicy, fetch
+found = fetch(sys.argv[2:], Path(sys.argv[1]), FetchPolicy(allow_hosts=("127.0.0.1",), timeout=5.0))
+print(sum(each.path is not None for each in found))"""
+
+
+def test_two_runs_on_one_cache_ask_for_an_address_once(tmp_path: Path) -> None:
+    """Else two runs started together fetch everything twice, and a host that counts requests bans both."""
+    site = Site(lambda path, n: [0.05, reply(404) if path.startswith("/gone") else reply()])
+    urls = [site.url(f"/{name}{k}") for k in range(60) for name in ("there", "gone")]
+    twins = [subprocess.Popen([sys.executable, "-c", TWIN, str(tmp_path), *urls], cwd=ROOT, stdout=subprocess.PIPE)
+             for _ in range(2)]
+    assert [twin.communicate(timeout=60)[0] for twin in twins] == [b"60\n", b"60\n"]
+    assert set(site.hits.values()) == {1} and site.hits.total() == 120
+    assert not list((tmp_path / "partial").iterdir())
+
+
+def test_a_suspended_run_does_not_hold_up_another_for_ever(tmp_path: Path) -> None:
+    site = Site(lambda path, n: reply())
+    (tmp_path / "partial").mkdir()
+    with (tmp_path / "partial" / f"{cached_path(site.url(), tmp_path).name}.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert ask(tmp_path, site.url(), timeout=0.1, retries=0)[0].reason is None
+
+
+def test_all_requests_go_through_the_proxy_and_local_names_are_refused(tmp_path: Path) -> None:
+    """A proxy dials for us, so the guard at the socket sees only the proxy: names have to be judged before."""
+    proxy = Site(lambda path, n: reply())
+    private = ["http://127.1/", "http://[::1]/", "http://10.0.0.1/", "http://localhost/", "http://nas/",
+               "http://metadata.google.internal/", "http://printer.local/"]
+    found = ask(tmp_path, "http://pictures.example/a%2Fb.jpg", *private, allow_hosts=(), proxy=proxy.url())
+    assert {got.url: got.reason for got in found} == {
+        "http://pictures.example/a%2Fb.jpg": None, **dict.fromkeys(private, "forbidden-address")}
+    assert set(proxy.hits) == {"http://pictures.example/a%2Fb.jpg"}
+    assert ask(tmp_path, "http://nas/2", allow_hosts=("nas",), proxy=proxy.url())[0].reason is None
+
+
+@pytest.mark.parametrize("address", ["socks5://host:1", "host:3128", "http://", "http://[::1"])
+def test_a_proxy_that_cannot_be_used_is_refused(address: str) -> None:
+    with pytest.raises(UserError, match="--proxy takes the address of an HTTP proxy"):
+        check_proxy(address)

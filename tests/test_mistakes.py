@@ -88,7 +88,6 @@ MISTAKES = {  # arguments -> what the answer has to name
     "range without a number of trials": ([*SWEEP, "--space", "lr=1e-4..1e-2:log"], "--trials N"),
     "one fold": ([*SWEEP, "--space", "lr=1e-4", "--folds", "1"], "at least 2"),
     "verify no run": (["verify", "--run", "{tmp}/none"], "holds no run"),
-    "bench of what is not there": (["bench", "--model", "m"], "unknown argument --model"),
     # searching
     "search for nothing": (SEARCH, "search for what?"),
     "search for both": ([*SEARCH, "words", "--image", "{picture}"], "not both"),

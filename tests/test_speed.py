@@ -17,7 +17,6 @@ from engine.clip import encoder as module
 from engine.clip.encoder import Frozen
 from engine.clip.model import open_model
 from engine.ranks.world import World
-from eval.bench import Bench, amount
 from eval.metrics import retrieval_ranks
 
 CPU = torch.device("cpu")
@@ -135,14 +134,3 @@ def test_augmented_runs_are_the_same_on_two_ranks_and_differ_by_epoch(tiny_model
     assert sum(one[:3]) != pytest.approx(sum(one[3:]), abs=1e-4)  # other crops in the other epoch, nothing learned
     base = [json.loads((tmp_path / name / "metrics.json").read_text())["base"] for name in ("plain", "one")]
     assert base[0] == base[1]  # measured on whole images
-
-
-def test_figures_know_whether_they_reach_their_goal() -> None:
-    bench = Bench(True, lambda text: None)
-    bench.note("P9", "b", "1", "2", [3.0, 5.0, 4.0], ">= 4")
-    bench.note("P1", "a", "1", "2", [3.0], "<= 2.5")
-    bench.race("P2", "c", lambda: sum(range(300_000)), lambda: sum(range(30_000)), ">= 0.01", work=(2, 1), unit="x")
-    assert [figure.reached for figure in bench.figures] == [True, False, True]
-    assert [line.split("|")[1].strip() for line in bench.table().splitlines()[2:]] == ["P1", "P2", "P9"]
-    assert bench.figures[0].ratio == (4.0, 3.0, 5.0) and bench.figures[2].ratio[0] < 1
-    assert amount(0.0021, 1, "s") == "2.1 ms" and amount(2.0, 10, "pairs") == "5 pairs/s"

@@ -1,14 +1,20 @@
-"""One guarded request: no address but a public one, no body but a whole one below the limit."""
+"""One guarded request: no address but a public one, no body but a whole one below the limit.
+
+Through a proxy the address that is dialled is the proxy's, so a host is judged by its name alone: literal addresses and
+local names are refused as without one, what other names resolve to is for the proxy to judge.
+"""
 
 from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 import re
 import socket
 import time
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from io import BytesIO
 from typing import Any
@@ -17,13 +23,16 @@ import aiohttp
 from PIL import Image
 from yarl import URL
 
-from data.batch import BadSample
+from data.batch import BadSample, UserError
 
 HEADERS = {"User-Agent": "thumbtune/0.1 (+thumbnail fetcher)", "Accept-Encoding": "identity"}
 YOUTUBE = re.compile(r"(i\d?\.ytimg|img\.youtube)\.com")
 NAT64, IPV6_GLOBAL = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("2000::/3")
 # Cloud metadata services and dead relays that Python, or some version of it, calls global.
 SPECIAL = [ipaddress.ip_network(each) for each in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")]
+
+UNSAFE = re.compile(rb"%(?![0-9A-Fa-f]{2})|[^A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]")  # what RFC 3986 has no place for
+LOCAL_NAME = re.compile(r"[^.:]+|.*\.(localhost|local|internal|home\.arpa)\.?")
 
 
 class _ForbiddenAddress(OSError):
@@ -74,14 +83,47 @@ def _public_socket(info: tuple[Any, ...]) -> socket.socket:
     return socket.socket(family, kind, protocol)
 
 
-class Sessions:
-    """A guarded session for all hosts but those that `allow_hosts` opens by name; an async context manager."""
+def check_proxy(proxy: str) -> str:
+    """Return `proxy`. Raises UserError unless it is an http(s) address."""
+    try:
+        url = URL(proxy)
+        usable = url.scheme in ("http", "https") and bool(url.host)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise UserError("--proxy takes the address of an HTTP proxy, such as http://proxy.example:3128")
+    return proxy
 
-    def __init__(self, allow_hosts: Iterable[str]) -> None:
+
+def unused_proxy() -> str:
+    """The proxy variable that is set and that fetching does not use, "" for none."""
+    names = ("https_proxy", "http_proxy", "all_proxy")
+    return next((name for name in (*map(str.upper, names), *names) if os.environ.get(name)), "")
+
+
+def is_local_name(host: str) -> bool:
+    """Whether a host is an address that is not public, in any spelling, or a name of the local network."""
+    with suppress(OSError):  # 127.1 and 0x7f.1 are addresses too
+        host = socket.inet_ntoa(socket.inet_aton(host))
+    try:
+        return not is_public(host)
+    except ValueError:
+        return bool(LOCAL_NAME.fullmatch(host.lower()))
+
+
+class Sessions:
+    """A guarded session for all hosts but those that `allow_hosts` opens by name; an async context manager.
+
+    With a `proxy` all requests go through it.
+    """
+
+    def __init__(self, allow_hosts: Iterable[str], proxy: str = "") -> None:
         self._names = {name.lower().strip("[]") for name in allow_hosts}
+        self._proxy = proxy
 
     async def __aenter__(self) -> Sessions:
-        self._guarded, self._unguarded = _open_session(guarded=True), _open_session(guarded=False)
+        self._guarded = _open_session(guarded=not self._proxy, proxy=self._proxy)
+        self._unguarded = _open_session(guarded=False, proxy=self._proxy)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -89,11 +131,15 @@ class Sessions:
         await self._unguarded.close()
 
     def of(self, url: URL) -> aiohttp.ClientSession:
-        """The session that may ask this host."""
-        return self._unguarded if url.host in self._names else self._guarded
+        """The session that may ask this host. Raises BadSample for one that a proxy must not be asked for."""
+        if url.host in self._names:
+            return self._unguarded
+        if self._proxy and is_local_name(url.host or ""):
+            raise BadSample("forbidden-address", "not a public host; --allow-host HOST opens it")
+        return self._guarded
 
 
-def _open_session(guarded: bool) -> aiohttp.ClientSession:
+def _open_session(guarded: bool, proxy: str) -> aiohttp.ClientSession:
     """A session that keeps no cookie, trusts no proxy variable, inflates nothing and always checks TLS."""
     # The limits are the client's. Idle connections go early: a list of many hosts would eat up the descriptors.
     factory = _public_socket if guarded else None
@@ -105,14 +151,27 @@ def _open_session(guarded: bool) -> aiohttp.ClientSession:
         timeout=aiohttp.ClientTimeout(),  # ours is exact; aiohttp's own is rounded up to whole seconds
         auto_decompress=False,
         trust_env=False,
+        proxy=proxy or None,
     )
 
 
 def web_url(text: str, base: URL | None = None) -> URL:
-    """A URL that may be asked for; raises `BadSample`."""
+    """The URL to ask for, byte for byte as it is written; only what no URL may hold is percent-encoded.
+
+    Signed and thumbor addresses are valid in one spelling alone. `base` is what a redirect starts from. Raises
+    BadSample.
+    """
     try:
-        url = base.join(URL(text)) if base else URL(text)
-        host = url.host
+        found = re.match(r"(https?:)?//([^/?#]*)", text, re.IGNORECASE)
+        if found:
+            # Only here is normalising right: host names fold case, and other alphabets than ASCII become punycode.
+            start = URL(f"{found[1] or (base.scheme + ':' if base else '')}//{found[2]}")
+            rest = _percent_encode(text[found.end():])
+            url = URL(f"{start.scheme}://{start.raw_authority}{rest if rest[:1] == '/' else '/' + rest}", encoded=True)
+        else:
+            url = URL(_percent_encode(text), encoded=True)
+            url = base.join(url) if base else url
+        host, _ = url.host, url.port
     except ValueError as error:
         raise BadSample("bad-url", str(error)) from error
     if url.scheme not in ("http", "https") or not host:
@@ -120,6 +179,11 @@ def web_url(text: str, base: URL | None = None) -> URL:
     if url.user is not None or url.password is not None:
         raise BadSample("bad-url", "carries a user name or a password")
     return url
+
+
+def _percent_encode(text: str) -> str:
+    """The same text with every byte that a URL may not hold percent-encoded. Raises ValueError for lone surrogates."""
+    return UNSAFE.sub(lambda found: b"%%%02X" % found[0][0], text.encode(errors="surrogateescape")).decode("ascii")
 
 
 def variants_of(url: URL) -> list[URL]:

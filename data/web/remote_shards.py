@@ -21,7 +21,7 @@ from data.shards.index import MAX_INDEX, expand_braces, indexed, sidecar, tar_di
 from data.shards.tar import open_tar
 from data.web.download import Downloader, Progress, seal_of
 from data.web.fetch import FetchPolicy, on_disk
-from data.web.guard import Sessions, web_url
+from data.web.guard import Sessions, unused_proxy, web_url
 
 MAX_SHARD = 1 << 36  # bytes; such a shard would not be one
 AT_ONCE = 4  # shards under way in one process
@@ -43,6 +43,8 @@ def fetch_shards(pattern: str, folder: Path, policy: FetchPolicy, tell: Callable
               for url, name in zip(urls, names, strict=True)]
     missing = [(url, path) for url, path in zip(urls, places, strict=True) if not path.exists()]
     random.shuffle(missing)  # an order of its own for every rank, so that they share the work and seldom wait
+    if missing and not policy.proxy and (name := unused_proxy()):
+        tell(f"{name} is set and not used: shards are fetched directly; --proxy URL fetches them through a proxy")
     if missing:
         asyncio.run(_fetch_all(missing, folder, policy, tell))
     return places
@@ -62,7 +64,7 @@ def web_name(url: str) -> str:
 async def _fetch_all(missing: Sequence[tuple[str, Path]], folder: Path, policy: FetchPolicy,
                      tell: Callable[[str], None]) -> None:
     progress, slots = _Progress(len(missing), tell), asyncio.Semaphore(AT_ONCE)
-    async with Sessions(policy.allow_hosts) as sessions:
+    async with Sessions(policy.allow_hosts, policy.proxy) as sessions:
         loader = Downloader(sessions, policy, progress)
 
         async def one(url: str, path: Path) -> None:

@@ -16,6 +16,7 @@ from data.pairs import Encoders, Pairs, Team, open_pairs
 from data.sources.source import Columns, Rows, load_splits
 from data.store.resident import Resident
 from data.web.fetch import FetchPolicy
+from data.web.guard import check_proxy
 from data.web.remote_shards import fetch_shards
 from engine.clip.encoder import CPU_TITLES, Frozen
 from engine.clip.model import Head, Parts, open_model
@@ -49,7 +50,7 @@ def read_rows(cfg: Config, tell: Callable[[str], None] = lambda text: None) -> t
 
 def fetch_policy(cfg: Config) -> FetchPolicy:
     """What may be asked for over the network, and how."""
-    return FetchPolicy(allow_hosts=cfg.allow_host, variants=cfg.variants)
+    return FetchPolicy(allow_hosts=cfg.allow_host, variants=cfg.variants, proxy=cfg.proxy and check_proxy(cfg.proxy))
 
 
 def reader(cfg: Config, spec: ImageSpec) -> Reader:

@@ -29,7 +29,8 @@ def verify(cfg: Config, world: World, stop: Stop) -> int:
     if (run / "sweep.jsonl").exists():
         raise UserError(f"--run {run} is a sweep's folder and has no steps; train with --config {run}/recipe.toml and "
                         "verify that run")
-    mine = {name: getattr(cfg, name) for name in ("device", "workers", "allow_host", "max_pixels")}  # not the folder's
+    machine = ("device", "workers", "allow_host", "proxy", "max_pixels")  # of this machine, not of the run's
+    mine = {name: getattr(cfg, name) for name in machine}
     given = {name: getattr(cfg, name) for name in ("dataset", "model") if getattr(cfg, name)}
     old = replace(settings_of(run), cache_dir=cfg.cache_dir, **mine, **given)
     findings, whole = again.files(run)

@@ -19,14 +19,14 @@ from engine.config.settings import check, comma_list, in_groups, number, read_to
 HOME = Path(__file__).resolve().parents[2]
 DEMO_MODEL = HOME / "data" / "demo_model"
 COLUMNS = ["dataset", "image_column", "title_column", "negative_column"]
-READING = ["allow_host", "retry_failed", "variants", "max_bad", "max_pixels", "workers", "cache_dir"]
+READING = ["allow_host", "proxy", "retry_failed", "variants", "max_bad", "max_pixels", "workers", "cache_dir"]
 MACHINE = ["device", "precision", "compile", "dist_timeout", "quiet"]
 SEARCH = ["query", "queries", "image", "top", "html"]
 EXPORT = ["run", "to", "checkpoint", "dtype"]
 PUSH = ["push_to_hub", "private", "license"]
 SWEEP = ["space", "trials", "folds", "seeds"]
 TRAIN = [name for name in config_fields()
-         if name not in ["split", "resize", "strict", "json", "prune", "quick", *SEARCH, *EXPORT, *SWEEP]]
+         if name not in ["split", "resize", "strict", "json", "prune", *SEARCH, *EXPORT, *SWEEP]]
 ONE_RUN = ["eval_every", "eval_splits", "save_every", "keep", "profile", "probe", "augment",
            "gradient_checkpointing"]  # what only a single run of training has
 POSITIONAL = "query"  # the one setting that needs no flag
@@ -58,13 +58,11 @@ COMMANDS = {
     "search": Command("the best thumbnails for a title, or the best titles for a picture",
                       ["model", *SEARCH, "json", "split", *COLUMNS, *(name for name in READING if name != "max_bad"),
                        "seed", *MACHINE], {"split": "all"}),
-    "bench": Command("what this machine can do and how near we are to it, beside our peers; a table, or --json",
-                     ["quick", "json"], {}),
     "export": Command("a run, or its projections alone, as a Hugging Face folder; or push it to the hub",
                       ["model", *EXPORT, *PUSH], {"model": ""}),
     "verify": Command("prove a run: checksums, some steps trained again, the exported model measured again; without "
                       "--run, check the stored features",
-                      ["run", "prune", "model", "dataset", "cache_dir", "allow_host", "max_pixels", "workers",
+                      ["run", "prune", "model", "dataset", "cache_dir", "allow_host", "proxy", "max_pixels", "workers",
                        *MACHINE], {"model": "", "dataset": ""}),
 }
 
@@ -72,7 +70,7 @@ COMMANDS = {
 # What may differ between a run and its resumption: it changes where and how fast, not what is computed.
 FREE_ON_RESUME = {"out", "resume", "cache_dir", "log_every", "eval_every", "save_every", "keep", "device", "workers",
                   "profile", "compile", "cuda_graph", "gradient_checkpointing", "dist_timeout", "quiet", "allow_host",
-                  "max_bad", "dataset", "model", "patience", "space", "trials", *PUSH}
+                  "proxy", "max_bad", "dataset", "model", "patience", "space", "trials", *PUSH}
 
 
 class Parser(argparse.ArgumentParser):

@@ -89,11 +89,11 @@ class Config:
     retry_failed: bool = setting(False, "data", "ask again for URLs that failed for good in an earlier run")
     variants: bool = setting(False, "data", "YouTube: try the maxres, sd and hq thumbnails in this order")
     allow_host: tuple[str, ...] = setting((), "data", "private hosts that images and shards may be fetched from")
+    proxy: str = setting("", "data", "fetch images and shards through this HTTP proxy, such as http://HOST:3128")
     max_bad: float = setting(0.05, "data", "stop when a larger share of the rows (5% or 0.05) is unusable")
     max_pixels: int = setting(25_000_000, "data", "refuse images with more pixels than this")
     prune: bool = setting(False, "output", "delete the stored features of all models but --model")
     strict: bool = setting(False, "output", "exit 1 when there are errors")
-    quick: bool = setting(False, "output", "bench: fewer rounds and smaller inputs, under a minute")
     json: bool = setting(False, "output", "print JSON to stdout")
     quiet: bool = setting(False, "output", "say nothing but errors and the final table")
     # Searching.
@@ -118,6 +118,7 @@ def config_fields() -> dict[str, Field[Any]]:
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """The settings as plain JSON values."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+    """The settings as plain JSON values, without a proxy that carries a password."""
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+    return {**plain, "proxy": "" if "@" in config.proxy else config.proxy}
 

@@ -1,0 +1,199 @@
+"""P1, P11 to P14, P18 to P20: whole processes. They cost the CPU time of all of them, one thread each."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import count
+from pathlib import Path
+
+import torch
+
+from data.demo.demo import write_demo
+from engine.clip.towers import pick_precision
+from engine.config.cli import DEMO_MODEL
+
+from .harness import Bench, Figure, NotMeasured, Race, amount, children_cpu, timed
+from .inputs import CPU, vit_b32, write_pairs
+
+HOME = Path(__file__).resolve().parents[2]
+RUN = [sys.executable, str(HOME / "run.py")]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo",
+              "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+ON_CPU = ["--workers", "1", "--device", "cpu"]
+IMPORT_CLIP = "import transformers.models.clip.modeling_clip"
+IMPORT_TORCH = "import torch"
+EPOCHS = {2: (">= 6", ">= 9"), 20: (">= 38", "")}  # of the reference job: goals in fp32 and in bf16
+SPACE = "lr=1e-3,3e-3,1e-2 epochs=2,5 loss=image-to-text,symmetric"
+
+
+def process(*command: str | Path) -> tuple[str, str]:
+    """Run a process to its end: stdout, stderr. Raises RuntimeError where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ONE_THREAD}, cwd=HOME,
+                          check=False, timeout=1800)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise RuntimeError(f"{' '.join(map(str, command))[:200]} ended with {done.returncode}: {last}")
+    return done.stdout, done.stderr
+
+
+def python(code: str) -> tuple[str, str]:
+    """`python -c CODE`."""
+    return process(sys.executable, "-c", code)
+
+
+def save_model(bench: Bench) -> Path:
+    """ViT-B/32 with random weights as a folder that transformers and sentence-transformers load."""
+    folder = bench.scratch / "model"
+    if not folder.exists():
+        clip = vit_b32().parts.clip
+        clip.model.save_pretrained(folder)
+        clip.processor.save_pretrained(folder)
+    return folder
+
+
+def command_help(bench: Bench) -> None:
+    """P11: run.py --help, seconds by the clock."""
+    arm = partial(process, *RUN, "--help")
+    arm()
+    taken = [timed(arm) for _ in range(2 if bench.quick else 5)]
+    clip = "" if bench.quick else amount(timed(partial(python, IMPORT_CLIP)))
+    bench.add(Figure("P11", "run.py --help, against importing CLIP from transformers: s by the clock", "<= 0.15", taken,
+                     "", clip))
+
+
+def reference_job(bench: Bench) -> None:
+    """P1: 76 pairs, every evaluation the original does, ours against sentence-transformers.
+
+    Ours runs before and after theirs, from an empty store each time. Theirs runs 2 epochs in fp32; 20 are reckoned from
+    what an epoch took.
+    """
+    if bench.quick or importlib.util.find_spec("sentence_transformers") is None:
+        raise NotMeasured("left out by --quick" if bench.quick else "sentence-transformers is not installed")
+    model, dataset = save_model(bench), write_pairs(bench.scratch / "76", {"train": 53, "valid": 11, "test": 12})
+    precisions = ["fp32", "bf16"] if pick_precision("auto", CPU) is torch.bfloat16 else ["fp32"]
+    jobs = [(epochs, precision) for epochs in EPOCHS for precision in precisions if precision == "fp32" or epochs == 2]
+
+    def ours(turn: int, epochs: int, precision: str) -> float:
+        out = bench.scratch / f"job-{turn}-{epochs}-{precision}"
+        return timed(partial(process, *RUN, "--model", model, "--dataset", dataset, "--out", out, "--cache-dir",
+                             f"{out}-cache", "--epochs", str(epochs), "--precision", precision, "--quiet", *ON_CPU),
+                     children_cpu)
+
+    before = [ours(0, *job) for job in jobs]
+    said = process(sys.executable, HOME / "tests" / "peer_job.py", model, dataset, bench.scratch / "peer", "2")[0]
+    theirs = json.loads(said.strip().splitlines()[-1])
+    after = [ours(1, *job) for job in jobs]
+    for (epochs, precision), *taken in zip(jobs, before, after, strict=True):
+        other = theirs["cpu_s"] + (epochs - 2) * theirs["epoch_cpu_s"]
+        what = f"the whole reference job, 76 pairs, {epochs} epochs, {precision}, against sentence-transformers in fp32"
+        bench.add(Figure("P1", what, EPOCHS[epochs][precision == "bf16"], [other / each for each in taken],
+                         amount(sum(taken) / 2), amount(other) + (" (reckoned)" if epochs > 2 else "")))
+    if len(precisions) == 1:
+        bench.add(Figure("P1", "the same, 2 epochs in bf16", EPOCHS[2][1], not_measured="the CPU has no bf16 units"))
+
+
+def two_ranks(bench: Bench) -> None:
+    """P12: the cold pass as the run itself times it, one rank against two under torchrun, one thread a rank."""
+    require_two_cores(bench)
+    model, dataset = save_model(bench), write_pairs(bench.scratch / "ranks", {"train": 128}, negatives=False)
+    taken = []
+    for ranks in ("1", "2"):
+        said = process(*TORCHRUN, ranks, RUN[1], "eval", "--model", model, "--dataset", dataset, "--cache-dir",
+                       bench.scratch / f"ranks-{ranks}", "--split", "train", "--precision", "fp32", *ON_CPU)[1]
+        taken.append(number_in(r"titles encoded, ([\d.]+) s", said))
+    bench.add(Figure("P12", "cold pass, two ranks against one, one thread each: by the clock", ">= 1.85",
+                     [taken[0] / taken[1]], amount(taken[1]), amount(taken[0])))
+
+
+def number_in(pattern: str, text: str) -> float:
+    """The last number a run says in these words. Raises NotMeasured where it says none."""
+    numbers = re.findall(pattern, text)
+    if not numbers:
+        raise NotMeasured(f"the run's output has nothing like {pattern!r}")
+    return float(numbers[-1].replace(",", ""))
+
+
+@dataclass
+class WarmJobs:
+    """Commands over pairs whose features a first run has stored."""
+
+    model: Path
+    dataset: Path
+    scratch: Path
+    numbers: count[int] = field(default_factory=count)
+
+    @cached_property
+    def data(self) -> list[str]:
+        """Flags that all commands share."""
+        return ["--dataset", str(self.dataset), "--cache-dir", str(self.scratch / "warm-cache"), *ON_CPU]
+
+    def train(self) -> None:
+        """Two epochs into a new run folder."""
+        out = self.scratch / f"warm-{next(self.numbers)}"
+        process(*RUN, "train", "--model", self.model, "--epochs", "2", "--out", out, "--quiet", *self.data)
+
+    def evaluate(self) -> None:
+        """The metrics of the test split."""
+        process(*RUN, "eval", "--model", self.model, "--split", "test", *self.data)
+
+    def search(self) -> None:
+        """A title that was never searched for before."""
+        process(*RUN, "search", f"title number {next(self.numbers)}", "--model", self.model, *self.data)
+
+    def sweep(self) -> float:
+        """Runs a minute by two ranks."""
+        said = process(*TORCHRUN, "2", RUN[1], "sweep", "--model", self.model, "--precision", "fp32", "--batch-size",
+                       "128", "--space", SPACE, "--folds", "5", "--seeds", "3", "--out", self.scratch / "sweep",
+                       *self.data)[1]
+        return number_in(r"([\d,]+) runs/min", said)
+
+
+def stored_jobs(bench: Bench) -> WarmJobs:
+    """The jobs on --model and --dataset; without them, on the demo's model and 1,447 drawn pairs (260 if quick)."""
+    folder = Path(bench.dataset or bench.scratch / "drawn").absolute()
+    if not folder.exists():
+        counts = (200, 30, 30) if bench.quick else (1012, 217, 218)
+        write_demo(folder, dict(zip(("train", "valid", "test"), counts, strict=True)))
+    return WarmJobs(Path(bench.model or DEMO_MODEL).absolute(), folder, bench.scratch)
+
+
+def warm_jobs(bench: Bench) -> None:
+    """P13, P14: train, eval and search with everything in the store, against python -c "import torch"."""
+    jobs = stored_jobs(bench)
+    for row, what, goal, arm in (("P13", "warm train, 2 epochs", "<= 2.5", jobs.train),
+                                 ("P14", "warm eval", "<= 2", jobs.evaluate),
+                                 ("P14", "warm search of a new title", "<= 4", jobs.search)):
+        what = f"{what} ({jobs.model.name}, {jobs.dataset.name} pairs), against python -c 'import torch'"
+        bench.race(Race(row, what, goal, arm, partial(python, IMPORT_TORCH), cost=True, rounds=3, clock=children_cpu))
+
+
+def sweep(bench: Bench) -> None:
+    """P18: runs a minute of a sweep over two ranks, as the command says: 12 settings, 5 folds, 3 seeds."""
+    require_two_cores(bench)
+    jobs = stored_jobs(bench)
+    what = f"sweep, two ranks ({jobs.model.name}, {jobs.dataset.name} pairs): runs a minute"
+    bench.add(Figure("P18", what, ">= 3,000", [jobs.sweep()]))
+
+
+def require_two_cores(bench: Bench) -> None:
+    """Raises NotMeasured where there is one core, or --quick."""
+    if bench.quick or len(os.sched_getaffinity(0)) < 2:
+        raise NotMeasured("left out by --quick" if bench.quick else "there is one core")
+
+
+def streaming(bench: Bench) -> None:
+    """P19: streaming mode, images decoded before the first step and for an evaluation of valid alone."""
+    raise NotMeasured("nothing in the product counts them yet")
+
+
+def million_rows(bench: Bench) -> None:
+    """P20: 1,000,000 rows, check and warm train to its first step; peak memory."""
+    raise NotMeasured("writing and encoding a million images takes hours here")

@@ -2,7 +2,7 @@
 """thumbtune: fine-tune CLIP's projections on (thumbnail, title) pairs.
 
     rows --data.sources--> data.cold: fetch, decode, towers once --> features --engine.train--> embeddings, loss, step
-                                      eval.retrieval: Recall@K, triplet accuracy --> engine.run_folder, eval.report
+                                      eval.retrieval: Recall@K, triplet accuracy --> the run folder, the report
 
 This file parses the command line and runs one command of engine/commands/ on this rank.
 """

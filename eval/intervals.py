@@ -64,7 +64,7 @@ class Units:
 
     def sums(self, value_N: Array) -> Array:
         """The sum of each unit's values [U]."""
-        return np.bincount(self.unit_N, value_N)[self.present]
+        return np.bincount(self.unit_N, value_N)[self.present].astype(np.float64)
 
     def worth(self, hit_N: Array) -> float:
         """How many independent draws have the variance of this share of hits.

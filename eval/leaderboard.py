@@ -6,7 +6,7 @@ Dimension key: N rows of the whole, Q queries.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -23,14 +23,14 @@ Held = Sequence[tuple[Tensor, Retrieval | None]]  # a run's held-out rows and wh
 
 def on_host(found: Retrieval | None) -> Retrieval | None:
     """The same in main memory, to be handed to other ranks."""
-    def moved(part: Ranks | Triplets) -> Any:
-        tensors = {field.name: getattr(part, field.name) for field in fields(part)}
-        return replace(part, **{name: value.cpu() for name, value in tensors.items() if isinstance(value, Tensor)})
+    def moved(ranks: Ranks) -> Ranks:
+        return Ranks(ranks.rank_Q.cpu(), ranks.row_Q.cpu(), ranks.unit_Q.cpu(), ranks.candidates)
 
     if found is None:
         return None
+    some = found.triplets
     return replace(found, image_to_text=moved(found.image_to_text), text_to_image=moved(found.text_to_image),
-                   triplets=found.triplets and moved(found.triplets))
+                   triplets=some and Triplets(some.correct_M.cpu(), some.row_M.cpu(), some.unit_M.cpu()))
 
 
 def pooled(held: Sequence[tuple[Tensor, Retrieval]], rows: int, metric: str) -> tuple[Tensor, Tensor]:

@@ -228,7 +228,8 @@ class Retrieval:
 
     def summarise(self) -> dict[str, float | Interval]:
         """`sizes` and `values`, each metric followed by its 95 % interval `NAME_ci95: [low, high]`."""
-        values, intervals = self.values(), {}
+        values = self.values()
+        intervals: dict[str, Interval] = {}
         for way, ranks in self._ways():
             units, rank_Q, count = Units(ranks.unit_Q), ranks.rank_Q, ranks.candidates
             intervals |= {f"{way}_R@{k}": share_interval(ranks.hits(k), units) for k in RECALL_AT}

@@ -69,12 +69,13 @@ def ranks_of(image_NE: Tensor, title_NE: Tensor, image_id_N: Tensor | None, titl
 def ids_of(kind: str, n: int) -> tuple[Tensor, Tensor]:
     """Image and title ids of `n` rows in random order, as data of this kind have them."""
     row = torch.randperm(n, generator=rng(n))
+    drawn_image, drawn_title = (torch.randint(max(1, n // 2), (n,), generator=rng(seed)) for seed in (3, 4))
     return {
         "one to one": (row, row),
         "five captions an image": (row // 5, row),
         "ten class titles": (row, row % 10),
         "chains": ((row + 1) // 2, row // 2),
-        "random duplicates": tuple(torch.randint(max(1, n // 2), (n,), generator=rng(seed)) for seed in (3, 4)),
+        "random duplicates": (drawn_image, drawn_title),
         "one title": (row, row * 0), "one image": (row * 0, row),
     }[kind]
 
@@ -473,7 +474,7 @@ def test_paired_intervals_cover_the_truth() -> None:
 
 def test_the_table_shows_both_and_the_paired_test_between_them() -> None:
     before, after = (retrieval(torch.arange(60) // step, torch.arange(60), torch.arange(60) > 29) for step in (1, 3))
-    difference = {name: test.as_json() for name, test in compare(before, after).items()}
+    difference: dict[str, Any] = {name: test.as_json() for name, test in compare(before, after).items()}
     text = table({"base": {"test": before.summarise()}, "tuned": {"test": after.summarise()},
                   "difference": {"test": difference}})
     line = next(line for line in text.splitlines() if "image to text R@1 " in line)

@@ -31,9 +31,10 @@ def parts(captions: int = 3, dtype: torch.dtype = torch.float32) -> Iterator[Fea
     image, title = torch.randn(N, 8, generator=generator), torch.randn(N, 8, generator=generator)
     image_id, title_id = torch.arange(N) // captions, torch.arange(N)
     negative_id = torch.where(title_id % 2 == 0, (title_id + 7) % N, -1)
-    whole = (image[image_id], title, title[negative_id.clamp(min=0)])
+    negative = title[negative_id.clamp(min=0)]
     for rows in torch.arange(N).split(25):
-        yield Features(*(x[rows].to(dtype) for x in whole), image_id[rows], title_id[rows], negative_id[rows])
+        yield Features(image[image_id[rows]].to(dtype), title[rows].to(dtype), negative[rows].to(dtype),
+                       image_id[rows], title_id[rows], negative_id[rows])
 
 
 def test_a_split_is_measured_by_distinct_queries_and_says_how_many() -> None:
@@ -47,6 +48,7 @@ def test_a_split_is_measured_by_distinct_queries_and_says_how_many() -> None:
     assert triplets is not None and torch.equal(triplets.correct_M, found.triplets.correct_M)
     whole = Features(*(torch.cat(lots) for lots in zip(*parts(), strict=True)))
     own = (unit(whole.image_BV) * unit(whole.title_BT)).sum(1)
+    assert whole.negative_BT is not None
     other = (unit(whole.image_BV) * unit(whole.negative_BT)).sum(1)
     assert torch.equal(triplets.correct_M, (own > other)[::2])
     assert space.image_UE.shape == (N // 3, 8) and not found.collapsed

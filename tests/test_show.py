@@ -39,8 +39,9 @@ class Recorder:
 @pytest.mark.parametrize(("rows", "titles"), [(1, 1), (2, 2), (30, 1), (30, 4), (83, 63)])
 def test_any_titles_and_missing_pictures_are_drawn(rows: int, titles: int, tmp_path: Path) -> None:
     """One row, one title for all images, fewer titles than a sheet has places: no traceback after a run."""
-    vectors = torch.nn.functional.normalize(torch.randn(2, rows, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
-    here = space_of(*vectors, torch.arange(rows), torch.arange(rows) % titles)
+    drawn = torch.randn(2, rows, 8, generator=torch.Generator().manual_seed(0))
+    image, title = torch.nn.functional.normalize(drawn, dim=-1)
+    here = space_of(image, title, torch.arange(rows), torch.arange(rows) % titles)
     board, asked = Recorder(), []
 
     def picture(split: str, row: int) -> bytes:

@@ -96,7 +96,8 @@ def test_a_configuration_that_collapsed_in_a_run_is_listed_and_never_first(tmp_p
     rows, good = torch.tensor([0, 1]), held_out([1, 1], [0, 1], [1, 1])
     flat = replace(held_out([0, 0], [0, 1], [0, 0]), collapsed="the model has collapsed: all alike")
     journal = Journal(tmp_path, World(0, 0, 1, torch.device("cpu")), {}, "image_to_text_mrr", False)
-    runs = {1.0: [(rows, good), (rows, flat)], 2.0: [(rows, good), (rows, None)], 3.0: [(rows, good), (rows, good)]}
+    runs: dict[float, list[tuple[torch.Tensor, Retrieval | None]]] = {
+        1.0: [(rows, good), (rows, flat)], 2.0: [(rows, good), (rows, None)], 3.0: [(rows, good), (rows, good)]}
     for lr, held in runs.items():
         journal.add({"lr": lr}, judge(held, runs[3.0], 2, "image_to_text_mrr"))
     lines = journal.ranked()

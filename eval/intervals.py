@@ -1,14 +1,16 @@
-"""How sure a figure is: 95 % intervals from per-row values, and the paired test of one model against another.
+"""How sure a figure is: 95 % intervals in closed form, and the paired test of one model against another.
 
-Rows are what varies: a pair is drawn anew, its gallery stays. Everything is seeded and deterministic.
-Dimension key: N rows, K distinct values, B resamples.
+What varies is the independent unit: an image with its titles, and whatever shares one of them. Units are drawn anew,
+their gallery stays. A figure is a ratio over units (sum of the values / number of values); its variance is linearised
+around that ratio (Cochran, "Sampling Techniques", 3rd ed. 1977, chapter 6), which for units of one value is that of a
+mean. Only the signs of `paired_test` are drawn, from a seed.
+Dimension key: N values (one a query), U units, F flips, K distinct sizes.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -17,10 +19,9 @@ from torch import Tensor
 
 from data.batch import UserError
 
-RESAMPLES = 4_000  # of a bootstrap
 FLIPS = 9_999  # of a sign-flip test that is too large to enumerate
-ENUMERATE = 16  # non-zero differences whose 2^m sign patterns are all tried
-DISTINCT = 1_024  # values told apart while resampling; beyond, they merge into bins 1.6 % wide
+ENUMERATE = 16  # units with a difference whose 2^U sign patterns are all tried
+LARGEST = 64  # differences whose signs are drawn one by one; the sum of the smaller ones is close to normal
 Z = 1.959964  # 97.5 % point of the normal distribution
 POISSON_5 = (0.051293, 0.355362, 0.817691)  # 5 % points of Gamma(1), Gamma(2), Gamma(3)
 
@@ -30,7 +31,7 @@ Interval = list[float]
 
 @dataclass(frozen=True)
 class PairedTest:
-    """After minus before, on average over rows; its 95 % interval; the two-sided p of "no difference"."""
+    """After minus before, on average over queries; its 95 % interval; the two-sided p of "no difference"."""
 
     difference: float
     ci95: Interval
@@ -41,121 +42,170 @@ class PairedTest:
         return {"value": self.difference, "ci95": self.ci95, "p": self.p_value}
 
 
-def share_interval(hit_N: Tensor) -> Interval:
-    """95 % interval of the share of True rows: Wilson's, with a Poisson limit for one to three misses or hits.
+class Units:
+    """Which of N values are of the same independent unit; `unit_N` holds small numbers, equal for the same unit."""
+
+    def __init__(self, unit_N: Tensor) -> None:
+        self.unit_N = unit_N.cpu().numpy()
+        count = np.bincount(self.unit_N)
+        self.present = np.flatnonzero(count)
+        self.count_U: Array = count[self.present].astype(np.float64)
+        self.n = len(self.unit_N)
+
+    @classmethod
+    def single(cls, n: int) -> Units:
+        """Every value is a unit of its own."""
+        return cls(torch.arange(n))
+
+    @property
+    def effective(self) -> float:
+        """How many values the N are worth if those of a unit say the same: Kish's effective sample size."""
+        return self.n**2 / float((self.count_U**2).sum())
+
+    def sums(self, value_N: Array) -> Array:
+        """The sum of each unit's values [U]."""
+        return np.bincount(self.unit_N, value_N)[self.present].astype(np.float64)
+
+    def worth(self, hit_N: Array) -> float:
+        """How many independent draws have the variance of this share of hits.
+
+        N where every value is a unit. Else N by the design effect (Kish, "Survey Sampling", 1965), of which the units
+        that hold a miss (or a hit, if those are fewer) tell; two that say "all of a unit are alike" are added to them.
+        """
+        alike = self.n / self.effective  # the design effect if all of a unit are alike
+        if alike == 1:
+            return float(self.n)
+        units, share, observed, telling = len(self.count_U), float(hit_N.mean()), alike, 0
+        if 0 < share < 1 and units > 1:
+            hits_U = self.sums(hit_N)
+            variance = float(((hits_U - share * self.count_U) ** 2).sum()) * units / (units - 1)
+            observed = variance / (self.n * share * (1 - share))
+            telling = min(int((hits_U > 0).sum()), int((hits_U < self.count_U).sum()))
+        return self.n / max(1.0, (telling * observed + 2 * alike) / (telling + 2))
+
+
+def share_interval(hit_N: Tensor, units: Units | None = None) -> Interval:
+    """95 % interval of the share of True values: Wilson's, with a Poisson limit for up to three misses or hits.
 
     A percentile bootstrap of 12 hits in 12 rows says [1, 1]; this says [.757, 1]. Source: Brown, Cai, DasGupta,
-    "Interval Estimation for a Binomial Proportion", Statistical Science 16(2), 2001, modified Wilson interval.
+    "Interval Estimation for a Binomial Proportion", Statistical Science 16(2), 2001, modified Wilson interval. Values
+    that hang together count as the number of independent ones that they are worth.
     """
-    return _share_interval(int(hit_N.sum()), len(hit_N))
+    hit = _numpy(hit_N)
+    return _wilson(float(hit.mean()), (units or Units.single(len(hit))).worth(hit))
 
 
-def _share_interval(hits: int, n: int) -> Interval:
-    share, shrink = hits / n, 1 + Z * Z / n
+def _wilson(share: float, n: float) -> Interval:
+    shrink = 1 + Z * Z / n
     centre = (share + Z * Z / (2 * n)) / shrink
     half = Z * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n)) / shrink
-    rare = POISSON_5[:2 if n <= 50 else 3]
-    low = rare[hits - 1] / n if 1 <= hits <= len(rare) else centre - half
-    high = 1 - rare[n - hits - 1] / n if 1 <= n - hits <= len(rare) else centre + half
+    low, high = (_rare(hits, n) for hits in (share * n, (1 - share) * n))
+    low = centre - half if low is None else low
+    high = centre + half if high is None else 1 - high
     return [max(0.0, min(low, share)), min(1.0, max(high, share))]
 
 
-def mean_interval(value_N: Tensor, lowest: float, highest: float, seed: int, resamples: int = RESAMPLES) -> Interval:
-    """95 % bootstrap of the mean of values that lie within `lowest` and `highest`.
+def _rare(hits: float, n: float) -> float | None:
+    """The lower limit of a share of at most three hits (two, up to 50 draws); None for others."""
+    limits = (0.0, *POISSON_5[:2 if n <= 50 else 3])
+    if hits > len(limits) - 1 + 1e-9:
+        return None
+    return float(np.interp(hits, range(len(limits)), limits)) / n
 
-    Resampling N rows is one multinomial draw over the K distinct values, so memory is B x K whatever N. The
-    percentiles are those of Hesterberg ("What Teachers Should Know About the Bootstrap", The American Statistician
-    69(4), 2015, expanded percentile interval), without which 12 rows cover 90 %. Where all rows are alike a bootstrap
-    claims certainty; instead, the share of rows that may differ and still go unseen (`share_interval` of N in N) is
-    given to the extremes. A mean rank stays too sure while few rows make up its long tail: 12 rows cover some 84 %.
+
+def mean_interval(value_N: Tensor, lowest: float, highest: float, units: Units | None = None) -> Interval:
+    """95 % interval of the mean of values that lie within `lowest` and `highest`.
+
+    The percentiles of a bootstrap in closed form, up to its skewness (Hall, "The Bootstrap and Edgeworth Expansion",
+    1992), widened as Hesterberg does ("What Teachers Should Know About the Bootstrap", The American Statistician 69(4),
+    2015, expanded percentile interval), without which 12 rows cover 90 %. Where all units are alike that would claim
+    certainty; instead, the share of units that may differ and still go unseen (Wilson's of n in n) is given to the
+    extremes. A mean rank stays too sure while few rows make up its long tail: 12 rows cover some 84 %.
     """
-    value_K, count_K = _histogram(_numpy(value_N))
-    n = int(count_K.sum())
-    if len(value_K) == 1:
-        alike, value = _share_interval(n, n)[0], float(value_K[0])
-        return [alike * value + (1 - alike) * extreme for extreme in (lowest, highest)]
-    count_BK = np.random.default_rng(seed).multinomial(n, count_K / n, size=resamples)
-    return _percentiles(count_BK @ value_K / n, NormalDist().cdf(-math.sqrt(n / (n - 1)) * _student_t(n - 1)))
+    value = _numpy(value_N)
+    units, mean = units or Units.single(len(value)), float(value.mean())
+    residual_U = units.sums(value - mean)
+    squares, n = float((residual_U**2).sum()), units.effective
+    if squares <= (1e-12 * np.abs(value).max() * units.n) ** 2:
+        alike = _wilson(1.0, n)[0]
+        return [alike * mean + (1 - alike) * extreme for extreme in (lowest, highest)]
+    reach = math.sqrt(n / (n - 1)) * _student_t(n - 1)
+    spread, skewness = math.sqrt(squares) / units.n, float((residual_U**3).sum()) / squares**1.5
+    shift = skewness * (reach**2 - 1) / 6
+    low, high = mean + spread * (shift - reach), mean + spread * (shift + reach)
+    return [max(lowest, min(low, mean)), min(highest, max(high, mean))]
 
 
-def _student_t(freedom: int) -> float:
+def _student_t(freedom: float) -> float:
     """97.5 % point of Student's t, expanded around the normal's (Abramowitz and Stegun 26.7.5)."""
     terms = (Z, (Z**3 + Z) / 4, (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96, (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384)
-    return sum(term / freedom**power for power, term in enumerate(terms))
+    return sum(term / max(freedom, 1.0)**power for power, term in enumerate(terms))
 
 
-def median_interval(value_N: Tensor, seed: int) -> Interval:
-    """95 % percentile bootstrap of the median, without drawing rows.
+def median_interval(value_N: Tensor, units: Units | None = None) -> Interval:
+    """95 % interval of the median: the values at the shares that half of the values may really be.
 
-    The m-th smallest of N resampled rows is the row at a Beta(m, N - m + 1) quantile of the sorted rows, and the one
-    after it follows from the smallest of the N - m uniforms left above (order statistics of the uniform).
+    Source: Woodruff, "Confidence Intervals for Medians and Other Position Measures", JASA 47, 1952.
     """
-    sorted_N, rng = np.sort(_numpy(value_N)), np.random.default_rng(seed)
+    sorted_N = np.sort(_numpy(value_N))
     n = len(sorted_N)
-    middle = (n + 1) // 2
-    lower_B = upper_B = rng.beta(middle, n - middle + 1, RESAMPLES)
-    if n % 2 == 0:
-        upper_B = 1 - (1 - lower_B) * rng.random(RESAMPLES) ** (1 / (n - middle))
-    low_B, high_B = (sorted_N[np.minimum((u * n).astype(np.int64), n - 1)] for u in (lower_B, upper_B))
-    return _percentiles((low_B + high_B) / 2)
+    below = (_numpy(value_N) <= sorted_N[(n - 1) // 2]).astype(np.float64)
+    half = Z / 2 / math.sqrt((units or Units.single(n)).worth(below))
+    first, last = math.floor(n * (0.5 - half)), math.ceil(n * (0.5 + half)) - 1
+    return [float(sorted_N[max(0, first)]), float(sorted_N[min(n - 1, last)])]
 
 
-def paired_test(before_N: Tensor, after_N: Tensor, seed: int = 0, resamples: int = RESAMPLES,
+def paired_test(before_N: Tensor, after_N: Tensor, units: Units | None = None, seed: int = 0,
                 flips: int = FLIPS) -> PairedTest:
-    """Compare two models on the same rows: hits (bool) or values within 0 and 1, such as reciprocal ranks.
+    """Compare two models on the same queries: hits (bool) or values within 0 and 1, such as reciprocal ranks.
 
-    p is that of the sign-flip permutation test of the mean difference: exact when at most 16 rows differ or all differ
-    by the same size (for hits this is McNemar's exact test), otherwise from seeded flips as (1 + as extreme) / (1 +
-    flips). The interval is `mean_interval`. Raises UserError for no rows or rows that cannot be paired.
+    p is that of the sign-flip permutation test of the units' summed differences: exact when at most 16 units differ or
+    all differ by the same size (for hits this is McNemar's exact test), otherwise from seeded flips as (1 + as extreme)
+    / (1 + flips). The interval is `mean_interval`. Raises UserError for no queries or some that cannot be paired.
     """
     if before_N.shape != after_N.shape or not len(before_N):
         raise UserError(f"cannot pair {len(before_N)} rows with {len(after_N)}; measure both models on the same rows")
     difference_N = after_N.double() - before_N.double()
-    interval = mean_interval(difference_N, -1, 1, seed, resamples)
-    return PairedTest(difference_N.mean().item(), interval, _sign_flip_p(_numpy(difference_N), seed, flips))
+    units = units or Units.single(len(difference_N))
+    p_value = _sign_flip_p(units.sums(_numpy(difference_N)), seed, flips)
+    return PairedTest(difference_N.mean().item(), mean_interval(difference_N, -1, 1, units), p_value)
 
 
-def _sign_flip_p(difference_N: Array, seed: int, flips: int) -> float:
+def _sign_flip_p(difference_U: Array, seed: int, flips: int) -> float:
     """Chance that random signs of the differences make a sum at least as far from zero, two-sided."""
-    moved_M = difference_N[difference_N != 0]
-    m = len(moved_M)
+    noise = 1e-9 * np.abs(difference_U).sum()  # equal sums added in another order
+    moved_U = difference_U[np.abs(difference_U) > noise / len(difference_U)]
+    m = len(moved_U)
     if m == 0:
         return 1.0
-    size_K, count_K = _histogram(np.abs(moved_M))
-    if len(size_K) == 1:  # only the number of plus signs matters: Binomial(m, 1/2)
-        more = max(int((moved_M > 0).sum()), int((moved_M < 0).sum()))
+    size_U = np.sort(np.abs(moved_U))[::-1]
+    if size_U[0] - size_U[-1] <= noise / m:  # only the number of plus signs matters: Binomial(m, 1/2)
+        more = max(int((moved_U > 0).sum()), int((moved_U < 0).sum()))
         j = torch.arange(more, m + 1, dtype=torch.float64)
         log_ways = math.lgamma(m + 1) - torch.lgamma(j + 1) - torch.lgamma(m - j + 1)
         return min(1.0, 2 * math.exp(torch.logsumexp(log_ways, 0).item() - m * math.log(2)))
-    if m <= ENUMERATE:
-        plus = np.arange(2**m)[:, None] >> np.arange(m) & 1
-        sums = (2 * plus - 1) @ moved_M
-    else:
-        plus = np.random.default_rng(seed).binomial(count_K, 0.5, size=(flips, len(size_K)))
-        sums = (2 * plus - count_K) @ size_K
-    noise = 1e-9 * np.abs(moved_M).sum()  # equal sums added in another order
-    extreme = int((np.abs(sums) >= abs(moved_M.sum()) - noise).sum())
-    return extreme / len(sums) if m <= ENUMERATE else (1 + extreme) / (1 + flips)
+    exact = m <= ENUMERATE
+    sums = _all_sums(size_U) if exact else _drawn_sums(size_U, np.random.default_rng(seed), flips)
+    extreme = int((np.abs(sums) >= abs(moved_U.sum()) - noise).sum())
+    return extreme / len(sums) if exact else (1 + extreme) / (1 + flips)
 
 
-def _histogram(value_N: Array) -> tuple[Array, NDArray[np.int64]]:
-    """Distinct values and their counts, at most DISTINCT: more are merged into bins and stand there by their mean.
-
-    Bins are 1.6 % wide above a thousandth of the largest value and as narrow as there below it, so the mean is kept
-    and the variance within a bin, which is lost, is some 1e-5 of the whole.
-    """
-    value_K, count_K = np.unique(value_N, return_counts=True)
-    if len(value_K) <= DISTINCT:
-        return value_K, count_K
-    bins = np.rint(64 * np.arcsinh(value_K * (1000 / np.abs(value_K).max())))
-    start = np.flatnonzero(np.diff(bins, prepend=-np.inf))
-    merged_K = np.add.reduceat(count_K, start)
-    return np.add.reduceat(value_K * count_K, start) / merged_K, merged_K
+def _all_sums(size_U: Array) -> Array:
+    """The sums under all sign patterns, [2^U]."""
+    sums = np.zeros(1)
+    for size in size_U:
+        sums = np.concatenate([sums + size, sums - size])
+    return sums
 
 
-def _percentiles(value_B: Array, tail: float = 0.025) -> Interval:
-    low, high = np.quantile(value_B, [tail, 1 - tail])
-    return [float(low), float(high)]
+def _drawn_sums(size_U: Array, rng: np.random.Generator, flips: int) -> Array:
+    """Sums under random signs [F] of sizes that fall: counts of equal ones, or the largest and a normal rest."""
+    size_K, count_K = np.unique(size_U, return_counts=True)
+    if len(size_K) <= LARGEST // 4:
+        return (2 * rng.binomial(count_K, 0.5, size=(flips, len(size_K))) - count_K) @ size_K
+    largest, rest = size_U[:LARGEST], size_U[LARGEST:]
+    bits = np.unpackbits(rng.integers(0, 256, (flips, LARGEST // 8), np.uint8), axis=1)[:, :len(largest)]
+    return (2.0 * bits - 1) @ largest + rng.standard_normal(flips) * math.sqrt(float((rest**2).sum()))
 
 
 def _numpy(value_N: Tensor) -> Array:

@@ -12,9 +12,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,28 +25,39 @@ from engine.config.fields import Config
 from engine.config.recipes import RECIPES
 from engine.ranks import world as dist
 from engine.sweep.trials import Tuner
-from eval.intervals import paired_test
+from eval.intervals import Units, mean_interval, median_interval, paired_test
+from eval.metrics import Ranks
 
 REFERENCE = {"duplicates": "keep"}
 ARMS: dict[str, Mapping[str, Any]] = {
     "reference": REFERENCE, "tuned reference": {**REFERENCE, "lr": 3e-3, "epochs": 10}, "best": RECIPES["best"]}
 SIZES = (0, 300, 100, 53)  # 0: all
-RESAMPLES = 2_000
 
 
-def measured(model: str, dataset: str, cache: str, seeds: int) -> Iterator[tuple[int, str, Tensor]]:
-    """(pairs, recipe, 1-based ranks [seeds, ways, rows of test]), the base model first."""
+class Way(NamedTuple):
+    """One direction: 1-based ranks of all seeds, and which queries are of the same unit."""
+
+    rank_SQ: Tensor
+    units: Units
+
+
+def measured(model: str, dataset: str, cache: str, seeds: int) -> Iterator[tuple[int, str, list[Way]]]:
+    """(pairs, recipe, for both ways 1-based ranks [seeds, queries] and their units), the base model first."""
     cfg = replace(Config(), model=model, dataset=dataset, cache_dir=cache, precision="fp32", device="cpu")
     world = dist.init("cpu", 60)
     parts = common.open_parts(cfg, world)
     residents = common.open_data(cfg, world, parts).residents()
     train, tuner = residents["train"], Tuner(parts, Resident.batches)
 
-    def ranks() -> Tensor:
+    def ranks() -> tuple[Ranks, Ranks]:
         found = common.measure_rows(parts.head, residents["test"])
-        return torch.stack([found.image_to_text_rank_N, found.text_to_image_rank_N]) + 1
+        return found.image_to_text, found.text_to_image
 
-    yield 0, "base", ranks()[None]
+    def ways(found: list[tuple[Ranks, Ranks]]) -> list[Way]:
+        return [Way(torch.stack([one.rank_Q for one in way]) + 1, Units(way[0].unit_Q))
+                for way in zip(*found, strict=True)]
+
+    yield 0, "base", ways([ranks()])
     for size in SIZES:
         for name, settings in ARMS.items():
             found = []
@@ -57,20 +67,19 @@ def measured(model: str, dataset: str, cache: str, seeds: int) -> Iterator[tuple
                 tried = replace(cfg, seed=42 + 1_000 * seed, **settings)
                 tuner.tune(replace(tried, batch_size=min(tried.batch_size, len(rows))), rows)
                 found.append(ranks())
-            yield len(rows), name, torch.stack(found)
+            yield len(rows), name, ways(found)
 
 
-def cells(rank_SN: np.ndarray, draw_BN: np.ndarray) -> list[str]:
-    """Every metric, averaged over seeds S, with its 95 % bootstrap interval over rows."""
-    values = {"R@1": rank_SN <= 1, "R@5": rank_SN <= 5, "R@10": rank_SN <= 10, "MRR": 1 / rank_SN}
+def cells(way: Way) -> list[str]:
+    """Every metric, averaged over seeds, with its 95 % interval over units."""
+    rank_SQ = way.rank_SQ.double()
     found = []
-    for value_SN in values.values():
-        value_N = value_SN.mean(0)
-        low, high = np.quantile(value_N[draw_BN].mean(1), [0.025, 0.975])
-        found.append(f"{value_N.mean():.3f} [{low:.3f}, {high:.3f}]")
-    medians = [np.median(rank_SN[:, draw_N], 1).mean() for draw_N in draw_BN]
-    low, high = np.quantile(medians, [0.025, 0.975])
-    return [*found, f"{np.median(rank_SN, 1).mean():.1f} [{low:.0f}, {high:.0f}]"]
+    for value_SQ in (rank_SQ <= 1, rank_SQ <= 5, rank_SQ <= 10, 1 / rank_SQ):
+        value_Q = value_SQ.double().mean(0)
+        low, high = mean_interval(value_Q, 0, 1, way.units)
+        found.append(f"{value_Q.mean():.3f} [{low:.3f}, {high:.3f}]")
+    low, high = median_interval(rank_SQ.mean(0), way.units)
+    return [*found, f"{rank_SQ.quantile(0.5, dim=1).mean():.1f} [{low:.0f}, {high:.0f}]"]
 
 
 def main() -> None:
@@ -83,17 +92,17 @@ def main() -> None:
     asked = parser.parse_args()
     print("| way | pairs | recipe | R@1 | R@5 | R@10 | MRR | median rank | MRR over reference | over tuned reference |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    known: dict[tuple[int, str], Tensor] = {}
-    for pairs, name, rank_SWN in measured(asked.model, asked.dataset, asked.cache_dir, asked.seeds):
-        known[pairs, name] = rank_SWN
-        draw_BN = np.random.default_rng(0).integers(0, rank_SWN.shape[-1], (RESAMPLES, rank_SWN.shape[-1]))
+    known: dict[tuple[int, str], list[Way]] = {}
+    for pairs, name, ways in measured(asked.model, asked.dataset, asked.cache_dir, asked.seeds):
+        known[pairs, name] = ways
         for way, label in enumerate(("image to text", "text to image")):
             gains = ["", ""]
             if name == "best":
-                reciprocal = {arm: (1 / known[pairs, arm][:, way].double()).mean(0) for arm in ARMS}
-                tests = [paired_test(reciprocal[other], reciprocal["best"]) for other in list(ARMS)[:2]]
+                reciprocal = {arm: (1 / known[pairs, arm][way].rank_SQ.double()).mean(0) for arm in ARMS}
+                tests = [paired_test(reciprocal[other], reciprocal["best"], ways[way].units)
+                         for other in list(ARMS)[:2]]
                 gains = [f"{t.difference:+.4f} [{t.ci95[0]:+.4f}, {t.ci95[1]:+.4f}], p {t.p_value:.4f}" for t in tests]
-            print("|", " | ".join([label, str(pairs), name, *cells(rank_SWN[:, way].numpy(), draw_BN), *gains]), "|",
+            print("|", " | ".join([label, str(pairs), name, *cells(ways[way]), *gains]), "|",
                   flush=True)
 
 

@@ -34,6 +34,7 @@ from engine.ranks import world as dist
 from engine.ranks.world import World
 from engine.run_folder.profiler import Profiler
 from engine.train import Replica, Step
+from eval.distinct import Distinct
 from eval.metrics import retrieval_ranks, triplet_correct
 from eval.retrieval import measure_split
 from eval.search import top_k
@@ -186,9 +187,11 @@ def test_measuring_searching_and_sweeping_are_the_cpus(tmp_path: Path) -> None:
         gallery = unit(pairs.to(CPU).features(torch.arange(40)).image_BV).to(device)
         fold = folds(join([pairs, replace(pairs, negative_row_N=None)]), 3, 0)[1]
         batch = next(fold.train.batches(16, 0)(1))
-        return [one.summarise(), *(plain(part) for part in one.rows().values()), *(plain(part) for part in batch),
+        means = [plain(part) for _, *parts in one.means() for part in parts]
+        return [one.summarise(), *means, *(plain(part) for part in batch),
                 *top_k(gallery[:7], lambda low, high: gallery[low:high], 40, 5, chunk=16),
-                *map(plain, retrieval_ranks(gallery, gallery.flip(0), pairs.title_row_N.to(device), None, (64, 64))),
+                *map(plain, retrieval_ranks(gallery, gallery.flip(0), Distinct.of(
+                    None, torch.arange(len(gallery), device=device)), (64, 64))),
                 plain(triplet_correct(gallery, gallery.flip(0), gallery.roll(1, 0)))]
 
     here = found(split, CPU)

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from browser import PROGRAM, Browser
 from PIL import Image
-from test_answers import space
+from test_answers import answers_in, space
 
-from eval.report.answers import answer
 from eval.report.charts import Line, binned, chart
 from eval.report.page import clean
 from eval.report.report import table, write_report
@@ -72,8 +71,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = [f"{way}_{m}" for way in ("image_to_text", "text_to_image")
              for m in ("R@1", "R@5", "R@10", "median_rank", "mrr")] + ["triplet_accuracy"]
 
+    sizes = {"pairs": 260, "units": 190, "image_to_text_queries": 200, "text_to_image_queries": 205}
+
     def scores(share: float) -> dict[str, Any]:
-        return {name: part for metric in names for name, part in (
+        return {**sizes, "collapsed": share > 0.3} | {name: part for metric in names for name, part in (
             (metric, 30.5 if metric.endswith("rank") else share),
             (f"{metric}_ci95", [20.0, 40.0] if metric.endswith("rank") else [share / 2, share * 1.5]))}
 
@@ -97,7 +98,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (out / "metrics.json").write_text(json.dumps(metrics))
     (out / "config.json").write_text(json.dumps(config))
-    answers = {"base": answer(space(260)), "tuned": answer(space(260, seed=1))}
+    answers = {"base": answers_in(space(260)), "tuned": answers_in(space(260, seed=1))}
     write_report(out, "test", {"train": 900, "valid": 40, "test": 260}, answers, lambda row: HOSTILE[row % 13], noise)
     return out
 
@@ -119,7 +120,9 @@ def test_the_page_is_whole_and_titles_stay_text(folder: Path) -> None:
     assert HOSTILE[0] in shown and "broken out" in shown and "A" * 199 + "…" in shown and "A" * 201 not in text
     assert not set("\u202e\u2067\x00\x1b\ud800") & set(text)
     assert "the exported model is at 0.5, chosen on valid" in shown
-    assert "p <.001" in shown and "+20.0 points [+10.0, +30.0]" in shown
+    assert "test: 260 pairs (200 images, 205 titles, 190 independent)" in shown.replace("\u2068", "")
+    assert "tuned has collapsed on test" in shown and "base has collapsed" not in shown
+    assert "Of 200 test thumbnails" in shown and "p <.001" in shown and "+20.0 points [+10.0, +30.0]" in shown
 
 
 def test_the_page_can_be_read_without_eyes_or_mouse(folder: Path) -> None:
@@ -160,7 +163,9 @@ def test_a_browser_finds_nothing_to_complain_of(folder: Path) -> None:
 
 def test_the_table_shows_differences_where_they_are_known(folder: Path) -> None:
     metrics = json.loads((folder / "metrics.json").read_text())
-    lines = table(metrics | {"probe": {}}).splitlines()
+    text = table(metrics | {"probe": {}})
+    lines = text.partition("\n\n")[0].splitlines()
+    assert "\n\ntest: 260 pairs (200 images, 205 titles, 190 independent).\n\nWarning: tuned has collapsed" in text
     assert lines[0].split(" | ")[-2].strip() == "difference"
     assert any("+0.200 [+0.100, +0.300] | <.001" in line for line in lines if "| test " in line)
     assert len({len(line) for line in lines}) == 1

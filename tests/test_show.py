@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_answers import space
+from test_answers import found_in, space_of
 from test_report import HOSTILE, noise
 
 from data.batch import BadSample
@@ -36,9 +36,12 @@ class Recorder:
         self.given[name] = vectors
 
 
-@pytest.mark.parametrize("rows", [1, 2, 83])
-def test_any_titles_and_missing_pictures_are_drawn(rows: int, tmp_path: Path) -> None:
-    here = space(rows) if rows > 20 else type(space())(*(part[:rows] for part in vars(space()).values()))
+@pytest.mark.parametrize(("rows", "titles"), [(1, 1), (2, 2), (30, 1), (30, 4), (83, 63)])
+def test_any_titles_and_missing_pictures_are_drawn(rows: int, titles: int, tmp_path: Path) -> None:
+    """One row, one title for all images, fewer titles than a sheet has places: no traceback after a run."""
+    drawn = torch.randn(2, rows, 8, generator=torch.Generator().manual_seed(0))
+    image, title = torch.nn.functional.normalize(drawn, dim=-1)
+    here = space_of(image, title, torch.arange(rows), torch.arange(rows) % titles)
     board, asked = Recorder(), []
 
     def picture(split: str, row: int) -> bytes:
@@ -46,8 +49,8 @@ def test_any_titles_and_missing_pictures_are_drawn(rows: int, tmp_path: Path) ->
         return noise(row)
 
     show = Show(tmp_path, "test", lambda split, row: HOSTILE[row % 13] + "\t\n", picture, resumed=False)
-    show.look("base", here, board, 0)
-    show.look("tuned", here, board, 9)
+    show.look("base", here, found_in(here), board, 0)
+    show.look("tuned", here, found_in(here), board, 9)
     assert len(asked) == len(set(asked))  # no picture is made twice
     assert {name.split("/")[0] for name in board.given} >= {"retrieval", "margin", "similarity"}
     assert ("tuned" in board.given) == (rows > 1)
@@ -60,10 +63,11 @@ def test_any_titles_and_missing_pictures_are_drawn(rows: int, tmp_path: Path) ->
 def test_the_right_answer_is_marked(tmp_path: Path) -> None:
     board = Recorder()
     one_hot = torch.eye(4)
-    right = type(space())(one_hot, one_hot, torch.arange(4), torch.arange(4))
-    wrong = type(space())(one_hot, one_hot.roll(1, 0), torch.arange(4), torch.arange(4))
+    right = space_of(one_hot, one_hot, torch.arange(4), torch.arange(4))
+    wrong = space_of(one_hot, one_hot.roll(1, 0), torch.arange(4), torch.arange(4))
     for when, here in (("base", right), ("tuned", wrong)):
-        Show(tmp_path, "test", lambda split, row: "title", lambda split, row: b"", False).look(when, here, board, 0)
+        Show(tmp_path, "test", lambda split, row: "title", lambda split, row: b"", False).look(
+            when, here, found_in(here), board, 0)
         sheet = board.given["retrieval/test image_to_text"]
         green = (sheet == (218, 251, 225)).all(-1).any(1)  # the marked line's paper
         marked = np.flatnonzero(green & ~np.roll(green, 1))

@@ -17,6 +17,7 @@ from engine.clip import encoder as module
 from engine.clip.encoder import Frozen
 from engine.clip.model import open_model
 from engine.ranks.world import World
+from eval.distinct import Distinct
 from eval.metrics import retrieval_ranks
 
 CPU = torch.device("cpu")
@@ -102,16 +103,22 @@ def test_recomputed_layers_give_the_same_gradients(tiny_model: Path) -> None:
 
 def shared_ranks(image: Tensor, title: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return retrieval_ranks(image, title, ids, None, (64, 128), (rank, size), World(rank, rank, size, CPU).sum)
+    return ranks_in_tiles(image, title, ids, (rank, size), World(rank, rank, size, CPU).sum)
+
+
+def ranks_in_tiles(image: Tensor, title: Tensor, ids: Tensor, *team: Any) -> tuple[Tensor, Tensor]:
+    distinct = Distinct.of(ids // 3, ids)
+    return retrieval_ranks(image[distinct.image_row_U], title[distinct.title_row_W], distinct, (64, 128), *team)
 
 
 def test_ranks_share_recall_and_get_the_same_integers() -> None:
     generator = torch.Generator().manual_seed(0)
     image, title = (torch.nn.functional.normalize(torch.randn(333, 8, generator=generator), dim=-1) for _ in range(2))
     ids = torch.randint(200, (333,), generator=generator)
-    alone = retrieval_ranks(image, title, ids)
-    for answer in on_ranks(3, shared_ranks, image, title, ids):
-        assert all(ours.equal(one) for ours, one in zip(answer, alone, strict=True))
+    alone = ranks_in_tiles(image, title, ids)
+    for ranks in (2, 3):
+        for answer in on_ranks(ranks, shared_ranks, image, title, ids):
+            assert all(ours.equal(one) for ours, one in zip(answer, alone, strict=True))
 
 
 def losses(out: Path) -> list[float]:

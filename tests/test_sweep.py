@@ -16,9 +16,11 @@ import run as command_line
 from data.batch import UserError
 from engine.config.fields import Config
 from engine.config.settings import read_toml
+from engine.ranks.world import World
 from engine.sweep.space import Range, configurations, read_space
-from eval.leaderboard import judge, pooled
-from eval.metrics import Retrieval
+from engine.sweep.trials import Journal
+from eval.leaderboard import judge, leaderboard, pooled
+from eval.metrics import Ranks, Retrieval
 
 SPACE = "lr=1e-3,1e-2 epochs=1,3"
 
@@ -61,18 +63,50 @@ def test_draws_are_seeded_distinct_and_extended_by_more_trials() -> None:
     assert len(tried(space="epochs=1..3", trials=50)) == 3  # there are no more; 2, as given, is tried once
 
 
-def test_rows_are_averaged_over_the_runs_that_held_them_out() -> None:
-    first, second = torch.tensor([0, 2]), torch.tensor([1])
-    runs = [(first, Retrieval(torch.tensor([0, 1]), torch.tensor([0, 0]))), (second, Retrieval(first[:1], first[:1])),
-            (first, Retrieval(torch.tensor([3, 1]), torch.tensor([0, 0]))), (second, Retrieval(first[1:], first[:1]))]
-    value_N = pooled(runs, 3, "image_to_text_mrr")
-    torch.testing.assert_close(value_N, torch.tensor([(1 + 1 / 4) / 2, (1 + 1 / 3) / 2, 1 / 2], dtype=torch.float64))
-    found = judge(runs, runs, 3, "image_to_text_mrr")
-    assert found["scores"]["image_to_text_mrr"] == pytest.approx(value_N.mean().item())
-    assert found["scores"]["image_to_text_median_rank"] == pytest.approx((1.5 + 1 + 3 + 3) / 4)
+def held_out(image_rank: list[int], title_row: list[int], title_rank: list[int]) -> Retrieval:
+    """What is found on a fold whose images all differ; images that share a title are one unit."""
+    row_U, row_W = torch.arange(len(image_rank)), torch.tensor(title_row)
+    unit_U = row_W[torch.searchsorted(row_W, row_U, right=True) - 1]
+    return Retrieval(Ranks(torch.tensor(image_rank), row_U, unit_U, len(row_W)),
+                     Ranks(torch.tensor(title_rank), row_W, row_W, len(row_U)), None, len(row_U), len(row_W))
+
+
+def test_queries_are_averaged_over_the_runs_that_held_them_out() -> None:
+    """Rows 0 and 3 share a title, so it is one query and they are one unit; row 1 is in the other fold."""
+    first, second = torch.tensor([0, 3]), torch.tensor([1, 2])
+    runs = [(first, held_out([0, 1], [0], [0])), (second, held_out([0, 2], [0, 1], [1, 0])),
+            (first, held_out([3, 1], [0], [0])), (second, held_out([1, 2], [0, 1], [1, 3]))]
+    value_Q, unit_Q = pooled(runs, 4, "image_to_text_mrr")
+    want = [(1 + 1 / 4) / 2, (1 + 1 / 2) / 2, 1 / 3, 1 / 2]
+    torch.testing.assert_close(value_Q, torch.tensor(want, dtype=torch.float64))
+    assert unit_Q.tolist() == [0, 1, 2, 0]
+    value_Q, unit_Q = pooled(runs, 4, "text_to_image_mrr")
+    torch.testing.assert_close(value_Q, torch.tensor([1, 1 / 2, (1 + 1 / 4) / 2], dtype=torch.float64))
+    assert unit_Q.tolist() == [0, 1, 2]
+    found = judge(runs, runs, 4, "image_to_text_mrr")
+    assert found["scores"]["image_to_text_mrr"] == pytest.approx(sum(want) / 4)
+    assert found["scores"]["image_to_text_median_rank"] == pytest.approx((1.5 + 2 + 3 + 2.5) / 4)
     assert found["difference"]["value"] == 0 and found["difference"]["p"] == 1
     with pytest.raises(UserError, match="median_rank; choose one of image_to_text_R@1"):
-        pooled(runs, 3, "image_to_text_median_rank")
+        pooled(runs, 4, "image_to_text_median_rank")
+
+
+def test_a_configuration_that_collapsed_in_a_run_is_listed_and_never_first(tmp_path: Path) -> None:
+    """A sweep that crowns it exports a model that answers everything alike."""
+    rows, good = torch.tensor([0, 1]), held_out([1, 1], [0, 1], [1, 1])
+    flat = replace(held_out([0, 0], [0, 1], [0, 0]), collapsed="the model has collapsed: all alike")
+    journal = Journal(tmp_path, World(0, 0, 1, torch.device("cpu")), {}, "image_to_text_mrr", False)
+    runs: dict[float, list[tuple[torch.Tensor, Retrieval | None]]] = {
+        1.0: [(rows, good), (rows, flat)], 2.0: [(rows, good), (rows, None)], 3.0: [(rows, good), (rows, good)]}
+    for lr, held in runs.items():
+        journal.add({"lr": lr}, judge(held, runs[3.0], 2, "image_to_text_mrr"))
+    lines = journal.ranked()
+    assert [line["settings"]["lr"] for line in lines] == [3.0, 1.0, 2.0]
+    assert "all alike" in lines[1]["collapsed"] and "NaN" in lines[2]["collapsed"]
+    table = leaderboard(lines, ["c", "a", "b"], "image_to_text_mrr")
+    assert table.count("collapsed") == 2 and table.splitlines()[2].startswith("| 1 | c ")
+    with pytest.raises(UserError, match="NaN or infinity; choose another --model"):
+        judge(runs[3.0], runs[2.0], 2, "image_to_text_mrr")
 
 
 def sweep(pairs: Path, model: Path, out: Path, *flags: str) -> dict[str, Any]:

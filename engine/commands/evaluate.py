@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from engine.commands.common import measure, open_data, open_parts
@@ -14,14 +15,17 @@ from eval.report.report import table
 
 
 def evaluate(cfg: Config, world: World, stop: Stop) -> int:
-    """The metrics alone, for any CLIPModel."""
+    """The metrics alone, for any CLIPModel; the exit code is 1 for one that has collapsed."""
     parts = open_parts(cfg, world)
     pairs = open_data(cfg, world, parts, only=cfg.split)
-    scores = {cfg.split: measure(pairs.residents(), parts.head, [cfg.split], world)[cfg.split].summarise()}
+    found = measure(pairs.residents(), parts.head, [cfg.split], world)[cfg.split]
+    scores = {cfg.split: found.summarise()}
     if world.is_main:
         world.say(table({parts.clip.name: scores}))
         print(json.dumps(scores, indent=2))
         if cfg.out:
             folder.write_json(Path(cfg.out) / "metrics.json", scores)
             folder.write_ledger(Path(cfg.out) / "ledger.jsonl", pairs.ledger)
-    return 0
+        if found.collapsed:
+            print(f"run.py eval: {cfg.split}: {found.collapsed}", file=sys.stderr, flush=True)
+    return 1 if found.collapsed else 0

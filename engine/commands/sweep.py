@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.batch import UserError
+from data.batch import RunFailed, UserError
 from data.pairs import Pairs
 from data.sources.folds import folds, join
 from data.store.resident import Resident
@@ -21,7 +22,8 @@ from engine.sweep.space import configurations, named
 from engine.sweep.trials import REPEAT, Journal, Run, Tuner
 from engine.train import Plan
 from eval.leaderboard import judge, leaderboard, on_host
-from eval.retrieval import differences
+from eval.metrics import Retrieval
+from eval.retrieval import differences, measure_if_finite
 
 
 def sweep(cfg: Config, world: World, stop: Stop) -> int:
@@ -40,7 +42,11 @@ def sweep(cfg: Config, world: World, stop: Stop) -> int:
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
     journal = Journal(out, world, pairs.identity, cfg.best_metric, begun)
     todo = [settings for settings in tried if not journal.known(settings)]
-    tuner, held_out = Tuner(parts, Resident.batches), lambda rows: on_host(measure_rows(parts.head, rows))
+    tuner = Tuner(parts, Resident.batches)
+
+    def held_out(rows: Resident) -> Retrieval | None:
+        return on_host(measure_if_finite(partial(measure_rows, parts.head, rows)))
+
     base, began = tuner.cross_validate(None, runs, held_out, world), time.monotonic()
     with stop.gracefully():
         for done, settings in enumerate(todo, start=1):
@@ -57,7 +63,10 @@ def sweep(cfg: Config, world: World, stop: Stop) -> int:
 def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Resident, journal: Journal,
              out: Path) -> int:
     """Retrain the winner on all rows but test's, measure it there once; leaderboard, recipe and model."""
-    lines, best = journal.ranked(), replace(cfg, **journal.ranked()[0]["settings"])
+    lines = journal.ranked()
+    if "collapsed" in lines[0]:
+        raise RunFailed(f"every configuration has collapsed ({lines[0]['collapsed']}); try a smaller lr in --space")
+    best = replace(cfg, **lines[0]["settings"])
     tuner.reset()
     before = measure(pairs.residents(), tuner.parts.head, ["test"])
     tuner.tune(best, rows)

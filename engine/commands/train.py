@@ -35,10 +35,9 @@ from engine.run_folder.profiler import profiler
 from engine.sweep.interpolate import interpolate, snapshot
 from engine.train import Callbacks, Plan, Replica, fit
 from eval.metrics import Retrieval
-from eval.report.answers import embed
 from eval.report.report import table, write_report
 from eval.report.show import Show, shown_split
-from eval.retrieval import differences
+from eval.retrieval import differences, embed
 
 
 def train(cfg: Config, world: World, stop: Stop) -> int:
@@ -99,6 +98,9 @@ class Judge:
         found = measure(residents, self.parts.head, self.names if ends or not watched else watched, self.world)
         scores = {name: one.summarise() if ends else one.values() for name, one in found.items()}
         self.log.metrics(scores, taken or step)
+        for name, one in found.items():
+            if one.collapsed:
+                self.log.say(f"warning: {name}: {one.collapsed}")
         self.saved.note(self.state, scores)
         if ends:
             self._keep(found, scores, residents[self.show.split])
@@ -114,8 +116,8 @@ class Judge:
         folder.write_metrics(self.saved.run, self.metrics, self.world)
         if self.world.is_main:
             head = self.parts.head
-            space = embed(head.image, head.text, shown.parts())
-            self.show.look(when, space, self.log.board, self.state.step)
+            space, _ = embed(head.image, head.text, shown.parts())
+            self.show.look(when, space, found[self.show.split], self.log.board, self.state.step)
 
 
 def measured(cfg: Config, pairs: Pairs) -> list[str]:

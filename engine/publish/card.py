@@ -23,8 +23,8 @@ name holds `{trainable}` were trained; everything else is that of the base model
 
 {table}
 
-Square brackets: 95 % interval over the rows of the split. R@K: share of queries whose right answer is among the first
-K of the whole split; text to image the other way round.
+Queries and candidates are the distinct images and titles of the split. Square brackets: 95 % interval over independent
+images with their titles. R@K: share of images with a right title among the first K; text to image the other way round.
 
 ## Recipe
 

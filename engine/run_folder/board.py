@@ -79,7 +79,7 @@ class Board:
         for writer, source in ((self._main, scores), (self._base, base)):
             for split in splits:
                 for name, value in source.get(split, {}).items():
-                    if isinstance(value, (int, float)):
+                    if isinstance(value, float):
                         writer.add_scalar(tag(split, name), value, step)
 
     def picture(self, name: str, pixels_HWC: np.ndarray, step: int) -> None:
@@ -87,8 +87,10 @@ class Board:
         self._main.add_image(name, pixels_HWC, step, dataformats="HWC")
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
-        """How values are spread."""
-        self._main.add_histogram(name, values[values.isfinite()], step)
+        """How values are spread; without a finite one there is nothing to show."""
+        finite = values[values.isfinite()]
+        if len(finite):
+            self._main.add_histogram(name, finite, step)
 
     def embedding(self, name: str, vectors: Tensor, labels: Sequence[Sequence[str]], sprite_NCSS: Tensor,
                   step: int) -> None:

@@ -130,18 +130,20 @@ class Saver:
     def note(self, state: State, scores: Mapping[str, Mapping[str, Any]]) -> None:
         """Count an evaluation, on all ranks alike; the best one (valid split, else train) has a checkpoint.
 
-        Raises UserError when the metric is not among what is measured.
+        One in which the model has collapsed on any split is never the best. Raises UserError when the metric is not
+        among what is measured.
         """
         values = next(scores[name] for name in ("valid", "train", *scores) if name in scores)
-        if not isinstance(values.get(self.metric), (int, float)):
-            names = [name for name, value in values.items() if isinstance(value, (int, float))]
+        if not isinstance(values.get(self.metric), float):
+            names = [name for name, value in values.items() if isinstance(value, float)]
             raise UserError(f"--best-metric {self.metric} is not measured here; there is {', '.join(names)}")
         value = self.world.exchange(float(values[self.metric]))[0]
         if state.step <= state.evaluated:
             return
         sign = -1 if self.metric.endswith("_rank") else 1  # a small rank is a good one
         state.evaluated, state.worse = state.step, state.worse + 1
-        if state.best is None or sign * value > sign * state.best:
+        collapsed = any(one.get("collapsed") for one in scores.values())
+        if not collapsed and (state.best is None or sign * value > sign * state.best):
             state.best, state.best_step, state.worse = value, state.step, 0
             self.save(state)
             self.world.on_main(lambda: replace_link(self.run / "checkpoints" / "best", f"step-{state.step:08d}"))

@@ -121,8 +121,8 @@ class Log:
         if step == 0:
             self._base = scores
         if self.world.is_main:
-            plain = {split: {name: value for name, value in values.items() if isinstance(value, (int, float))}
-                     for split, values in scores.items()}
+            plain = {split: {name: value for name, value in values.items() if isinstance(value, float)}
+                     for split, values in scores.items()}  # without counts, intervals and `collapsed`
             drift = self._drift()
             line = {"step": step, "epoch": self._epoch(step), **plain}
             self._files[1].write(json.dumps(line) + "\n")

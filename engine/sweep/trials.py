@@ -116,8 +116,8 @@ class Journal:
         return result["scores"][self.metric]
 
     def ranked(self) -> list[dict[str, Any]]:
-        """The lines, best first; of equal ones the earlier."""
-        return sorted(self.lines, key=lambda line: -line["scores"][self.metric])
+        """The lines, best first, of equal ones the earlier; those that have collapsed last."""
+        return sorted(self.lines, key=lambda line: ("collapsed" in line, -line["scores"][self.metric]))
 
     def conclude(self, folder: Path, cfg: Config) -> None:
         """sweep.json, the winner's recipe.toml, and all configurations with their scores for TensorBoard's hparams."""

@@ -1,13 +1,13 @@
-"""Row by row: the best titles of an image and the best images of a title, before and after training.
+"""Answers one by one: the best titles of an image and the best images of a title, before and after training.
 
-What TensorBoard's pictures and the report page show. At most LOOKED_AT rows of a split are asked, each against the
+What TensorBoard's pictures and the report page show. At most LOOKED_AT queries of a split are asked, each against the
 whole gallery, so a split of a million rows costs a thousandth of its Recall.
-Dimension key: Q queries, N gallery (rows of the split), U distinct candidates, K answers listed, E embedding.
+Dimension key: Q queries asked, A all queries, C candidates, P distinct pairs, K answers listed, E embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -15,78 +15,83 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Features
-from eval.retrieval import Project
+from eval.metrics import Ranks, Retrieval
+from eval.retrieval import Space
 
-LOOKED_AT = 1_000  # rows asked, drawn at random from a longer split
+LOOKED_AT = 1_000  # queries asked, drawn at random from a longer split
 LISTED = 5
 TILE = 2**24  # scores held at once
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What one model answers to some queries, by row numbers of the split."""
+    """What one model answers to some queries. Queries and candidates are named by the first row that holds them."""
 
     query_Q: Tensor  # int64
-    best_QK: Tensor  # int64: a row of each of the best distinct candidates, best first
+    best_QK: Tensor  # int64: the best distinct candidates, best first
     score_QK: Tensor  # their cosines
     right_QK: Tensor  # bool: is it a right answer?
-    rank_Q: Tensor  # int64: candidates that score better than the best right one, as `retrieval_ranks` counts
+    rank_Q: Tensor  # int64: 0-based place of the best right answer, as the metrics have it
     margin_Q: Tensor  # best right score minus best wrong one
 
 
 Both = Mapping[str, Answers]  # "image_to_text", "text_to_image"
 
 
-@dataclass(frozen=True)
-class Space:
-    """Embeddings of a split and who is who: equal title or image id means the same title or image."""
-
-    image_NE: Tensor
-    title_NE: Tensor
-    title_id_N: Tensor
-    image_id_N: Tensor
-
-
 @torch.inference_mode()
-def embed(project_image: Project, project_text: Project, parts: Iterable[Features]) -> Space:
-    """Project the features of a split, some pairs at a time."""
-    return Space(*map(torch.cat, zip(*((project_image(part.image_BV), project_text(part.title_BT), part.title_id_B,
-                                        part.image_id_B) for part in parts), strict=True)))
+def answer(space: Space, found: Retrieval, count: int = LOOKED_AT, seed: int = 0) -> dict[str, Answers]:
+    """Ask `count` distinct images and `count` titles; the same ones whenever the split has the same rows.
+
+    `found` is what was measured on this space: its ranks are the places that are shown.
+    """
+    image_UE, title_WE, distinct = space.image_UE, space.title_WE, space.distinct
+    image_P, title_P = distinct.image_P, distinct.title_P
+    asked_U, asked_W = (_draw(len(x_AE), count, seed).to(x_AE.device) for x_AE in (image_UE, title_WE))
+    return {"image_to_text": _ask(asked_U, found.image_to_text, (image_UE, title_WE), (image_P, title_P),
+                                  distinct.title_row_W),
+            "text_to_image": _ask(asked_W, found.text_to_image, (title_WE, image_UE), (title_P, image_P),
+                                  distinct.image_row_U)}
 
 
-@torch.inference_mode()
-def answer(space: Space, count: int = LOOKED_AT, seed: int = 0) -> dict[str, Answers]:
-    """Ask `count` rows both ways; the same rows whenever the split has the same length."""
-    n = len(space.image_NE)
-    query_Q = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count].sort()[0]
-    query_Q = query_Q.to(space.image_NE.device)
-    return {"image_to_text": _ask(query_Q, space.image_NE, space.title_NE, space.title_id_N, space),
-            "text_to_image": _ask(query_Q, space.title_NE, space.image_NE, space.image_id_N, space)}
+def _draw(size: int, count: int, seed: int) -> Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count].sort()[0]
 
 
-def _ask(query_Q: Tensor, query_NE: Tensor, gallery_NE: Tensor, candidate_id_N: Tensor, space: Space) -> Answers:
-    distinct_U = first_rows(candidate_id_N)
-    listed, parts = min(LISTED, len(distinct_U)), []
-    for rows in query_Q.split(max(1, TILE // len(gallery_NE))):
-        scores = query_NE[rows].float() @ gallery_NE.float().T
-        right = space.title_id_N[rows, None] == space.title_id_N
-        right |= space.image_id_N[rows, None] == space.image_id_N
-        best_right = scores.masked_fill(~right, -torch.inf).amax(1)
-        wrong = scores.masked_fill(right, -torch.inf)
-        score, place = scores[:, distinct_U].topk(listed)
-        best = distinct_U[place]
-        parts.append((rows, best, score, right.gather(1, best), (wrong > best_right[:, None]).sum(1),
-                      best_right - wrong.amax(1)))
+def _ask(asked_Q: Tensor, ranks: Ranks, vectors: tuple[Tensor, Tensor], pairs: tuple[Tensor, Tensor],
+         candidate_row_C: Tensor) -> Answers:
+    """`vectors` are the embeddings of all queries and candidates, `pairs` their right pairs, [P] each."""
+    query_AE, candidate_CE = (x.float() for x in vectors)
+    place_A = torch.full((len(query_AE),), -1, device=asked_Q.device)
+    parts = []
+    for query_Q in asked_Q.split(max(1, TILE // len(candidate_CE))):
+        scores_QC = query_AE[query_Q] @ candidate_CE.T
+        here_P = place_A.scatter(0, query_Q, torch.arange(len(query_Q), device=query_Q.device))[pairs[0]]
+        right_QC = torch.zeros_like(scores_QC, dtype=torch.bool)
+        right_QC[here_P[here_P >= 0], pairs[1][here_P >= 0]] = True
+        rank_Q = ranks.rank_Q[query_Q]
+        item_QK, score_QK, is_right_QK, margin_Q = _list(scores_QC, right_QC, rank_Q)
+        parts.append((ranks.row_Q[query_Q], candidate_row_C[item_QK], score_QK, is_right_QK, rank_Q, margin_Q))
     return Answers(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
 
 
-def first_rows(id_N: Tensor) -> Tensor:
-    """The first row of each distinct id, in row order [U]."""
-    order_N = id_N.argsort(stable=True)
-    sorted_N = id_N[order_N]
-    new_N = torch.cat([sorted_N.new_ones(1, dtype=torch.bool), sorted_N[1:] != sorted_N[:-1]])
-    return order_N[new_N].sort()[0]
+def _list(scores_QC: Tensor, right_QC: Tensor, rank_Q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best candidates, their scores, whether they are right [Q, K] each, and the margins [Q].
+
+    The best right answer stands at its rank, whatever the rounding of this product and among equal scores.
+    """
+    listed = min(LISTED, scores_QC.shape[1])
+    wrong, right = (scores_QC.masked_fill(mask, -torch.inf).topk(listed) for mask in (right_QC, ~right_QC))
+    score_QL = torch.cat([wrong.values, right.values], 1)
+    item_QL = torch.cat([wrong.indices, right.indices], 1)
+    # Groups: the wrong ones before the best right answer, that answer, the rest (of equal ones the wrong first).
+    group_QL = torch.full_like(item_QL, 2)
+    group_QL[:, :listed] -= 2 * (torch.arange(listed, device=rank_Q.device) < rank_Q[:, None]).long()
+    group_QL[:, listed] = 1
+    by_score = score_QL.sort(dim=1, descending=True, stable=True).indices
+    by_group = group_QL.gather(1, by_score).sort(dim=1, stable=True).indices
+    best_QK = by_score.gather(1, by_group)[:, :listed]
+    items = item_QL.gather(1, best_QK), score_QL.gather(1, best_QK), best_QK >= listed
+    return *items, right.values[:, 0] - wrong.values[:, 0]
 
 
 def save_answers(path: Path, split: str, answers: Mapping[str, Both]) -> None:

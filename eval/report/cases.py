@@ -21,9 +21,9 @@ KINDS = (
 def sections(answers: Mapping[str, Both], title: Title, picture_of: Picture) -> str:
     """HTML of all kinds of cases; `answers` has base and tuned."""
     base, tuned = answers["base"], answers["tuned"]
-    asked = len(tuned["image_to_text"].query_Q)
-    parts = [f'<p class="soft">Chosen by rank among {asked:,} rows, not by hand. Each list shows the five best '
-             'distinct answers with their cosine; <span class="right">✓ marks the right one</span>.</p>']
+    images, titles = (len(tuned[way].query_Q) for way in ("image_to_text", "text_to_image"))
+    parts = [f'<p class="soft">Chosen by rank among {images:,} images and {titles:,} titles, not by hand. Each list '
+             'shows the five best answers with their cosine; <span class="right">✓ marks a right one</span>.</p>']
     for key, heading, words in KINDS:
         cards = [_image_card(place, base["image_to_text"], tuned["image_to_text"], title, picture_of)
                  for place in chosen(key, base["image_to_text"], tuned["image_to_text"], IMAGES)]

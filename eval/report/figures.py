@@ -10,7 +10,7 @@ from typing import Any
 from eval.report.answers import Both
 from eval.report.charts import Band, Line, binned, chart, interval_bar, outline
 from eval.report.page import attribute, text
-from eval.report.table import SHOWN, WHEN, cell, difference_cells
+from eval.report.table import SHOWN, WHEN, cell, collapse_of, difference_cells, sizes
 
 FILES = {"model/": "the tuned model; loads in transformers and sentence-transformers",
          "metrics.json": "every figure of this page with its interval",
@@ -30,19 +30,27 @@ def lead(metrics: Mapping[str, Any], split: str, pairs: int) -> str:
     if found:
         (low, high), (_, p) = found["ci95"], difference_cells(found, name)
         sure = f' Difference {100 * found["value"]:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}], p {p}.'
-    return (f'<p class="lead">Of {pairs:,} {text(split)} thumbnails, '
+    asked = metrics["tuned"][split].get("image_to_text_queries", pairs)
+    return (f'{_collapses(metrics)}<p class="lead">Of {asked:,} {text(split)} thumbnails, '
             f'<strong class="tuned-ink">{tuned:.0%}</strong> now find their own title among the first ten; '
             f'before training it was <strong class="base-ink">{base:.0%}</strong>.{sure}</p>')
+
+
+def _collapses(metrics: Mapping[str, Any]) -> str:
+    """A sentence for each model and split whose figures mean nothing."""
+    return "".join(f'<p class="lead down">{text(sentence, 300)}</p>' for when in WHEN
+                   for split, values in metrics[when].items() if (sentence := collapse_of(when, split, values)))
 
 
 def figures(metrics: Mapping[str, Any], first: str) -> str:
     """A table for each split, the one that is shown first."""
     splits = sorted(metrics["tuned"], key=lambda split: split != first)
     tables = [(split, _split_table(metrics, split)) for split in splits]
-    rest = "".join(f"<details><summary>{text(split)} pairs</summary>{html}</details>" for split, html in tables[1:])
-    return (f'{tables[0][1]}<p class="soft small">Square brackets: 95 % interval over the rows of the split. R@K: '
-            'share whose right answer is among the first K. Triplet accuracy: share whose own title beats its hard '
-            f'negative.</p>{rest}')
+    rest = "".join(f"<details><summary>{text(split)}</summary>{html}</details>" for split, html in tables[1:])
+    return (f'{tables[0][1]}<p class="soft small">Square brackets: 95 % interval; what is drawn anew are images with '
+            'their titles, connected through shared ones, not rows. R@K: share of images (or titles) whose best right '
+            'answer is among the first K. Triplet accuracy: share whose own title beats its hard negative.</p>'
+            f'{rest}')
 
 
 def _split_table(metrics: Mapping[str, Any], split: str) -> str:
@@ -65,7 +73,8 @@ def _split_table(metrics: Mapping[str, Any], split: str) -> str:
     heads = ['>Metric', ' class="base-ink">Before', ' class="tuned-ink">After', ' class="bars">Both']
     heads += [">Difference", ">p"] if difference else []
     return (f'<div class="wide" tabindex="0" role="region" aria-label="Figures of {attribute(split)}"><table><caption>'
-            f'{text(split)} pairs</caption><thead><tr>{"".join(f"<th scope=col{head}</th>" for head in heads)}</tr>'
+            f'{text(split)}: {sizes(metrics["tuned"][split]) or "pairs"}</caption>'
+            f'<thead><tr>{"".join(f"<th scope=col{head}</th>" for head in heads)}</tr>'
             f'</thead><tbody>{"".join(rows)}</tbody></table></div>')
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from eval.report.answers import LISTED, Answers, Space
+from eval.report.answers import LISTED, Answers
 
 Title = Callable[[int], str]  # row of the split -> its title
 Picture = Callable[[int], bytes]  # row of the split -> a small JPEG, b"" where there is none
@@ -62,13 +62,12 @@ def images_of_titles(answers: Answers, places: Sequence[int], title: Title, pict
     return np.asarray(sheet)
 
 
-def heat_map(space: Space, rows: Tensor, cell: int = 14) -> np.ndarray:
-    """Cosines of images (down) and titles (across) of `rows`, bright is similar, pairs on the diagonal: uint8 RGB.
+def heat_map(image_NE: Tensor, title_NE: Tensor, cell: int = 14) -> np.ndarray:
+    """Cosines of images (down) and titles (across), bright is similar, pairs on the diagonal: uint8 RGB.
 
     The scale spans what is there, so that a model whose cosines all lie close together is seen as well.
     """
-    rows = rows.to(space.image_NE.device)
-    score = (space.image_NE[rows].float() @ space.title_NE[rows].float().T).cpu().numpy()
+    score = (image_NE @ title_NE.T).cpu().numpy()
     low, high = float(score.min()), float(score.max())
     at = (score - low) / max(high - low, 1e-9) * (len(RAMP) - 1)
     colour = np.stack([np.interp(at, range(len(RAMP)), channel) for channel in zip(*RAMP, strict=True)], -1)

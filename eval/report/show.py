@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.report.answers import Both, Space, answer, first_rows, load_answers, save_answers
+from eval.metrics import Retrieval
+from eval.report.answers import Both, answer, load_answers, save_answers
 from eval.report.pictures import heat_map, images_of_titles, sprites, titles_of_images
+from eval.retrieval import Space
 
 SHEET = 8  # rows of a sheet of answers
 MAP = 40  # pairs of the heat map
@@ -48,27 +50,28 @@ class Show:
         self.picture = cache(partial(picture, split))
         self.answers: dict[str, Both] = dict(load_answers(self.path)[1]) if resumed else {}
 
-    def look(self, when: str, space: Space, board: Board, step: int) -> None:
-        """Ask, keep and draw; `when` is base or tuned."""
-        self.answers[when] = both = answer(space)
+    def look(self, when: str, space: Space, found: Retrieval, board: Board, step: int) -> None:
+        """Ask, keep and draw; `when` is base or tuned, `found` what was measured on this space."""
+        self.answers[when] = both = answer(space, found)
         save_answers(self.path, self.split, self.answers)
-        count = len(both["image_to_text"].query_Q)
-        some = torch.linspace(0, count - 1, min(SHEET, count)).long().tolist()
         for way, draw in (("image_to_text", titles_of_images), ("text_to_image", images_of_titles)):
+            count = len(both[way].query_Q)
+            some = torch.linspace(0, count - 1, min(SHEET, count)).long().tolist()
             board.picture(f"retrieval/{self.split} {way}", draw(both[way], some, self.title, self.picture), step)
             board.histogram(f"margin/{self.split} {way}", both[way].margin_Q, step)
-        rows = both["image_to_text"].query_Q
-        board.picture(f"similarity/{self.split}", heat_map(space, rows[:MAP]), step)
-        self._project(when, space, rows, board, step)
+        self._space(when, space, both["image_to_text"].query_Q[:POINTS], board, step)
 
-    def _project(self, when: str, space: Space, rows: Tensor, board: Board, step: int) -> None:
-        """Images and titles in one space; a projector without a second point is of no use."""
-        rows = rows[first_rows(space.image_id_N.cpu()[rows])][:POINTS]
-        if len(rows) < 2:
+    def _space(self, when: str, space: Space, row_Q: Tensor, board: Board, step: int) -> None:
+        """Some images, by their first rows, with a title each: their cosines, and where they lie in the projector."""
+        distinct = space.distinct
+        image_Q = torch.searchsorted(distinct.image_row_U, row_Q.to(distinct.image_row_U.device))
+        title_Q = distinct.title_P[torch.searchsorted(distinct.image_P, image_Q)]
+        image_QE, title_QE = space.image_UE[image_Q].float(), space.title_WE[title_Q].float()
+        board.picture(f"similarity/{self.split}", heat_map(image_QE[:MAP], title_QE[:MAP]), step)
+        if len(row_Q) < 2:  # a projector without a second point is of no use
             return
-        titles = [self.title(row) for row in rows.tolist()]
+        titles = [self.title(row) for row in distinct.title_row_W[title_Q].tolist()]
         tidy = [" ".join(text.split())[:120] for text in titles]  # a tab would start a new column
         labels = [(text, kind) for kind in ("image", "title") for text in tidy]
-        at = rows.to(space.image_NE.device)
-        board.embedding(when, torch.cat([space.image_NE[at], space.title_NE[at]]).float().cpu(), labels,
-                        sprites([self.picture(row) for row in rows.tolist()], titles), step)
+        board.embedding(when, torch.cat([image_QE, title_QE]).cpu(), labels,
+                        sprites([self.picture(row) for row in row_Q.tolist()], titles), step)

@@ -16,7 +16,10 @@ WHEN = ("base", "tuned")
 
 
 def table(metrics: Mapping[str, Any]) -> str:
-    """A Markdown table, one block of rows a split: base, tuned (or whatever is there), and the difference if known."""
+    """A Markdown table, one block of rows a split: base, tuned (or whatever is there), and the difference if known.
+
+    Below it, how much was measured of each split, and which model has collapsed on it.
+    """
     difference = metrics.get("difference", {})
     columns = {name: metrics[name] for name in WHEN if name in metrics} or dict(metrics)
     rows = [["split", "metric", *columns, *(["difference", "p"] if difference else [])]]
@@ -29,7 +32,32 @@ def table(metrics: Mapping[str, Any]) -> str:
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
              for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+    notes = [note for split in dict.fromkeys(row[0] for row in rows[1:])
+             for note in notes_on(split, {name: scores.get(split, {}) for name, scores in columns.items()})]
+    return "\n".join([*lines, *(line for note in notes for line in ("", note))])
+
+
+def notes_on(split: str, columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What is to be known of the figures of a split: their size, and a warning for each model that has collapsed."""
+    size = next((text for values in columns.values() if (text := sizes(values))), "")
+    return [*([f"{split}: {size}."] if size else []),
+            *filter(None, (collapse_of(name, split, values) for name, values in columns.items()))]
+
+
+def collapse_of(name: str, split: str, values: Mapping[str, Any]) -> str:
+    """A sentence for a model that has collapsed, "" for others."""
+    if not values.get("collapsed"):
+        return ""
+    return (f"Warning: {name} has collapsed on {split}: all its image or all its title embeddings are equal to "
+            "rounding, so every answer is a tie and its figures mean nothing.")
+
+
+def sizes(values: Mapping[str, Any]) -> str:
+    """How many pairs, distinct images and titles, and independent units a split's figures rest on; "" if unknown."""
+    if "units" not in values:
+        return ""
+    return (f"{values['pairs']:,} pairs ({values['image_to_text_queries']:,} images, "
+            f"{values['text_to_image_queries']:,} titles, {values['units']:,} independent)")
 
 
 def digits_of(metric: str) -> int:

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from eval.metrics import Retrieval, compare, retrieval_ranks
+from eval.distinct import Distinct
+from eval.metrics import Ranks, Retrieval, Triplets, compare, retrieval_ranks
 
 from .harness import Bench, Figure, Race, amount, timed
 
@@ -18,9 +19,9 @@ def ranks(bench: Bench) -> None:
     n = 2_000 if bench.quick else 10_000
     generator = torch.Generator().manual_seed(0)
     image_NE, title_NE = (F.normalize(torch.randn(n, 512, generator=generator), dim=-1) for _ in range(2))
-    ids_N, out_NN = torch.arange(n), torch.empty(n, n)
+    distinct, out_NN = Distinct.of(None, torch.arange(n)), torch.empty(n, n)
     bench.race(Race("P7", f"Recall both ways, {n:,} x {n:,} x 512, against the bare product", "<= 1.15",
-                    lambda: retrieval_ranks(image_NE, title_NE, ids_N),
+                    lambda: retrieval_ranks(image_NE, title_NE, distinct),
                     lambda: torch.mm(image_NE, title_NE.T, out=out_NN), cost=True, rounds=7))
 
 
@@ -42,6 +43,7 @@ def statistics(before: Retrieval, after: Retrieval) -> None:
 
 def random_retrieval(count: int, seed: int) -> Retrieval:
     """Ranks with a long tail, as a weak model has them."""
-    generator = torch.Generator().manual_seed(seed)
-    image_to_text_N, text_to_image_N = (count ** torch.rand(2, count, generator=generator)).long() - 1
-    return Retrieval(image_to_text_N, text_to_image_N, torch.rand(count, generator=generator) < 0.8)
+    generator, row_N = torch.Generator().manual_seed(seed), torch.arange(count)
+    image_to_text_Q, text_to_image_Q = (count ** torch.rand(2, count, generator=generator)).long() - 1
+    return Retrieval(Ranks(image_to_text_Q, row_N, row_N, count), Ranks(text_to_image_Q, row_N, row_N, count),
+                     Triplets(torch.rand(count, generator=generator) < 0.8, row_N, row_N), count, count)

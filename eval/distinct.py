@@ -1,0 +1,63 @@
+"""The distinct images and titles of a split, which of them belong together, and what is independent of what.
+
+Dimension key: N rows of a split, U distinct images, W distinct titles, P distinct pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.batch import UserError
+from data.sources.split import components
+
+
+@dataclass(frozen=True)
+class Distinct:
+    """The queries and candidates of a split. All tensors are int64; images and titles are in the order of the rows.
+
+    A unit is a connected component of rows that share an image or a title; it is named by its first row.
+    """
+
+    unit_N: Tensor  # the unit of each row
+    image_row_U: Tensor  # the first row of each distinct image
+    title_row_W: Tensor  # the first row of each distinct title
+    image_P: Tensor  # 0 .. U-1: the image of each distinct pair, rising
+    title_P: Tensor  # 0 .. W-1: its title
+
+    @classmethod
+    def of(cls, image_id_N: Tensor | None, title_id_N: Tensor) -> Distinct:
+        """Equal ids mean the same image or title; without image ids every row has an image of its own.
+
+        Raises UserError for no rows.
+        """
+        if not len(title_id_N):
+            raise UserError("there are no pairs to measure; choose a split that has rows")
+        each_N = torch.arange(len(title_id_N), device=title_id_N.device)
+        image_row_U, image_N = (each_N, each_N) if image_id_N is None else first_rows(image_id_N)
+        title_row_W, title_N = first_rows(title_id_N)
+        unit_N = torch.from_numpy(components(title_N.cpu().numpy(), image_N.cpu().numpy())).to(each_N.device)
+        pair_P = (image_N * len(title_row_W) + title_N).unique()
+        return cls(unit_N, image_row_U, title_row_W, pair_P // len(title_row_W), pair_P % len(title_row_W))
+
+    @property
+    def image_unit_U(self) -> Tensor:
+        """The unit of each distinct image."""
+        return self.unit_N[self.image_row_U]
+
+    @property
+    def title_unit_W(self) -> Tensor:
+        """The unit of each distinct title."""
+        return self.unit_N[self.title_row_W]
+
+
+def first_rows(id_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The first row of each distinct id, rising [U], and for each row which of them has its id [N]."""
+    ids, code_N = id_N.unique(return_inverse=True)
+    each_N = torch.arange(len(id_N), device=id_N.device)
+    row_U = torch.full_like(ids, len(id_N), dtype=torch.int64).scatter_reduce(0, code_N, each_N, "amin")
+    row_U, order_U = row_U.sort()
+    place_U = torch.empty_like(order_U).scatter(0, order_U, each_N[:len(order_U)])
+    return row_U, place_U[code_N]

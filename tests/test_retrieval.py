@@ -1,0 +1,83 @@
+"""A split measured: distinct queries, triplets by row, units, and a collapse called by its name."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.batch import Features
+from eval.metrics import NotFinite
+from eval.retrieval import embed, equal_rows, measure_if_finite, measure_split
+
+N = 60
+
+
+def unit(x: Tensor) -> Tensor:
+    return F.normalize(x.float(), dim=-1)
+
+
+def flat(x: Tensor) -> Tensor:
+    """All alike but for the rounding of a projection."""
+    noise = torch.randn(len(x), x.shape[1], generator=torch.Generator().manual_seed(len(x)))
+    return unit(torch.ones_like(x) + 1e-6 * noise)
+
+
+def parts(captions: int = 3, dtype: torch.dtype = torch.float32) -> Iterator[Features]:
+    """Images with several captions each, in lots of 25 rows; every second row has a negative."""
+    generator = torch.Generator().manual_seed(0)
+    image, title = torch.randn(N, 8, generator=generator), torch.randn(N, 8, generator=generator)
+    image_id, title_id = torch.arange(N) // captions, torch.arange(N)
+    negative_id = torch.where(title_id % 2 == 0, (title_id + 7) % N, -1)
+    negative = title[negative_id.clamp(min=0)]
+    for rows in torch.arange(N).split(25):
+        yield Features(image[image_id[rows]].to(dtype), title[rows].to(dtype), negative[rows].to(dtype),
+                       image_id[rows], title_id[rows], negative_id[rows])
+
+
+def test_a_split_is_measured_by_distinct_queries_and_says_how_many() -> None:
+    found = measure_split(unit, unit, parts())
+    assert found.sizes() == {"pairs": N, "units": N // 3, "image_to_text_queries": N // 3,
+                             "image_to_text_candidates": N, "text_to_image_queries": N,
+                             "text_to_image_candidates": N // 3}
+    assert found.triplets is not None and found.triplets.row_M.tolist() == list(range(0, N, 2))
+    assert found.triplets.unit_M.tolist() == [row // 3 * 3 for row in range(0, N, 2)]
+    space, triplets = embed(unit, unit, parts())
+    assert triplets is not None and torch.equal(triplets.correct_M, found.triplets.correct_M)
+    whole = Features(*(torch.cat(lots) for lots in zip(*parts(), strict=True)))
+    own = (unit(whole.image_BV) * unit(whole.title_BT)).sum(1)
+    assert whole.negative_BT is not None
+    other = (unit(whole.image_BV) * unit(whole.negative_BT)).sum(1)
+    assert torch.equal(triplets.correct_M, (own > other)[::2])
+    assert space.image_UE.shape == (N // 3, 8) and not found.collapsed
+
+
+@pytest.mark.parametrize("captions", [1, 3])
+def test_a_collapsed_model_is_named_and_scores_no_hit(captions: int) -> None:
+    """Embeddings that are all alike used to score Recall@1 = 1.000."""
+    for image, title, words in ((unit, flat, "all 60 title"), (flat, unit, f"all {N // captions} image")):
+        found = measure_split(image, title, parts(captions))
+        assert words in found.collapsed and found.values()["collapsed"]
+    exact = measure_split(lambda x: unit(torch.ones_like(x)), lambda x: unit(torch.ones_like(x)), parts(captions))
+    assert " and " in exact.collapsed
+    assert exact.image_to_text.rank_Q.tolist() == [N - captions] * (N // captions)
+    assert exact.text_to_image.rank_Q.tolist() == [N // captions - 1] * N
+
+
+def test_what_counts_as_equal_follows_the_number_format() -> None:
+    vectors = unit(torch.ones(50, 64) + 2e-3 * torch.randn(50, 64, generator=torch.Generator().manual_seed(0)))
+    assert equal_rows(vectors, torch.finfo(torch.bfloat16).eps) and not equal_rows(vectors, 1e-7)
+    assert not equal_rows(vectors[:1], 1.0)  # one alone says nothing
+    assert not embed(unit, unit, parts(dtype=torch.bfloat16))[0].collapse()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_refused(bad: float) -> None:
+    def broken(x: Tensor) -> Tensor:
+        return unit(x).index_fill(0, torch.tensor([3]), bad)
+
+    with pytest.raises(NotFinite, match="NaN or infinity"):
+        measure_split(broken, unit, parts())
+    assert measure_if_finite(lambda: measure_split(unit, broken, parts())) is None

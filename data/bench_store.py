@@ -20,12 +20,13 @@ from data.bench import photograph
 from data.catalogue import catalogue
 from data.cold import CHUNK, Reader, encode_titles, fill_images, fill_titles
 from data.demo.demo import some_titles
+from data.identity import TitleIds
 from data.images.decode import ImageSpec, collate_tokens, decode_image, tokenize
 from data.pairs import Encoders
-from data.sources.source import Columns, load_splits
+from data.sources.source import load_splits
+from data.sources.split import divide
 from data.store.features import FeatureStore
 from data.store.resident import Mapped, Resident
-from data.store.segments import keys_of_titles
 from data.web.fetch import FetchPolicy
 
 Race = Callable[..., None]
@@ -78,9 +79,10 @@ def measure_cold(race: Race, lent: Encoders, folder: Path, count: int) -> None:
     write_pairs(folder / "pairs", {"train": count}, negatives=False)
     spec = ImageSpec.clip()
     reader, widths = Reader(folder, spec, FetchPolicy(), 25_000_000, 1), (lent.image_width, lent.text_width)
-    found = catalogue(load_splits(str(folder / "pairs"), Columns(), 0, lambda _: None))
-    texts = found.titles.to_pylist()
-    ids, keys = tokenize(lent.tokenizer, texts, 77), keys_of_titles(texts)
+    found = catalogue(divide(load_splits(str(folder / "pairs")), reader, folder / "cache", 0, lambda _: None),
+                      TitleIds(lent.tokenizer, 77))
+    texts, keys = found.titles.to_pylist(), found.title_keys
+    ids = tokenize(lent.tokenizer, texts, 77)
     references = [found.references[i].as_py() for i in range(count)]
     pixels = torch.from_numpy(np.stack([reader.pixels(reference) for reference in references]))
     spaces = iter(range(1000))

@@ -12,7 +12,7 @@ from data.pairs import Pairs
 from data.sources.folds import folds, join
 from data.store.resident import Resident
 from engine.commands.common import measure, measure_rows, open_data, open_parts, open_run
-from engine.commands.train import finish
+from engine.commands.train import find_overlap, finish
 from engine.config.fields import Config
 from engine.ranks.signals import Stop
 from engine.ranks.world import World
@@ -65,6 +65,7 @@ def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Reside
     metrics: dict[str, Any] = {when: {name: one.summarise() for name, one in found.items()}
                                for when, found in (("base", before), ("tuned", after))}
     metrics["difference"] = differences(before, after)
+    metrics |= find_overlap(pairs, world)
     folder.write_metrics(out, metrics, world)
     if world.is_main:
         journal.conclude(out, cfg)

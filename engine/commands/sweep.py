@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.batch import UserError
-from data.pairs import Pairs
+from data.pairs import Pairs, data_of
 from data.sources.folds import folds, join
 from data.store.resident import Resident
 from engine.commands.common import measure, measure_rows, open_data, open_parts, open_run
@@ -38,7 +38,10 @@ def sweep(cfg: Config, world: World, stop: Stop) -> int:
     for settings in tried:  # a batch too large for a fold is better said now
         Plan(min(len(run.train) for run in runs), replace(cfg, **settings).batch_size, 1)
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
-    journal = Journal(out, world, pairs.identity, cfg.best_metric, begun)
+    # what trials depend on; test is measured at the end alone, base and tuned together
+    identity = {key: value for key, value in pairs.identity.items()
+                if key not in {data_of(name) for name in pairs.splits if name not in ("train", "valid")}}
+    journal = Journal(out, world, identity, cfg.best_metric, begun)
     todo = [settings for settings in tried if not journal.known(settings)]
     tuner, held_out = Tuner(parts, Resident.batches), lambda rows: on_host(measure_rows(parts.head, rows))
     base, began = tuner.cross_validate(None, runs, held_out, world), time.monotonic()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -75,6 +75,18 @@ class Batches:
     def __call__(self, first_step: int) -> Iterator[Features]:
         """Without end."""
         return map(self.look, self.rows(first_step))
+
+
+@dataclass(frozen=True)
+class Team:
+    """The other ranks, as far as this room needs them."""
+
+    rank: int
+    size: int
+    exchange: Callable[[Any], list[Any]]  # what every rank said, in rank order
+
+
+ALONE = Team(0, 1, lambda value: [value])
 
 
 def map_tensors(item: Moved, function: Callable[[Tensor], Tensor]) -> Moved:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from data.batch import BadSample, UserError
+from data.identity import TitleIds, clip_words, distinct
 from data.sources.rows import Rows, image_names
 from data.store.segments import KEY
 from data.titles import blank
@@ -49,10 +50,15 @@ class Catalogue:
 
     splits: Mapping[str, Rows]
     references: References
-    titles: pa.StringArray  # P distinct titles, negatives among them
+    titles: pa.StringArray  # P distinct titles, negatives among them, each as it is first spelt
+    title_keys: np.ndarray  # [P, 16] uint8
     image_N: Mapping[str, np.ndarray]  # split -> index into references
     title_N: Mapping[str, np.ndarray]  # split -> index into titles
     negative_N: Mapping[str, np.ndarray | None]  # likewise, -1 where a row has no negative
+
+    def title(self, split: str, row: int) -> str:
+        """The title of a row as the row spells it."""
+        return str(self.splits[split].title[row].as_py())
 
 
 class Verdict(NamedTuple):
@@ -110,8 +116,10 @@ class Split:
         return len(self.row_N)
 
 
-def catalogue(splits: Mapping[str, Rows]) -> Catalogue:
-    """Find the distinct image references and titles of all splits, vectorised."""
+def catalogue(splits: Mapping[str, Rows], read: TitleIds | None = None) -> Catalogue:
+    """Find the distinct image references and titles of all splits, vectorised; titles as `read` by a model or, where
+    none is loaded, as any CLIP model would (`clip_words`).
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -127,7 +135,10 @@ def catalogue(splits: Mapping[str, Rows]) -> Catalogue:
     columns += [rows.title_neg for rows in splits.values() if rows.title_neg is not None]
     text = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string()).combine_chunks()
     coded = text.dictionary_encode()
+    keys = (read or clip_words()).keys(coded.dictionary)
+    number, first_P = distinct(keys)
     text_all = pc.fill_null(coded.indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+    text_all = np.append(number, -1)[text_all]
     negative_N: dict[str, np.ndarray | None] = {}
     at = int(ends[-1])
     for name in names:
@@ -136,7 +147,8 @@ def catalogue(splits: Mapping[str, Rows]) -> Catalogue:
         at += count
     parts = dict(zip(names, np.split(image_all, ends[:-1]), strict=True))
     titles = dict(zip(names, np.split(text_all[: ends[-1]], ends[:-1]), strict=True))
-    return Catalogue(splits, References(images, first), coded.dictionary, parts, titles, negative_N)
+    return Catalogue(splits, References(images, first), coded.dictionary.take(pa.array(first_P)), keys[first_P], parts,
+                     titles, negative_N)
 
 
 def as_arrays(verdicts: Sequence[Verdicts], references: int) -> tuple[np.ndarray, np.ndarray]:
@@ -158,10 +170,8 @@ def settle(found: Catalogue, verdicts: Sequence[Verdicts], lost: Sequence[Mappin
     """
     key_MK, good_M = as_arrays(verdicts, len(found.references))
     image_M, usable = np.full(len(good_M), -1, np.int64), np.flatnonzero(good_M)
-    _, first, content = np.unique(key_MK[usable].view(f"S{KEY}")[:, 0], return_index=True, return_inverse=True)
-    order = np.argsort(first)  # the first to come is the first in number
-    image_M[usable] = np.argsort(order)[content]
-    example = usable[first[order]]
+    image_M[usable], first = distinct(key_MK[usable])
+    example = usable[first]
     problems = {reference: problem for each in verdicts for reference, problem in each.problems.items()}
     blank_P = blank(found.titles)
     splits, ledger = {}, list(lost)
@@ -184,7 +194,7 @@ def _settle_split(found: Catalogue, name: str, image_M: np.ndarray, problems: Ma
     for row in np.flatnonzero(~good_N):
         problem = BadSample("no-title") if untitled_N[row] else problems[int(image_N[row])]
         ledger.append({"split": name, "row": int(row), "image": found.references[image_N[row]]["path"].as_py(),
-                       "title": found.titles[title_N[row]].as_py(), "reason": problem.reason, "detail": problem.detail})
+                       "title": found.title(name, int(row)), "reason": problem.reason, "detail": problem.detail})
     if negative_N is not None:
         negative_N = np.where(np.append(blank_P, True)[negative_N], -1, negative_N)
         if (negative_N < 0).all():

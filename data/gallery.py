@@ -19,6 +19,7 @@ from torch import Tensor
 from data.batch import BadSample, UserError
 from data.catalogue import catalogue
 from data.cold import Reader, encode_titles, fill_images, fill_titles, is_url
+from data.identity import distinct
 from data.images.album import small_jpeg
 from data.images.decode import decode_image, tokenize
 from data.pairs import Encoders
@@ -26,7 +27,7 @@ from data.sources.source import Rows
 from data.store.features import FeatureStore
 from data.store.resident import Mapped
 from data.store.seen import Seen
-from data.store.segments import KEY, keys_of_titles
+from data.titles import blank
 
 SIDE = 320  # pixels of the longer side of a picture on the page
 
@@ -73,7 +74,7 @@ def open_images(splits: Mapping[str, Rows], reader: Reader, encoders: Encoders, 
 
     Only files that are new or have changed since the last look are read.
     """
-    found = catalogue(splits)
+    found = catalogue(splits, encoders.titles(cache))
     store = FeatureStore(cache / "features" / encoders.image_space, encoders.image_width)
     seen = Seen(cache / "seen", found.references.path.to_pylist(), reader.folder)
     keys, good = seen.keys.copy(), seen.known & (store.locate(seen.keys) >= 0)
@@ -91,23 +92,25 @@ def open_images(splits: Mapping[str, Rows], reader: Reader, encoders: Encoders, 
         raise UserError("the dataset has no image that can be searched; `run.py check` says what is wrong with it")
     first = _first_rows(found.image_N, len(keys))
     usable = np.flatnonzero(good)[np.argsort(first[good])]
-    distinct = usable[np.sort(np.unique(keys[usable].view(f"S{KEY}")[:, 0], return_index=True)[1])]
-    return _gallery(splits, store, keys[distinct], first[distinct])
+    shown = usable[distinct(keys[usable])[1]]
+    return _gallery(splits, store, keys[shown], first[shown])
 
 
 def open_titles(splits: Mapping[str, Rows], encoders: Encoders, cache: Path) -> Gallery:
     """All titles that are not blank. Raises UserError when there is none."""
-    found = catalogue(splits)
-    texts, first = found.titles.to_pylist(), _first_rows(found.title_N, len(found.titles))
-    own = [index for index, text in enumerate(texts) if first[index] >= 0 and text.strip()]
-    if not own:
+    found = catalogue(splits, encoders.titles(cache))
+    first = _first_rows(found.title_N, len(found.titles))
+    own = np.flatnonzero((first >= 0) & ~blank(found.titles))
+    if not len(own):
         raise UserError("the dataset has no title that can be searched; name the column with --title-column")
-    texts = [texts[index] for index in own]
-    keys = keys_of_titles(texts)
+    keys = found.title_keys[own]
     store = FeatureStore(cache / "features" / encoders.text_space, encoders.text_width)
     missing = np.flatnonzero(store.locate(keys) < 0)
-    fill_titles(lambda some: tokenize(encoders.tokenizer, [texts[index] for index in some], encoders.max_tokens),
-                keys, store, missing, encoders.tokenizer.pad_token_id, encoders.text)
+
+    def tokens(some: Sequence[int]) -> list[list[int]]:
+        return tokenize(encoders.tokenizer, found.titles.take(own[np.asarray(some)]).to_pylist(), encoders.max_tokens)
+
+    fill_titles(tokens, keys, store, missing, encoders.tokenizer.pad_token_id, encoders.text)
     return _gallery(splits, store, keys, first[own])
 
 

@@ -1,10 +1,12 @@
 """Hard negatives for rows that have none, from the text features of their own split.
 
-Dimension key: P distinct titles of all splits, U of a split, N its rows, T text feature width, R a chunk of rows.
+Dimension key: P distinct titles of all splits, U of a split, N its rows, T text feature width, R a chunk of rows,
+A pairs of an image and a title.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,37 +18,67 @@ from data.catalogue import Split
 CHUNK = 1024  # rows of similarities at a time
 
 
-def mine(split: Split, title_PT: Tensor, how: str) -> Split:
-    """The split with a negative for every row that lacks one; the title of another row, never an equal title.
+def mine(split: Split, title_PT: Tensor, how: str, among: Sequence[Split] = ()) -> Split:
+    """The split with a negative for every row that lacks one, or whose own reads like its title: the title of another
+    row, never one that any row of the split, or of the splits `among`, pairs with the row's image.
 
     `how` is `hard`, the most similar title by cosine of the text features, or `far`, the original's rule: rows in
-    order, each takes the least similar title that no row before it took. A split of one distinct title gets none.
+    order, each takes the least similar title that no row before it took. A row without any such title gets none.
     """
     used_U, row_title_N = split.title_N.unique(return_inverse=True)
     given_N = torch.full_like(split.title_N, -1) if split.negative_N is None else split.negative_N
+    given_N = given_N.masked_fill(given_N == split.title_N, -1)
     if len(used_U) < 2 or bool((given_N >= 0).all()):
         return split
     unit_UT = F.normalize(title_PT[used_U].float(), dim=-1)
+    titles = _TitlesOfImages([split, *among], used_U)
     taken_U = torch.zeros(len(used_U), dtype=torch.bool)
     chosen_N = given_N.clone()
     for start in range(0, len(chosen_N), CHUNK):
-        own_R = row_title_N[start : start + CHUNK]
-        similarity_RU = unit_UT[own_R] @ unit_UT.T
+        chunk = slice(start, start + CHUNK)
+        similarity_RU, own_RU = unit_UT[row_title_N[chunk]] @ unit_UT.T, titles.mask(split.image_N[chunk])
         if how == "hard":
-            similarity_RU[torch.arange(len(own_R)), own_R] = -torch.inf
-            picks_R = similarity_RU.argmax(1)
+            best_R, picks_R = similarity_RU.masked_fill_(own_RU, -torch.inf).max(1)
+            picks_R = picks_R.masked_fill(best_R.isinf(), -1)
         else:
-            picks_R = _far(similarity_RU, own_R, taken_U)
-        missing_R = given_N[start : start + CHUNK] < 0
-        chosen_N[start : start + CHUNK][missing_R] = used_U[picks_R][missing_R]
-    return replace(split, negative_N=chosen_N)
+            picks_R = _far(similarity_RU.masked_fill_(own_RU, torch.inf), taken_U)
+        missing_R = given_N[chunk] < 0
+        chosen_N[chunk][missing_R] = torch.where(picks_R < 0, -1, used_U[picks_R])[missing_R]
+    return replace(split, negative_N=chosen_N if bool((chosen_N >= 0).any()) else None)
 
 
-def _far(similarity_RU: Tensor, own_R: Tensor, taken_U: Tensor) -> Tensor:
-    """Least similar titles not yet in `taken_U`, which is brought up to date; once all are taken it starts afresh."""
+class _TitlesOfImages:
+    """Which of the titles `used_U` (ascending) some row of `splits` pairs with an image."""
+
+    def __init__(self, splits: Sequence[Split], used_U: Tensor) -> None:
+        image_A, title_A = (torch.cat(column) for column in zip(*((s.image_N, s.title_N) for s in splits), strict=True))
+        is_used_A = torch.isin(title_A, used_U)
+        pairs_A2 = torch.stack([image_A[is_used_A], title_A[is_used_A]], 1).unique(dim=0)  # by image
+        self._image_A = pairs_A2[:, 0].contiguous()
+        self._title_A = torch.searchsorted(used_U, pairs_A2[:, 1].contiguous())
+        self._titles = len(used_U)
+
+    def mask(self, image_R: Tensor) -> Tensor:
+        """Which titles are paired with each image, bool [R, U]."""
+        mask_RU = torch.zeros(len(image_R), self._titles, dtype=torch.bool)
+        first_R = torch.searchsorted(self._image_A, image_R)
+        count_R = torch.searchsorted(self._image_A, image_R, right=True) - first_R
+        row = torch.arange(len(image_R)).repeat_interleave(count_R)
+        place = torch.arange(len(row)) - (count_R.cumsum(0) - count_R).repeat_interleave(count_R)
+        mask_RU[row, self._title_A[first_R.repeat_interleave(count_R) + place]] = True
+        return mask_RU
+
+
+def _far(similarity_RU: Tensor, taken_U: Tensor) -> Tensor:
+    """Least similar titles not yet in `taken_U`, which is brought up to date; once all are taken it starts afresh.
+
+    A similarity of infinity is never picked; -1 where there is no other.
+    """
     picks = []
-    for similarity_U, own in zip(similarity_RU, own_R.tolist(), strict=True):
-        similarity_U[own] = torch.inf
+    for similarity_U in similarity_RU:
+        if bool(similarity_U.isinf().all()):
+            picks.append(-1)
+            continue
         if bool(similarity_U.masked_fill(taken_U, torch.inf).isinf().all()):
             taken_U.zero_()
         pick = int(similarity_U.masked_fill(taken_U, torch.inf).argmin())

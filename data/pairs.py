@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Batches, Features, Tokens, UserError, share
+from data.batch import Batch, Batches, Features, Team, Tokens, UserError, share
 from data.catalogue import Catalogue, Split, Verdict, Verdicts, as_arrays, catalogue, settle
 from data.cold import Reader, encode_images, encode_titles, fill_images, fill_titles, streamed_batch
+from data.identity import Contents, TitleIds
 from data.images.album import Album
 from data.images.augment import random_region
 from data.images.decode import tokenize
@@ -30,8 +31,6 @@ from data.store.features import FeatureStore
 from data.store.resident import Mapped, Resident
 from data.store.seen import Seen
 from data.store.segments import spaces
-from data.titles import title_keys as keys_of
-from data.titles import title_tokens
 
 
 @dataclass(frozen=True)
@@ -48,14 +47,9 @@ class Encoders:
     tokenizer: Any
     max_tokens: int
 
-
-@dataclass(frozen=True)
-class Team:
-    """The other ranks, as far as this room needs them."""
-
-    rank: int
-    size: int
-    exchange: Callable[[Any], list[Any]]  # what every rank said, in rank order
+    def titles(self, cache: Path) -> TitleIds:
+        """How titles are told apart: as the tokenizer reads them."""
+        return TitleIds(self.tokenizer, self.max_tokens, self.text_space, cache / "seen")
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,8 @@ class Pairs:
 
     splits: Mapping[str, Split]
     ledger: Sequence[Mapping[str, Any]]
-    identity: Mapping[str, str]  # digests of the kept training rows and of the base model's towers
+    identity: Mapping[str, str]  # digests of each split's kept rows and of the base model's towers
+    contents: Mapping[str, Contents]  # each split's content keys
     residents: Callable[[], Mapping[str, Resident]]  # every split's features; encoded anew on each call if streaming
     batches: Callable[[str, int, int, torch.device], Callable[[int], Iterator[Features] | Iterator[Batch]]]
     # (split, batch size, seed, device) -> first step -> this rank's inputs of every step from there on
@@ -86,33 +81,36 @@ def open_pairs(rows: Mapping[str, Rows], lost: Sequence[Mapping[str, Any]], read
     `lost` are ledger entries of what never became a row. Raises UserError when too many rows are unusable or a split
     ends up empty.
     """
-    found, began = catalogue(rows), time.monotonic()
+    began, found = time.monotonic(), catalogue(rows, encoders.titles(cache))
     images = FeatureStore(cache / "features" / encoders.image_space, encoders.image_width) if encoders.stored else None
     verdicts = _look(found, reader, images, encoders, team, cache, tell)
     splits, image_keys, example, ledger = settle(found, verdicts, lost, max_bad)
-    title_keys = keys_of(found.titles)
     if mine_how != "off" or images is not None:
-        titles = _encoded_titles(found, title_keys, encoders, team, cache, tell)
-        title_table = _table(titles, title_keys)
+        titles = _encoded_titles(found, encoders, team, cache, tell)
+        title_table = _table(titles, found.title_keys)
         if mine_how != "off":
             features_PT = title_table.to(torch.device("cpu"))
-            splits = {name: mine(split, features_PT, mine_how) for name, split in splits.items()}
-    identity = {"data": _fingerprint(splits, image_keys, title_keys),
+            splits = {name: mine(split, features_PT, mine_how, [*splits.values()]) for name, split in splits.items()}
+    contents = {name: Contents(image_keys[split.image_N.numpy()], found.title_keys[split.title_N.numpy()])
+                for name, split in splits.items()}
+    identity = {**{data_of(name): _fingerprint(contents[name], split.negative_N, found.title_keys)
+                   for name, split in splits.items()},
                 "the base model": encoders.image_space + encoders.text_space}
     album = Album(found, splits, example, reader)
     streams = partial(_streams, found, splits, example, reader, encoders, team, device)
     if images is None:
-        return Pairs(splits, ledger, identity, *streams(), album)
+        return Pairs(splits, ledger, identity, contents, *streams(), album)
     image_table, seconds = _table(images, image_keys), time.monotonic() - began
     ready = _residents(splits, image_table, title_table, device)
     batches = streams()[1] if reader.augment else partial(_cached, ready, team)
-    return Pairs(splits, ledger, identity, lambda: ready, batches, album, _say_store(cache, images, titles, seconds))
+    return Pairs(splits, ledger, identity, contents, lambda: ready, batches, album,
+                 _say_store(cache, images, titles, seconds))
 
 
 def _streams(found: Catalogue, splits: Mapping[str, Split], example: np.ndarray, reader: Reader, encoders: Encoders,
              team: Team, device: torch.device) -> tuple[Callable[[], Mapping[str, Resident]], Callable[..., Any]]:
     """`residents` and `batches` of Pairs through the towers: all features anew on each call, inputs of every step."""
-    ids = title_tokens(found.titles, encoders.tokenizer, encoders.max_tokens)
+    ids = TitleIds(encoders.tokenizer, encoders.max_tokens).tokens(found.titles)
     makers = {name: streamed_batch(split, found, example, reader, ids, encoders.tokenizer.pad_token_id)
               for name, split in splits.items()}
     return (partial(_encode_all, found, splits, example, ids, reader, encoders, team, device),
@@ -139,7 +137,7 @@ def _look(found: Catalogue, reader: Reader, images: FeatureStore | None, encoder
     return of_all
 
 
-def _encoded_titles(found: Catalogue, keys: np.ndarray, encoders: Encoders, team: Team, cache: Path,
+def _encoded_titles(found: Catalogue, encoders: Encoders, team: Team, cache: Path,
                     tell: Callable[[str], None]) -> FeatureStore:
     """The store of title features, brought up to date by all ranks."""
     def tokens(some: Sequence[int]) -> list[list[int]]:
@@ -147,9 +145,9 @@ def _encoded_titles(found: Catalogue, keys: np.ndarray, encoders: Encoders, team
 
     titles = FeatureStore(cache / "features" / encoders.text_space, encoders.text_width)
     # One rank's view of the store is everybody's: another may look when some features are written already.
-    missing = team.exchange(np.flatnonzero(titles.locate(keys) < 0))[0]
+    missing = team.exchange(np.flatnonzero(titles.locate(found.title_keys) < 0))[0]
     own = missing[slice(*share(len(missing), team.rank, team.size))]
-    fill_titles(tokens, keys, titles, own, encoders.tokenizer.pad_token_id, encoders.text, tell)
+    fill_titles(tokens, found.title_keys, titles, own, encoders.tokenizer.pad_token_id, encoders.text, tell)
     team.exchange(None)  # every rank has written
     return titles
 
@@ -165,15 +163,16 @@ def _encode_all(found: Catalogue, splits: Mapping[str, Split], example: np.ndarr
     return _residents(splits, torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), device)
 
 
-def _fingerprint(splits: Mapping[str, Split], image_keys: np.ndarray, title_keys: np.ndarray) -> str:
-    """A digest of what the training rows hold, in order: equal data gives equal runs."""
-    if "train" not in splits:
-        return ""
-    train, digest = splits["train"], hashlib.sha256()
-    digest.update(image_keys[train.image_N.numpy()].tobytes())
-    digest.update(title_keys[train.title_N.numpy()].tobytes())
-    if train.negative_N is not None:
-        digest.update(title_keys[train.negative_N.numpy()].tobytes() + (train.negative_N.numpy() < 0).tobytes())
+def data_of(split: str) -> str:
+    """The name under which `identity` holds the digest of a split's rows."""
+    return f"the data of {split}"
+
+
+def _fingerprint(contents: Contents, negative_N: Tensor | None, title_keys: np.ndarray) -> str:
+    """A digest of what a split's rows hold, in order: equal data gives equal runs and equal figures."""
+    digest = hashlib.sha256(contents.image_NK.tobytes() + contents.title_NK.tobytes())
+    if negative_N is not None:
+        digest.update(title_keys[negative_N.numpy()].tobytes() + (negative_N.numpy() < 0).tobytes())
     return digest.hexdigest()
 
 

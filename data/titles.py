@@ -1,4 +1,4 @@
-"""Many titles without a Python object for each: their keys, and their tokens in two arrays.
+"""Many titles without a Python object for each: their tokens in two arrays, and which of them are blank.
 
 Dimension key: P titles.
 """
@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
-from data.images.decode import tokenize
 from data.prefetch import batched
-from data.store.segments import KEY, keys_of_titles
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,6 +48,10 @@ class TokenLists(Sequence[Sequence[int]]):
         at = range(len(self))[index]
         return self._ids[self._bound[at] : self._bound[at + 1]].tolist()
 
+    def raw(self, index: int) -> bytes:
+        """The ids of list `index` (0 or more) as bytes, four each."""
+        return self._ids[self._bound[index] : self._bound[index + 1]].tobytes()
+
 
 def texts(titles: pa.StringArray) -> Iterator[list[str]]:
     """The titles, a CHUNK of them at a time."""
@@ -57,16 +59,6 @@ def texts(titles: pa.StringArray) -> Iterator[list[str]]:
         yield titles.slice(start, CHUNK).to_pylist()
 
 
-def title_keys(titles: pa.StringArray) -> np.ndarray:
-    """The content keys [P, 16] uint8 of all titles."""
-    return np.concatenate([np.empty((0, KEY), np.uint8), *map(keys_of_titles, texts(titles))])
-
-
 def blank(titles: pa.StringArray) -> np.ndarray:
     """Which titles hold nothing but white space; bool [P]."""
     return np.array([not title.strip() for some in texts(titles) for title in some], bool)
-
-
-def title_tokens(titles: pa.StringArray, tokenizer: Any, max_tokens: int) -> TokenLists:
-    """The tokens of all titles."""
-    return TokenLists.of(ids for some in texts(titles) for ids in tokenize(tokenizer, some, max_tokens))

@@ -48,7 +48,7 @@ def tiny_clip(folder: Path, sentence_transformers: bool = False, seed: int = 0) 
     from transformers import CLIPConfig, CLIPModel, CLIPProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    tokenizer = _tiny_tokenizer()
+    tokenizer = tiny_tokenizer()
     old = sentence_transformers
     text = {"vocab_size": len(tokenizer), "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2,
             "num_attention_heads": 4, "max_position_embeddings": 77, "projection_dim": 16,
@@ -72,7 +72,7 @@ def tiny_clip(folder: Path, sentence_transformers: bool = False, seed: int = 0) 
     return folder
 
 
-def _tiny_tokenizer() -> Any:
+def tiny_tokenizer() -> Any:
     """A CLIPTokenizer laid out as CLIP's: bytes, bytes ending a word, merges, start and end of text as last ids."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer

@@ -13,9 +13,10 @@ import pytest
 from data import titles as module
 from data.batch import BadSample, UserError
 from data.catalogue import Verdict, Verdicts, catalogue, settle
+from data.identity import clip_words
 from data.sources.rows import Rows
-from data.store.segments import key_of, keys_of_titles
-from data.titles import TokenLists, blank, title_keys
+from data.store.segments import key_of
+from data.titles import TokenLists, blank
 
 
 def make_rows(name: str, rng: random.Random, count: int) -> Rows:
@@ -71,9 +72,10 @@ def test_titles_in_pieces_equal_titles_at_once(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(module, "CHUNK", 7)
     rng = random.Random(1)
     some = [rng.choice(["", " ", "a", "日本", "x" * 50]) + str(n) * (n % 3) for n in range(50)]
-    assert (title_keys(pa.array(some)) == keys_of_titles(some)).all()
+    words = clip_words()
+    assert (words.keys(pa.array(some)) == np.concatenate([words.keys(pa.array([title])) for title in some])).all()
     assert blank(pa.array(some)).tolist() == [not title.strip() for title in some]
-    assert title_keys(pa.array([], pa.string())).shape == (0, 16) and len(blank(pa.array([], pa.string()))) == 0
+    assert words.keys(pa.array([], pa.string())).shape == (0, 16) and len(blank(pa.array([], pa.string()))) == 0
     lists = [[rng.randrange(49408) for _ in range(rng.randrange(5))] for _ in range(40)]
     packed = TokenLists.of(iter(lists))
     assert list(packed) == lists and packed[-1] == lists[-1] and len(TokenLists.of(iter([]))) == 0

@@ -26,7 +26,7 @@ from data.prefetch import epoch_order, slices
 from data.store import features as module
 from data.store.features import FeatureStore
 from data.store.resident import Mapped, Resident
-from data.store.segments import HEADER, key_of, keys_of_titles, prune, spaces
+from data.store.segments import HEADER, key_of, prune, spaces
 
 KILLS = int(os.environ.get("THUMBTUNE_FAULTS", "20"))
 WIDTH = 5
@@ -101,13 +101,6 @@ def test_any_safetensors_reader_opens_a_segment(tmp_path: Path) -> None:
     found = load_file(files(tmp_path / "space")[0])
     assert found["values"].equal(values_of(range(300))) and (found["keys"].numpy() == keys_of(range(300))).all()
     assert found["sums"].shape == (3,)
-
-
-def test_keys_of_titles_are_digests_of_their_bytes() -> None:
-    titles = ["", "a", "A", "ü", "u\u0308", "\ud800", "NA", "a\0"]
-    keys = keys_of_titles(titles)
-    assert len(np.unique(keys, axis=0)) == len(titles) and keys_of_titles([]).shape == (0, 16)
-    assert keys[1].tobytes() == key_of(b"a")
 
 
 def append_many(ready: Connection, folder: Path, rank: int) -> None:

@@ -45,3 +45,20 @@ def test_equals_the_rule_written_out(how: str, given: bool, monkeypatch: pytest.
 def test_one_title_has_no_negative() -> None:
     split = Split("train", np.arange(3), torch.arange(3), torch.tensor([2, 2, 2]), None)
     assert mine(split, torch.randn(4, 5), "hard").negative_N is None
+
+
+@pytest.mark.parametrize("how", ["hard", "far"])
+def test_no_title_of_the_rows_own_image_is_mined(how: str) -> None:
+    """Five captions of one picture are five right answers: mined, they would teach that they are wrong ones."""
+    generator = torch.Generator().manual_seed(0)
+    features_PT = torch.randn(60, 4, generator=generator)
+    image_N, title_N = (torch.randint(high, (200,), generator=generator) for high in (25, 60))
+    given_N = torch.where(torch.arange(200) % 4 == 0, title_N, -1)  # reads like the row's own title: no negative
+    split = Split("train", np.arange(200), image_N, title_N, given_N)
+    other = Split("test", np.arange(60), torch.arange(60) % 25, torch.arange(60), None)
+    right = {pair for some in (split, other) for pair in zip(some.image_N.tolist(), some.title_N.tolist(), strict=True)}
+    mined = mine(split, features_PT, how, [other]).negative_N
+    assert mined is not None and bool((mined >= 0).all())
+    assert not [row for row in range(200) if (int(image_N[row]), int(mined[row])) in right]
+    few = Split("train", np.arange(4), torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 2, 0]), None)
+    assert mine(few, features_PT, how).negative_N.tolist()[:3] == [-1] * 3  # all there is goes with image 0

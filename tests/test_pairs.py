@@ -11,6 +11,7 @@ import torch
 from helpers import make_pairs, tiny_clip
 
 from data.cold import Reader
+from data.identity import overlap
 from data.images.decode import ImageSpec
 from data.pairs import Encoders, Pairs, Team, open_pairs
 from data.sources.source import load_splits
@@ -34,6 +35,27 @@ def opened(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[
         pairs = open_pairs(load_splits(str(folder)), [], reader, encoders, alone, cache, 0.5, "off",
                            torch.device("cpu"), print)
     return pairs, taken
+
+
+def test_equal_titles_and_pictures_have_one_number_and_one_feature(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a title in capitals, which has the same embedding, is a negative in the loss and a rival in the figures."""
+    cache, folder = tmp_path / "cache", make_pairs(tmp_path / "pairs", 6, 3, 3, negatives=False)
+    tiny_clip(cache / "model")
+    image, title = (folder / "train.csv").read_text().splitlines()[1].split(",")
+    (folder / "images/copy.png").write_bytes((folder / image).read_bytes())
+    lines = ["image,title,title_neg", f"{image},{title},a", f"images/copy.png,{title.upper()}  ,{title.title()}",
+             f"images/train-0001.jpg,A,  {title}"]
+    (folder / "train.csv").write_text("\n".join(lines) + "\n")
+    (folder / "test.csv").write_text(f"image,title\nimages/copy.png,{title.swapcase()}\nimages/test-0001.jpg, a\n")
+    pairs, _ = opened(folder, cache, monkeypatch)
+    train, test = pairs.splits["train"], pairs.splits["test"]
+    assert train.image_N.tolist() == [0, 0, 1] and train.negative_N is not None
+    assert train.title_N[0] == train.title_N[1] == train.negative_N[1] == train.negative_N[2] == test.title_N[0]
+    assert train.negative_N[0] == train.title_N[2] == test.title_N[1]
+    assert overlap(pairs.contents) == {"test": {"train": {"images": 1, "titles": 2, "rows": 1}}}
+    assert pairs.album.title("train", 1) == f"{title.upper()}  "  # shown as the row spells it
+    assert "5 titles encoded" in pairs.store
 
 
 def test_only_new_and_changed_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

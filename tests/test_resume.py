@@ -1,9 +1,11 @@
 """However often a run is cut off, on however many ranks, it ends as if nothing had happened."""
 
+import hashlib
 import json
 import os
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from helpers import ROOT, full, make_pairs, on_ranks, start
 from safetensors.torch import load_file
 
 from data import files as durable
+from data.batch import UserError
 from engine.commands.train import train as run_train
 from engine.config.cli import parse
 from engine.ranks.signals import Stop
@@ -140,6 +143,68 @@ def test_any_number_of_rows_and_ranks_gives_the_same_metrics(home: Path) -> None
         for other in more:
             assert losses(other) == pytest.approx(losses(one), abs=1e-5)
             assert json.loads((other / "metrics.json").read_text()) == json.loads((one / "metrics.json").read_text())
+
+
+def change_title(home: Path, data: str, split: str) -> None:
+    path = home / data / f"{split}.csv"
+    path.write_text(path.read_text().replace(",1 ", ",7 ").replace(",2 ", ",7 ").replace(",3 ", ",8 "))
+
+
+def drop_row(home: Path, data: str, split: str) -> None:
+    path = home / data / f"{split}.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+def change_picture(home: Path, data: str, split: str) -> None:
+    file = home / data / "images" / f"{split}-0001.jpg"
+    file.write_bytes(file.read_bytes() + b"\0")
+
+
+def same_title_in_capitals(home: Path, data: str, split: str) -> None:
+    path = home / data / f"{split}.csv"
+    path.write_text(path.read_text().upper().replace("IMAGES/", "images/").replace(".JPG", ".jpg").replace(
+        split.upper(), split).replace("IMAGE,TITLE", "image,title"))
+
+
+@pytest.mark.parametrize(("data", "split", "change", "refused"), [
+    ("pairs", "test", change_title, "the data of test changed since "),
+    ("pairs", "valid", drop_row, "the data of valid changed since "),
+    ("pairs", "test", change_picture, "the data of test changed since "),
+    ("probe", "test", change_picture, "the data of probe changed since "),
+    ("probe", "train", drop_row, ""), ("pairs", "test", same_title_in_capitals, "")])
+def test_a_measured_split_that_changed_is_refused_by_name(
+        data: str, split: str, change: Callable[[Path, str, str], None], refused: str, tiny_model: Path,
+        tmp_path: Path) -> None:
+    """Else one table holds base figures of one test split and tuned figures of another."""
+    (tmp_path / "tiny").symlink_to(tiny_model)
+    make_pairs(tmp_path / "pairs", 8, 6, 6)
+    make_pairs(tmp_path / "probe", 4, 4, 4, seed=1)
+    assert train(tmp_path, "out", *FLAGS, "--epochs", "2", "--probe", str(tmp_path / "probe"), stop=3) == 143
+    change(tmp_path, data, split)
+    if not refused:
+        assert train(tmp_path, "out", "--resume") == 0
+        return
+    before = (tmp_path / "out/metrics.json").read_bytes()
+    with pytest.raises(UserError, match=f"--resume: {refused}.*step-00000003; start a new run with another --out"):
+        train(tmp_path, "out", "--resume")
+    assert (tmp_path / "out/metrics.json").read_bytes() == before
+
+
+def test_a_checkpoint_that_does_not_say_what_was_measured_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """As versions wrote it that remembered the training rows alone."""
+    (tmp_path / "tiny").symlink_to(tiny_model)
+    make_pairs(tmp_path / "pairs", 8, 6, 6)
+    assert train(tmp_path, "out", *FLAGS, "--epochs", "2", stop=3) == 143
+    folder = tmp_path / "out/checkpoints/step-00000003"
+    state = json.loads((folder / "state.json").read_text())
+    state["identity"] = {"data": "of train", "the base model": state["identity"]["the base model"]}
+    (folder / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    digest = hashlib.sha256((folder / "state.json").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({
+        **manifest, **({"state.json": digest} if "state.json" in manifest else {})}))
+    with pytest.raises(UserError, match="does not record the data of train, the data of valid, .*an older version"):
+        train(tmp_path, "out", "--resume")
 
 
 DYING = """

@@ -201,3 +201,60 @@ def test_mined_negatives_are_trained_on(tiny_model: Path, tmp_path: Path) -> Non
     scores = {out: json.loads((tmp_path / out / "metrics.json").read_text())["tuned"]["test"]
               for out in ("plain", "cached")}
     assert "triplet_accuracy" not in scores["plain"] and "triplet_accuracy" in scores["cached"]
+
+
+def test_a_lone_split_is_the_same_three_in_every_command(tiny_model: Path, tmp_path: Path) -> None:
+    """Else `eval` or `search` answer from rows that the model was trained on, and `check` checks another split."""
+    pairs = make_pairs(tmp_path / "pairs", 40, 1, 1, negatives=False)
+    (pairs / "valid.csv").unlink()
+    (pairs / "test.csv").unlink()
+    rows = list(csv.reader((pairs / "train.csv").open(newline="")))[1:]
+    for row in range(20, 40):  # the first 20 pictures again, under another name and in other letters
+        shutil.copy(pairs / rows[row - 20][0], pairs / rows[row][0])
+        rows[row][1] = rows[row - 20][1].upper() if row % 2 else rows[row][1]
+    (pairs / "images/train-0005.jpg").write_bytes(b"not a picture")
+    with (pairs / "train.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "title"), *rows])
+    flags = ["--dataset", pairs, "--cache-dir", tmp_path / "cache"]
+    model = ["--model", tiny_model, "--precision", "fp32"]
+    checked = inside(["check", *flags, "--json"])
+    found = json.loads(checked.stdout)
+    assert found["rows"] == {"train": 28, "valid": 6, "test": 6}
+    assert not [one for one in found["findings"] if "-in-" in one["kind"] and "similar" not in one["kind"]]
+    trained = inside([*flags, *model, "--epochs", "1", "--batch-size", "4", "--out", tmp_path / "run"])
+    assert trained.returncode == 0, trained.stderr
+    kept = ", ".join(f"{name} {count}" for name, count in found["usable"].items())
+    assert f"pairs: {kept}; 1 rows dropped" in trained.stderr and "overlap:" not in trained.stderr
+    measured = json.loads((tmp_path / "run/metrics.json").read_text())["base"]["test"]
+    evaluated = inside(["eval", *flags, *model, "--split", "test"])
+    assert json.loads(evaluated.stdout)["test"] == measured
+    assert inside(["shards", *flags, "--out", tmp_path / "tar"]).returncode == 0
+    packed = inside(["eval", *flags, *model, "--dataset", tmp_path / "tar", "--split", "test"])
+    assert json.loads(packed.stdout)["test"] == measured
+    searched = inside(["search", *flags, *model, "--split", "test", "--json", "--top", "99", "words"])
+    answers = json.loads(searched.stdout)["queries"][0]["answers"]
+    assert {answer["split"] for answer in answers} == {"test"}
+    names = {Path(answer["image"]).name for answer in answers}
+    assert names <= {Path(row[0]).name for row in rows} and 3 <= len(answers) <= 6
+
+
+def test_splits_that_overlap_are_said_in_one_line(tiny_model: Path, tmp_path: Path) -> None:
+    """Else figures of test rows that were trained on pass for figures of new ones."""
+    pairs = make_pairs(tmp_path / "pairs", 12, 4, 6, negatives=False)
+    train_rows, test_rows = (list(csv.reader((pairs / f"{name}.csv").open(newline=""))) for name in ("train", "test"))
+    test_rows[1][1] = train_rows[3][1].upper()
+    shutil.copy(pairs / train_rows[4][0], pairs / test_rows[2][0])
+    test_rows[3] = [train_rows[5][0], f" {train_rows[5][1]}"]
+    with (pairs / "test.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(test_rows)
+    flags = ["--dataset", pairs, "--model", tiny_model, "--cache-dir", tmp_path / "cache", "--out", tmp_path / "run"]
+    done = inside([*flags, "--epochs", "1", "--batch-size", "4", "--precision", "fp32"])
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("overlap: ")]
+    assert line == "overlap: of 6 test rows 2 have an image of train, 2 a title, 1 are whole rows of it"
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["overlap"] == {"test": {"train": {"images": 2, "titles": 2, "rows": 1}}}
+    page = re.sub("<[^>]+>", "", (tmp_path / "run/report.html").read_text(encoding="utf-8"))
+    assert "of 6 test rows 2 have an image of train, 2 a title, 1 are whole rows of it" in page
+    found = json.loads(inside(["check", *flags[:2], *flags[4:6], "--json"]).stdout)["findings"]
+    counts = {one["kind"]: one["count"] for one in found if one["split"] == "test"}
+    assert counts["image-in-train"] == counts["title-in-train"] == 2

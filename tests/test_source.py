@@ -1,13 +1,11 @@
-"""Any dataset becomes the same rows: kinds of files, torture titles, hostile paths, bad input, one split to three."""
+"""Any dataset becomes the same rows: kinds of files, torture titles, hostile paths, bad input."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import random
 import tarfile
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from PIL import Image
 from data.batch import UserError
 from data.sources import tables
 from data.sources.source import Columns, Rows, load_splits
-from data.sources.split import components
 
 OPENSTAX = Path(__file__).resolve().parents[2] / "shared" / "data" / "openstax-titles"
 TITLES = ["NA", "None", "null", "NaN", "nan", "N/A", "#N/A", "", " ", " padded ", "1984", "007", "1e5", "1.0", "-0",
@@ -160,8 +157,8 @@ def test_splits_are_found_under_any_usual_name(tmp_path: Path) -> None:
     assert {name: rows.name for name, rows in splits.items()} == {"train": "train", "valid": "valid", "test": "test"}
     assert [len(rows) for rows in splits.values()] == [5, 2, 1]
     assert sorted(splits["train"].title_neg.to_pylist(), key=str) == [None, None, None, None, "n"]
-    three = load_splits(str(tmp_path / "{T,t}rain-0000{0..1}-of-00002.parquet".replace("{T,t}", "*")))
-    assert sum(map(len, three.values())) == 5
+    lone = load_splits(str(tmp_path / "{T,t}rain-0000{0..1}-of-00002.parquet".replace("{T,t}", "*")))
+    assert {name: len(rows) for name, rows in lone.items()} == {"train": 5}
 
 
 def test_image_folders_with_sidecars(tmp_path: Path) -> None:
@@ -207,8 +204,8 @@ def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
             path, _, place = reference.partition("#")
             at, size = map(int, place.split("+"))
             assert Path(path).read_bytes()[at : at + size] == images[title] and negative == "n"
-    three = load_splits(str(tmp_path / "train-{000000..000001}.tar"))
-    assert sum(map(len, three.values())) == 6
+    lone = load_splits(str(tmp_path / "train-{000000..000001}.tar"))
+    assert {name: len(rows) for name, rows in lone.items()} == {"train": 6}
     both = load_splits(str(tmp_path / "{train,test}-{000000..000001}.tar"))
     assert {name: len(rows) for name, rows in both.items()} == {"train": 6, "test": 4}
     with pytest.raises(UserError, match="train-000002.tar: no such file"):
@@ -298,70 +295,6 @@ def test_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load_splits("owner/name")
 
 
-def naive_groups(*codes: list[int]) -> list[int]:
-    """Flood from every row through the rows it shares a code with."""
-    members: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for kind, code in enumerate(codes):
-        for row, value in enumerate(code):
-            members[kind, value].append(row)
-    group = [-1] * len(codes[0])
-    for first in range(len(group)):
-        reached = [first] if group[first] < 0 else []
-        for row in reached:
-            if group[row] < 0:
-                group[row] = first
-                reached += [other for kind, code in enumerate(codes) for other in members.pop((kind, code[row]), [])]
-    return group
-
-
-def test_groups_equal_a_naive_flood() -> None:
-    for seed in range(30):
-        rng = random.Random(seed)
-        rows = rng.randrange(1, 200)
-        codes = [[rng.randrange(1 + rng.choice((rows // 4, rows, 4 * rows))) for _ in range(rows)] for _ in range(2)]
-        assert components(*map(np.array, codes)).tolist() == naive_groups(*codes)
-    chain = np.random.default_rng(0).permutation(20_001)  # one component whose ends are 20,000 rows apart
-    assert (components(chain // 2, (chain + 1) // 2) == 0).all()
-
-
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize(("rows", "variety"), [(1, 1), (2, 9), (3, 99), (40, 20), (200, 60), (400, 9000)])
-def test_one_split_becomes_three_and_keeps_sharing_rows_together(
-        tmp_path: Path, rows: int, variety: int, seed: int) -> None:
-    rng = random.Random(seed)
-    titles = [f"title {rng.randrange(variety)}" if rng.random() < 0.9 else "" for _ in range(rows)]
-    images = [rng.choice([None, b"%d" % rng.randrange(variety)]) for _ in range(rows)]
-    path = write(tmp_path / "pairs.parquet", {"image": pa.array(images, pa.binary()), "title": titles})
-    splits = load_splits(str(path), seed=seed)
-    parts = {name: pairs(part) for name, part in splits.items()}
-    assert sorted(map(str, [row for part in parts.values() for row in part])) == sorted(
-        map(str, zip(images, titles, [None] * rows, strict=True)))
-    assert all(part.name == name and len(part) for name, part in splits.items()) and "train" in splits
-    for place, empty in ((0, None), (1, "")):
-        homes: dict[object, set[str]] = defaultdict(set)
-        for name, part in parts.items():
-            for row in part:
-                homes[row[place]].add(name)
-        homes.pop(empty, None)
-        assert all(len(names) == 1 for names in homes.values())
-    if variety > 10 * rows:
-        held = max(1, round(0.15 * rows))
-        assert [len(part) for part in splits.values()] == [rows - 2 * held, held, held]
-        assert load_splits(str(path), seed=seed + 1)["train"].fingerprint() != splits["train"].fingerprint()
-    again = load_splits(str(path), seed=seed)
-    assert {name: part.fingerprint() for name, part in again.items()} == {
-        name: part.fingerprint() for name, part in splits.items()}
-
-
-@pytest.mark.parametrize(("shared", "sizes"), [
-    ((80,), (80, 10, 10)), ((40, 40), (80, 10, 10)), ((70, 15), (70, 15, 15)), ((100,), (100,))])
-def test_a_title_that_many_rows_share_trains(tmp_path: Path, shared: tuple[int, ...], sizes: tuple[int, ...]) -> None:
-    titles = [f"Video {group}" for group, size in enumerate(shared) for _ in range(size)]
-    titles += [f"title {i}" for i in range(len(titles), 100)]
-    splits = load_splits(str(write(tmp_path / "pairs.csv", table(100, title=titles))))
-    assert tuple(map(len, splits.values())) == sizes
-
-
 def test_take_and_fingerprint_are_blind_to_chunks() -> None:
     rng = np.random.default_rng(0)
     values = [None if i % 7 == 0 else "é" * (i % 5) for i in range(100)]
@@ -398,5 +331,3 @@ def test_real_pairs() -> None:
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 1012, "valid": 217, "test": 218}
     for rows in splits.values():
         assert all(Path(image).is_file() and title and negative for image, title, negative in pairs(rows))
-    three = load_splits(str(OPENSTAX / "train.csv"))
-    assert {name: len(rows) for name, rows in three.items()} == {"train": 708, "valid": 152, "test": 152}

@@ -61,7 +61,7 @@ ALTERED: dict[str, tuple[Callable[[Path], object], str]] = {  # what somebody do
     "features in their last bits": (lambda home: round_off(home, losses=True), r"\d+ ok, 0 FAILED, 0 not checked"),
     "the weights": (lambda home: shift(home / "run/model/projections.safetensors"), r"exported weights +FAILED"),
     "the data": (lambda home: edit(home / "pairs/train.csv", r"(\n[^,]+),[^,]+,", r"\1,other,"),
-                 r"FAILED +data changed"),
+                 r"FAILED +the data of train changed"),
     "no data": (lambda home: shutil.rmtree(home / "pairs"), r"replay and metrics +not checked +.*no such file"),
 }
 

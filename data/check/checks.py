@@ -1,18 +1,17 @@
 """Look a dataset over before any GPU time: what cannot be used, what repeats, what leaks from one split into another.
 
 Dimension key: M image references, P distinct titles, N rows of a split, S splits. An image is named by the number of
-the first reference with its content, a title by a number that titles share when CLIP reads them alike; -1 is none.
+the first reference with its content, a title by a number that equal titles share; -1 is none.
 """
 
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,10 +20,9 @@ from data.catalogue import Catalogue, catalogue
 from data.check.findings import SEVERITIES, TINY, Finding, printable
 from data.check.similar import LOOK, first_similar, glance
 from data.cold import Reader, is_url, visit
+from data.identity import distinct
 from data.sources.rows import Rows
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from data.store.segments import KEY
 
 EXAMPLES = 5
 NA_TITLES = {"na", "n/a", "none", "null", "nil", "nan", "-"}
@@ -38,11 +36,14 @@ def check(rows: Mapping[str, Rows], reader: Reader, tell: Callable[[str], None],
     """Open every image and read every title once: the findings, worst first, and the usable rows of each split.
 
     `lost`: ledger entries of samples that never became rows. Rows count from 0, as in the ledger. The reader's spec is
-    not used: what decodes for one model decodes for all. Memory: under 1 KB a row, and no pixels.
+    not used: what decodes for one model decodes for all. Images are the same when their bytes are, titles when CLIP
+    reads the same words (`data.identity`); exact but for titles longer than a model's 77 tokens that differ only behind
+    them, which that model takes for one title. Memory: under 1 KB a row, and no pixels.
     """
     found = catalogue(rows)
     image_M, looks_M, problems = _look(found, reader, tell)
-    flaw_P, title_P = _titles(found.titles)
+    flaw_P = np.array([_flaw(title.as_py()) for title in found.titles])
+    title_P = np.append(np.where(flaw_P == "no-title", -1, np.arange(len(flaw_P))), -1)
     findings = _lost(lost)
     for name in rows:
         findings += _images(found, name, image_M, looks_M["side"], problems)
@@ -73,28 +74,18 @@ def _look(found: Catalogue, reader: Reader, tell: Callable[[str], None]) -> tupl
         np.ndarray, np.ndarray, dict[int, BadSample]]:
     """Open and decode all references: the image of each [M], its look [M], and what is wrong with those that fail."""
     M = len(found.references)
-    key_M, looks_M, problems = np.zeros(M, "S16"), np.zeros(M, LOOK), dict[int, BadSample]()
+    key_MK, looks_M, problems = np.zeros((M, KEY), np.uint8), np.zeros(M, LOOK), dict[int, BadSample]()
     look = partial(glance, max_pixels=reader.max_pixels)
     for verdict in visit(found, reader, range(M), lambda key: False, tell, look):
         if verdict.problem is not None:
             problems[verdict.reference] = verdict.problem
         else:
-            key_M[verdict.reference], looks_M[verdict.reference] = verdict.key, verdict.pixels
-    _, first, same_M = np.unique(key_M, return_index=True, return_inverse=True)
-    image_M = first[same_M]
+            key_MK[verdict.reference] = np.frombuffer(verdict.key, np.uint8)
+            looks_M[verdict.reference] = verdict.pixels
+    number_M, first = distinct(key_MK)
+    image_M = first[number_M]
     image_M[list(problems)] = -1
     return image_M, looks_M, problems
-
-
-def _titles(titles: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
-    """The flaw of each title [P] ("" if none), and its number [P + 1], -1 for blank ones and at the end."""
-    import pyarrow as pa
-
-    flaw_P = np.array([_flaw(title.as_py()) for title in titles])
-    read = pa.array((" ".join(unicodedata.normalize("NFC", title.as_py()).lower().split()) for title in titles),
-                    pa.string())
-    title_P = read.dictionary_encode().indices.to_numpy().astype(np.int64)
-    return flaw_P, np.append(np.where(flaw_P == "no-title", -1, title_P), -1)
 
 
 def _flaw(title: str) -> str:
@@ -141,7 +132,7 @@ def _path(found: Catalogue, name: str, row: int) -> str:
 
 
 def _title(found: Catalogue, name: str, row: int) -> str:
-    title = found.titles[found.title_N[name][row]].as_py()
+    title = found.title(name, row)
     return repr(printable(title if len(title) <= 60 else f"{title[:59]}…"))
 
 

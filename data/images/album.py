@@ -31,7 +31,7 @@ class Album:
 
     def title(self, split: str, row: int) -> str:
         """The row's own title."""
-        return str(self.found.titles[int(self.splits[split].title_N[row])])
+        return self.found.title(split, int(self.splits[split].row_N[row]))
 
     def picture(self, split: str, row: int, side: int = 160) -> bytes:
         """The row's image as a JPEG whose longer side has `side` pixels; empty when its bytes went away meanwhile."""

@@ -6,6 +6,7 @@ import glob
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +16,7 @@ from data.shards.index import Ledger, expand_braces
 from data.sources.rows import Columns as Columns
 from data.sources.rows import Rows as Rows
 from data.sources.rows import clean, in_roles, join_tables, pick
-from data.sources.split import ORDER, three
+from data.sources.split import ORDER, WHOLE
 from data.sources.tables import TABLES, TEXT_TABLES, read_csv, read_table
 
 SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test"}
@@ -28,14 +29,14 @@ def _refuse(pattern: str) -> NoReturn:
     raise UserError(f"{pattern}: only local files are read here; download them and pass their folder")
 
 
-def load_splits(dataset: str, columns: Columns = DETECT, seed: int = 42,
-                ledger: Ledger | None = None, download: Download = _refuse) -> dict[str, Rows]:
+def load_splits(dataset: str, columns: Columns = DETECT, ledger: Ledger | None = None,
+                download: Download = _refuse) -> dict[str, Rows]:
     """Read a dataset's splits: `train`, `valid`, `test` in this order, then others under the names they have.
 
     `dataset`: a folder with {train,valid,test} as .csv .tsv .jsonl .parquet, as -*.tar shards or as folders; a folder
     that is one table, shards, or images with KEY.txt and KEY.json; one such file; a pattern `train-{000..009}.tar`,
     also as an address, whose files `download` brings; or a hub name OWNER/NAME, with several configurations
-    OWNER/NAME:CONFIGURATION. A lone split, unless it is called valid or test, is made three by `seed` (`three`).
+    OWNER/NAME:CONFIGURATION. A lone split, unless it is called valid or test, is called train: `divide` makes it three.
     `ledger` is told of each sample that a shard has lost, as `read_index` tells it; every other row is kept, also
     without image or title. Raises UserError.
     """
@@ -57,7 +58,7 @@ def load_splits(dataset: str, columns: Columns = DETECT, seed: int = 42,
     except OSError as error:
         raise UserError(f"{error.filename or dataset}: {error.strerror or error}") from error
     if len(splits) == 1 and not splits.keys() & {"valid", "test"}:
-        return three(next(iter(splits.values())), seed)
+        return {WHOLE: replace(next(iter(splits.values())), name=WHOLE)}
     return dict(sorted(splits.items(), key=lambda item: (*ORDER, item[0]).index(item[0])))
 
 

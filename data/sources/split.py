@@ -1,34 +1,98 @@
 """One split made three, rows that share a title or an image kept together.
 
-Dimension key: N rows.
+Dimension key: N rows, M image references, K bytes of a key.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from data.sources.rows import Rows, image_names
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from data.batch import ALONE, Team, share
+from data.catalogue import Catalogue, Verdict, Verdicts, as_arrays, catalogue
+from data.cold import Reader, visit
+from data.identity import TitleIds, clip_words, distinct
+from data.sources.rows import Rows
+from data.store.seen import Seen
+from data.store.segments import key_of
+from data.titles import blank
 
 ORDER = ("train", "valid", "test")
+WHOLE = "train"  # the name of a lone split, which is to be made three
 HELD_OUT = 0.15  # share of valid, and of test, when a dataset has one split only
 
 
-def three(rows: Rows, seed: int) -> dict[str, Rows]:
-    """Split 70/15/15 by `seed`; rows that share a title or an image stay together. A share left empty is absent.
+def divide(splits: Mapping[str, Rows], reader: Reader, cache: Path, seed: int, tell: Callable[[str], None],
+           titles: TitleIds | None = None, team: Team = ALONE) -> dict[str, Rows]:
+    """The splits of a dataset: those it has, or train, valid and test of the one it has, 70/15/15 by `seed`.
+
+    Rows with the same image or the same title stay together, by content: all images are read (fetched, if they are
+    URLs) but not decoded, ranks sharing the work, files unchanged since the last look left alone. Rows that cannot be
+    used take part, so that the split does not depend on what decodes. The same rows, content and seed give the same
+    split with any model and with none; but a model's `titles` also keep titles together that are the same only because
+    they are cut, see `clip_words`.
+    """
+    if list(splits) != [WHOLE]:
+        return dict(splits)
+    rows, found = splits[WHOLE], catalogue(splits, replace(clip_words(), cache=cache / "seen"))
+    key_MK = _content_keys(found, reader, cache, team, tell)
+    codes = [_codes(distinct(key_MK)[0][found.image_N[WHOLE]], _has_no_image(found)),
+             _codes(found.title_N[WHOLE], blank(found.titles)[found.title_N[WHOLE]])]
+    if titles is not None:
+        read = catalogue(splits, titles)
+        codes.append(_codes(read.title_N[WHOLE], blank(read.titles)[read.title_N[WHOLE]]))
+    return {name: replace(rows.take(part), name=name) for name, part in three(seed, *codes).items()}
+
+
+def _content_keys(found: Catalogue, reader: Reader, cache: Path, team: Team,
+                  tell: Callable[[str], None]) -> np.ndarray:
+    """The content key of each reference, uint8 [M, K]; one that cannot be read has a key of its own."""
+    own = np.arange(*share(len(found.references), team.rank, team.size))
+    seen = Seen(cache / "seen", found.references.path.to_pylist(), reader.folder)
+    verdicts = Verdicts()
+    for verdict in visit(found, reader, own[~seen.known[own]].tolist(), lambda key: True, tell):
+        verdicts.add(verdict)
+    for reference in own[seen.known[own]].tolist():
+        verdicts.add(Verdict(reference, seen.keys[reference].tobytes(), None))
+    answers = team.exchange((verdicts, bool(seen.known[own].all())))
+    key_MK, good_M = as_arrays([each for each, _ in answers], len(found.references))
+    if team.rank == 0 and not all(nothing_new for _, nothing_new in answers):
+        seen.remember(key_MK, good_M)
+    for reference in np.flatnonzero(~good_M):
+        key_MK[reference] = np.frombuffer(key_of(b"cannot be read: %d" % reference), np.uint8)
+    return key_MK
+
+
+def _has_no_image(found: Catalogue) -> np.ndarray:
+    """Which rows of the one split name no image at all, bool [N]."""
+    import pyarrow.compute as pc
+
+    images = found.splits[WHOLE].image
+    path, data = (pc.is_null(pc.struct_field(images, field)) for field in ("path", "bytes"))
+    return pc.and_(path, data).to_numpy()
+
+
+def _codes(code_N: np.ndarray, alone_N: np.ndarray) -> np.ndarray:
+    """The codes int64 [N], but where `alone_N` each row with one of its own."""
+    code_N = code_N.astype(np.int64)
+    code_N[alone_N] = code_N.max(initial=0) + 1 + np.arange(alone_N.sum())
+    return code_N
+
+
+def three(seed: int, *codes: np.ndarray) -> dict[str, np.ndarray]:
+    """The row numbers of train, valid and test, 70/15/15 by `seed`; rows that share a code, directly or through
+    others, stay together. `codes` are int64 [N]. A share left empty is absent.
 
     Groups go first, largest first, each to the split that is emptiest for its size and has room (else to train); then
     the other rows, shuffled, fill what is missing. A group larger than 15 % therefore trains.
     """
-    N = len(rows)
-    group_N = components(_codes(rows.title), _codes(image_names(rows.image)))
+    group_N = components(*codes)
+    N = len(group_N)
     size_N = np.bincount(group_N, minlength=N)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(seed)).numpy()
     held = max(1, round(HELD_OUT * N)) if N >= 3 else 0
@@ -47,7 +111,7 @@ def three(rows: Rows, seed: int) -> dict[str, Rows]:
     for k, (first, last) in enumerate(pairwise([0, *ends])):
         split_N[single[first:last]] = k
     parts = {name: np.flatnonzero(split_N[group_N] == k) for k, name in enumerate(ORDER)}
-    return {name: replace(rows.take(part), name=name) for name, part in parts.items() if len(part)}
+    return {name: part for name, part in parts.items() if len(part)}
 
 
 def components(*codes: np.ndarray) -> np.ndarray:
@@ -67,14 +131,3 @@ def components(*codes: np.ndarray) -> np.ndarray:
         group = group[group]
         if np.array_equal(group, before):
             return group
-
-
-def _codes(values: pa.ChunkedArray) -> np.ndarray:
-    """int64 [N], equal for equal values; null and "" are equal to nothing."""
-    import pyarrow.compute as pc
-
-    encoded = pc.dictionary_encode(values).unify_dictionaries()
-    code = np.concatenate([pc.fill_null(chunk.indices, -1).to_numpy() for chunk in encoded.chunks]).astype(np.int64)
-    alone = (code < 0) | pc.fill_null(pc.equal(values, ""), True).to_numpy()
-    code[alone] = code.max() + 1 + np.arange(alone.sum())
-    return code

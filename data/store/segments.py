@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -32,12 +32,6 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 def key_of(data: bytes) -> bytes:
     """The 16-byte key of some content."""
     return hashlib.blake2b(data, digest_size=KEY).digest()
-
-
-def keys_of_titles(titles: Sequence[str]) -> np.ndarray:
-    """Keys [n, 16] uint8 of titles; a lone surrogate, which JSON may hold, is content like any other."""
-    joined = b"".join(key_of(title.encode("utf-8", "surrogatepass")) for title in titles)
-    return np.frombuffer(joined, np.uint8).reshape(-1, KEY)
 
 
 class Layout(NamedTuple):

@@ -7,7 +7,7 @@ import json
 from data.check.checks import check as look_over
 from data.check.findings import as_json, table
 from data.images.decode import ImageSpec
-from engine.commands.common import read_rows, reader
+from engine.commands.common import divided, read_rows, reader
 from engine.config.fields import Config
 from engine.ranks.signals import Stop
 from engine.ranks.world import World
@@ -17,8 +17,9 @@ def check(cfg: Config, world: World, stop: Stop) -> int:
     """A look at all images and titles before any GPU time: one process."""
     if not world.is_main:
         return 0
-    rows, lost = read_rows(cfg, world.say)
-    findings, usable = look_over(rows, reader(cfg, ImageSpec.clip()), world.say, lost)
+    (rows, lost), look = read_rows(cfg, world.say), reader(cfg, ImageSpec.clip())
+    rows = divided(cfg, world, rows, look)
+    findings, usable = look_over(rows, look, world.say, lost)
     counts = {name: len(split) for name, split in rows.items()}
     print(json.dumps(as_json(findings, counts, usable), indent=2) if cfg.json
           else table(findings, counts, usable, len(lost)))

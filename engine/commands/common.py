@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from data.batch import UserError
+from data.batch import ALONE, Team, UserError
 from data.cold import Reader
 from data.images.decode import ImageSpec, tokenizer_fingerprint
-from data.pairs import Encoders, Pairs, Team, open_pairs
+from data.pairs import Encoders, Pairs, data_of, open_pairs
 from data.sources.source import Columns, Rows, load_splits
+from data.sources.split import divide
 from data.store.resident import Resident
 from data.web.fetch import FetchPolicy
 from data.web.guard import check_proxy
@@ -39,13 +40,27 @@ def open_parts(cfg: Config, world: World) -> Parts:
 
 def read_rows(cfg: Config, tell: Callable[[str], None] = lambda text: None) -> tuple[
         dict[str, Rows], list[dict[str, Any]]]:
-    """The splits of --dataset, and ledger entries of what shards have lost; shards at an address are fetched first."""
+    """The splits of --dataset, and ledger entries of what shards have lost; shards at an address are fetched first.
+
+    A lone split is whole, under the name train; see `divided`.
+    """
     def download(pattern: str) -> list[Path]:
         return fetch_shards(pattern, Path(cfg.cache_dir).expanduser() / "shards", fetch_policy(cfg), tell)
 
     columns = Columns(cfg.image_column or None, cfg.title_column or None, cfg.negative_column or None)
     lost: list[dict[str, Any]] = []
-    return load_splits(cfg.dataset, columns, cfg.seed, lost.append, download), lost
+    return load_splits(cfg.dataset, columns, lost.append, download), lost
+
+
+def divided(cfg: Config, world: World, rows: Mapping[str, Rows], look: Reader, titles: Encoders | None = None,
+            team: Team = ALONE) -> dict[str, Rows]:
+    """The splits of `read_rows`, a lone one made three by content, which `look` reads; see `divide`."""
+    cache = Path(cfg.cache_dir).expanduser()
+    splits = divide(rows, look, cache, cfg.seed, world.live, titles and titles.titles(cache), team)
+    if splits.keys() != rows.keys():
+        sizes = ", ".join(f"{name} {len(split):,}" for name, split in splits.items())
+        world.say(f"one split of {sum(map(len, rows.values())):,} rows, made three by --seed {cfg.seed}: {sizes}")
+    return splits
 
 
 def fetch_policy(cfg: Config) -> FetchPolicy:
@@ -62,13 +77,14 @@ def reader(cfg: Config, spec: ImageSpec) -> Reader:
 def open_data(cfg: Config, world: World, parts: Parts, only: str = "") -> Pairs:
     """Read the rows, run the cold pass with the towers' help, account for every row."""
     (rows, lost), wanted = read_rows(cfg, world.say), only or "train"
+    spec = ImageSpec.from_processor(parts.clip.image_processor)
+    team, look = Team(world.rank, world.size, world.meet), reader(cfg, spec)
+    towers = encoders(parts, spec.fingerprint(), world.device, cfg.compile)
+    rows = divided(cfg, world, rows, look, towers, team)
     if wanted not in rows:
         raise UserError(f"--dataset {cfg.dataset} has no split {wanted!r}; it has {', '.join(rows)}")
-    spec = ImageSpec.from_processor(parts.clip.image_processor)
-    team, cache = Team(world.rank, world.size, world.meet), Path(cfg.cache_dir).expanduser()
-    pairs = open_pairs({only: rows[only]} if only else rows, lost, reader(cfg, spec),
-                       encoders(parts, spec.fingerprint(), world.device, cfg.compile), team, cache, cfg.max_bad,
-                       cfg.mine_negatives, world.device, world.live)
+    pairs = open_pairs({only: rows[only]} if only else rows, lost, look, towers, team,
+                       Path(cfg.cache_dir).expanduser(), cfg.max_bad, cfg.mine_negatives, world.device, world.live)
     world.say(pairs.describe())
     return pairs
 
@@ -108,6 +124,8 @@ def with_probe(cfg: Config, world: World, parts: Parts, pairs: Pairs) -> Pairs:
     return replace(
         pairs, splits={**pairs.splits, "probe": probe.splits["test"]},
         ledger=[*pairs.ledger, *({**entry, "split": "probe"} for entry in probe.ledger)],
+        identity={**pairs.identity, data_of("probe"): probe.identity[data_of("test")]},
+        contents={**pairs.contents, "probe": probe.contents["test"]},
         residents=lambda: {**pairs.residents(), "probe": probe.residents()["test"]})
 
 

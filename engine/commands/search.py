@@ -14,7 +14,7 @@ from data.cold import Reader
 from data.images.decode import ImageSpec
 from data.sources.source import Rows
 from engine.clip.model import open_model
-from engine.commands.common import encoders, read_rows, reader
+from engine.commands.common import divided, encoders, read_rows, reader
 from engine.config.fields import Config
 from engine.ranks.signals import Stop
 from engine.ranks.world import World
@@ -40,10 +40,11 @@ def search(cfg: Config, world: World, stop: Stop) -> int:
 
 def find(cfg: Config, world: World, titles: Sequence[str]) -> tuple[dict[str, Rows], list[Found], Reader]:
     """Answers to `titles`, or to --image where there are none."""
-    splits = gallery.choose(read_rows(cfg, world.say)[0], cfg.split, cfg.dataset)
+    rows, _ = read_rows(cfg, world.say)
     parts = open_model(cfg.model, cfg.trainable, "cached", cfg.scale, cfg.precision, world.device)
     spec, cache, head = ImageSpec.from_processor(parts.clip.image_processor), Path(cfg.cache_dir), parts.head
     look, towers = reader(cfg, spec), encoders(parts, spec.fingerprint(), world.device)
+    splits = gallery.choose(divided(cfg, world, rows, look, towers), cfg.split, cfg.dataset)
     project: Callable[[torch.Tensor], torch.Tensor]
     with torch.no_grad():
         if titles:

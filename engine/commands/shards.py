@@ -8,7 +8,7 @@ from data.batch import UserError
 from data.catalogue import refuse_if_too_bad
 from data.images.decode import ImageSpec
 from data.shards.pack import pack
-from engine.commands.common import read_rows, reader
+from engine.commands.common import divided, read_rows, reader
 from engine.config.fields import Config
 from engine.ranks.signals import Stop
 from engine.ranks.world import World
@@ -22,7 +22,9 @@ def shards(cfg: Config, world: World, stop: Stop) -> int:
     if not cfg.out:
         raise UserError("shards needs a folder to write to: --out DIR")
     (rows, lost), out = read_rows(cfg, world.say), Path(cfg.out).expanduser()
-    ledger = lost + pack(rows, reader(cfg, ImageSpec.clip()), out, cfg.resize, world.say)
+    look = reader(cfg, ImageSpec.clip())
+    rows = divided(cfg, world, rows, look)
+    ledger = lost + pack(rows, look, out, cfg.resize, world.say)
     folder.write_ledger(out / "ledger.jsonl", ledger)
     refuse_if_too_bad(sum(map(len, rows.values())) + len(lost), ledger, cfg.max_bad)
     return 0

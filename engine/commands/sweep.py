@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from data.batch import RunFailed, UserError
-from data.pairs import Pairs
+from data.pairs import Pairs, data_of
 from data.sources.folds import folds, join
 from data.store.resident import Resident
 from engine.commands.common import measure, measure_rows, open_data, open_parts, open_run
-from engine.commands.train import finish
+from engine.commands.train import find_overlap, finish
 from engine.config.fields import Config
 from engine.ranks.signals import Stop
 from engine.ranks.world import World
@@ -40,7 +40,10 @@ def sweep(cfg: Config, world: World, stop: Stop) -> int:
     for settings in tried:  # a batch too large for a fold is better said now
         Plan(min(len(run.train) for run in runs), replace(cfg, **settings).batch_size, 1)
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
-    journal = Journal(out, world, pairs.identity, cfg.best_metric, begun)
+    # what trials depend on; test is measured at the end alone, base and tuned together
+    identity = {key: value for key, value in pairs.identity.items()
+                if key not in {data_of(name) for name in pairs.splits if name not in ("train", "valid")}}
+    journal = Journal(out, world, identity, cfg.best_metric, begun)
     todo = [settings for settings in tried if not journal.known(settings)]
     tuner = Tuner(parts, Resident.batches)
 
@@ -74,6 +77,7 @@ def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Reside
     metrics: dict[str, Any] = {when: {name: one.summarise() for name, one in found.items()}
                                for when, found in (("base", before), ("tuned", after))}
     metrics["difference"] = differences(before, after)
+    metrics |= find_overlap(pairs, world)
     folder.write_metrics(out, metrics, world)
     if world.is_main:
         journal.conclude(out, cfg)

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from data.batch import UserError
-from data.pairs import Pairs
+from data.identity import Overlap, describe_overlap, overlap
+from data.pairs import Pairs, data_of
 from data.prefetch import order_digest, slices
 from data.store.resident import Resident
 from engine.clip.model import Parts, distribute
@@ -47,12 +48,13 @@ def train(cfg: Config, world: World, stop: Stop) -> int:
     pairs = with_probe(cfg, world, parts, open_data(cfg, world, parts))
     cfg = fitted(cfg, len(pairs.splits["train"]))
     names, plan = measured(cfg, pairs), Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
-    saved = saver(cfg, world, out, parts, pairs)
+    saved = saver(cfg, world, out, parts, pairs, names)
     start, drift = snapshot(parts.trainable) if cfg.interpolate else {}, Drift(parts.trainable)
     base = measure(pairs.residents(), parts.head, names, world) if begun else {}  # before tuned weights return
     state = saved.resume(world.say) if begun else checkpoint.State()
+    shared = find_overlap(pairs, world)
     folder.begin(out, cfg, world, parts.precision, pairs.ledger)
-    metrics = folder.read_json(out / "metrics.json") if state.step else {}
+    metrics = (folder.read_json(out / "metrics.json") if state.step else {}) | shared
     log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, comparable(cfg), metrics.get("base"))
     show = open_show(out, pairs, names, resumed=state.step > 0)
     judge = Judge(pairs, names, parts, plan, state, saved, log, show, world, metrics, base)
@@ -128,6 +130,14 @@ def measured(cfg: Config, pairs: Pairs) -> list[str]:
     return [name for name in pairs.splits if name in (*cfg.eval_splits, "probe") or not cfg.eval_splits]
 
 
+def find_overlap(pairs: Pairs, world: World) -> dict[str, Overlap]:
+    """What metrics.json says of splits that share images or titles, nothing where none do; also said in one line."""
+    shared = overlap(pairs.contents)
+    if shared:
+        world.say(describe_overlap(shared, {name: len(split) for name, split in pairs.splits.items()}))
+    return {"overlap": shared} if shared else {}
+
+
 def interpolated(cfg: Config, judge: Judge, base: Mapping[str, torch.Tensor]) -> None:
     """Leave the parameters between base and tuned as --interpolate says; how valid (else train) and probe take it."""
     parts, names = judge.parts, judge.names
@@ -164,10 +174,14 @@ def report(out: Path, pairs: Pairs, show: Show) -> Path:
     return write_report(out, show.split, sizes, show.answers, show.title, show.picture)
 
 
-def saver(cfg: Config, world: World, out: Path, parts: Parts, pairs: Pairs) -> Saver:
-    """The optimizer, and what saves and resumes this run and knows what its checkpoints belong to."""
+def saver(cfg: Config, world: World, out: Path, parts: Parts, pairs: Pairs, names: Sequence[str]) -> Saver:
+    """The optimizer, and what saves and resumes this run and knows what its checkpoints belong to: the rows of train
+    and of the splits `names`, which are measured, among it.
+    """
     rows = len(pairs.splits["train"])
-    identity = {**pairs.identity, "the precision": str(parts.precision), "the number of pairs": str(rows)}
+    unused = {data_of(name) for name in pairs.splits if name not in ("train", *names)}
+    known = {key: value for key, value in pairs.identity.items() if key not in unused}
+    identity = {**known, "the precision": str(parts.precision), "the number of pairs": str(rows)}
     recipe = {key: value for key, value in as_dict(cfg).items() if key not in FREE_ON_RESUME}
     optimizer = adamw(parts.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp)
     return Saver(out, parts.trainable, optimizer, identity, recipe,

@@ -10,7 +10,7 @@ from data.batch import UserError
 from data.images.decode import ImageSpec
 from data.store.upkeep import describe, look_over, tidy
 from engine.commands.common import encoders, measure, open_data, open_parts, with_probe
-from engine.commands.train import saver
+from engine.commands.train import measured, saver
 from engine.config.fields import Config
 from engine.ranks.signals import Stop
 from engine.ranks.world import World
@@ -47,9 +47,10 @@ def verify(cfg: Config, world: World, stop: Stop) -> int:
 def rerun(cfg: Config, world: World, run: Path, whole: Sequence[Path]) -> list[Finding]:
     """Train a few steps again, and measure the exported model again."""
     parts = open_parts(cfg, world)
-    pairs = open_data(cfg, world, parts)
+    pairs = with_probe(cfg, world, parts, open_data(cfg, world, parts))
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
-    findings = retrace(cfg, world, run, whole, parts, saver(cfg, world, run, parts, pairs), plan, pairs.ledger,
+    saved = saver(cfg, world, run, parts, pairs, measured(cfg, pairs))
+    findings = retrace(cfg, world, run, whole, parts, saved, plan, pairs.ledger,
                        pairs.batches("train", cfg.batch_size, cfg.seed, world.device))
     if not (run / "model").exists():
         return findings

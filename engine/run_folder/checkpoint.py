@@ -166,6 +166,9 @@ class Saver:
         if found is None:
             tell("no checkpoint to resume from: starting at step 0")
             return State()
+        if missing := unrecorded(found[1][2], self.identity):
+            raise UserError(f"--resume: {found[0]} does not record {', '.join(missing)} (an older version wrote it, or "
+                            "that split was not measured then); start a new run with another --out")
         if changed := self.restore(found[1]):
             raise UserError(f"--resume: {'; '.join(changed)} since {found[0]}; start a new run with another --out")
         tell(f"resumed from {found[0]}")
@@ -213,7 +216,13 @@ def differences(content: Mapping[str, Any], identity: Mapping[str, str], recipe:
     saved = {key: tuple(value) if isinstance(value, list) else value for key, value in content["recipe"].items()}
     changed = [f"--{key.replace('_', '-')} changed from {saved[key]} to {value}" for key, value in recipe.items()
                if key in saved and saved[key] != (tuple(value) if isinstance(value, list) else value)]
-    return changed + [f"{key} changed" for key, value in identity.items() if content["identity"].get(key) != value]
+    return changed + [f"{key} changed" for key, value in identity.items()
+                      if content["identity"].get(key, value) != value]
+
+
+def unrecorded(content: Mapping[str, Any], identity: Mapping[str, str]) -> list[str]:
+    """What of the identity a checkpoint says nothing of, written by an older version or before it was measured."""
+    return [key for key in identity if key not in content["identity"]]
 
 
 def prune(root: Path, keep: int) -> None:

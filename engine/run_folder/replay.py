@@ -11,9 +11,9 @@ from torch import Tensor
 from engine.clip.model import Parts, distribute
 from engine.config.fields import Config
 from engine.ranks.world import World
-from engine.run_folder.checkpoint import Saver, State, load, state_of
+from engine.run_folder.checkpoint import Saver, State, differences, load, state_of, unrecorded
 from engine.run_folder.log import Silent
-from engine.run_folder.verification import FAILED, Finding, ledger, orders, read_steps, replay, steps
+from engine.run_folder.verification import FAILED, UNCHECKED, Finding, ledger, orders, read_steps, replay, steps
 from engine.train import Callbacks, Plan, Replica, fit
 
 REPLAYED = 5  # steps trained again from each place
@@ -34,11 +34,18 @@ def retrace(cfg: Config, world: World, run: Path, whole: Sequence[Path], parts: 
 
     model, logged = distribute(parts.trained_model(cfg.micro_batch), world.size), read_steps(run)
     findings = [steps(logged, plan.rows_at), ledger(run, dropped), orders(whole, saved.order), again(State())]
-    if earlier := [folder for folder in whole if int(folder.name[5:]) < max(logged, default=0)]:
+    remembered = load(whole[-1])[2] if whole else {"identity": saved.identity, "recipe": saved.recipe}
+    if missing := unrecorded(remembered, saved.identity):
+        findings.append(Finding("data, model, recipe", UNCHECKED, f"not recorded: {', '.join(missing)}"))
+    earlier = [folder for folder in whole if int(folder.name[5:]) < max(logged, default=0)]
+    changed, state = differences(remembered, saved.identity, saved.recipe), State()
+    if not changed and earlier:
         content = load(earlier[-1])
-        changed = saved.restore(content)
-        findings.append(Finding("data, model, recipe", FAILED, "; ".join(changed)) if changed else
-                        again(state_of(content[2])))
+        changed, state = saved.restore(content), state_of(content[2])
+    if changed:
+        findings.append(Finding("data, model, recipe", FAILED, "; ".join(changed)))
+    elif earlier:
+        findings.append(again(state))
     return findings
 
 

@@ -183,6 +183,15 @@ def recipe(config: Mapping[str, Any], sizes: Mapping[str, int], steps: int) -> s
             f"</thead><tbody>{every}</tbody></table></div></details>")
 
 
+def overlap(shared: Mapping[str, Mapping[str, Mapping[str, int]]], sizes: Mapping[str, int]) -> str:
+    """Rows whose image or title is also in an earlier split, as metrics.json counts them; "" where there are none."""
+    items = [f"<li>of {sizes[split]:,} {text(split)} rows {counts['images']:,} have an image of {text(other)}, "
+             f"{counts['titles']:,} a title, {counts['rows']:,} are whole rows of it</li>"
+             for split, others in shared.items() for other, counts in others.items()]
+    return ("<h3>Splits overlap</h3><p>Figures of a split that shares rows with train also measure what was learnt by "
+            f"heart.</p><ul>{''.join(items)}</ul>") if items else ""
+
+
 def ledger(entries: Iterable[Mapping[str, Any]]) -> str:
     """How many rows were dropped for which reason, with an example of each."""
     counts: Counter[tuple[str, str]] = Counter()

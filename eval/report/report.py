@@ -9,7 +9,7 @@ from typing import Any
 
 from eval.report.answers import Both
 from eval.report.cases import sections
-from eval.report.figures import curves, figures, files, lead, ledger, recipe
+from eval.report.figures import curves, figures, files, lead, ledger, overlap, recipe
 from eval.report.page import document, text
 from eval.report.table import WHEN
 from eval.report.table import table as table
@@ -31,7 +31,8 @@ def write_report(out: Path, split: str, sizes: Mapping[str, int], answers: Mappi
     body = {"figures": figures(metrics, split),
             "curves": curves(losses, history, answers, split, metrics.get("interpolation")),
             "cases": sections(answers, title, picture) if set(answers) >= set(WHEN) else "<p>Not kept.</p>",
-            "recipe": recipe(config, sizes, len(losses)) + ledger(_lines(out / "ledger.jsonl")), "files": files(out)}
+            "recipe": recipe(config, sizes, len(losses)) + overlap(metrics.get("overlap", {}), sizes)
+            + ledger(_lines(out / "ledger.jsonl")), "files": files(out)}
     links = "".join(f'<li><a href="#{key}">{label}</a></li>' for key, label in contents.items())
     head = (f'<p class="soft small">thumbtune report · {text(config["started"][:10])}</p><h1>{text(name)}</h1>'
             f'{lead(metrics, split, sizes.get(split, 0))}<nav aria-label="On this page"><ul>{links}</ul></nav>')

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from data.catalogue import Catalogue, catalogue
 from data.cold import CHUNK, Reader, encode_titles, fill_images, fill_titles
+from data.identity import clip_words
 from data.images.decode import ImageSpec, decode_image, tokenize
 from data.sources.source import load_splits
+from data.sources.split import divide
 from data.store.features import FeatureStore
 from data.store.resident import Mapped
-from data.store.segments import keys_of_titles
 from data.web.fetch import FetchPolicy
 
 from .harness import Bench, Figure, Race, timed
@@ -31,7 +32,9 @@ BATCH = 8192  # random rows asked for at once
 def read_pairs(folder: Path, images: int, workers: int) -> tuple[Catalogue, Reader]:
     """The catalogue of `images` new pairs in a folder, and how a run reads them."""
     write_pairs(folder, {"train": images}, negatives=False)
-    return catalogue(load_splits(str(folder))), Reader(folder, ImageSpec.clip(), FetchPolicy(), 25_000_000, workers)
+    reader = Reader(folder, ImageSpec.clip(), FetchPolicy(), 25_000_000, workers)
+    rows = divide(load_splits(str(folder)), reader, folder / "cache", 0, lambda _: None)
+    return catalogue(rows, clip_words()), reader
 
 
 @dataclass
@@ -56,7 +59,7 @@ class ColdPass:
         images, titles = (FeatureStore(place / name, width)
                           for name, width in zip(("images", "titles"), self.model.widths, strict=True))
         fill_images(self.catalogue, self.reader, range(len(self.references)), images, self.model.image, lambda _: None)
-        fill_titles(lambda some: [self.ids[i] for i in some], keys_of_titles(self.titles), titles, range(len(self.ids)),
+        fill_titles(lambda some: [self.ids[i] for i in some], self.catalogue.title_keys, titles, range(len(self.ids)),
                     0, self.model.text)
 
     def parts(self) -> None:

@@ -1,0 +1,153 @@
+"""When two images, and when two titles, are the same: the one answer that losses, metrics, splits and store use.
+
+Images are the same when their bytes are equal. Titles are the same when the model's tokenizer makes equal token ids of
+them, truncated to what its text tower reads: CLIP's folds case and white space and composes accents (NFC).
+
+Dimension key: P titles, K bytes of a key, n keys, D distinct ones, N rows of a split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from data.images.decode import tokenize
+from data.store.segments import KEY, key_of
+from data.titles import CHUNK, TokenLists, texts
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from tokenizers import Tokenizer
+
+UNTRUNCATED = 1 << 30  # tokens
+BYTE_LEVEL = Path(__file__).with_name("demo_model") / "tokenizer.json"
+Overlap = dict[str, dict[str, dict[str, int]]]  # split -> earlier split -> images, titles, rows
+
+
+class Contents(NamedTuple):
+    """The content keys of a split's kept rows, uint8 [N, K] each."""
+
+    image_NK: np.ndarray
+    title_NK: np.ndarray
+
+
+@dataclass(frozen=True)
+class TitleIds:
+    """Titles as a tokenizer reads them, cut to `max_tokens`. `name` is unique to the two.
+
+    With a folder `cache` the keys of many titles are kept there: tokenizing a million takes a core some 45 seconds.
+    """
+
+    tokenizer: Any  # has a `backend_tokenizer` of the tokenizers library
+    max_tokens: int
+    name: str = ""
+    cache: Path | None = None
+
+    def tokens(self, titles: pa.StringArray) -> TokenLists:
+        """The token ids of all titles."""
+        return TokenLists.of(ids for some in texts(titles)
+                             for ids in tokenize(self.tokenizer, some, self.max_tokens))
+
+    def keys(self, titles: pa.StringArray) -> np.ndarray:
+        """The content keys [P, K] uint8 of all titles: equal exactly where token ids are."""
+        if self.cache is None or len(titles) < CHUNK:
+            return keys_of_tokens(self.tokens(titles))
+        file = self.cache / f"titles-{_digest(titles, self.name)}.npz"
+        with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(file, allow_pickle=False) as kept:
+            keys_PK = kept["keys"]
+            if keys_PK.shape == (len(titles), KEY) and keys_PK.dtype == np.uint8:
+                return keys_PK
+        keys_PK = keys_of_tokens(self.tokens(titles))
+        temporary = file.with_name(f".{secrets.token_hex(8)}.npz")
+        with suppress(OSError):  # a cache that cannot be written costs time and nothing else
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                np.savez(temporary, keys=keys_PK)
+                temporary.replace(file)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return keys_PK
+
+
+class _Backend(NamedTuple):
+    backend_tokenizer: Tokenizer
+
+
+@cache
+def clip_words() -> TitleIds:
+    """What is known of titles without a model: token ids before truncation, under any CLIP tokenizer.
+
+    CLIP tokenizers differ in their vocabulary alone. They normalise alike, cut words alike, and each spells every word
+    in pieces of its bytes, the last of which ends the word: so titles get equal ids from one exactly when they get
+    equal ids from another, and the small vocabulary that ships with the demo serves. Where a title ends for a model of
+    77 tokens only its own vocabulary tells: longer titles that differ behind that place count as different here.
+    """
+    from tokenizers import Tokenizer
+
+    return TitleIds(_Backend(Tokenizer.from_file(str(BYTE_LEVEL))), UNTRUNCATED, "words")
+
+
+def keys_of_tokens(tokens: TokenLists) -> np.ndarray:
+    """The content keys [P, K] uint8 of titles, given their token ids."""
+    joined = b"".join(key_of(tokens.raw(index)) for index in range(len(tokens)))
+    return np.frombuffer(joined, np.uint8).reshape(-1, KEY)
+
+
+def distinct(keys_nK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number distinct keys in the order they come: the number of each key [n], and where each first stands [D]."""
+    _, first, same_n = np.unique(np.ascontiguousarray(keys_nK).view(f"S{KEY}")[:, 0], return_index=True,
+                                 return_inverse=True)
+    order = np.argsort(first)
+    number = np.empty(len(order), np.int64)
+    number[order] = np.arange(len(order))
+    return number[same_n], first[order]
+
+
+def overlap(splits: Mapping[str, Contents]) -> Overlap:
+    """Rows of each split whose image, title, or pair of both is also in an earlier split; only what overlaps."""
+    if not splits:
+        return {}
+    ends = np.cumsum([len(contents.image_NK) for contents in splits.values()])[:-1]
+    image, _ = distinct(np.concatenate([contents.image_NK for contents in splits.values()]))
+    title, titles = distinct(np.concatenate([contents.title_NK for contents in splits.values()]))
+    kinds = {"images": image, "titles": title, "rows": image * len(titles) + title}
+    numbers = {kind: dict(zip(splits, np.split(number, ends), strict=True)) for kind, number in kinds.items()}
+    shared: Overlap = {}
+    names = list(splits)
+    for place, name in enumerate(names):
+        for other in names[:place]:
+            counts = {kind: int(np.isin(of[name], of[other]).sum()) for kind, of in numbers.items()}
+            if any(counts.values()):
+                shared.setdefault(name, {})[other] = counts
+    return shared
+
+
+def describe_overlap(shared: Overlap, rows: Mapping[str, int]) -> str:
+    """The overlap in one line, "" where there is none; `rows` by split."""
+    parts = [f"of {rows[name]:,} {name} rows {counts['images']:,} have an image of {other}, {counts['titles']:,} a "
+             f"title, {counts['rows']:,} are whole rows of it"
+             for name, others in shared.items() for other, counts in others.items()]
+    return f"overlap: {'; '.join(parts)}" if parts else ""
+
+
+def _digest(titles: pa.StringArray, name: str) -> str:
+    """A digest of all titles in order, and of `name`."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    digest = hashlib.blake2b(name.encode(), digest_size=16)
+    digest.update(pc.binary_length(titles).to_numpy(zero_copy_only=False).tobytes())
+    titles = titles.cast(pa.large_string())
+    _, ends, data = titles.buffers()
+    first, last = np.frombuffer(ends, np.int64)[[titles.offset, titles.offset + len(titles)]]
+    digest.update(memoryview(data or b"")[first:last])
+    return digest.hexdigest()

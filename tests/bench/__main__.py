@@ -1,4 +1,4 @@
-"""Measure P1 to P20 on this machine and print a table: about twelve minutes on two cores, --quick three."""
+"""Measure P1 to P20 on this machine and print a table: a quarter of an hour on two quiet cores."""
 
 from __future__ import annotations
 

@@ -247,7 +247,7 @@ def fp32(variant: str, flags: list[str]) -> None:
 def after_the_run(variant: str, flags: list[str]) -> None:
     """verify, search and a small sweep with what `demo` has left."""
     cache, pairs = WORK / "demo-cache", WORK / "demo-cache" / "demo"
-    shared = ["--dataset", pairs, "--cache-dir", cache, *ON_DEVICE]
+    shared: list[str | Path] = ["--dataset", pairs, "--cache-dir", cache, *ON_DEVICE]
     commands: list[list[str | Path]] = [
         ["verify", "--run", RUNS / "demo", "--cache-dir", cache, "--device", KIND],
         ["search", "three red balls", "--model", RUNS / "demo" / "model", *shared],

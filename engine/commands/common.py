@@ -38,13 +38,13 @@ def open_parts(cfg: Config, world: World) -> Parts:
 
 def read_rows(cfg: Config, tell: Callable[[str], None] = lambda text: None) -> tuple[
         dict[str, Rows], list[dict[str, Any]]]:
-    """The splits of --dataset, and ledger entries of what shards have lost; shards at an address are fetched first."""
+    """The splits of --dataset, and ledger entries of what became no row; shards at an address are fetched first."""
     def download(pattern: str) -> list[Path]:
         return fetch_shards(pattern, Path(cfg.cache_dir).expanduser() / "shards", fetch_policy(cfg), tell)
 
     columns = Columns(cfg.image_column or None, cfg.title_column or None, cfg.negative_column or None)
     lost: list[dict[str, Any]] = []
-    return load_splits(cfg.dataset, columns, cfg.seed, lost.append, download), lost
+    return load_splits(cfg.dataset, columns, cfg.seed, lost.append, download, tell), lost
 
 
 def fetch_policy(cfg: Config) -> FetchPolicy:
@@ -63,6 +63,8 @@ def open_data(cfg: Config, world: World, parts: Parts, only: str = "") -> Pairs:
     (rows, lost), wanted = read_rows(cfg, world.say), only or "train"
     if wanted not in rows:
         raise UserError(f"--dataset {cfg.dataset} has no split {wanted!r}; it has {', '.join(rows)}")
+    if only:
+        lost = [entry for entry in lost if entry.get("split", only) == only]
     spec = ImageSpec.from_processor(parts.clip.image_processor)
     team, cache = Team(world.rank, world.size, world.meet), Path(cfg.cache_dir).expanduser()
     pairs = open_pairs({only: rows[only]} if only else rows, lost, reader(cfg, spec),

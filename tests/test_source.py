@@ -7,7 +7,7 @@ import io
 import json
 import random
 import tarfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import full
 from PIL import Image
 
 from data.batch import UserError
@@ -325,6 +326,45 @@ def test_numbers_of_a_parquet_column_become_text_and_that_is_said(tmp_path: Path
     said: list[str] = []
     rows = load_splits(str(tmp_path), tell=said.append)["train"]
     assert rows.title.to_pylist() == ["7", "1984"] and len(said) == 1 and "holds int64" in said[0]
+
+
+def mutated(data: bytes, rng: random.Random) -> tuple[bytes, int]:
+    """The bytes with one change, and how many rows of a text table that can cost without a trace."""
+    at = rng.randrange(len(data))
+    kind = rng.choice(("flip", "cut", "insert", "line"))
+    if kind == "flip":
+        return data[:at] + bytes([rng.randrange(256)]) + data[at + 1:], 2  # a line end that goes joins two rows
+    if kind == "cut":
+        gap = rng.randrange(1, 400)
+        return data[:at] + data[at + gap:], 2 + data[at : at + gap].count(b"\n")
+    if kind == "insert":
+        more = rng.choice((b'"', b"\n", b"\0", b"\r", b"\xff", b"{", b",,", b"\xed\xa0\x80"))
+        return data[:at] + more + data[at:], 2
+    lines = data.splitlines(keepends=True)
+    del lines[rng.randrange(len(lines))]
+    return b"".join(lines), 2
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+def test_damaged_tables_are_rows_ledger_entries_or_one_error(tmp_path: Path, ending: str) -> None:
+    """Whatever happened to a file, no traceback, no error of several lines, and no rows that vanish."""
+    titles = [f"two\nlines {row}" if row % 5 == 0 else f'title {row}, "é"' for row in range(30)]
+    whole = write(tmp_path / f"whole.{ending}", {"image": [f"{row}.jpg" for row in range(30)], "title": titles})
+    data, rng, endings = whole.read_bytes(), random.Random(0), Counter[str]()
+    for _ in range(full(60, 2000)):
+        damaged, cost = mutated(data, rng)
+        (tmp_path / f"all.{ending}").write_bytes(damaged)
+        try:
+            splits, lost = read(tmp_path / f"all.{ending}")
+        except UserError as error:
+            assert "\n" not in str(error)
+            endings["error"] += 1
+            continue
+        json.dumps(lost, ensure_ascii=False).encode()  # as ledger.jsonl is written
+        kept, dropped = sum(map(len, splits.values())), sum(entry.get("rows", 1) for entry in lost)
+        assert ending == "parquet" or kept + dropped >= 30 - cost, damaged
+        endings["ledger" if lost else "rows"] += 1
+    assert len(endings) >= 2, endings
 
 
 def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from data.batch import BadSample, UserError
 from data.files import open_regular
@@ -28,6 +28,14 @@ LINE_END = re.compile(r"\r\n|\r|\n")
 NAME = re.compile(r"\s*\S*[\d/]\S*\s*")  # may name an image, as 17 and a/b do
 
 
+class _Shape(NamedTuple):
+    """What a row of a file looks like."""
+
+    delimiter: str
+    width: int  # fields of a row
+    image: int  # the field that names the image
+
+
 def read_csv(path: Path, columns: Columns, account: Account, delimiter: str) -> pa.Table:
     """A CSV file, all values text and "" where one is empty. Raises UserError that names the line."""
     import pyarrow as pa
@@ -35,17 +43,18 @@ def read_csv(path: Path, columns: Columns, account: Account, delimiter: str) -> 
 
     names = _header(path, delimiter)
     picked = pick(names, columns, str(path))
+    shape = _Shape(delimiter, len(names), names.index(picked["image"]))
     try:
         table = arrow.read_csv(
             path, arrow.ReadOptions(block_size=BLOCK), arrow.ParseOptions(delimiter=delimiter, newlines_in_values=True),
             arrow.ConvertOptions(include_columns=[*{*picked.values()}],
                                  column_types=dict.fromkeys(picked.values(), pa.string())))
-        sound = not _may_join_lines(path, len(table))
+        sound = not _may_join_rows(path, table, {name: names.index(name) for name in picked.values()}, shape)
     except (ValueError, KeyError):  # a row of another width, or one that is not UTF-8
         sound = False
     if sound:
         return in_roles(table, picked)
-    rows = _rows(path, delimiter, names, names.index(picked["image"]), account)
+    rows = _rows(path, names, shape, account)
     return from_records(rows, columns, str(path), f"{path}: holds no rows; fill it or remove it", account)
 
 
@@ -68,25 +77,39 @@ def _header(path: Path, delimiter: str) -> list[str]:
     return names
 
 
-def _may_join_lines(path: Path, rows: int) -> bool:
-    """May a quoted value hold line ends? Sound tables hold such values, and so does one that a stray quote joins."""
-    quotes = lines = returns = 0
+def _may_join_rows(path: Path, table: pa.Table, columns: Mapping[str, int], shape: _Shape) -> bool:
+    """May a stray quote have joined rows? No, if all line ends are accounted for: by rows, and by values that are text.
+
+    `columns` are those of the table, and where they stand in the file.
+    """
+    import pyarrow.compute as pc
+
+    quotes = newlines = returns = 0
     last = b"\n"
     with open_regular(path) as file:
         for block in iter(partial(file.read, BLOCK), b""):
             quotes += block.count(b'"')
-            lines += block.count(b"\n")
+            newlines += block.count(b"\n")
             returns += block.count(b"\r")
             last = block[-1:]
-    lines = (lines or returns) + (last not in b"\r\n")
-    return quotes > 0 and (quotes % 2 == 1 or lines != rows + 1)
+    if not quotes:
+        return False
+    end, lines = ("\n", newlines) if newlines else ("\r", returns)
+    within = sum(pc.sum(pc.count_substring(table[name], end)).as_py() or 0 for name in columns)
+    if quotes % 2 or lines + (last not in b"\r\n") != 1 + len(table) + within:
+        return True
+    for name, column in columns.items():
+        values = table[name].filter(pc.match_substring(table[name], end))
+        if any(_joined(value.as_py(), column, shape) for value in values):
+            return True
+    return False
 
 
-def _rows(path: Path, delimiter: str, names: Sequence[str], place: int, account: Account) -> Iterator[Record]:
-    """The rows below the header, `place` being the column of images. Raises UserError at a quote that stays open."""
+def _rows(path: Path, names: Sequence[str], shape: _Shape, account: Account) -> Iterator[Record]:
+    """The rows below the header. Raises UserError at a quote that stays open."""
     row, first = -1, 1  # the header is no row
     with _text(path) as file:
-        reader = csv.reader(chain(file, [END]), delimiter=delimiter)
+        reader = csv.reader(chain(file, [END]), delimiter=shape.delimiter)
         while True:
             try:
                 cells = next(reader)
@@ -99,7 +122,10 @@ def _rows(path: Path, delimiter: str, names: Sequence[str], place: int, account:
                 if cells == [END]:
                     return
                 raise UserError(f"{path}: line {line} opens a quote that nothing closes")
-            joined = _joined(cells, delimiter, len(names), place) if first - line > 1 else 0
+            joined = 0
+            if first - line > 1:
+                column = next((number for number, cell in enumerate(cells) if LINE_END.search(cell)), 0)
+                joined = _joined(cells[column], column, shape)
             if joined:
                 problem = BadSample("open-quote", f"line {line} opens a quote that closes in line {first - 1}; "
                                                   f"{joined} rows lie within it; close or double the quote")
@@ -113,17 +139,17 @@ def _rows(path: Path, delimiter: str, names: Sequence[str], place: int, account:
             row += joined + 1
 
 
-def _joined(cells: Sequence[str], delimiter: str, width: int, place: int) -> int:
-    """How many further rows of the table the first value of several lines holds; 0 where it is just text.
+def _joined(value: str, column: int, shape: _Shape) -> int:
+    """How many further rows of the table a value of several lines holds; 0 where it is just text.
 
     Lines that a stray quote has joined read like rows: one names a picture where rows do, or at least two may do so.
     """
-    column = next(number for number, cell in enumerate(cells) if LINE_END.search(cell))
-    first, *others = (line.split(delimiter) for line in LINE_END.split(cells[column]))
-    whole = [line for line in others[:-1] if len(line) == width]
-    images = [line[place] for line in whole] + [line[place] for line in others[-1:] if place < len(line) > 1]
-    if place >= column and 1 < len(first) == width - column:
-        images.append(first[place - column])
+    first, *others = (line.split(shape.delimiter) for line in LINE_END.split(value))
+    whole = [line for line in others[:-1] if len(line) == shape.width]
+    images = [line[shape.image] for line in whole]
+    images += [line[shape.image] for line in others[-1:] if shape.image < len(line) > 1]
+    if shape.image >= column and 1 < len(first) == shape.width - column:
+        images.append(first[shape.image - column])
     is_sure = any(ADDRESS.fullmatch(image) for image in images)
-    is_likely = len(whole) == len(others) - 1 > 1 and all(NAME.fullmatch(line[place]) for line in whole)
+    is_likely = len(whole) == len(others) - 1 > 1 and all(NAME.fullmatch(line[shape.image]) for line in whole)
     return len(others) if is_sure or is_likely else 0

@@ -73,7 +73,8 @@ def pick(names: list[str], columns: Columns, label: str, embedded: Collection[st
 
     Of the known image columns those that hold pictures (`embedded`) come before those that hold paths or addresses.
     """
-    there = f"there are {', '.join(names[:20]) or 'none'}"
+    shown = [" ".join(name[:100].split()) for name in names[:20]]
+    there = f"there are {', '.join(shown) or 'none'}"
     spelled = {name.strip().lower(): name for name in reversed(names)}
     picked: dict[str, str] = {}
     for role, known in KNOWN.items():
@@ -91,7 +92,8 @@ def pick(names: list[str], columns: Columns, label: str, embedded: Collection[st
             raise UserError(f"{label}: no {role} column ({', '.join(known)}); {there}; name one with {FLAGS[role]}")
     for column in picked.values():
         if names.count(column) > 1:
-            raise UserError(f"{label}: the column {column!r} is there {names.count(column)} times; rename all but one")
+            raise UserError(f"{label}: the column {column[:100]!r} is there {names.count(column)} times; rename all "
+                            "but one")
     return picked
 
 

@@ -73,11 +73,11 @@ class Account:
         """Report the files passed over: an entry and part of a line for each reason."""
         words = []
         for reason, files in self._unused.items():
-            words.append(f"{len(files):,} {UNUSED[reason]} ({reason}; e.g. {files[0]})")
-            self.ledger({"file": dataset, "reason": reason, "detail": f"{len(files)} files, e.g. {files[0]}",
+            words.append(f"{UNUSED[reason]}: {len(files):,} (e.g. {files[0]})")
+            self.ledger({"file": dataset, "reason": reason, "detail": f"e.g. {files[0]}",
                          "rows": 0, "files": len(files)})
         if words:
-            self.tell(f"{dataset}: not used: {', '.join(words)}")
+            self.tell(f"not used, {'; '.join(words)}")
 
 
 def dropped_rows(ledger: Iterable[Mapping[str, Any]]) -> int:

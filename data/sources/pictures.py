@@ -19,7 +19,7 @@ SIDECARS = frozenset((".txt", ".json"))
 OTHER_DATA = frozenset((".csv", ".tsv", ".jsonl", ".parquet", ".tar"))
 
 
-def pictures(folder: Path, label: str, account: Account) -> Iterator[Record]:
+def pictures(folder: Path, account: Account) -> Iterator[Record]:
     """The images at any depth below `folder`, sorted, each with the fields of KEY.json and with KEY.txt as title.
 
     A file of an unknown ending that has a title beside it is a row that cannot be used. What else looks like data and
@@ -36,12 +36,13 @@ def pictures(folder: Path, label: str, account: Account) -> Iterator[Record]:
             try:
                 yield Record(row, path, _fields(here, sidecars.get(stem, {}), path))
             except BadSample as problem:
-                account.drop(label, row, problem, path)
+                account.drop(str(folder), row, problem, path)
             row += 1
         for stem in sorted(sidecars.keys() - {os.path.splitext(name)[0] for name in names if is_picture(name)}):
             if stem in others:
                 path = os.path.abspath(os.path.join(here, others[stem]))
-                account.drop(label, row, BadSample("unknown-ending", f"known are {' '.join(sorted(PICTURES))}"), path)
+                problem = BadSample("unknown-ending", f"known are {' '.join(sorted(PICTURES))}")
+                account.drop(str(folder), row, problem, path)
                 row += 1
             else:
                 for name in sidecars[stem].values():

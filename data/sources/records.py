@@ -43,9 +43,11 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def from_records(records: Iterator[Record], columns: Columns, label: str, nothing: str, account: Account) -> pa.Table:
+def from_records(records: Iterator[Record], columns: Columns, label: str, nothing: str, account: Account,
+                 kind: str = "") -> pa.Table:
     """Records as a table of the fields in use and ROW; `nothing` is the error where the file holds none.
 
+    `label` names the file, `kind` says in an error what it consists of.
     What is wrong with a field matters if the field turns out to be in use; then its row is dropped.
     """
     import pyarrow as pa
@@ -66,7 +68,7 @@ def from_records(records: Iterator[Record], columns: Columns, label: str, nothin
         return pa.table({name: pa.array([], pa.string()) for name in ("image", "title")})
     if not parts:
         raise UserError(nothing)
-    picked = pick(list(names), columns, label)
+    picked = pick(list(names), columns, label + kind)
     table = in_roles(pa.concat_tables(parts, promote_options="default"), {**picked, ROW: ""})
     bad = {place: problem for name in picked.values() for place, problem in problems[name].items()}
     return without(table, bad, table[ROW].to_numpy(), label, account)

@@ -37,8 +37,8 @@ def read_table(path: Path, columns: Columns, account: Account) -> pa.Table:
     if path.is_dir():
         nothing = (f"{path}: found neither tables ({' '.join(sorted(TABLES))}), nor shards (.tar), nor train/ valid/ "
                    f"test/, nor images ({' '.join(sorted(PICTURES))})")
-        label = f"{path} (images with KEY.txt, KEY.json)"
-        return from_records(pictures(path, label, account), columns, label, nothing, account)
+        return from_records(pictures(path, account), columns, str(path), nothing, account,
+                            " (images with KEY.txt, KEY.json)")
     readers: dict[str, Callable[[Path, Columns, Account], pa.Table]] = {
         ".csv": partial(read_csv, delimiter=","), ".tsv": partial(read_csv, delimiter="\t"), ".jsonl": _jsonl,
         ".parquet": _parquet, ".tar": _shard}

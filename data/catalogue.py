@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data.batch import BadSample, UserError
 from data.identity import TitleIds, clip_words, distinct
+from data.ledger import dropped_rows, place_of
 from data.sources.rows import Rows, image_names
 from data.store.segments import KEY
 from data.titles import blank
@@ -178,7 +179,7 @@ def settle(found: Catalogue, verdicts: Sequence[Verdicts], lost: Sequence[Mappin
     for name in found.splits:
         splits[name], dropped = _settle_split(found, name, image_M, problems, blank_P)
         ledger += dropped
-    refuse_if_too_bad(sum(map(len, found.splits.values())) + len(lost), ledger, max_bad)
+    refuse_if_too_bad(sum(map(len, found.splits.values())) + dropped_rows(lost), ledger, max_bad)
     for name, split in splits.items():
         if not len(split):
             raise UserError(f"split {name!r} has no usable row ({reasons(ledger)})")
@@ -206,19 +207,22 @@ def _settle_split(found: Catalogue, name: str, image_M: np.ndarray, problems: Ma
 
 def refuse_if_too_bad(rows: int, ledger: Sequence[Mapping[str, Any]], max_bad: float) -> None:
     """Raises UserError when more than a share `max_bad` of all rows is in the ledger, with the reasons."""
-    if len(ledger) > max_bad * rows:
-        raise UserError(f"{len(ledger):,} of {rows:,} rows cannot be used ({reasons(ledger)}); mend them or raise "
+    dropped = dropped_rows(ledger)
+    if dropped > max_bad * rows:
+        raise UserError(f"{dropped:,} of {rows:,} rows cannot be used ({reasons(ledger)}); mend them or raise "
                         f"--max-bad (now {100 * max_bad:.3g}%)")
 
 
 def reasons(ledger: Sequence[Mapping[str, Any]]) -> str:
-    """The reasons in a ledger, most frequent first, with one example."""
-    if not ledger:
+    """The reasons in a ledger and how many rows each dropped, most frequent first, with one example."""
+    counts = Counter[str]()
+    for entry in ledger:
+        counts[entry["reason"]] += dropped_rows([entry])
+    first = next((entry for entry in ledger if dropped_rows([entry])), None)
+    if first is None:
         return "it is empty"
-    counts = Counter(entry["reason"] for entry in ledger).most_common()
-    first = ledger[0]
-    return ", ".join(f"{reason} {count}" for reason, count in counts) + (
-        f"; e.g. {first['image'] or 'row ' + str(first['row'])}: {first['detail'] or first['reason']}")
+    shown = ", ".join(f"{reason} {count}" for reason, count in counts.most_common() if count)
+    return f"{shown}; e.g. {first.get('image') or place_of(first)}: {first['detail'] or first['reason']}"
 
 
 def as_keys(keys: Sequence[bytes]) -> np.ndarray:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data.batch import BadSample, Batch, Tokens
 from data.catalogue import Catalogue, Split, Verdict, Verdicts, as_keys
+from data.files import NotAFile, read_regular
 from data.images.augment import Region
 from data.images.decode import ImageSpec, collate_tokens, decode_image
 from data.prefetch import Pace, ahead, batched
@@ -64,10 +65,12 @@ class Reader:
             if not path:
                 raise BadSample("no-image", "the row names no image")
             if is_url(path):
-                return cached_path(path, self.folder).read_bytes()
-            return read_member(path) if ".tar#" in path else Path(path).read_bytes()
+                return read_regular(cached_path(path, self.folder))
+            return read_member(path) if ".tar#" in path else read_regular(path)
         except FileNotFoundError:
             raise BadSample("missing-file", path) from None
+        except NotAFile as error:
+            raise BadSample("not-a-file", f"{path}: {error.strerror}") from None
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             raise BadSample("unreadable-file", f"{path}: {error}") from None
 

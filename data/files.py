@@ -1,14 +1,56 @@
-"""Files that are there or not there after a crash, never half: fsync, rename, digests, and a lock on a folder."""
+"""Files that are there or not there after a crash, never half: fsync, rename, digests, and a lock on a folder.
+
+What others wrote is opened only if it is a regular file: a named pipe would be waited for without end.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
+import io
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
 _locks: dict[tuple[int, int], int] = {}  # device and inode -> descriptor, held until the process ends, however it ends
+
+KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+         stat.S_IFDIR: "a folder"}
+
+
+class NotAFile(OSError):
+    """There is something else than a regular file."""
+
+    def __init__(self, path: str | Path, kind: str) -> None:
+        super().__init__(errno.EINVAL, f"{kind}, not a regular file", str(path))
+
+
+def open_descriptor(path: str | Path) -> int:
+    """A descriptor to read a regular file, opened without waiting. Raises NotAFile, OSError."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise NotAFile(path, KINDS[stat.S_IFSOCK]) from None
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise NotAFile(path, KINDS.get(stat.S_IFMT(mode), "something else"))
+    return descriptor
+
+
+def open_regular(path: str | Path, buffering: int = io.DEFAULT_BUFFER_SIZE) -> io.BufferedReader:
+    """Open a regular file to read its bytes. Raises NotAFile, OSError."""
+    return io.BufferedReader(io.FileIO(path, opener=lambda name, flags: open_descriptor(name)), buffering)
+
+
+def read_regular(path: str | Path) -> bytes:
+    """The bytes of a regular file. Raises NotAFile, OSError."""
+    with open_regular(path) as file:
+        return file.read()
 
 
 def replace_text(path: Path, text: str) -> None:

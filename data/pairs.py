@@ -24,6 +24,7 @@ from data.identity import Contents, TitleIds
 from data.images.album import Album
 from data.images.augment import random_region
 from data.images.decode import tokenize
+from data.ledger import dropped_rows
 from data.mine import mine
 from data.prefetch import ahead, copied_ahead, slices
 from data.sources.source import Rows
@@ -69,7 +70,7 @@ class Pairs:
     def describe(self) -> str:
         """Kept rows of each split, dropped rows; the feature store, where there is one."""
         kept = ", ".join(f"{name} {len(split):,}" for name, split in self.splits.items())
-        dropped = f"{len(self.ledger):,} rows dropped{' (see ledger.jsonl)' if self.ledger else ''}"
+        dropped = f"{dropped_rows(self.ledger):,} rows dropped{' (see ledger.jsonl)' if self.ledger else ''}"
         return f"pairs: {kept}; {dropped}" + (f"\n{self.store}" if self.store else "")
 
 

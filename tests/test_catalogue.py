@@ -12,7 +12,7 @@ import pytest
 
 from data import titles as module
 from data.batch import BadSample, UserError
-from data.catalogue import Verdict, Verdicts, catalogue, settle
+from data.catalogue import Verdict, Verdicts, catalogue, refuse_if_too_bad, settle
 from data.identity import clip_words
 from data.sources.rows import Rows
 from data.store.segments import key_of
@@ -83,3 +83,16 @@ def test_titles_in_pieces_equal_titles_at_once(monkeypatch: pytest.MonkeyPatch, 
         assert list(packed[part]) == lists[part] and len(packed[part]) == len(lists[part])
     with pytest.raises(IndexError):
         packed[40]
+
+
+def test_too_many_bad_rows_are_refused_with_an_example_of_any_kind() -> None:
+    """Samples that a shard has lost have no row number; files that were not used are no rows."""
+    sample = {"shard": "/x/one.tar", "key": "7", "reason": "no-title", "detail": ""}
+    joined = {"file": "/x/all.csv", "row": 3, "image": None, "title": None, "reason": "open-quote", "detail": "line 5",
+              "rows": 8}
+    unused = {"file": "/x", "reason": "linked-folder", "detail": "e.g. /x/y", "rows": 0, "files": 1000}
+    refuse_if_too_bad(100, [unused, sample], 0.01)
+    for ledger, said in (([unused, sample, sample], "2 of 100 rows .*no-title 2; e.g. /x/one.tar, 7: no-title"),
+                         ([joined, sample], "9 of 100 rows .*open-quote 8, no-title 1; e.g. /x/all.csv, row 3: ")):
+        with pytest.raises(UserError, match=said):
+            refuse_if_too_bad(100, ledger, 0.01)

@@ -15,7 +15,8 @@ from helpers import make_pairs, run
 from PIL import Image, ImageEnhance
 from scenes import SCENES, scene_thumbnail
 
-from data.check.checks import PIECE, TOO_MANY_PIECES, check, similar
+from data.check import similar
+from data.check.checks import PIECE, TOO_MANY_PIECES, check
 from data.check.findings import Finding, as_json, table
 from data.check.similar import NEAR, first_similar, glance, near_pairs, perceptual_hash
 from data.cold import Reader

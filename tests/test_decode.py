@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import full
-from PIL import Image, PngImagePlugin, features
+from PIL import Image, ImageOps, PngImagePlugin, features
 
 from data.batch import BadSample, UserError
 from data.images import decode
-from data.images.decode import ImageSpec, collate_tokens, decode_image, tokenize, tokenizer_fingerprint
+from data.images.decode import ImageSpec, collate_tokens, decode_image, decode_whole, tokenize, tokenizer_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -47,7 +47,8 @@ SPEC = processor(48, (48, 48))[1]
 def distance(data: bytes, size: int | tuple[int, int] = 48, crop: tuple[int, int] = (48, 48)) -> int:
     """Largest difference to what transformers makes of the same bytes, of 255."""
     theirs, spec = processor(size, crop)
-    pixels = theirs(Image.open(io.BytesIO(data)), do_rescale=False, do_normalize=False)["pixel_values"][0]
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    pixels = theirs(upright, do_rescale=False, do_normalize=False)["pixel_values"][0]
     ours = decode_image(data, spec)
     assert ours.dtype == np.uint8 and ours.shape == (3, *crop) and ours.flags.c_contiguous
     return int(np.abs(ours.astype(int) - pixels).max())
@@ -82,10 +83,14 @@ def saved(image: Image.Image | str, fmt: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def oriented(orientation: int) -> bytes:
+def oriented(orientation: int, fmt: str = "JPEG") -> bytes:
+    """A picture stored with an EXIF orientation; 0 stands for none. Two frames where the format is MPO."""
+    if fmt == "TIFF":
+        return saved("RGB", fmt, **({"tiffinfo": {0x0112: orientation}} if orientation else {}))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return saved("RGB", "JPEG", exif=exif)
+    options = {"exif": exif} if orientation else {}
+    return animated(fmt, **options) if fmt == "MPO" else saved("RGB", fmt, **options)
 
 
 def animated(fmt: str, mode: str = "RGB", **options: Any) -> bytes:
@@ -202,6 +207,54 @@ def test_valid_images_equal_the_processor(simd: bool, monkeypatch: pytest.Monkey
     monkeypatch.setattr(decode, "_SIMD", simd)
     differences = {name: distance(data) for name, data in valid_images().items()}
     assert len(differences) >= 40 and max(differences.values()) <= 2, differences
+
+
+ORIENTATIONS = range(10)  # none, 1 to 8, invalid
+
+
+def test_embeddings_of_turned_pictures_equal_sentence_transformers(tmp_path: Path, tiny_model: Path) -> None:
+    """A telephone's pictures would be embedded lying on their side, unlike anything that later uses the model."""
+    import datasets
+    from sentence_transformers import SentenceTransformer
+
+    from engine.clip.model import open_model
+    from engine.commands.common import encoders
+
+    cases = {}
+    for fmt in ("JPEG", "PNG", "WEBP", "TIFF", "MPO"):
+        for orientation in ORIENTATIONS:
+            path = tmp_path / f"{orientation}.{fmt.lower()}"
+            path.write_bytes(oriented(orientation, fmt))
+            cases[f"{fmt} {orientation}"] = path
+    column = datasets.Dataset.from_dict({"image": [str(path) for path in cases.values()]})
+    decoded = list(column.cast_column("image", datasets.Image())["image"])
+    theirs = SentenceTransformer(str(tiny_model), device="cpu").encode(
+        [image.convert("RGB") for image in decoded], normalize_embeddings=True, convert_to_tensor=True)
+    parts = open_model(str(tiny_model), ("projection",), "cached", 20.0, "fp32", torch.device("cpu"))
+    spec = ImageSpec.from_processor(parts.clip.image_processor)
+    towers = encoders(parts, spec.fingerprint(), torch.device("cpu"))
+    pixels = torch.from_numpy(np.stack([decode_image(path.read_bytes(), spec) for path in cases.values()]))
+    with torch.no_grad():
+        ours = parts.head.image(towers.image(pixels))
+    apart = dict(zip(cases, (ours - theirs).abs().amax(1).tolist(), strict=True))
+    assert (ours[0] - ours[6]).abs().max() > 10 * 4e-4 and max(apart.values()) < 4e-4, apart
+
+
+@pytest.mark.parametrize("damage", [b"garbage", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff"])
+def test_a_picture_with_damaged_exif_is_shown_as_it_is_stored(damage: bytes) -> None:
+    assert np.array_equal(decode_image(saved("RGB", "JPEG", exif=b"Exif\0\0" + damage), SPEC),
+                          decode_image(saved("RGB", "JPEG"), SPEC))
+
+
+def test_small_pictures_are_upright_and_whole() -> None:
+    """The report page would show a telephone's picture squeezed or lying on its side."""
+    for fmt in ("JPEG", "PNG", "WEBP", "TIFF"):
+        for orientation in ORIENTATIONS:
+            data = oriented(orientation, fmt)
+            upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+            small = decode_whole(data, 45).transpose(1, 2, 0).astype(int)
+            expected = np.asarray(upright.resize((upright.width // 2, upright.height // 2), Image.Resampling.BICUBIC))
+            assert small.shape == expected.shape and np.abs(small - expected).max() <= 2, (fmt, orientation)
 
 
 def test_broken_images_have_their_reasons() -> None:

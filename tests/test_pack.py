@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image, ImageOps
 from test_fetch import PICTURE, Site, reply
 from test_shards import contents, scan
 
 from data import prefetch
 from data.cold import Reader
-from data.images.decode import ImageSpec
+from data.images.decode import ImageSpec, decode_image
 from data.shards.pack import pack
 from data.shards.writer import ShardWriter
 from data.sources.source import load_splits
@@ -57,3 +59,19 @@ def test_rows_are_written_in_order_while_others_are_fetched(tmp_path: Path, monk
     before, asked = contents(tmp_path / "out"), site.hits.copy()
     assert pack(load_splits(str(folder)), reader, tmp_path / "out", 0, said.append) == ledger
     assert contents(tmp_path / "out") == before and site.hits == asked
+
+
+@pytest.mark.parametrize("side", [0, 64])
+def test_shards_hold_pictures_that_are_upright(tmp_path: Path, side: int) -> None:
+    """With `--resize` the orientation would be lost, and the shards would train on pictures that lie on their side."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.fromarray(np.repeat(np.arange(0, 240, 2, np.uint8)[None, :, None], 120, 0).repeat(3, 2))
+    stored.save(tmp_path / "phone.jpg", exif=exif, quality=95)
+    (tmp_path / "test.csv").write_text("image,title\nphone.jpg,a phone\n")
+    reader = Reader(tmp_path / "cache", ImageSpec.clip(64), FetchPolicy(), 25_000_000, 1)
+    assert pack(load_splits(str(tmp_path)), reader, tmp_path / "out", side, lambda text: None) == []
+    ((_, image, *_),), _ = scan(tmp_path / "out" / "test-000000.tar")
+    seen = decode_image(image, reader.spec).astype(int)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "phone.jpg")).resize((64, 64))).astype(int)
+    assert np.abs(seen.transpose(1, 2, 0) - upright).max() < 16 < np.abs(seen.transpose(2, 1, 0) - upright).max()

@@ -589,3 +589,16 @@ def test_braces_expand_as_the_braceexpand_package_does(monkeypatch: pytest.Monke
     for bomb in ("{0..9999999999999}", "{0..999}" * 9):
         with pytest.raises(UserError, match="more than"):
             expand_braces(bomb)
+
+
+def test_member_names_that_are_not_utf8_are_names_like_others(tmp_path: Path) -> None:
+    """One name of another encoding must not end the reading of a shard."""
+    with tarfile.open(tmp_path / "one.tar", "w", format=tarfile.GNU_FORMAT) as file:
+        for key in ("0", "caf\udce9", "2"):
+            for ending, content in (("jpg", b"\xff\xd8\xffpicture"), ("txt", b"title")):
+                member = tarfile.TarInfo(f"{key}.{ending}")
+                member.size = len(content)
+                file.addfile(member, io.BytesIO(content))
+    lost: list[dict] = []
+    index = read_index(tmp_path / "one.tar", lost.append)
+    assert index["key"].to_pylist() == ["0", "caf\\xe9", "2"] and not lost

@@ -21,6 +21,7 @@ from data.check.findings import SEVERITIES, TINY, Finding, printable
 from data.check.similar import LOOK, first_similar, glance
 from data.cold import Reader, is_url, visit
 from data.identity import distinct
+from data.ledger import dropped_rows
 from data.sources.rows import Rows
 from data.store.segments import KEY
 
@@ -62,12 +63,24 @@ def _finding(split: str, kind: str, severity: str, is_so_N: np.ndarray, show: Ca
 
 
 def _lost(lost: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    entries: dict[tuple[str, str], list[str]] = defaultdict(list)
+    entries: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
     for entry in lost:
-        shard = Path(entry["shard"]).name
-        entries[shard, entry["reason"]].append(printable(f"{entry['key'] or '(unknown sample)'}: {entry['detail']}"))
-    return [Finding(shard, reason, "error", len(shown), tuple(shown[:EXAMPLES]))
-            for (shard, reason), shown in entries.items()]
+        entries[Path(entry.get("shard") or entry["file"]).name, entry["reason"]].append(entry)
+    findings = []
+    for (file, reason), of_one in entries.items():
+        rows = dropped_rows(of_one)
+        examples = tuple(_lost_place(entry) for entry in of_one[:EXAMPLES])
+        findings.append(Finding(file, reason, "error" if rows else "warning",
+                                rows or sum(entry["files"] for entry in of_one), examples))
+    return findings
+
+
+def _lost_place(entry: Mapping[str, Any]) -> str:
+    """The place of a ledger entry within its file, and what is wrong there."""
+    if not dropped_rows([entry]):
+        return printable(entry["detail"])
+    place = f"row {entry['row']}" if "row" in entry else entry["key"] or "(unknown sample)"
+    return printable(f"{place}: {entry['detail']}")
 
 
 def _look(found: Catalogue, reader: Reader, tell: Callable[[str], None]) -> tuple[

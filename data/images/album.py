@@ -15,7 +15,7 @@ from PIL import Image
 from data.batch import BadSample
 from data.catalogue import Catalogue, Split
 from data.cold import Reader
-from data.images.decode import FORMATS, ImageSpec, decode_image
+from data.images.decode import decode_whole
 
 QUALITY = 78
 
@@ -44,15 +44,8 @@ class Album:
 
 
 def small_jpeg(data: bytes, side: int, max_pixels: int) -> bytes:
-    """Image bytes -> a JPEG of our own making, whole and in proportion, `side` pixels long. Raises BadSample."""
-    try:
-        width, height = Image.open(io.BytesIO(data), formats=FORMATS).size  # the header only
-    except Exception as error:  # hostile bytes reach nearly every exception class through Pillow's plugins
-        raise BadSample("not-image", str(error)) from None
-    shrink = min(1.0, side / max(width, height))
-    size = max(1, round(height * shrink)), max(1, round(width * shrink))
-    whole = ImageSpec(size, size, int(Image.Resampling.BICUBIC), 1 / 255, (0.0,) * 3, (1.0,) * 3)
-    pixels_HWC = decode_image(data, whole, max_pixels).transpose(1, 2, 0)
+    """Image bytes -> an upright JPEG, whole and in proportion, at most `side` pixels long. Raises BadSample."""
+    pixels_HWC = decode_whole(data, side, max_pixels).transpose(1, 2, 0)
     out = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels_HWC)).save(out, "JPEG", quality=QUALITY)
     return out.getvalue()

@@ -12,19 +12,21 @@ import json
 import math
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError, __version__
+from PIL import ExifTags, Image, UnidentifiedImageError, __version__
 
 from data.batch import BadSample, Tokens, UserError
 from data.images.augment import Region
 
-DECODER_VERSION = 1  # part of every fingerprint: raise it whenever the pixels or tokens of some input change
+PIXELS_VERSION = 2  # part of every image fingerprint: raise it whenever the pixels of some input change
+TOKENS_VERSION = 1  # likewise of titles
 MAX_PIXELS = 25_000_000
 MAX_TEXT_CHUNKS = 16  # of a PNG; Pillow inflates each to 1 MiB at most
 MAX_SCANS = 100  # of a JPEG; each costs a pass over the whole image, and a file needs no more than about fifteen
@@ -35,6 +37,10 @@ _TORCH_FILTER = {int(Image.Resampling.BILINEAR): torch.ops.aten._upsample_biline
                  int(Image.Resampling.BICUBIC): torch.ops.aten._upsample_bicubic2d_aa}
 _SIMD = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # without it Pillow is the faster of the two
 _TOKENIZING = threading.Lock()
+TURNS = {  # EXIF orientation -> what turns the stored picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90}
 
 # Pillow warns about odd metadata and big sizes, where the verdict says all a user needs; torch about read-only pixels,
 # which are only read here. Set once: `warnings.catch_warnings` around each image would race between decoding threads.
@@ -80,26 +86,40 @@ class ImageSpec:
 
     def fingerprint(self) -> str:
         """SHA-256 in hex of everything that decides what a tower sees of given image bytes."""
-        return hashlib.sha256(json.dumps([DECODER_VERSION, asdict(self)]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([PIXELS_VERSION, asdict(self)]).encode()).hexdigest()
 
 
 def decode_image(data: bytes, spec: ImageSpec, max_pixels: int = MAX_PIXELS,
                  region: Callable[[int, int], Region] | None = None) -> np.ndarray:
-    """Decode the first frame as the transformers PIL processor would, to 2/255: uint8 [3, H, W], contiguous.
+    """Decode the first frame, turned upright, as the transformers PIL processor would, to 2/255: uint8 [3, H, W].
 
-    EXIF orientation is left as the processor leaves it. `region`, given width and height, names a part (left, top,
-    right, bottom) that is resized to the whole crop instead. Raises BadSample: empty, not-image, too-many-pixels (by
-    the header, before decoding; Pillow's own limit of 179 million holds too), truncated, undecodable.
+    `region`, given the upright width and height, names a part (left, top, right, bottom) that is resized to the whole
+    crop instead. Raises BadSample: empty, not-image, too-many-pixels (by the header, before decoding; Pillow's own
+    limit of 179 million holds too), truncated, undecodable.
     """
-    if not data:
-        raise BadSample("empty", "zero bytes")
-    try:
-        image = _open(data, max_pixels)
-        see_through = "A" in image.getbands() or image.info.get("transparency") is not None
-        image.load()
+    with _as_bad_sample(data):
+        image, see_through = _load(data, max_pixels)
         if region is not None:
             image, spec = image.crop(region(*image.size)), replace(spec, resize=spec.crop)
         return _fit(image, see_through, spec)
+
+
+def decode_whole(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decode the first frame, turned upright, whole and in proportion: uint8 [3, H, W], the longer at most `side`.
+
+    Raises BadSample as `decode_image`.
+    """
+    with _as_bad_sample(data):
+        image, see_through = _load(data, max_pixels)
+        shrink = min(1.0, side / max(image.size))
+        size = max(1, round(image.height * shrink)), max(1, round(image.width * shrink))
+        return _fit(image, see_through, replace(ImageSpec.clip(), resize=size, crop=size))
+
+
+@contextmanager
+def _as_bad_sample(data: bytes) -> Iterator[None]:
+    try:
+        yield
     except (BadSample, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -109,6 +129,31 @@ def decode_image(data: bytes, spec: ImageSpec, max_pixels: int = MAX_PIXELS,
     except Exception as error:  # hostile bytes reach nearly every exception class through Pillow's plugins
         reason = "truncated" if "truncated" in str(error).lower() else "undecodable"
         raise BadSample(reason, f"{type(error).__name__}: {error}") from None
+
+
+def _load(data: bytes, max_pixels: int) -> tuple[Image.Image, bool]:
+    """The upright first frame, and whether parts of it may be transparent."""
+    if not data:
+        raise BadSample("empty", "zero bytes")
+    image = _open(data, max_pixels)
+    see_through = "A" in image.getbands() or image.info.get("transparency") is not None
+    image.load()
+    turn = TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn), see_through
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF (or XMP) orientation of a loaded image, as `ImageOps.exif_transpose` reads it; 1 is upright.
+
+    A TIFF has been turned by Pillow when it was loaded. Viewers show a picture whose EXIF is damaged as it is stored.
+    """
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except MemoryError:
+        raise
+    except Exception:  # hostile bytes, as above
+        return 1
+    return orientation if isinstance(orientation, int) else 1
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
@@ -243,4 +288,4 @@ def collate_tokens(ids: Sequence[Sequence[int]], pad_id: int) -> Tokens:
 def tokenizer_fingerprint(tokenizer: Any, max_length: int) -> str:
     """SHA-256 in hex of everything that decides a title's tokens; stored truncation and padding do not."""
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": max_length, "padding": None}
-    return hashlib.sha256(json.dumps([DECODER_VERSION, state], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([TOKENS_VERSION, state], sort_keys=True).encode()).hexdigest()

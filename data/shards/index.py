@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from data.batch import BadSample, UserError
+from data.files import open_descriptor
+from data.ledger import Ledger
 from data.shards.samples import MAX_IMAGE, row, samples
 from data.shards.tar import BLOCK, members, open_tar, read_at
 
@@ -30,7 +32,6 @@ BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 COLUMNS = ("key", "image_offset", "image_size", "title", "title_neg")
 INDEX = (*COLUMNS, "sha256")
 FORMAT = "thumbtune shard index 1"
-Ledger = Callable[[dict[str, Any]], None]
 
 
 def read_index(path: Path, ledger: Ledger | None = None) -> pa.Table:
@@ -77,7 +78,7 @@ class _Handle:
 
 @lru_cache(HANDLES)
 def _handle(path: str, *_identity: int) -> _Handle:  # another file of that name is another handle
-    return _Handle(os.open(path, os.O_RDONLY))
+    return _Handle(open_descriptor(path))
 
 
 def format_reference(tar: str | Path, offset: int, size: int) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from data.batch import BadSample, UserError
+from data.files import open_regular
 
 BLOCK = 512
 END = bytes(2 * BLOCK)  # the mark of a tar's end
@@ -169,8 +170,8 @@ def _no_tar(file: BinaryIO) -> UserError:
 
 
 def open_tar(path: str | Path) -> BinaryIO:
-    """Open to hop from header to header: little is read ahead. A named pipe is refused at the first seek."""
-    return open(path, "rb", buffering=8 * BLOCK, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    """Open to hop from header to header: little is read ahead. Raises OSError, also where it is no regular file."""
+    return open_regular(path, buffering=8 * BLOCK)
 
 
 def read_at(file: BinaryIO, offset: int, size: int) -> bytes:

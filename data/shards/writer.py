@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.batch import BadSample, UserError
+from data.files import open_regular
 from data.shards.index import COLUMNS, INDEX, indexed, scanned, seal, sidecar, tar_digest
 from data.shards.samples import IMAGES, MAX_TEXT, check_image, pair
 from data.shards.tar import BLOCK, END, open_tar, read_at
@@ -188,7 +189,7 @@ def check_shard(path: Path) -> list[str]:
                 key, offset, size, digest = (index[name][at].as_py() for name in (*COLUMNS[:3], "sha256"))
                 if hashlib.sha256(read_at(file, offset, size)).hexdigest() != digest:
                     problems.append(f"{key}: its image is not the one that was written")
-        with open(path, "rb") as whole:
+        with open_regular(path) as whole:
             if not problems and hashlib.file_digest(whole, "sha256").hexdigest() != tar_digest(index):
                 problems.append("it has been changed, though neither in an image nor in a title")
     except (OSError, UserError) as error:

@@ -1,7 +1,8 @@
 """One split as columns: which column plays which role, what may stand in it, taking and fingerprinting rows.
 
 What a dataset says is not trusted: a row may name a file below the dataset's own folder, a URL or a member of a shard,
-and nothing else on this machine. Nothing here opens an image.
+and nothing else on this machine. A row that cannot be used is left out and told to the `Account`. Nothing here opens
+an image.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.batch import UserError
+from data.batch import BadSample, UserError
+from data.ledger import Account
 from data.store.segments import key_of
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ KNOWN = {  # role -> column names that mean it; the first there is wins
     "title": ("title", "text", "caption", "txt"),
     "title_neg": ("title_neg", "negative", "neg_title", "negative_title", "neg_text", "neg_caption"),
 }
+ROW = "row"  # a column beside those of the roles: the row's number in its file, where some are left out already
 FLAGS = {"image": "--image-column", "title": "--title-column", "title_neg": "--negative-column"}
 
 
@@ -65,9 +68,13 @@ class Rows:
         return hashlib.blake2b(digests, digest_size=16).hexdigest()
 
 
-def pick(names: list[str], columns: Columns, label: str) -> dict[str, str]:
-    """Role -> the column that plays it: the user's, else the first known name. Raises UserError naming the columns."""
-    there = f"there are {', '.join(names[:20]) or 'none'}"
+def pick(names: list[str], columns: Columns, label: str, embedded: Collection[str] = ()) -> dict[str, str]:
+    """Role -> the column that plays it: the user's, else the first known name. Raises UserError naming the columns.
+
+    Of the known image columns those that hold pictures (`embedded`) come before those that hold paths or addresses.
+    """
+    shown = [" ".join(name[:100].split()) for name in names[:20]]
+    there = f"there are {', '.join(shown) or 'none'}"
     spelled = {name.strip().lower(): name for name in reversed(names)}
     picked: dict[str, str] = {}
     for role, known in KNOWN.items():
@@ -76,14 +83,17 @@ def pick(names: list[str], columns: Columns, label: str) -> dict[str, str]:
             close = difflib.get_close_matches(named, names, 1)
             raise UserError(f"{label}: no column {named!r} for {FLAGS[role]}; {there}"
                             + (f"; did you mean {close[0]!r}?" if close else ""))
-        column = named or next((spelled[name] for name in known if name in spelled), None)
+        usual = [spelled[name] for name in known if name in spelled]
+        usual.sort(key=lambda name: role != "image" or name not in embedded)  # stable
+        column = named or next(iter(usual), None)
         if column is not None:
             picked[role] = column
         elif role != "title_neg":
             raise UserError(f"{label}: no {role} column ({', '.join(known)}); {there}; name one with {FLAGS[role]}")
     for column in picked.values():
         if names.count(column) > 1:
-            raise UserError(f"{label}: the column {column!r} is there {names.count(column)} times; rename all but one")
+            raise UserError(f"{label}: the column {column[:100]!r} is there {names.count(column)} times; rename all "
+                            "but one")
     return picked
 
 
@@ -92,63 +102,146 @@ def in_roles(table: pa.Table, picked: Mapping[str, str]) -> pa.Table:
     return table.select([*picked.values()]).rename_columns([*picked])
 
 
-def clean(table: pa.Table, label: str, folders: Sequence[str], relative: bool = True) -> pa.Table:
+def clean(table: pa.Table, label: str, folders: Sequence[str], account: Account, relative: bool = True) -> pa.Table:
     """The columns of `in_roles` as `Rows` has them; files only from `folders`, the first being what paths start from.
 
-    Raises UserError on a column that cannot play its role and on an image path that leaves the folders.
+    Blanks around paths and addresses go. A row whose text is not UTF-8 or whose image leaves the folders is dropped.
+    Raises UserError on a column that cannot play its role.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
     kind = pa.struct({"bytes": pa.large_binary(), "path": pa.string()})
+    problems: dict[int, BadSample] = {}  # by place in the table
     images, start = [], 0
     for chunk in table["image"].chunks:
-        data, path = _bytes_and_path(chunk, label)
+        data, path = _bytes_and_path(chunk, label, start, problems)
+        path = pc.utf8_trim_whitespace(path)
         path = pc.if_else(pc.or_(pc.is_valid(data), pc.equal(path, "")), pa.scalar(None, pa.string()), path)
-        path = _inside(path, label, start, folders, relative)
+        path = _inside(_with_scheme(path, label, account), start, folders, relative, problems)
         images.append(pa.StructArray.from_arrays([data, path], fields=[*kind]))
         start += len(chunk)
-    title = _cast(table["title"], pa.string(), label, "title")
+    title = _texts(table["title"], label, "title", problems)
     columns = {"image": pa.chunked_array(images, kind), "title": pc.fill_null(title, "")}
+    if not _is_text(table["title"].type):
+        account.note(f"{label}: the title column holds {table['title'].type}; its values are used as text")
     if "title_neg" in table.column_names:
-        negative = _cast(table["title_neg"], pa.string(), label, "title_neg")
+        negative = _texts(table["title_neg"], label, "title_neg", problems)
         columns["title_neg"] = pc.if_else(pc.equal(negative, ""), pa.scalar(None, pa.string()), negative)
-    return pa.table(columns)
+    numbers = table[ROW].to_numpy() if ROW in table.column_names else np.arange(len(table))
+    return without(pa.table(columns), problems, numbers, label, account)
 
 
-def _bytes_and_path(chunk: pa.Array, label: str) -> tuple[pa.Array, pa.Array]:
+def without(table: pa.Table, problems: Mapping[int, BadSample], numbers: np.ndarray, label: str,
+            account: Account) -> pa.Table:
+    """The table without the rows at `problems`, which are dropped by their `numbers` in the file `label`."""
+    import pyarrow as pa
+
+    if not problems:
+        return table
+    for place in sorted(problems):
+        image, title = table["image"][place].as_py(), table["title"][place].as_py()
+        account.drop(label, int(numbers[place]), problems[place], image["path"] if isinstance(image, dict) else None,
+                     title if isinstance(title, str) else None)
+    keep = np.ones(len(table), bool)
+    keep[[*problems]] = False
+    return table.filter(pa.array(keep))
+
+
+def _bytes_and_path(chunk: pa.Array, label: str, start: int,
+                    problems: dict[int, BadSample]) -> tuple[pa.Array, pa.Array]:
     """Images of any kind as large_binary and string, null where an image is not of that kind."""
     import pyarrow as pa
 
-    kind, binary = chunk.type, (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    kind = chunk.type
     data, path = pa.nulls(len(chunk), pa.large_binary()), pa.nulls(len(chunk), pa.string())
     if pa.types.is_struct(kind) and {"bytes", "path"} & {field.name for field in kind}:  # Hugging Face's Image
         fields = dict(zip((field.name for field in kind), chunk.flatten(), strict=True))
         data, path = fields.get("bytes", data), fields.get("path", path)
-    elif any(is_kind(kind) for is_kind in binary):
+    elif holds_bytes(kind):
         data = chunk
     else:
         path = chunk
-    return _cast(data, pa.large_binary(), label, "image"), _cast(path, pa.string(), label, "image")
+    try:
+        data = data.cast(pa.large_binary())
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
+        raise _unfit(label, "image", data.type) from None
+    return data, _text_chunk(path, label, "image", start, problems)
 
 
-def _cast(column: Any, kind: pa.DataType, label: str, role: str) -> Any:
-    """An array, chunked or not, as text known to be UTF-8, or as bytes."""
+def holds_bytes(kind: pa.DataType) -> bool:
+    """Is a column of this type one of embedded pictures, bytes or Hugging Face's Image?"""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return "bytes" in {field.name for field in kind}
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean,
+               pa.types.is_temporal)
+    return not any(is_kind(kind) for is_kind in numbers)
+
+
+def _unfit(label: str, role: str, kind: pa.DataType) -> UserError:
+    wanted = "bytes, a path or a URL" if role == "image" else "one text"
+    return UserError(f"{label}: the {role} column holds {kind}; it must hold {wanted} a row")
+
+
+def _texts(column: pa.ChunkedArray, label: str, role: str, problems: dict[int, BadSample]) -> pa.ChunkedArray:
+    import pyarrow as pa
+
+    chunks, start = [], 0
+    for chunk in column.chunks:
+        chunks.append(_text_chunk(chunk, label, role, start, problems))
+        start += len(chunk)
+    return pa.chunked_array(chunks, pa.string())
+
+
+def _text_chunk(chunk: pa.Array, label: str, role: str, start: int, problems: dict[int, BadSample]) -> pa.Array:
+    """The values as text, null where one is not UTF-8: that is a problem of its row."""
     import pyarrow as pa
 
     try:
-        cast = column.cast(kind)
+        cast = chunk.cast(pa.string())
         cast.validate(full=True)
+        return cast
     except pa.ArrowNotImplementedError:
-        wanted = "bytes, a path or a URL" if role == "image" else "one text"
-        raise UserError(f"{label}: the {role} column holds {column.type}; it must hold {wanted} a row") from None
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{label}: the {role} column is not all UTF-8 text ({error})") from None
-    return cast
+        raise _unfit(label, role, chunk.type) from None
+    except pa.ArrowInvalid:
+        pass
+    try:
+        raw = chunk.cast(pa.large_binary())
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
+        raise _unfit(label, role, chunk.type) from None
+    texts: list[str | None] = []
+    for row, value in enumerate(raw, start):
+        data = value.as_py()
+        try:
+            texts.append(None if data is None else data.decode())
+        except UnicodeDecodeError:
+            texts.append(None)
+            problems[row] = BadSample("not-utf8", f"the {role} is not UTF-8 text: {data[:80]!r}")
+    return pa.array(texts, pa.string())
 
 
-def _inside(path: pa.Array, label: str, start: int, folders: Sequence[str], relative: bool) -> pa.Array:
-    """URLs as they are, other paths absolute. Raises UserError at the first that leaves `folders`; `..` by spelling."""
+def _with_scheme(path: pa.Array, label: str, account: Account) -> pa.Array:
+    """Addresses that leave the scheme to the page they stood on (//host/x.jpg) are asked for by https."""
+    import pyarrow.compute as pc
+
+    bare = pc.fill_null(pc.starts_with(path, "//"), False)
+    if pc.any(bare).as_py():
+        account.note(f"{label}: image addresses that begin with // are read as https://")
+        path = pc.if_else(bare, pc.binary_join_element_wise("https:", path, ""), path)
+    return path
+
+
+def _inside(path: pa.Array, start: int, folders: Sequence[str], relative: bool,
+            problems: dict[int, BadSample]) -> pa.Array:
+    """URLs as they are, other paths absolute. One that leaves `folders` is a problem of its row; `..` by spelling."""
     import pyarrow.compute as pc
 
     url = pc.match_substring_regex(path, "^https?://", ignore_case=True)
@@ -161,19 +254,23 @@ def _inside(path: pa.Array, label: str, start: int, folders: Sequence[str], rela
     else:
         doubt, full = pc.or_(doubt, True), path
     doubt = pc.fill_null(pc.and_not(doubt, url), False)
+    fix = ("move the images there" if relative else
+           "if it is a path in the repository, download that and pass its folder")
     for row in np.flatnonzero(doubt.to_numpy(zero_copy_only=False)):
         if not os.path.normpath(full[row].as_py()).startswith(roots):
-            raise UserError(f"{label}, row {start + row + 1}: the image {path[row].as_py()[:200]!r} is no URL and no "
-                            f"file below {folders[0]}; " + ("move the images there" if relative else
-                            "if it is a path in the repository, download that and pass its folder"))
+            image = path[row].as_py()[:200]
+            problems[start + int(row)] = BadSample(
+                "outside-folder", f"the image {image!r} is no URL and no file below {folders[0]}; {fix}")
     return full
 
 
-def join_tables(name: str, tables: Sequence[pa.Table], label: str) -> Rows:
-    """The tables of `clean` one after the other. Raises UserError if they hold no row."""
+def join_tables(name: str, tables: Sequence[pa.Table], label: str, account: Account) -> Rows:
+    """The tables of `clean` one after the other. Raises UserError if they hold no row that can be used."""
     import pyarrow as pa
 
     table = pa.concat_tables(tables, promote_options="default")
+    if not table.num_rows and account.dropped:
+        raise UserError(f"{label}: no row can be used ({account.dropped:,} dropped); {account.example}")
     if not table.num_rows:
         raise UserError(f"{label}: holds no rows; fill it or remove it")
     return Rows(name, table["image"], table["title"], table["title_neg"] if "title_neg" in table.column_names else None)

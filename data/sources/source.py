@@ -12,12 +12,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data.batch import UserError
-from data.shards.index import Ledger, expand_braces
+from data.files import NotAFile
+from data.ledger import Account, Ledger
+from data.shards.index import expand_braces
+from data.sources import img2dataset
+from data.sources.csv_tables import read_csv
+from data.sources.pictures import holds_titled_pictures
 from data.sources.rows import Columns as Columns
 from data.sources.rows import Rows as Rows
-from data.sources.rows import clean, in_roles, join_tables, pick
+from data.sources.rows import clean, holds_bytes, in_roles, join_tables, pick
 from data.sources.split import ORDER, WHOLE
-from data.sources.tables import TABLES, TEXT_TABLES, read_csv, read_table
+from data.sources.tables import TABLES, TEXT_TABLES, holds_addresses, read_table
 
 SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test"}
 SPLIT_FILE = re.compile(rf"({'|'.join(SPLITS)})(-.*)?\.(tar|csv|tsv|jsonl|parquet)")
@@ -29,62 +34,82 @@ def _refuse(pattern: str) -> NoReturn:
     raise UserError(f"{pattern}: only local files are read here; download them and pass their folder")
 
 
-def load_splits(dataset: str, columns: Columns = DETECT, ledger: Ledger | None = None,
-                download: Download = _refuse) -> dict[str, Rows]:
+def _silent(_: object) -> None:
+    pass
+
+
+def load_splits(dataset: str, columns: Columns = DETECT, ledger: Ledger = _silent,
+                download: Download = _refuse, tell: Callable[[str], None] = _silent) -> dict[str, Rows]:
     """Read a dataset's splits: `train`, `valid`, `test` in this order, then others under the names they have.
 
     `dataset`: a folder with {train,valid,test} as .csv .tsv .jsonl .parquet, as -*.tar shards or as folders; a folder
     that is one table, shards, or images with KEY.txt and KEY.json; one such file; a pattern `train-{000..009}.tar`,
     also as an address, whose files `download` brings; or a hub name OWNER/NAME, with several configurations
     OWNER/NAME:CONFIGURATION. A lone split, unless it is called valid or test, is called train: `divide` makes it three.
-    `ledger` is told of each sample that a shard has lost, as `read_index` tells it; every other row is kept, also
-    without image or title. Raises UserError.
+    `ledger` is told of each row that cannot be read (see data/ledger.py); every other row is kept, also without image
+    or title. `tell` hears what was not used or read otherwise than it is written. Raises UserError.
     """
+    account = Account(ledger, tell)
     path = Path(dataset).expanduser()
     try:
         if "://" in dataset:
             found = _in_splits(download(dataset))
         elif path.is_dir():
-            found = _find(path)
+            found = _find(path, columns, account)
         elif path.is_file():
             found = {"all": [path]}
+        elif path.exists():
+            raise NotAFile(path, "a pipe or a device")
         elif "{" in dataset or "*" in dataset:
             found = _in_splits(list(_expand(str(path))))
         elif re.fullmatch(r"[\w.-]*\w/[\w.-]+(:[\w.-]+)?", dataset) and path.suffix.lower() not in TABLES | {".tar"}:
             found = None
         else:
             raise UserError(f"{dataset}: there is no such file or folder, and a hub dataset's name is OWNER/NAME")
-        splits = _hub(dataset, columns) if found is None else _local(found, columns, ledger)
+        splits = _hub(dataset, columns, account) if found is None else _local(found, columns, account)
     except OSError as error:
         raise UserError(f"{error.filename or dataset}: {error.strerror or error}") from error
+    account.close(dataset)
     if len(splits) == 1 and not splits.keys() & {"valid", "test"}:
         return {WHOLE: replace(next(iter(splits.values())), name=WHOLE)}
     return dict(sorted(splits.items(), key=lambda item: (*ORDER, item[0]).index(item[0])))
 
 
-def _find(folder: Path) -> dict[str, list[Path]]:
+def _find(folder: Path, columns: Columns, account: Account) -> dict[str, list[Path]]:
     """The files of each split of a folder; a folder in their place stands for the images in it."""
     entries = _entries(folder)
     if found := _by_split(entries):
         return found
     folders = [entry for entry in entries if entry.name.lower() in SPLITS and entry.is_dir()]
     if folders:
-        return _one_kind((SPLITS[entry.name.lower()], entry.name, _unsplit(entry)) for entry in folders)
-    return {"all": _unsplit(folder)}
+        return _one_kind((SPLITS[entry.name.lower()], entry.name, _unsplit(entry, columns, account))
+                         for entry in folders)
+    return {"all": _unsplit(folder, columns, account)}
 
 
 def _entries(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
-def _unsplit(folder: Path) -> list[Path]:
-    """What a folder that names no splits consists of: shards, else one table, else images."""
-    shards = [file for file in _entries(folder) if file.suffix.lower() == ".tar"]
-    tables = [file for file in _entries(folder) if file.suffix.lower() in TABLES]
-    if len(tables) > 1 and not shards:
+def _unsplit(folder: Path, columns: Columns, account: Account) -> list[Path]:
+    """What a folder that names no splits consists of: shards, else one table, else images.
+
+    Images with sidecars come before tables that hold their addresses; what img2dataset wrote as parts is one table.
+    """
+    entries = _entries(folder)
+    shards = [file for file in entries if file.suffix.lower() == ".tar"]
+    tables = [file for file in entries if file.suffix.lower() in TABLES]
+    if shards:
+        img2dataset.report_failures(tables, account)
+        return shards
+    if tables and holds_titled_pictures(folder) and all(holds_addresses(file, columns) for file in tables):
+        account.note(f"{folder}: the images with sidecars are read, not the addresses in {tables[0].name}")
+        img2dataset.report_failures(tables, account)
+        return [folder]
+    if len(tables) > 1 and not all(img2dataset.PART.fullmatch(file.name) for file in tables):
         raise UserError(f"{folder}: which of {', '.join(file.name for file in tables[:5])}? Pass one of them or a "
                         "pattern, or call them train, valid and test")
-    return shards or tables or [folder]
+    return tables or [folder]
 
 
 def _by_split(entries: Sequence[Path]) -> dict[str, list[Path]]:
@@ -122,18 +147,19 @@ def _expand(pattern: str) -> Iterator[Path]:
         yield from map(Path, files)
 
 
-def _local(found: Mapping[str, Sequence[Path]], columns: Columns, ledger: Ledger | None) -> dict[str, Rows]:
+def _local(found: Mapping[str, Sequence[Path]], columns: Columns, account: Account) -> dict[str, Rows]:
     splits = {}
     for name, files in found.items():
+        account.begin(None if name == "all" else name)
         tables = []
         for file in files:
-            folder, table = file if file.is_dir() else file.parent, read_table(file, columns, ledger)
-            tables.append(clean(table, str(file), (os.path.abspath(folder), os.path.realpath(folder))))
-        splits[name] = join_tables(name, tables, str(files[0] if len(files) == 1 else files[0].parent))
+            folder, table = file if file.is_dir() else file.parent, read_table(file, columns, account)
+            tables.append(clean(table, str(file), (os.path.abspath(folder), os.path.realpath(folder)), account))
+        splits[name] = join_tables(name, tables, str(files[0] if len(files) == 1 else files[0].parent), account)
     return splits
 
 
-def _hub(name: str, columns: Columns) -> dict[str, Rows]:
+def _hub(name: str, columns: Columns, account: Account) -> dict[str, Rows]:
     """The splits of a hub dataset, images as uploaded. CSV and JSONL are read here: the library guesses their types."""
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -158,14 +184,17 @@ def _hub(name: str, columns: Columns) -> dict[str, Rows]:
     splits: dict[str, Rows] = {}
     for found in files if as_text else prepared:
         label = f"{name}, split {found}"
-        if as_text:
-            tables = [read(Path(file), columns) for file in files[found]]
-        else:
-            table = prepared[found].data.table  # mapped from disk; taken from here, images are never decoded
-            tables = [in_roles(table, pick(table.column_names, columns, label))]
         split = SPLITS.get(str(found).lower(), str(found))
         split = str(found) if split in splits else split
-        splits[split] = join_tables(split, [clean(table, label, folders, relative=False) for table in tables], label)
+        account.begin(split)
+        if as_text:
+            tables = [read(Path(file), columns, account) for file in files[found]]
+        else:
+            table = prepared[found].data.table  # mapped from disk; taken from here, images are never decoded
+            embedded = {field.name for field in table.schema if holds_bytes(field.type)}
+            tables = [in_roles(table, pick(table.column_names, columns, label, embedded))]
+        tables = [clean(table, label, folders, account, relative=False) for table in tables]
+        splits[split] = join_tables(split, tables, label, account)
     return splits
 
 

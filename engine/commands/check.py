@@ -7,6 +7,7 @@ import json
 from data.check.checks import check as look_over
 from data.check.findings import as_json, table
 from data.images.decode import ImageSpec
+from data.ledger import dropped_rows
 from engine.commands.common import divided, read_rows, reader
 from engine.config.fields import Config
 from engine.ranks.signals import Stop
@@ -22,5 +23,5 @@ def check(cfg: Config, world: World, stop: Stop) -> int:
     findings, usable = look_over(rows, look, world.say, lost)
     counts = {name: len(split) for name, split in rows.items()}
     print(json.dumps(as_json(findings, counts, usable), indent=2) if cfg.json
-          else table(findings, counts, usable, len(lost)))
+          else table(findings, counts, usable, dropped_rows(lost)))
     return int(cfg.strict and any(finding.severity == "error" for finding in findings))

@@ -40,7 +40,7 @@ def open_parts(cfg: Config, world: World) -> Parts:
 
 def read_rows(cfg: Config, tell: Callable[[str], None] = lambda text: None) -> tuple[
         dict[str, Rows], list[dict[str, Any]]]:
-    """The splits of --dataset, and ledger entries of what shards have lost; shards at an address are fetched first.
+    """The splits of --dataset, and ledger entries of what became no row; shards at an address are fetched first.
 
     A lone split is whole, under the name train; see `divided`.
     """
@@ -49,14 +49,14 @@ def read_rows(cfg: Config, tell: Callable[[str], None] = lambda text: None) -> t
 
     columns = Columns(cfg.image_column or None, cfg.title_column or None, cfg.negative_column or None)
     lost: list[dict[str, Any]] = []
-    return load_splits(cfg.dataset, columns, lost.append, download), lost
+    return load_splits(cfg.dataset, columns, lost.append, download, tell), lost
 
 
 def divided(cfg: Config, world: World, rows: Mapping[str, Rows], look: Reader, titles: Encoders | None = None,
             team: Team = ALONE) -> dict[str, Rows]:
     """The splits of `read_rows`, a lone one made three by content, which `look` reads; see `divide`."""
     cache = Path(cfg.cache_dir).expanduser()
-    splits = divide(rows, look, cache, cfg.seed, world.live, titles and titles.titles(cache), team)
+    splits = divide(rows, look, cache, cfg.seed, world.live, titles.titles(cache) if titles else None, team)
     if splits.keys() != rows.keys():
         sizes = ", ".join(f"{name} {len(split):,}" for name, split in splits.items())
         world.say(f"one split of {sum(map(len, rows.values())):,} rows, made three by --seed {cfg.seed}: {sizes}")
@@ -83,6 +83,8 @@ def open_data(cfg: Config, world: World, parts: Parts, only: str = "") -> Pairs:
     rows = divided(cfg, world, rows, look, towers, team)
     if wanted not in rows:
         raise UserError(f"--dataset {cfg.dataset} has no split {wanted!r}; it has {', '.join(rows)}")
+    if only:
+        lost = [entry for entry in lost if entry.get("split", only) == only]
     pairs = open_pairs({only: rows[only]} if only else rows, lost, look, towers, team,
                        Path(cfg.cache_dir).expanduser(), cfg.max_bad, cfg.mine_negatives, world.device, world.live)
     world.say(pairs.describe())

@@ -7,6 +7,7 @@ from pathlib import Path
 from data.batch import UserError
 from data.catalogue import refuse_if_too_bad
 from data.images.decode import ImageSpec
+from data.ledger import dropped_rows
 from data.shards.pack import pack
 from engine.commands.common import divided, read_rows, reader
 from engine.config.fields import Config
@@ -26,5 +27,5 @@ def shards(cfg: Config, world: World, stop: Stop) -> int:
     rows = divided(cfg, world, rows, look)
     ledger = lost + pack(rows, look, out, cfg.resize, world.say)
     folder.write_ledger(out / "ledger.jsonl", ledger)
-    refuse_if_too_bad(sum(map(len, rows.values())) + len(lost), ledger, cfg.max_bad)
+    refuse_if_too_bad(sum(map(len, rows.values())) + dropped_rows(lost), ledger, cfg.max_bad)
     return 0

@@ -198,7 +198,9 @@ def ledger(entries: Iterable[Mapping[str, Any]]) -> str:
     examples: dict[tuple[str, str], str] = {}
     for entry in entries:
         key = str(entry.get("split", "")), str(entry.get("reason", ""))
-        counts[key] += 1
+        if not entry.get("rows", 1):  # files that were not used
+            continue
+        counts[key] += entry.get("rows", 1)
         examples.setdefault(key, str(entry.get("image") or entry.get("title") or entry.get("detail") or ""))
     if not counts:
         return "<h3>Dropped rows</h3><p>None: every row was used.</p>"

@@ -1,0 +1,125 @@
+"""A folder of images with sidecars -> records: KEY.jpg, its title in KEY.txt, other fields in KEY.json."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from data.batch import BadSample
+from data.files import NotAFile, open_regular
+from data.ledger import Account
+from data.shards.samples import MAX_TEXT
+from data.sources.records import Record, parse_json
+
+PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
+SIDECARS = frozenset((".txt", ".json"))
+OTHER_DATA = frozenset((".csv", ".tsv", ".jsonl", ".parquet", ".tar"))
+
+
+def pictures(folder: Path, account: Account) -> Iterator[Record]:
+    """The images at any depth below `folder`, sorted, each with the fields of KEY.json and with KEY.txt as title.
+
+    A file of an unknown ending that has a title beside it is a row that cannot be used. What else looks like data and
+    is not used (a sidecar without an image, a linked folder) is passed over. Raises OSError.
+    """
+    row = 0
+    for here, names in _walk(folder, account):
+        sidecars, others = _by_stem(names)
+        for name in names:
+            stem, ending = os.path.splitext(name)
+            if ending.lower() not in PICTURES:
+                continue
+            path = os.path.abspath(os.path.join(here, name))
+            try:
+                yield Record(row, path, _fields(here, sidecars.get(stem, {}), path))
+            except BadSample as problem:
+                account.drop(str(folder), row, problem, path)
+            row += 1
+        for stem in sorted(sidecars.keys() - {os.path.splitext(name)[0] for name in names if is_picture(name)}):
+            if stem in others:
+                path = os.path.abspath(os.path.join(here, others[stem]))
+                problem = BadSample("unknown-ending", f"known are {' '.join(sorted(PICTURES))}")
+                account.drop(str(folder), row, problem, path)
+                row += 1
+            else:
+                for name in sidecars[stem].values():
+                    account.pass_over("sidecar-without-image", os.path.join(here, name))
+
+
+def is_picture(name: str) -> bool:
+    """Has a file an ending that pictures have?"""
+    return os.path.splitext(name)[1].lower() in PICTURES
+
+
+def holds_titled_pictures(folder: Path, most: int = 10_000) -> bool:
+    """Is there, among the first `most` files, a picture with a sidecar?"""
+    seen = 0
+    for _, names in _walk(folder, Account()):
+        sidecars, _ = _by_stem(names)
+        if any(is_picture(name) and os.path.splitext(name)[0] in sidecars for name in names):
+            return True
+        seen += len(names)
+        if seen > most:
+            break
+    return False
+
+
+def _walk(folder: Path, account: Account) -> Iterator[tuple[str, list[str]]]:
+    """Folders at any depth and their files, sorted, without hidden ones."""
+    def refuse(error: OSError) -> NoReturn:
+        raise error
+
+    for here, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in folders:
+            if os.path.islink(path := os.path.join(here, name)):  # the walk does not enter it
+                account.pass_over("linked-folder", path)
+        yield here, sorted(name for name in names if not name.startswith("."))
+
+
+def _by_stem(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """The sidecars of each stem by ending, and for each stem a file that is no data of a known kind."""
+    sidecars: dict[str, dict[str, str]] = defaultdict(dict)
+    others: dict[str, str] = {}
+    for name in names:
+        stem, ending = os.path.splitext(name)
+        if ending.lower() in SIDECARS:
+            sidecars[stem][ending.lower()] = name
+        elif ending.lower() not in PICTURES | OTHER_DATA:
+            others[stem] = name
+    return sidecars, others
+
+
+def _fields(here: str, files: Mapping[str, str], path: str) -> dict[str, Any]:
+    """The fields of one image. Raises BadSample."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise BadSample("bad-name", "the file's name is not UTF-8; rename it") from None
+    fields: dict[str, Any] = {}
+    if ".json" in files:
+        fields = parse_json(_content(os.path.join(here, files[".json"])), files[".json"])
+    if ".txt" in files:
+        text = _content(os.path.join(here, files[".txt"]))
+        try:
+            fields["title"] = text.decode("utf-8-sig").rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise BadSample("bad-title", f"{files['.txt']} is not UTF-8; save the file as UTF-8") from None
+    return fields | {"image": path}
+
+
+def _content(path: str) -> bytes:
+    """The bytes of a sidecar. Raises BadSample."""
+    try:
+        with open_regular(path) as file:
+            content = file.read(MAX_TEXT + 1)
+    except NotAFile as error:
+        raise BadSample("not-a-file", f"{path}: {error.strerror}") from None
+    except OSError as error:
+        raise BadSample("unreadable-file", f"{path}: {error.strerror}") from None
+    if len(content) > MAX_TEXT:
+        raise BadSample("too-large", f"{path}: more than {MAX_TEXT} bytes")
+    return content

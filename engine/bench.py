@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.batch import Batch, Features, Tokens
+from engine.clip.loading import Clip
 from engine.clip.model import Head, Parts, Streamed
-from engine.clip.towers import Clip
 from engine.config.cli import DEMO_MODEL
 from engine.config.fields import Config
 from engine.loss import Candidates, Objective

@@ -46,8 +46,9 @@ def test_other_libraries_give_the_same_embeddings(tuned: Path, pairs: Path) -> N
     from transformers import CLIPModel, CLIPProcessor
 
     from data.images.decode import ImageSpec, collate_tokens, decode_image, tokenize
+    from engine.clip.loading import load_clip
     from engine.clip.model import Head
-    from engine.clip.towers import Towers, load_clip
+    from engine.clip.towers import Towers
 
     folder, pictures = tuned / "model", sorted((pairs / "images").iterdir())[:8]
     clip = load_clip(str(folder))

@@ -21,7 +21,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from data.batch import UserError
-from engine.clip.towers import Clip
+from engine.clip.loading import Clip
 from engine.config.fields import Config, config_fields
 from engine.publish.card import write_card
 from engine.run_folder import checkpoint

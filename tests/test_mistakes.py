@@ -47,7 +47,7 @@ MISTAKES = {  # arguments -> what the answer has to name
     "model is a file": (["--model", "{pairs}/train.csv", "--dataset", "{pairs}"], "config.json"),
     "model folder without a model": (["--model", "{pairs}", "--dataset", "{pairs}"], "no config.json"),
     "model that is not CLIP": (["--model", "{mess}/bert", "--dataset", "{pairs}"], "thumbtune tunes CLIPModel"),
-    "damaged weights": (["--model", "{mess}/damaged", "--dataset", "{pairs}"], "model.safetensors: its weights are dama"),
+    "damaged weights": (["--model", "{mess}/damaged", "--dataset", "{pairs}"], "its weights are damaged"),
     "config and weights of two models": (["--model", "{mess}/mixed", "--dataset", "{pairs}"], "asks for 8x"),
     "offline": (["--model", "owner/name", "--dataset", "{pairs}"], "owner/name"),
     "nothing trains": ([*DATA, "--trainable", "projektion"], "projektion"),

@@ -231,8 +231,7 @@ def _load_processor(files: ModelFiles, config: CLIPConfig) -> Any:
     """The CLIPProcessor, after its two halves have been compared with the config."""
     from transformers import CLIPProcessor
 
-    tables = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
-    present = {name for name in tables if files.path(name)}
+    tables = _tokenizer_files(files)
     settings = files.config("processor_config.json").get("image_processor")
     source = "processor_config.json" if settings else "preprocessor_config.json"
     settings = settings or files.config(source)
@@ -242,12 +241,12 @@ def _load_processor(files: ModelFiles, config: CLIPConfig) -> Any:
     try:
         processor = CLIPProcessor.from_pretrained(files.source, **files.where, trust_remote_code=False)
     except Exception:
-        for name in present - {"merges.txt"}:
+        for name in tables:
             files.read(name)  # raises UserError where the file is the reason
         raise
     _check_images(files, source, settings, processor.image_processor, config)
-    _check_tokenizer_files(files, processor.tokenizer)
     _check_tokenizer(files, processor.tokenizer, config.text_config)
+    _set_lengths(processor.tokenizer, config.text_config.max_position_embeddings)
     return processor
 
 
@@ -265,22 +264,22 @@ def _check_images(files: ModelFiles, source: str, settings: Mapping[str, Any], i
                      f"{side}; copy both from the same model")
 
 
-def _check_tokenizer_files(files: ModelFiles, tokenizer: Any) -> None:
-    """Refuse a tokenizer that transformers has made of nothing."""
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        files.refuse(f"tokenizer_config.json names {type(tokenizer).__name__}, which has no fast version; give a model "
-                     "with a tokenizer.json")
-    if files.path("tokenizer.json"):
-        return
-    needed = sorted(set(tokenizer.vocab_files_names.values()) - {"tokenizer.json"})
-    missing = [name for name in needed if not files.path(name)]
-    if missing or not needed:
-        lacking = " and no ".join(["tokenizer.json", *missing])
-        files.refuse(f"the tokenizer is missing: there is no {lacking}; copy the tokenizer files from the base model")
+def _tokenizer_files(files: ModelFiles) -> list[str]:
+    """The JSON files that hold the tokenizer. Refused where there are none: transformers would make an empty one."""
+    present = [name for name in ("tokenizer.json", "vocab.json", "merges.txt") if files.path(name)]
+    if "tokenizer.json" not in present and len(present) < 2:
+        missing = [name for name in ("vocab.json", "merges.txt") if name not in present]
+        files.refuse(f"the tokenizer is missing: there is no tokenizer.json and no {' or '.join(missing)}; copy the "
+                     "tokenizer files from the base model")
+    extra = [name for name in ("special_tokens_map.json", "added_tokens.json") if files.path(name)]
+    return [name for name in present + extra if name != "merges.txt"]
 
 
 def _check_tokenizer(files: ModelFiles, tokenizer: Any, text: Any) -> None:
     """Compare the tokenizer with the text tower: its ids have embeddings, and a title ends where the tower pools."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        files.refuse(f"tokenizer_config.json names {type(tokenizer).__name__}, which has no fast version; give a model "
+                     "with a tokenizer.json")
     eos, bos, known = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.get_vocab()
     highest = max(known, key=known.__getitem__)
     if not isinstance(text.eos_token_id, int):
@@ -305,9 +304,16 @@ def _check_tokenizer(files: ModelFiles, tokenizer: Any, text: Any) -> None:
     if title[0] != bos or title[-1] != eos or len(title) < 3:
         files.refuse(f"the tokenizer turns 'a title' into {title}, which does not begin with {bos} and end with {eos}; "
                      "copy tokenizer.json and tokenizer_config.json from the base model")
-    # What an export writes, so that other libraries cut and pad titles as they are cut and padded here.
-    tokenizer.model_max_length = text.max_position_embeddings
+
+
+def _set_lengths(tokenizer: Any, max_tokens: int) -> None:
+    """Make other libraries cut and pad titles as `tokenize` does, once an export has written the tokenizer."""
+    tokenizer.model_max_length = max_tokens
     tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    for key in ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of"):  # of a stored truncation
+        tokenizer.init_kwargs.pop(key, None)
 
 
 def _load_model(files: ModelFiles, config: CLIPConfig) -> CLIPModel:

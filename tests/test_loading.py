@@ -321,6 +321,18 @@ def without_metadata(folder: Path) -> None:
     save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors")
 
 
+def as_sentence_transformers(folder: Path) -> None:
+    """The layout of sentence-transformers/clip-ViT-L-14, which cuts titles at a length of its own."""
+    inner = folder / "0_CLIPModel"
+    inner.mkdir()
+    for file in [path for path in folder.iterdir() if path.is_file()]:
+        file.rename(inner / file.name)
+    edit("tokenizer_config.json", model_max_length=...)(inner)
+    write("sentence_bert_config.json", '{"max_seq_length": 16}')(folder)
+    module = {"idx": 0, "name": "0", "path": "0_CLIPModel", "type": "sentence_transformers.models.CLIPModel"}
+    write("modules.json", json.dumps([module]))(folder)
+
+
 # What a folder may lack or have else, and is the same model all the same.
 WHOLE: dict[str, Surgery] = {
     "as saved": lambda folder: None,
@@ -337,6 +349,7 @@ WHOLE: dict[str, Surgery] = {
     "vocab.json and merges.txt only": with_vocabulary_files,
     "old preprocessor_config.json": with_old_preprocessor,
     "all files of 2021": both(as_bin(), with_vocabulary_files, with_old_preprocessor),
+    "a sentence-transformers folder": as_sentence_transformers,
     "EOS of 2021": edit("config.json", text_config__eos_token_id=2, text_config__bos_token_id=0),
     "pad token is another one": edit("tokenizer_config.json", pad_token="!"),
     "no tokenizer class": edit("tokenizer_config.json", tokenizer_class=...),

@@ -314,6 +314,18 @@ def naive_groups(*codes: list[int]) -> list[int]:
     return group
 
 
+def test_a_dataset_repository_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loading script is refused, not run, and nobody is asked on the terminal whether it may."""
+    from data.sources.source import _hub
+
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nimport datasets\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
+    with pytest.raises(UserError, match=r"scripts are no longer supported, but found evil\.py"):
+        _hub(str(tmp_path / "evil"), Columns())
+    assert not (tmp_path / "ran").exists()
+
+
 def test_groups_equal_a_naive_flood() -> None:
     for seed in range(30):
         rng = random.Random(seed)

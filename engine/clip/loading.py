@@ -130,17 +130,16 @@ class ModelFiles:
 
     def _subfolder(self) -> str:
         """Where a sentence-transformers folder keeps its CLIPModel; '' for a plain one."""
-        modules = self.read("modules.json") or []
+        modules = self.read("modules.json")
+        if not modules:
+            return ""
         try:
-            kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
-            if "CLIPModel" not in kinds:
-                return ""
-            folder = str(modules[kinds.index("CLIPModel")]["path"])
+            folder, kinds = str(modules[0]["path"]), [str(module["type"]).rpartition(".")[2] for module in modules]
         except (KeyError, TypeError):
             self.refuse("modules.json is no list of sentence-transformers modules; copy it again")
-        if others := set(kinds) - {"CLIPModel", "Normalize"}:
-            self.refuse(f"modules.json puts {', '.join(sorted(others))} beside the CLIPModel, which thumbtune would "
-                        "leave out; give a plain CLIPModel")
+        if kinds[0] not in ("CLIPModel", "Transformer") or set(kinds[1:]) - {"Normalize"}:
+            self.refuse(f"modules.json lists {', '.join(kinds)}, of which thumbtune would run a CLIPModel alone; give a "
+                        "plain CLIPModel")
         if not re.fullmatch(r"[\w-][\w.-]*|", folder):
             self.refuse(f"modules.json looks for its CLIPModel in {folder!r}; it has to be a folder beside it")
         return folder

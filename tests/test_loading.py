@@ -48,7 +48,10 @@ def cut(name: str, share: float = 0.6) -> Surgery:
 
 
 def remove(*names: str) -> Surgery:
-    return lambda folder: [(folder / name).unlink() for name in names]
+    def unlink(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+    return unlink
 
 
 def weights(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Surgery:

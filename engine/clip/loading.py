@@ -138,8 +138,8 @@ class ModelFiles:
         except (KeyError, TypeError):
             self.refuse("modules.json is no list of sentence-transformers modules; copy it again")
         if kinds[0] not in ("CLIPModel", "Transformer") or set(kinds[1:]) - {"Normalize"}:
-            self.refuse(f"modules.json lists {', '.join(kinds)}, of which thumbtune would run a CLIPModel alone; give a "
-                        "plain CLIPModel")
+            self.refuse(f"modules.json lists {', '.join(kinds)}, of which thumbtune would run a CLIPModel alone; give "
+                        "a plain CLIPModel")
         if not re.fullmatch(r"[\w-][\w.-]*|", folder):
             self.refuse(f"modules.json looks for its CLIPModel in {folder!r}; it has to be a folder beside it")
         return folder
@@ -244,8 +244,9 @@ def _load_processor(files: ModelFiles, config: CLIPConfig) -> Any:
             files.read(name)  # raises UserError where the file is the reason
         raise
     _check_images(files, source, settings, processor.image_processor, config)
-    _check_tokenizer(files, processor.tokenizer, config.text_config)
-    _set_lengths(processor.tokenizer, config.text_config.max_position_embeddings)
+    text: Any = config.text_config  # declared as a dictionary or None as well, which it is before __post_init__ alone
+    _check_tokenizer(files, processor.tokenizer, text)
+    _set_lengths(processor.tokenizer, text.max_position_embeddings)
     return processor
 
 
@@ -257,7 +258,8 @@ def _check_images(files: ModelFiles, source: str, settings: Mapping[str, Any], i
             values = settings.get(key)
             if not isinstance(values, list) or len(values) != 3 or (key == "image_std" and min(values) <= 0):
                 files.refuse(f"{source} has {key}={values}; write the three values the model was trained with")
-    crop, side = ImageSpec.from_processor(image_processor).crop, config.vision_config.image_size
+    vision: Any = config.vision_config
+    crop, side = ImageSpec.from_processor(image_processor).crop, vision.image_size
     if list(crop) != (side if isinstance(side, list) else [side, side]):
         files.refuse(f"{source} crops to {crop[0]}x{crop[1]} pixels where vision_config.image_size in config.json is "
                      f"{side}; copy both from the same model")
@@ -323,13 +325,15 @@ def _load_model(files: ModelFiles, config: CLIPConfig) -> CLIPModel:
     from transformers import CLIPModel
 
     weights = _check_weight_files(files) if files.is_local else "the checkpoint"
+    loaded: Any  # declared as the model alone, without the report that output_loading_info adds
     try:
-        model, report = CLIPModel.from_pretrained(files.source, **files.where, config=config, dtype=torch.float32,
-                                                  trust_remote_code=False, output_loading_info=True,
-                                                  ignore_mismatched_sizes=True)
+        loaded = CLIPModel.from_pretrained(files.source, **files.where, config=config, dtype=torch.float32,
+                                           trust_remote_code=False, output_loading_info=True,
+                                           ignore_mismatched_sizes=True)
     except (UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
         raise UserError(f"--model {files.name}: {weights}: its weights are damaged, or hold code, which is never run; "
                         "give them as safetensors") from error
+    model, report = loaded
     for name, found, wanted in sorted(report["mismatched_keys"]):
         files.refuse(f"{weights} has {name} as {_shape(found)}, but config.json asks for {_shape(wanted)}; copy both "
                      "from the same model")

@@ -21,7 +21,6 @@ from engine.clip.loading import Clip, load_clip
 from engine.clip.towers import Towers, describe_trainable, freeze, pick_mode, pick_precision
 
 PROBE_TITLES = ("a red bicycle in the rain", "how to bake bread at home")
-PROBE_PATCHES = 16
 SAME = 16 * torch.finfo(torch.float32).eps  # what rounding leaves between the entries of two equal unit vectors
 MAX_SCALE = 100.0  # CLIP clamps its learned inverse temperature here (Radford et al. 2021, section 2.5)
 
@@ -191,17 +190,15 @@ def take_apart(clip: Clip, trainable: Sequence[str], mode: str, scale: float, pr
 
 
 def refuse_collapse(parts: Parts, device: torch.device) -> None:
-    """Embed two titles and two drawn pictures in fp32; UserError where both embeddings of a kind are equal, or NaN.
-
-    Of a picture only the first patches are looked at: on a CPU whole ones would cost a ViT-L/14 seconds in every run.
-    """
+    """Embed two titles and two drawn pictures in fp32; UserError where both embeddings of a kind are equal, or NaN."""
     clip, side = parts.clip, ImageSpec.from_processor(parts.clip.image_processor).crop
     ramp_HW = torch.linspace(0, 255, side[0]).byte()[:, None].expand(side)
     pixels_BCSS = torch.stack([ramp_HW, ramp_HW.flip(0)])[:, None].expand(2, 3, *side).contiguous()
     tokens = collate_tokens(tokenize(clip.tokenizer, PROBE_TITLES, clip.max_tokens), clip.tokenizer.pad_token_id)
+    tokens = map_tensors(tokens, lambda part: part.to(device))
     with torch.no_grad():
-        titles_BE = parts.head.text(parts.towers.text(map_tensors(tokens, lambda part: part.to(device))))
-        pictures_BE = parts.head.image(parts.towers.image(pixels_BCSS.to(device), PROBE_PATCHES))
+        image_BV, text_BT = parts.towers.probe(pixels_BCSS.to(device), tokens)
+        pictures_BE, titles_BE = parts.head.image(image_BV), parts.head.text(text_BT)
     for kind, embeddings_BE in (("titles", titles_BE), ("pictures", pictures_BE)):
         apart = float((embeddings_BE[0] - embeddings_BE[1]).abs().max())
         if not apart > SAME:  # NaN is not

@@ -22,6 +22,7 @@ from engine.clip.pooled import can_pool, pool_images, pool_texts
 if TYPE_CHECKING:
     from transformers import CLIPModel
 
+PROBE_PATCHES = 16
 HEAD = ("visual_projection.", "text_projection.", "logit_scale")
 
 
@@ -85,10 +86,20 @@ class Towers(nn.Module):
         self.register_buffer("gain_C11", (rescale / std)[:, None, None], persistent=False)
         self.register_buffer("shift_C11", (-mean / std)[:, None, None], persistent=False)
 
-    def image(self, pixels_BCSS: Tensor, patches: int | None = None) -> Tensor:
-        """uint8 pixels [B, 3, S, S] -> image features [B, V], fp32; cheaper and rougher where only `patches` count."""
+    def image(self, pixels_BCSS: Tensor) -> Tensor:
+        """uint8 pixels [B, 3, S, S] -> image features [B, V], fp32."""
         if not len(pixels_BCSS):
             return self.gain_C11.new_zeros(0, self.vision_model.config.hidden_size)
+        return self._image(pixels_BCSS)
+
+    def probe(self, pixels_BCSS: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Features of a few inputs, for a check of the model; of a picture the first PROBE_PATCHES alone count.
+
+        On a CPU whole pictures would cost a ViT-L/14 seconds in every run.
+        """
+        return self._image(pixels_BCSS, PROBE_PATCHES), self._text(tokens)
+
+    def _image(self, pixels_BCSS: Tensor, patches: int | None = None) -> Tensor:
         normalised = torch.addcmul(self.shift_C11, pixels_BCSS.float(), self.gain_C11)
         if self.pools and not torch.is_grad_enabled():
             return pool_images(self.vision_model, normalised, patches).float()
@@ -98,6 +109,9 @@ class Towers(nn.Module):
         """Tokens [B, L] -> text features [B, T], fp32: the hidden state at the first EOS."""
         if not len(tokens.ids_BL):
             return self.gain_C11.new_zeros(0, self.text_model.config.hidden_size)
+        return self._text(tokens)
+
+    def _text(self, tokens: Tokens) -> Tensor:
         if self.pools and not torch.is_grad_enabled():
             return pool_texts(self.text_model, tokens).float()
         # Without the mask: attention is causal, so no padding reaches the EOS before it; but transformers asks a mask

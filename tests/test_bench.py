@@ -12,7 +12,8 @@ from bench.inputs import image_flops, random_clip
 from stand_in import GPU, stand_in
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.clip.towers import Towers, load_clip
+from engine.clip.loading import load_clip
+from engine.clip.towers import Towers
 
 
 def test_figures_know_whether_they_reach_their_goal(tmp_path: Path) -> None:

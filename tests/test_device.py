@@ -24,8 +24,8 @@ from data.sources.folds import folds, join
 from data.store.features import FeatureStore
 from data.store.resident import Mapped, Resident
 from engine import train
+from engine.clip.loading import load_clip
 from engine.clip.model import take_apart
-from engine.clip.towers import load_clip
 from engine.commands import train as train_command
 from engine.config.cli import parse
 from engine.loss import Objective

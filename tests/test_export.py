@@ -16,6 +16,7 @@ from hub import Hub
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from data.batch import UserError
 from engine.publish.card import HERE, write_card
 from engine.publish.export import ALONE, Origin, read_tuned
 
@@ -46,8 +47,9 @@ def test_other_libraries_give_the_same_embeddings(tuned: Path, pairs: Path) -> N
     from transformers import CLIPModel, CLIPProcessor
 
     from data.images.decode import ImageSpec, collate_tokens, decode_image, tokenize
+    from engine.clip.loading import load_clip
     from engine.clip.model import Head
-    from engine.clip.towers import Towers, load_clip
+    from engine.clip.towers import Towers
 
     folder, pictures = tuned / "model", sorted((pairs / "images").iterdir())[:8]
     clip = load_clip(str(folder))
@@ -128,6 +130,18 @@ def test_half_precision_is_half_the_size_and_nearly_the_same(tuned: Path, tmp_pa
         torch.testing.assert_close(value.float(), full[name].float(), atol=1e-3, rtol=1e-3)
     assert all(torch.equal(value, load_file(tuned / "model" / ALONE)[name])
                for name, value in load_file(tmp_path / "half" / ALONE).items())
+
+
+def test_weights_that_overflow_fp16_are_not_exported_as_fp16(tiny_model: Path, tmp_path: Path) -> None:
+    from engine.clip.loading import load_clip
+    from engine.publish.export import Tuned, export
+
+    clip = load_clip(str(tiny_model))
+    clip.model.text_projection.weight.data[0, 0] = 1e5
+    tuned = Tuned({"text_projection.weight": clip.model.text_projection.weight}, Origin("base", "", "", "pairs"))
+    with pytest.raises(UserError, match="--dtype fp16 cannot hold text_projection.weight; use --dtype bf16"):
+        export(clip, tmp_path / "out", tuned, "", dtype="fp16")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["o'brien: \"x\" #1\n---\n", "../a/--- b", "owner/name", "日本 \x07🎬", "`rm`",

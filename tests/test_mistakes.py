@@ -45,10 +45,10 @@ MISTAKES = {  # arguments -> what the answer has to name
     # the model
     "no such model": (["--model", "./nowhere", "--dataset", "{pairs}"], "nowhere"),
     "model is a file": (["--model", "{pairs}/train.csv", "--dataset", "{pairs}"], "config.json"),
-    "model folder without a model": (["--model", "{pairs}", "--dataset", "{pairs}"], "does not load"),
+    "model folder without a model": (["--model", "{pairs}", "--dataset", "{pairs}"], "no config.json"),
     "model that is not CLIP": (["--model", "{mess}/bert", "--dataset", "{pairs}"], "thumbtune tunes CLIPModel"),
     "damaged weights": (["--model", "{mess}/damaged", "--dataset", "{pairs}"], "its weights are damaged"),
-    "config and weights of two models": (["--model", "{mess}/mixed", "--dataset", "{pairs}"], "does not load"),
+    "config and weights of two models": (["--model", "{mess}/mixed", "--dataset", "{pairs}"], "asks for 8x"),
     "offline": (["--model", "owner/name", "--dataset", "{pairs}"], "owner/name"),
     "nothing trains": ([*DATA, "--trainable", "projektion"], "projektion"),
     "cached cannot": ([*DATA, "--trainable", "all", "--mode", "cached"], "--mode streaming"),
@@ -142,7 +142,7 @@ def mess(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """projections.safetensors of a base that is not there any more."""
-    from engine.clip.towers import load_clip
+    from engine.clip.loading import load_clip
     from engine.publish.export import Origin, Tuned, export
 
     folder = tmp_path_factory.mktemp("alone")

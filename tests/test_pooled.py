@@ -13,7 +13,8 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from data.batch import Tokens
 from data.images.decode import collate_tokens
-from engine.clip.towers import Clip, Towers
+from engine.clip.loading import Clip
+from engine.clip.towers import Towers
 
 PROCESSOR = SimpleNamespace(image_processor=SimpleNamespace(
     do_normalize=True, image_mean=[0.5, 0.4, 0.4], image_std=[0.3] * 3, do_rescale=True, rescale_factor=1 / 255))

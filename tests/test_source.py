@@ -19,6 +19,7 @@ from helpers import full
 from PIL import Image
 
 from data.batch import UserError
+from data.ledger import Account
 from data.sources import csv_tables, records
 from data.sources.source import Columns, Rows, load_splits
 
@@ -418,6 +419,18 @@ def test_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *named: 1 / 0)
     with pytest.raises(UserError, match="owner/name cannot be loaded"):
         load_splits("owner/name")
+
+
+def test_a_dataset_repository_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loading script is refused, not run, and nobody is asked on the terminal whether it may."""
+    from data.sources.source import _hub
+
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nimport datasets\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
+    with pytest.raises(UserError, match=r"scripts are no longer supported, but found evil\.py"):
+        _hub(str(tmp_path / "evil"), Columns(), Account(print, print))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_take_and_fingerprint_are_blind_to_chunks() -> None:

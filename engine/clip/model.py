@@ -16,8 +16,12 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from data.batch import Batch, Features, UserError, map_tensors
-from engine.clip.towers import Clip, Towers, describe_trainable, freeze, load_clip, pick_mode, pick_precision
+from data.images.decode import ImageSpec, collate_tokens, tokenize
+from engine.clip.loading import Clip, load_clip
+from engine.clip.towers import Towers, describe_trainable, freeze, pick_mode, pick_precision
 
+PROBE_TITLES = ("a red bicycle in the rain", "how to bake bread at home")
+SAME = 16 * torch.finfo(torch.float32).eps  # what rounding leaves between the entries of two equal unit vectors
 MAX_SCALE = 100.0  # CLIP clamps its learned inverse temperature here (Radford et al. 2021, section 2.5)
 
 
@@ -168,6 +172,7 @@ def open_model(name: str, trainable: Sequence[str], mode: str, scale: float, pre
     `augment` streams, as images differ in every epoch; `recompute` checkpoints the layers of the towers.
     """
     parts = take_apart(load_clip(name), trainable, mode, scale, precision, device)
+    refuse_collapse(parts, device)
     if augment and mode == "cached":
         raise UserError("--augment shows other pixels in every epoch, --mode cached the same; leave one out")
     if recompute:
@@ -182,6 +187,24 @@ def take_apart(clip: Clip, trainable: Sequence[str], mode: str, scale: float, pr
     cached = pick_mode(mode, tuned)
     return Parts(clip, Towers(clip).to(device), Head(clip, scale).to(device), tuned, cached, cached,
                  pick_precision(precision, device))
+
+
+def refuse_collapse(parts: Parts, device: torch.device) -> None:
+    """Embed two titles and two drawn pictures in fp32; UserError where both embeddings of a kind are equal, or NaN."""
+    clip, side = parts.clip, ImageSpec.from_processor(parts.clip.image_processor).crop
+    ramp_HW = torch.linspace(0, 255, side[0]).byte()[:, None].expand(side)
+    pixels_BCSS = torch.stack([ramp_HW, ramp_HW.flip(0)])[:, None].expand(2, 3, *side).contiguous()
+    tokens = collate_tokens(tokenize(clip.tokenizer, PROBE_TITLES, clip.max_tokens), clip.tokenizer.pad_token_id)
+    tokens = map_tensors(tokens, lambda part: part.to(device))
+    with torch.no_grad():
+        image_BV, text_BT = parts.towers.probe(pixels_BCSS.to(device), tokens)
+        pictures_BE, titles_BE = parts.head.image(image_BV), parts.head.text(text_BT)
+    for kind, embeddings_BE in (("titles", titles_BE), ("pictures", pictures_BE)):
+        apart = float((embeddings_BE[0] - embeddings_BE[1]).abs().max())
+        if not apart > SAME:  # NaN is not
+            problem = "as NaN" if apart != apart else "alike"
+            raise UserError(f"--model {clip.name} embeds all {kind} {problem}: its weights are damaged or its training "
+                            "has collapsed; give another checkpoint")
 
 
 def distribute(model: nn.Module, size: int) -> nn.Module:

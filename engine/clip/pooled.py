@@ -30,9 +30,10 @@ def can_pool(tower: Any) -> bool:
         (type(layer), type(layer.self_attn), type(layer.mlp)) == known for layer in tower.encoder.layers)
 
 
-def pool_images(tower: Any, pixels_BCSS: Tensor) -> Tensor:
-    """Normalised pixels -> pooled [B, E] of a CLIP vision tower: the class token."""
-    hidden_BLE = tower.pre_layrnorm(tower.embeddings(pixels_BCSS))
+def pool_images(tower: Any, pixels_BCSS: Tensor, patches: int | None = None) -> Tensor:
+    """Normalised pixels -> pooled [B, E] of a CLIP vision tower: the class token, which sees the first `patches`."""
+    tokens = None if patches is None else 1 + patches
+    hidden_BLE = tower.pre_layrnorm(tower.embeddings(pixels_BCSS)[:, :tokens])
     count, length, width = hidden_BLE.shape
     first_B = torch.arange(count, device=hidden_BLE.device) * length
     return tower.post_layernorm(_encode(tower, hidden_BLE.reshape(-1, width), [(count, length)], first_B, False))

@@ -1,4 +1,4 @@
-"""The frozen side: load a CLIPModel, freeze by name, find the frozen cut, and run the towers.
+"""The frozen side: freeze a CLIPModel by name, find the frozen cut, and run the towers.
 
 Dimension key: B batch, V/T image/text feature width, L tokens, C colour channels, S image side.
 """
@@ -6,116 +6,24 @@ Dimension key: B batch, V/T image/text feature width, L tokens, C colour channel
 from __future__ import annotations
 
 import hashlib
-import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
-from pathlib import Path
-from pickle import UnpicklingError
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.batch import Batch, Features, Tokens, UserError
 from engine.clip.encoder import use_quick_gelu
+from engine.clip.loading import Clip
 from engine.clip.pooled import can_pool, pool_images, pool_texts
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
 
+PROBE_PATCHES = 16
 HEAD = ("visual_projection.", "text_projection.", "logit_scale")
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A loaded CLIPModel in fp32 with its own preprocessing."""
-
-    name: str
-    model: CLIPModel
-    processor: Any
-    commit: str | None
-
-    @cached_property
-    def digests(self) -> Mapping[str, str]:
-        """BLAKE2b of every tensor as it was loaded, by name; read once, as gigabytes take seconds."""
-        def digest(tensor: Tensor) -> str:
-            plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            return hashlib.blake2b(plain, digest_size=32, person=str(tuple(tensor.shape)).encode()[:16]).hexdigest()
-        return {name: digest(tensor) for name, tensor in self.model.state_dict().items()}
-
-    @property
-    def image_processor(self) -> Any:
-        """The processor's image half."""
-        return self.processor.image_processor
-
-    @property
-    def tokenizer(self) -> Any:
-        """The processor's title half."""
-        return self.processor.tokenizer
-
-    @property
-    def max_tokens(self) -> int:
-        """The longest title the text tower has positions for, special tokens included."""
-        return int(self.config.text_config.max_position_embeddings)
-
-    @property
-    def config(self) -> Any:
-        """The CLIPModel's config, with its vision_config and text_config."""
-        return self.model.config
-
-
-def load_clip(name: str, commit: str | None = None) -> Clip:
-    """Load a plain CLIPModel or a sentence-transformers folder, by hub name (at `commit`) or path, in fp32.
-
-    Raises UserError when there is no such model, or when it is something other than a CLIPModel.
-    """
-    from transformers import AutoConfig, CLIPModel, CLIPProcessor
-    from transformers.utils import cached_file, logging
-
-    logging.disable_progress_bar()  # a bar a rank would cross the run's own lines
-
-    path = Path(name).expanduser()
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--model {name} is a file; give the folder that holds config.json")
-    source = str(path) if path.is_dir() else name
-    where: Any = {"subfolder": _subfolder(source, commit), "revision": commit}
-    try:
-        config = AutoConfig.from_pretrained(source, **where)
-        if config.model_type != "clip":
-            raise UserError(f"--model {name} is a {config.model_type!r} model; thumbtune tunes CLIPModel checkpoints")
-        model = CLIPModel.from_pretrained(source, **where, dtype=torch.float32)
-        processor = CLIPProcessor.from_pretrained(source, **where)
-    except (UnpicklingError, SafetensorError) as error:
-        raise UserError(f"--model {name}: its weights are damaged, or hold code, which is never run; give them as "
-                        "safetensors") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:  # damaged, or of another size
-        raise UserError(_load_failure(name, error)) from error
-    found = re.search(r"/snapshots/([0-9a-f]{40})/", str(cached_file(source, "config.json", **where)))
-    return Clip(name, model.eval(), processor, found[1] if found else None)
-
-
-def _subfolder(source: str, commit: str | None) -> str:
-    """Where a sentence-transformers folder keeps its CLIPModel; '' for a plain one."""
-    from transformers.utils import cached_file
-
-    try:
-        listing = cached_file(source, "modules.json", revision=commit, _raise_exceptions_for_missing_entries=False)
-        modules = json.loads(Path(listing).read_text(encoding="utf-8")) if listing else []
-        return next((m["path"] for m in modules if str(m["type"]).endswith("CLIPModel")), "")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(_load_failure(source, error)) from error
-
-
-def _load_failure(name: str, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if Path(name).expanduser().is_dir():
-        return f"--model {name} does not load as a CLIPModel folder: {first}"
-    return (f"--model {name}: no such folder, and the hub did not give it ({first}); check the name and the network, "
-            "or `hf auth login` for a private model")
 
 
 def freeze(model: CLIPModel, trainable: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -182,15 +90,28 @@ class Towers(nn.Module):
         """uint8 pixels [B, 3, S, S] -> image features [B, V], fp32."""
         if not len(pixels_BCSS):
             return self.gain_C11.new_zeros(0, self.vision_model.config.hidden_size)
+        return self._image(pixels_BCSS)
+
+    def probe(self, pixels_BCSS: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Features of a few inputs, for a check of the model; of a picture the first PROBE_PATCHES alone count.
+
+        On a CPU whole pictures would cost a ViT-L/14 seconds in every run.
+        """
+        return self._image(pixels_BCSS, PROBE_PATCHES), self._text(tokens)
+
+    def _image(self, pixels_BCSS: Tensor, patches: int | None = None) -> Tensor:
         normalised = torch.addcmul(self.shift_C11, pixels_BCSS.float(), self.gain_C11)
         if self.pools and not torch.is_grad_enabled():
-            return pool_images(self.vision_model, normalised).float()
+            return pool_images(self.vision_model, normalised, patches).float()
         return self.vision_model(pixel_values=normalised).pooler_output.float()
 
     def text(self, tokens: Tokens) -> Tensor:
         """Tokens [B, L] -> text features [B, T], fp32: the hidden state at the first EOS."""
         if not len(tokens.ids_BL):
             return self.gain_C11.new_zeros(0, self.text_model.config.hidden_size)
+        return self._text(tokens)
+
+    def _text(self, tokens: Tokens) -> Tensor:
         if self.pools and not torch.is_grad_enabled():
             return pool_texts(self.text_model, tokens).float()
         # Without the mask: attention is causal, so no padding reaches the EOS before it; but transformers asks a mask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,18 @@ def open_parts(cfg: Config, world: World) -> Parts:
                        cfg.gradient_checkpointing)
     world.say(parts.describe())
     return parts
+
+
+def open_run_and_parts(cfg: Config, world: World) -> tuple[Path, bool, Parts]:
+    """The run folder, whether it holds a run to go on with, and the model; a refused model leaves no new folder."""
+    out, begun = open_run(cfg, world)
+    try:
+        return out, begun, open_parts(cfg, world)
+    except UserError:
+        if world.is_main:
+            with suppress(OSError):  # it holds something, so it is not new
+                out.rmdir()
+        raise
 
 
 def read_rows(cfg: Config, tell: Callable[[str], None] = lambda text: None) -> tuple[

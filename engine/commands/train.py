@@ -18,7 +18,7 @@ from data.pairs import Pairs, data_of
 from data.prefetch import order_digest, slices
 from data.store.resident import Resident
 from engine.clip.model import Parts, distribute
-from engine.commands.common import measure, open_data, open_parts, open_run, with_probe
+from engine.commands.common import measure, open_data, open_run_and_parts, with_probe
 from engine.config.cli import FREE_ON_RESUME
 from engine.config.fields import Config, as_dict
 from engine.config.recipes import fitted
@@ -43,7 +43,7 @@ from eval.retrieval import differences, embed
 
 def train(cfg: Config, world: World, stop: Stop) -> int:
     """Base metrics, the loop, tuned metrics, the exported model."""
-    (out, begun), parts = open_run(cfg, world), open_parts(cfg, world)
+    out, begun, parts = open_run_and_parts(cfg, world)
     trained = parts.trained_model(cfg.micro_batch)
     pairs = with_probe(cfg, world, parts, open_data(cfg, world, parts))
     cfg = fitted(cfg, len(pairs.splits["train"]))

@@ -21,7 +21,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from data.batch import UserError
-from engine.clip.towers import Clip
+from engine.clip.loading import Clip, non_finite
 from engine.config.fields import Config, config_fields
 from engine.publish.card import write_card
 from engine.run_folder import checkpoint
@@ -80,7 +80,7 @@ def frozen_digest(clip: Clip, trained: Collection[str]) -> str:
 def export(clip: Clip, folder: Path, tuned: Tuned, table: str, licence: str = "other", dtype: str = "fp32") -> None:
     """Write model, processor, card, and the trained tensors alone; the folder is replaced whole or not at all.
 
-    `dtype` is how the model's weights are stored; the tensors alone stay fp32.
+    `dtype` is how the model's weights are stored; the tensors alone stay fp32. Raises UserError where it overflows.
     """
     temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -89,6 +89,8 @@ def export(clip: Clip, folder: Path, tuned: Tuned, table: str, licence: str = "o
         save_file({name: value.detach().cpu().float().contiguous() for name, value in tuned.tensors.items()},
                   temporary / ALONE, metadata={"thumbtune": json.dumps(asdict(tuned.origin))})
         nn.Module.to(clip.model, DTYPES[dtype])
+        if overflown := non_finite(clip.model):
+            raise UserError(f"--dtype {dtype} cannot hold {overflown}; use --dtype bf16 or fp32")
         clip.model.save_pretrained(temporary)
         clip.processor.save_pretrained(temporary)
         write_card(temporary / "README.md", asdict(tuned.origin), table, licence)

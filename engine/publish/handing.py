@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from data.batch import UserError
-from engine.clip.towers import load_clip
+from engine.clip.loading import load_clip
 from engine.config.fields import Config
 from engine.publish.export import export, finished_folder, new_folder, read_tuned, restore
 from engine.publish.hub import check_push, push

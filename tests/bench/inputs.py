@@ -21,8 +21,8 @@ from data.batch import Batches
 from data.demo.demo import some_titles
 from data.store.resident import Resident
 from engine.clip.encoder import CPU_TITLES, Frozen
+from engine.clip.loading import Clip
 from engine.clip.model import Parts, take_apart
-from engine.clip.towers import Clip
 from engine.config.cli import DEMO_MODEL
 
 # Shapes by name: vision (width, layers, heads, patch), text (width, layers, heads), embedding; the rest as OpenAI's.

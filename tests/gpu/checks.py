@@ -26,8 +26,8 @@ from bench.inputs import Model, noise_pixels, random_clip, warm_batches
 from data.batch import Features
 from data.demo.demo import write_demo
 from engine.clip.encoder import Frozen
+from engine.clip.loading import load_clip
 from engine.clip.model import Parts, distribute, take_apart
-from engine.clip.towers import load_clip
 from engine.config.cli import DEMO_MODEL
 from engine.config.fields import Config
 from engine.cuda_graph import MIN_STEPS

@@ -1,0 +1,392 @@
+"""Load a CLIPModel folder, its tokenizer and its image processor, and refuse whatever does not fit together.
+
+transformers builds an empty tokenizer where files are missing, draws missing weights at random, and pads over what a
+config leaves out. Here each of these is a UserError of one line that names the file and the fix. No code of a folder
+runs: `auto_map` is refused, and pickled weights are read with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from data.batch import UserError
+from data.images.decode import ImageSpec, tokenize
+
+if TYPE_CHECKING:
+    from transformers import CLIPConfig, CLIPModel
+
+CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+# In the order in which transformers looks for them.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+LFS_POINTER = b"version https://git-lfs"
+HISTORIC_EOS = 2  # configs from before transformers had EOS right say so; it means: pool at the highest token id
+HISTORIC_BOS = 0
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A loaded CLIPModel in fp32 with its own preprocessing."""
+
+    name: str
+    model: CLIPModel
+    processor: Any
+    commit: str | None
+
+    @cached_property
+    def digests(self) -> Mapping[str, str]:
+        """BLAKE2b of every tensor as it was loaded, by name; read once, as gigabytes take seconds."""
+        def digest(tensor: Tensor) -> str:
+            plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            return hashlib.blake2b(plain, digest_size=32, person=str(tuple(tensor.shape)).encode()[:16]).hexdigest()
+        return {name: digest(tensor) for name, tensor in self.model.state_dict().items()}
+
+    @property
+    def image_processor(self) -> Any:
+        """The processor's image half."""
+        return self.processor.image_processor
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's title half."""
+        return self.processor.tokenizer
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest title the text tower has positions for, special tokens included."""
+        return int(self.config.text_config.max_position_embeddings)
+
+    @property
+    def config(self) -> Any:
+        """The CLIPModel's config, with its vision_config and text_config."""
+        return self.model.config
+
+
+class ModelFiles:
+    """The files of a model folder, or of a hub repository at a commit, by their names."""
+
+    def __init__(self, name: str, commit: str | None) -> None:
+        path = Path(name).expanduser()
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--model {name} is a file; give the folder that holds config.json")
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"--model {name} is a link that leads nowhere; give the folder itself")
+        self.name, self.is_local = name, path.is_dir()
+        self.source = str(path) if self.is_local else name
+        self.where: dict[str, Any] = {"revision": commit, "subfolder": ""}
+        self.where["subfolder"] = self._subfolder()
+
+    def refuse(self, problem: str) -> NoReturn:
+        """Raise UserError: the model's name, then `problem`, which names a file and the fix."""
+        raise UserError(f"--model {self.name}: {problem}")
+
+    def path(self, name: str) -> Path | None:
+        """Where a file lies; None where there is none."""
+        from transformers.utils import cached_file
+
+        place = cached_file(self.source, name, **self.where, _raise_exceptions_for_missing_entries=False,
+                            _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False)
+        if place is None:
+            return None
+        with Path(place).open("rb") as file:
+            start = file.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
+            self.refuse(f"{name} is a Git LFS pointer, not the file itself; run `git lfs pull` in the folder")
+        if not start:
+            self.refuse(f"{name} is empty; copy it again from where the model came from")
+        return Path(place)
+
+    def read(self, name: str) -> Any:
+        """The content of a JSON file; {} where there is none."""
+        path = self.path(name)
+        if path is None:
+            return {}
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            self.refuse(f"{name} is cut off or no JSON ({error}); copy it again from where the model came from")
+
+    def config(self, name: str) -> dict[str, Any]:
+        """The content of a JSON file that holds settings; {} where there is none."""
+        content = self.read(name)
+        if not isinstance(content, dict):
+            self.refuse(f"{name} holds no settings; copy it again from where the model came from")
+        return content
+
+    def commit(self) -> str | None:
+        """The commit of a hub repository; None for a folder."""
+        found = re.search(r"/snapshots/([0-9a-f]{40})/", str(self.path("config.json")))
+        return found[1] if found else None
+
+    def _subfolder(self) -> str:
+        """Where a sentence-transformers folder keeps its CLIPModel; '' for a plain one."""
+        modules = self.read("modules.json")
+        if not modules:
+            return ""
+        try:
+            folder, kinds = str(modules[0]["path"]), [str(module["type"]).rpartition(".")[2] for module in modules]
+        except (KeyError, TypeError):
+            self.refuse("modules.json is no list of sentence-transformers modules; copy it again")
+        if kinds[0] not in ("CLIPModel", "Transformer") or set(kinds[1:]) - {"Normalize"}:
+            self.refuse(f"modules.json lists {', '.join(kinds)}, of which thumbtune would run a CLIPModel alone; give "
+                        "a plain CLIPModel")
+        if not re.fullmatch(r"[\w-][\w.-]*|", folder):
+            self.refuse(f"modules.json looks for its CLIPModel in {folder!r}; it has to be a folder beside it")
+        return folder
+
+
+def load_clip(name: str, commit: str | None = None) -> Clip:
+    """Load a plain CLIPModel or a sentence-transformers folder, by hub name (at `commit`) or path, in fp32.
+
+    Raises UserError when there is no such model, when it is something other than a CLIPModel, and when its files are
+    damaged, incomplete or do not fit one another.
+    """
+    try:
+        with _quiet_transformers():
+            files = ModelFiles(name, commit)
+            config = _load_config(files)
+            processor = _load_processor(files, config)
+            return Clip(name, _load_model(files, config), processor, files.commit())
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # of many kinds, from several libraries; all of them are about this model
+        raise UserError(_load_failure(name, error)) from error
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence warnings, which become errors here, and bars, which would cross the run's own lines on every rank."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _load_failure(name: str, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(name).expanduser().is_dir():
+        return f"--model {name} does not load as a CLIPModel folder: {first}"
+    return (f"--model {name}: no such folder, and the hub did not give it ({first}); check the name and the network, "
+            "or `hf auth login` for a private model")
+
+
+def _load_config(files: ModelFiles) -> CLIPConfig:
+    """config.json, after a look at what would load something else than a plain CLIPModel."""
+    from transformers import CLIPConfig
+    from transformers.utils import cached_file
+
+    if files.path("adapter_config.json"):
+        files.refuse("adapter_config.json: a PEFT adapter (LoRA); put it into its base model with merge_and_unload() "
+                     "and give the folder saved from that")
+    if not files.path("config.json"):
+        cached_file(files.source, "config.json", **files.where)  # raises the hub's reason: no such name, no network
+        files.refuse("there is no config.json; give the folder or repository of a CLIPModel")
+    for name in CONFIGS:
+        if _has_key(files.config(name), "auto_map"):
+            files.refuse(f"{name} names code of its own (auto_map), which is never run; give a model that transformers "
+                         "has a CLIPModel for, or remove auto_map if this is one")
+    content = files.config("config.json")
+    if content.get("model_type") != "clip":
+        files.refuse(f"config.json says this is a {content.get('model_type')!r} model; thumbtune tunes CLIPModel "
+                     "checkpoints (model_type 'clip')")
+    for part in (content, content.get("text_config"), content.get("vision_config")):
+        _refuse_variants(files, part or {})
+    return CLIPConfig.from_pretrained(files.source, **files.where)
+
+
+def _has_key(content: Any, key: str) -> bool:
+    """Does a dictionary, or one anywhere inside it, have this key?"""
+    return isinstance(content, dict) and (key in content or any(_has_key(part, key) for part in content.values()))
+
+
+def _refuse_variants(files: ModelFiles, config: Mapping[str, Any]) -> None:
+    """Refuse a config that asks for other weights or another attention than a plain CLIPModel has."""
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        files.refuse(f"config.json has a quantization_config ({method}), and rounded weights are no base to tune; give "
+                     "the checkpoint that was quantized")
+    for key in ("_attn_implementation", "attn_implementation", "_flash_attn_2_enabled"):
+        if config.get(key) not in (None, False, "eager", "sdpa"):
+            files.refuse(f"config.json has {key}={config[key]!r}; thumbtune runs attention through torch, so remove "
+                         f"{key}")
+
+
+def _load_processor(files: ModelFiles, config: CLIPConfig) -> Any:
+    """The CLIPProcessor, after its two halves have been compared with the config."""
+    from transformers import CLIPProcessor
+
+    tables = _tokenizer_files(files)
+    settings = files.config("processor_config.json").get("image_processor")
+    source = "processor_config.json" if settings else "preprocessor_config.json"
+    settings = settings or files.config(source)
+    if not settings:
+        files.refuse("there is no preprocessor_config.json, so nothing says how images are prepared; copy it from the "
+                     "base model")
+    try:
+        processor = CLIPProcessor.from_pretrained(files.source, **files.where, trust_remote_code=False)
+    except Exception:
+        for name in tables:
+            files.read(name)  # raises UserError where the file is the reason
+        raise
+    _check_images(files, source, settings, processor.image_processor, config)
+    text: Any = config.text_config  # declared as a dictionary or None as well, which it is before __post_init__ alone
+    _check_tokenizer(files, processor.tokenizer, text)
+    _set_lengths(processor.tokenizer, text.max_position_embeddings)
+    return processor
+
+
+def _check_images(files: ModelFiles, source: str, settings: Mapping[str, Any], image_processor: Any,
+                  config: CLIPConfig) -> None:
+    """Compare the image processor with the vision tower. `settings` are those in the file `source`."""
+    if settings.get("do_normalize", True):
+        for key in ("image_mean", "image_std"):
+            values = settings.get(key)
+            if not isinstance(values, list) or len(values) != 3 or (key == "image_std" and min(values) <= 0):
+                files.refuse(f"{source} has {key}={values}; write the three values the model was trained with")
+    vision: Any = config.vision_config
+    crop, side = ImageSpec.from_processor(image_processor).crop, vision.image_size
+    if list(crop) != (side if isinstance(side, list) else [side, side]):
+        files.refuse(f"{source} crops to {crop[0]}x{crop[1]} pixels where vision_config.image_size in config.json is "
+                     f"{side}; copy both from the same model")
+
+
+def _tokenizer_files(files: ModelFiles) -> list[str]:
+    """The JSON files that hold the tokenizer. Refused where there are none: transformers would make an empty one."""
+    present = [name for name in ("tokenizer.json", "vocab.json", "merges.txt") if files.path(name)]
+    if "tokenizer.json" not in present and len(present) < 2:
+        missing = [name for name in ("vocab.json", "merges.txt") if name not in present]
+        files.refuse(f"the tokenizer is missing: there is no tokenizer.json and no {' or '.join(missing)}; copy the "
+                     "tokenizer files from the base model")
+    extra = [name for name in ("special_tokens_map.json", "added_tokens.json") if files.path(name)]
+    return [name for name in present + extra if name != "merges.txt"]
+
+
+def _check_tokenizer(files: ModelFiles, tokenizer: Any, text: Any) -> None:
+    """Compare the tokenizer with the text tower: its ids have embeddings, and a title ends where the tower pools."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        files.refuse(f"tokenizer_config.json names {type(tokenizer).__name__}, which has no fast version; give a model "
+                     "with a tokenizer.json")
+    eos, bos, known = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.get_vocab()
+    highest = max(known, key=known.__getitem__)
+    if not isinstance(text.eos_token_id, int):
+        files.refuse(f"config.json has text_config.eos_token_id={text.eos_token_id}; write the one id that titles end "
+                     f"with ({eos})")
+    if known[highest] >= text.vocab_size:
+        files.refuse(f"the tokenizer's token {highest!r} has the id {known[highest]}, but text_config.vocab_size in "
+                     f"config.json is {text.vocab_size}; remove added tokens, or give the tokenizer of this model")
+    if tokenizer.pad_token_id is None:
+        files.refuse(f'tokenizer_config.json names no pad_token; add "pad_token": "{tokenizer.eos_token}"')
+    if text.eos_token_id == HISTORIC_EOS:
+        if eos is not None and known[highest] > eos:
+            files.refuse(f"config.json has text_config.eos_token_id=2, which pools at the highest id of a title, and "
+                         f"the tokenizer's {highest!r} is above the end of text; write eos_token_id {eos}")
+    elif eos != text.eos_token_id:
+        files.refuse(f"the tokenizer ends titles with the id {eos}, but text_config.eos_token_id in config.json is "
+                     f"{text.eos_token_id}; copy both from the same model")
+    if text.bos_token_id not in (None, HISTORIC_BOS, bos):
+        files.refuse(f"the tokenizer begins titles with the id {bos}, but text_config.bos_token_id in config.json is "
+                     f"{text.bos_token_id}; copy both from the same model")
+    title = tokenize(tokenizer, ["a title"], text.max_position_embeddings)[0]
+    if title[0] != bos or title[-1] != eos or len(title) < 3:
+        files.refuse(f"the tokenizer turns 'a title' into {title}, which does not begin with {bos} and end with {eos}; "
+                     "copy tokenizer.json and tokenizer_config.json from the base model")
+
+
+def _set_lengths(tokenizer: Any, max_tokens: int) -> None:
+    """Make other libraries cut and pad titles as `tokenize` does, once an export has written the tokenizer."""
+    tokenizer.model_max_length = max_tokens
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    for key in ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of"):  # of a stored truncation
+        tokenizer.init_kwargs.pop(key, None)
+
+
+def _load_model(files: ModelFiles, config: CLIPConfig) -> CLIPModel:
+    """The CLIPModel in fp32, all of its weights read from the files and finite."""
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
+    from transformers import CLIPModel
+
+    weights = _check_weight_files(files) if files.is_local else "the checkpoint"
+    loaded: Any  # declared as the model alone, without the report that output_loading_info adds
+    try:
+        loaded = CLIPModel.from_pretrained(files.source, **files.where, config=config, dtype=torch.float32,
+                                           trust_remote_code=False, output_loading_info=True,
+                                           ignore_mismatched_sizes=True)
+    except (UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
+        raise UserError(f"--model {files.name}: {weights}: its weights are damaged, or hold code, which is never run; "
+                        "give them as safetensors") from error
+    model, report = loaded
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        files.refuse(f"{weights} has {name} as {_shape(found)}, but config.json asks for {_shape(wanted)}; copy both "
+                     "from the same model")
+    missing, unexpected = report["missing_keys"], report["unexpected_keys"]
+    if missing or unexpected:
+        files.refuse(f"{weights} is not this CLIPModel: {len(missing)} weights are missing{_some(missing)}, "
+                     f"{len(unexpected)} unexpected{_some(unexpected)}; give one saved by CLIPModel.save_pretrained")
+    if bad := non_finite(model):
+        files.refuse(f"{weights} holds NaN or infinity in {bad}; give another checkpoint (a cast to fp16 may have "
+                     "overflowed)")
+    return model.eval()
+
+
+def _shape(size: Collection[int]) -> str:
+    return "x".join(map(str, size))
+
+
+def _some(names: Collection[str]) -> str:
+    """The first of some names in brackets."""
+    return f" ({min(names)}{', …' if len(names) > 1 else ''})" if names else ""
+
+
+def non_finite(model: nn.Module) -> str | None:
+    """The name of a parameter that holds NaN or infinity; None where all are finite.
+
+    A sum is the one pass over the memory that both reach.
+    """
+    return next((name for name, value in model.named_parameters() if not value.detach().sum().isfinite()
+                 and not value.detach().isfinite().all()), None)
+
+
+def _check_weight_files(files: ModelFiles) -> str:
+    """Look at the files of a local folder that transformers will take the weights from; the first one's name."""
+    from safetensors import SafetensorError, safe_open
+
+    first = next((name for name in WEIGHTS if files.path(name)), None)
+    if first is None:
+        others = [path.name for path in (Path(files.source) / files.where["subfolder"]).iterdir()
+                  if path.suffix in (".safetensors", ".bin", ".pt", ".h5", ".msgpack")]
+        files.refuse("there are no weights: no model.safetensors" + (f" (only {', '.join(sorted(others)[:3])})"
+                     if others else "") + "; save the model with CLIPModel.save_pretrained")
+    index = files.config(first).get("weight_map") if first.endswith(".index.json") else {}
+    if not isinstance(index, dict):
+        files.refuse(f"{first} has no weight_map; copy it again from where the model came from")
+    for name in sorted(set(index.values())) or [first]:
+        path = files.path(name)
+        if path is None:
+            files.refuse(f"{name} is missing, which {first} lists; copy it from where the model came from")
+        if name.endswith(".safetensors"):
+            try:
+                with safe_open(path, "pt"):
+                    pass  # the header is whole, and the file is as long as it says
+            except SafetensorError as error:
+                files.refuse(f"{name}: its weights are damaged or cut off ({error}); copy it again from where the "
+                             "model came from")
+    return first

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data.batch import UserError
+from data.files import is_output
 from data.shards.index import Ledger, expand_braces
 from data.sources.rows import Columns as Columns
 from data.sources.rows import Rows as Rows
@@ -29,7 +30,8 @@ def _refuse(pattern: str) -> NoReturn:
 
 
 def load_splits(dataset: str, columns: Columns = DETECT, seed: int = 42,
-                ledger: Ledger | None = None, download: Download = _refuse) -> dict[str, Rows]:
+                ledger: Ledger | None = None, download: Download = _refuse,
+                tell: Callable[[str], None] = lambda text: None) -> dict[str, Rows]:
     """Read a dataset's splits: `train`, `valid`, `test` in this order, then others under the names they have.
 
     `dataset`: a folder with {train,valid,test} as .csv .tsv .jsonl .parquet, as -*.tar shards or as folders; a folder
@@ -37,14 +39,16 @@ def load_splits(dataset: str, columns: Columns = DETECT, seed: int = 42,
     also as an address, whose files `download` brings; or a hub name OWNER/NAME, with several configurations
     OWNER/NAME:CONFIGURATION. A lone split, unless it is called valid or test, is made three by `seed` (`three`).
     `ledger` is told of each sample that a shard has lost, as `read_index` tells it; every other row is kept, also
-    without image or title. Raises UserError.
+    without image or title. Folders below it that this program wrote are not read; `tell` hears how many. Raises
+    UserError.
     """
+    left_out: list[str] = []
     path = Path(dataset).expanduser()
     try:
         if "://" in dataset:
             found = _in_splits(download(dataset))
         elif path.is_dir():
-            found = _find(path)
+            found = _find(path, left_out)
         elif path.is_file():
             found = {"all": [path]}
         elif "{" in dataset or "*" in dataset:
@@ -53,20 +57,28 @@ def load_splits(dataset: str, columns: Columns = DETECT, seed: int = 42,
             found = None
         else:
             raise UserError(f"{dataset}: there is no such file or folder, and a hub dataset's name is OWNER/NAME")
-        splits = _hub(dataset, columns) if found is None else _local(found, columns, ledger)
+        splits = _hub(dataset, columns) if found is None else _local(found, columns, ledger, left_out)
     except OSError as error:
         raise UserError(f"{error.filename or dataset}: {error.strerror or error}") from error
+    if left_out:
+        tell(f"{dataset}: {len(left_out):,} folders that thumbtune wrote are not read as data, such as {left_out[0]}")
     if len(splits) == 1 and not splits.keys() & {"valid", "test"}:
         return three(next(iter(splits.values())), seed)
     return dict(sorted(splits.items(), key=lambda item: (*ORDER, item[0]).index(item[0])))
 
 
-def _find(folder: Path) -> dict[str, list[Path]]:
-    """The files of each split of a folder; a folder in their place stands for the images in it."""
+def _find(folder: Path, left_out: list[str]) -> dict[str, list[Path]]:
+    """The files of each split of a folder; a folder in their place stands for the images in it.
+
+    `left_out` takes the folders called after a split that are output of ours.
+    """
     entries = _entries(folder)
     if found := _by_split(entries):
         return found
-    folders = [entry for entry in entries if entry.name.lower() in SPLITS and entry.is_dir()]
+    named = [entry for entry in entries if entry.name.lower() in SPLITS and entry.is_dir()]
+    folders = [entry for entry in named if not is_output(entry)]
+    if folders:
+        left_out += [str(entry) for entry in named if entry not in folders]
     if folders:
         return _one_kind((SPLITS[entry.name.lower()], entry.name, _unsplit(entry)) for entry in folders)
     return {"all": _unsplit(folder)}
@@ -121,12 +133,13 @@ def _expand(pattern: str) -> Iterator[Path]:
         yield from map(Path, files)
 
 
-def _local(found: Mapping[str, Sequence[Path]], columns: Columns, ledger: Ledger | None) -> dict[str, Rows]:
+def _local(found: Mapping[str, Sequence[Path]], columns: Columns, ledger: Ledger | None,
+           left_out: list[str]) -> dict[str, Rows]:
     splits = {}
     for name, files in found.items():
         tables = []
         for file in files:
-            folder, table = file if file.is_dir() else file.parent, read_table(file, columns, ledger)
+            folder, table = file if file.is_dir() else file.parent, read_table(file, columns, ledger, left_out)
             tables.append(clean(table, str(file), (os.path.abspath(folder), os.path.realpath(folder))))
         splits[name] = join_tables(name, tables, str(files[0] if len(files) == 1 else files[0].parent))
     return splits

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from data.batch import UserError
+from data.files import is_output
 from data.shards.index import Ledger, read_index
 from data.sources.rows import KNOWN, Columns, in_roles, pick
 
@@ -30,12 +31,17 @@ END = "\0end"  # fed to the CSV reader after the last line; a quote that is stil
 AS_WRITTEN = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)  # the title 1e5 stays 1e5
 
 
-def read_table(path: Path, columns: Columns, ledger: Ledger | None = None) -> pa.Table:
-    """A file by its ending, or the images of a folder. Raises UserError."""
+def read_table(path: Path, columns: Columns, ledger: Ledger | None = None,
+               left_out: list[str] | None = None) -> pa.Table:
+    """A file by its ending, or the images of a folder. Raises UserError.
+
+    `left_out` takes the folders with images that are output of ours, and are not read.
+    """
     if path.is_dir():
+        left_out = [] if left_out is None else left_out
         nothing = (f"{path}: found neither tables ({' '.join(sorted(TABLES))}), nor shards (.tar), nor train/ valid/ "
                    f"test/, nor images ({' '.join(sorted(PICTURES))})")
-        return _records(_pictures(path), columns, f"{path} (images with KEY.txt, KEY.json)", nothing)
+        return _records(_pictures(path, left_out), columns, f"{path} (images with KEY.txt, KEY.json)", nothing)
     readers: dict[str, Callable[[Path, Columns], pa.Table]] = {
         ".csv": partial(read_csv, delimiter=","), ".tsv": partial(read_csv, delimiter="\t"), ".jsonl": _jsonl,
         ".parquet": _parquet, ".tar": partial(_shard, ledger=ledger)}
@@ -115,13 +121,19 @@ def _json(text: bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def _pictures(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The images at any depth below `folder`, sorted, each with the fields of KEY.json and with KEY.txt as title."""
+def _pictures(folder: Path, left_out: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The images at any depth below `folder`, sorted, each with the fields of KEY.json and with KEY.txt as title.
+
+    Folders that this program wrote are not entered; `left_out` takes their paths.
+    """
     def refuse(error: OSError) -> NoReturn:
         raise error
 
     for here, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        outputs = [name for name in folders if is_output(Path(here, name))]
+        left_out += [os.path.join(here, name) for name in outputs]
+        folders[:] = [name for name in folders if name not in outputs]
         present = set(files)
         for file in sorted(files):
             stem, ending = os.path.splitext(file)

@@ -11,6 +11,7 @@ import torch
 
 from data.batch import UserError
 from data.cold import Reader
+from data.files import mark
 from data.images.decode import ImageSpec, tokenizer_fingerprint
 from data.pairs import Encoders, Pairs, Team, open_pairs
 from data.sources.source import Columns, Rows, load_splits
@@ -44,7 +45,7 @@ def read_rows(cfg: Config, tell: Callable[[str], None] = lambda text: None) -> t
 
     columns = Columns(cfg.image_column or None, cfg.title_column or None, cfg.negative_column or None)
     lost: list[dict[str, Any]] = []
-    return load_splits(cfg.dataset, columns, cfg.seed, lost.append, download), lost
+    return load_splits(cfg.dataset, columns, cfg.seed, lost.append, download, tell), lost
 
 
 def fetch_policy(cfg: Config) -> FetchPolicy:
@@ -58,11 +59,25 @@ def reader(cfg: Config, spec: ImageSpec) -> Reader:
     return Reader(folder, spec, fetch_policy(cfg), cfg.max_pixels, cfg.workers, cfg.retry_failed, cfg.augment)
 
 
-def open_data(cfg: Config, world: World, parts: Parts, only: str = "") -> Pairs:
-    """Read the rows, run the cold pass with the towers' help, account for every row."""
-    (rows, lost), wanted = read_rows(cfg, world.say), only or "train"
-    if wanted not in rows:
-        raise UserError(f"--dataset {cfg.dataset} has no split {wanted!r}; it has {', '.join(rows)}")
+Source = tuple[dict[str, Rows], list[dict[str, Any]]]
+
+
+def open_source(cfg: Config, world: World, split: str = "train") -> Source:
+    """Read the rows before anything slow or written. Raises UserError, also where `split` or an --eval-splits is not.
+    """
+    source = read_rows(cfg, world.say)
+    names = [*source[0], *(["probe"] if cfg.probe else [])]
+    if split not in names:
+        raise UserError(f"--dataset {cfg.dataset} has no split {split!r}; it has {', '.join(names)}")
+    if wrong := [name for name in cfg.eval_splits if name not in names]:
+        raise UserError(f"--eval-splits {wrong[0]}: there is {', '.join(names)}")
+    return source
+
+
+def open_data(cfg: Config, world: World, parts: Parts, source: Source, only: str = "") -> Pairs:
+    """Run the cold pass over the rows of `source` with the towers' help, account for every row."""
+    rows, lost = source
+    claim_cache(cfg, world)
     spec = ImageSpec.from_processor(parts.clip.image_processor)
     team, cache = Team(world.rank, world.size, world.meet), Path(cfg.cache_dir).expanduser()
     pairs = open_pairs({only: rows[only]} if only else rows, lost, reader(cfg, spec),
@@ -70,6 +85,17 @@ def open_data(cfg: Config, world: World, parts: Parts, only: str = "") -> Pairs:
                        cfg.mine_negatives, world.device, world.live)
     world.say(pairs.describe())
     return pairs
+
+
+def claim_cache(cfg: Config, world: World) -> None:
+    """Mark a --cache-dir that is new or empty as ours, so that it is not read as data. Raises UserError."""
+    folder = Path(cfg.cache_dir).expanduser()
+    try:
+        if world.is_main and not (folder.exists() and any(folder.iterdir())):
+            folder.mkdir(parents=True, exist_ok=True)
+            mark(folder, "cache")
+    except OSError as error:
+        raise UserError(f"--cache-dir {folder} cannot be used: {error.strerror}; choose another folder") from None
 
 
 def encoders(parts: Parts, image_preprocessing: str, device: torch.device,
@@ -98,12 +124,21 @@ def measure_rows(head: Head, split: Resident, world: World | None = None) -> Ret
     return measure_split(head.image, head.text, split.parts(), *team)
 
 
-def with_probe(cfg: Config, world: World, parts: Parts, pairs: Pairs) -> Pairs:
+def open_probe(cfg: Config, world: World) -> Source | None:
+    """The rows of --probe, None without one. Raises UserError."""
+    return open_source(_probe_settings(cfg), world, "test") if cfg.probe else None
+
+
+def _probe_settings(cfg: Config) -> Config:
+    return replace(cfg, dataset=cfg.probe, probe="", eval_splits=(), image_column="", title_column="",
+                   negative_column="", mine_negatives="off")
+
+
+def with_probe(cfg: Config, world: World, parts: Parts, pairs: Pairs, source: Source | None) -> Pairs:
     """The pairs, and the test split of --probe beside them as a split of its own, only ever measured."""
-    if not cfg.probe:
+    if source is None:
         return pairs
-    other = replace(cfg, dataset=cfg.probe, image_column="", title_column="", negative_column="", mine_negatives="off")
-    probe = open_data(other, world, parts, only="test")
+    probe = open_data(_probe_settings(cfg), world, parts, source, only="test")
     return replace(
         pairs, splits={**pairs.splits, "probe": probe.splits["test"]},
         ledger=[*pairs.ledger, *({**entry, "split": "probe"} for entry in probe.ledger)],

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-from engine.commands.common import measure, open_data, open_parts
+from engine.commands.common import measure, open_data, open_parts, open_source
 from engine.config.fields import Config
 from engine.ranks.signals import Stop
 from engine.ranks.world import World
 from engine.run_folder import folder
+from engine.run_folder.ownership import open_evaluation
 from eval.report.report import table
 
 
 def evaluate(cfg: Config, world: World, stop: Stop) -> int:
     """The metrics alone, for any CLIPModel."""
+    out = open_evaluation(cfg.out, cfg.dataset) if cfg.out and world.is_main else None
+    source = open_source(cfg, world, cfg.split)
     parts = open_parts(cfg, world)
-    pairs = open_data(cfg, world, parts, only=cfg.split)
+    pairs = open_data(cfg, world, parts, source, only=cfg.split)
     scores = {cfg.split: measure(pairs.residents(), parts.head, [cfg.split], world)[cfg.split].summarise()}
     if world.is_main:
         world.say(table({parts.clip.name: scores}))
         print(json.dumps(scores, indent=2))
-        if cfg.out:
-            folder.write_json(Path(cfg.out) / "metrics.json", scores)
-            folder.write_ledger(Path(cfg.out) / "ledger.jsonl", pairs.ledger)
+        if out:
+            folder.write_json(out / "metrics.json", scores)
+            folder.write_ledger(out / "ledger.jsonl", pairs.ledger)
     return 0

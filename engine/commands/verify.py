@@ -9,7 +9,7 @@ from pathlib import Path
 from data.batch import UserError
 from data.images.decode import ImageSpec
 from data.store.upkeep import describe, look_over, tidy
-from engine.commands.common import encoders, measure, open_data, open_parts, with_probe
+from engine.commands.common import encoders, measure, open_data, open_parts, open_probe, open_source, with_probe
 from engine.commands.train import saver
 from engine.config.fields import Config
 from engine.ranks.signals import Stop
@@ -45,16 +45,18 @@ def verify(cfg: Config, world: World, stop: Stop) -> int:
 
 def rerun(cfg: Config, world: World, run: Path, whole: Sequence[Path]) -> list[Finding]:
     """Train a few steps again, and measure the exported model again."""
+    source = open_source(cfg, world)
     parts = open_parts(cfg, world)
-    pairs = open_data(cfg, world, parts)
+    pairs = open_data(cfg, world, parts, source)
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     findings = retrace(cfg, world, run, whole, parts, saver(cfg, world, run, parts, pairs), plan, pairs.ledger,
                        pairs.batches("train", cfg.batch_size, cfg.seed, world.device))
     if not (run / "model").exists():
         return findings
     written, tuned = read_json(run / "metrics.json").get("tuned", {}), replace(cfg, model=str(run / "model"))
-    parts = open_parts(tuned, world)
-    found = measure(with_probe(tuned, world, parts, open_data(tuned, world, parts)).residents(), parts.head, written)
+    parts, probe = open_parts(tuned, world), open_probe(tuned, world)
+    again_pairs = with_probe(tuned, world, parts, open_data(tuned, world, parts, source), probe)
+    found = measure(again_pairs.residents(), parts.head, written)
     scores = {name: one.summarise() for name, one in found.items()}
     exact = again.same_machine(run, world) and not any(finding.apart for finding in findings)
     return [*findings, again.metrics(scores, written, exact)]

@@ -87,8 +87,10 @@ class Board:
         self._main.add_image(name, pixels_HWC, step, dataformats="HWC")
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
-        """How values are spread."""
-        self._main.add_histogram(name, values[values.isfinite()], step)
+        """How values are spread; nothing where none is finite, as with a single title, which has no wrong answer."""
+        finite = values[values.isfinite()]
+        if len(finite):
+            self._main.add_histogram(name, finite, step)
 
     def embedding(self, name: str, vectors: Tensor, labels: Sequence[Sequence[str]], sprite_NCSS: Tensor,
                   step: int) -> None:

@@ -154,7 +154,10 @@ def recover_folders(parent: Path, locked: bool = False) -> None:
     """
     for path in sorted(parent.glob(".*")):
         left = LEFT_BEHIND.fullmatch(path.name)
-        if left is None or path.is_symlink() or not kind_of(path) or not (locked or _is_dead(int(left[2]))):
+        if left is None or path.is_symlink() or not path.is_dir() or not (locked or _is_dead(int(left[2]))):
+            continue
+        barely_begun = locked and all(name.startswith(f".{MARK}") for name in os.listdir(path))  # killed before `mark`
+        if not (kind_of(path) or barely_begun):
             continue
         folder = parent / left[1]
         if left[3] and not folder.exists():

@@ -141,8 +141,9 @@ class Parser(argparse.ArgumentParser):
                 continue
             if action.dest in given:
                 several = ", with its values as A,B" if action.metavar == "A,B" else ""
-                both = flag if given[action.dest] == flag else f"{given[action.dest]} and {flag}"
-                self.error(f"{both} given twice; give it once{several}")
+                before = given[action.dest]
+                self.error(f"{flag} is given twice; give it once{several}" if flag == before else
+                           f"{before} and {flag} are given together; give one of them")
             given[action.dest] = flag
 
 

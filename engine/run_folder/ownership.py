@@ -40,8 +40,7 @@ def refuse_out(folder: Path, names: Iterable[str], dataset: str) -> None:
         raise UserError(f"--out {folder} lies in --dataset and is not empty, so what it holds may be data; choose a "
                         "new folder, which may lie beside it")
     if taken := next((name for name in names if os.path.lexists(folder / name)), None):
-        raise UserError(f"--out {folder} holds {taken}, which is no unfinished work of thumbtune's and would be "
-                        "replaced; choose another folder")
+        raise UserError(f"--out {folder} holds {taken}, which is not thumbtune's to replace; choose another folder")
 
 
 def holds_others(folder: Path) -> bool:

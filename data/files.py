@@ -53,10 +53,12 @@ def mark(folder: Path, kind: str, files: Iterable[str] = ()) -> None:
 
 def _read_mark(folder: Path) -> tuple[str, list[str]]:
     """Kind and files of a marked folder; "" and none for one that is not ours."""
+    if not (folder / MARK).is_file():  # a named pipe would be waited for
+        return "", []
     try:
         said = json.loads((folder / MARK).read_text(encoding="utf-8"))
         return (str(said["kind"]), list(map(str, said["files"]))) if said["made_by"] == "thumbtune" else ("", [])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "", []
 
 

@@ -165,7 +165,8 @@ def test_what_is_saved_is_on_the_disk_before_it_is_named(tmp_path: Path, monkeyp
     write(run, 4)
     at = done.index("rename step-00000004")
     assert {*checkpoint.FILES, checkpoint.MANIFEST} <= set(done[:at])
-    assert done[at - 1].startswith(".step-00000004-") and done[at + 1] == "checkpoints" and done[at + 2] == "rename last"
+    assert done[at - 1].startswith(".step-00000004-")
+    assert done[at + 1] == "checkpoints" and done[at + 2] == "rename last"
 
 
 def test_a_deleted_run_folder_is_not_made_anew(tmp_path: Path) -> None:

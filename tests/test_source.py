@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from data.batch import UserError
+from data.files import mark
 from data.sources import tables
 from data.sources.source import Columns, Rows, load_splits
 from data.sources.split import components
@@ -400,3 +401,18 @@ def test_real_pairs() -> None:
         assert all(Path(image).is_file() and title and negative for image, title, negative in pairs(rows))
     three = load_splits(str(OPENSTAX / "train.csv"))
     assert {name: len(rows) for name, rows in three.items()} == {"train": 708, "valid": 152, "test": 152}
+
+
+@pytest.mark.parametrize("kind", ["run", "cache"])
+def test_what_we_wrote_into_a_dataset_is_not_read_as_data(kind: str, tmp_path: Path) -> None:
+    """A run whose --out lies among the images leaves the split of the next run, and of its own resume, as it was."""
+    for i in range(9):
+        picture(tmp_path / "deep" / f"{i}.jpg", i)
+        (tmp_path / "deep" / f"{i}.txt").write_text(f"title {i}")
+    before = {name: pairs(rows) for name, rows in load_splits(str(tmp_path)).items()}
+    for place in ("runs/a", "deep/runs/b"):
+        picture(tmp_path / place / "tensorboard" / "sprite.png")
+        mark(tmp_path / place, kind)
+    said: list[str] = []
+    assert {name: pairs(rows) for name, rows in load_splits(str(tmp_path), tell=said.append).items()} == before
+    assert len(said) == 1 and "thumbtune wrote: 2, such as" in said[0]

@@ -61,7 +61,7 @@ def load_splits(dataset: str, columns: Columns = DETECT, seed: int = 42,
     except OSError as error:
         raise UserError(f"{error.filename or dataset}: {error.strerror or error}") from error
     if left_out:
-        tell(f"{dataset}: {len(left_out):,} folders that thumbtune wrote are not read as data, such as {left_out[0]}")
+        tell(f"{dataset}: not read as data are folders that thumbtune wrote: {len(left_out):,}, such as {left_out[0]}")
     if len(splits) == 1 and not splits.keys() & {"valid", "test"}:
         return three(next(iter(splits.values())), seed)
     return dict(sorted(splits.items(), key=lambda item: (*ORDER, item[0]).index(item[0])))

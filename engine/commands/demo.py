@@ -19,8 +19,8 @@ def demo(cfg: Config, world: World, stop: Stop) -> int:
     folder = Path(cfg.cache_dir).expanduser() / "demo"
     if world.is_main and not is_whole(folder, "demo"):
         if obstacle := foreign(folder):
-            raise UserError(f"--cache-dir {cfg.cache_dir}: {obstacle} was not made by thumbtune; move it away or choose "
-                            "another folder")
+            raise UserError(f"--cache-dir {cfg.cache_dir}: {obstacle} was not made by thumbtune; move it away or "
+                            "choose another folder")
         world.say(f"drawing thumbnails into {folder}")
         with replaced_folder(folder, "demo", durable=False) as new:
             write_demo(new)

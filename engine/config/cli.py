@@ -167,6 +167,9 @@ def _check_paths(settings: dict[str, Any]) -> None:
             continue
         if "\0" in value:
             raise ValueError(f"{flag} {value!r} holds a NUL character; leave it out")
+        if name == "out" and any("\ud800" <= letter <= "\udfff" for letter in value):  # TensorBoard writes none such
+            raise ValueError(f"{flag} {value} is no text here; choose another name, or a locale with UTF-8, such as "
+                             "LC_ALL=C.UTF-8")
         if value.startswith("~") and os.path.expanduser(value).startswith("~"):
             home = Path(value).parts[0]
             fault = "there is no home folder here (HOME is not set)" if home == "~" else f"{home} is nobody's home"

@@ -9,18 +9,35 @@ This file parses the command line and runs one command of engine/commands/ on th
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 
 from engine.config.cli import parse
+from engine.config.fields import Config
+from engine.run_folder.ending import BEGUN, explain_crash
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command on this rank; the exit code says how it went."""
-    command, cfg = parse("run.py", arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whatever the locale, a title can be printed
+            stream.reconfigure(errors="backslashreplace")
+    command = ""
+    try:
+        command, cfg = parse("run.py", arguments)
+        return run(command, cfg)
+    except Exception as error:  # in the command line's own code, or an installation that is broken
+        say_error(explain_crash(command, error, rank_said()))
+        return 1
+
+
+def run(command: str, cfg: Config) -> int:
+    """Run a command; an error that a user can mend, or that a disk or another rank has made, is one sentence."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our own threads call it
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's library writes to stderr otherwise
     from engine.ranks.signals import Stop
@@ -32,23 +49,47 @@ def main(arguments: Sequence[str]) -> int:
     from engine.ranks import world
 
     name = {"eval": "evaluate"}.get(command, command)  # a module called eval would hide the builtin
-    run_command = getattr(import_module(f"engine.commands.{name}"), name)
     try:
+        run_command = getattr(import_module(f"engine.commands.{name}"), name)
         with world.asking("averaging gradients"):  # what else ranks ask of one another says so itself
             return run_command(cfg, world.init(cfg.device, cfg.dist_timeout, cfg.quiet), stop)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return world.leave(141)
+        return leave(141)
     except (UserError, RunFailed, OSError, SafetensorError) as error:  # the last two: a full disk, a folder gone
-        if int(os.environ.get("RANK", 0)):
+        if rank_said():
             time.sleep(2)  # rank 0 has most likely met the same and says it for all
         mistake = isinstance(error, UserError)
-        print(f"run.py {command}{'' if mistake else ' failed'}: {error}", file=sys.stderr, flush=True)
-        return world.leave(2 if mistake else 1)
+        say_error(f"run.py {command}{'' if mistake else ' failed'}: {error}")
+        return leave(2 if mistake else 1)
     except SystemExit as signalled:
-        return world.leave(int(signalled.code or 0))
+        return leave(int(signalled.code or 0))
+    except Exception as error:  # the last handler: nobody foresaw it, and other ranks must not wait for this one
+        say_error(explain_crash(command, error, rank_said()))
+        return leave(1)
     finally:
+        BEGUN.discard()
         world.close()
+
+
+def leave(code: int) -> int:
+    """The exit code, after a run folder in which nothing was begun is gone; with other ranks this ends the process."""
+    from engine.ranks import world
+
+    BEGUN.discard()
+    return world.leave(code)
+
+
+def say_error(text: str) -> None:
+    """A line on stderr, if there is anybody to read it."""
+    with suppress(OSError, ValueError, AttributeError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def rank_said() -> int:
+    """The rank that the environment names; 0 where it names none."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isascii() and rank.isdecimal() else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Files that are there or not there after a crash, never half: fsync, rename, digests, and a lock on a folder.
+"""Files and folders that are whole or absent after a crash, a mark in what this program made, digests, locks.
 
-What others wrote is opened only if it is a regular file: a named pipe would be waited for without end.
+A folder of ours holds the file MARK, which says what it is and, where it is ever replaced or deleted as a whole, which
+files were written into it. Nothing is replaced or deleted that a mark does not list. What others wrote is opened only
+if it is a regular file: a named pipe would be waited for without end.
 """
 
 from __future__ import annotations
@@ -9,10 +11,18 @@ import errno
 import fcntl
 import hashlib
 import io
+import json
 import os
+import re
+import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+MARK = ".thumbtune"
+GENERATOR = '<meta name="generator" content="thumbtune">'  # the mark of a page
+LEFT_BEHIND = re.compile(r"\.(.+)-(\d+)(\.old)?", re.DOTALL)  # .NAME-PID being written or deleted; .old: to be replaced
 
 _locks: dict[tuple[int, int], int] = {}  # device and inode -> descriptor, held until the process ends, however it ends
 
@@ -54,10 +64,13 @@ def read_regular(path: str | Path) -> bytes:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a file in one step, so that a reader, or a crash, sees the old or the new one. Raises OSError."""
+    """Replace a file in one step, so that a reader, or a crash, sees the old or the new one. Raises OSError.
+
+    A lone surrogate, as in a file name that is not UTF-8, is written as a JSON string writes it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         synced(temporary).replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -69,6 +82,156 @@ def replace_link(link: Path, target: str) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     temporary.replace(link)
+
+
+def mark(folder: Path, kind: str, files: Iterable[str] = ()) -> None:
+    """Write into `folder` that it is this program's, what it is, and which files in it are. Raises OSError."""
+    said = {"made_by": "thumbtune", "kind": kind, "files": sorted(files)}
+    replace_text(folder / MARK, json.dumps(said, indent=1) + "\n")
+
+
+def _read_mark(folder: Path) -> tuple[str, list[str]]:
+    """Kind and files of a marked folder; "" and none for one that is not ours."""
+    if not (folder / MARK).is_file():  # a named pipe would be waited for
+        return "", []
+    try:
+        said = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        return (str(said["kind"]), list(map(str, said["files"]))) if said["made_by"] == "thumbtune" else ("", [])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "", []
+
+
+def kind_of(folder: Path) -> str:
+    """What `mark` says that a folder is; "" where it does not say, so that the folder is somebody else's."""
+    return _read_mark(folder)[0]
+
+
+def is_whole(folder: Path, kind: str) -> bool:
+    """Is this a marked folder of that kind in which no file is missing?"""
+    said, files = _read_mark(folder)
+    return said == kind and bool(files) and all((folder / name).exists() for name in files)
+
+
+def is_output(folder: Path) -> bool:
+    """Is this a folder that we wrote and that is no dataset to be read? Shards are one."""
+    return kind_of(folder) not in ("", "shards")
+
+
+def foreign(folder: Path) -> Path | None:
+    """The first thing at `folder` or in it that this program did not make; None: it may be made or replaced."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        return folder
+    kind, files = _read_mark(folder)
+    ours = {folder / name for name in (MARK, *files)}
+    for path in sorted(folder.rglob("*")) if folder.exists() else ():
+        if not kind:
+            return folder
+        if path not in ours and (path.is_symlink() or not path.is_dir()):
+            return path
+    return None
+
+
+def foreign_page(path: Path) -> bool:
+    """Is there something at `path` that is neither a page of ours nor an empty file?"""
+    if not path.is_file():
+        return os.path.lexists(path)
+    with path.open("rb") as file:
+        head = file.read(4096)
+    return bool(head) and GENERATOR.encode() not in head
+
+
+@contextmanager
+def replaced_folder(folder: Path, kind: str, durable: bool = True) -> Iterator[Path]:
+    """Yield an empty folder to fill; when the block ends without an error it takes the place of `folder`.
+
+    It is written beside `folder`, marked as `kind` and, if `durable`, synced to the disk; the old folder is renamed
+    aside, the new one into its place, and then the old one is deleted. A process that dies between the two renames
+    leaves nothing under the name, but both folders whole beside it, and `recover_folders` puts the old one back.
+    Raises FileExistsError naming what is in the way and not ours, OSError.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    recover_folders(folder.parent)
+    _refuse(foreign(folder))
+    new = _beside(folder)
+    old = new.with_name(new.name + ".old")
+    new.mkdir(exist_ok=True)
+    _refuse(foreign(new))
+    try:
+        mark(new, kind)
+        yield new
+        mark(new, kind, (str(path.relative_to(new)) for path in new.rglob("*") if path.name != MARK))
+        for path in (*new.rglob("*"), new) if durable else ():
+            synced(path)
+        _refuse(foreign(folder))
+        if folder.exists():
+            folder.replace(old)
+        new.replace(folder)
+        synced(folder.parent)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.replace(folder)
+        _delete(new)
+        raise
+    _delete(old)
+
+
+def _refuse(obstacle: Path | None) -> None:
+    if obstacle is not None:
+        raise FileExistsError(errno.EEXIST, "not made by thumbtune, so it is not replaced", str(obstacle))
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder of ours, which is gone from its name at once; one that holds anything foreign stays as it is."""
+    if foreign(folder) is None:
+        doomed = _beside(folder)
+        folder.replace(doomed)
+        _delete(doomed)
+
+
+def recover_folders(parent: Path, locked: bool = False) -> None:
+    """Put back what a killed `replaced_folder` has left aside in `parent`, and delete what it left unfinished.
+
+    Folders of processes that live are left alone, unless the caller holds a lock that keeps other writers out.
+    """
+    for path in sorted(parent.glob(".*")):
+        left = LEFT_BEHIND.fullmatch(path.name)
+        if left is None or path.is_symlink() or not path.is_dir() or not (locked or _is_dead(int(left[2]))):
+            continue
+        barely_begun = locked and all(name.startswith(f".{MARK}") for name in os.listdir(path))  # killed before `mark`
+        if not (kind_of(path) or barely_begun):
+            continue
+        folder = parent / left[1]
+        if left[3] and not folder.exists():
+            path.replace(folder)
+        else:
+            _delete(path)
+
+
+def _beside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}-{os.getpid()}")
+
+
+def _is_dead(pid: int) -> bool:
+    """True when no process of this number lives here; this one is not writing now."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        return False
+    return pid == os.getpid()
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder, its mark last, so that what a kill or an error leaves of it is still known as ours."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != MARK:
+                path.unlink()
+        (folder / MARK).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def synced(path: Path) -> Path:

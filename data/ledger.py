@@ -14,7 +14,8 @@ from data.batch import BadSample
 
 Ledger = Callable[[dict[str, Any]], None]
 UNUSED = {  # reason -> what such files are
-    "sidecar-without-image": "texts without an image of their name", "linked-folder": "linked folders, not followed"}
+    "sidecar-without-image": "texts without an image of their name", "linked-folder": "linked folders, not followed",
+    "own-output": "folders that thumbtune wrote"}
 
 
 def _nowhere(entry: dict[str, Any]) -> None:

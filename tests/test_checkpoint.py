@@ -164,8 +164,9 @@ def test_what_is_saved_is_on_the_disk_before_it_is_named(tmp_path: Path, monkeyp
     monkeypatch.setattr(Path, "replace", lambda old, new: done.append(f"rename {Path(new).name}") or replace(old, new))
     write(run, 4)
     at = done.index("rename step-00000004")
-    assert done[:3] == list(checkpoint.FILES) and done[3] == checkpoint.MANIFEST
-    assert done[at - 1].startswith(".writing-") and done[at + 1] == "checkpoints" and done[at + 2] == "rename last"
+    assert {*checkpoint.FILES, checkpoint.MANIFEST} <= set(done[:at])
+    assert done[at - 1].startswith(".step-00000004-")
+    assert done[at + 1] == "checkpoints" and done[at + 2] == "rename last"
 
 
 def test_a_deleted_run_folder_is_not_made_anew(tmp_path: Path) -> None:

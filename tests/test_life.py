@@ -1,10 +1,12 @@
 """How processes end: signals, stalls, lost launchers, full disks. Real processes, real signals, nobody left behind."""
 
+import io
 import os
 import pickle
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,11 +23,11 @@ from helpers import ROOT, family, full, kill, on_ranks, start
 
 import run
 from data.batch import RunFailed
-from engine.ranks.signals import Stop
+from engine.ranks.signals import GRACE_S, HEEDED, Stop
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import newest
 
-TERM, INT = signal.SIGTERM, signal.SIGINT
+TERM, INT, HUP, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
 SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
@@ -112,8 +114,8 @@ def alive(pids: list[int]) -> list[int]:
     return found
 
 
-ALL = [*product(PHASES, [1, 2], [[TERM], [INT], [INT, INT]])]
-FEW = [("training", 2, [TERM]), ("evaluation", 1, [INT]), ("saving", 1, [TERM])]
+ALL = [*product(PHASES, [1, 2], [[TERM], [INT], [INT, INT], [HUP], [USR1], [TERM, TERM]])]
+FEW = [("training", 2, [TERM]), ("evaluation", 1, [INT]), ("saving", 1, [HUP, TERM])]
 SLOWLY = pytest.mark.skipif(not full(0, 1), reason="only with THUMBTUNE_FULL=1")
 
 
@@ -130,11 +132,11 @@ def test_a_signal_saves_what_there_is_and_leaves_nobody(phase: str, ranks: int, 
         job.wait_for(lambda: not alive(members), 5)
         assert "Traceback (most recent call last)" not in job.said or ranks > 1, job.said
         if ranks == 1:
-            assert code == 128 + signals[-1]
+            assert code == (130 if signals[-1] == INT else 143)
         elif len(signals) == 1:
             assert f"exitcode  : {128 + signals[0]}" in job.said or code != 0  # torchrun's own code says nothing
         found = newest(tmp_path / "run", pytest.fail)
-        if phase == "decoding" or len(signals) == 2:
+        if phase == "decoding" or signals == [INT, INT]:
             return
         assert found is not None
         steps = (tmp_path / "run" / "steps.jsonl").read_text().splitlines()
@@ -242,6 +244,90 @@ def test_a_signal_while_fetching_waits_for_no_server(tiny_model: Path, tmp_path:
             assert "Traceback" not in said
         finally:
             kill(process.pid)
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """The signal handlers of before."""
+    before = {number: signal.getsignal(number) for number in HEEDED}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_repeated_request_to_end_is_no_second_wish(handlers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM and torchrun both send SIGTERM, and a terminal that closes sends SIGHUP: what is being saved is saved.
+
+    Only a second Ctrl-C, or asking again when the time for saving is over, leaves at once.
+    """
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    stop = Stop()
+    with pytest.raises(SystemExit) as end, stop.gracefully():
+        for number in (HUP, TERM, TERM, USR1, signal.SIGUSR2):
+            os.kill(os.getpid(), number)
+        assert not ended
+        os.kill(os.getpid(), INT)
+        stop._received_at -= GRACE_S + 1
+        os.kill(os.getpid(), TERM)
+        assert ended == [130, 143]
+    assert end.value.code == 143
+
+
+def test_nohup_is_obeyed(handlers: None) -> None:
+    """A run started under nohup goes on when its terminal closes."""
+    signal.signal(HUP, signal.SIG_IGN)
+    Stop()
+    assert signal.getsignal(HUP) == signal.SIG_IGN
+
+
+def test_a_closed_terminal_takes_the_line_and_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After SIGHUP every write to the terminal fails; progress must not keep the run from saving."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    world = World(0, 0, 1, torch.device("cpu"))
+    for stream in (open(writer, "w", buffering=1), None):
+        monkeypatch.setattr("sys.stderr", stream)
+        world.say("a line")
+        world.live("progress")
+        monkeypatch.undo()
+        with suppress(OSError, AttributeError):
+            stream.close()
+
+
+def test_what_nobody_foresaw_is_one_line_and_a_file_with_the_traceback(
+        tiny_model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """A fault of ours ends in a line, and there is something to put into a bug report."""
+    def fault(*_: object, **__: object) -> None:
+        raise IndexError("index 7\nis out of range")
+
+    flags = ["--model", str(tiny_model), "--dataset", str(pairs), "--cache-dir", str(tmp_path / "cache"), "--quiet"]
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for module, folder, command in (("engine.commands.train.fit", "run", "train"), ("engine.commands.check.read_rows",
+                                    ".", "check")):
+        capsys.readouterr()
+        monkeypatch.setattr(module, fault)
+        arguments = ["train", *flags, "--out", str(tmp_path / "run")] if command == "train" else ["check", *flags[2:]]
+        assert run.main(arguments) == 1
+        said = capsys.readouterr().err.splitlines()
+        (report,) = (tmp_path / folder).glob("*error-rank-0-*.txt")
+        assert said == [f"run.py {command} failed: IndexError: index 7 is out of range (not foreseen; the traceback "
+                        f"is in {report})"]
+        assert "line" in report.read_text() and "in fault" in report.read_text()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_any_title_can_be_printed_on_any_terminal(encoding: str, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """LC_ALL=C, PYTHONIOENCODING=latin-1: a title that such a terminal has no letters for ends no command."""
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert run.main(["check", "--dataset", "日本 🎬.csv", "--cache-dir", str(tmp_path)]) == 2
+    print("日本")
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        assert b"\\u65e5\\u672c" in stream.buffer.getvalue()
 
 
 def _late() -> list[Any]:

@@ -22,6 +22,9 @@ MISTAKES = {  # arguments -> what the answer has to name
     "command of a newcomer": (["finetune"], "there is train, demo"),
     "typo in a flag": (["--epoch", "3"], "did you mean --epochs"),
     "flag of another command": (["shards", "--epochs", "3"], "unknown argument --epochs"),
+    "a flag twice": (["--lr", "1", "--epochs", "3", "--lr=2"], "--lr is given twice"),
+    "a list twice": (["--trainable", "a", "--trainable", "b"], "as A,B"),
+    "both ends of a switch": (["--quiet", "--no-quiet"], "--quiet and --no-quiet"),
     "word too many": (["train", "fast"], "unknown argument fast"),
     "word for a number": (["--epochs", "many"], "--epochs"),
     "flag without its value": (["--epochs"], "--epochs"),
@@ -74,6 +77,20 @@ MISTAKES = {  # arguments -> what the answer has to name
     "nobody's home": (["--out", "~nobody-of-that-name/run"], "nobody's home"),
     "out is a file": ([*DATA, "--out", "{pairs}/train.csv"], "--out"),
     "out holds a run": ([*DATA, "--out", "{used}"], "--resume"),
+    "out is the base model": ([*DATA, "--out", "{model}"], "{model} holds config.json"),
+    "out is the dataset": ([*DATA, "--out", "{pairs}"], "the folder of --dataset"),
+    "out holds a foreign model": (["--model", "nowhere", "--out", "{mess}/theirs"], "holds model"),
+    "out holds foreign checkpoints": (["--dataset", "nowhere", "--out", "{mess}/other"], "holds checkpoints"),
+    "sweep over a foreign page": ([*SWEEP, "--space", "lr=1", "--out", "{mess}/paper"], "holds report.html"),
+    "eval over foreign figures": (["eval", *DATA, "--out", "{mess}/figures"], "holds metrics.json"),
+    "eval over a run": (["eval", *DATA, "--out", "{used}"], "holds a run"),
+    "shards among others'": (["shards", "--dataset", "{pairs}", "--out", "{mess}/tars"], "holds theirs.tar"),
+    "shards into the dataset": (["shards", "--dataset", "{pairs}", "--out", "{pairs}"], "the folder of --dataset"),
+    "export over the base": (["export", "--run", "{alone}", "--to", "{model}"], "choose a new folder"),
+    "foreign page": ([*SEARCH, "words", "--html", "{mess}/paper/report.html"], "no page of thumbtune's"),
+    "foreign checkpoint in a run": ([*DATA[:2], "--resume", "--out", "{mixed_run}"], "step-theirs was not made"),
+    "NUL in a path": (["--out", "a\0b"], "NUL"),
+    "out that is no text": (["--out", "\udcff"], "UTF-8"),
     "shards without a place": (["shards", "--dataset", "{pairs}"], "--out DIR"),
     "cache is a file": ([*DATA, "--cache-dir", "{pairs}/train.csv"], "--cache-dir"),
     # choosing and checking
@@ -125,10 +142,12 @@ def mess(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     mess = tmp_path_factory.mktemp("mess")
     for name, text in {
             "type.toml": 'epochs = "three"', "list.toml": "trainable = [1, 2]", "typo.toml": "epoch = 3",
+            "theirs/model/notes.txt": "years of work", "other/checkpoints/step-7/mine.pt": "theirs",
+            "paper/report.html": "<h1>mine</h1>", "figures/metrics.json": "{}", "tars/theirs.tar": "",
             "low.toml": "epochs = -1", "pairs.docx": "PK", "headers.csv": "image,title\n", "empty.csv": "",
             "no-images.csv": "title,views\na,1\n", "dead.csv": "image,title\na.png,a\nb.png,b\nc.png,c\nd.png,d\n",
             "outside.csv": "image,title\n../../secret.png,a\n", "only/test.csv": "image,title\na.png,a\n"}.items():
-        (mess / name).parent.mkdir(exist_ok=True)
+        (mess / name).parent.mkdir(parents=True, exist_ok=True)
         (mess / name).write_text(text)
     (mess / "empty").mkdir()
     BertConfig().save_pretrained(mess / "bert")
@@ -167,8 +186,11 @@ def test_a_mistake_is_answered_in_a_line_that_names_the_fix(name: str, pairs: Pa
     used = tmp_path / "used"
     (used / "checkpoints" / "step-00000004").mkdir(parents=True)
     (used / "config.json").write_text(json.dumps({"config": {"lr": 0.25, "model": str(tiny_model)}}))
+    mixed = tmp_path / "mixed"
+    (mixed / "checkpoints" / "step-theirs").mkdir(parents=True)
+    (mixed / "config.json").write_text(json.dumps({"config": {"model": str(tiny_model), "dataset": str(pairs)}}))
     places = {"pairs": pairs, "model": tiny_model, "tmp": tmp_path, "used": used, "mess": mess, "alone": alone,
-              "picture": next((pairs / "images").iterdir())}
+              "mixed_run": mixed, "picture": next((pairs / "images").iterdir())}
     filled = [argument.format(**places) for argument in arguments]
     command = "" if filled[0].startswith("-") else filled[0]
     filled += [] if "--out" in filled or command not in ("", "sweep") else ["--out", str(tmp_path / "out")]
@@ -185,6 +207,38 @@ def test_there_are_forty_mistakes_over_all_commands() -> None:
     assert len(MISTAKES) >= 40
     assert set(COMMANDS) - {"demo"} == {
         arguments[0] if arguments[0] in COMMANDS else "train" for arguments, _ in MISTAKES.values()}
+
+
+@pytest.mark.parametrize("flags, answer", [
+    (["--model", "{model}", "--dataset", "nowhere"], "nowhere"), (["--model", "nowhere", *DATA[2:]], "nowhere"),
+    ([*DATA, "--eval-splits", "tset"], "tset"), ([*DATA, "--probe", "nowhere"], "nowhere"),
+    ([*DATA, "--batch-size", "38"], "37")])
+def test_a_run_that_never_began_leaves_no_folder_behind(flags: list[str], answer: str, pairs: Path, tiny_model: Path,
+                                                        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A typo in the data is said before a model loads, and `runs/` does not fill up with empty folders."""
+    if "--batch-size" not in flags and "nowhere" not in flags[1]:
+        monkeypatch.setattr("engine.commands.train.open_parts", lambda *_: pytest.fail("a model was loaded"))
+    filled = [flag.format(model=tiny_model, pairs=pairs) for flag in flags]
+    code, said = answered([*filled, "--out", str(tmp_path / "runs" / "a"), "--cache-dir", str(tmp_path / "cache")])
+    assert code == 2 and answer in "\n".join(said) and not (tmp_path / "runs").exists(), said
+
+
+@pytest.mark.parametrize("name, value", [("RANK", "abc"), ("RANK", ""), ("RANK", "1"), ("WORLD_SIZE", ""),
+                                         ("LOCAL_RANK", "-1"), ("WORLD_SIZE", "2")])
+def test_a_broken_environment_of_ranks_is_named(name: str, value: str, pairs: Path, tiny_model: Path, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job script that sets half of torchrun's variables gets no traceback, and no run that writes nothing."""
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    code, said = answered(["--model", str(tiny_model), "--dataset", str(pairs), "--out", str(tmp_path / "run")])
+    assert code == 2 and len(said) == 1 and name in said[0] and not (tmp_path / "run").exists(), said
+
+
+def test_a_missing_home_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers often run as a user without a home folder, where the default cache cannot lie."""
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    code, said = answered(["check", "--dataset", "d"])
+    assert code == 2 and "--cache-dir" in said[0] and "HOME" in said[0], said
 
 
 def test_ranks_that_cannot_meet_say_why() -> None:

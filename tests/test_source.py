@@ -19,6 +19,7 @@ from helpers import full
 from PIL import Image
 
 from data.batch import UserError
+from data.files import mark
 from data.ledger import Account
 from data.sources import csv_tables, records
 from data.sources.source import Columns, Rows, load_splits
@@ -469,3 +470,18 @@ def test_real_pairs() -> None:
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 1012, "valid": 217, "test": 218}
     for rows in splits.values():
         assert all(Path(image).is_file() and title and negative for image, title, negative in pairs(rows))
+
+
+@pytest.mark.parametrize("kind", ["run", "cache"])
+def test_what_we_wrote_into_a_dataset_is_not_read_as_data(kind: str, tmp_path: Path) -> None:
+    """A run whose --out lies among the images leaves the split of the next run, and of its own resume, as it was."""
+    for i in range(9):
+        picture(tmp_path / "deep" / f"{i}.jpg", i)
+        (tmp_path / "deep" / f"{i}.txt").write_text(f"title {i}")
+    before = {name: pairs(rows) for name, rows in load_splits(str(tmp_path)).items()}
+    for place in ("runs/a", "deep/runs/b"):
+        picture(tmp_path / place / "tensorboard" / "sprite.png")
+        mark(tmp_path / place, kind)
+    said: list[str] = []
+    assert {name: pairs(rows) for name, rows in load_splits(str(tmp_path), tell=said.append).items()} == before
+    assert len(said) == 1 and "folders that thumbtune wrote: 2" in said[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data.batch import BadSample
-from data.files import NotAFile, open_regular
+from data.files import NotAFile, is_output, open_regular
 from data.ledger import Account
 from data.shards.samples import MAX_TEXT
 from data.sources.records import Record, parse_json
@@ -68,15 +68,19 @@ def holds_titled_pictures(folder: Path, most: int = 10_000) -> bool:
 
 
 def _walk(folder: Path, account: Account) -> Iterator[tuple[str, list[str]]]:
-    """Folders at any depth and their files, sorted, without hidden ones."""
+    """Folders at any depth and their files, sorted, without hidden ones and without what this program wrote."""
     def refuse(error: OSError) -> NoReturn:
         raise error
 
     for here, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in folders:
-            if os.path.islink(path := os.path.join(here, name)):  # the walk does not enter it
+        for name in list(folders):
+            path = os.path.join(here, name)
+            if os.path.islink(path):  # the walk does not enter it
                 account.pass_over("linked-folder", path)
+            elif is_output(Path(path)):
+                folders.remove(name)
+                account.pass_over("own-output", path)
         yield here, sorted(name for name in names if not name.startswith("."))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data.batch import UserError
-from data.files import NotAFile
+from data.files import NotAFile, is_output
 from data.ledger import Account, Ledger
 from data.shards.index import expand_braces
 from data.sources import img2dataset
@@ -80,7 +80,11 @@ def _find(folder: Path, columns: Columns, account: Account) -> dict[str, list[Pa
     entries = _entries(folder)
     if found := _by_split(entries):
         return found
-    folders = [entry for entry in entries if entry.name.lower() in SPLITS and entry.is_dir()]
+    named = [entry for entry in entries if entry.name.lower() in SPLITS and entry.is_dir()]
+    folders = [entry for entry in named if not is_output(entry)]
+    for entry in named if folders else ():
+        if entry not in folders:
+            account.pass_over("own-output", str(entry))
     if folders:
         return _one_kind((SPLITS[entry.name.lower()], entry.name, _unsplit(entry, columns, account))
                          for entry in folders)

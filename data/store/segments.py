@@ -22,10 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.files import MARK, kind_of, mark
+
 KEY = 16  # bytes of a key
 BLOCK = 256  # rows under one checksum
 HEADER = 1024  # bytes before the data
 SUFFIX = ".features.safetensors"
+FORMAT = "thumbtune features 1"
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -50,7 +53,7 @@ class Layout(NamedTuple):
         """The header of a segment of `rows` rows, and the size of the whole file."""
         blocks = -(-rows // BLOCK)
         fields: dict[str, object] = {"__metadata__": {
-            "format": "thumbtune features 1", "space": self.space, "block_rows": str(BLOCK)}}
+            "format": FORMAT, "space": self.space, "block_rows": str(BLOCK)}}
         end = 0
         for name, dtype, shape, size in (
                 ("keys", "U8", [rows, KEY], rows * KEY), ("sums", "U32", [1 + blocks], 4 * (1 + blocks)),
@@ -115,6 +118,8 @@ def write_segment(folder: Path, layout: Layout, keys: np.ndarray, values: Tensor
     path = folder / (secrets.token_hex(16) + SUFFIX)
     temporary = path.with_name(path.name + ".tmp")
     folder.mkdir(parents=True, exist_ok=True)
+    if not kind_of(folder) and not any(folder.iterdir()):
+        mark(folder, "features")
     directory = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks: nothing there is ever taken for stale
@@ -144,20 +149,36 @@ def remove_stale(folder: Path) -> None:
 
 
 def spaces(cache_dir: Path) -> dict[str, int]:
-    """Bytes on disk of every space in `cache_dir`, by the name of its folder."""
+    """Bytes on disk of every space in `cache_dir`, by the name of its folder; a folder that is not ours is none."""
     sizes: dict[str, int] = {}
-    for path in sorted(cache_dir.glob(f"*/*{SUFFIX}*")):
-        with suppress(FileNotFoundError):  # a temporary file that has just been renamed
-            sizes[path.parent.name] = sizes.get(path.parent.name, 0) + path.stat().st_size
+    for folder in sorted(cache_dir.glob("*")):
+        paths = sorted(folder.glob(f"*{SUFFIX}*"))
+        if not paths or not (kind_of(folder) == "features" or any(map(_is_ours, paths))):
+            continue
+        for path in paths:
+            with suppress(FileNotFoundError):  # a temporary file that has just been renamed
+                sizes[folder.name] = sizes.get(folder.name, 0) + path.stat().st_size
     return sizes
+
+
+def _is_ours(path: Path) -> bool:
+    """Does the header say that this program wrote the segment? Spaces had no mark once."""
+    with suppress(OSError), path.open("rb") as file:
+        return FORMAT.encode() in file.read(HEADER)
+    return False
 
 
 def prune(cache_dir: Path, keep: Collection[str]) -> int:
     """Delete the spaces not named in `keep`, and damaged segments everywhere; returns the bytes freed."""
     before = spaces(cache_dir)
     for name in before:
-        for path in (cache_dir / name).glob(f"*{SUFFIX}.damaged" if name in keep else f"*{SUFFIX}*"):
-            path.unlink(missing_ok=True)
+        folder = cache_dir / name
+        marked = kind_of(folder) == "features"
+        for path in folder.glob(f"*{SUFFIX}.damaged" if name in keep else f"*{SUFFIX}*"):
+            if marked or _is_ours(path):
+                path.unlink(missing_ok=True)
+        if marked and [path.name for path in folder.iterdir()] == [MARK]:
+            (folder / MARK).unlink()
         with suppress(OSError):  # not empty: kept, or somebody's own files are in it
-            (cache_dir / name).rmdir()
+            folder.rmdir()
     return sum(before.values()) - sum(spaces(cache_dir).values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ import torch
 
 from data.batch import ALONE, Team, UserError
 from data.cold import Reader
+from data.files import mark
 from data.images.decode import ImageSpec, tokenizer_fingerprint
 from data.pairs import Encoders, Pairs, data_of, open_pairs
 from data.sources.source import Columns, Rows, load_splits
-from data.sources.split import divide
+from data.sources.split import ORDER, WHOLE, divide
 from data.store.resident import Resident
 from data.web.fetch import FetchPolicy
 from data.web.guard import check_proxy
@@ -37,18 +37,6 @@ def open_parts(cfg: Config, world: World) -> Parts:
                        cfg.gradient_checkpointing)
     world.say(parts.describe())
     return parts
-
-
-def open_run_and_parts(cfg: Config, world: World) -> tuple[Path, bool, Parts]:
-    """The run folder, whether it holds a run to go on with, and the model; a refused model leaves no new folder."""
-    out, begun = open_run(cfg, world)
-    try:
-        return out, begun, open_parts(cfg, world)
-    except UserError:
-        if world.is_main:
-            with suppress(OSError):  # it holds something, so it is not new
-                out.rmdir()
-        raise
 
 
 def read_rows(cfg: Config, tell: Callable[[str], None] = lambda text: None) -> tuple[
@@ -87,21 +75,53 @@ def reader(cfg: Config, spec: ImageSpec) -> Reader:
     return Reader(folder, spec, fetch_policy(cfg), cfg.max_pixels, cfg.workers, cfg.retry_failed, cfg.augment)
 
 
-def open_data(cfg: Config, world: World, parts: Parts, only: str = "") -> Pairs:
-    """Read the rows, run the cold pass with the towers' help, account for every row."""
-    (rows, lost), wanted = read_rows(cfg, world.say), only or "train"
+Source = tuple[dict[str, Rows], list[dict[str, Any]]]  # rows by split, ledger entries of what became no row
+
+
+def open_source(cfg: Config, world: World, split: str = "train") -> Source:
+    """Read the rows before anything slow or written. Raises UserError, also where `split` or an --eval-splits is not.
+
+    A lone split is whole, under the name train, and counts as the three that it will be.
+    """
+    source = read_rows(cfg, world.say)
+    names = [*(ORDER if list(source[0]) == [WHOLE] else source[0]), *(["probe"] if cfg.probe else [])]
+    require_split(cfg, split, names)
+    if wrong := [name for name in cfg.eval_splits if name not in names]:
+        raise UserError(f"--eval-splits {wrong[0]}: there is {', '.join(names)}")
+    return source
+
+
+def require_split(cfg: Config, split: str, names: Collection[str]) -> None:
+    """Raises UserError where `split` is not among the names."""
+    if split not in names:
+        raise UserError(f"--dataset {cfg.dataset} has no split {split!r}; it has {', '.join(names)}")
+
+
+def open_data(cfg: Config, world: World, parts: Parts, source: Source, only: str = "") -> Pairs:
+    """Run the cold pass over the rows of `source` with the towers' help, account for every row."""
+    claim_cache(cfg, world)
     spec = ImageSpec.from_processor(parts.clip.image_processor)
     team, look = Team(world.rank, world.size, world.meet), reader(cfg, spec)
     towers = encoders(parts, spec.fingerprint(), world.device, cfg.compile)
-    rows = divided(cfg, world, rows, look, towers, team)
-    if wanted not in rows:
-        raise UserError(f"--dataset {cfg.dataset} has no split {wanted!r}; it has {', '.join(rows)}")
+    rows, lost = divided(cfg, world, source[0], look, towers, team), source[1]
+    require_split(cfg, only or "train", rows)
     if only:
         lost = [entry for entry in lost if entry.get("split", only) == only]
     pairs = open_pairs({only: rows[only]} if only else rows, lost, look, towers, team,
                        Path(cfg.cache_dir).expanduser(), cfg.max_bad, cfg.mine_negatives, world.device, world.live)
     world.say(pairs.describe())
     return pairs
+
+
+def claim_cache(cfg: Config, world: World) -> None:
+    """Mark a --cache-dir that is new or empty as ours, so that it is not read as data. Raises UserError."""
+    folder = Path(cfg.cache_dir).expanduser()
+    try:
+        if world.is_main and not (folder.exists() and any(folder.iterdir())):
+            folder.mkdir(parents=True, exist_ok=True)
+            mark(folder, "cache")
+    except OSError as error:
+        raise UserError(f"--cache-dir {folder} cannot be used: {error.strerror}; choose another folder") from None
 
 
 def encoders(parts: Parts, image_preprocessing: str, device: torch.device,
@@ -130,12 +150,21 @@ def measure_rows(head: Head, split: Resident, world: World | None = None) -> Ret
     return measure_split(head.image, head.text, split.parts(), *team)
 
 
-def with_probe(cfg: Config, world: World, parts: Parts, pairs: Pairs) -> Pairs:
+def open_probe(cfg: Config, world: World) -> Source | None:
+    """The rows of --probe, None without one. Raises UserError."""
+    return open_source(_probe_settings(cfg), world, "test") if cfg.probe else None
+
+
+def _probe_settings(cfg: Config) -> Config:
+    return replace(cfg, dataset=cfg.probe, probe="", eval_splits=(), image_column="", title_column="",
+                   negative_column="", mine_negatives="off")
+
+
+def with_probe(cfg: Config, world: World, parts: Parts, pairs: Pairs, source: Source | None) -> Pairs:
     """The pairs, and the test split of --probe beside them as a split of its own, only ever measured."""
-    if not cfg.probe:
+    if source is None:
         return pairs
-    other = replace(cfg, dataset=cfg.probe, image_column="", title_column="", negative_column="", mine_negatives="off")
-    probe = open_data(other, world, parts, only="test")
+    probe = open_data(_probe_settings(cfg), world, parts, source, only="test")
     return replace(
         pairs, splits={**pairs.splits, "probe": probe.splits["test"]},
         ledger=[*pairs.ledger, *({**entry, "split": "probe"} for entry in probe.ledger)],

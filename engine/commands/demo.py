@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from data.batch import UserError
 from data.demo.demo import write_demo
+from data.files import foreign, is_whole, replaced_folder
 from engine.commands.train import train
 from engine.config.fields import Config
 from engine.ranks.signals import Stop
@@ -15,8 +17,12 @@ from engine.ranks.world import World
 def demo(cfg: Config, world: World, stop: Stop) -> int:
     """Draw thumbnails and titles, then tune the small model that ships with the project on them."""
     folder = Path(cfg.cache_dir).expanduser() / "demo"
-    if world.is_main:
+    if world.is_main and not is_whole(folder, "demo"):
+        if obstacle := foreign(folder):
+            raise UserError(f"--cache-dir {cfg.cache_dir}: {obstacle} was not made by thumbtune; move it away or "
+                            "choose another folder")
         world.say(f"drawing thumbnails into {folder}")
-        write_demo(folder)
+        with replaced_folder(folder, "demo", durable=False) as new:
+            write_demo(new)
     world.barrier()
     return train(replace(cfg, dataset=str(folder)), world, stop)

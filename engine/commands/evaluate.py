@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
-from engine.commands.common import measure, open_data, open_parts
+from engine.commands.common import measure, open_data, open_parts, open_source
 from engine.config.fields import Config
 from engine.ranks.signals import Stop
 from engine.ranks.world import World
 from engine.run_folder import folder
+from engine.run_folder.ownership import open_evaluation
 from eval.report.report import table
 
 
 def evaluate(cfg: Config, world: World, stop: Stop) -> int:
     """The metrics alone, for any CLIPModel; the exit code is 1 for one that has collapsed."""
+    out = open_evaluation(cfg.out, cfg.dataset) if cfg.out and world.is_main else None
+    source = open_source(cfg, world, cfg.split)
     parts = open_parts(cfg, world)
-    pairs = open_data(cfg, world, parts, only=cfg.split)
+    pairs = open_data(cfg, world, parts, source, only=cfg.split)
     found = measure(pairs.residents(), parts.head, [cfg.split], world)[cfg.split]
     scores = {cfg.split: found.summarise()}
     if world.is_main:
         world.say(table({parts.clip.name: scores}))
         print(json.dumps(scores, indent=2))
-        if cfg.out:
-            folder.write_json(Path(cfg.out) / "metrics.json", scores)
-            folder.write_ledger(Path(cfg.out) / "ledger.jsonl", pairs.ledger)
+        if out:
+            folder.write_json(out / "metrics.json", scores)
+            folder.write_ledger(out / "ledger.jsonl", pairs.ledger)
         if found.collapsed:
             print(f"run.py eval: {cfg.split}: {found.collapsed}", file=sys.stderr, flush=True)
     return 1 if found.collapsed else 0

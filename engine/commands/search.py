@@ -19,6 +19,7 @@ from engine.config.fields import Config
 from engine.ranks.signals import Stop
 from engine.ranks.world import World
 from engine.run_folder.folder import write_text
+from engine.run_folder.ownership import refuse_foreign_page
 from eval.report.search_page import page
 from eval.search import Found, as_json, as_text, found, top_k
 
@@ -27,6 +28,8 @@ def search(cfg: Config, world: World, stop: Stop) -> int:
     """The best thumbnails for titles, or the best titles for a picture: one process, from stored features."""
     if not world.is_main:
         return 0
+    if cfg.html:
+        refuse_foreign_page(cfg.html)
     titles = gallery.read_queries(cfg.query, cfg.queries, cfg.image)
     splits, results, look = find(cfg, world, titles)
     place = os.path.abspath(cfg.dataset)

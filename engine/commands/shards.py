@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from data.batch import UserError
 from data.catalogue import refuse_if_too_bad
 from data.images.decode import ImageSpec
@@ -14,6 +12,7 @@ from engine.config.fields import Config
 from engine.ranks.signals import Stop
 from engine.ranks.world import World
 from engine.run_folder import folder
+from engine.run_folder.ownership import open_shards, refuse_foreign_shards
 
 
 def shards(cfg: Config, world: World, stop: Stop) -> int:
@@ -22,8 +21,9 @@ def shards(cfg: Config, world: World, stop: Stop) -> int:
         return 0
     if not cfg.out:
         raise UserError("shards needs a folder to write to: --out DIR")
-    (rows, lost), out = read_rows(cfg, world.say), Path(cfg.out).expanduser()
-    look = reader(cfg, ImageSpec.clip())
+    refuse_foreign_shards(cfg.out, cfg.dataset)
+    rows, lost = read_rows(cfg, world.say)
+    look, out = reader(cfg, ImageSpec.clip()), open_shards(cfg.out)
     rows = divided(cfg, world, rows, look)
     ledger = lost + pack(rows, look, out, cfg.resize, world.say)
     folder.write_ledger(out / "ledger.jsonl", ledger)

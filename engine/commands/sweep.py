@@ -12,7 +12,7 @@ from data.batch import RunFailed, UserError
 from data.pairs import Pairs, data_of
 from data.sources.folds import folds, join
 from data.store.resident import Resident
-from engine.commands.common import measure, measure_rows, open_data, open_run_and_parts
+from engine.commands.common import measure, measure_rows, open_data, open_parts, open_run, open_source
 from engine.commands.train import find_overlap, finish
 from engine.config.fields import Config
 from engine.ranks.signals import Stop
@@ -29,10 +29,12 @@ from eval.retrieval import differences, measure_if_finite
 def sweep(cfg: Config, world: World, stop: Stop) -> int:
     """Try settings by cross-validation over all rows but test's; retrain the best on them, and test that once."""
     tried = configurations(cfg)
-    out, begun, parts = open_run_and_parts(cfg, world)
+    out, begun = open_run(cfg, world)
+    source = open_source(cfg, world)
+    parts = open_parts(cfg, world)
     if not parts.cached:
         raise UserError("sweep trains from stored features: only projections and logit_scale can be --trainable")
-    pairs = open_data(cfg, world, parts)
+    pairs = open_data(cfg, world, parts, source)
     rows = join([split for name, split in pairs.residents().items() if name in ("train", "valid")])
     runs = [Run(seed, *fold) for seed in range(cfg.seed, cfg.seed + cfg.seeds * REPEAT, REPEAT)
             for fold in folds(rows, cfg.folds, seed)]

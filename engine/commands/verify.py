@@ -9,7 +9,7 @@ from pathlib import Path
 from data.batch import UserError
 from data.images.decode import ImageSpec
 from data.store.upkeep import describe, look_over, tidy
-from engine.commands.common import encoders, measure, open_data, open_parts, with_probe
+from engine.commands.common import encoders, measure, open_data, open_parts, open_probe, open_source, with_probe
 from engine.commands.train import measured, saver
 from engine.config.fields import Config
 from engine.ranks.signals import Stop
@@ -46,8 +46,9 @@ def verify(cfg: Config, world: World, stop: Stop) -> int:
 
 def rerun(cfg: Config, world: World, run: Path, whole: Sequence[Path]) -> list[Finding]:
     """Train a few steps again, and measure the exported model again."""
+    source = open_source(cfg, world)
     parts = open_parts(cfg, world)
-    pairs = with_probe(cfg, world, parts, open_data(cfg, world, parts))
+    pairs = with_probe(cfg, world, parts, open_data(cfg, world, parts, source), open_probe(cfg, world))
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     saved = saver(cfg, world, run, parts, pairs, measured(cfg, pairs))
     findings = retrace(cfg, world, run, whole, parts, saved, plan, pairs.ledger,
@@ -55,8 +56,9 @@ def rerun(cfg: Config, world: World, run: Path, whole: Sequence[Path]) -> list[F
     if not (run / "model").exists():
         return findings
     written, tuned = read_json(run / "metrics.json").get("tuned", {}), replace(cfg, model=str(run / "model"))
-    parts = open_parts(tuned, world)
-    found = measure(with_probe(tuned, world, parts, open_data(tuned, world, parts)).residents(), parts.head, written)
+    parts, probe = open_parts(tuned, world), open_probe(tuned, world)
+    again_pairs = with_probe(tuned, world, parts, open_data(tuned, world, parts, source), probe)
+    found = measure(again_pairs.residents(), parts.head, written)
     scores = {name: one.summarise() for name, one in found.items()}
     exact = again.same_machine(run, world) and not any(finding.apart for finding in findings)
     return [*findings, again.metrics(scores, written, exact)]

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import Field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -102,6 +103,7 @@ class Parser(argparse.ArgumentParser):
 
     def settings(self, arguments: Sequence[str]) -> Config:
         """The Config of these arguments: preset, then the resumed run's or TOML's settings, then flags."""
+        self._refuse_repeats(arguments)
         known, rest = self.parse_known_args(arguments)
         flags, preset = vars(known), self.command.preset
         toml, written = flags.pop("config"), flags.pop("write_config")
@@ -112,10 +114,11 @@ class Parser(argparse.ArgumentParser):
             flags[POSITIONAL] = tuple(words)
         try:
             flags = {**(read_toml(Path(toml)) if toml else {}), **flags}
-            _refuse_homes_of_nobody(flags)
+            _check_paths(flags)
             resumed = _resumed(flags)
             recipe = {} if resumed else RECIPES.get(flags.get("recipe", ""), {})
             config = replace(Config(), **{**preset, **resumed, **recipe, **flags})
+            _check_paths({name: getattr(config, name) for name in self.command.names})
             check(config)
             if written:
                 _write_new(Path(written), to_toml(config, self.command.names))
@@ -124,6 +127,22 @@ class Parser(argparse.ArgumentParser):
         if written:
             self.exit(0, f"{written} written; use it with {self.prog} --config {written}\n")
         return config
+
+
+    def _refuse_repeats(self, arguments: Sequence[str]) -> None:
+        """One line and exit 2 for a flag that is given twice, of which argparse would take the last."""
+        given: dict[str, str] = {}
+        for word in takewhile(lambda word: word != "--", arguments):
+            flag = word.split("=")[0]
+            action = self._option_string_actions.get(flag)
+            if action is None or not flag.startswith("--"):
+                continue
+            if action.dest in given:
+                several = ", with its values as A,B" if action.metavar == "A,B" else ""
+                before = given[action.dest]
+                self.error(f"{flag} is given twice; give it once{several}" if flag == before else
+                           f"{before} and {flag} are given together; give one of them")
+            given[action.dest] = flag
 
 
 class Lines(argparse.RawDescriptionHelpFormatter):
@@ -138,12 +157,21 @@ class Lines(argparse.RawDescriptionHelpFormatter):
         return super()._format_action_invocation(action)
 
 
-def _refuse_homes_of_nobody(flags: dict[str, Any]) -> None:
-    """Raises ValueError for a path that begins with ~NAME where there is no such user."""
-    for name, value in flags.items():
-        if isinstance(value, str) and value.startswith("~") and os.path.expanduser(value).startswith("~"):
-            raise ValueError(f"--{name.replace('_', '-')} {value}: {Path(value).parts[0]} is nobody's home; write the "
-                             "path in full")
+def _check_paths(settings: dict[str, Any]) -> None:
+    """Raises ValueError for a text that no file name can hold, and for ~ or ~NAME where there is no such home."""
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        if not isinstance(value, str):
+            continue
+        if "\0" in value:
+            raise ValueError(f"{flag} {value!r} holds a NUL character; leave it out")
+        if name == "out" and any("\ud800" <= letter <= "\udfff" for letter in value):  # TensorBoard writes none such
+            raise ValueError(f"{flag} {value} is no text here; choose another name, or a locale with UTF-8, such as "
+                             "LC_ALL=C.UTF-8")
+        if value.startswith("~") and os.path.expanduser(value).startswith("~"):
+            home = Path(value).parts[0]
+            fault = "there is no home folder here (HOME is not set)" if home == "~" else f"{home} is nobody's home"
+            raise ValueError(f"{flag} {value}: {fault}; write the path in full")
 
 
 def version() -> str:

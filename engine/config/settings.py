@@ -49,7 +49,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"--config {path}: no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:  # no TOML, no UTF-8, no file, or nested without end
         raise ValueError(f"--config {path}: {error}") from None
     hints, values = get_type_hints(Config), {}
     for key, value in table.items():

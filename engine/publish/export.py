@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from data.batch import UserError
+from data.files import recover_folders, replaced_folder
 from engine.clip.loading import Clip, non_finite
 from engine.config.fields import Config, config_fields
 from engine.publish.card import write_card
@@ -78,27 +78,20 @@ def frozen_digest(clip: Clip, trained: Collection[str]) -> str:
 
 
 def export(clip: Clip, folder: Path, tuned: Tuned, table: str, licence: str = "other", dtype: str = "fp32") -> None:
-    """Write model, processor, card, and the trained tensors alone; the folder is replaced whole or not at all.
+    """Write model, processor, card, and the trained tensors alone, as `replaced_folder` replaces a folder.
 
-    `dtype` is how the model's weights are stored; the tensors alone stay fp32. Raises UserError where it overflows.
+    `dtype` is how the model's weights are stored; the tensors alone stay fp32. Raises UserError where it overflows,
+    OSError.
     """
-    temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with replaced_folder(folder, "model") as new:
         save_file({name: value.detach().cpu().float().contiguous() for name, value in tuned.tensors.items()},
-                  temporary / ALONE, metadata={"thumbtune": json.dumps(asdict(tuned.origin))})
+                  new / ALONE, metadata={"thumbtune": json.dumps(asdict(tuned.origin))})
         nn.Module.to(clip.model, DTYPES[dtype])
         if overflown := non_finite(clip.model):
             raise UserError(f"--dtype {dtype} cannot hold {overflown}; use --dtype bf16 or fp32")
-        clip.model.save_pretrained(temporary)
-        clip.processor.save_pretrained(temporary)
-        write_card(temporary / "README.md", asdict(tuned.origin), table, licence)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        clip.model.save_pretrained(new)
+        clip.processor.save_pretrained(new)
+        write_card(new / "README.md", asdict(tuned.origin), table, licence)
 
 
 def finished_folder(run: str) -> Path | None:
@@ -109,10 +102,12 @@ def finished_folder(run: str) -> Path | None:
 
 
 def new_folder(wanted: str) -> Path:
-    """A folder that nothing is in yet, since an export replaces what is there. Raises UserError."""
+    """The folder `--to`, in which there must be nothing yet. Raises UserError."""
     folder = Path(wanted).expanduser()
     try:
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        if folder.parent.is_dir():
+            recover_folders(folder.parent)
+        if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
             raise UserError(f"--to {wanted} is there already; choose a new folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,5 +1,8 @@
-"""SIGTERM and SIGINT: the loop ends cleanly, anything else at once; a second one never waits. Ranks follow torchrun.
+"""Signals that ask a run to end: the loop saves and ends, anything else ends at once. Ranks follow torchrun.
 
+SIGTERM, SIGHUP (a closed terminal), SIGUSR1 and SIGUSR2 (SLURM's `--signal`) exit with 143, SIGINT (Ctrl-C) with 130.
+Schedulers and torchrun repeat themselves, so only a second SIGINT, or another signal GRACE_S after the first, means
+"do not save". What was ignored when the process started (SIGHUP under nohup) stays ignored.
 Imports nothing heavy: signals are heeded, and the launcher is watched, before torch is loaded.
 """
 
@@ -22,26 +25,32 @@ ASK_EVERY_S = 1.0  # how often ranks ask one another for signals
 AT_ONCE_S = 5.0  # how long threads at work may hold up an exit that saves nothing
 ORPHAN_S = 2.0  # how long a rank whose launcher is gone may take to save
 WATCH_S = 0.25
+GRACE_S = 30.0  # how long a run may take to save before a repeated signal ends it; torchrun kills after as long
+HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Stop:
-    """Remembers the first signal; 128 + its number is the exit code."""
+    """Remembers the first signal: `code_of` it is the exit code."""
 
     def __init__(self) -> None:
         self._received = 0
+        self._received_at = 0.0
         self._graceful = False
         self._asked, self._asked_at, self._ahead = 0, time.monotonic(), 1
         threading.excepthook = _heed
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-        atexit.register(_be_deaf)
+        for number in HEEDED:
+            if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
+        atexit.register(ignore_signals_during_shutdown)
         if "TORCHELASTIC_RUN_ID" in os.environ:  # under nohup or tmux a parent may go; torchrun's going is an end
             threading.Thread(target=self._follow, args=(os.getppid(),), name="launcher", daemon=True).start()
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self._received:
-            os._exit(128 + number)
-        self._received = number
+            if number == signal.SIGINT or time.monotonic() - self._received_at > GRACE_S:
+                os._exit(code_of(number))
+            return
+        self._received, self._received_at = number, time.monotonic()
         if not self._graceful:
             self._leave()
 
@@ -52,13 +61,13 @@ class Stop:
         if not self._received:  # it may have asked before it went
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(ORPHAN_S)
-        os._exit(128 + signal.SIGTERM)
+        os._exit(code_of(signal.SIGTERM))
 
     def _leave(self) -> None:
-        last = threading.Timer(AT_ONCE_S, os._exit, [128 + self._received])
+        last = threading.Timer(AT_ONCE_S, os._exit, [code_of(self._received)])
         last.daemon = True
         last.start()
-        raise SystemExit(128 + self._received)
+        raise SystemExit(code_of(self._received))
 
     @contextmanager
     def gracefully(self) -> Iterator[None]:
@@ -99,9 +108,14 @@ class Stop:
         return max(answer[0] for answer in answers)
 
 
-def _be_deaf() -> None:
+def code_of(number: int) -> int:
+    """The exit code of a run that a signal has ended: 130 for Ctrl-C, 143 for every other request to end."""
+    return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+
+def ignore_signals_during_shutdown() -> None:
     """What is left is Python's own end, in which a second signal would be fatal and the exit code not ours."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in HEEDED:
         signal.signal(number, signal.SIG_IGN)
 
 

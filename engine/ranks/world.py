@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, NoReturn
@@ -52,16 +52,16 @@ class World:
         """One line for people on stderr, from rank 0; said by any rank it tells those who wait in `meet` to go on."""
         self._alive()
         if self.is_main and not self.quiet:
-            print(CLEAR + text if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+            _print(CLEAR + text if _on_terminal() else text)
 
     def live(self, text: str) -> None:
         """Progress: on a terminal a line that the next one replaces, elsewhere a line like any other."""
         self._alive()
-        if not sys.stderr.isatty():
+        if not _on_terminal():
             self.say(text) if text else None
         elif self.is_main and not self.quiet:
             width = shutil.get_terminal_size().columns - 1
-            print(CLEAR + text[:width], end="\r", file=sys.stderr, flush=True)
+            _print(CLEAR + text[:width], end="\r")
 
     def _alive(self) -> None:
         if self.store is not None:
@@ -133,6 +133,16 @@ class World:
                 dist.barrier()
 
 
+def _on_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def _print(text: str, end: str = "\n") -> None:
+    """To stderr. A closed terminal or a `tee` that is gone takes the line, not the run."""
+    with suppress(OSError, ValueError):
+        print(text, end=end, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def asking(operation: str) -> Iterator[None]:
     """Inside, ranks talk to one another: a failure of that is a RunFailed that names this rank and the operation."""
@@ -188,10 +198,29 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def launched_as() -> tuple[int, int, int]:
+    """Rank, local rank and world size as torchrun's environment says them; 0, 0, 1 without one.
+
+    Raises UserError for what is no number or does not go together.
+    """
+    values = {}
+    for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)):
+        text = os.environ.get(name, str(default)).strip()
+        if not (text.isascii() and text.isdecimal()):
+            raise UserError(f"the environment variable {name} is {text!r}, which is no number; torchrun sets it, "
+                            f"without torchrun `unset {name}`")
+        values[name] = int(text)
+    rank, local_rank, size = values.values()
+    if rank >= size:
+        raise UserError(f"the environment variables RANK and WORLD_SIZE say rank {rank} of {size}"
+                        f"{'' if 'WORLD_SIZE' in os.environ else ' (WORLD_SIZE is not set)'}; start several ranks with "
+                        "`torchrun --nproc-per-node N run.py`, without torchrun `unset RANK WORLD_SIZE`")
+    return rank, local_rank, size
+
+
 def init(wanted: str, timeout_s: float, quiet: bool = False) -> World:
-    """Join the process group that torchrun's environment describes, or be alone without one."""
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    """Join the process group that torchrun's environment describes, or be alone without one. Raises UserError."""
+    rank, local_rank, size = launched_as()
     device = pick_device(wanted, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)

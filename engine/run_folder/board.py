@@ -87,7 +87,7 @@ class Board:
         self._main.add_image(name, pixels_HWC, step, dataformats="HWC")
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
-        """How values are spread; without a finite one there is nothing to show."""
+        """How values are spread; nothing where none is finite, as with a single title, which has no wrong answer."""
         finite = values[values.isfinite()]
         if len(finite):
             self._main.add_histogram(name, finite, step)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: temporary folder, fsync, manifest with sha256 last, rename. No pickle.
+"""Checkpoints that are whole or absent: written beside, manifest with sha256 last, synced, renamed. No pickle.
 
 There is no random state to keep: the order of pairs is a function of (seed, epoch), and the loop draws no other number.
 """
@@ -6,11 +6,10 @@ There is no random state to keep: the order of pairs is a function of (seed, epo
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.batch import UserError
-from data.files import replace_link, sha256, synced
+from data.files import delete_folder, recover_folders, replace_link, replaced_folder, sha256
 from engine.optim import AdamWL2SP
 from engine.ranks.world import World
 from engine.run_folder.folder import still_there
+from engine.run_folder.ownership import FILES, MANIFEST
 
-MANIFEST = "manifest.json"
-FILES = ("trainable.safetensors", "optimizer.safetensors", "state.json")
 Content = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]  # weights, moments, state.json
 
 
@@ -58,30 +56,22 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], optimizer: Mapping
     name = f"step-{step:08d}"
     if not (root / name).exists():
         remove_stale(root)
-        temporary = root / f".writing-{name}-{os.getpid()}"
-        temporary.mkdir()
-        try:
+        with replaced_folder(root / name, "checkpoint") as folder:
             for file, named in zip(FILES, (tensors, optimizer), strict=False):
-                save_file({key: value.detach().cpu().contiguous() for key, value in named.items()}, temporary / file)
-            (temporary / "state.json").write_text(json.dumps(dict(state), indent=2) + "\n", encoding="utf-8")
-            digests = {file: sha256(synced(temporary / file)) for file in FILES}
-            (temporary / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
-            synced(temporary / MANIFEST)
-            synced(temporary).replace(root / name)
-            synced(root)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+                save_file({key: value.detach().cpu().contiguous() for key, value in named.items()}, folder / file)
+            (folder / "state.json").write_text(json.dumps(dict(state), indent=2) + "\n", encoding="utf-8")
+            digests = {file: sha256(folder / file) for file in FILES}
+            (folder / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
     replace_link(root / "last", name)
     prune(root, keep)
 
 
 def remove_stale(root: Path) -> None:
     """Delete what killed writers left half written or half deleted; a run folder has one writer at a time."""
-    for stale in (*root.glob(".writing-*"), *root.glob(".deleting-*")):
-        shutil.rmtree(stale, ignore_errors=True)
+    recover_folders(root, locked=True)
     for link in root.glob(".*-link"):
-        link.unlink(missing_ok=True)
+        if link.is_symlink():
+            link.unlink()
 
 
 def load(folder: Path) -> Content:
@@ -226,13 +216,11 @@ def unrecorded(content: Mapping[str, Any], identity: Mapping[str, str]) -> list[
 
 
 def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and those that `last` and `best` point to."""
+    """Delete all but the newest `keep` checkpoints, those that `last` and `best` point to, and what is not ours."""
     pointed = {(root / name).resolve().name for name in ("last", "best") if (root / name).is_symlink()}
     for folder in sorted(root.glob("step-*"), reverse=True)[keep:]:
         if folder.name not in pointed:
-            doomed = folder.with_name(f".deleting-{folder.name}")
-            folder.replace(doomed)  # at once: a half deleted one would look damaged
-            shutil.rmtree(doomed, ignore_errors=True)
+            delete_folder(folder)
 
 
 def _restore(tensors: Mapping[str, Tensor], named: Mapping[str, nn.Parameter]) -> None:
@@ -245,14 +233,18 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
+def _free_name(path: Path) -> Path:
+    """`path`, or with the first number behind it that makes it a name not in use."""
+    names = chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2)))
+    return next(name for name in names if not name.exists())
+
+
 def _set_aside(root: Path, newest_valid: str) -> None:
     """Rename what is newer than the checkpoint gone on from: damaged, but somebody may want to look at it."""
     remove_stale(root)
     for folder in root.glob("step-*"):
         if folder.name > newest_valid:
-            aside = folder.with_name(f"damaged-{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.replace(aside)
+            folder.replace(_free_name(folder.with_name(f"damaged-{folder.name}")))
     with suppress(FileNotFoundError):
         if not (root / "best").exists():
             (root / "best").unlink()  # it pointed at one of these

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 
 from data.batch import UserError
-from data.files import altered, lock, replace_text, sha256
+from data.files import altered, lock, recover_folders, replace_text, sha256
 from engine.config.fields import Config, as_dict, config_fields
 from engine.ranks.world import World
+from engine.run_folder.ending import BEGUN
+from engine.run_folder.ownership import RUN_FILES, is_run, refuse_foreign_parts, refuse_out
 
 SEAL = "manifest.json"
 PACKAGES = ("torch", "transformers", "datasets", "pillow", "aiohttp", "numpy", "tensorboard")
@@ -32,9 +34,20 @@ def open_folder(cfg: Config, world: World) -> tuple[Path, bool]:
     """The run folder, the same on every rank, and whether it holds a run to go on with.
 
     It is `--out`, or one named after the time and the dataset; after a restart by torchrun, the one begun before.
-    Raises UserError when it holds a run already, cannot be made, is in use, or holds nothing to resume.
+    Raises UserError when it holds a run already or something that is not ours and a run would replace, cannot be made,
+    is in use, or holds nothing to resume.
     """
-    return world.exchange(_open(cfg) if world.is_main else None)[0]
+    problem, found = "", None
+    if world.is_main:
+        try:
+            found = _open(cfg)
+        except UserError as error:
+            problem = str(error)
+    problem, found = world.exchange((problem, found))[0]
+    if problem or found is None:
+        raise UserError(problem)
+    BEGUN.folder = found[0]
+    return found
 
 
 def _open(cfg: Config) -> tuple[Path, bool]:
@@ -42,18 +55,23 @@ def _open(cfg: Config) -> tuple[Path, bool]:
     fresh = Path(cfg.out or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}-{dataset}").expanduser()
     begun = _begun([fresh] if cfg.out else sorted(Path("runs").glob("*"), reverse=True))
     folder = begun or fresh
-    holds_run = (folder / "config.json").exists()
+    holds_run = is_run(folder)
     if holds_run and cfg.resume == "off" and not begun:
         raise UserError(f"--out {folder} already holds a run; choose another folder or carry on with --resume")
     if cfg.resume == "on" and not holds_run:
         raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
+    if not holds_run:
+        refuse_out(folder, RUN_FILES, cfg.dataset)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        BEGUN.make(folder, holds_run)
         free = lock(folder)
     except OSError as error:
         raise UserError(f"--out {folder} cannot be made: {error.strerror}") from None
     if not free:
         raise UserError(f"--out {folder} is being written by another run; wait for its end or choose another folder")
+    recover_folders(folder, locked=True)
+    if holds_run:
+        refuse_foreign_parts(folder)
     return folder, holds_run
 
 

@@ -10,6 +10,8 @@ import re
 import unicodedata
 from html import escape
 
+from data.files import GENERATOR
+
 LIMIT = 200  # characters of a title that are shown
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")  # embeddings, overrides, isolates: they could reach past a title
@@ -109,7 +111,7 @@ def document(title: str, header: str, main: str, footer: str) -> str:
     """A whole page around finished HTML; `title` is plain text."""
     return (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-            '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
+            f'{GENERATOR}\n<meta name="viewport" content="width=device-width,initial-scale=1">\n'
             '<meta name="referrer" content="no-referrer">\n<link rel="icon" href="data:,">\n'
             f'<title>{escape(clean(title))}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n'
             f'<a class="skip" href="#main">Skip to the figures</a>\n<header>{header}</header>\n'

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from data.files import GENERATOR
 from eval.search import Answer, Found, printable
 
 Pictures = Mapping[tuple[str, int] | str, bytes]  # (split, row) of an answer, or an image query, -> JPEG
@@ -16,6 +17,7 @@ HEAD = """<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+{generator}
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{title}</title>
@@ -38,7 +40,7 @@ small {{ opacity: .75; }}
 
 def page(folder: str, results: Sequence[Found], pictures: Pictures) -> str:
     """The HTML of these results from a dataset's `folder`; an answer without a picture shows its title alone."""
-    parts = [HEAD.format(title=_text(f"Search in {Path(folder).name}"))]
+    parts = [HEAD.format(generator=GENERATOR, title=_text(f"Search in {Path(folder).name}"))]
     for found in results:
         parts.append(f"<section>\n<h2>{_text(found.query)}</h2>")
         if found.kind == "image":

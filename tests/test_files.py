@@ -1,0 +1,106 @@
+"""Folders are replaced whole, and nothing is deleted that this program did not make."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from data.files import MARK, delete_folder, foreign, is_output, kind_of, mark, recover_folders, replaced_folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*")
+            if path.is_file() and path.name != MARK}
+
+
+def write(folder: Path, text: str) -> None:
+    with replaced_folder(folder, "model") as new:
+        (new / "deep").mkdir()
+        for name in ("a", "b", "deep/c"):
+            (new / name).write_text(text)
+
+
+def killed_at(call: int, folder: Path, text: str) -> bool:
+    """Write in a process that is killed before its `call`-th rename or deletion; False when it made fewer."""
+    child = os.fork()
+    if not child:
+        calls = count(1)
+
+        def deadly(event: str, _: tuple) -> None:
+            if event in ("os.rename", "os.remove", "os.rmdir", "shutil.rmtree") and next(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(deadly)
+        write(folder, text)
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def test_a_kill_at_any_rename_or_deletion_leaves_a_whole_model(tmp_path: Path) -> None:
+    """A run killed while it exports keeps the old model or has the new one, and the next start cleans up."""
+    folder = tmp_path / "model"
+    old, new = ({name: text for name in ("a", "b", "deep/c")} for text in ("old", "new"))
+    for call in count(1):
+        write(folder, "old")
+        if not killed_at(call, folder, "new"):
+            break
+        whole = [path for path in tmp_path.iterdir() if contents(path) in (old, new)]
+        assert whole, call
+        recover_folders(tmp_path, locked=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"], call
+        assert contents(folder) in (old, new) and foreign(folder) is None, call
+    assert call > 8 and contents(folder) == new
+
+
+def test_what_is_not_listed_is_never_replaced_or_deleted(tmp_path: Path) -> None:
+    """Notes that somebody has put into a model folder, or a folder of another program, outlive an export."""
+    write(tmp_path / "model", "old")
+    (tmp_path / "model" / "deep" / "notes").write_text("years of work")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "a").write_text("years of work")
+    (tmp_path / "link").symlink_to("theirs")
+    before = contents(tmp_path)
+    for name, obstacle in (("model", "model/deep/notes"), ("theirs", "theirs"), ("link", "link")):
+        assert foreign(tmp_path / name) == tmp_path / obstacle
+        with pytest.raises(FileExistsError, match="not made by thumbtune"):
+            write(tmp_path / name, "new")
+        delete_folder(tmp_path / name)
+    assert contents(tmp_path) == before and (tmp_path / "link").is_symlink()
+
+
+def test_an_error_while_writing_leaves_the_old_folder_alone(tmp_path: Path) -> None:
+    write(tmp_path / "model", "old")
+    with pytest.raises(ZeroDivisionError), replaced_folder(tmp_path / "model", "model") as new:
+        (new / "a").write_text("new")
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and contents(tmp_path / "model")["a"] == "old"
+
+
+def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
+    """Two exports beside each other do not delete what the other is writing; a hidden folder of others is not touched.
+    """
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    names = [f".model-{ended.pid}", f".model-{os.getppid()}", f".gone-{ended.pid}.old"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        mark(tmp_path / name, "model")
+    (tmp_path / f".backup-{ended.pid}.old").mkdir()
+    recover_folders(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {names[1], "gone", f".backup-{ended.pid}.old"}
+
+
+def test_only_a_mark_of_ours_makes_an_output(tmp_path: Path) -> None:
+    for kind in ("run", "cache", "shards"):
+        (tmp_path / kind).mkdir()
+        mark(tmp_path / kind, kind)
+    assert [kind for kind in ("run", "cache", "shards") if is_output(tmp_path / kind)] == ["run", "cache"]
+    for text in ("", "[]", "{}", '{"kind": "run", "files": []}', "\0", "[" * 100_000):
+        (tmp_path / "run" / MARK).write_text(text)
+        assert kind_of(tmp_path / "run") == "", text

@@ -15,11 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -28,6 +29,21 @@ from scenes import make_pairs as make_pairs
 from engine.dist import close
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+EXACT = 1e-9  # of float64, whose rounding (2^-53) may be multiplied by ten million before it shows
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Inside, what the product and transformers compute in fp32 is computed in float64, by a model made `.double()`.
+
+    Two ways to compute the same then differ by the way and not by the rounding of one machine's kernels.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        patch.setattr(torch.nn.functional, "softmax", lambda scores, dim, dtype: scores.softmax(dim))
+        yield
 
 
 def full(reduced: int, full: int) -> int:

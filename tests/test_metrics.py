@@ -56,6 +56,12 @@ def quantised(n: int, e: int, seed: int) -> Tensor:
     return torch.randint(-1, 2, (n, e), generator=rng(seed)).float()
 
 
+def whole_numbers(n: int, e: int, most: int, seed: int) -> Tensor:
+    """Rows whose scores are whole numbers below 2^24, which fp32 adds up exactly in any order, and few of them tie."""
+    assert most**2 * e < 2**24
+    return torch.randint(-most, most + 1, (n, e), generator=rng(seed)).float()
+
+
 # chunk sides are rounded up to 64: one tile, tiles in both directions, edges that are no whole tile
 @pytest.mark.parametrize(("n", "chunk"), [(1, None), (2, None), (53, None), (257, (128, 128)), (389, (128, 256)),
                                           (640, (384, 128)), (1100, None), (700, (1, 1))])
@@ -77,7 +83,7 @@ def test_answers_are_left_out_even_where_rounding_puts_them_above_the_threshold(
     exact = _Pairs.best_correct
     below = torch.tensor(-math.inf)
     monkeypatch.setattr(_Pairs, "best_correct", lambda pairs: tuple(x.nextafter(below) for x in exact(pairs)))
-    image, title = (torch.randn(450, 64, generator=rng(s)) for s in (0, 1))
+    image, title = (whole_numbers(450, 64, 500, s) for s in (0, 1))
     title_id, image_id = (torch.randint(300, (450,), generator=rng(s)) for s in (2, 3))
     found = retrieval_ranks(image, title, title_id, image_id, (128, 192))
     for got, want in zip(found, naive_ranks(image @ title.T, title_id, image_id), strict=True):
@@ -149,9 +155,11 @@ def test_ranks_by_eye() -> None:
 
 
 def test_half_precision_is_scored_in_float32_under_autocast_too() -> None:
-    image, title = (F.normalize(torch.randn(300, 64, generator=rng(s)), dim=1).half() for s in (0, 1))
+    image, title = (whole_numbers(300, 64, 500, s).half() for s in (0, 1))  # 500 has more bits than bf16
     ids = torch.arange(300)
     want = naive_ranks(image.double() @ title.double().T, ids, None)
+    rough = naive_ranks(image.bfloat16().float() @ title.bfloat16().float().T, ids, None)
+    assert not all(map(torch.equal, want, rough))
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
         found = retrieval_ranks(image, title, ids)
     for got, exact in zip(found, want, strict=True):

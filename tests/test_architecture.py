@@ -35,7 +35,7 @@ def imports(tree: ast.AST) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_rooms_meet_only_in_run(path: Path) -> None:
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     room = path.parent.name if path.parent != ROOT else "run"
     for module in imports(tree):
         top = module.split(".")[0]
@@ -50,7 +50,7 @@ def test_rooms_meet_only_in_run(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_size_budget(path: Path) -> None:
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     budget, _ = LONG_FILES.get(str(path.relative_to(ROOT)), (250, ""))
     assert text.count("\n") <= budget, f"{path}: {text.count(chr(10))} lines"
     for node in ast.walk(ast.parse(text)):

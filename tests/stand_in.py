@@ -176,7 +176,7 @@ def stand_in(free: int = 2**33) -> Iterator[StandIn]:
 def fp32_products(ask: Callable[[str], None], precision: str) -> None:
     """Ask for a precision as on a GPU; the CPU, which may have such products of its own, goes on in fp32."""
     ask(precision)
-    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"  # type: ignore[attr-defined]
 
 
 class Stream:

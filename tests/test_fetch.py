@@ -387,7 +387,7 @@ def test_connections_are_limited_in_all_and_for_each_host(tmp_path: Path, names,
         yield 0.02
         yield reply()
 
-    site = Site(answer)
+    site: Site = Site(answer)
     urls = [site.url(f"/{i}", host) for i in range(20) for host in names]
     ask(tmp_path, *urls, connections=connections, per_host=per_host, allow_hosts=tuple(names))
     assert site.most == most

@@ -29,7 +29,8 @@ def test_pieces_of_a_batch_give_the_whole(tiny_model: Path, monkeypatch: pytest.
     towers = open_model(str(tiny_model), ("projection",), "auto", 20.0, "fp32", CPU).towers.double()
     pixels = torch.randint(256, (11, 3, 32, 32), dtype=torch.uint8)
     tokens = Tokens(torch.randint(200, (11, 9)), torch.ones(11, 9, dtype=torch.int64))
-    for encode, inputs in ((towers.image, pixels), (towers.text, tokens)):
+    cases: list[tuple[Any, Any]] = [(towers.image, pixels), (towers.text, tokens)]
+    for encode, inputs in cases:
         with in_float64():
             pieces, whole = Frozen(encode, CPU, torch.float32)(inputs), encode(inputs)
         assert whole.dtype == torch.float64

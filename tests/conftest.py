@@ -6,6 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,11 @@ from hub import Hub
 from scenes import youtube_pairs
 
 torch.set_num_threads(1)
+# What a cluster's job, a proxy, a hub account or a terminal leave in the environment must not reach the runs of tests.
+FOREIGN = re.compile("((local_)?(rank|world_size)|master_(addr|port)|columns|(https?|all|no)_proxy"
+                     "|(torchelastic|slurm|hf|transformers)_.*)", re.IGNORECASE)
+for name in filter(FOREIGN.fullmatch, os.environ.keys() - {"HF_HUB_OFFLINE"}):
+    del os.environ[name]
 
 
 @pytest.fixture(scope="session")

@@ -15,11 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -28,6 +30,22 @@ from scenes import make_pairs as make_pairs
 from engine.ranks.world import close
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+HANGS_S = 500  # what still runs then will not end, on however slow a machine; pytest's own limit is above it
+EXACT = 1e-9  # of float64, whose rounding (2^-53) may be multiplied by ten million before it shows
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Inside, what the product and transformers compute in fp32 is computed in float64, by a model made `.double()`.
+
+    Two ways to compute the same then differ by the way and not by the rounding of one machine's kernels.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        patch.setattr(torch.nn.functional, "softmax", lambda scores, dim, dtype: scores.softmax(dim))
+        yield
 
 
 def full(reduced: int, full: int) -> int:
@@ -84,6 +102,14 @@ def tiny_tokenizer() -> Any:
     return CLIPTokenizer({word: number for number, word in enumerate(words)}, merges, model_max_length=77)
 
 
+class Loopback(ThreadingHTTPServer):
+    """A server that takes many connections at once: beyond a queue of the usual 5 the kernel drops some, and a client
+    that gives up on one and asks again is counted twice.
+    """
+
+    request_queue_size = 512
+
+
 def start(args: Sequence[str | Path], ranks: int = 1, env: Mapping[str, str] | None = None,
           cwd: Path = ROOT, program: Path = ROOT / "run.py", restarts: int = 0) -> subprocess.Popen[str]:
     """Start `python PROGRAM ARGS`, or under torchrun with several `ranks`, in a process group of its own."""
@@ -96,7 +122,7 @@ def start(args: Sequence[str | Path], ranks: int = 1, env: Mapping[str, str] | N
 
 
 def run(args: Sequence[str | Path], ranks: int = 1, env: Mapping[str, str] | None = None,
-        timeout: float = 120, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+        timeout: float = HANGS_S, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """`start`, then wait. After `timeout` seconds all it started is killed and AssertionError shows what it said."""
     process = start(args, ranks, env, cwd)
     try:
@@ -149,7 +175,7 @@ def kill(pid: int) -> None:
             os.killpg(os.getpgid(member), signal.SIGKILL)
 
 
-def on_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+def on_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = HANGS_S) -> list[Any]:
     """Call `function(*args)` in `size` fresh processes joined by gloo; return what each rank returned, in rank order.
 
     `function` is a module's top-level one; it asks `torch.distributed` for its rank. An exception on a rank ends all
@@ -173,7 +199,8 @@ def _on_rank(rank: int, size: int, folder: str, function: Callable[..., Any], ar
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=30))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size,
+                            timeout=datetime.timedelta(seconds=HANGS_S))
     result = function(*args)
     dist.barrier()
     close()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,7 @@ def stand_in(free: int = 2**33) -> Iterator[StandIn]:
         patch.setattr(torch.Tensor, "backward", backward)
         patch.setattr(torch.Tensor, "pin_memory", pinned)
         patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+        patch.setattr(torch, "set_float32_matmul_precision", partial(fp32_products, torch.set_float32_matmul_precision))
         for name, value in {"_lazy_init": None, "is_available": True, "device_count": 1, "set_device": None,
                             "get_device_capability": (9, 0), "get_device_name": "none", "max_memory_allocated": 0,
                             "current_stream": Stream(), "mem_get_info": (free, free),
@@ -169,6 +171,12 @@ def stand_in(free: int = 2**33) -> Iterator[StandIn]:
         finally:
             torch._C._set_only_lift_cpu_tensors(lifted)
             guards[1] = own
+
+
+def fp32_products(ask: Callable[[str], None], precision: str) -> None:
+    """Ask for a precision as on a GPU; the CPU, which may have such products of its own, goes on in fp32."""
+    ask(precision)
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"  # type: ignore[attr-defined]
 
 
 class Stream:

@@ -49,7 +49,7 @@ def imports(tree: ast.AST) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_down_only(path: Path) -> None:
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     own = floor(".".join(path.relative_to(ROOT).with_suffix("").parts))
     for module in imports(tree):
         assert module.split(".")[0] not in TRAINERS | {"tests"}, f"{path}: imports {module}"
@@ -63,7 +63,7 @@ def test_imports_go_down_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_size_budget(path: Path) -> None:
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert text.count("\n") <= LONG_FILES.get(str(path.relative_to(ROOT)), 400), f"{path}: {text.count(chr(10))} lines"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):

@@ -6,12 +6,12 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import make_pairs, run
+from helpers import Loopback, make_pairs, run
 from PIL import Image, ImageEnhance
 from scenes import SCENES, scene_thumbnail
 
@@ -63,7 +63,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             pass
 
     monkeypatch.setattr("data.web.guard.YOUTUBE", re.compile(r"127\.0\.0\.1"))
-    with ThreadingHTTPServer(("127.0.0.1", 0), Host) as host:
+    with Loopback(("127.0.0.1", 0), Host) as host:
         threading.Thread(target=host.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{host.server_port}"
         host.shutdown()
@@ -274,7 +274,7 @@ def test_a_body_that_is_no_picture_is_forgotten(tmp_path: Path) -> None:
         def log_message(self, *_: object) -> None:
             pass
 
-    host = ThreadingHTTPServer(("127.0.0.1", 0), Host)
+    host = Loopback(("127.0.0.1", 0), Host)
     threading.Thread(target=host.serve_forever, daemon=True).start()
     (tmp_path / "all.csv").write_text("image,title\n" + "".join(
         f"http://127.0.0.1:{host.server_port}{path},title of {path}\n" for path in broken))

@@ -46,7 +46,7 @@ def test_pretraining_can_be_written_again(tmp_path: Path) -> None:
 
 
 def test_the_demo_learns_on_two_ranks(tmp_path: Path) -> None:
-    done = run(["demo", "--cache-dir", tmp_path / "cache", "--out", tmp_path / "run"], ranks=2, timeout=170)
+    done = run(["demo", "--cache-dir", tmp_path / "cache", "--out", tmp_path / "run"], ranks=2)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     base, tuned = metrics["base"]["test"], metrics["tuned"]["test"]

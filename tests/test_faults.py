@@ -7,12 +7,12 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from helpers import inside, make_pairs, run
+from helpers import Loopback, inside, make_pairs, run
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -39,7 +39,7 @@ def faulty_server(folder: Path, asked: Counter[str]) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with Loopback(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
@@ -67,7 +67,7 @@ def check_run(source: Path, model: Path, tmp_path: Path, ranks: int) -> None:
         flags = ["--model", model, "--dataset", tmp_path / "urls", "--cache-dir", tmp_path / "cache",
                  "--max-bad", "0.2", "--allow-host", "127.0.0.1", "--epochs", "1", "--batch-size", "64"]
         first = [*flags, "--out", tmp_path / "one"]
-        done = inside(first) if ranks == 1 else run(first, ranks, timeout=170)
+        done = inside(first) if ranks == 1 else run(first, ranks)
         assert done.returncode == 0, done.stderr
         ledger = [json.loads(line) for line in (tmp_path / "one" / "ledger.jsonl").read_text().splitlines()]
         steps = [json.loads(line) for line in (tmp_path / "one" / "steps.jsonl").read_text().splitlines()]

@@ -21,9 +21,10 @@ import time
 import tracemalloc
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from itertools import chain, cycle, repeat
+from itertools import chain, cycle, repeat, takewhile
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,7 @@ BOMB = BOMB.compress(bytes(200_000_000)) + BOMB.flush()
 BARE = zlib.compressobj(wbits=-15)
 BARE = BARE.compress(PICTURE) + BARE.flush()
 HOSTILE = {
-    "drip": (lambda p, n: chain([reply(Content_Length=1000, body=b"")], cycle([b"x", 0.02])), "timeout"),
+    "drip": (lambda p, n: chain([reply(Content_Length=1000, body=b"")], cycle([b"x", 0.02])), "timeout"),  # 20 s
     "drip-head": (lambda p, n: chain([b"HTTP/1.1 200 OK\r\n"], cycle([b"A: b\r\n", 0.05])), "timeout"),
     "no-answer": (lambda p, n: [60.0], "timeout"),
     "slow-hops": (lambda p, n: [0.3, reply(302, b"", Location=f"/{n}")], "timeout"),
@@ -161,10 +162,11 @@ def test_every_answer_ends_in_time_with_its_reason(name: str, tmp_path: Path) ->
     site = Site(answer)
     start = time.monotonic()
     tracemalloc.start()
-    (got,) = ask(tmp_path, site.url(), timeout=1.0, retries=0, max_bytes=1_000_000)
+    limit = 1.0 if reason == "timeout" else 60.0
+    (got,) = ask(tmp_path, site.url(), timeout=limit, retries=0, max_bytes=1_000_000)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 15  # none of these servers ends before 20 s by itself
     assert peak < 8_000_000
     assert got.reason == reason
     assert (got.path.read_bytes() == PICTURE) if reason is None else not cached_path(got.url, tmp_path).exists()
@@ -245,7 +247,7 @@ def test_failures_are_remembered_only_where_asking_again_is_useless(tmp_path: Pa
 
 
 def test_a_killed_process_leaves_whole_files_and_only_the_rest_is_fetched(tmp_path: Path) -> None:
-    site = Site(lambda path, n: [0.02, reply(body=PICTURE + path.encode())])
+    site = Site(lambda path, n: [0.02 if site.hits.total() <= 60 else 60.0, reply(body=PICTURE + path.encode())])
     urls = [site.url(f"/{i}") for i in range(200)]
     code = (
         "import json, sys; from pathlib import Path; from data.web.fetch import FetchPolicy, fetch\n"
@@ -254,13 +256,17 @@ def test_a_killed_process_leaves_whole_files_and_only_the_rest_is_fetched(tmp_pa
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, cwd=ROOT, text=True)
     child.stdin.write(json.dumps(urls))
     child.stdin.close()
-    while site.hits.total() < 60 and child.poll() is None:
+    def whole() -> set[str]:
+        return {url for url in urls if cached_path(url, tmp_path).exists()}
+
+    while len(whole()) <= 40 and child.poll() is None:
         time.sleep(0.002)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
-    kept = {url for url in urls if cached_path(url, tmp_path).exists()}
-    assert 40 < len(kept) < 200
+    kept = whole()
+    assert 40 < len(kept) <= 60
     site.hits.clear()
+    site.answer = lambda path, n: reply(body=PICTURE + path.encode())
     got = ask(tmp_path, *urls)
     assert {site.url(path) for path in site.hits} == set(urls) - kept
     for each in got:
@@ -377,7 +383,12 @@ def test_allow_host_opens_one_host_by_its_name(tmp_path: Path, dialled, names) -
 @pytest.mark.parametrize("connections, per_host, most", [(6, 64, 6), (64, 3, 6)])
 def test_connections_are_limited_in_all_and_for_each_host(tmp_path: Path, names, connections, per_host, most) -> None:
     names |= {"a.example": [LOCAL], "b.example": [LOCAL]}
-    site = Site(lambda path, n: [0.02, reply()])
+    def answer(path: str, n: int) -> Iterator[float | bytes]:  # none comes before as many are open as may be
+        yield from takewhile(lambda _: site.most < most, repeat(0.01, 400))
+        yield 0.02
+        yield reply()
+
+    site: Site = Site(answer)
     urls = [site.url(f"/{i}", host) for i in range(20) for host in names]
     ask(tmp_path, *urls, connections=connections, per_host=per_host, allow_hosts=tuple(names))
     assert site.most == most

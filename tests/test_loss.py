@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import on_ranks
+from helpers import EXACT, on_ranks
 from torch import Tensor, nn
 
 from data.batch import Features, UserError, share
@@ -127,7 +127,7 @@ UNEVEN = [(objective, rows, True) for objective in (KINDS[0], KINDS[9]) for rows
 
 def assert_equal(ours: list[Tensor], theirs: list[Tensor], what: Any) -> None:
     for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9, msg=lambda text: f"{what}: {text}")
+        torch.testing.assert_close(one, other, atol=EXACT, rtol=EXACT, msg=lambda text: f"{what}: {text}")
 
 
 def test_equal_the_definition() -> None:
@@ -181,17 +181,15 @@ def test_equal_sentence_transformers(kind: Objective, options: dict[str, Any], n
     peer = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
     theirs = peer.MultipleNegativesRankingLoss(nn.Identity(), **options)
     torch.manual_seed(4)
-    image, *texts = (torch.randn(9, E, requires_grad=True) for _ in range(3 if negatives else 2))
+    image, *texts = (torch.randn(9, E).double().requires_grad_() for _ in range(3 if negatives else 2))
     expected = theirs.compute_loss_from_embeddings([image, *texts], None)
     wanted = torch.autograd.grad(expected, [image, *texts])
     batch = Features(image, texts[0], None, torch.arange(9), torch.zeros(9).long(),
                      torch.arange(9) if negatives else None)
     world = World(0, 0, 1, torch.device("cpu"))
-    out = Embeddings(F.normalize(image, dim=-1), F.normalize(torch.cat(texts), dim=-1), torch.tensor(20.0))
+    out = Embeddings(F.normalize(image, dim=-1), F.normalize(torch.cat(texts), dim=-1), torch.tensor(20.0).double())
     found = global_batch_loss(kind, world, out, batch, 9)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
-    for ours, other in zip(torch.autograd.grad(found, [image, *texts]), wanted, strict=True):
-        torch.testing.assert_close(ours, other, atol=1e-6, rtol=1e-5)
+    assert_equal([found, *torch.autograd.grad(found, [image, *texts])], [expected, *wanted], kind)
 
 
 def test_what_becomes_of_repeats_does_not_matter_without_repeats() -> None:

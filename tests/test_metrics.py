@@ -89,6 +89,12 @@ def quantised(n: int, e: int, seed: int) -> Tensor:
     return torch.randint(-1, 2, (n, e), generator=rng(seed)).float()
 
 
+def whole_numbers(n: int, e: int, most: int, seed: int) -> Tensor:
+    """Rows whose scores are whole numbers below 2^24, which fp32 adds up exactly in any order, and few of them tie."""
+    assert most**2 * e < 2**24
+    return torch.randint(-most, most + 1, (n, e), generator=rng(seed)).float()
+
+
 # chunk sides are rounded up to 64: one tile, tiles in both directions, edges that are no whole tile
 @pytest.mark.parametrize(("n", "chunk"), [(1, None), (2, None), (53, None), (257, (128, 128)), (389, (128, 256)),
                                           (640, (384, 128)), (1100, None), (700, (1, 1))])
@@ -200,9 +206,11 @@ def test_recall_equals_sentence_transformers(kind: str) -> None:
 
 
 def test_half_precision_is_scored_in_float32_under_autocast_too() -> None:
-    image, title = (F.normalize(torch.randn(300, 64, generator=rng(s)), dim=1).half() for s in (0, 1))
+    image, title = (whole_numbers(300, 64, 500, s).half() for s in (0, 1))  # 500 has more bits than bf16
     ids = torch.arange(300)
     want = naive_ranks(image.double(), title.double(), ids, ids)
+    rough = naive_ranks(image.bfloat16().double(), title.bfloat16().double(), ids, ids)
+    assert not all(map(torch.equal, want, rough))
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
         found = ranks_of(image, title, ids, ids)
     for got, exact in zip(found, want, strict=True):

@@ -181,8 +181,10 @@ def answered(arguments: list[str]) -> tuple[int, list[str]]:
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_answered_in_a_line_that_names_the_fix(name: str, pairs: Path, tiny_model: Path, mess: Path,
-                                                            alone: Path, tmp_path: Path) -> None:
+                                                            alone: Path, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, answer = MISTAKES[name]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # as on a machine without a GPU
     used = tmp_path / "used"
     (used / "checkpoints" / "step-00000004").mkdir(parents=True)
     (used / "config.json").write_text(json.dumps({"config": {"lr": 0.25, "model": str(tiny_model)}}))

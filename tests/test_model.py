@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import on_ranks
+from helpers import EXACT, in_float64, on_ranks
 from torch import Tensor
 
 from data.batch import Batch, Tokens, UserError, map_tensors, share
@@ -26,7 +26,7 @@ def test_unit_length_equals_normalize() -> None:
 
 
 def stream_step(folder: str, micro_batch: int, rows: int, negatives: bool) -> tuple[Tensor, list[Tensor], int]:
-    """Loss and gradients of one step through the towers, and the bytes that forward kept for backward."""
+    """Loss and gradients of one step through the towers in float64, and the bytes that forward kept for backward."""
     size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     rank = torch.distributed.get_rank() if size > 1 else 0
     world = World(rank, rank, size, torch.device("cpu"))
@@ -45,10 +45,11 @@ def stream_step(folder: str, micro_batch: int, rows: int, negatives: bool) -> tu
         kept += tensor.nbytes * (not isinstance(tensor, torch.nn.Parameter))
         return tensor
 
-    model = distribute(parts.trained_model(micro_batch), size)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = global_batch_loss(Objective("symmetric"), world, model(inputs), inputs, rows)
-    loss.backward(torch.tensor(float(size)))
+    with in_float64():
+        model = distribute(parts.trained_model(micro_batch).double(), size)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = global_batch_loss(Objective("symmetric"), world, model(inputs), inputs, rows)
+        loss.backward(torch.tensor(size).double())
     return world.sum(loss.detach()), [p.grad.clone() for p in parts.trainable.values()], kept
 
 
@@ -57,10 +58,9 @@ def test_micro_batches_equal_the_whole_batch(rows: int, negatives: bool, ranks: 
     loss, gradients, kept = stream_step(str(tiny_model), 0, rows, negatives)
     arguments = str(tiny_model), 2, rows, negatives
     for ours, theirs, least in [stream_step(*arguments)] if ranks == 1 else on_ranks(ranks, stream_step, *arguments):
-        torch.testing.assert_close(ours, loss, atol=1e-6, rtol=0)
-        for one, other in zip(theirs, gradients, strict=True):
-            terms = max(1.0, float(other.abs().max()))  # what an element is a sum of is rounded, also where it cancels
-            torch.testing.assert_close(one, other, atol=1e-6 * terms, rtol=1e-5)
+        for one, other in zip([ours, *theirs], [loss, *gradients], strict=True):
+            assert one.dtype == torch.float64
+            torch.testing.assert_close(one, other, atol=EXACT, rtol=EXACT)
         assert least < kept / 10
 
 

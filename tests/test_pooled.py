@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import EXACT, in_float64
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
@@ -53,17 +54,26 @@ def both(clip: Clip, tokens: Tokens, precision: torch.dtype = torch.float32) -> 
         return list(zip(ours, (towers.image(pixels), towers.text(tokens)), strict=True))
 
 
+def in_double(clip: Clip, tokens: Tokens) -> list[tuple[Tensor, Tensor]]:
+    """`both`, computed in float64."""
+    clip.model.double()
+    with in_float64():
+        pairs = both(clip, tokens)
+    assert all(part.dtype == torch.float64 for pair in pairs for part in pair)
+    return pairs
+
+
 @pytest.mark.parametrize("settings", [{}, {"act": "gelu"}, {"layers": 1}, {"attn_implementation": "eager"}], ids=str)
 def test_pooled_rows_equal_those_of_transformers(settings: dict[str, Any]) -> None:
-    for ours, theirs in both(small(**settings), titles()):
-        assert ours.dtype == torch.float32 and theirs.std() > 0.1
-        torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=0)
+    for ours, theirs in in_double(small(**settings), titles()):
+        assert theirs.std() > 0.1
+        torch.testing.assert_close(ours, theirs, atol=EXACT, rtol=EXACT)
 
 
 def test_old_configs_pool_the_highest_id() -> None:
     tokens = titles()
-    for ours, theirs in both(small(eos=2), Tokens(tokens.ids_BL[:8], tokens.mask_BL[:8])):
-        torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=0)
+    for ours, theirs in in_double(small(eos=2), Tokens(tokens.ids_BL[:8], tokens.mask_BL[:8])):
+        torch.testing.assert_close(ours, theirs, atol=EXACT, rtol=EXACT)
 
 
 def test_bf16_differs_by_its_rounding() -> None:

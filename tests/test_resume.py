@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, full, make_pairs, on_ranks, start
+from helpers import HANGS_S, ROOT, full, make_pairs, on_ranks, start
 from safetensors.torch import load_file
 
 from data import files as durable
@@ -104,19 +104,19 @@ def home(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_pairs(home / "pairs", 37, 11, 12)
     for rows in ROWS:
         make_pairs(home / f"rows-{rows}", rows, 3, 3)
-    different = on_ranks(2, on_two, home, timeout=full(150, 1200))
+    different = on_ranks(2, on_two, home, timeout=full(HANGS_S, 1200))
     (home / "different.json").write_text(json.dumps(different))
     assert train(home, "sizes", "--resume", stop=27) == 143
-    on_ranks(3, on_three, home, timeout=full(150, 600))
+    on_ranks(3, on_three, home, timeout=full(HANGS_S, 600))
     return home
 
 
-@pytest.mark.timeout(full(300, 3600))
+@pytest.mark.timeout(full(600, 3600))
 def test_stopped_after_any_step_two_ranks_end_as_if_uninterrupted(home: Path) -> None:
     assert json.loads((home / "different.json").read_text()) == [[], []]
 
 
-@pytest.mark.timeout(full(180, 3600))
+@pytest.mark.timeout(full(600, 3600))
 @pytest.mark.parametrize("mode", ["cached", "streaming"])
 def test_stopped_after_any_step_a_run_ends_as_if_uninterrupted(mode: str, home: Path) -> None:
     assert stopped_everywhere(home, 1, mode) == []
@@ -222,7 +222,7 @@ sys.exit(run.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.timeout(full(180, 1200))
+@pytest.mark.timeout(full(600, 1200))
 @pytest.mark.parametrize("seed", range(full(1, 5)))
 def test_killed_ranks_end_in_the_weights_of_a_clean_run(seed: int, home: Path, tmp_path: Path) -> None:
     chance = random.Random(seed)
@@ -232,7 +232,7 @@ def test_killed_ranks_end_in_the_weights_of_a_clean_run(seed: int, home: Path, t
     flags = ["--model", home / "tiny", "--dataset", home / "pairs", "--cache-dir", home / "cache", *RUN]
     out = ["--out", tmp_path / "runs" / "named"] if seed % 2 else []  # the folder is found again by either way
     process = start([*flags, "--save-every", "3", *out], 2, cwd=tmp_path, program=script, restarts=len(deaths))
-    _, said = process.communicate(timeout=full(170, 1000))
+    _, said = process.communicate(timeout=full(HANGS_S, 1000))
     assert process.returncode == 0, said
     assert said.count("resumed from") == len(deaths) or deaths[0][1] < 4
     (folder,) = (tmp_path / "runs").iterdir()

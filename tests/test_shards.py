@@ -40,7 +40,7 @@ def picture(number: int, size: int = 700) -> bytes:
 
 
 def pack(path: Path, files: Files, format: int = tarfile.PAX_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=format) as tar:
+    with tarfile.open(path, "w", format=format, encoding="utf-8") as tar:
         for name, content in files:
             info = tarfile.TarInfo(name)
             info.size = len(content)
@@ -59,10 +59,11 @@ def scan(path: Path) -> tuple[list[tuple[str, bytes, str, str | None]], list[tup
 
 
 def peer(path: Path) -> list[dict]:
-    """The samples of a shard as the webdataset package reads them."""
+    """The samples of a shard as the webdataset package reads them, whose names are in the locale's encoding there."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return list(webdataset.WebDataset([str(path)], shardshuffle=False, nodesplitter=None))
+        samples = list(webdataset.WebDataset([str(path)], shardshuffle=False, nodesplitter=None))
+    return [{**sample, "__key__": sample["__key__"].encode("utf-8", "surrogateescape").decode()} for sample in samples]
 
 
 SAMPLES = [("0001", picture(1), "plain", None),

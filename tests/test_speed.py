@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import inside, make_pairs, on_ranks, run
+from helpers import EXACT, in_float64, inside, make_pairs, on_ranks, run
 from torch import Tensor
 
 from data.batch import Tokens, UserError
@@ -25,12 +25,15 @@ CPU = torch.device("cpu")
 
 def test_pieces_of_a_batch_give_the_whole(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CPU_BATCH", 4)
-    towers = open_model(str(tiny_model), ("projection",), "auto", 20.0, "fp32", CPU).towers
+    towers = open_model(str(tiny_model), ("projection",), "auto", 20.0, "fp32", CPU).towers.double()
     pixels = torch.randint(256, (11, 3, 32, 32), dtype=torch.uint8)
-    torch.testing.assert_close(Frozen(towers.image, CPU, torch.float32)(pixels), towers.image(pixels), atol=5e-6,
-                               rtol=0)
     tokens = Tokens(torch.randint(200, (11, 9)), torch.ones(11, 9, dtype=torch.int64))
-    torch.testing.assert_close(Frozen(towers.text, CPU, torch.float32)(tokens), towers.text(tokens), atol=5e-6, rtol=0)
+    cases: list[tuple[Any, Any]] = [(towers.image, pixels), (towers.text, tokens)]
+    for encode, inputs in cases:
+        with in_float64():
+            pieces, whole = Frozen(encode, CPU, torch.float32)(inputs), encode(inputs)
+        assert whole.dtype == torch.float64
+        torch.testing.assert_close(pieces, whole, atol=EXACT, rtol=EXACT)
     assert len(Frozen(towers.image, CPU, torch.float32)(pixels[:0])) == 0
 
 

@@ -30,6 +30,13 @@ from engine.ranks.rendezvous import POLL_S, attempt
 CLEAR = "\x1b[2K"  # what a live line has left on this line of a terminal
 
 
+def whole_fields(line: str, width: int) -> str:
+    """The fields of a line, two blanks apart, that fit into `width` columns: a number cut short is another number."""
+    if len(line) <= width:
+        return line
+    return line[: width + 2].rpartition("  ")[0] or line[:width]
+
+
 @dataclass(frozen=True)
 class World:
     """This process among its equals, named as torchrun names them."""
@@ -60,8 +67,8 @@ class World:
         if not _on_terminal():
             self.say(text) if text else None
         elif self.is_main and not self.quiet:
-            width = shutil.get_terminal_size().columns - 1
-            _print(CLEAR + text[:width], end="\r")
+            line = whole_fields(text, shutil.get_terminal_size().columns - 1)
+            _print(CLEAR + line, end="\r")
 
     def _alive(self) -> None:
         if self.store is not None:

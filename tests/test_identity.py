@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,12 @@ from data.images.decode import tokenize
 VOCABULARY = Path(__file__).resolve().parents[2] / "shared" / "clip-tokenizer"
 ALIKE = [  # titles that CLIP reads alike, a line each
     ["A Cat", "a cat", " a \t CAT\n", "a\u00a0cat", "a\u3000cat", "A\u2028cat"],
-    ["cat !", "cat!", "CAT  !"], ["caf\u00e9", "cafe\u0301", "CAFE\u0301"], ["", " ", "\u2003"], ["it's", "IT'S", "it 's"],
+    ["cat !", "cat!", "CAT  !"], ["caf\u00e9", "cafe\u0301", "CAFE\u0301"], ["", " ", "\u2003"],
+    ["it's", "IT'S", "it 's"],
     ["4 8", "48", " 4  8 "], ["\ufb01n"], ["fin"], ["\uff43at"], ["a-cat"], ["a - cat x"], ["acat"], ["\u200bcat"],
     ["cat\u200b"], ["\ufeffcat"], ["\x00"], ["\x1c"], ["a\x07cat"], ["\U0001f600"], ["\U0001f469\u200d\U0001f467"],
-    ["\u0130stanbul"], ["istanbul", "ISTANBUL"], ["stra\u00dfe", "STRA\u1e9eE"], ["strasse", "STRASSE"], ["\u03c3"], ["\u03c2"],
+    ["\u0130stanbul"], ["istanbul", "ISTANBUL"], ["stra\u00dfe", "STRA\u1e9eE"], ["strasse", "STRASSE"], ["\u03c3"],
+    ["\u03c2"],
     ["<|endoftext|>"], ["< |endoftext| >"], ["\u65e5\u672c"], ["\u65e5 \u672c"], ["\u1e9b\u0323"], ["K\u212a", "kk"],
     ["word " * 300 + "a", "Word  " * 300 + "A"], ["word " * 300 + "b"],
 ]
@@ -39,8 +42,8 @@ def tokenizer(request: pytest.FixtureRequest) -> object:
     return CLIPTokenizer.from_pretrained(VOCABULARY)
 
 
-def classes(ids: list[list[int]]) -> list[int]:
-    """For each list the place of the first that equals it."""
+def classes(ids: Sequence[object]) -> list[int]:
+    """For each item the place of the first that equals it."""
     return [ids.index(one) for one in ids]
 
 
@@ -55,7 +58,8 @@ def test_titles_are_alike_without_a_model_where_they_are_with_one(tokenizer: obj
     assert cut[TITLES.index("word " * 300 + "a")] == cut[TITLES.index("word " * 300 + "b")]
 
 
-def test_kept_keys_are_those_of_these_titles_and_this_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_keys_are_those_of_these_titles_and_this_tokenizer(tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(identity, "CHUNK", 2)
     titles = pa.array(["a", "B", "b", "c d"])
     read, others = TitleIds(tiny_tokenizer(), 77, "tiny", tmp_path), pa.array(["a", "Bb", "", "c d"])

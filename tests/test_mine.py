@@ -61,4 +61,5 @@ def test_no_title_of_the_rows_own_image_is_mined(how: str) -> None:
     assert mined is not None and bool((mined >= 0).all())
     assert not [row for row in range(200) if (int(image_N[row]), int(mined[row])) in right]
     few = Split("train", np.arange(4), torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 2, 0]), None)
-    assert mine(few, features_PT, how).negative_N.tolist()[:3] == [-1] * 3  # all there is goes with image 0
+    mined = mine(few, features_PT, how).negative_N
+    assert mined is not None and mined[:3].tolist() == [-1] * 3  # all there is goes with image 0

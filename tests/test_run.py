@@ -215,8 +215,8 @@ def test_a_lone_split_is_the_same_three_in_every_command(tiny_model: Path, tmp_p
     (pairs / "images/train-0005.jpg").write_bytes(b"not a picture")
     with (pairs / "train.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("image", "title"), *rows])
-    flags = ["--dataset", pairs, "--cache-dir", tmp_path / "cache"]
-    model = ["--model", tiny_model, "--precision", "fp32"]
+    flags: list[str | Path] = ["--dataset", pairs, "--cache-dir", tmp_path / "cache"]
+    model: list[str | Path] = ["--model", tiny_model, "--precision", "fp32"]
     checked = inside(["check", *flags, "--json"])
     found = json.loads(checked.stdout)
     assert found["rows"] == {"train": 28, "valid": 6, "test": 6}
@@ -247,8 +247,8 @@ def test_splits_that_overlap_are_said_in_one_line(tiny_model: Path, tmp_path: Pa
     test_rows[3] = [train_rows[5][0], f" {train_rows[5][1]}"]
     with (pairs / "test.csv").open("w", newline="") as file:
         csv.writer(file).writerows(test_rows)
-    flags = ["--dataset", pairs, "--model", tiny_model, "--cache-dir", tmp_path / "cache", "--out", tmp_path / "run"]
-    done = inside([*flags, "--epochs", "1", "--batch-size", "4", "--precision", "fp32"])
+    flags: list[str | Path] = ["--dataset", pairs, "--model", tiny_model, "--cache-dir", tmp_path / "cache"]
+    done = inside([*flags, "--out", tmp_path / "run", "--epochs", "1", "--batch-size", "4", "--precision", "fp32"])
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("overlap: ")]
     assert line == "overlap: of 6 test rows 2 have an image of train, 2 a title, 1 are whole rows of it"
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())

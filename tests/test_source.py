@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import random
 import tarfile
 from collections import Counter
 from pathlib import Path

@@ -53,11 +53,12 @@ def read_rows(cfg: Config, tell: Callable[[str], None] = lambda text: None) -> t
     return load_splits(cfg.dataset, columns, lost.append, download, tell), lost
 
 
-def divided(cfg: Config, world: World, rows: Mapping[str, Rows], look: Reader, titles: Encoders | None = None,
+def divided(cfg: Config, world: World, rows: Mapping[str, Rows], look: Reader, towers: Encoders | None = None,
             team: Team = ALONE) -> dict[str, Rows]:
     """The splits of `read_rows`, a lone one made three by content, which `look` reads; see `divide`."""
     cache = Path(cfg.cache_dir).expanduser()
-    splits = divide(rows, look, cache, cfg.seed, world.live, titles.titles(cache) if titles else None, team)
+    splits = divide(rows, look, cache, cfg.seed, world.live,
+                    None if towers is None else towers.titles(cache), team)
     if splits.keys() != rows.keys():
         sizes = ", ".join(f"{name} {len(split):,}" for name, split in splits.items())
         world.say(f"one split of {sum(map(len, rows.values())):,} rows, made three by --seed {cfg.seed}: {sizes}")

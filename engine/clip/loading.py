@@ -185,8 +185,8 @@ def _in_a_line(error: Exception) -> str:
 def _load_failure(name: str, error: Exception) -> str:
     if Path(name).expanduser().is_dir():
         return f"--model {name} does not load as a CLIPModel folder: {_in_a_line(error)}"
-    return (f"--model {name}: no such folder, and the hub did not give it ({_in_a_line(error)}); check the name and the "
-            "network, or `hf auth login` for a private model")
+    return (f"--model {name}: no such folder, and the hub did not give it ({_in_a_line(error)}); check the name and "
+            "the network, or `hf auth login` for a private model")
 
 
 def _load_config(files: ModelFiles) -> CLIPConfig:

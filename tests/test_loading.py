@@ -240,6 +240,7 @@ BROKEN: dict[str, tuple[Surgery, tuple[str, ...]]] = {  # what was done to a fol
     "empty config": (write("config.json", ""), ("config.json is empty",)),
     "config cut off": (cut("config.json"), ("config.json is cut off",)),
     "config is a list": (write("config.json", "[]"), ("config.json holds no settings",)),
+    "a word for a number": (edit("config.json", text_config__hidden_size="wide"), ("config.json", "hidden_size")),
     "no config": (remove("config.json"), ("no config.json",)),
     "quantized": (edit("config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
                   ("config.json", "quantization_config (bitsandbytes)")),

@@ -177,12 +177,16 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+def _in_a_line(error: Exception) -> str:
+    """What an error says, on one line and not at length."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def _load_failure(name: str, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(name).expanduser().is_dir():
-        return f"--model {name} does not load as a CLIPModel folder: {first}"
-    return (f"--model {name}: no such folder, and the hub did not give it ({first}); check the name and the network, "
-            "or `hf auth login` for a private model")
+        return f"--model {name} does not load as a CLIPModel folder: {_in_a_line(error)}"
+    return (f"--model {name}: no such folder, and the hub did not give it ({_in_a_line(error)}); check the name and "
+            "the network, or `hf auth login` for a private model")
 
 
 def _load_config(files: ModelFiles) -> CLIPConfig:
@@ -206,7 +210,10 @@ def _load_config(files: ModelFiles) -> CLIPConfig:
                      "checkpoints (model_type 'clip')")
     for part in (content, content.get("text_config"), content.get("vision_config")):
         _refuse_variants(files, part or {})
-    return CLIPConfig.from_pretrained(files.source, **files.where)
+    try:
+        return CLIPConfig.from_pretrained(files.source, **files.where)
+    except Exception as error:  # of many kinds; all of them are about this file
+        files.refuse(f"config.json holds no CLIPConfig ({_in_a_line(error)}); copy it again from the base model")
 
 
 def _has_key(content: Any, key: str) -> bool:

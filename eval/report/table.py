@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 SHOWN = {
@@ -18,12 +18,14 @@ WHEN = ("base", "tuned")
 def table(metrics: Mapping[str, Any]) -> str:
     """A Markdown table, one block of rows a split: base, tuned (or whatever is there), and the difference if known.
 
-    Below it, how much was measured of each split, and which model has collapsed on it.
+    First how much was measured, and whether a model has collapsed.
     """
     difference = metrics.get("difference", {})
     columns = {name: metrics[name] for name in WHEN if name in metrics} or dict(metrics)
     rows = [["split", "metric", *columns, *(["difference", "p"] if difference else [])]]
     for split in dict.fromkeys(split for scores in columns.values() for split in scores):
+        blanks = ["", ""] if difference else []
+        rows += [row + blanks for row in _heads(split, [scores.get(split, {}) for scores in columns.values()])]
         known = {metric for scores in columns.values() for metric in scores.get(split, {})}
         rows += [[split, label, *(cell(scores.get(split, {}), metric) for scores in columns.values()),
                   *(difference_cells(difference.get(split, {}).get(metric), metric) if difference else ())]
@@ -32,16 +34,21 @@ def table(metrics: Mapping[str, Any]) -> str:
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
              for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    notes = [note for split in dict.fromkeys(row[0] for row in rows[1:])
-             for note in notes_on(split, {name: scores.get(split, {}) for name, scores in columns.items()})]
-    return "\n".join([*lines, *(line for note in notes for line in ("", note))])
+    return "\n".join(lines)
 
 
-def notes_on(split: str, columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What is to be known of the figures of a split: their size, and a warning for each model that has collapsed."""
-    size = next((text for values in columns.values() if (text := sizes(values))), "")
-    return [*([f"{split}: {size}."] if size else []),
-            *filter(None, (collapse_of(name, split, values) for name, values in columns.items()))]
+def _heads(split: str, scores: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The rows of a split above its metrics: how much was measured with each model, and which has collapsed."""
+    rows = []
+    if any("units" in values for values in scores):
+        rows.append([split, "pairs", *(f"{values['pairs']:,}, {values['units']:,} independent" if "units" in values
+                                       else "-" for values in scores)])
+        rows.append([split, "queries", *(f"{values['image_to_text_queries']:,} images, "
+                                         f"{values['text_to_image_queries']:,} titles" if "units" in values else "-"
+                                         for values in scores)])
+    if any(values.get("collapsed") for values in scores):
+        rows.append([split, "collapsed", *("yes" if values.get("collapsed") else "no" for values in scores)])
+    return rows
 
 
 def collapse_of(name: str, split: str, values: Mapping[str, Any]) -> str:

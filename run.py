@@ -19,7 +19,7 @@ from importlib import import_module
 
 from engine.config.cli import parse
 from engine.config.fields import Config
-from engine.run_folder.ending import BEGUN, explain_crash
+from engine.run_folder.crash import BEGUN, explain_crash
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,9 +40,9 @@ def run(command: str, cfg: Config) -> int:
     """Run a command; an error that a user can mend, or that a disk or another rank has made, is one sentence."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our own threads call it
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's library writes to stderr otherwise
-    from engine.ranks.signals import Stop
+    from engine.ranks.signals import StopSignal
 
-    stop = Stop()  # before torch is loaded, which takes a while
+    stop = StopSignal()  # before torch is loaded, which takes a while
     from safetensors import SafetensorError  # which stands for what the disk said as well
 
     from data.batch import RunFailed, UserError
@@ -51,7 +51,7 @@ def run(command: str, cfg: Config) -> int:
     name = {"eval": "evaluate"}.get(command, command)  # a module called eval would hide the builtin
     try:
         run_command = getattr(import_module(f"engine.commands.{name}"), name)
-        with world.asking("averaging gradients"):  # what else ranks ask of one another says so itself
+        with world.explain_collective_errors("averaging gradients"):  # what else ranks ask of one another says so itself
             return run_command(cfg, world.init(cfg.device, cfg.dist_timeout, cfg.quiet), stop)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

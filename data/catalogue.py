@@ -20,7 +20,7 @@ from data.identity import TitleIds, clip_words, distinct
 from data.ledger import dropped_rows, place_of
 from data.sources.rows import Rows, image_names
 from data.store.segments import KEY
-from data.titles import blank
+from data.titles import is_blank
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,7 +62,7 @@ class Catalogue:
         return str(self.splits[split].title[row].as_py())
 
 
-class Verdict(NamedTuple):
+class DecodeResult(NamedTuple):
     """What became of one image reference: its content key, or why it cannot be used."""
 
     reference: int
@@ -71,7 +71,7 @@ class Verdict(NamedTuple):
     pixels: np.ndarray | None = None
 
 
-class Verdicts:
+class DecodeResults:
     """Verdicts on many references in two arrays, without pixels; a Python object for each that failed, for no other.
 
     Iterating makes them again, one at a time.
@@ -81,7 +81,7 @@ class Verdicts:
         self._reference, self._key = array("q"), bytearray()
         self.problems: dict[int, BadSample] = {}
 
-    def add(self, verdict: Verdict) -> None:
+    def add(self, verdict: DecodeResult) -> None:
         """Take one down."""
         if verdict.problem is not None:
             self.problems[verdict.reference] = verdict.problem
@@ -91,10 +91,10 @@ class Verdicts:
     def __len__(self) -> int:
         return len(self._reference)
 
-    def __iter__(self) -> Iterator[Verdict]:
+    def __iter__(self) -> Iterator[DecodeResult]:
         for at, reference in enumerate(self._reference):
             problem = self.problems.get(reference)
-            yield Verdict(reference, b"" if problem else bytes(self._key[KEY * at : KEY * (at + 1)]), problem)
+            yield DecodeResult(reference, b"" if problem else bytes(self._key[KEY * at : KEY * (at + 1)]), problem)
 
     def good(self) -> tuple[np.ndarray, np.ndarray]:
         """The references that can be used, and the keys of their content, uint8 [n, 16]."""
@@ -152,7 +152,7 @@ def catalogue(splits: Mapping[str, Rows], read: TitleIds | None = None) -> Catal
                      titles, negative_N)
 
 
-def as_arrays(verdicts: Sequence[Verdicts], references: int) -> tuple[np.ndarray, np.ndarray]:
+def keys_and_usable(verdicts: Sequence[DecodeResults], references: int) -> tuple[np.ndarray, np.ndarray]:
     """What several ranks found, by reference: content keys [M, 16], and whether it can be used [M]."""
     key_MK, good_M = np.zeros((references, KEY), np.uint8), np.zeros(references, bool)
     for each in verdicts:
@@ -161,7 +161,7 @@ def as_arrays(verdicts: Sequence[Verdicts], references: int) -> tuple[np.ndarray
     return key_MK, good_M
 
 
-def settle(found: Catalogue, verdicts: Sequence[Verdicts], lost: Sequence[Mapping[str, Any]], max_bad: float) -> tuple[
+def keep_usable_rows(found: Catalogue, verdicts: Sequence[DecodeResults], lost: Sequence[Mapping[str, Any]], max_bad: float) -> tuple[
         dict[str, Split], np.ndarray, np.ndarray, list[Mapping[str, Any]]]:
     """Turn verdicts on all M references, as several ranks gave them, into kept rows and the ledger.
 
@@ -169,20 +169,20 @@ def settle(found: Catalogue, verdicts: Sequence[Verdicts], lost: Sequence[Mappin
     those of `lost` (what never became a row) first. kept + dropped = rows in, for every split. Raises UserError when
     more than `max_bad` of all rows would go, or a split would be left empty.
     """
-    key_MK, good_M = as_arrays(verdicts, len(found.references))
+    key_MK, good_M = keys_and_usable(verdicts, len(found.references))
     image_M, usable = np.full(len(good_M), -1, np.int64), np.flatnonzero(good_M)
     image_M[usable], first = distinct(key_MK[usable])
     example = usable[first]
     problems = {reference: problem for each in verdicts for reference, problem in each.problems.items()}
-    blank_P = blank(found.titles)
+    blank_P = is_blank(found.titles)
     splits, ledger = {}, list(lost)
     for name in found.splits:
         splits[name], dropped = _settle_split(found, name, image_M, problems, blank_P)
         ledger += dropped
-    refuse_if_too_bad(sum(map(len, found.splits.values())) + dropped_rows(lost), ledger, max_bad)
+    check_bad_share(sum(map(len, found.splits.values())) + dropped_rows(lost), ledger, max_bad)
     for name, split in splits.items():
         if not len(split):
-            raise UserError(f"split {name!r} has no usable row ({reasons(ledger)})")
+            raise UserError(f"split {name!r} has no usable row ({describe_reasons(ledger)})")
     return splits, key_MK[example], example, ledger
 
 
@@ -205,15 +205,15 @@ def _settle_split(found: Catalogue, name: str, image_M: np.ndarray, problems: Ma
                  None if negative_N is None else torch.from_numpy(negative_N[kept])), ledger
 
 
-def refuse_if_too_bad(rows: int, ledger: Sequence[Mapping[str, Any]], max_bad: float) -> None:
+def check_bad_share(rows: int, ledger: Sequence[Mapping[str, Any]], max_bad: float) -> None:
     """Raises UserError when more than a share `max_bad` of all rows is in the ledger, with the reasons."""
     dropped = dropped_rows(ledger)
     if dropped > max_bad * rows:
-        raise UserError(f"{dropped:,} of {rows:,} rows cannot be used ({reasons(ledger)}); mend them or raise "
+        raise UserError(f"{dropped:,} of {rows:,} rows cannot be used ({describe_reasons(ledger)}); mend them or raise "
                         f"--max-bad (now {100 * max_bad:.3g}%)")
 
 
-def reasons(ledger: Sequence[Mapping[str, Any]]) -> str:
+def describe_reasons(ledger: Sequence[Mapping[str, Any]]) -> str:
     """The reasons in a ledger and how many rows each dropped, most frequent first, with one example."""
     counts = Counter[str]()
     for entry in ledger:

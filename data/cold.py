@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from data.batch import BadSample, Batch, Tokens
-from data.catalogue import Catalogue, Split, Verdict, Verdicts, as_keys
+from data.catalogue import Catalogue, DecodeResult, DecodeResults, Split, as_keys
 from data.files import NotAFile, read_regular
 from data.images.augment import Region
 from data.images.decode import ImageSpec, collate_tokens, decode_image
-from data.prefetch import Pace, ahead, batched
+from data.prefetch import Progress, batched, threaded_map
 from data.shards.index import read_member
 from data.store.features import FeatureStore
 from data.store.segments import key_of
-from data.web.fetch import Fetched, FetchPolicy, cached_path, fetch, forget
+from data.web.fetch import Fetched, FetchPolicy, cached_path, delete_fetched, fetch
 from data.web.guard import unused_proxy
 
 CHUNK = 64  # images handed to the tower at once
@@ -54,7 +54,7 @@ class Reader:
     def forget(self, reference: Mapping[str, Any]) -> None:
         """Drop what was fetched for a reference, as it is no picture; a later run asks for it again."""
         if reference["bytes"] is None and is_url(reference["path"] or ""):
-            forget(reference["path"], self.folder)
+            delete_fetched(reference["path"], self.folder)
 
     def read(self, reference: Mapping[str, Any]) -> bytes:
         """The bytes behind one reference. Raises BadSample when they are not to be had."""
@@ -85,15 +85,15 @@ def is_url(path: str) -> bool:
     return path.lower().startswith(("http://", "https://"))
 
 
-def visit(found: Catalogue, reader: Reader, mine: Sequence[int], known: Callable[[bytes], bool],
-          tell: Callable[[str], None], decode: Callable[[bytes], np.ndarray] | None = None) -> Iterator[Verdict]:
+def decode_distinct(found: Catalogue, reader: Reader, mine: Sequence[int], known: Callable[[bytes], bool],
+          tell: Callable[[str], None], decode: Callable[[bytes], np.ndarray] | None = None) -> Iterator[DecodeResult]:
     """Open, and where its content is not `known` decode, each of `mine` references; in any order, bounded memory.
 
     `decode` takes the place of the reader's own decoding into pixels, and may raise BadSample as that does.
     """
     decode = decode or partial(decode_image, spec=reader.spec, max_pixels=reader.max_pixels)
 
-    def look(available: tuple[int, BadSample | None]) -> Verdict:
+    def look(available: tuple[int, BadSample | None]) -> DecodeResult:
         index, problem = available
         try:
             if problem is not None:
@@ -101,14 +101,14 @@ def visit(found: Catalogue, reader: Reader, mine: Sequence[int], known: Callable
             reference = found.references[index].as_py()
             data = reader.read(reference)
             key = key_of(data)
-            return Verdict(index, key, None, None if known(key) else decode(data))
+            return DecodeResult(index, key, None, None if known(key) else decode(data))
         except BadSample as found_out:
             if found_out.reason in NO_PICTURE:
                 reader.forget(reference)
-            return Verdict(index, b"", found_out)
+            return DecodeResult(index, b"", found_out)
 
-    pace = Pace("images", len(mine), tell)
-    for verdict in ahead(look, _available(found, reader, np.asarray(mine, np.int64), tell), reader.workers, 2 * CHUNK):
+    pace = Progress("images", len(mine), tell)
+    for verdict in threaded_map(look, _available(found, reader, np.asarray(mine, np.int64), tell), reader.workers, 2 * CHUNK):
         pace(problem=verdict.problem)
         yield verdict
 
@@ -136,13 +136,13 @@ def _available(found: Catalogue, reader: Reader, mine: np.ndarray,
         yield asked.pop(fetched.url), BadSample(fetched.reason, fetched.detail) if fetched.reason else None
 
 
-def fill_images(found: Catalogue, reader: Reader, mine: Sequence[int], store: FeatureStore | None,
-                encode: Callable[[Tensor], Tensor], tell: Callable[[str], None]) -> Verdicts:
+def encode_missing_images(found: Catalogue, reader: Reader, mine: Sequence[int], store: FeatureStore | None,
+                encode: Callable[[Tensor], Tensor], tell: Callable[[str], None]) -> DecodeResults:
     """Look at `mine` references; what the store does not hold yet goes through the tower once, in CHUNKs.
 
     Without a store images are only decoded, to know now which rows streaming can use.
     """
-    seen = Verdicts()
+    seen = DecodeResults()
     fresh: set[bytes] = set()  # encoded, and not yet in the store
     lock = threading.Lock()  # `known` is asked from the decoding threads
 
@@ -152,7 +152,7 @@ def fill_images(found: Catalogue, reader: Reader, mine: Sequence[int], store: Fe
 
     keys: list[bytes] = []
     values: list[Tensor] = []
-    for chunk in batched(visit(found, reader, mine, known, tell), CHUNK):
+    for chunk in batched(decode_distinct(found, reader, mine, known, tell), CHUNK):
         for verdict in chunk:
             seen.add(verdict)
         if store is None:
@@ -172,11 +172,11 @@ def fill_images(found: Catalogue, reader: Reader, mine: Sequence[int], store: Fe
     return seen
 
 
-def fill_titles(tokens: Callable[[Sequence[int]], Sequence[Sequence[int]]], keys: np.ndarray, store: FeatureStore,
+def encode_missing_titles(tokens: Callable[[Sequence[int]], Sequence[Sequence[int]]], keys: np.ndarray, store: FeatureStore,
                 own: Sequence[int], pad_id: int, encode: Callable[[Tokens], Tensor],
                 tell: Callable[[str], None] = lambda text: None) -> None:
     """Encode `own` of the titles, this rank's share of what the store does not hold yet; `tokens` reads some."""
-    pace = Pace("titles", len(own), tell)
+    pace = Progress("titles", len(own), tell)
     for part in batched(own, SEGMENT):
         store.append(keys[np.asarray(part)], encode_titles(tokens(part), pad_id, encode, store.width, pace))
 
@@ -218,7 +218,7 @@ def streamed_batch(split: Split, found: Catalogue, example: np.ndarray, reader: 
 def encode_images(found: Catalogue, references: np.ndarray, reader: Reader, encode: Callable[[Tensor], Tensor],
                   width: int) -> Tensor:
     """Image features [len(references), V] on the CPU, in order, of references already known to decode."""
-    decoded = ahead(lambda index: reader.pixels(found.references[int(index)].as_py()), references, reader.workers,
+    decoded = threaded_map(lambda index: reader.pixels(found.references[int(index)].as_py()), references, reader.workers,
                     2 * CHUNK)
     parts = [encode(torch.from_numpy(np.stack(chunk))).cpu() for chunk in batched(decoded, CHUNK)]
     return torch.cat(parts) if parts else torch.empty(0, width)

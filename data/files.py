@@ -71,7 +71,7 @@ def replace_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        synced(temporary).replace(path)
+        fsync(temporary).replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -84,7 +84,7 @@ def replace_link(link: Path, target: str) -> None:
     temporary.replace(link)
 
 
-def mark(folder: Path, kind: str, files: Iterable[str] = ()) -> None:
+def write_mark(folder: Path, kind: str, files: Iterable[str] = ()) -> None:
     """Write into `folder` that it is this program's, what it is, and which files in it are. Raises OSError."""
     said = {"made_by": "thumbtune", "kind": kind, "files": sorted(files)}
     replace_text(folder / MARK, json.dumps(said, indent=1) + "\n")
@@ -102,7 +102,7 @@ def _read_mark(folder: Path) -> tuple[str, list[str]]:
 
 
 def kind_of(folder: Path) -> str:
-    """What `mark` says that a folder is; "" where it does not say, so that the folder is somebody else's."""
+    """What `write_mark` says that a folder is; "" where it does not say, so that the folder is somebody else's."""
     return _read_mark(folder)[0]
 
 
@@ -117,7 +117,7 @@ def is_output(folder: Path) -> bool:
     return kind_of(folder) not in ("", "shards")
 
 
-def foreign(folder: Path) -> Path | None:
+def first_foreign(folder: Path) -> Path | None:
     """The first thing at `folder` or in it that this program did not make; None: it may be made or replaced."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         return folder
@@ -131,7 +131,7 @@ def foreign(folder: Path) -> Path | None:
     return None
 
 
-def foreign_page(path: Path) -> bool:
+def is_foreign_page(path: Path) -> bool:
     """Is there something at `path` that is neither a page of ours nor an empty file?"""
     if not path.is_file():
         return os.path.lexists(path)
@@ -151,22 +151,22 @@ def replaced_folder(folder: Path, kind: str, durable: bool = True) -> Iterator[P
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover_folders(folder.parent)
-    _refuse(foreign(folder))
+    _refuse(first_foreign(folder))
     new = _beside(folder)
     old = new.with_name(new.name + ".old")
     new.mkdir(exist_ok=True)
-    _refuse(foreign(new))
+    _refuse(first_foreign(new))
     try:
-        mark(new, kind)
+        write_mark(new, kind)
         yield new
-        mark(new, kind, (str(path.relative_to(new)) for path in new.rglob("*") if path.name != MARK))
+        write_mark(new, kind, (str(path.relative_to(new)) for path in new.rglob("*") if path.name != MARK))
         for path in (*new.rglob("*"), new) if durable else ():
-            synced(path)
-        _refuse(foreign(folder))
+            fsync(path)
+        _refuse(first_foreign(folder))
         if folder.exists():
             folder.replace(old)
         new.replace(folder)
-        synced(folder.parent)
+        fsync(folder.parent)
     except BaseException:
         if old.exists() and not folder.exists():
             old.replace(folder)
@@ -182,7 +182,7 @@ def _refuse(obstacle: Path | None) -> None:
 
 def delete_folder(folder: Path) -> None:
     """Delete a folder of ours, which is gone from its name at once; one that holds anything foreign stays as it is."""
-    if foreign(folder) is None:
+    if first_foreign(folder) is None:
         doomed = _beside(folder)
         folder.replace(doomed)
         _delete(doomed)
@@ -197,7 +197,7 @@ def recover_folders(parent: Path, locked: bool = False) -> None:
         left = LEFT_BEHIND.fullmatch(path.name)
         if left is None or path.is_symlink() or not path.is_dir() or not (locked or _is_dead(int(left[2]))):
             continue
-        barely_begun = locked and all(name.startswith(f".{MARK}") for name in os.listdir(path))  # killed before `mark`
+        barely_begun = locked and all(name.startswith(f".{MARK}") for name in os.listdir(path))  # killed before `write_mark`
         if not (kind_of(path) or barely_begun):
             continue
         folder = parent / left[1]
@@ -234,7 +234,7 @@ def _delete(folder: Path) -> None:
         folder.rmdir()
 
 
-def synced(path: Path) -> Path:
+def fsync(path: Path) -> Path:
     """Wait until a file or folder is on the disk; its path."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -250,7 +250,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def altered(root: Path, digests: Mapping[str, str]) -> list[str]:
+def changed_files(root: Path, digests: Mapping[str, str]) -> list[str]:
     """Which of the files named relative to `root` are missing, unreadable or not what their digest says."""
     wrong = []
     for name, digest in digests.items():
@@ -262,7 +262,7 @@ def altered(root: Path, digests: Mapping[str, str]) -> list[str]:
     return wrong
 
 
-def lock(folder: Path) -> bool:
+def lock_folder(folder: Path) -> bool:
     """Hold `folder` for this process as long as it lives; False when another one holds it."""
     handle = os.open(folder, os.O_RDONLY)
     place = os.fstat(handle).st_dev, os.fstat(handle).st_ino

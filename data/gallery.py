@@ -18,16 +18,16 @@ from torch import Tensor
 
 from data.batch import BadSample, UserError
 from data.catalogue import catalogue
-from data.cold import Reader, encode_titles, fill_images, fill_titles, is_url
+from data.cold import Reader, encode_missing_images, encode_missing_titles, encode_titles, is_url
 from data.identity import distinct
 from data.images.album import small_jpeg
 from data.images.decode import decode_image, tokenize
 from data.pairs import Encoders
 from data.sources.source import Rows
+from data.store.feature_split import StoredTable
 from data.store.features import FeatureStore
-from data.store.resident import Mapped
-from data.store.seen import Seen
-from data.titles import blank
+from data.store.stat_cache import StatCache
+from data.titles import is_blank
 
 SIDE = 320  # pixels of the longer side of a picture on the page
 
@@ -47,7 +47,7 @@ class Gallery:
     """N distinct items: equal content is there once, at the first row that holds it."""
 
     splits: Mapping[str, Rows]
-    features: Mapped
+    features: StoredTable
     at_N: np.ndarray  # number of that row, counted over all splits
 
     def __len__(self) -> int:
@@ -76,10 +76,10 @@ def open_images(splits: Mapping[str, Rows], reader: Reader, encoders: Encoders, 
     """
     found = catalogue(splits, encoders.titles(cache))
     store = FeatureStore(cache / "features" / encoders.image_space, encoders.image_width)
-    seen = Seen(cache / "seen", found.references.path.to_pylist(), reader.folder)
+    seen = StatCache(cache / "seen", found.references.path.to_pylist(), reader.folder)
     keys, good = seen.keys.copy(), seen.known & (store.locate(seen.keys) >= 0)
     unread, problems = np.flatnonzero(~good), []
-    for verdict in fill_images(found, reader, unread.tolist(), store, encoders.image, tell) if len(unread) else ():
+    for verdict in encode_missing_images(found, reader, unread.tolist(), store, encoders.image, tell) if len(unread) else ():
         if verdict.problem is None:
             keys[verdict.reference], good[verdict.reference] = np.frombuffer(verdict.key, np.uint8), True
         else:
@@ -100,7 +100,7 @@ def open_titles(splits: Mapping[str, Rows], encoders: Encoders, cache: Path) -> 
     """All titles that are not blank. Raises UserError when there is none."""
     found = catalogue(splits, encoders.titles(cache))
     first = _first_rows(found.title_N, len(found.titles))
-    own = np.flatnonzero((first >= 0) & ~blank(found.titles))
+    own = np.flatnonzero((first >= 0) & ~is_blank(found.titles))
     if not len(own):
         raise UserError("the dataset has no title that can be searched; name the column with --title-column")
     keys = found.title_keys[own]
@@ -110,7 +110,7 @@ def open_titles(splits: Mapping[str, Rows], encoders: Encoders, cache: Path) -> 
     def tokens(some: Sequence[int]) -> list[list[int]]:
         return tokenize(encoders.tokenizer, found.titles.take(own[np.asarray(some)]).to_pylist(), encoders.max_tokens)
 
-    fill_titles(tokens, keys, store, missing, encoders.tokenizer.pad_token_id, encoders.text)
+    encode_missing_titles(tokens, keys, store, missing, encoders.tokenizer.pad_token_id, encoders.text)
     return _gallery(splits, store, keys, first[own])
 
 
@@ -124,7 +124,7 @@ def _first_rows(index_N: Mapping[str, np.ndarray], count: int) -> np.ndarray:
 
 def _gallery(splits: Mapping[str, Rows], store: FeatureStore, keys: np.ndarray, first: np.ndarray) -> Gallery:
     order = np.argsort(first)
-    return Gallery(splits, Mapped(store, store.locate(keys[order])), first[order])
+    return Gallery(splits, StoredTable(store, store.locate(keys[order])), first[order])
 
 
 def title_features(titles: Sequence[str], encoders: Encoders) -> Tensor:
@@ -168,14 +168,14 @@ def read_queries(given: Sequence[str], file: str, image: str) -> list[str]:
     return titles
 
 
-def choose(splits: dict[str, Rows], wanted: str, dataset: str) -> dict[str, Rows]:
+def select_splits(splits: dict[str, Rows], wanted: str, dataset: str) -> dict[str, Rows]:
     """The split `wanted`, or `all` of them. Raises UserError when there is none of that name."""
     if wanted != "all" and wanted not in splits:
         raise UserError(f"--dataset {dataset} has no split {wanted!r}; it has {', '.join(splits)} (all: every one)")
     return splits if wanted == "all" else {wanted: splits[wanted]}
 
 
-def pictures(splits: Mapping[str, Rows], places: Iterable[tuple[str, int]], image: str,
+def preview_pictures(splits: Mapping[str, Rows], places: Iterable[tuple[str, int]], image: str,
              reader: Reader) -> dict[tuple[str, int] | str, bytes]:
     """Small JPEGs of rows (split, number) and of the `image` asked for, if any; what cannot be shown is left out."""
     wanted: dict[tuple[str, int] | str, Mapping[str, Any]] = {

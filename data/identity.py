@@ -22,7 +22,7 @@ import numpy as np
 
 from data.images.decode import tokenize
 from data.store.segments import KEY, key_of
-from data.titles import CHUNK, TokenLists, texts
+from data.titles import CHUNK, TokenLists, title_chunks
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,7 +54,7 @@ class TitleIds:
 
     def tokens(self, titles: pa.StringArray) -> TokenLists:
         """The token ids of all titles."""
-        return TokenLists.of(ids for some in texts(titles)
+        return TokenLists.of(ids for some in title_chunks(titles)
                              for ids in tokenize(self.tokenizer, some, self.max_tokens))
 
     def keys(self, titles: pa.StringArray) -> np.ndarray:

@@ -18,7 +18,7 @@ from data.catalogue import Split
 CHUNK = 1024  # rows of similarities at a time
 
 
-def mine(split: Split, title_PT: Tensor, how: str, among: Sequence[Split] = ()) -> Split:
+def mine_negatives(split: Split, title_PT: Tensor, how: str, among: Sequence[Split] = ()) -> Split:
     """The split with a negative for every row that lacks one, or whose own reads like its title: the title of another
     row, never one that any row of the split, or of the splits `among`, pairs with the row's image.
 

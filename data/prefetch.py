@@ -42,7 +42,7 @@ def order_digest(rows: int, batch_size: int, seed: int) -> Callable[[int], str]:
     return digest
 
 
-def slices(rows: int, batch_size: int, seed: int, rank: int, size: int, first_step: int = 0,
+def epoch_batches(rows: int, batch_size: int, seed: int, rank: int, size: int, first_step: int = 0,
            device: torch.device | str = "cpu") -> Iterator[Tensor]:
     """This rank's row numbers of every step from `first_step` on, epoch after epoch without end.
 
@@ -60,7 +60,7 @@ def slices(rows: int, batch_size: int, seed: int, rank: int, size: int, first_st
             yield order[start + low : start + high]
 
 
-def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int, depth: int) -> Iterator[Result]:
+def threaded_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int, depth: int) -> Iterator[Result]:
     """`map` in order over threads, at most `depth` results ahead of the consumer, so memory stays bounded.
 
     An exception of `function` is raised where its result would have come. Closing the iterator stops the work.
@@ -80,7 +80,7 @@ def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: in
                 future.cancel()
 
 
-class Pace:
+class Progress:
     """Tells every few seconds how far a pass of `total` has come, how fast, how long it will take, what failed."""
 
     def __init__(self, what: str, total: int, tell: Callable[[str], None]) -> None:
@@ -107,7 +107,7 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield chunk
 
 
-def copied_ahead(inputs: Iterable[Inputs], device: torch.device) -> Iterator[Inputs]:
+def prefetch_to_device(inputs: Iterable[Inputs], device: torch.device) -> Iterator[Inputs]:
     """Each item on the device, the next one's copy already under way on a stream of its own (CUDA)."""
     if device.type != "cuda":
         yield from inputs

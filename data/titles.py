@@ -53,12 +53,12 @@ class TokenLists(Sequence[Sequence[int]]):
         return self._ids[self._bound[index] : self._bound[index + 1]].tobytes()
 
 
-def texts(titles: pa.StringArray) -> Iterator[list[str]]:
+def title_chunks(titles: pa.StringArray) -> Iterator[list[str]]:
     """The titles, a CHUNK of them at a time."""
     for start in range(0, len(titles), CHUNK):
         yield titles.slice(start, CHUNK).to_pylist()
 
 
-def blank(titles: pa.StringArray) -> np.ndarray:
+def is_blank(titles: pa.StringArray) -> np.ndarray:
     """Which titles hold nothing but white space; bool [P]."""
-    return np.array([not title.strip() for some in texts(titles) for title in some], bool)
+    return np.array([not title.strip() for some in title_chunks(titles) for title in some], bool)

@@ -21,7 +21,7 @@ NOT_FINITE = "the model has collapsed: its embeddings hold NaN or infinity"
 Held = Sequence[tuple[Tensor, Retrieval | None]]  # a run's held-out rows and what was found on them; None: not finite
 
 
-def on_host(found: Retrieval | None) -> Retrieval | None:
+def to_host(found: Retrieval | None) -> Retrieval | None:
     """The same in main memory, to be handed to other ranks."""
     def moved(ranks: Ranks) -> Ranks:
         return Ranks(ranks.rank_Q.cpu(), ranks.row_Q.cpu(), ranks.unit_Q.cpu(), ranks.candidates)
@@ -33,7 +33,7 @@ def on_host(found: Retrieval | None) -> Retrieval | None:
                    triplets=some and Triplets(some.correct_M.cpu(), some.row_M.cpu(), some.unit_M.cpu()))
 
 
-def pooled(held: Sequence[tuple[Tensor, Retrieval]], rows: int, metric: str) -> tuple[Tensor, Tensor]:
+def average_over_runs(held: Sequence[tuple[Tensor, Retrieval]], rows: int, metric: str) -> tuple[Tensor, Tensor]:
     """Each query's `metric` averaged over the runs that held it out (float64) and its unit, [Q], by first row.
 
     A fold holds all rows of a unit or none, so a query and its unit have the same first row in all runs. Raises
@@ -53,7 +53,7 @@ def pooled(held: Sequence[tuple[Tensor, Retrieval]], rows: int, metric: str) -> 
     return sum_N[asked_Q] / runs_N[asked_Q], unit_N[asked_Q]
 
 
-def judge(held: Held, base: Held, rows: int, metric: str) -> dict[str, Any]:
+def score_configuration(held: Held, base: Held, rows: int, metric: str) -> dict[str, Any]:
     """Scores of one configuration: every metric averaged over runs, and `metric` with its interval and against base.
 
     A configuration that has collapsed in a run says so, and scores 0. Raises UserError for a base model that is not
@@ -61,12 +61,12 @@ def judge(held: Held, base: Held, rows: int, metric: str) -> dict[str, Any]:
     """
     if any(found is None for _, found in base):
         raise UserError(f"{NOT_FINITE}; choose another --model")
-    base_Q, unit_Q = pooled([(row_N, found) for row_N, found in base if found], rows, metric)
+    base_Q, unit_Q = average_over_runs([(row_N, found) for row_N, found in base if found], rows, metric)
     sentences = [NOT_FINITE if found is None else found.collapsed for _, found in held]
     if collapsed := next(filter(None, sentences), ""):
         return {"scores": {metric: 0.0}, "collapsed": collapsed}
     finite = [(row_N, found) for row_N, found in held if found]
-    value_Q, _ = pooled(finite, rows, metric)
+    value_Q, _ = average_over_runs(finite, rows, metric)
     values = [found.values() for _, found in finite]
     scores = {name: fmean(one[name] for one in values) for name in values[0] if all(name in one for one in values)}
     scores[metric] = value_Q.mean().item()

@@ -89,7 +89,7 @@ def measure_split(project_image: Project, project_text: Project, parts: Iterable
 
 
 def measure_if_finite(measure: Callable[[], Retrieval]) -> Retrieval | None:
-    """What `measure` returns; None where the model's embeddings hold NaN or infinity."""
+    """What `evaluate_splits` returns; None where the model's embeddings hold NaN or infinity."""
     try:
         return measure()
     except NotFinite:

@@ -32,7 +32,7 @@ class Answer(NamedTuple):
         return self.image.removeprefix(f"{folder}/") or f"{self.split} row {self.row}"
 
 
-class Found(NamedTuple):
+class QueryResult(NamedTuple):
     """A query and its answers, best first; an `image` query was given as a file or URL and finds titles."""
 
     query: str
@@ -40,22 +40,22 @@ class Found(NamedTuple):
     answers: list[Answer]
 
 
-def found(titles: Sequence[str], image: str, scores_QK: Tensor, items_QK: Tensor,
-          item: Callable[[int], tuple[Any, ...]]) -> list[Found]:
+def collect_results(titles: Sequence[str], image: str, scores_QK: Tensor, items_QK: Tensor,
+          item: Callable[[int], tuple[Any, ...]]) -> list[QueryResult]:
     """What `top_k` found for these titles, or for one image: `item` begins with split, row, image and title."""
-    return [Found(query, "title" if titles else "image", [
+    return [QueryResult(query, "title" if titles else "image", [
                 Answer(rank, score, *item(index)[:4])
                 for rank, (score, index) in enumerate(zip(scores, indices, strict=True), 1)])
             for query, scores, indices in zip(titles or [image], scores_QK.tolist(), items_QK.tolist(), strict=True)]
 
 
-def as_json(results: Sequence[Found]) -> dict[str, Any]:
+def as_json(results: Sequence[QueryResult]) -> dict[str, Any]:
     """The answers for programs."""
     return {"queries": [{"query": found.query, "kind": found.kind,
                          "answers": [answer._asdict() for answer in found.answers]} for found in results]}
 
 
-def as_text(results: Sequence[Found], folder: str) -> str:
+def as_text(results: Sequence[QueryResult], folder: str) -> str:
     """The answers for a terminal: rank, score, image (as seen from `folder`), title; nothing in them can steer it."""
     blocks = []
     for found in results:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.sources.folds import take
-from data.store.resident import Resident
+from data.sources.folds import take_rows
+from data.store.feature_split import FeatureSplit
 from engine.commands import common
 from engine.config.fields import Config
 from engine.config.recipes import RECIPES
@@ -45,12 +45,12 @@ def measured(model: str, dataset: str, cache: str, seeds: int) -> Iterator[tuple
     """(pairs, recipe, for both ways 1-based ranks [seeds, queries] and their units), the base model first."""
     cfg = replace(Config(), model=model, dataset=dataset, cache_dir=cache, precision="fp32", device="cpu")
     world = dist.init("cpu", 60)
-    parts = common.open_parts(cfg, world)
+    parts = common.load_model(cfg, world)
     residents = common.open_data(cfg, world, parts).residents()
-    train, tuner = residents["train"], Tuner(parts, Resident.batches)
+    train, tuner = residents["train"], Tuner(parts, FeatureSplit.batches)
 
     def ranks() -> tuple[Ranks, Ranks]:
-        found = common.measure_rows(parts.head, residents["test"])
+        found = common.evaluate_split(parts.head, residents["test"])
         return found.image_to_text, found.text_to_image
 
     def ways(found: list[tuple[Ranks, Ranks]]) -> list[Way]:
@@ -63,7 +63,7 @@ def measured(model: str, dataset: str, cache: str, seeds: int) -> Iterator[tuple
             found = []
             for seed in range(seeds):
                 drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(500 + seed))
-                rows = take(train, drawn[:size].sort()[0]) if size else train
+                rows = take_rows(train, drawn[:size].sort()[0]) if size else train
                 tried = replace(cfg, seed=42 + 1_000 * seed, **settings)
                 tuner.tune(replace(tried, batch_size=min(tried.batch_size, len(rows))), rows)
                 found.append(ranks())

@@ -45,7 +45,7 @@ def scene_negative(scene: int) -> str:
 
 
 def scene_picture(scene: int, size: tuple[int, int] = (96, 64), take: int = 0) -> Image.Image:
-    """An RGB picture that shows what the title says (the ending is the backdrop); `take` moves the shapes."""
+    """An RGB picture that shows what the title says (the ending is the backdrop); `take_rows` moves the shapes."""
     count, colour, shape, ending = _parts(scene)
     backdrop = tuple(int(255 * part) for part in colorsys.hsv_to_rgb(ending / len(ENDINGS), 0.35, 0.75))
     image, rng = Image.new("RGB", size, backdrop), random.Random(f"{scene}/{take}")

@@ -13,7 +13,7 @@ from eval.metrics import Ranks, Retrieval, retrieval_ranks
 from eval.report.answers import (
     LISTED,
     Both,
-    answer,
+    answer_queries,
     hardest,
     improved,
     load_answers,
@@ -50,7 +50,7 @@ def found_in(here: Space) -> Retrieval:
 
 
 def answers_in(here: Space, count: int = 1_000) -> Both:
-    return answer(here, found_in(here), count)
+    return answer_queries(here, found_in(here), count)
 
 
 @pytest.mark.parametrize("tied", [False, True])

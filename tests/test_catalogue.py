@@ -12,11 +12,11 @@ import pytest
 
 from data import titles as module
 from data.batch import BadSample, UserError
-from data.catalogue import Verdict, Verdicts, catalogue, refuse_if_too_bad, settle
+from data.catalogue import DecodeResult, DecodeResults, catalogue, check_bad_share, keep_usable_rows
 from data.identity import clip_words
 from data.sources.rows import Rows
 from data.store.segments import key_of
-from data.titles import TokenLists, blank
+from data.titles import TokenLists, is_blank
 
 
 def make_rows(name: str, rng: random.Random, count: int) -> Rows:
@@ -35,17 +35,17 @@ def test_kept_and_dropped_rows_are_those_of_the_rule(seed: int) -> None:
     found = catalogue(splits)
     fate = {ref: BadSample("gone", f"no {ref}") if rng.random() < 0.2 or not found.references[ref]["path"].as_py()
             else key_of(b"%d" % rng.randrange(12)) for ref in range(len(found.references))}
-    ranks = [Verdicts() for _ in range(3)]
+    ranks = [DecodeResults() for _ in range(3)]
     for ref in rng.sample(sorted(fate), len(fate)):
         bad = fate[ref] if isinstance(fate[ref], BadSample) else None
-        ranks[ref % 3].add(Verdict(ref, b"" if bad else fate[ref], bad))
+        ranks[ref % 3].add(DecodeResult(ref, b"" if bad else fate[ref], bad))
     ranks = pickle.loads(pickle.dumps(ranks))  # as ranks exchange them
     assert sum(map(len, ranks)) == len(fate)
     for verdict in (one for each in ranks for one in each):
         bad = fate[verdict.reference]
         assert verdict.key == bad if verdict.problem is None else str(verdict.problem) == str(bad)
     lost = [{"shard": "s", "key": "k", "reason": "truncated", "detail": "", "image": None, "row": 0}]
-    kept, keys, example, ledger = settle(found, ranks, lost, 1.0)
+    kept, keys, example, ledger = keep_usable_rows(found, ranks, lost, 1.0)
     assert ledger[0] is lost[0] and sum(map(len, splits.values())) + 1 == len(ledger) + sum(map(len, kept.values()))
     assert len(set(map(bytes, keys))) == len(keys)
     assert all(fate[int(ref)] == bytes(key) for ref, key in zip(example, keys, strict=True))
@@ -65,7 +65,7 @@ def test_kept_and_dropped_rows_are_those_of_the_rule(seed: int) -> None:
                 assert (found.titles[other].as_py() if other >= 0 else None) == (
                     negative if negative and negative.strip() else None)
     with pytest.raises(UserError, match=r"rows cannot be used \(.*(gone|no-title) \d+.*--max-bad \(now 5%\)"):
-        settle(found, ranks, lost, 0.05)
+        keep_usable_rows(found, ranks, lost, 0.05)
 
 
 def test_titles_in_pieces_equal_titles_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -74,8 +74,8 @@ def test_titles_in_pieces_equal_titles_at_once(monkeypatch: pytest.MonkeyPatch, 
     some = [rng.choice(["", " ", "a", "日本", "x" * 50]) + str(n) * (n % 3) for n in range(50)]
     words = clip_words()
     assert (words.keys(pa.array(some)) == np.concatenate([words.keys(pa.array([title])) for title in some])).all()
-    assert blank(pa.array(some)).tolist() == [not title.strip() for title in some]
-    assert words.keys(pa.array([], pa.string())).shape == (0, 16) and len(blank(pa.array([], pa.string()))) == 0
+    assert is_blank(pa.array(some)).tolist() == [not title.strip() for title in some]
+    assert words.keys(pa.array([], pa.string())).shape == (0, 16) and len(is_blank(pa.array([], pa.string()))) == 0
     lists = [[rng.randrange(49408) for _ in range(rng.randrange(5))] for _ in range(40)]
     packed = TokenLists.of(iter(lists))
     assert list(packed) == lists and packed[-1] == lists[-1] and len(TokenLists.of(iter([]))) == 0
@@ -91,8 +91,8 @@ def test_too_many_bad_rows_are_refused_with_an_example_of_any_kind() -> None:
     joined = {"file": "/x/all.csv", "row": 3, "image": None, "title": None, "reason": "open-quote", "detail": "line 5",
               "rows": 8}
     unused = {"file": "/x", "reason": "linked-folder", "detail": "e.g. /x/y", "rows": 0, "files": 1000}
-    refuse_if_too_bad(100, [unused, sample], 0.01)
+    check_bad_share(100, [unused, sample], 0.01)
     for ledger, said in (([unused, sample, sample], "2 of 100 rows .*no-title 2; e.g. /x/one.tar, 7: no-title"),
                          ([joined, sample], "9 of 100 rows .*open-quote 8, no-title 1; e.g. /x/all.csv, row 3: ")):
         with pytest.raises(UserError, match=said):
-            refuse_if_too_bad(100, ledger, 0.01)
+            check_bad_share(100, ledger, 0.01)

@@ -18,7 +18,7 @@ from scenes import SCENES, scene_thumbnail
 from data.check import similar
 from data.check.checks import PIECE, TOO_MANY_PIECES, check
 from data.check.findings import Finding, as_json, table
-from data.check.similar import NEAR, first_similar, glance, near_pairs, perceptual_hash
+from data.check.similar import NEAR, first_similar, near_pairs, perceptual_hash, picture_signature
 from data.cold import Reader
 from data.images.decode import ImageSpec
 from data.sources.source import load_splits
@@ -193,7 +193,7 @@ def test_copies_look_alike_and_different_pictures_do_not() -> None:
     changes = (lambda data: jpeg(Image.open(io.BytesIO(data)), 40), lambda data: resized(data, 0.6),
                lambda data: resized(data, 1.5), brighter, lambda data: brighter(resized(data, 0.6)))
     copies = [change(data) for change in changes for data in pictures]
-    looks = np.array([glance(data, 25_000_000) for data in [*pictures, *copies]])
+    looks = np.array([picture_signature(data, 25_000_000) for data in [*pictures, *copies]])
     N = len(pictures)
     assert looks["side"][:N].tolist() == [360] * N
     original = np.arange(len(looks)) % N
@@ -207,7 +207,7 @@ def test_copies_look_alike_and_different_pictures_do_not() -> None:
 def test_plain_pictures_are_told_apart_by_colour() -> None:
     def look(*colour: int) -> np.ndarray:
         noise = np.random.default_rng(sum(colour)).integers(-2, 3, (90, 120, 3))
-        return glance(jpeg(Image.fromarray((noise + colour).astype(np.uint8))), 25_000_000)
+        return picture_signature(jpeg(Image.fromarray((noise + colour).astype(np.uint8))), 25_000_000)
 
     looks = np.array([look(200, 40, 40), look(40, 40, 200), look(190, 40, 40), look(93, 93, 93), look(220, 220, 220)])
     assert not looks["hash"].any()

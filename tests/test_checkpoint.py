@@ -20,11 +20,11 @@ from torch import nn
 
 from data import files as durable
 from data.batch import RunFailed, UserError
-from data.prefetch import epoch_order, order_digest, slices
+from data.prefetch import epoch_batches, epoch_order, order_digest
 from engine.ranks.world import World
 from engine.run_folder import checkpoint
-from engine.run_folder.checkpoint import DamagedCheckpoint, Saver, State, load, newest, save
-from engine.run_folder.folder import broken_seal, seal
+from engine.run_folder.checkpoint import DamagedCheckpoint, Saver, State, load, newest_valid, save
+from engine.run_folder.folder import manifest_problems, write_manifest
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 
@@ -65,7 +65,7 @@ def test_sigkill_while_saving_loses_no_checkpoint_that_was_acknowledged(tmp_path
         while told := os.read(reader, 8):
             acknowledged = int.from_bytes(told, "little")
         os.close(reader)
-        folder, (tensors, moments, state) = newest(run, pytest.fail)
+        folder, (tensors, moments, state) = newest_valid(run, pytest.fail)
         step = state["state"]["step"]
         assert step >= acknowledged and (tensors["w"] == step).all() and (moments["w.exp_avg"] == step).all()
         assert (run / "checkpoints" / "last").resolve() in (folder, folder.with_name(f"step-{step - 1:08d}"))
@@ -104,7 +104,7 @@ def test_every_damage_is_noticed_named_and_stepped_over(tmp_path: Path) -> None:
                 if path.exists() and path.read_bytes() == before:
                     continue  # zeros were zero already
                 said: list[str] = []
-                found = newest(run, said.append)
+                found = newest_valid(run, said.append)
                 if name == checkpoint.MANIFEST and found[0].name == "step-00000002":
                     # white space of the manifest itself may change; what it says may not
                     assert json.loads(path.read_text()) == json.loads(before)
@@ -151,7 +151,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_one_line(refused: str, tmp_pa
         patch.setattr(*target, full_disk)
         with pytest.raises(RunFailed, match="No space left on device"):
             saves.save(State(step=2))
-    assert newest(run, pytest.fail)[1][2] == before
+    assert newest_valid(run, pytest.fail)[1][2] == before
     saves.save(State(step=3))  # once there is room again, no trace is left
     assert not list((run / "checkpoints").glob(".*"))
 
@@ -231,7 +231,7 @@ def test_best_means_what_was_asked_for(tmp_path: Path) -> None:
 
 def test_the_digest_follows_what_ranks_are_given() -> None:
     digest, again = order_digest(10, 4, 7), order_digest(10, 4, 7)
-    streams = [slices(10, 4, 7, rank, 3) for rank in range(3)]
+    streams = [epoch_batches(10, 4, 7, rank, 3) for rank in range(3)]
     seen, chain = [], b""
     for step in range(1, 8):
         seen += torch.cat([next(stream) for stream in streams]).tolist()
@@ -246,7 +246,7 @@ def test_the_digest_follows_what_ranks_are_given() -> None:
 
 
 def test_one_run_has_one_writer(tmp_path: Path) -> None:
-    assert durable.lock(tmp_path)
+    assert durable.lock_folder(tmp_path)
     code = f"from pathlib import Path; from data.files import lock; print(lock(Path({str(tmp_path)!r})))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
@@ -256,12 +256,12 @@ def test_a_seal_names_what_was_altered(tmp_path: Path) -> None:
     for name in ("config.json", "ledger.jsonl", "metrics.json", "steps.jsonl", "model/model.safetensors"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
-    assert broken_seal(tmp_path) is None
-    seal(tmp_path)
-    assert broken_seal(tmp_path) == []
+    assert manifest_problems(tmp_path) is None
+    write_manifest(tmp_path)
+    assert manifest_problems(tmp_path) == []
     (tmp_path / "metrics.json").write_text('{"better": 1}')
     (tmp_path / "model/model.safetensors").unlink()
-    assert broken_seal(tmp_path) == ["metrics.json changed", "model/model.safetensors: No such file or directory"]
+    assert manifest_problems(tmp_path) == ["metrics.json changed", "model/model.safetensors: No such file or directory"]
 
 
 def _one_refuses(folder: str) -> str:

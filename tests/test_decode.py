@@ -218,7 +218,7 @@ def test_embeddings_of_turned_pictures_equal_sentence_transformers(tmp_path: Pat
     from sentence_transformers import SentenceTransformer
 
     from engine.clip.model import open_model
-    from engine.commands.common import encoders
+    from engine.commands.common import make_encoders
 
     cases = {}
     for fmt in ("JPEG", "PNG", "WEBP", "TIFF", "MPO"):
@@ -232,7 +232,7 @@ def test_embeddings_of_turned_pictures_equal_sentence_transformers(tmp_path: Pat
         [image.convert("RGB") for image in decoded], normalize_embeddings=True, convert_to_tensor=True)
     parts = open_model(str(tiny_model), ("projection",), "cached", 20.0, "fp32", torch.device("cpu"))
     spec = ImageSpec.from_processor(parts.clip.image_processor)
-    towers = encoders(parts, spec.fingerprint(), torch.device("cpu"))
+    towers = make_encoders(parts, spec.fingerprint(), torch.device("cpu"))
     pixels = torch.from_numpy(np.stack([decode_image(path.read_bytes(), spec) for path in cases.values()]))
     with torch.no_grad():
         ours = parts.head.image(towers.image(pixels))

@@ -19,13 +19,13 @@ from stand_in import GPU, plain, stand_in
 from torch import Tensor
 
 from data.batch import Features, map_tensors
-from data.prefetch import copied_ahead
-from data.sources.folds import folds, join
+from data.prefetch import prefetch_to_device
+from data.sources.folds import concatenate, folds
+from data.store.feature_split import FeatureSplit, StoredTable
 from data.store.features import FeatureStore
-from data.store.resident import Mapped, Resident
 from engine import train
 from engine.clip.loading import load_clip
-from engine.clip.model import take_apart
+from engine.clip.model import build_model
 from engine.commands import train as train_command
 from engine.config.cli import parse
 from engine.loss import Objective
@@ -61,7 +61,7 @@ def test_the_stand_in_notices_what_a_gpu_would() -> None:
 def steps(model: Path, device: torch.device, precision: str, l2_sp: float, lr: float, watch: list[str],
           **objective: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The last loss and norm of three steps, and the weights after them; the second step's norm is infinite."""
-    parts = take_apart(load_clip(str(model)), ("projection", "logit_scale"), "auto", 20.0, precision, device)
+    parts = build_model(load_clip(str(model)), ("projection", "logit_scale"), "auto", 20.0, precision, device)
     generator, ids = torch.Generator().manual_seed(0), torch.arange(ROWS)
     inputs = map_tensors(Features(*(torch.randn(ROWS, width, generator=generator) for width in (32, 24, 24)), ids // 2,
                                   ids // 3, ids - 1), lambda part: part.to(device))
@@ -96,7 +96,7 @@ def test_a_step_never_waits_and_is_the_cpus(precision: str, l2_sp: float, object
 
 
 class Endless:
-    """A Stop that no signal reaches; after `end` steps it says that one has."""
+    """A StopSignal that no signal reaches; after `end` steps it says that one has."""
 
     def __init__(self, end: int) -> None:
         self.end = end
@@ -127,7 +127,7 @@ def trained(model: Path, pairs: Path, folder: Path, patch: pytest.MonkeyPatch, *
 
         patch.setattr(train.Step, "__call__", watched)
         # transformers looks at addresses, which a stand-in has not
-        patch.setattr(train_command, "finish", lambda *_: 0)
+        patch.setattr(train_command, "write_results", lambda *_: 0)
         try:
             train_command.train(cfg, dist.init(device, 60), Endless(end))
         except KeyError:  # stopped: there are no metrics of a tuned model
@@ -153,14 +153,14 @@ def test_a_resumed_run_and_tables_beside_the_gpu_change_nothing(tiny_model: Path
     assert trained(tiny_model, pairs, tmp_path / "cut", monkeypatch, "--resume") == whole
 
 
-def residents(folder: Path) -> tuple[Resident, Resident]:
+def residents(folder: Path) -> tuple[FeatureSplit, FeatureSplit]:
     """The same 40 pairs twice: tables in memory, tables in the store's files."""
     keys, values = np.random.default_rng(0).integers(0, 256, (40, 16), np.uint8), torch.randn(40, 24)
     store = FeatureStore(folder, 24)
     store.append(keys, values)
     rows = torch.arange(40)
-    split = Resident(values, values, rows, rows // 2, rows - 1)
-    return split, replace(split, image_MV=Mapped(store, store.locate(keys)), title_PT=Mapped(store, store.locate(keys)))
+    split = FeatureSplit(values, values, rows, rows // 2, rows - 1)
+    return split, replace(split, image_MV=StoredTable(store, store.locate(keys)), title_PT=StoredTable(store, store.locate(keys)))
 
 
 def test_no_batch_waits_wherever_the_tables_are(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_no_batch_waits_wherever_the_tables_are(tmp_path: Path) -> None:
                     assert all(part.device == GPU for part in got)
                     torch.testing.assert_close(map_tensors(got, plain), want)
             assert not gpu.syncs
-        ahead = list(copied_ahead(iter([split.features(torch.arange(5))] * 3), GPU))
+        ahead = list(prefetch_to_device(iter([split.features(torch.arange(5))] * 3), GPU))
         assert [part.image_BV.device for part in ahead] == [GPU] * 3 and not gpu.syncs
 
 
@@ -182,10 +182,10 @@ def test_measuring_searching_and_sweeping_are_the_cpus(tmp_path: Path) -> None:
 
     unit = torch.nn.functional.normalize
 
-    def found(pairs: Resident, device: torch.device) -> list[Any]:
+    def found(pairs: FeatureSplit, device: torch.device) -> list[Any]:
         one = measure_split(unit, lambda x: unit(x.flip(-1) + 1), pairs.parts())
         gallery = unit(pairs.to(CPU).features(torch.arange(40)).image_BV).to(device)
-        fold = folds(join([pairs, replace(pairs, negative_row_N=None)]), 3, 0)[1]
+        fold = folds(concatenate([pairs, replace(pairs, negative_row_N=None)]), 3, 0)[1]
         batch = next(fold.train.batches(16, 0)(1))
         means = [plain(part) for _, *parts in one.means() for part in parts]
         return [one.summarise(), *means, *(plain(part) for part in batch),

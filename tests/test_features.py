@@ -22,10 +22,10 @@ import torch
 from safetensors.torch import load_file
 
 from data.batch import UserError, share
-from data.prefetch import epoch_order, slices
+from data.prefetch import epoch_batches, epoch_order
 from data.store import features as module
+from data.store.feature_split import FeatureSplit, StoredTable
 from data.store.features import FeatureStore
-from data.store.resident import Mapped, Resident
 from data.store.segments import HEADER, key_of, prune, spaces
 
 KILLS = int(os.environ.get("THUMBTUNE_FAULTS", "20"))
@@ -93,7 +93,7 @@ def test_gather_crosses_chunks_and_segments(tmp_path: Path, monkeypatch: pytest.
     wanted = random.Random(0).choices(range(1000), k=400)
     rows = store.locate(keys_of(wanted))
     assert store.gather(rows).equal(values_of(wanted))
-    assert Mapped(store, rows).to(torch.device("cpu")).equal(values_of(wanted))
+    assert StoredTable(store, rows).to(torch.device("cpu")).equal(values_of(wanted))
 
 
 def test_any_safetensors_reader_opens_a_segment(tmp_path: Path) -> None:
@@ -355,31 +355,31 @@ def test_spaces_and_prune(tmp_path: Path) -> None:
     assert mapped.gather(mapped.locate(keys_of([3]))).equal(values_of([3]))  # a running job keeps what it has open
 
 
-def make_split(folder: Path, mapped: bool, negatives: bool) -> Resident:
+def make_split(folder: Path, mapped: bool, negatives: bool) -> FeatureSplit:
     """101 pairs over 40 images and 60 titles, every seventh without a negative."""
     draw = torch.Generator().manual_seed(0)
     image_row, title_row = (torch.randint(0, n, (101,), generator=draw) for n in (40, 60))
     negative = torch.randint(0, 60, (101,), generator=draw)
     negative[::7] = -1
-    tables: list[torch.Tensor | Mapped] = []
+    tables: list[torch.Tensor | StoredTable] = []
     for name, rows, width in (("images", 40, 3), ("titles", 60, 2)):
         store = FeatureStore(folder / name, width)
         store.append(keys_of(range(rows)), values_of(range(rows), width))
-        tables.append(Mapped(store, store.locate(keys_of(range(rows)))) if mapped else values_of(range(rows), width))
-    return Resident(*tables, image_row, title_row, negative if negatives else None)
+        tables.append(StoredTable(store, store.locate(keys_of(range(rows)))) if mapped else values_of(range(rows), width))
+    return FeatureSplit(*tables, image_row, title_row, negative if negatives else None)
 
 
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("negatives", [False, True])
 def test_ranks_share_each_global_batch_in_order(tmp_path: Path, mapped: bool, negatives: bool) -> None:
     split = make_split(tmp_path, mapped, negatives).to("cpu", room=0)
-    assert isinstance(split.image_MV, Mapped) == mapped
+    assert isinstance(split.image_MV, StoredTable) == mapped
     image_MV, title_PT = values_of(range(40), 3), values_of(range(60), 2)
     for size, batch, epoch, first in [(1, 16, 0, 0), (2, 16, 1, 3), (3, 7, 2, 0), (4, 2, 0, 49), (5, 200, 7, 0)]:
         order = torch.randperm(101, generator=torch.Generator().manual_seed(42 + epoch))
         steps = -(-101 // batch)
         ranks = [[split.features(rows) for rows in islice(
-            slices(101, batch, 42, rank, size, epoch * steps + first), steps - first)] for rank in range(size)]
+            epoch_batches(101, batch, 42, rank, size, epoch * steps + first), steps - first)] for rank in range(size)]
         for step, parts in enumerate(zip(*ranks, strict=True), first):
             rows = order[step * batch : (step + 1) * batch]
             image, title, negative, image_id, title_id, negative_id = (
@@ -395,7 +395,7 @@ def test_ranks_share_each_global_batch_in_order(tmp_path: Path, mapped: bool, ne
 def test_tables_move_only_where_there_is_room(tmp_path: Path) -> None:
     split = make_split(tmp_path, mapped=True, negatives=True)
     size = 40 * 3 * 4 + 60 * 2 * 4
-    assert isinstance(split.to("cpu", room=size - 1).image_MV, Mapped)
+    assert isinstance(split.to("cpu", room=size - 1).image_MV, StoredTable)
     moved = split.to("cpu", room=size)
     assert isinstance(moved.image_MV, torch.Tensor) and isinstance(split.to("cpu").title_PT, torch.Tensor)
     assert moved.to("cpu", room=0).image_MV is moved.image_MV  # already there
@@ -418,11 +418,11 @@ def test_shares_are_even_and_cover_the_batch() -> None:
 def test_gpu_features_equal_the_host_and_never_wait(tmp_path: Path, room: int | None) -> None:
     host = make_split(tmp_path, mapped=True, negatives=True)
     split = host.to("cuda", room=room)
-    wanted = [host.features(rows) for rows in islice(slices(len(host), 8, 0, 0, 1), 13)]
+    wanted = [host.features(rows) for rows in islice(epoch_batches(len(host), 8, 0, 0, 1), 13)]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = [split.features(rows) for rows in islice(slices(len(split), 8, 0, 0, 1, device=split.device), 13)]
+        found = [split.features(rows) for rows in islice(epoch_batches(len(split), 8, 0, 0, 1, device=split.device), 13)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for ours, theirs in zip(found, wanted, strict=True):

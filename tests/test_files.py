@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from data.files import MARK, delete_folder, foreign, is_output, kind_of, mark, recover_folders, replaced_folder
+from data.files import (
+    MARK,
+    delete_folder,
+    first_foreign,
+    is_output,
+    kind_of,
+    recover_folders,
+    replaced_folder,
+    write_mark,
+)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -54,7 +63,7 @@ def test_a_kill_at_any_rename_or_deletion_leaves_a_whole_model(tmp_path: Path) -
         assert whole, call
         recover_folders(tmp_path, locked=True)
         assert [path.name for path in tmp_path.iterdir()] == ["model"], call
-        assert contents(folder) in (old, new) and foreign(folder) is None, call
+        assert contents(folder) in (old, new) and first_foreign(folder) is None, call
     assert call > 8 and contents(folder) == new
 
 
@@ -67,7 +76,7 @@ def test_what_is_not_listed_is_never_replaced_or_deleted(tmp_path: Path) -> None
     (tmp_path / "link").symlink_to("theirs")
     before = contents(tmp_path)
     for name, obstacle in (("model", "model/deep/notes"), ("theirs", "theirs"), ("link", "link")):
-        assert foreign(tmp_path / name) == tmp_path / obstacle
+        assert first_foreign(tmp_path / name) == tmp_path / obstacle
         with pytest.raises(FileExistsError, match="not made by thumbtune"):
             write(tmp_path / name, "new")
         delete_folder(tmp_path / name)
@@ -90,7 +99,7 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -
     names = [f".model-{ended.pid}", f".model-{os.getppid()}", f".gone-{ended.pid}.old"]
     for name in names:
         (tmp_path / name).mkdir()
-        mark(tmp_path / name, "model")
+        write_mark(tmp_path / name, "model")
     (tmp_path / f".backup-{ended.pid}.old").mkdir()
     recover_folders(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {names[1], "gone", f".backup-{ended.pid}.old"}
@@ -99,7 +108,7 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -
 def test_only_a_mark_of_ours_makes_an_output(tmp_path: Path) -> None:
     for kind in ("run", "cache", "shards"):
         (tmp_path / kind).mkdir()
-        mark(tmp_path / kind, kind)
+        write_mark(tmp_path / kind, kind)
     assert [kind for kind in ("run", "cache", "shards") if is_output(tmp_path / kind)] == ["run", "cache"]
     for text in ("", "[]", "{}", '{"kind": "run", "files": []}', "\0", "[" * 100_000):
         (tmp_path / "run" / MARK).write_text(text)

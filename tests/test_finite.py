@@ -11,7 +11,7 @@ from helpers import on_ranks
 from torch import Tensor, nn
 
 from data.batch import Features, RunFailed, share
-from engine.clip.model import Embeddings, distribute, unit
+from engine.clip.model import Embeddings, distribute, l2_normalize
 from engine.config.fields import Config
 from engine.optim import adamw
 from engine.ranks.world import World
@@ -30,7 +30,7 @@ class Linears(nn.Module):
         self.image, self.text = nn.Linear(5, 4, bias=False), nn.Linear(3, 4, bias=False)
 
     def forward(self, features: Features) -> Embeddings:
-        return Embeddings(unit(self.image(features.image_BV)), unit(self.text(features.title_BT)), torch.tensor(20.0))
+        return Embeddings(l2_normalize(self.image(features.image_BV)), l2_normalize(self.text(features.title_BT)), torch.tensor(20.0))
 
 
 class Norms(Silent):

@@ -6,17 +6,17 @@ import torch
 
 from data.batch import UserError
 from data.prefetch import epoch_order
-from data.sources.folds import fold_of, folds, join, take
-from data.store.resident import Resident
+from data.sources.folds import concatenate, fold_of, folds, take_rows
+from data.store.feature_split import FeatureSplit
 
 
-def pairs(rows: int, titles: int, images: int, seed: int) -> Resident:
+def pairs(rows: int, titles: int, images: int, seed: int) -> FeatureSplit:
     """Random pairs with repeats, some without a negative; features say which title or image they are of."""
     generator = torch.Generator().manual_seed(seed)
     title_N, image_N, negative_N = (torch.randint(high, (rows,), generator=generator)
                                     for high in (titles, images, titles))
     negative_N[torch.rand(rows, generator=generator) < 0.2] = -1
-    return Resident(torch.arange(images).float()[:, None], torch.arange(titles).float()[:, None], image_N, title_N,
+    return FeatureSplit(torch.arange(images).float()[:, None], torch.arange(titles).float()[:, None], image_N, title_N,
                     negative_N)
 
 
@@ -55,12 +55,12 @@ def test_pairs_that_hang_together_cannot_be_folded() -> None:
 
 def test_joined_splits_hold_their_rows_in_order_and_are_met_as_in_a_run() -> None:
     whole = pairs(30, 100, 100, 0)
-    first, second = take(whole, torch.arange(20)), take(whole, torch.arange(20, 30))
-    again = join([first, second])
+    first, second = take_rows(whole, torch.arange(20)), take_rows(whole, torch.arange(20, 30))
+    again = concatenate([first, second])
     assert torch.equal(again.title_row_N, whole.title_row_N) and torch.equal(again.negative_row_N, whole.negative_row_N)
-    bare = Resident(second.image_MV, second.title_PT, second.image_row_N, second.title_row_N)
-    assert join([first, bare]).negative_row_N[20:].tolist() == [-1] * 10
-    assert join([bare, bare]).negative_row_N is None
+    bare = FeatureSplit(second.image_MV, second.title_PT, second.image_row_N, second.title_row_N)
+    assert concatenate([first, bare]).negative_row_N[20:].tolist() == [-1] * 10
+    assert concatenate([bare, bare]).negative_row_N is None
     steps = [step for step, _ in zip(whole.batches(16, 7)(1), range(3), strict=False)]
     orders = [epoch_order(30, 7, epoch) for epoch in (0, 1)]
     for step, rows in zip(steps, (orders[0][16:], orders[1][:16], orders[1][16:]), strict=True):

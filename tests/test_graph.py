@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data.batch import Batches
-from data.prefetch import slices
-from data.store.resident import Resident
+from data.prefetch import epoch_batches
+from data.store.feature_split import FeatureSplit
 from engine import cuda_graph as graph
 from engine import train
-from engine.clip.model import Parts, open_model
+from engine.clip.model import LoadedModel, open_model
 from engine.config.fields import Config
 from engine.cuda_graph import MIN_STEPS, Outputs, should_capture
 from engine.optim import adamw
@@ -115,11 +115,11 @@ class Steps(Silent):
         self.steps.append((loss, grad_norm))
 
 
-def opened(model: Path, trainable: str = "projection", precision: str = "fp32", device: torch.device = CPU) -> Parts:
+def opened(model: Path, trainable: str = "projection", precision: str = "fp32", device: torch.device = CPU) -> LoadedModel:
     return open_model(str(model), trainable.split(","), "auto", 20.0, precision, device)
 
 
-def run(parts: Parts, monkeypatch: pytest.MonkeyPatch | None, bad: int = -1, device: torch.device = CPU,
+def run(parts: LoadedModel, monkeypatch: pytest.MonkeyPatch | None, bad: int = -1, device: torch.device = CPU,
         **recipe: Any) -> tuple[Steps, list[Tensor]]:
     """A run of the loop; with a `monkeypatch` from a graph, on a CPU a tape. The batch of step `bad` holds a NaN."""
     config = parts.clip.config
@@ -128,10 +128,10 @@ def run(parts: Parts, monkeypatch: pytest.MonkeyPatch | None, bad: int = -1, dev
         config.vision_config.hidden_size, config.text_config.hidden_size))
     image[ROWS, 0] = float("nan")
     each = torch.arange(ROWS + 1)
-    pairs = Resident(image, title, each, each // 2, each // 3).to(device)  # titles repeat, also as negatives
+    pairs = FeatureSplit(image, title, each, each // 2, each // 3).to(device)  # titles repeat, also as negatives
 
     def rows(first: int) -> Iterator[Tensor]:
-        for step, index_B in enumerate(slices(ROWS, BATCH, 0, 0, 1, first, device), first):
+        for step, index_B in enumerate(epoch_batches(ROWS, BATCH, 0, 0, 1, first, device), first):
             yield torch.cat([index_B[1:], torch.full_like(index_B[:1], ROWS)]) if step == bad else index_B
 
     cfg = Config(**{"batch_size": BATCH, "epochs": EPOCHS, "lr": LR, "log_every": 1, **recipe})

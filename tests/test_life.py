@@ -23,9 +23,9 @@ from helpers import ROOT, Loopback, family, full, kill, on_ranks, start
 
 import run
 from data.batch import RunFailed
-from engine.ranks.signals import GRACE_S, HEEDED, Stop
+from engine.ranks.signals import GRACE_S, HEEDED, StopSignal
 from engine.ranks.world import World
-from engine.run_folder.checkpoint import newest
+from engine.run_folder.checkpoint import newest_valid
 
 TERM, INT, HUP, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
 SLOW = """
@@ -135,7 +135,7 @@ def test_a_signal_saves_what_there_is_and_leaves_nobody(phase: str, ranks: int, 
             assert code == (130 if signals[-1] == INT else 143)
         elif len(signals) == 1:
             assert f"exitcode  : {128 + signals[0]}" in job.said or code != 0  # torchrun's own code says nothing
-        found = newest(tmp_path / "run", pytest.fail)
+        found = newest_valid(tmp_path / "run", pytest.fail)
         if phase == "decoding" or signals == [INT, INT]:
             return
         assert found is not None
@@ -189,7 +189,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_a_line(small_disk: Path, tiny_mode
         lines = [line for line in job.said.splitlines() if "failed" in line or "Error" in line or "File " in line]
         assert len(lines) == 1 and "No space left on device" in lines[0], job.said
     (small_disk / "filler").unlink()
-    assert newest(small_disk / "run", pytest.fail) is not None
+    assert newest_valid(small_disk / "run", pytest.fail) is not None
 
 
 @SLOWLY
@@ -258,7 +258,7 @@ def test_a_repeated_request_to_end_is_no_second_wish(handlers: None, monkeypatch
     """
     ended: list[int] = []
     monkeypatch.setattr(os, "_exit", ended.append)
-    stop = Stop()
+    stop = StopSignal()
     with pytest.raises(SystemExit) as end, stop.gracefully():
         for number in (HUP, TERM, TERM, USR1, signal.SIGUSR2):
             os.kill(os.getpid(), number)
@@ -273,7 +273,7 @@ def test_a_repeated_request_to_end_is_no_second_wish(handlers: None, monkeypatch
 def test_nohup_is_obeyed(handlers: None) -> None:
     """A run started under nohup goes on when its terminal closes."""
     signal.signal(HUP, signal.SIG_IGN)
-    Stop()
+    StopSignal()
     assert signal.getsignal(HUP) == signal.SIG_IGN
 
 
@@ -334,7 +334,7 @@ def _late() -> list[Any]:
         time.sleep(0.2)
         world.say("on the way")
     answers: list[Any] = [world.meet(rank)]
-    stop, step = Stop(), 0
+    stop, step = StopSignal(), 0
     with stop.gracefully():
         while not (number := stop.agreed(world, step := step + 1)) and step < 400:
             time.sleep(0.01)

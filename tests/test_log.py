@@ -17,7 +17,7 @@ from torch import nn
 
 import run as command_line
 from engine.ranks.world import CLEAR, World, whole_fields
-from engine.run_folder.board import POINTS, Board, Drift
+from engine.run_folder.board import POINTS, TensorBoardWriter, WeightDrift
 from engine.run_folder.log import Log
 
 WORLD = World(0, 0, 1, torch.device("cpu"), quiet=True)
@@ -123,13 +123,13 @@ def test_evaluations_are_kept_line_by_line(finished: tuple[Path, str]) -> None:
 
 def test_a_long_run_writes_a_bounded_number_of_points(tmp_path: Path) -> None:
     steps = 30 * POINTS
-    board = Board(tmp_path, 0, steps)
+    board = TensorBoardWriter(tmp_path, 0, steps)
     written = [step for step in range(1, steps + 1) if board.due("steps", step)]
     assert POINTS <= len(written) <= POINTS + 1 and written[-1] == steps
-    short = Board(tmp_path / "short", 0, 7)
+    short = TensorBoardWriter(tmp_path / "short", 0, 7)
     assert [step for step in range(1, 8) if short.due("steps", step)] == list(range(1, 8))
     assert not short.due("steps", 4)  # best weights taken back: no curve runs backwards
-    log = Log(tmp_path / "run", World(1, 1, 2, torch.device("cpu")), 5, 10, 0, Drift({}), {})
+    log = Log(tmp_path / "run", World(1, 1, 2, torch.device("cpu")), 5, 10, 0, WeightDrift({}), {})
     log.metrics({"valid": {"image_to_text_R@10": 0.5}}, 0)  # another rank: nothing is written
     log.close()
     assert not (tmp_path / "run").exists()
@@ -137,7 +137,7 @@ def test_a_long_run_writes_a_bounded_number_of_points(tmp_path: Path) -> None:
 
 def test_drift_is_relative_to_where_training_began() -> None:
     weight = nn.Parameter(torch.full((2, 2), 2.0))
-    drift = Drift({"visual_projection.weight": weight, "logit_scale": nn.Parameter(torch.ones(()))})
+    drift = WeightDrift({"visual_projection.weight": weight, "logit_scale": nn.Parameter(torch.ones(()))})
     with torch.no_grad():
         weight += 0.5
     assert drift() == {"fit/drift visual_projection": pytest.approx(0.25)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data.batch import Features, UserError, share
 from engine import loss as losses
-from engine.clip.model import Embeddings, distribute, unit
+from engine.clip.model import Embeddings, distribute, l2_normalize
 from engine.loss import Candidates, Objective
 from engine.ranks.world import World
 from engine.train import global_batch_loss
@@ -43,7 +43,7 @@ class TwoLinear(nn.Module):
 
     def forward(self, features: Features) -> Embeddings:
         texts = torch.cat([kind for kind in (features.title_BT, features.negative_BT) if kind is not None])
-        return Embeddings(unit(self.image(features.image_BV)), unit(self.text(texts)), self.scale)
+        return Embeddings(l2_normalize(self.image(features.image_BV)), l2_normalize(self.text(texts)), self.scale)
 
 
 def global_batch(rows: int, negatives: bool) -> Features:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from data import mine as module
 from data.catalogue import Split
-from data.mine import mine
+from data.mine import mine_negatives
 
 
 def make_split(rows: int, given: bool) -> tuple[Split, torch.Tensor]:
@@ -23,7 +23,7 @@ def make_split(rows: int, given: bool) -> tuple[Split, torch.Tensor]:
 def test_equals_the_rule_written_out(how: str, given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK", 7)
     split, features_PT = make_split(50, given)
-    mined = mine(split, features_PT, how).negative_N
+    mined = mine_negatives(split, features_PT, how).negative_N
     own = sorted(set(split.title_N.tolist()))
     unit = F.normalize(features_PT, dim=-1)
     taken: set[int] = set()
@@ -44,7 +44,7 @@ def test_equals_the_rule_written_out(how: str, given: bool, monkeypatch: pytest.
 
 def test_one_title_has_no_negative() -> None:
     split = Split("train", np.arange(3), torch.arange(3), torch.tensor([2, 2, 2]), None)
-    assert mine(split, torch.randn(4, 5), "hard").negative_N is None
+    assert mine_negatives(split, torch.randn(4, 5), "hard").negative_N is None
 
 
 @pytest.mark.parametrize("how", ["hard", "far"])
@@ -57,9 +57,9 @@ def test_no_title_of_the_rows_own_image_is_mined(how: str) -> None:
     split = Split("train", np.arange(200), image_N, title_N, given_N)
     other = Split("test", np.arange(60), torch.arange(60) % 25, torch.arange(60), None)
     right = {pair for some in (split, other) for pair in zip(some.image_N.tolist(), some.title_N.tolist(), strict=True)}
-    mined = mine(split, features_PT, how, [other]).negative_N
+    mined = mine_negatives(split, features_PT, how, [other]).negative_N
     assert mined is not None and bool((mined >= 0).all())
     assert not [row for row in range(200) if (int(image_N[row]), int(mined[row])) in right]
     few = Split("train", np.arange(4), torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 2, 0]), None)
-    mined = mine(few, features_PT, how).negative_N
+    mined = mine_negatives(few, features_PT, how).negative_N
     assert mined is not None and mined[:3].tolist() == [-1] * 3  # all there is goes with image 0

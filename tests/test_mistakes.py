@@ -219,7 +219,7 @@ def test_a_run_that_never_began_leaves_no_folder_behind(flags: list[str], answer
                                                         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A typo in the data is said before a model loads, and `runs/` does not fill up with empty folders."""
     if "--batch-size" not in flags and "nowhere" not in flags[1]:
-        monkeypatch.setattr("engine.commands.train.open_parts", lambda *_: pytest.fail("a model was loaded"))
+        monkeypatch.setattr("engine.commands.train.load_model", lambda *_: pytest.fail("a model was loaded"))
     filled = [flag.format(model=tiny_model, pairs=pairs) for flag in flags]
     code, said = answered([*filled, "--out", str(tmp_path / "runs" / "a"), "--cache-dir", str(tmp_path / "cache")])
     assert code == 2 and answer in "\n".join(said) and not (tmp_path / "runs").exists(), said

@@ -9,7 +9,7 @@ from helpers import EXACT, in_float64, on_ranks
 from torch import Tensor
 
 from data.batch import Batch, Tokens, UserError, map_tensors, share
-from engine.clip.model import distribute, open_model, unit
+from engine.clip.model import distribute, l2_normalize, open_model
 from engine.loss import Objective
 from engine.ranks.world import World
 from engine.train import global_batch_loss
@@ -18,11 +18,11 @@ from engine.train import global_batch_loss
 def test_unit_length_equals_normalize() -> None:
     torch.manual_seed(0)
     rows, slope = torch.randn(3, 5).double().requires_grad_(), torch.randn(3, 5).double()
-    assert torch.autograd.gradcheck(unit, (rows,))
-    for ours, theirs in zip(torch.autograd.grad(unit(rows), rows, slope),
+    assert torch.autograd.gradcheck(l2_normalize, (rows,))
+    for ours, theirs in zip(torch.autograd.grad(l2_normalize(rows), rows, slope),
                             torch.autograd.grad(F.normalize(rows, dim=-1), rows, slope), strict=True):
         torch.testing.assert_close(ours, theirs)
-    assert unit(torch.zeros(1, 4)).equal(torch.zeros(1, 4))
+    assert l2_normalize(torch.zeros(1, 4)).equal(torch.zeros(1, 4))
 
 
 def stream_step(folder: str, micro_batch: int, rows: int, negatives: bool) -> tuple[Tensor, list[Tensor], int]:

@@ -64,7 +64,7 @@ def test_only_new_and_changed_files_are_read(tmp_path: Path, monkeypatch: pytest
     (folder / "images" / "train-0003.jpg").write_bytes(b"<html>")
     for file in folder.rglob("*.jpg"):
         os.utime(file, (1, 1))
-    monkeypatch.setattr("data.store.seen.SETTLED", -60.0)  # change times cannot be set back
+    monkeypatch.setattr("data.store.stat_cache.SETTLED", -60.0)  # change times cannot be set back
     first, taken = opened(folder, cache, monkeypatch)
     assert len(taken) == 30 and len(first.ledger) == 1
     again, taken = opened(folder, cache, monkeypatch)

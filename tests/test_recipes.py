@@ -9,7 +9,7 @@ import pytest
 import run as command_line
 from engine.config.cli import parse
 from engine.config.fields import Config, config_fields
-from engine.config.recipes import RECIPES, fitted
+from engine.config.recipes import RECIPES, fit_to_data
 from engine.config.settings import check
 
 
@@ -32,10 +32,10 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_presets(command: str, tmp
 
 def test_a_recipes_batch_is_all_pairs_where_there_are_fewer() -> None:
     cfg = replace(Config(), recipe="best", **RECIPES["best"])
-    assert fitted(cfg, 53) == replace(cfg, batch_size=53) and fitted(cfg, 1000) == cfg
+    assert fit_to_data(cfg, 53) == replace(cfg, batch_size=53) and fit_to_data(cfg, 1000) == cfg
     asked = replace(cfg, batch_size=64)
-    assert fitted(asked, 53) == asked  # what was asked for is refused later, with the fix
-    assert fitted(Config(), 5) == Config()
+    assert fit_to_data(asked, 53) == asked  # what was asked for is refused later, with the fix
+    assert fit_to_data(Config(), 5) == Config()
 
 
 def test_the_best_recipe_runs_on_few_pairs_and_resumes(pairs: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from data import files as durable
 from data.batch import UserError
 from engine.commands.train import train as run_train
 from engine.config.cli import parse
-from engine.ranks.signals import Stop
+from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
 
 FLAGS = ["--precision", "fp32", "--lr", "1e-3", "--batch-size", "4", "--eval-every", "15", "--log-every", "7"]
@@ -27,7 +27,7 @@ RUN = [*FLAGS, "--epochs", "4", "--keep", "1"]  # of 37 pairs: 40 steps
 ROWS = range(4, 18) if full(0, 1) else (4, 5, 9, 17)  # 1 to 4 batches and a row
 
 
-class StopAt(Stop):
+class StopAt(StopSignal):
     """As if a signal had come during one step."""
 
     def __init__(self, step: int) -> None:

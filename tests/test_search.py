@@ -176,7 +176,7 @@ def test_only_files_that_changed_are_read_again(tiny_model: Path, tmp_path: Path
     read: list[str] = []
     plain = Reader.read
     monkeypatch.setattr(Reader, "read", lambda self, image: read.append(image["path"]) or plain(self, image))
-    monkeypatch.setattr("data.store.seen.SETTLED", -60.0)  # all files count as settled
+    monkeypatch.setattr("data.store.stat_cache.SETTLED", -60.0)  # all files count as settled
 
     def look() -> tuple[list[str], list[str]]:
         read.clear()
@@ -195,6 +195,6 @@ def test_only_files_that_changed_are_read_again(tiny_model: Path, tmp_path: Path
     (index,) = (tmp_path / "cache" / "seen").iterdir()
     index.write_bytes(index.read_bytes()[:-30])
     assert look() == (everything, second)
-    monkeypatch.setattr("data.store.seen.SETTLED", 60.0)  # written just now: not to be trusted
+    monkeypatch.setattr("data.store.stat_cache.SETTLED", 60.0)  # written just now: not to be trusted
     index.unlink()
     assert look() == look() == (everything, second)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import random
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -18,7 +19,7 @@ from helpers import full
 from PIL import Image
 
 from data.batch import UserError
-from data.files import mark
+from data.files import write_mark
 from data.ledger import Account
 from data.sources import csv_tables, records
 from data.sources.source import Columns, Rows, load_splits
@@ -480,7 +481,7 @@ def test_what_we_wrote_into_a_dataset_is_not_read_as_data(kind: str, tmp_path: P
     before = {name: pairs(rows) for name, rows in load_splits(str(tmp_path)).items()}
     for place in ("runs/a", "deep/runs/b"):
         picture(tmp_path / place / "tensorboard" / "sprite.png")
-        mark(tmp_path / place, kind)
+        write_mark(tmp_path / place, kind)
     said: list[str] = []
     assert {name: pairs(rows) for name, rows in load_splits(str(tmp_path), tell=said.append).items()} == before
     assert len(said) == 1 and "folders that thumbtune wrote: 2" in said[0]

@@ -14,7 +14,7 @@ from torch import Tensor
 from data.batch import Tokens, UserError
 from data.images.augment import RATIO, SCALE, random_region
 from engine.clip import encoder as module
-from engine.clip.encoder import Frozen
+from engine.clip.encoder import BatchedEncoder
 from engine.clip.model import open_model
 from engine.ranks.world import World
 from eval.distinct import Distinct
@@ -31,10 +31,10 @@ def test_pieces_of_a_batch_give_the_whole(tiny_model: Path, monkeypatch: pytest.
     cases: list[tuple[Any, Any]] = [(towers.image, pixels), (towers.text, tokens)]
     for encode, inputs in cases:
         with in_float64():
-            pieces, whole = Frozen(encode, CPU, torch.float32)(inputs), encode(inputs)
+            pieces, whole = BatchedEncoder(encode, CPU, torch.float32)(inputs), encode(inputs)
         assert whole.dtype == torch.float64
         torch.testing.assert_close(pieces, whole, atol=EXACT, rtol=EXACT)
-    assert len(Frozen(towers.image, CPU, torch.float32)(pixels[:0])) == 0
+    assert len(BatchedEncoder(towers.image, CPU, torch.float32)(pixels[:0])) == 0
 
 
 def test_a_full_device_halves_the_batch_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,12 +47,12 @@ def test_a_full_device_halves_the_batch_for_good(monkeypatch: pytest.MonkeyPatch
         return rows * 2.0
 
     monkeypatch.setattr(module, "CPU_BATCH", 32)
-    tower = Frozen(encode, CPU, torch.float32)
+    tower = BatchedEncoder(encode, CPU, torch.float32)
     rows = torch.arange(40)
     assert tower(rows).equal(rows * 2.0) and tower.batch == 4 and tried[:4] == [32, 16, 8, 4]
     assert tower(rows).equal(rows * 2.0) and max(tried[-10:]) == 4
     with pytest.raises(UserError, match="no room for one input"):
-        Frozen(lambda rows: encode(torch.zeros(6)), CPU, torch.float32)(rows)
+        BatchedEncoder(lambda rows: encode(torch.zeros(6)), CPU, torch.float32)(rows)
 
 
 def test_compiled_lots_have_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +62,7 @@ def test_compiled_lots_have_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
         return lambda pixels: (heights.add(len(pixels)), encode(pixels))[1]
 
     monkeypatch.setattr(torch, "compile", compiled)
-    frozen = Frozen(lambda pixels: pixels.double(), CPU, torch.float32, "on")
+    frozen = BatchedEncoder(lambda pixels: pixels.double(), CPU, torch.float32, "on")
     frozen.batch = 512
     for count in (64, 3, 61, 512, 70):
         assert frozen(torch.arange(count)[:, None]).flatten().tolist() == list(range(count))

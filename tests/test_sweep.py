@@ -19,7 +19,7 @@ from engine.config.settings import read_toml
 from engine.ranks.world import World
 from engine.sweep.space import Range, configurations, read_space
 from engine.sweep.trials import Journal
-from eval.leaderboard import judge, leaderboard, pooled
+from eval.leaderboard import average_over_runs, leaderboard, score_configuration
 from eval.metrics import Ranks, Retrieval
 
 SPACE = "lr=1e-3,1e-2 epochs=1,3"
@@ -76,19 +76,19 @@ def test_queries_are_averaged_over_the_runs_that_held_them_out() -> None:
     first, second = torch.tensor([0, 3]), torch.tensor([1, 2])
     runs = [(first, held_out([0, 1], [0], [0])), (second, held_out([0, 2], [0, 1], [1, 0])),
             (first, held_out([3, 1], [0], [0])), (second, held_out([1, 2], [0, 1], [1, 3]))]
-    value_Q, unit_Q = pooled(runs, 4, "image_to_text_mrr")
+    value_Q, unit_Q = average_over_runs(runs, 4, "image_to_text_mrr")
     want = [(1 + 1 / 4) / 2, (1 + 1 / 2) / 2, 1 / 3, 1 / 2]
     torch.testing.assert_close(value_Q, torch.tensor(want, dtype=torch.float64))
     assert unit_Q.tolist() == [0, 1, 2, 0]
-    value_Q, unit_Q = pooled(runs, 4, "text_to_image_mrr")
+    value_Q, unit_Q = average_over_runs(runs, 4, "text_to_image_mrr")
     torch.testing.assert_close(value_Q, torch.tensor([1, 1 / 2, (1 + 1 / 4) / 2], dtype=torch.float64))
     assert unit_Q.tolist() == [0, 1, 2]
-    found = judge(runs, runs, 4, "image_to_text_mrr")
+    found = score_configuration(runs, runs, 4, "image_to_text_mrr")
     assert found["scores"]["image_to_text_mrr"] == pytest.approx(sum(want) / 4)
     assert found["scores"]["image_to_text_median_rank"] == pytest.approx((1.5 + 2 + 3 + 2.5) / 4)
     assert found["difference"]["value"] == 0 and found["difference"]["p"] == 1
     with pytest.raises(UserError, match="median_rank; choose one of image_to_text_R@1"):
-        pooled(runs, 4, "image_to_text_median_rank")
+        average_over_runs(runs, 4, "image_to_text_median_rank")
 
 
 def test_a_configuration_that_collapsed_in_a_run_is_listed_and_never_first(tmp_path: Path) -> None:
@@ -99,14 +99,14 @@ def test_a_configuration_that_collapsed_in_a_run_is_listed_and_never_first(tmp_p
     runs: dict[float, list[tuple[torch.Tensor, Retrieval | None]]] = {
         1.0: [(rows, good), (rows, flat)], 2.0: [(rows, good), (rows, None)], 3.0: [(rows, good), (rows, good)]}
     for lr, held in runs.items():
-        journal.add({"lr": lr}, judge(held, runs[3.0], 2, "image_to_text_mrr"))
+        journal.add({"lr": lr}, score_configuration(held, runs[3.0], 2, "image_to_text_mrr"))
     lines = journal.ranked()
     assert [line["settings"]["lr"] for line in lines] == [3.0, 1.0, 2.0]
     assert "all alike" in lines[1]["collapsed"] and "NaN" in lines[2]["collapsed"]
     table = leaderboard(lines, ["c", "a", "b"], "image_to_text_mrr")
     assert table.count("collapsed") == 2 and table.splitlines()[2].startswith("| 1 | c ")
     with pytest.raises(UserError, match="NaN or infinity; choose another --model"):
-        judge(runs[3.0], runs[2.0], 2, "image_to_text_mrr")
+        score_configuration(runs[3.0], runs[2.0], 2, "image_to_text_mrr")
 
 
 def sweep(pairs: Path, model: Path, out: Path, *flags: str) -> dict[str, Any]:

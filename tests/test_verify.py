@@ -12,7 +12,7 @@ from helpers import make_pairs
 from safetensors.torch import load_file, save_file
 
 import run
-from engine.run_folder.folder import seal
+from engine.run_folder.folder import write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_what_was_altered_is_found(what: str, finished: Path, tmp_path: Path,
     home, (alter, said) = tmp_path / "home", ALTERED[what]
     shutil.copytree(finished, home, symlinks=True)
     alter(home)
-    seal(home / "run")  # so that only looking again can tell
+    write_manifest(home / "run")  # so that only looking again can tell
     code = run.main(["verify", "--run", str(home / "run"), "--dataset", str(home / "pairs"), "--cache-dir",
                      str(home / "cache")])
     out = capsys.readouterr().out

@@ -18,8 +18,8 @@ import numpy as np
 from data.batch import BadSample
 from data.catalogue import Catalogue, catalogue
 from data.check.findings import SEVERITIES, TINY, Finding, printable
-from data.check.similar import LOOK, first_similar, glance
-from data.cold import Reader, is_url, visit
+from data.check.similar import LOOK, first_similar, picture_signature
+from data.cold import Reader, decode_distinct, is_url
 from data.identity import distinct
 from data.ledger import dropped_rows
 from data.sources.rows import Rows
@@ -88,8 +88,8 @@ def _look(found: Catalogue, reader: Reader, tell: Callable[[str], None]) -> tupl
     """Open and decode all references: the image of each [M], its look [M], and what is wrong with those that fail."""
     M = len(found.references)
     key_MK, looks_M, problems = np.zeros((M, KEY), np.uint8), np.zeros(M, LOOK), dict[int, BadSample]()
-    look = partial(glance, max_pixels=reader.max_pixels)
-    for verdict in visit(found, reader, range(M), lambda key: False, tell, look):
+    look = partial(picture_signature, max_pixels=reader.max_pixels)
+    for verdict in decode_distinct(found, reader, range(M), lambda key: False, tell, look):
         if verdict.problem is not None:
             problems[verdict.reference] = verdict.problem
         else:

@@ -26,7 +26,7 @@ CHUNK = 1 << 18  # candidate pairs at a time, 2 MB an array
 SLICE = 1 << 14  # pairs whose cells are compared at a time, 12 MB an array
 
 
-def glance(data: bytes, max_pixels: int) -> np.ndarray:
+def picture_signature(data: bytes, max_pixels: int) -> np.ndarray:
     """The LOOK of an image: its hash, its shortest side in pixels, its colours. Raises BadSample as `decode_image`."""
     pixels_CSS = decode_image(data, SQUARE, max_pixels)
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # the header alone

@@ -21,7 +21,7 @@ QUALITY = 78
 
 
 @dataclass(frozen=True)
-class Album:
+class RowPreviews:
     """What a row of a split looks like; `row` counts the kept rows."""
 
     found: Catalogue

@@ -16,7 +16,7 @@ from PIL import Image
 from data.batch import BadSample
 from data.cold import Reader, is_url
 from data.images.decode import decode_image
-from data.prefetch import Pace, ahead
+from data.prefetch import Progress, threaded_map
 from data.shards.writer import ShardWriter
 from data.sources.source import Rows
 from data.web.fetch import Fetched
@@ -38,8 +38,8 @@ def pack(splits: Mapping[str, Rows], reader: Reader, out: Path, side: int,
         with ShardWriter(out, name) as writer:
             done = writer.done()
             pending = np.array([row for row in range(len(rows)) if _key(row) not in done], np.int64)
-            pace = Pace(f"{name} rows", len(pending), tell)
-            images = ahead(partial(_image, rows, reader, side), _available(rows, pending, reader), reader.workers,
+            pace = Progress(f"{name} rows", len(pending), tell)
+            images = threaded_map(partial(_image, rows, reader, side), _available(rows, pending, reader), reader.workers,
                            4 * reader.workers)
             for row, image in zip(pending.tolist(), images, strict=True):
                 problem = image if isinstance(image, BadSample) else _write(writer, rows, row, image)

@@ -16,7 +16,7 @@ from data.files import open_regular
 from data.ledger import Account
 from data.sources.pictures import PICTURES
 from data.sources.records import Record, from_records
-from data.sources.rows import Columns, in_roles, pick
+from data.sources.rows import Columns, detect_columns, rename_to_roles
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -42,7 +42,7 @@ def read_csv(path: Path, columns: Columns, account: Account, delimiter: str) -> 
     from pyarrow import csv as arrow
 
     names = _header(path, delimiter)
-    picked = pick(names, columns, str(path))
+    picked = detect_columns(names, columns, str(path))
     shape = _Shape(delimiter, len(names), names.index(picked["image"]))
     try:
         table = arrow.read_csv(
@@ -53,7 +53,7 @@ def read_csv(path: Path, columns: Columns, account: Account, delimiter: str) -> 
     except (ValueError, KeyError):  # a row of another width, or one that is not UTF-8
         sound = False
     if sound:
-        return in_roles(table, picked)
+        return rename_to_roles(table, picked)
     rows = _rows(path, names, shape, account)
     return from_records(rows, columns, str(path), f"{path}: holds no rows; fill it or remove it", account)
 

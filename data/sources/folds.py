@@ -16,18 +16,18 @@ from torch import Tensor
 
 from data.batch import UserError
 from data.sources.split import components
-from data.store.resident import Resident
+from data.store.feature_split import FeatureSplit
 
 
 class Fold(NamedTuple):
     """One part held out, the others to train on; `row_N` says which rows of the whole are held out."""
 
-    train: Resident
-    held: Resident
+    train: FeatureSplit
+    held: FeatureSplit
     row_N: Tensor
 
 
-def join(splits: Sequence[Resident]) -> Resident:
+def concatenate(splits: Sequence[FeatureSplit]) -> FeatureSplit:
     """One split of the rows of several that share their tables, in order."""
     first = splits[0]
     rows_of = [split.image_row_N.new_full((len(split),), -1) if split.negative_row_N is None else split.negative_row_N
@@ -38,7 +38,7 @@ def join(splits: Sequence[Resident]) -> Resident:
                    negative_row_N=negative_N if bool((negative_N >= 0).any()) else None)
 
 
-def take(pairs: Resident, row_N: Tensor) -> Resident:
+def take_rows(pairs: FeatureSplit, row_N: Tensor) -> FeatureSplit:
     """Some rows of a split, in this order."""
     row_N = row_N.to(pairs.image_row_N.device)
     return replace(pairs, image_row_N=pairs.image_row_N[row_N], title_row_N=pairs.title_row_N[row_N],
@@ -67,13 +67,13 @@ def fold_of(title_N: np.ndarray, image_N: np.ndarray, folds: int, seed: int) -> 
     return fold_G[group_N]
 
 
-def folds(pairs: Resident, count: int, seed: int) -> list[Fold]:
+def folds(pairs: FeatureSplit, count: int, seed: int) -> list[Fold]:
     """`count` ways to hold a part out; a training row whose negative is a held-out title has no negative there."""
     fold_N = torch.from_numpy(fold_of(pairs.title_row_N.cpu().numpy(), pairs.image_row_N.cpu().numpy(), count, seed))
     found = []
     for fold in range(count):
         out, rest = ((fold_N == fold).nonzero()[:, 0], (fold_N != fold).nonzero()[:, 0])
-        held, train = take(pairs, out), take(pairs, rest)
+        held, train = take_rows(pairs, out), take_rows(pairs, rest)
         if train.negative_row_N is not None:
             leaks_N = torch.isin(train.negative_row_N, held.title_row_N)
             train = replace(train, negative_row_N=train.negative_row_N.masked_fill(leaks_N, -1))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.batch import BadSample, UserError
 from data.ledger import Account
-from data.sources.rows import KNOWN, ROW, Columns, in_roles, pick, without
+from data.sources.rows import KNOWN, ROW, Columns, detect_columns, rename_to_roles, without
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -68,8 +68,8 @@ def from_records(records: Iterator[Record], columns: Columns, label: str, nothin
         return pa.table({name: pa.array([], pa.string()) for name in ("image", "title")})
     if not parts:
         raise UserError(nothing)
-    picked = pick(list(names), columns, label + kind)
-    table = in_roles(pa.concat_tables(parts, promote_options="default"), {**picked, ROW: ""})
+    picked = detect_columns(list(names), columns, label + kind)
+    table = rename_to_roles(pa.concat_tables(parts, promote_options="default"), {**picked, ROW: ""})
     bad = {place: problem for name in picked.values() for place, problem in problems[name].items()}
     return without(table, bad, table[ROW].to_numpy(), label, account)
 

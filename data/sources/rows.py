@@ -68,7 +68,7 @@ class Rows:
         return hashlib.blake2b(digests, digest_size=16).hexdigest()
 
 
-def pick(names: list[str], columns: Columns, label: str, embedded: Collection[str] = ()) -> dict[str, str]:
+def detect_columns(names: list[str], columns: Columns, label: str, embedded: Collection[str] = ()) -> dict[str, str]:
     """Role -> the column that plays it: the user's, else the first known name. Raises UserError naming the columns.
 
     Of the known image columns those that hold pictures (`embedded`) come before those that hold paths or addresses.
@@ -97,13 +97,13 @@ def pick(names: list[str], columns: Columns, label: str, embedded: Collection[st
     return picked
 
 
-def in_roles(table: pa.Table, picked: Mapping[str, str]) -> pa.Table:
+def rename_to_roles(table: pa.Table, picked: Mapping[str, str]) -> pa.Table:
     """The columns picked, each under the name of its role."""
     return table.select([*picked.values()]).rename_columns([*picked])
 
 
-def clean(table: pa.Table, label: str, folders: Sequence[str], account: Account, relative: bool = True) -> pa.Table:
-    """The columns of `in_roles` as `Rows` has them; files only from `folders`, the first being what paths start from.
+def to_row_columns(table: pa.Table, label: str, folders: Sequence[str], account: Account, relative: bool = True) -> pa.Table:
+    """The columns of `rename_to_roles` as `Rows` has them; files only from `folders`, the first being what paths start from.
 
     Blanks around paths and addresses go. A row whose text is not UTF-8 or whose image leaves the folders is dropped.
     Raises UserError on a column that cannot play its role.
@@ -265,7 +265,7 @@ def _inside(path: pa.Array, start: int, folders: Sequence[str], relative: bool,
 
 
 def join_tables(name: str, tables: Sequence[pa.Table], label: str, account: Account) -> Rows:
-    """The tables of `clean` one after the other. Raises UserError if they hold no row that can be used."""
+    """The tables of `to_row_columns` one after the other. Raises UserError if they hold no row that can be used."""
     import pyarrow as pa
 
     table = pa.concat_tables(tables, promote_options="default")

@@ -20,7 +20,7 @@ from data.sources.csv_tables import read_csv
 from data.sources.pictures import holds_titled_pictures
 from data.sources.rows import Columns as Columns
 from data.sources.rows import Rows as Rows
-from data.sources.rows import clean, holds_bytes, in_roles, join_tables, pick
+from data.sources.rows import detect_columns, holds_bytes, join_tables, rename_to_roles, to_row_columns
 from data.sources.split import ORDER, WHOLE
 from data.sources.tables import TABLES, TEXT_TABLES, holds_addresses, read_table
 
@@ -45,7 +45,7 @@ def load_splits(dataset: str, columns: Columns = DETECT, ledger: Ledger = _silen
     `dataset`: a folder with {train,valid,test} as .csv .tsv .jsonl .parquet, as -*.tar shards or as folders; a folder
     that is one table, shards, or images with KEY.txt and KEY.json; one such file; a pattern `train-{000..009}.tar`,
     also as an address, whose files `download` brings; or a hub name OWNER/NAME, with several configurations
-    OWNER/NAME:CONFIGURATION. A lone split, unless it is called valid or test, is called train: `divide` makes it three.
+    OWNER/NAME:CONFIGURATION. A lone split, unless it is called valid or test, is called train: `divide_lone_split` makes it three.
     `ledger` is told of each row that cannot be read (see data/ledger.py); every other row is kept, also without image
     or title. `tell` hears what was not used or read otherwise than it is written. Raises UserError.
     """
@@ -158,7 +158,7 @@ def _local(found: Mapping[str, Sequence[Path]], columns: Columns, account: Accou
         tables = []
         for file in files:
             folder, table = file if file.is_dir() else file.parent, read_table(file, columns, account)
-            tables.append(clean(table, str(file), (os.path.abspath(folder), os.path.realpath(folder)), account))
+            tables.append(to_row_columns(table, str(file), (os.path.abspath(folder), os.path.realpath(folder)), account))
         splits[name] = join_tables(name, tables, str(files[0] if len(files) == 1 else files[0].parent), account)
     return splits
 
@@ -196,8 +196,8 @@ def _hub(name: str, columns: Columns, account: Account) -> dict[str, Rows]:
         else:
             table = prepared[found].data.table  # mapped from disk; taken from here, images are never decoded
             embedded = {field.name for field in table.schema if holds_bytes(field.type)}
-            tables = [in_roles(table, pick(table.column_names, columns, label, embedded))]
-        tables = [clean(table, label, folders, account, relative=False) for table in tables]
+            tables = [rename_to_roles(table, detect_columns(table.column_names, columns, label, embedded))]
+        tables = [to_row_columns(table, label, folders, account, relative=False) for table in tables]
         splits[split] = join_tables(split, tables, label, account)
     return splits
 

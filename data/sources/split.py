@@ -14,20 +14,20 @@ import numpy as np
 import torch
 
 from data.batch import ALONE, Team, share
-from data.catalogue import Catalogue, Verdict, Verdicts, as_arrays, catalogue
-from data.cold import Reader, visit
+from data.catalogue import Catalogue, DecodeResult, DecodeResults, catalogue, keys_and_usable
+from data.cold import Reader, decode_distinct
 from data.identity import TitleIds, clip_words, distinct
 from data.sources.rows import Rows
-from data.store.seen import Seen
 from data.store.segments import key_of
-from data.titles import blank
+from data.store.stat_cache import StatCache
+from data.titles import is_blank
 
 ORDER = ("train", "valid", "test")
 WHOLE = "train"  # the name of a lone split, which is to be made three
 HELD_OUT = 0.15  # share of valid, and of test, when a dataset has one split only
 
 
-def divide(splits: Mapping[str, Rows], reader: Reader, cache: Path, seed: int, tell: Callable[[str], None],
+def divide_lone_split(splits: Mapping[str, Rows], reader: Reader, cache: Path, seed: int, tell: Callable[[str], None],
            titles: TitleIds | None = None, team: Team = ALONE) -> dict[str, Rows]:
     """The splits of a dataset: those it has, or train, valid and test of the one it has, 70/15/15 by `seed`.
 
@@ -42,25 +42,25 @@ def divide(splits: Mapping[str, Rows], reader: Reader, cache: Path, seed: int, t
     rows, found = splits[WHOLE], catalogue(splits, replace(clip_words(), cache=cache / "seen"))
     key_MK = _content_keys(found, reader, cache, team, tell)
     codes = [_codes(distinct(key_MK)[0][found.image_N[WHOLE]], _has_no_image(found)),
-             _codes(found.title_N[WHOLE], blank(found.titles)[found.title_N[WHOLE]])]
+             _codes(found.title_N[WHOLE], is_blank(found.titles)[found.title_N[WHOLE]])]
     if titles is not None:
         read = catalogue(splits, titles)
-        codes.append(_codes(read.title_N[WHOLE], blank(read.titles)[read.title_N[WHOLE]]))
-    return {name: replace(rows.take(part), name=name) for name, part in three(seed, *codes).items()}
+        codes.append(_codes(read.title_N[WHOLE], is_blank(read.titles)[read.title_N[WHOLE]]))
+    return {name: replace(rows.take(part), name=name) for name, part in three_way_split(seed, *codes).items()}
 
 
 def _content_keys(found: Catalogue, reader: Reader, cache: Path, team: Team,
                   tell: Callable[[str], None]) -> np.ndarray:
     """The content key of each reference, uint8 [M, K]; one that cannot be read has a key of its own."""
     own = np.arange(*share(len(found.references), team.rank, team.size))
-    seen = Seen(cache / "seen", found.references.path.to_pylist(), reader.folder)
-    verdicts = Verdicts()
-    for verdict in visit(found, reader, own[~seen.known[own]].tolist(), lambda key: True, tell):
+    seen = StatCache(cache / "seen", found.references.path.to_pylist(), reader.folder)
+    verdicts = DecodeResults()
+    for verdict in decode_distinct(found, reader, own[~seen.known[own]].tolist(), lambda key: True, tell):
         verdicts.add(verdict)
     for reference in own[seen.known[own]].tolist():
-        verdicts.add(Verdict(reference, seen.keys[reference].tobytes(), None))
+        verdicts.add(DecodeResult(reference, seen.keys[reference].tobytes(), None))
     answers = team.exchange((verdicts, bool(seen.known[own].all())))
-    key_MK, good_M = as_arrays([each for each, _ in answers], len(found.references))
+    key_MK, good_M = keys_and_usable([each for each, _ in answers], len(found.references))
     if team.rank == 0 and not all(nothing_new for _, nothing_new in answers):
         seen.remember(key_MK, good_M)
     for reference in np.flatnonzero(~good_M):
@@ -84,7 +84,7 @@ def _codes(code_N: np.ndarray, alone_N: np.ndarray) -> np.ndarray:
     return code_N
 
 
-def three(seed: int, *codes: np.ndarray) -> dict[str, np.ndarray]:
+def three_way_split(seed: int, *codes: np.ndarray) -> dict[str, np.ndarray]:
     """The row numbers of train, valid and test, 70/15/15 by `seed`; rows that share a code, directly or through
     others, stay together. `codes` are int64 [N]. A share left empty is absent.
 

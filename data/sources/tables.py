@@ -22,7 +22,7 @@ from data.sources import img2dataset
 from data.sources.csv_tables import read_csv
 from data.sources.pictures import PICTURES, pictures
 from data.sources.records import Record, from_records, parse_json
-from data.sources.rows import ROW, Columns, holds_bytes, in_roles, pick, without
+from data.sources.rows import ROW, Columns, detect_columns, holds_bytes, rename_to_roles, without
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -72,13 +72,13 @@ def _parquet(path: Path, columns: Columns, account: Account) -> pa.Table:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             embedded = {field.name for field in schema if holds_bytes(field.type)}
-            picked = pick(schema.names, columns, str(path), embedded)
+            picked = detect_columns(schema.names, columns, str(path), embedded)
             failures = img2dataset.status_columns(schema.names) if picked["image"] in embedded else []
             whole = file.read(columns=[*{*picked.values(), *failures}])
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         text = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: not a Parquet file that can be read ({text})") from error
-    table = in_roles(whole, picked)
+    table = rename_to_roles(whole, picked)
     if not failures:
         return table
     table = table.append_column(ROW, pa.array(np.arange(len(table))))
@@ -94,7 +94,7 @@ def _shard(path: Path, columns: Columns, account: Account) -> pa.Table:
     at, size = (index[name].cast(pa.string()) for name in ("image_offset", "image_size"))
     image = pc.binary_join_element_wise(f"{path.absolute()}#", at, "+", size, "")
     table = pa.table({"image": image, "title": index["title"], "title_neg": index["title_neg"]})
-    return in_roles(table, pick(table.column_names, columns, str(path)))
+    return rename_to_roles(table, detect_columns(table.column_names, columns, str(path)))
 
 
 def holds_addresses(path: Path, columns: Columns) -> bool:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.files import MARK, kind_of, mark
+from data.files import MARK, kind_of, write_mark
 
 KEY = 16  # bytes of a key
 BLOCK = 256  # rows under one checksum
@@ -119,7 +119,7 @@ def write_segment(folder: Path, layout: Layout, keys: np.ndarray, values: Tensor
     temporary = path.with_name(path.name + ".tmp")
     folder.mkdir(parents=True, exist_ok=True)
     if not kind_of(folder) and not any(folder.iterdir()):
-        mark(folder, "features")
+        write_mark(folder, "features")
     directory = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks: nothing there is ever taken for stale

@@ -21,7 +21,7 @@ class Space(NamedTuple):
     damaged: list[str]
 
 
-def look_over(cache: Path) -> list[Space]:
+def verify_spaces(cache: Path) -> list[Space]:
     """Read every byte of every space in a --cache-dir; damaged segments are renamed `*.damaged`, to be encoded again.
 
     Raises UserError when a folder cannot be read.
@@ -48,12 +48,12 @@ def _look_over(folder: Path, nbytes: int) -> Space:
     return Space(folder.name, nbytes, len(store), sorted({*damaged, *found}))
 
 
-def tidy(cache: Path, keep: Collection[str]) -> int:
+def delete_spaces(cache: Path, keep: Collection[str]) -> int:
     """Delete the spaces of a --cache-dir that are not named in `keep`, and damaged segments; the bytes freed."""
     return prune(cache / "features", keep)
 
 
-def describe(found: Collection[Space]) -> str:
+def describe_spaces(found: Collection[Space]) -> str:
     """One line a space, then one for each damaged segment."""
     lines = [f"{space.name}  {space.nbytes / 1e6:12,.1f} MB  {space.rows:12,} rows  "
              f"{'FAILED' if space.damaged else 'ok'}" for space in found]

@@ -16,8 +16,8 @@ from yarl import URL
 
 from data.batch import BadSample
 from data.shards.tar import BLOCK, END, is_header
-from data.web.fetch import PASSING, FetchPolicy, on_disk, pause_before
-from data.web.guard import BadStatus, Sessions, moved, named
+from data.web.fetch import PASSING, FetchPolicy, disk_errors_as_user_errors, retry_delay
+from data.web.guard import BadStatus, Sessions, as_bad_sample, redirect_target
 
 LEAST_BYTES = 1 << 20  # a try that brings fewer in `policy.timeout` seconds is over: a server that drips holds nobody
 PIECE = 1 << 18
@@ -54,7 +54,7 @@ class Downloader:
                     tried = 0
                 if tried == self.policy.retries or not PASSING.fullmatch(bad.reason):
                     raise
-                await asyncio.sleep(pause_before(tried, bad, self.policy))
+                await asyncio.sleep(retry_delay(tried, bad, self.policy))
             tried += 1
 
     async def _follow(self, url: URL, part: Path, most: int, is_tar: bool) -> None:
@@ -64,7 +64,7 @@ class Downloader:
                 async with asyncio.timeout(self.policy.timeout) as limit:
                     elsewhere = await self._get(url, part, most, is_tar, limit)
             except (aiohttp.ClientError, OSError, ValueError) as error:
-                raise named(error) from error
+                raise as_bad_sample(error) from error
             if elsewhere is None:
                 return
             url = elsewhere
@@ -75,7 +75,7 @@ class Downloader:
         begin, seal = _begun(part)
         wanted = {"Range": f"bytes={begin}-", "If-Range": seal} if begin else {}
         async with self.sessions.of(url).get(url, allow_redirects=False, headers=wanted) as response:
-            if (elsewhere := moved(response)) is not None:
+            if (elsewhere := redirect_target(response)) is not None:
                 return elsewhere
             if response.status not in (200, 206, 416):  # whatever the body
                 raise BadStatus(response)
@@ -90,9 +90,9 @@ class Downloader:
                 raise BadSample("bad-encoding", "shards must be sent as they are")
             _refuse_if_too_large(begin + (response.content_length or 0), most)
             self.progress.expect(response.content_length or 0)
-            with on_disk(part.parent):
+            with disk_errors_as_user_errors(part.parent):
                 if not begin:
-                    seal_of(part).write_text(_validator(response))
+                    validator_path(part).write_text(_validator(response))
                 file = open(part, "ab" if begin else "wb", buffering=0)
             with file:
                 await self._save(response, file, begin, most, is_tar, limit)
@@ -106,7 +106,7 @@ class Downloader:
             last = (last + piece)[-len(END):]
             size += len(piece)
             _refuse_if_too_large(size, most)
-            with on_disk(Path(file.name).parent):
+            with disk_errors_as_user_errors(Path(file.name).parent):
                 file.write(piece)
             self.progress.note(len(piece))
             if size >= milestone:
@@ -129,7 +129,7 @@ async def _pieces(response: aiohttp.ClientResponse, is_tar: bool) -> AsyncIterat
         yield piece
 
 
-def seal_of(part: Path) -> Path:
+def validator_path(part: Path) -> Path:
     """Where it says which version of a file a part is of."""
     return part.with_name(part.name + ".seal")
 
@@ -137,7 +137,7 @@ def seal_of(part: Path) -> Path:
 def _begun(part: Path) -> tuple[int, str]:
     """How many bytes are there to go on behind, and of which version; 0 where that cannot be told."""
     try:
-        seal = seal_of(part).read_text()
+        seal = validator_path(part).read_text()
         return (part.stat().st_size if seal else 0), seal
     except OSError:
         return 0, ""

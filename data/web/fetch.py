@@ -31,7 +31,7 @@ import aiohttp
 from yarl import URL
 
 from data.batch import BadSample, UserError
-from data.web.guard import BadStatus, Sessions, get, named, variants_of, web_url
+from data.web.guard import BadStatus, Sessions, as_bad_sample, get, variants_of, web_url
 
 BACKOFF = 0.5  # seconds before the second try; doubled for each further one, times a random 0.5 to 1.5
 POLL_S = 0.01  # between first looks at a URL that another run is fetching; up to 50 times as long later
@@ -94,7 +94,7 @@ def fetch(urls: Iterable[str], folder: Path, policy: FetchPolicy, retry_failed: 
             yield from land()
 
 
-def pause_before(tried: int, bad: BadSample, policy: FetchPolicy) -> float:
+def retry_delay(tried: int, bad: BadSample, policy: FetchPolicy) -> float:
     """Seconds to wait after failure number `tried` (from 0): what a server asks for, and jitter."""
     pause = BACKOFF * 2**tried * random.uniform(0.5, 1.5) + (bad.wait if isinstance(bad, BadStatus) else 0.0)
     return min(pause, policy.timeout)
@@ -106,7 +106,7 @@ def cached_path(url: str, folder: Path) -> Path:
     return folder / digest[:2] / digest
 
 
-def forget(url: str, folder: Path) -> None:
+def delete_fetched(url: str, folder: Path) -> None:
     """Delete the bytes kept for `url`: they are no picture, so the next run asks for it again."""
     cached_path(url, folder).unlink(missing_ok=True)
 
@@ -118,7 +118,7 @@ class _Notebook:
         self.folder, self.failed = folder, dict[str, Fetched]()
         # Under another limit the verdict may be another, so it counts only under the limits it was given under.
         self.limits = f"{policy.max_bytes} bytes, {policy.redirects} redirects, variants {policy.variants}"
-        with on_disk(folder):
+        with disk_errors_as_user_errors(folder):
             (folder / "partial").mkdir(parents=True, exist_ok=True)
             for part in (folder / "partial").iterdir():
                 with suppress(FileNotFoundError), part.open("ab") as file:  # another run's, finished meanwhile
@@ -156,12 +156,12 @@ class _Notebook:
         self.failed[failure.url] = failure
         if FINAL.fullmatch(failure.reason or "") and not PASSING.fullmatch(failure.reason or ""):
             row = {"url": failure.url, "reason": failure.reason, "detail": failure.detail, "limits": self.limits}
-            with on_disk(self.folder):
+            with disk_errors_as_user_errors(self.folder):
                 self.file.write(json.dumps(row).encode() + b"\n")
 
 
 @contextmanager
-def on_disk(folder: Path) -> Iterator[None]:
+def disk_errors_as_user_errors(folder: Path) -> Iterator[None]:
     """Raises UserError for what a disk refuses."""
     try:
         yield
@@ -231,7 +231,7 @@ class _Client:
                 self.book.note(failure)
                 return failure
             path, part = cached_path(url, self.folder), self.folder / "partial" / uuid4().hex
-            with on_disk(self.folder):
+            with disk_errors_as_user_errors(self.folder):
                 path.parent.mkdir(exist_ok=True)
                 try:
                     part.write_bytes(body)
@@ -249,7 +249,7 @@ class _Client:
         path, pause = self.folder / "partial" / f"{cached_path(url, self.folder).name}.lock", POLL_S
         until = time.monotonic() + 2 * self.policy.timeout * (self.policy.retries + 1)
         while True:
-            with on_disk(self.folder):
+            with disk_errors_as_user_errors(self.folder):
                 file = path.open("ab")
             with file:
                 is_held = _try_lock(file)
@@ -283,7 +283,7 @@ class _Client:
             except BadSample as bad:
                 if tried == self.policy.retries or not PASSING.fullmatch(bad.reason):
                     raise
-                await asyncio.sleep(pause_before(tried, bad, self.policy))
+                await asyncio.sleep(retry_delay(tried, bad, self.policy))
             tried += 1
 
     async def _follow(self, url: URL) -> bytes:
@@ -298,7 +298,7 @@ class _Client:
                     async with asyncio.timeout(left):
                         answer = await get(self.sessions.of(url), url, self.policy.max_bytes)
                 except (aiohttp.ClientError, OSError, ValueError) as error:
-                    raise named(error) from error
+                    raise as_bad_sample(error) from error
                 left -= time.monotonic() - began
             if isinstance(answer, bytes):
                 return answer

@@ -194,7 +194,7 @@ def variants_of(url: URL) -> list[URL]:
     return list(dict.fromkeys([*map(url.with_name, names), url]))
 
 
-def moved(response: aiohttp.ClientResponse) -> URL | None:
+def redirect_target(response: aiohttp.ClientResponse) -> URL | None:
     """Where an answer redirects to, if it does; raises `BadSample`."""
     if response.status in (301, 302, 303, 307, 308) and "Location" in response.headers:
         return web_url(response.headers["Location"], response.url)
@@ -204,7 +204,7 @@ def moved(response: aiohttp.ClientResponse) -> URL | None:
 async def get(session: aiohttp.ClientSession, url: URL, max_bytes: int) -> bytes | URL:
     """The body of one answer, or where it redirects to; raises `BadSample` and what aiohttp raises."""
     async with session.get(url, allow_redirects=False) as response:
-        if (elsewhere := moved(response)) is not None:
+        if (elsewhere := redirect_target(response)) is not None:
             return elsewhere
         if response.status != 200:  # whatever the body: YouTube's 404 carries a valid picture
             raise BadStatus(response)
@@ -255,7 +255,7 @@ def _is_placeholder(url: URL, body: bytes) -> bool:
         return False
 
 
-def named(error: Exception) -> BadSample:
+def as_bad_sample(error: Exception) -> BadSample:
     """An error as a row of the ledger; what aiohttp wraps (`os_error`) counts too."""
     causes = error, getattr(error, "os_error", None)
     reason = next(word for kind, word in ERRORS if any(isinstance(cause, kind) for cause in causes))

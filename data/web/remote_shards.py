@@ -19,8 +19,8 @@ from pathlib import Path
 from data.batch import BadSample, UserError
 from data.shards.index import MAX_INDEX, expand_braces, indexed, sidecar, tar_digest
 from data.shards.tar import open_tar
-from data.web.download import Downloader, Progress, seal_of
-from data.web.fetch import FetchPolicy, on_disk
+from data.web.download import Downloader, Progress, validator_path
+from data.web.fetch import FetchPolicy, disk_errors_as_user_errors
 from data.web.guard import Sessions, unused_proxy, web_url
 
 MAX_SHARD = 1 << 36  # bytes; such a shard would not be one
@@ -110,7 +110,7 @@ class _Shard:
 
     async def obtain(self) -> None:
         """Fetch it under a lock, or wait for the process that does; the kernel frees the lock of a killed one."""
-        with on_disk(self.path.parent):
+        with disk_errors_as_user_errors(self.path.parent):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock = open(f"{self.path}.lock", "ab")
         with lock:
@@ -130,10 +130,10 @@ class _Shard:
         except BadSample as bad:
             raise UserError(f"{self.url} cannot be fetched ({bad}); run again to go on where it stopped, or leave the "
                             "shard out of the pattern") from None
-        with on_disk(self.path.parent), open(self.part, "rb+") as file:
+        with disk_errors_as_user_errors(self.path.parent), open(self.part, "rb+") as file:
             os.fsync(file.fileno())
             os.replace(self.part, self.path)
-            seal_of(self.part).unlink(missing_ok=True)
+            validator_path(self.part).unlink(missing_ok=True)
 
     async def _index(self) -> None:
         """The index beside the shard, where the server has one that fits: it spares every run a walk over the tar.
@@ -148,7 +148,7 @@ class _Shard:
                 index = indexed(self.part, file)
         except BadSample:
             index = None
-        seal_of(part).unlink(missing_ok=True)
+        validator_path(part).unlink(missing_ok=True)
         if index is None:
             part.unlink(missing_ok=True)
             return

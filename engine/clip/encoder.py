@@ -20,7 +20,7 @@ FILLED = 64  # compiled lots are filled up to multiples of this, which is what t
 COMPILE_AFTER = 20_000  # inputs: sooner a compilation, about a minute, costs more than it saves
 
 
-class Frozen:
+class BatchedEncoder:
     """`encode` (Towers.image or Towers.text) as a function of any number of inputs, a tensor or a tuple of them.
 
     `batch` inputs go through at a time; where a GPU has no room for them, it is halved for good. `compiled` is auto, on

@@ -36,7 +36,7 @@ class Embeddings(NamedTuple):
     scale: Tensor
 
 
-class _Unit(torch.autograd.Function):
+class _L2Normalize(torch.autograd.Function):
     """x / |x| along the last dimension; its gradient in three kernels where autograd's takes a dozen."""
 
     @staticmethod
@@ -54,9 +54,9 @@ class _Unit(torch.autograd.Function):
         return torch.addcmul(grad_XE, unit_XE, along_X1, value=-1).div_(length_X1)
 
 
-def unit(rows_XE: Tensor) -> Tensor:
+def l2_normalize(rows_XE: Tensor) -> Tensor:
     """The same rows at unit length, as `F.normalize` makes them."""
-    return _Unit.apply(rows_XE)
+    return _L2Normalize.apply(rows_XE)
 
 
 class Head(nn.Module):
@@ -73,11 +73,11 @@ class Head(nn.Module):
 
     def image(self, features_BV: Tensor) -> Tensor:
         """[B, V] -> [B, E], unit length, fp32 also under autocast."""
-        return unit(self.visual_projection(features_BV).float())
+        return l2_normalize(self.visual_projection(features_BV).float())
 
     def text(self, features_BT: Tensor) -> Tensor:
         """[B, T] -> [B, E], unit length, fp32 also under autocast."""
-        return unit(self.text_projection(features_BT).float())
+        return l2_normalize(self.text_projection(features_BT).float())
 
     def forward(self, features: Features) -> Embeddings:
         """The scale is the recipe's constant, or CLIP's own `logit_scale` when that trains."""
@@ -90,7 +90,7 @@ class Head(nn.Module):
         )
 
 
-class Streamed(nn.Module):
+class StreamingModel(nn.Module):
     """Batch -> Embeddings through the towers, for when a layer inside them trains; frozen layers build no graph."""
 
     def __init__(self, towers: Towers, head: Head) -> None:
@@ -135,7 +135,7 @@ class MicroBatched(nn.Module):
 
 
 @dataclass(frozen=True)
-class Parts:
+class LoadedModel:
     """A loaded model taken apart: what stays frozen, what is tuned, and how they run."""
 
     clip: Clip
@@ -161,17 +161,17 @@ class Parts:
                 raise UserError("--micro-batch saves the activations of towers, and with cached features none run; "
                                 "leave it out or use --mode streaming")
             return self.head
-        streamed = Streamed(self.towers, self.head)
+        streamed = StreamingModel(self.towers, self.head)
         return MicroBatched(streamed, micro_batch) if micro_batch else streamed
 
 
 def open_model(name: str, trainable: Sequence[str], mode: str, scale: float, precision: str,
-               device: torch.device, augment: bool = False, recompute: bool = False) -> Parts:
+               device: torch.device, augment: bool = False, recompute: bool = False) -> LoadedModel:
     """Load a CLIPModel, freeze it by name, put it on the device. Raises UserError for what cannot be.
 
     `augment` streams, as images differ in every epoch; `recompute` checkpoints the layers of the towers.
     """
-    parts = take_apart(load_clip(name), trainable, mode, scale, precision, device)
+    parts = build_model(load_clip(name), trainable, mode, scale, precision, device)
     refuse_collapse(parts, device)
     if augment and mode == "cached":
         raise UserError("--augment shows other pixels in every epoch, --mode cached the same; leave one out")
@@ -180,16 +180,16 @@ def open_model(name: str, trainable: Sequence[str], mode: str, scale: float, pre
     return replace(parts, cached=False) if augment else parts
 
 
-def take_apart(clip: Clip, trainable: Sequence[str], mode: str, scale: float, precision: str,
-               device: torch.device) -> Parts:
+def build_model(clip: Clip, trainable: Sequence[str], mode: str, scale: float, precision: str,
+               device: torch.device) -> LoadedModel:
     """The same of a CLIPModel that is loaded already."""
     tuned = freeze(clip.model, trainable)
     cached = pick_mode(mode, tuned)
-    return Parts(clip, Towers(clip).to(device), Head(clip, scale).to(device), tuned, cached, cached,
+    return LoadedModel(clip, Towers(clip).to(device), Head(clip, scale).to(device), tuned, cached, cached,
                  pick_precision(precision, device))
 
 
-def refuse_collapse(parts: Parts, device: torch.device) -> None:
+def refuse_collapse(parts: LoadedModel, device: torch.device) -> None:
     """Embed two titles and two drawn pictures in fp32; UserError where both embeddings of a kind are equal, or NaN."""
     clip, side = parts.clip, ImageSpec.from_processor(parts.clip.image_processor).crop
     ramp_HW = torch.linspace(0, 255, side[0]).byte()[:, None].expand(side)

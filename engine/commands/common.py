@@ -11,17 +11,17 @@ import torch
 
 from data.batch import ALONE, Team, UserError
 from data.cold import Reader
-from data.files import mark
+from data.files import write_mark
 from data.images.decode import ImageSpec, tokenizer_fingerprint
-from data.pairs import Encoders, Pairs, data_of, open_pairs
+from data.pairs import Encoders, Pairs, data_key, open_pairs
 from data.sources.source import Columns, Rows, load_splits
-from data.sources.split import ORDER, WHOLE, divide
-from data.store.resident import Resident
+from data.sources.split import ORDER, WHOLE, divide_lone_split
+from data.store.feature_split import FeatureSplit
 from data.web.fetch import FetchPolicy
 from data.web.guard import check_proxy
 from data.web.remote_shards import fetch_shards
-from engine.clip.encoder import CPU_TITLES, Frozen
-from engine.clip.model import Head, Parts, open_model
+from engine.clip.encoder import CPU_TITLES, BatchedEncoder
+from engine.clip.model import Head, LoadedModel, open_model
 from engine.clip.towers import fingerprint
 from engine.config.fields import Config
 from engine.publish.hub import check_push
@@ -31,7 +31,7 @@ from eval.metrics import Retrieval
 from eval.retrieval import measure_split
 
 
-def open_parts(cfg: Config, world: World) -> Parts:
+def load_model(cfg: Config, world: World) -> LoadedModel:
     """The CLIPModel taken apart, frozen by name, on this rank's device."""
     parts = open_model(cfg.model, cfg.trainable, cfg.mode, cfg.scale, cfg.precision, world.device, cfg.augment,
                        cfg.gradient_checkpointing)
@@ -43,7 +43,7 @@ def read_rows(cfg: Config, tell: Callable[[str], None] = lambda text: None) -> t
         dict[str, Rows], list[dict[str, Any]]]:
     """The splits of --dataset, and ledger entries of what became no row; shards at an address are fetched first.
 
-    A lone split is whole, under the name train; see `divided`.
+    A lone split is whole, under the name train; see `divide_source`.
     """
     def download(pattern: str) -> list[Path]:
         return fetch_shards(pattern, Path(cfg.cache_dir).expanduser() / "shards", fetch_policy(cfg), tell)
@@ -53,11 +53,11 @@ def read_rows(cfg: Config, tell: Callable[[str], None] = lambda text: None) -> t
     return load_splits(cfg.dataset, columns, lost.append, download, tell), lost
 
 
-def divided(cfg: Config, world: World, rows: Mapping[str, Rows], look: Reader, towers: Encoders | None = None,
+def divide_source(cfg: Config, world: World, rows: Mapping[str, Rows], look: Reader, towers: Encoders | None = None,
             team: Team = ALONE) -> dict[str, Rows]:
-    """The splits of `read_rows`, a lone one made three by content, which `look` reads; see `divide`."""
+    """The splits of `read_rows`, a lone one made three by content, which `look` reads; see `divide_lone_split`."""
     cache = Path(cfg.cache_dir).expanduser()
-    splits = divide(rows, look, cache, cfg.seed, world.live,
+    splits = divide_lone_split(rows, look, cache, cfg.seed, world.live,
                     None if towers is None else towers.titles(cache), team)
     if splits.keys() != rows.keys():
         sizes = ", ".join(f"{name} {len(split):,}" for name, split in splits.items())
@@ -70,7 +70,7 @@ def fetch_policy(cfg: Config) -> FetchPolicy:
     return FetchPolicy(allow_hosts=cfg.allow_host, variants=cfg.variants, proxy=cfg.proxy and check_proxy(cfg.proxy))
 
 
-def reader(cfg: Config, spec: ImageSpec) -> Reader:
+def make_reader(cfg: Config, spec: ImageSpec) -> Reader:
     """How this run turns an image reference into pixels."""
     folder = Path(cfg.cache_dir).expanduser() / "fetched"
     return Reader(folder, spec, fetch_policy(cfg), cfg.max_pixels, cfg.workers, cfg.retry_failed, cfg.augment)
@@ -98,13 +98,13 @@ def require_split(cfg: Config, split: str, names: Collection[str]) -> None:
         raise UserError(f"--dataset {cfg.dataset} has no split {split!r}; it has {', '.join(names)}")
 
 
-def open_data(cfg: Config, world: World, parts: Parts, source: Source, only: str = "") -> Pairs:
+def open_data(cfg: Config, world: World, parts: LoadedModel, source: Source, only: str = "") -> Pairs:
     """Run the cold pass over the rows of `source` with the towers' help, account for every row."""
-    claim_cache(cfg, world)
+    mark_cache(cfg, world)
     spec = ImageSpec.from_processor(parts.clip.image_processor)
-    team, look = Team(world.rank, world.size, world.meet), reader(cfg, spec)
-    towers = encoders(parts, spec.fingerprint(), world.device, cfg.compile)
-    rows, lost = divided(cfg, world, source[0], look, towers, team), source[1]
+    team, look = Team(world.rank, world.size, world.meet), make_reader(cfg, spec)
+    towers = make_encoders(parts, spec.fingerprint(), world.device, cfg.compile)
+    rows, lost = divide_source(cfg, world, source[0], look, towers, team), source[1]
     require_split(cfg, only or "train", rows)
     if only:
         lost = [entry for entry in lost if entry.get("split", only) == only]
@@ -114,38 +114,38 @@ def open_data(cfg: Config, world: World, parts: Parts, source: Source, only: str
     return pairs
 
 
-def claim_cache(cfg: Config, world: World) -> None:
+def mark_cache(cfg: Config, world: World) -> None:
     """Mark a --cache-dir that is new or empty as ours, so that it is not read as data. Raises UserError."""
     folder = Path(cfg.cache_dir).expanduser()
     try:
         if world.is_main and not (folder.exists() and any(folder.iterdir())):
             folder.mkdir(parents=True, exist_ok=True)
-            mark(folder, "cache")
+            write_mark(folder, "cache")
     except OSError as error:
         raise UserError(f"--cache-dir {folder} cannot be used: {error.strerror}; choose another folder") from None
 
 
-def encoders(parts: Parts, image_preprocessing: str, device: torch.device,
+def make_encoders(parts: LoadedModel, image_preprocessing: str, device: torch.device,
              compiled: str = "off") -> Encoders:
     """Lend the towers to the data room: without autograd, in the run's precision, named by what they are."""
     towers, clip = parts.towers, parts.clip
     title_preprocessing = tokenizer_fingerprint(clip.tokenizer, clip.max_tokens)
     image, text = clip.config.vision_config, clip.config.text_config
     return Encoders(
-        image=Frozen(towers.image, device, parts.precision, compiled), image_width=image.hidden_size,
-        text=Frozen(towers.text, device, parts.precision, cpu_batch=CPU_TITLES), text_width=text.hidden_size,
+        image=BatchedEncoder(towers.image, device, parts.precision, compiled), image_width=image.hidden_size,
+        text=BatchedEncoder(towers.text, device, parts.precision, cpu_batch=CPU_TITLES), text_width=text.hidden_size,
         image_space=fingerprint(clip, "vision_model", image_preprocessing, parts.precision),
         text_space=fingerprint(clip, "text_model", title_preprocessing, parts.precision),
         stored=parts.stored, tokenizer=clip.tokenizer, max_tokens=clip.max_tokens)
 
 
-def measure(residents: Mapping[str, Resident], head: Head, names: Collection[str],
+def evaluate_splits(residents: Mapping[str, FeatureSplit], head: Head, names: Collection[str],
             world: World | None = None) -> dict[str, Retrieval]:
     """Ranks and triplets of the named splits with the head as it is now; all ranks of a `world` share the work."""
-    return {name: measure_rows(head, split, world) for name, split in residents.items() if name in names}
+    return {name: evaluate_split(head, split, world) for name, split in residents.items() if name in names}
 
 
-def measure_rows(head: Head, split: Resident, world: World | None = None) -> Retrieval:
+def evaluate_split(head: Head, split: FeatureSplit, world: World | None = None) -> Retrieval:
     """Ranks and triplets of some rows."""
     team = ((world.rank, world.size), world.sum) if world else ()
     return measure_split(head.image, head.text, split.parts(), *team)
@@ -161,7 +161,7 @@ def _probe_settings(cfg: Config) -> Config:
                    negative_column="", mine_negatives="off")
 
 
-def with_probe(cfg: Config, world: World, parts: Parts, pairs: Pairs, source: Source | None) -> Pairs:
+def with_probe(cfg: Config, world: World, parts: LoadedModel, pairs: Pairs, source: Source | None) -> Pairs:
     """The pairs, and the test split of --probe beside them as a split of its own, only ever measured."""
     if source is None:
         return pairs
@@ -169,7 +169,7 @@ def with_probe(cfg: Config, world: World, parts: Parts, pairs: Pairs, source: So
     return replace(
         pairs, splits={**pairs.splits, "probe": probe.splits["test"]},
         ledger=[*pairs.ledger, *({**entry, "split": "probe"} for entry in probe.ledger)],
-        identity={**pairs.identity, data_of("probe"): probe.identity[data_of("test")]},
+        identity={**pairs.identity, data_key("probe"): probe.identity[data_key("test")]},
         contents={**pairs.contents, "probe": probe.contents["test"]},
         residents=lambda: {**pairs.residents(), "probe": probe.residents()["test"]})
 

@@ -7,18 +7,18 @@ from pathlib import Path
 
 from data.batch import UserError
 from data.demo.demo import write_demo
-from data.files import foreign, is_whole, replaced_folder
+from data.files import first_foreign, is_whole, replaced_folder
 from engine.commands.train import train
 from engine.config.fields import Config
-from engine.ranks.signals import Stop
+from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
 
 
-def demo(cfg: Config, world: World, stop: Stop) -> int:
+def demo(cfg: Config, world: World, stop: StopSignal) -> int:
     """Draw thumbnails and titles, then tune the small model that ships with the project on them."""
     folder = Path(cfg.cache_dir).expanduser() / "demo"
     if world.is_main and not is_whole(folder, "demo"):
-        if obstacle := foreign(folder):
+        if obstacle := first_foreign(folder):
             raise UserError(f"--cache-dir {cfg.cache_dir}: {obstacle} was not made by thumbtune; move it away or "
                             "choose another folder")
         world.say(f"drawing thumbnails into {folder}")

@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 import sys
 
-from engine.commands.common import measure, open_data, open_parts, open_source
+from engine.commands.common import evaluate_splits, load_model, open_data, open_source
 from engine.config.fields import Config
-from engine.ranks.signals import Stop
+from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
 from engine.run_folder import folder
 from engine.run_folder.ownership import open_evaluation
 from eval.report.report import table
 
 
-def evaluate(cfg: Config, world: World, stop: Stop) -> int:
+def evaluate(cfg: Config, world: World, stop: StopSignal) -> int:
     """The metrics alone, for any CLIPModel; the exit code is 1 for one that has collapsed."""
     out = open_evaluation(cfg.out, cfg.dataset) if cfg.out and world.is_main else None
     source = open_source(cfg, world, cfg.split)
-    parts = open_parts(cfg, world)
+    parts = load_model(cfg, world)
     pairs = open_data(cfg, world, parts, source, only=cfg.split)
-    found = measure(pairs.residents(), parts.head, [cfg.split], world)[cfg.split]
+    found = evaluate_splits(pairs.residents(), parts.head, [cfg.split], world)[cfg.split]
     scores = {cfg.split: found.summarise()}
     if world.is_main:
         world.say(table({parts.clip.name: scores}))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from engine.config.fields import Config
-from engine.publish.handing import hand_on
-from engine.ranks.signals import Stop
+from engine.publish.run_export import export_run
+from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
 from eval.report.report import table
 
 
-def export(cfg: Config, world: World, stop: Stop) -> int:
+def export(cfg: Config, world: World, stop: StopSignal) -> int:
     """A run, or its projections alone, as a Hugging Face folder, and to the hub: one process."""
     if world.is_main:
-        hand_on(cfg, table, world.say)
+        export_run(cfg, table, world.say)
     return 0

@@ -9,62 +9,62 @@ from pathlib import Path
 from typing import Any
 
 from data.batch import RunFailed, UserError
-from data.pairs import Pairs, data_of
-from data.sources.folds import folds, join
-from data.store.resident import Resident
-from engine.commands.common import measure, measure_rows, open_data, open_parts, open_run, open_source
-from engine.commands.train import find_overlap, finish
+from data.pairs import Pairs, data_key
+from data.sources.folds import concatenate, folds
+from data.store.feature_split import FeatureSplit
+from engine.commands.common import evaluate_split, evaluate_splits, load_model, open_data, open_run, open_source
+from engine.commands.train import find_overlap, write_results
 from engine.config.fields import Config
-from engine.ranks.signals import Stop
+from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
 from engine.run_folder import folder
-from engine.sweep.space import configurations, named
+from engine.sweep.space import configurations, describe_settings
 from engine.sweep.trials import REPEAT, Journal, Run, Tuner
 from engine.train import Plan
-from eval.leaderboard import judge, leaderboard, on_host
+from eval.leaderboard import leaderboard, score_configuration, to_host
 from eval.metrics import Retrieval
 from eval.retrieval import differences, measure_if_finite
 
 
-def sweep(cfg: Config, world: World, stop: Stop) -> int:
+def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
     """Try settings by cross-validation over all rows but test's; retrain the best on them, and test that once."""
     tried = configurations(cfg)
     out, begun = open_run(cfg, world)
     source = open_source(cfg, world)
-    parts = open_parts(cfg, world)
+    parts = load_model(cfg, world)
     if not parts.cached:
         raise UserError("sweep trains from stored features: only projections and logit_scale can be --trainable")
     pairs = open_data(cfg, world, parts, source)
-    rows = join([split for name, split in pairs.residents().items() if name in ("train", "valid")])
+    rows = concatenate([split for name, split in pairs.residents().items() if name in ("train", "valid")])
     runs = [Run(seed, *fold) for seed in range(cfg.seed, cfg.seed + cfg.seeds * REPEAT, REPEAT)
             for fold in folds(rows, cfg.folds, seed)]
     for settings in tried:  # a batch too large for a fold is better said now
         Plan(min(len(run.train) for run in runs), replace(cfg, **settings).batch_size, 1)
-    folder.begin(out, cfg, world, parts.precision, pairs.ledger)
+    folder.write_run_header(out, cfg, world, parts.precision, pairs.ledger)
     # what trials depend on; test is measured at the end alone, base and tuned together
     identity = {key: value for key, value in pairs.identity.items()
-                if key not in {data_of(name) for name in pairs.splits if name not in ("train", "valid")}}
+                if key not in {data_key(name) for name in pairs.splits if name not in ("train", "valid")}}
     journal = Journal(out, world, identity, cfg.best_metric, begun)
     todo = [settings for settings in tried if not journal.known(settings)]
-    tuner = Tuner(parts, Resident.batches)
+    tuner = Tuner(parts, FeatureSplit.batches)
 
-    def held_out(rows: Resident) -> Retrieval | None:
-        return on_host(measure_if_finite(partial(measure_rows, parts.head, rows)))
+    def held_out(rows: FeatureSplit) -> Retrieval | None:
+        return to_host(measure_if_finite(partial(evaluate_split, parts.head, rows)))
 
     base, began = tuner.cross_validate(None, runs, held_out, world), time.monotonic()
     with stop.gracefully():
         for done, settings in enumerate(todo, start=1):
             found = tuner.cross_validate(replace(cfg, **settings), runs, held_out, world)
-            score = journal.add(settings, judge(found, base, len(rows), cfg.best_metric))
+            score = journal.add(settings, score_configuration(found, base, len(rows), cfg.best_metric))
             speed = done * len(runs) / (time.monotonic() - began) * 60
-            world.say(f"{done}/{len(todo)}  {cfg.best_metric} {score:.4f}  ({named(settings)})  {speed:,.0f} runs/min")
+            world.say(f"{done}/{len(todo)}  {cfg.best_metric} {score:.4f}  ({describe_settings(settings)})  {speed:,.0f} runs/min")
             if stop.agreed(world, done):
                 world.say(f"stopped; run.py sweep --resume --out {out} goes on from what sweep.jsonl holds")
                 break
-    return conclude(cfg, world, tuner, pairs, rows, journal, out)
+    return finish_sweep(cfg, world, tuner, pairs, rows, journal, out)
 
 
-def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Resident, journal: Journal,
+def finish_sweep(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: FeatureSplit, journal: Journal,
              out: Path) -> int:
     """Retrain the winner on all rows but test's, measure it there once; leaderboard, recipe and model."""
     lines = journal.ranked()
@@ -72,9 +72,9 @@ def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Reside
         raise RunFailed(f"every configuration has collapsed ({lines[0]['collapsed']}); try a smaller lr in --space")
     best = replace(cfg, **lines[0]["settings"])
     tuner.reset()
-    before = measure(pairs.residents(), tuner.parts.head, ["test"])
+    before = evaluate_splits(pairs.residents(), tuner.parts.head, ["test"])
     tuner.tune(best, rows)
-    after = measure(pairs.residents(), tuner.parts.head, ["test"])
+    after = evaluate_splits(pairs.residents(), tuner.parts.head, ["test"])
     metrics: dict[str, Any] = {when: {name: one.summarise() for name, one in found.items()}
                                for when, found in (("base", before), ("tuned", after))}
     metrics["difference"] = differences(before, after)
@@ -82,6 +82,6 @@ def conclude(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Reside
     folder.write_metrics(out, metrics, world)
     if world.is_main:
         journal.conclude(out, cfg)
-        print(leaderboard(lines[:10], [named(line["settings"]) for line in lines[:10]], cfg.best_metric) + "\n")
-        world.say(f"winner: {named(lines[0]['settings'])}  (run.py --config {out / 'recipe.toml'})")
-    return finish(best, world, tuner.parts, out, metrics)
+        print(leaderboard(lines[:10], [describe_settings(line["settings"]) for line in lines[:10]], cfg.best_metric) + "\n")
+        world.say(f"winner: {describe_settings(lines[0]['settings'])}  (run.py --config {out / 'recipe.toml'})")
+    return write_results(best, world, tuner.parts, out, metrics)

@@ -8,20 +8,28 @@ from pathlib import Path
 
 from data.batch import UserError
 from data.images.decode import ImageSpec
-from data.store.upkeep import describe, look_over, tidy
-from engine.commands.common import encoders, measure, open_data, open_parts, open_probe, open_source, with_probe
-from engine.commands.train import measured, saver
+from data.store.upkeep import delete_spaces, describe_spaces, verify_spaces
+from engine.commands.common import (
+    evaluate_splits,
+    load_model,
+    make_encoders,
+    open_data,
+    open_probe,
+    open_source,
+    with_probe,
+)
+from engine.commands.train import evaluated_splits, make_saver
 from engine.config.fields import Config
-from engine.ranks.signals import Stop
+from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
 from engine.run_folder import verification as again
 from engine.run_folder.folder import read_json, settings_of
-from engine.run_folder.replay import retrace
+from engine.run_folder.replay import replay_steps
 from engine.run_folder.verification import Finding
 from engine.train import Plan
 
 
-def verify(cfg: Config, world: World, stop: Stop) -> int:
+def verify(cfg: Config, world: World, stop: StopSignal) -> int:
     """Check a run folder again, or the feature store; exit 1 when something is not what it was."""
     if not cfg.run:
         return verify_store(cfg, world)
@@ -47,18 +55,18 @@ def verify(cfg: Config, world: World, stop: Stop) -> int:
 def rerun(cfg: Config, world: World, run: Path, whole: Sequence[Path]) -> list[Finding]:
     """Train a few steps again, and measure the exported model again."""
     source = open_source(cfg, world)
-    parts = open_parts(cfg, world)
+    parts = load_model(cfg, world)
     pairs = with_probe(cfg, world, parts, open_data(cfg, world, parts, source), open_probe(cfg, world))
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
-    saved = saver(cfg, world, run, parts, pairs, measured(cfg, pairs))
-    findings = retrace(cfg, world, run, whole, parts, saved, plan, pairs.ledger,
+    saved = make_saver(cfg, world, run, parts, pairs, evaluated_splits(cfg, pairs))
+    findings = replay_steps(cfg, world, run, whole, parts, saved, plan, pairs.ledger,
                        pairs.batches("train", cfg.batch_size, cfg.seed, world.device))
     if not (run / "model").exists():
         return findings
     written, tuned = read_json(run / "metrics.json").get("tuned", {}), replace(cfg, model=str(run / "model"))
-    parts, probe = open_parts(tuned, world), open_probe(tuned, world)
+    parts, probe = load_model(tuned, world), open_probe(tuned, world)
     again_pairs = with_probe(tuned, world, parts, open_data(tuned, world, parts, source), probe)
-    found = measure(again_pairs.residents(), parts.head, written)
+    found = evaluate_splits(again_pairs.residents(), parts.head, written)
     scores = {name: one.summarise() for name, one in found.items()}
     exact = again.same_machine(run, world) and not any(finding.apart for finding in findings)
     return [*findings, again.metrics(scores, written, exact)]
@@ -69,13 +77,13 @@ def verify_store(cfg: Config, world: World) -> int:
     if not world.is_main:
         return 0
     cache, keep = Path(cfg.cache_dir).expanduser(), set[str]()
-    found = look_over(cache)
-    print(describe(found))
+    found = verify_spaces(cache)
+    print(describe_spaces(found))
     if cfg.prune and cfg.model:
-        parts = open_parts(cfg, world)
-        towers = encoders(parts, ImageSpec.from_processor(parts.clip.image_processor).fingerprint(), world.device)
+        parts = load_model(cfg, world)
+        towers = make_encoders(parts, ImageSpec.from_processor(parts.clip.image_processor).fingerprint(), world.device)
         keep = {towers.image_space, towers.text_space}
     if cfg.prune:
         kept = sorted(keep & {space.name for space in found})
-        print(f"pruned {tidy(cache, keep) / 1e6:,.1f} MB; kept {', '.join(kept) or 'nothing'}")
+        print(f"pruned {delete_spaces(cache, keep) / 1e6:,.1f} MB; kept {', '.join(kept) or 'nothing'}")
     return int(any(space.damaged for space in found))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from engine.config.fields import Config, config_fields
 from engine.config.recipes import RECIPES
-from engine.config.settings import check, comma_list, in_groups, number, read_toml, to_toml, unknown
+from engine.config.settings import check, comma_list, group_settings, parse_number, read_toml, suggest, to_toml
 
 HOME = Path(__file__).resolve().parents[2]
 DEMO_MODEL = HOME / "data" / "demo_model"
@@ -87,7 +87,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--config", metavar="FILE", help="TOML file with the same settings; flags win")
         self.add_argument("--write-config", metavar="FILE",
                           help="write all settings, with these flags applied, as commented TOML to FILE, and exit")
-        for group, names in in_groups(command.names).items():
+        for group, names in group_settings(command.names).items():
             shelf: Any = self.add_argument_group(group)
             for name in names:
                 spec = config_fields()[name]
@@ -109,7 +109,7 @@ class Parser(argparse.ArgumentParser):
         toml, written = flags.pop("config"), flags.pop("write_config")
         odd = [word for word in rest if word.startswith("-") or POSITIONAL not in self.command.names]
         if odd:
-            self.error(unknown("argument", odd[0].split("=")[0], [*self._option_string_actions]))
+            self.error(suggest("argument", odd[0].split("=")[0], [*self._option_string_actions]))
         if words := [*flags.get(POSITIONAL, ()), *rest]:  # what stands between flags is in the rest
             flags[POSITIONAL] = tuple(words)
         try:
@@ -205,7 +205,7 @@ def _options(spec: Field[Any], default: Any) -> dict[str, Any]:
         options |= {"nargs": "?", "const": spec.metadata["bare"]}
     if choices:
         return {**options, "choices": choices, "metavar": "|".join(choices)}
-    return {**options, "type": number if type(default) is float else type(default),
+    return {**options, "type": parse_number if type(default) is float else type(default),
             "metavar": {int: "N", float: "X", str: "TEXT"}[type(default)]}
 
 
@@ -234,7 +234,7 @@ def parse(program: str, arguments: Sequence[str]) -> tuple[str, Config]:
     named = bool(arguments) and not arguments[0].startswith("-")
     name = arguments[0] if named else "train"
     if name not in COMMANDS:
-        print(f"{program}: {unknown('command', name, list(COMMANDS))}\nsee {program} --help", file=sys.stderr)
+        print(f"{program}: {suggest('command', name, list(COMMANDS))}\nsee {program} --help", file=sys.stderr)
         sys.exit(2)
     listing = "commands:\n" + "\n".join(f"  {key:9}{value.text}" for key, value in COMMANDS.items())
     parser = Parser(f"{program} {name}", listing, COMMANDS[name])

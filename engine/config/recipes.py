@@ -14,7 +14,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def fitted(config: Config, rows: int) -> Config:
+def fit_to_data(config: Config, rows: int) -> Config:
     """The settings for so many training pairs: where a recipe's own batch is larger, all pairs are one batch."""
     whole = config.batch_size > rows and config.batch_size == RECIPES[config.recipe].get("batch_size")
     return replace(config, batch_size=rows) if whole else config

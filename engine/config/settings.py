@@ -19,14 +19,14 @@ METRICS = [*(f"{way}_{name}" for way in ("image_to_text", "text_to_image")
 GROUPS = ("query", "model", "data", "recipe", "sweep", "loop", "output", "machine")
 
 
-def in_groups(names: Sequence[str]) -> dict[str, list[str]]:
+def group_settings(names: Sequence[str]) -> dict[str, list[str]]:
     """The settings `names` under the group each belongs to."""
     group_of = {name: spec.metadata["group"] for name, spec in config_fields().items()}
     grouped = {group: [name for name in names if group_of[name] == group] for group in GROUPS}
     return {group: members for group, members in grouped.items() if members}
 
 
-def unknown(what: str, word: str, known: Sequence[str]) -> str:
+def suggest(what: str, word: str, known: Sequence[str]) -> str:
     """A sentence that names the word nobody knows and the nearest one somebody does."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"unknown {what} {word}" + (f"; did you mean {near[0]}?" if near else f"; there is {', '.join(known)}"
@@ -38,7 +38,7 @@ def comma_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def number(text: str) -> float:
+def parse_number(text: str) -> float:
     """A number, also as `5%`. Raises ValueError."""
     return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
@@ -55,7 +55,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     for key, value in table.items():
         name = key.replace("-", "_")
         if name not in hints:
-            raise ValueError(f"--config {path}: " + unknown("key", name, list(hints)))
+            raise ValueError(f"--config {path}: " + suggest("key", name, list(hints)))
         default = config_fields()[name].default
         if isinstance(default, tuple) and isinstance(value, (list, str)):
             value = tuple(value) if isinstance(value, list) else comma_list(value)
@@ -63,7 +63,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             value = float(value)
         elif isinstance(default, float) and isinstance(value, str):
             with suppress(ValueError):
-                value = number(value)
+                value = parse_number(value)
         if type(value) is not type(default) or (value and isinstance(value, tuple) and
                                                 any(type(part) is not str for part in value)):
             raise ValueError(f"--config {path}: {key} must be {type(default).__name__}, not {type(value).__name__}")
@@ -74,7 +74,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 def to_toml(config: Config, names: Sequence[str]) -> str:
     """A TOML file of the settings `names`, each below what it means, in their `--help` groups; `read_toml` reads it."""
     known, lines = config_fields(), ["# Settings of run.py: pass this file with --config; flags win."]
-    for group, members in in_groups(names).items():
+    for group, members in group_settings(names).items():
         lines += ["", f"# ---- {group} ----"]
         for name in members:
             choices = "|".join(known[name].metadata["choices"])

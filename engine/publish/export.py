@@ -135,7 +135,7 @@ def read_tuned(run: str, which: str = "") -> Tuned:
 
 def _checkpoint(path: Path, which: str) -> Mapping[str, Tensor]:
     if not which:
-        newest = checkpoint.newest(path, lambda _: None)
+        newest = checkpoint.newest_valid(path, lambda _: None)
         if newest is None:
             raise UserError(f"--run {path} has no checkpoint that is whole; nothing of it can be exported")
         return newest[1][0]

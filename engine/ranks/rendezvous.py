@@ -12,7 +12,7 @@ from data.batch import RunFailed
 POLL_S = 0.05  # between two looks at who has arrived
 
 
-def attempt(store: dist.Store, rank: int, size: int, timeout_s: float) -> str:
+def agree_session_id(store: dist.Store, rank: int, size: int, timeout_s: float) -> str:
     """A name for this set of living ranks, the same on all and never used before.
 
     torchrun keeps one store over its restarts: without a name of their own, ranks read the addresses of the dead ones.

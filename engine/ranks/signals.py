@@ -29,7 +29,7 @@ GRACE_S = 30.0  # how long a run may take to save before a repeated signal ends 
 HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class Stop:
+class StopSignal:
     """Remembers the first signal: `code_of` it is the exit code."""
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data.batch import RunFailed, UserError
-from engine.ranks.rendezvous import POLL_S, attempt
+from engine.ranks.rendezvous import POLL_S, agree_session_id
 
 CLEAR = "\x1b[2K"  # what a live line has left on this line of a terminal
 
@@ -86,7 +86,7 @@ class World:
         if self.size == 1:
             return value
         total = value.clone()
-        with asking("summing over ranks"):
+        with explain_collective_errors("summing over ranks"):
             dist.all_reduce(total)
         return total
 
@@ -95,7 +95,7 @@ class World:
         if self.size == 1:
             return [value]
         answers: list[Any] = [None] * self.size
-        with asking("exchanging results"):
+        with explain_collective_errors("exchanging results"):
             dist.all_gather_object(answers, value)
         return answers
 
@@ -136,7 +136,7 @@ class World:
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:
-            with asking("waiting for all ranks"):
+            with explain_collective_errors("waiting for all ranks"):
                 dist.barrier()
 
 
@@ -151,7 +151,7 @@ def _print(text: str, end: str = "\n") -> None:
 
 
 @contextmanager
-def asking(operation: str) -> Iterator[None]:
+def explain_collective_errors(operation: str) -> Iterator[None]:
     """Inside, ranks talk to one another: a failure of that is a RunFailed that names this rank and the operation."""
     try:
         yield
@@ -180,14 +180,14 @@ class _Gather(torch.autograd.Function):
         padded = rows_BX.new_zeros((longest, *rows_BX.shape[1:]))
         padded[: len(rows_BX)] = rows_BX
         parts = [torch.empty_like(padded) for _ in sizes]
-        with asking("gathering candidates"):
+        with explain_collective_errors("gathering candidates"):
             dist.all_gather(parts, padded)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         total_GX = grads[0].contiguous().clone()
-        with asking("summing gradients of candidates"):
+        with explain_collective_errors("summing gradients of candidates"):
             dist.all_reduce(total_GX)
         start = sum(ctx.sizes[: ctx.rank])
         return total_GX[start : start + ctx.sizes[ctx.rank]], None, None
@@ -234,10 +234,10 @@ def init(wanted: str, timeout_s: float, quiet: bool = False) -> World:
     if size == 1:
         return World(rank, local_rank, size, device, timeout_s, quiet=quiet)
     timeout = datetime.timedelta(seconds=timeout_s)
-    with asking("joining"):
+    with explain_collective_errors("joining"):
         store = _meeting_place(rank, size, timeout)
         store.set_timeout(timeout)
-        store = dist.PrefixStore(attempt(store, rank, size, timeout_s), store)
+        store = dist.PrefixStore(agree_session_id(store, rank, size, timeout_s), store)
         # What is no tensor of a GPU goes over gloo also there: it waits for no kernel, and who stalls is a RunFailed.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)

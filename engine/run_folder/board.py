@@ -39,7 +39,7 @@ class _Nothing:
         return lambda *_, **__: None
 
 
-class Board:
+class TensorBoardWriter:
     """The event files of one run. Cheap to call, silent on all ranks but the first (`folder` None)."""
 
     def __init__(self, folder: Path | None, first_step: int, steps: int) -> None:
@@ -124,13 +124,13 @@ def tag(split: str, name: str) -> str:
     return f"eval/{name} {split}" if name in HEADLINE and split in WATCHED else f"{split}/{name}"
 
 
-def comparable(cfg: Config) -> dict[str, Any]:
+def comparable_settings(cfg: Config) -> dict[str, Any]:
     """The settings to compare runs by: what is computed, on what."""
     return {name: value for name, value in as_dict(cfg).items()
             if name in ("model", "dataset") or config_fields()[name].metadata["group"] == "recipe"}
 
 
-class Drift:
+class WeightDrift:
     """How far the projections are from where they began: ||W - W0|| / ||W0||, [] each, on their device."""
 
     def __init__(self, trainable: Mapping[str, nn.Parameter]) -> None:

@@ -22,7 +22,7 @@ from data.batch import UserError
 from data.files import delete_folder, recover_folders, replace_link, replaced_folder, sha256
 from engine.optim import AdamWL2SP
 from engine.ranks.world import World
-from engine.run_folder.folder import still_there
+from engine.run_folder.folder import require_run_dir
 from engine.run_folder.ownership import FILES, MANIFEST
 
 Content = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]  # weights, moments, state.json
@@ -51,7 +51,7 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], optimizer: Mapping
 
     Raises OSError when the disk refuses; what was saved before is then untouched.
     """
-    root = still_there(run) / "checkpoints"
+    root = require_run_dir(run) / "checkpoints"
     root.mkdir(exist_ok=True)
     name = f"step-{step:08d}"
     if not (root / name).exists():
@@ -63,7 +63,7 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], optimizer: Mapping
             digests = {file: sha256(folder / file) for file in FILES}
             (folder / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
     replace_link(root / "last", name)
-    prune(root, keep)
+    delete_old(root, keep)
 
 
 def remove_stale(root: Path) -> None:
@@ -92,7 +92,7 @@ def load(folder: Path) -> Content:
         raise DamagedCheckpoint(f"{folder.name} is incomplete: {error}") from error
 
 
-def newest(run: Path, tell: Callable[[str], None]) -> tuple[Path, Content] | None:
+def newest_valid(run: Path, tell: Callable[[str], None]) -> tuple[Path, Content] | None:
     """The newest checkpoint that verifies, with its content; `tell` hears of each newer one that does not."""
     for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
         try:
@@ -151,7 +151,7 @@ class Saver:
 
     def resume(self, tell: Callable[[str], None]) -> State:
         """Go on from the newest valid checkpoint, telling which newer ones were damaged; UserError names a change."""
-        found = newest(self.run, tell)
+        found = newest_valid(self.run, tell)
         self.world.on_main(lambda: _set_aside(self.run / "checkpoints", found[0].name if found else ""))
         if found is None:
             tell("no checkpoint to resume from: starting at step 0")
@@ -215,7 +215,7 @@ def unrecorded(content: Mapping[str, Any], identity: Mapping[str, str]) -> list[
     return [key for key in identity if key not in content["identity"]]
 
 
-def prune(root: Path, keep: int) -> None:
+def delete_old(root: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, those that `last` and `best` point to, and what is not ours."""
     pointed = {(root / name).resolve().name for name in ("last", "best") if (root / name).is_symlink()}
     for folder in sorted(root.glob("step-*"), reverse=True)[keep:]:

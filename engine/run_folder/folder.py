@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from data.batch import UserError
-from data.files import altered, lock, recover_folders, replace_text, sha256
+from data.files import changed_files, lock_folder, recover_folders, replace_text, sha256
 from engine.config.fields import Config, as_dict, config_fields
 from engine.ranks.world import World
-from engine.run_folder.ending import BEGUN
+from engine.run_folder.crash import BEGUN
 from engine.run_folder.ownership import RUN_FILES, is_run, refuse_foreign_parts, refuse_out
 
 SEAL = "manifest.json"
@@ -64,7 +64,7 @@ def _open(cfg: Config) -> tuple[Path, bool]:
         refuse_out(folder, RUN_FILES, cfg.dataset)
     try:
         BEGUN.make(folder, holds_run)
-        free = lock(folder)
+        free = lock_folder(folder)
     except OSError as error:
         raise UserError(f"--out {folder} cannot be made: {error.strerror}") from None
     if not free:
@@ -103,14 +103,14 @@ def settings_of(folder: Path) -> Config:
                                 if key in config_fields()})
 
 
-def still_there(folder: Path) -> Path:
+def require_run_dir(folder: Path) -> Path:
     """`folder`; raises FileNotFoundError when somebody has deleted the run meanwhile, so that nobody makes it anew."""
     if not (folder / "config.json").exists():
         raise FileNotFoundError(errno.ENOENT, "the run folder was deleted", str(folder))
     return folder
 
 
-def begin(folder: Path, cfg: Config, world: World, precision: torch.dtype,
+def write_run_header(folder: Path, cfg: Config, world: World, precision: torch.dtype,
           ledger: Iterable[Mapping[str, Any]]) -> None:
     """Write config.json and ledger.jsonl, from rank 0."""
     def write() -> None:
@@ -153,7 +153,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_metrics(folder: Path, metrics: Mapping[str, Any], world: World) -> None:
     """metrics.json, from rank 0. Raises RunFailed on every rank when the disk refuses."""
-    world.on_main(lambda: write_json(still_there(folder) / "metrics.json", metrics))
+    world.on_main(lambda: write_json(require_run_dir(folder) / "metrics.json", metrics))
 
 
 def write_ledger(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
@@ -161,7 +161,7 @@ def write_ledger(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
 
 
-def seal(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
     """Write manifest.json: the sha256 of what a finished run leaves behind. Raises OSError."""
     names = ["config.json", "ledger.jsonl", "metrics.json", "steps.jsonl", "sweep.jsonl"]
     paths = [folder / name for name in names if (folder / name).exists()]
@@ -169,10 +169,10 @@ def seal(folder: Path) -> None:
     write_json(folder / SEAL, {str(path.relative_to(folder)): sha256(path) for path in paths})
 
 
-def broken_seal(folder: Path) -> list[str] | None:
-    """What changed in a finished run since `seal`; None when it was never sealed. Raises UserError if damaged."""
+def manifest_problems(folder: Path) -> list[str] | None:
+    """What changed in a finished run since `write_manifest`; None when it was never sealed. Raises UserError if damaged."""
     digests = read_json(folder / SEAL)
-    return altered(folder, digests) if digests else None
+    return changed_files(folder, digests) if digests else None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from engine.ranks.world import World
-from engine.run_folder.board import Board, Drift, memory
+from engine.run_folder.board import TensorBoardWriter, WeightDrift, memory
 
 Metrics = Mapping[str, Mapping[str, Any]]  # split -> name -> value or [lo, hi]
 HEADLINE = {"image_to_text_R@1": "R@1", "image_to_text_R@5": "R@5", "image_to_text_R@10": "R@10",
@@ -32,7 +32,7 @@ class Log:
     """
 
     def __init__(self, folder: Path, world: World, steps_per_epoch: int, steps: int, first_step: int,
-                 drift: Drift, recipe: Mapping[str, Any] | None = None, base: Metrics | None = None) -> None:
+                 drift: WeightDrift, recipe: Mapping[str, Any] | None = None, base: Metrics | None = None) -> None:
         self.world, self.steps_per_epoch = world, steps_per_epoch
         self._pending: list[tuple[int, Tensor, Tensor, float, int]] = []
         self._clock, self._waited, self._recall = time.perf_counter(), 0.0, ""
@@ -41,7 +41,7 @@ class Log:
         self._base, self._drift, self._recipe, self.steps = base or {}, drift, recipe or {}, steps
         self._files = [_carry_on(folder / name, first_step) for name in ("steps.jsonl", "evaluations.jsonl")
                        if world.is_main]
-        self.board = Board(folder / "tensorboard" if world.is_main else None, first_step, steps)
+        self.board = TensorBoardWriter(folder / "tensorboard" if world.is_main else None, first_step, steps)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data.batch import UserError
-from data.files import foreign, foreign_page, kind_of, mark
+from data.files import first_foreign, is_foreign_page, kind_of, write_mark
 
 # What a run writes: a folder that holds one of these and no run's config.json is not taken.
 RUN_FILES = ("config.json", "steps.jsonl", "evaluations.jsonl", "metrics.json", "ledger.jsonl", "tensorboard",
@@ -51,8 +51,8 @@ def holds_others(folder: Path) -> bool:
 def refuse_foreign_parts(folder: Path) -> None:
     """Raises UserError for what lies where a resumed run will write and was not made by one."""
     page = folder / "report.html"
-    obstacle = (foreign(folder / "model") or _foreign_checkpoint(folder / "checkpoints")
-                or (page if foreign_page(page) else None))
+    obstacle = (first_foreign(folder / "model") or _foreign_checkpoint(folder / "checkpoints")
+                or (page if is_foreign_page(page) else None))
     if obstacle:
         raise UserError(f"--resume: {obstacle} was not made by thumbtune and would be replaced; move it elsewhere")
 
@@ -67,7 +67,7 @@ def open_evaluation(out: str, dataset: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not holds_others(folder):
-            mark(folder, "evaluation")
+            write_mark(folder, "evaluation")
     except OSError as error:
         raise UserError(f"--out {folder} cannot be made: {error.strerror}") from None
     return folder
@@ -83,7 +83,7 @@ def _foreign_checkpoint(root: Path) -> Path | None:
 
 def refuse_foreign_page(path: str) -> None:
     """Raises UserError when --html would replace what is no page of ours."""
-    if foreign_page(Path(path).expanduser()):
+    if is_foreign_page(Path(path).expanduser()):
         raise UserError(f"--html {path} is there and no page of thumbtune's; choose another name")
 
 
@@ -99,7 +99,7 @@ def open_shards(out: str) -> Path:
     folder = Path(out).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        mark(folder, "shards")
+        write_mark(folder, "shards")
     except OSError as error:
         raise UserError(f"--out {folder} cannot be made: {error.strerror}") from None
     return folder

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.clip.model import Parts, distribute
+from engine.clip.model import LoadedModel, distribute
 from engine.config.fields import Config
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import Saver, State, differences, load, state_of, unrecorded
@@ -19,7 +19,7 @@ from engine.train import Callbacks, Plan, Replica, fit
 REPLAYED = 5  # steps trained again from each place
 
 
-def retrace(cfg: Config, world: World, run: Path, whole: Sequence[Path], parts: Parts, saved: Saver, plan: Plan,
+def replay_steps(cfg: Config, world: World, run: Path, whole: Sequence[Path], parts: LoadedModel, saved: Saver, plan: Plan,
             dropped: Sequence[Mapping[str, Any]], batches: Callable[[int], Iterator[Any]]) -> list[Finding]:
     """Steps, ledger, order and losses of the run in `run` against the same computed again; nothing is written.
 

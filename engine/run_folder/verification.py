@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import DamagedCheckpoint, load
-from engine.run_folder.folder import broken_seal, read_json
+from engine.run_folder.folder import manifest_problems, read_json
 
 OK, FAILED, UNCHECKED = "ok", "FAILED", "not checked"
 
@@ -45,7 +45,7 @@ def files(run: Path) -> tuple[list[Finding], list[Path]]:
         link = run / "checkpoints" / name
         if link.is_symlink() and not link.exists():
             findings.append(Finding(f"checkpoint {name}", FAILED, "points at a checkpoint that is not there"))
-    broken = broken_seal(run)
+    broken = manifest_problems(run)
     if broken is None:
         findings.append(Finding("model, metrics, steps", UNCHECKED, "no manifest.json: the run has not finished"))
     else:

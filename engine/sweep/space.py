@@ -11,7 +11,7 @@ from typing import Any
 
 from data.batch import UserError
 from engine.config.fields import Config, config_fields
-from engine.config.settings import check, unknown
+from engine.config.settings import check, suggest
 
 FIXED = ("mode", "trainable", "seed", "recipe")  # of the recipe, but not to be searched
 RECIPE = [name for name, spec in config_fields().items() if spec.metadata["group"] == "recipe"
@@ -48,7 +48,7 @@ def read_space(text: str) -> dict[str, Range | list[Any]]:
         if not given or not values:
             raise UserError(f"--space: {part} is no setting with values; write lr=1e-4,1e-3 or lr=1e-4..1e-2:log")
         if name not in known:
-            raise UserError("--space: " + unknown("setting", name, list(known)))
+            raise UserError("--space: " + suggest("setting", name, list(known)))
         try:
             space[name] = _values(values, type(known[name].default))
         except ValueError as error:
@@ -89,7 +89,7 @@ def configurations(cfg: Config) -> list[Settings]:
             tried = replace(cfg, **settings)
             check(tried)
         except ValueError as error:
-            raise UserError(f"--space: {named(settings)}: {error}") from None
+            raise UserError(f"--space: {describe_settings(settings)}: {error}") from None
         if tried.interpolate == "auto":
             raise UserError("sweep holds out no split to choose alpha on; try some: --space interpolate=0.5,0.7,1")
         if tried not in seen:
@@ -112,7 +112,7 @@ def _drawn(space: Mapping[str, Range | list[Any]], trials: int, seed: int) -> It
             yield settings
 
 
-def named(settings: Mapping[str, Any]) -> str:
+def describe_settings(settings: Mapping[str, Any]) -> str:
     """`lr 0.001, epochs 10`; what is as given by flags and defaults says so."""
     return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
                      for name, value in settings.items()) or "as given"

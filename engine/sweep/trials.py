@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from data.batch import Batches
-from engine.clip.model import Parts
+from engine.clip.model import LoadedModel
 from engine.config.fields import Config
 from engine.config.settings import to_toml
 from engine.optim import adamw
@@ -46,7 +46,7 @@ class Tuner:
     `batches(pairs, batch size, seed)` is what a run of this seed trains on.
     """
 
-    def __init__(self, parts: Parts, batches: Callable[[Any, int, int], Batches]) -> None:
+    def __init__(self, parts: LoadedModel, batches: Callable[[Any, int, int], Batches]) -> None:
         self.parts, self.batches, self.base = parts, batches, snapshot(parts.trainable)
         self.world = World(0, 0, 1, next(parts.head.parameters()).device)
 
@@ -67,7 +67,7 @@ class Tuner:
 
     def cross_validate(self, cfg: Config | None, runs: Sequence[Run], measure: Callable[[Any], Any],
                        world: World) -> list[tuple[Tensor, Any]]:
-        """The rows each run holds out and what `measure` finds on them, in order, with `cfg` or (None) the base model.
+        """The rows each run holds out and what `evaluate_splits` finds on them, in order, with `cfg` or (None) the base model.
 
         The ranks of `world` share the runs; each run is one process's, so their number changes no result.
         """

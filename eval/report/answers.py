@@ -39,10 +39,10 @@ Both = Mapping[str, Answers]  # "image_to_text", "text_to_image"
 
 
 @torch.inference_mode()
-def answer(space: Space, found: Retrieval, count: int = LOOKED_AT, seed: int = 0) -> dict[str, Answers]:
+def answer_queries(space: Space, found: Retrieval, count: int = LOOKED_AT, seed: int = 0) -> dict[str, Answers]:
     """Ask `count` distinct images and `count` titles; the same ones whenever the split has the same rows.
 
-    `found` is what was measured on this space: its ranks are the places that are shown.
+    `collect_results` is what was measured on this space: its ranks are the places that are shown.
     """
     image_UE, title_WE, distinct = space.image_UE, space.title_WE, space.distinct
     image_P, title_P = distinct.image_P, distinct.title_P

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from eval.report.answers import Answers, Both, hardest, improved, worsened
-from eval.report.page import picture, text
+from eval.report.page import escape_text, image_tag
 
 Title = Callable[[int], str]
 Picture = Callable[[int], bytes]
@@ -52,25 +52,25 @@ def _image_card(place: int, base: Answers, tuned: Answers, title: Title, picture
     own = title(int(tuned.query_Q[place]))
     lists = "".join(f"<div><h5>{NAMES[when]}</h5><ol>{_titles(one, place, title)}</ol></div>"
                     for when, one in (("base", base), ("tuned", tuned)))
-    image = picture(picture_of(int(tuned.query_Q[place])), f"Thumbnail of: {own}")
-    return (f'<li class="case"><div class="asked">{image}<div><h4>{text(own)}</h4>'
+    image = image_tag(picture_of(int(tuned.query_Q[place])), f"Thumbnail of: {own}")
+    return (f'<li class="case"><div class="asked">{image}<div><h4>{escape_text(own)}</h4>'
             f'{_moved(base, tuned, place)}</div></div><div class="two">{lists}</div></li>')
 
 
 def _titles(answers: Answers, place: int, title: Title) -> str:
-    return "".join(f'<li{_style(right)}><span class="score">{score:.2f}</span>{text(title(row), 90)}{_mark(right)}</li>'
+    return "".join(f'<li{_style(right)}><span class="score">{score:.2f}</span>{escape_text(title(row), 90)}{_mark(right)}</li>'
                    for row, score, right in _listed(answers, place))
 
 
 def _title_card(place: int, base: Answers, tuned: Answers, title: Title, picture_of: Picture) -> str:
     strips = "".join(f'<div class="strip"><h5>{NAMES[when]}</h5><ol>{_pictures(one, place, title, picture_of)}</ol>'
                      '</div>' for when, one in (("base", base), ("tuned", tuned)))
-    return (f'<li class="case"><h4>{text(title(int(tuned.query_Q[place])))}</h4><p class="soft small">A title asks for '
+    return (f'<li class="case"><h4>{escape_text(title(int(tuned.query_Q[place])))}</h4><p class="soft small">A title asks for '
             f'thumbnails</p>{_moved(base, tuned, place)}{strips}</li>')
 
 
 def _pictures(answers: Answers, place: int, title: Title, picture_of: Picture) -> str:
-    return "".join(f'<li{_style(right)}>{picture(picture_of(row), f"Thumbnail of: {title(row)}")}'
+    return "".join(f'<li{_style(right)}>{image_tag(picture_of(row), f"Thumbnail of: {title(row)}")}'
                    f'<span class="score">{score:.2f}</span>{_mark(right)}</li>'
                    for row, score, right in _listed(answers, place))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from eval.report.answers import Both
 from eval.report.charts import Band, Line, binned, chart, interval_bar, outline
-from eval.report.page import attribute, text
+from eval.report.page import escape_attribute, escape_text
 from eval.report.table import SHOWN, WHEN, cell, collapse_of, difference_cells, sizes
 
 FILES = {"model/": "the tuned model; loads in transformers and sentence-transformers",
@@ -21,7 +21,7 @@ FILES = {"model/": "the tuned model; loads in transformers and sentence-transfor
 LISTED = 12  # reasons of the ledger
 
 
-def lead(metrics: Mapping[str, Any], split: str, pairs: int) -> str:
+def summary_sentence(metrics: Mapping[str, Any], split: str, pairs: int) -> str:
     """The result in one sentence, with what speaks against chance."""
     name = "image_to_text_R@10"
     base, tuned = (metrics[when][split][name] for when in WHEN)
@@ -31,22 +31,22 @@ def lead(metrics: Mapping[str, Any], split: str, pairs: int) -> str:
         (low, high), (_, p) = found["ci95"], difference_cells(found, name)
         sure = f' Difference {100 * found["value"]:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}], p {p}.'
     asked = metrics["tuned"][split].get("image_to_text_queries", pairs)
-    return (f'{_collapses(metrics)}<p class="lead">Of {asked:,} {text(split)} thumbnails, '
+    return (f'{_collapses(metrics)}<p class="lead">Of {asked:,} {escape_text(split)} thumbnails, '
             f'<strong class="tuned-ink">{tuned:.0%}</strong> now find their own title among the first ten; '
             f'before training it was <strong class="base-ink">{base:.0%}</strong>.{sure}</p>')
 
 
 def _collapses(metrics: Mapping[str, Any]) -> str:
     """A sentence for each model and split whose figures mean nothing."""
-    return "".join(f'<p class="lead down">{text(sentence, 300)}</p>' for when in WHEN
+    return "".join(f'<p class="lead down">{escape_text(sentence, 300)}</p>' for when in WHEN
                    for split, values in metrics[when].items() if (sentence := collapse_of(when, split, values)))
 
 
-def figures(metrics: Mapping[str, Any], first: str) -> str:
+def metric_tables(metrics: Mapping[str, Any], first: str) -> str:
     """A table for each split, the one that is shown first."""
     splits = sorted(metrics["tuned"], key=lambda split: split != first)
     tables = [(split, _split_table(metrics, split)) for split in splits]
-    rest = "".join(f"<details><summary>{text(split)}</summary>{html}</details>" for split, html in tables[1:])
+    rest = "".join(f"<details><summary>{escape_text(split)}</summary>{html}</details>" for split, html in tables[1:])
     return (f'{tables[0][1]}<p class="soft small">Square brackets: 95 % interval; what is drawn anew are images with '
             'their titles, connected through shared ones, not rows. R@K: share of images (or titles) whose best right '
             'answer is among the first K. Triplet accuracy: share whose own title beats its hard negative.</p>'
@@ -68,12 +68,12 @@ def _split_table(metrics: Mapping[str, Any], split: str) -> str:
         cells.append(f'<td class="bars">{interval_bar(low, high, bars)}</td>')
         if difference:
             change, p = difference_cells(difference.get(metric), metric)
-            cells += [f'<td class="n">{_apart(change)}</td>', f'<td class="n">{text(p)}</td>']
+            cells += [f'<td class="n">{_apart(change)}</td>', f'<td class="n">{escape_text(p)}</td>']
         rows.append(f'<tr><th scope="row">{_long_name(metric)}</th>{"".join(cells)}</tr>')
     heads = ['>Metric', ' class="base-ink">Before', ' class="tuned-ink">After', ' class="bars">Both']
     heads += [">Difference", ">p"] if difference else []
-    return (f'<div class="wide" tabindex="0" role="region" aria-label="Figures of {attribute(split)}"><table><caption>'
-            f'{text(split)}: {sizes(metrics["tuned"][split]) or "pairs"}</caption>'
+    return (f'<div class="wide" tabindex="0" role="region" aria-label="Figures of {escape_attribute(split)}"><table><caption>'
+            f'{escape_text(split)}: {sizes(metrics["tuned"][split]) or "pairs"}</caption>'
             f'<thead><tr>{"".join(f"<th scope=col{head}</th>" for head in heads)}</tr>'
             f'</thead><tbody>{"".join(rows)}</tbody></table></div>')
 
@@ -175,8 +175,8 @@ def recipe(config: Mapping[str, Any], sizes: Mapping[str, int], steps: int) -> s
                  f"{s['epochs']} epochs of batch {s['batch_size']}, {steps:,} steps, seed {s['seed']}"),
              "Machine": f"{config['devices']['ranks']} x {config['devices']['name']}, {config['precision']}",
              "Started": config["started"], "Command": config["command"]}
-    listed = "".join(f"<dt>{key}</dt><dd>{text(value, 300)}</dd>" for key, value in facts.items())
-    every = "".join(f"<tr><th scope=row><code>{text(key)}</code></th><td>{text(value, 300)}</td></tr>"
+    listed = "".join(f"<dt>{key}</dt><dd>{escape_text(value, 300)}</dd>" for key, value in facts.items())
+    every = "".join(f"<tr><th scope=row><code>{escape_text(key)}</code></th><td>{escape_text(value, 300)}</td></tr>"
                     for key, value in [*s.items(), *config["versions"].items()])
     return (f"<dl>{listed}</dl><details><summary>Every setting and version</summary><div class=wide tabindex=0 "
             'role=region aria-label="Settings"><table><thead><tr><th scope=col>Name</th><th scope=col>Value</th></tr>'
@@ -185,7 +185,7 @@ def recipe(config: Mapping[str, Any], sizes: Mapping[str, int], steps: int) -> s
 
 def overlap(shared: Mapping[str, Mapping[str, Mapping[str, int]]], sizes: Mapping[str, int]) -> str:
     """Rows whose image or title is also in an earlier split, as metrics.json counts them; "" where there are none."""
-    items = [f"<li>of {sizes[split]:,} {text(split)} rows {counts['images']:,} have an image of {text(other)}, "
+    items = [f"<li>of {sizes[split]:,} {escape_text(split)} rows {counts['images']:,} have an image of {escape_text(other)}, "
              f"{counts['titles']:,} a title, {counts['rows']:,} are whole rows of it</li>"
              for split, others in shared.items() for other, counts in others.items()]
     return ("<h3>Splits overlap</h3><p>Figures of a split that shares rows with train also measure what was learnt by "
@@ -204,8 +204,8 @@ def ledger(entries: Iterable[Mapping[str, Any]]) -> str:
         examples.setdefault(key, str(entry.get("image") or entry.get("title") or entry.get("detail") or ""))
     if not counts:
         return "<h3>Dropped rows</h3><p>None: every row was used.</p>"
-    rows = "".join(f"<tr><th scope=row>{text(split)}</th><td>{text(reason)}</td><td>{count:,}</td>"
-                   f"<td>{text(examples[split, reason])}</td></tr>"
+    rows = "".join(f"<tr><th scope=row>{escape_text(split)}</th><td>{escape_text(reason)}</td><td>{count:,}</td>"
+                   f"<td>{escape_text(examples[split, reason])}</td></tr>"
                    for (split, reason), count in counts.most_common(LISTED))
     return (f"<h3>Dropped rows</h3><p>{sum(counts.values()):,} rows could not be used; <code>ledger.jsonl</code> "
             "names each.</p><div class=wide tabindex=0 role=region aria-label=\"Dropped rows\"><table><thead><tr>"
@@ -217,5 +217,5 @@ def files(out: Path) -> str:
     """What lies beside the page, and how to look further."""
     there = "".join(f"<dt><code>{name}</code></dt><dd>{words}</dd>" for name, words in FILES.items()
                     if (out / name).exists())
-    return (f"<p>Beside this page, in <code>{text(out)}</code>:</p><dl>{there}</dl>"
-            f"<pre>tensorboard --logdir {text(out.parent)}</pre>")
+    return (f"<p>Beside this page, in <code>{escape_text(out)}</code>:</p><dl>{there}</dl>"
+            f"<pre>tensorboard --logdir {escape_text(out.parent)}</pre>")

@@ -1,6 +1,6 @@
 """A self-contained HTML page: nothing is loaded, nothing is executed, and no title can break out of its place.
 
-Every text that comes from data goes through `text` (in elements) or `attribute`.
+Every text that comes from data goes through `escape_text` (in elements) or `escape_attribute`.
 """
 
 from __future__ import annotations
@@ -126,19 +126,19 @@ def clean(value: object, limit: int = LIMIT) -> str:
     return tidy if len(tidy) <= limit else tidy[:limit - 1] + "…"
 
 
-def text(value: object, limit: int = LIMIT) -> str:
+def escape_text(value: object, limit: int = LIMIT) -> str:
     """Text from data: escaped, clipped, its direction its own."""
     return f'<bdi dir="auto">{escape(clean(value, limit))}</bdi>'
 
 
-def attribute(value: object, limit: int = LIMIT) -> str:
+def escape_attribute(value: object, limit: int = LIMIT) -> str:
     """Text from data for the inside of a quoted attribute."""
     return escape(clean(value, limit), quote=True)
 
 
-def picture(jpeg: bytes, alt: str) -> str:
+def image_tag(jpeg: bytes, alt: str) -> str:
     """An inline JPEG; `alt` is plain text."""
     if not jpeg:
-        return f'<span class="gone" role="img" aria-label="{attribute(alt)} (not available)">no picture</span>'
+        return f'<span class="gone" role="img" aria-label="{escape_attribute(alt)} (not available)">no picture</span>'
     data = base64.b64encode(jpeg).decode()
-    return f'<img class="thumb" alt="{attribute(alt)}" src="data:image/jpeg;base64,{data}">'
+    return f'<img class="thumb" alt="{escape_attribute(alt)}" src="data:image/jpeg;base64,{data}">'

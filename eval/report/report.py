@@ -9,8 +9,8 @@ from typing import Any
 
 from eval.report.answers import Both
 from eval.report.cases import sections
-from eval.report.figures import curves, figures, files, lead, ledger, overlap, recipe
-from eval.report.page import document, text
+from eval.report.figures import curves, files, ledger, metric_tables, overlap, recipe, summary_sentence
+from eval.report.page import document, escape_text
 from eval.report.table import WHEN
 from eval.report.table import table as table
 
@@ -28,17 +28,17 @@ def write_report(out: Path, split: str, sizes: Mapping[str, int], answers: Mappi
     name = f"{Path(str(settings['model'])).name} on {Path(str(settings['dataset'])).name}"
     contents = {"figures": "Before and after", "curves": "How it got there", "cases": "Row by row",
                 "recipe": "Recipe and data", "files": "Files"}
-    body = {"figures": figures(metrics, split),
+    body = {"figures": metric_tables(metrics, split),
             "curves": curves(losses, history, answers, split, metrics.get("interpolation")),
             "cases": sections(answers, title, picture) if set(answers) >= set(WHEN) else "<p>Not kept.</p>",
             "recipe": recipe(config, sizes, len(losses)) + overlap(metrics.get("overlap", {}), sizes)
             + ledger(_lines(out / "ledger.jsonl")), "files": files(out)}
     links = "".join(f'<li><a href="#{key}">{label}</a></li>' for key, label in contents.items())
-    head = (f'<p class="soft small">thumbtune report · {text(config["started"][:10])}</p><h1>{text(name)}</h1>'
-            f'{lead(metrics, split, sizes.get(split, 0))}<nav aria-label="On this page"><ul>{links}</ul></nav>')
+    head = (f'<p class="soft small">thumbtune report · {escape_text(config["started"][:10])}</p><h1>{escape_text(name)}</h1>'
+            f'{summary_sentence(metrics, split, sizes.get(split, 0))}<nav aria-label="On this page"><ul>{links}</ul></nav>')
     main = "".join(f'<section aria-labelledby="{key}"><h2 id="{key}">{contents[key]}</h2>{html}</section>'
                    for key, html in body.items())
-    foot = f'<p class="small">Written by thumbtune, commit {text((config.get("git_commit") or "unknown")[:12])}.</p>'
+    foot = f'<p class="small">Written by thumbtune, commit {escape_text((config.get("git_commit") or "unknown")[:12])}.</p>'
     temporary = out / ".report.html"
     temporary.write_text(document(f"{name}: before and after", head, main, foot), encoding="utf-8", errors="replace")
     return temporary.replace(out / "report.html")

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from data.files import GENERATOR
-from eval.search import Answer, Found, printable
+from eval.search import Answer, QueryResult, printable
 
 Pictures = Mapping[tuple[str, int] | str, bytes]  # (split, row) of an answer, or an image query, -> JPEG
 
@@ -38,7 +38,7 @@ small {{ opacity: .75; }}
 """
 
 
-def page(folder: str, results: Sequence[Found], pictures: Pictures) -> str:
+def page(folder: str, results: Sequence[QueryResult], pictures: Pictures) -> str:
     """The HTML of these results from a dataset's `folder`; an answer without a picture shows its title alone."""
     parts = [HEAD.format(generator=GENERATOR, title=_text(f"Search in {Path(folder).name}"))]
     for found in results:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eval.metrics import Retrieval
-from eval.report.answers import Both, answer, load_answers, save_answers
+from eval.report.answers import Both, answer_queries, load_answers, save_answers
 from eval.report.pictures import heat_map, images_of_titles, sprites, titles_of_images
 from eval.retrieval import Space
 
@@ -40,7 +40,7 @@ def shown_split(names: Collection[str]) -> str:
     return next((name for name in ("test", "valid") if name in names), next(iter(names)))
 
 
-class Show:
+class AnswerLog:
     """Asks the model of one split at both ends, keeps the answers in `answers.npz`, and draws them."""
 
     def __init__(self, out: Path, split: str, title: Callable[[str, int], str],
@@ -51,8 +51,8 @@ class Show:
         self.answers: dict[str, Both] = dict(load_answers(self.path)[1]) if resumed else {}
 
     def look(self, when: str, space: Space, found: Retrieval, board: Board, step: int) -> None:
-        """Ask, keep and draw; `when` is base or tuned, `found` what was measured on this space."""
-        self.answers[when] = both = answer(space, found)
+        """Ask, keep and draw; `when` is base or tuned, `collect_results` what was measured on this space."""
+        self.answers[when] = both = answer_queries(space, found)
         save_answers(self.path, self.split, self.answers)
         for way, draw in (("image_to_text", titles_of_images), ("text_to_image", images_of_titles)):
             count = len(both[way].query_Q)

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.batch import Batches
-from data.cold import fill_images
+from data.cold import encode_missing_images
 from data.store.features import FeatureStore
-from engine.clip.encoder import Frozen
-from engine.clip.model import take_apart
+from engine.clip.encoder import BatchedEncoder
+from engine.clip.model import build_model
 from engine.cuda_graph import MIN_STEPS, WARMUP_STEPS
 from eval.distinct import Distinct
 from eval.metrics import retrieval_ranks
@@ -43,7 +43,7 @@ def cuda_device() -> torch.device:
 
 def open_random(shape: str, device: torch.device) -> Model:
     """A model of this shape in the precision that a run would take."""
-    return Model.of(take_apart(random_clip(shape), ("projection",), "auto", 20.0, "auto", device), device)
+    return Model.of(build_model(random_clip(shape), ("projection",), "auto", 20.0, "auto", device), device)
 
 
 def towers(bench: Bench) -> None:
@@ -67,8 +67,8 @@ def product_rate(size: int, precision: torch.dtype, device: torch.device) -> flo
 
 
 def tower_rate(model: Model, device: torch.device, compiled: str, calls: int) -> float:
-    """The same of the image tower, in batches as `Frozen` takes them."""
-    encode = Frozen(model.parts.towers.image, device, model.parts.precision, compiled)
+    """The same of the image tower, in batches as `BatchedEncoder` takes them."""
+    encode = BatchedEncoder(model.parts.towers.image, device, model.parts.precision, compiled)
     pixels = noise_pixels(encode.batch).to(device)
     encode(pixels)  # compiles
     taken = median(seconds(partial(encode, pixels), device) for _ in range(calls))
@@ -84,7 +84,7 @@ def cold_passes(bench: Bench) -> None:
         model = open_random(shape, device)
         model.image(noise_pixels(64))
         store = FeatureStore(bench.scratch / f"gpu-{shape[-2:]}", model.widths[0])
-        arm = partial(fill_images, catalogue, reader, range(images), store, model.image, lambda text: None)
+        arm = partial(encode_missing_images, catalogue, reader, range(images), store, model.image, lambda text: None)
         taken = seconds(arm, device)
         bench.add(Figure("GPU", f"cold pass {shape}, 480x360, {cores} workers: images/s", goal, [images / taken]))
 

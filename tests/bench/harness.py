@@ -62,7 +62,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Race:
-    """Two arms and how they are timed. `work` is how much of `unit` a call of ours and of the other does."""
+    """Two arms and how they are timed. `work` is how much of `l2_normalize` a call of ours and of the other does."""
 
     name: str
     what: str

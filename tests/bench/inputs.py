@@ -19,10 +19,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from data.batch import Batches
 from data.demo.demo import some_titles
-from data.store.resident import Resident
-from engine.clip.encoder import CPU_TITLES, Frozen
+from data.store.feature_split import FeatureSplit
+from engine.clip.encoder import CPU_TITLES, BatchedEncoder
 from engine.clip.loading import Clip
-from engine.clip.model import Parts, take_apart
+from engine.clip.model import LoadedModel, build_model
 from engine.config.cli import DEMO_MODEL
 
 # Shapes by name: vision (width, layers, heads, patch), text (width, layers, heads), embedding; the rest as OpenAI's.
@@ -34,17 +34,17 @@ CPU = torch.device("cpu")
 class Model:
     """A model taken apart, and its frozen towers as a run calls them."""
 
-    parts: Parts
-    image: Frozen
-    text: Frozen
+    parts: LoadedModel
+    image: BatchedEncoder
+    text: BatchedEncoder
     widths: tuple[int, int]  # of image and text features
 
     @classmethod
-    def of(cls, parts: Parts, device: torch.device = CPU) -> Model:
+    def of(cls, parts: LoadedModel, device: torch.device = CPU) -> Model:
         """Both towers in the model's precision on this device."""
         config = parts.clip.config
-        return cls(parts, Frozen(parts.towers.image, device, parts.precision),
-                   Frozen(parts.towers.text, device, parts.precision, cpu_batch=CPU_TITLES),
+        return cls(parts, BatchedEncoder(parts.towers.image, device, parts.precision),
+                   BatchedEncoder(parts.towers.text, device, parts.precision, cpu_batch=CPU_TITLES),
                    (config.vision_config.hidden_size, config.text_config.hidden_size))
 
 
@@ -66,7 +66,7 @@ def random_clip(shape: str, seed: int = 0) -> Clip:
 @cache
 def vit_b32() -> Model:
     """ViT-B/32's shape on the CPU in fp32, made once."""
-    return Model.of(take_apart(random_clip("ViT-B/32"), ("projection",), "auto", 20.0, "fp32", CPU))
+    return Model.of(build_model(random_clip("ViT-B/32"), ("projection",), "auto", 20.0, "fp32", CPU))
 
 
 def image_flops(config: CLIPVisionConfig) -> float:
@@ -120,6 +120,6 @@ def write_pairs(folder: Path, counts: Mapping[str, int], negatives: bool = True)
 def warm_batches(rows: int, widths: tuple[int, int], batch: int, device: torch.device = CPU) -> Batches:
     """What the loop trains on after a cold pass: batches of `rows` pairs with negatives from tables on the device."""
     ids = torch.arange(rows, device=device)
-    split = Resident(torch.randn(rows, widths[0], device=device), torch.randn(rows, widths[1], device=device), ids, ids,
+    split = FeatureSplit(torch.randn(rows, widths[0], device=device), torch.randn(rows, widths[1], device=device), ids, ids,
                      ids.roll(1), device)
     return split.batches(batch, 0)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from data.catalogue import Catalogue, catalogue
-from data.cold import CHUNK, Reader, encode_titles, fill_images, fill_titles
+from data.cold import CHUNK, Reader, encode_missing_images, encode_missing_titles, encode_titles
 from data.identity import clip_words
 from data.images.decode import ImageSpec, decode_image, tokenize
 from data.sources.source import load_splits
-from data.sources.split import divide
+from data.sources.split import divide_lone_split
+from data.store.feature_split import StoredTable
 from data.store.features import FeatureStore
-from data.store.resident import Mapped
 from data.web.fetch import FetchPolicy
 
 from .harness import Bench, Figure, Race, timed
@@ -33,7 +33,7 @@ def read_pairs(folder: Path, images: int, workers: int) -> tuple[Catalogue, Read
     """The catalogue of `images` new pairs in a folder, and how a run reads them."""
     write_pairs(folder, {"train": images}, negatives=False)
     reader = Reader(folder, ImageSpec.clip(), FetchPolicy(), 25_000_000, workers)
-    rows = divide(load_splits(str(folder)), reader, folder / "cache", 0, lambda _: None)
+    rows = divide_lone_split(load_splits(str(folder)), reader, folder / "cache", 0, lambda _: None)
     return catalogue(rows, clip_words()), reader
 
 
@@ -58,8 +58,8 @@ class ColdPass:
         place = self.folder / f"features-{next(self.numbers)}"
         images, titles = (FeatureStore(place / name, width)
                           for name, width in zip(("images", "titles"), self.model.widths, strict=True))
-        fill_images(self.catalogue, self.reader, range(len(self.references)), images, self.model.image, lambda _: None)
-        fill_titles(lambda some: [self.ids[i] for i in some], self.catalogue.title_keys, titles, range(len(self.ids)),
+        encode_missing_images(self.catalogue, self.reader, range(len(self.references)), images, self.model.image, lambda _: None)
+        encode_missing_titles(lambda some: [self.ids[i] for i in some], self.catalogue.title_keys, titles, range(len(self.ids)),
                     0, self.model.text)
 
     def parts(self) -> None:
@@ -91,7 +91,7 @@ def million_pairs(bench: Bench) -> None:
     size = sum(store.nbytes for store in stores) / 2**30
     bench.add(Figure("P9", f"open a store of {rows:,} pairs ({size:.1f} GiB): s by the clock", "<= 1", [opened]))
     start = time.process_time()
-    tables = [Mapped(store, store.locate(keys)) for store in stores]
+    tables = [StoredTable(store, store.locate(keys)) for store in stores]
     bench.add(Figure("P9", "find all its keys and verify every byte: s", "", [time.process_time() - start]))
     steps = [torch.from_numpy(rng.integers(rows, size=BATCH)) for _ in range(8)]
     in_memory = [torch.randn(min(rows, 65_536), width) for width in places.values()]
@@ -116,7 +116,7 @@ def write_store(places: dict[Path, int], keys: np.ndarray) -> None:
             store.append(part, values[: len(part)])
 
 
-def gather(tables: Sequence[Tensor | Mapped], steps: Sequence[Tensor]) -> None:
+def gather(tables: Sequence[Tensor | StoredTable], steps: Sequence[Tensor]) -> None:
     """Rows of every table, step by step; as in the loop none is kept, or new memory would be what is measured."""
     for index in steps:
         for table in tables:

@@ -13,11 +13,11 @@ from data.batch import Batch, Features, Tokens
 from data.cold import encode_titles
 from data.demo.demo import some_titles
 from data.images.decode import collate_tokens, tokenize
-from engine.clip.model import Head, Parts, Streamed
+from engine.clip.model import Head, LoadedModel, StreamingModel
 from engine.config.fields import Config
 from engine.optim import adamw
 from engine.ranks.world import World
-from engine.run_folder.board import Drift
+from engine.run_folder.board import WeightDrift
 from engine.run_folder.checkpoint import State
 from engine.run_folder.log import Log
 from engine.train import Callbacks, Plan, Replica, fit
@@ -54,7 +54,7 @@ def text_tower(bench: Bench) -> None:
 
 
 @torch.no_grad()
-def by_transformers(parts: Parts, tokens: Tokens) -> Tensor:
+def by_transformers(parts: LoadedModel, tokens: Tokens) -> Tensor:
     """Text features as transformers computes them: every layer for every token, padding included."""
     return parts.towers.text_model(input_ids=tokens.ids_BL, attention_mask=tokens.mask_BL).pooler_output
 
@@ -63,7 +63,7 @@ def by_transformers(parts: Parts, tokens: Tokens) -> Tensor:
 class TrainingRun:
     """A call runs the real loop over `batches`, its log included, without evaluation and saving."""
 
-    parts: Parts
+    parts: LoadedModel
     batches: Callable[[int], Iterator[Batch | Features]]
     rows: int
     batch: int
@@ -78,9 +78,9 @@ class TrainingRun:
         config = Config(epochs=self.epochs, batch_size=self.batch, log_every=50, cuda_graph=self.graph)
         plan, world = Plan(self.rows, self.batch, self.epochs), World(0, 0, 1, self.device)
         head = Head(self.parts.clip, config.scale).to(self.device)
-        model = Streamed(self.parts.towers, head) if self.streamed else head
+        model = StreamingModel(self.parts.towers, head) if self.streamed else head
         silent = World(1, 0, 1, self.device)  # a log that writes nothing: the disk is not what is measured
-        log = Log(self.folder, silent, plan.steps_per_epoch, plan.steps, 0, Drift({}), {})
+        log = Log(self.folder, silent, plan.steps_per_epoch, plan.steps, 0, WeightDrift({}), {})
         replica = Replica(model, adamw(self.parts.trainable.values(), 1e-6, 0.0), world, self.parts.precision)
         fit(replica, self.batches, plan, State(), config, Callbacks(log))
 

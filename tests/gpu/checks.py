@@ -25,16 +25,16 @@ from bench.inputs import Model, noise_pixels, random_clip, warm_batches
 
 from data.batch import Features
 from data.demo.demo import write_demo
-from engine.clip.encoder import Frozen
+from engine.clip.encoder import BatchedEncoder
 from engine.clip.loading import load_clip
-from engine.clip.model import Parts, distribute, take_apart
+from engine.clip.model import LoadedModel, build_model, distribute
 from engine.config.cli import DEMO_MODEL
 from engine.config.fields import Config
 from engine.cuda_graph import MIN_STEPS
 from engine.loss import Objective
 from engine.optim import adamw
 from engine.ranks.world import World, _Gather, close
-from engine.run_folder.board import Drift
+from engine.run_folder.board import WeightDrift
 from engine.run_folder.checkpoint import State
 from engine.run_folder.log import Log, Silent
 from engine.run_folder.profiler import Profiler
@@ -224,13 +224,13 @@ def out_of_memory(variant: str, flags: list[str]) -> None:
     if not GPU:
         return verdict(None, "needs a GPU")
     parts = b32("auto", device())
-    pixels, small = noise_pixels(512), Frozen(parts.towers.image, device(), parts.precision)
+    pixels, small = noise_pixels(512), BatchedEncoder(parts.towers.image, device(), parts.precision)
     small.batch = 16
     expected = small(pixels)
     torch.cuda.empty_cache()
     room = torch.cuda.memory_reserved() + 250 * 2**20
     torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
-    tower = Frozen(parts.towers.image, device(), parts.precision)
+    tower = BatchedEncoder(parts.towers.image, device(), parts.precision)
     near = F.cosine_similarity(tower(pixels), expected).min().item()
     verdict(tower.batch < 512 and near > 0.999, f"batch 512 -> {tower.batch}, cosine to those by sixteens {near:.5f}")
 
@@ -238,7 +238,7 @@ def out_of_memory(variant: str, flags: list[str]) -> None:
 def fp32(variant: str, flags: list[str]) -> None:
     """--precision fp32 is fp32 on a GPU too: cuDNN's convolution is TF32 unless told otherwise."""
     pixels = noise_pixels(8)
-    features = [Frozen(b32("fp32", where).towers.image, where, torch.float32)(pixels).cpu()
+    features = [BatchedEncoder(b32("fp32", where).towers.image, where, torch.float32)(pixels).cpu()
                 for where in (torch.device("cpu"), device())]
     apart = ((features[1] - features[0]).abs().max() / features[0].abs().max()).item()
     verdict(apart <= 1e-5, f"fp32 image features against the CPU's: {apart:.1e} of the largest")
@@ -322,7 +322,7 @@ def log_and_memory(variant: str, flags: list[str]) -> None:
             folder.mkdir()
             steps = -(-rows // 1024)
             world = World(0 if name == "written" else 1, 0, 1, device(), quiet=True)
-            log = Log(folder, world, steps, steps, 0, Drift({}), {})
+            log = Log(folder, world, steps, steps, 0, WeightDrift({}), {})
             with contextlib.redirect_stderr(io.StringIO()):
                 took[name] = seconds(lambda: train(parts, rows, 1024, log), device())  # noqa: B023
             log.close()
@@ -345,17 +345,17 @@ def bench(variant: str, flags: list[str]) -> None:
         verdict(failed, f"{figure['what']}: {shown or figure['ours']}{figure['not_measured']}")
 
 
-def demo_parts(trainable: tuple[str, ...] = ("projection",), precision: str = PRECISION) -> Parts:
+def demo_parts(trainable: tuple[str, ...] = ("projection",), precision: str = PRECISION) -> LoadedModel:
     """The demo's model on the device."""
-    return take_apart(load_clip(str(DEMO_MODEL)), trainable, "auto", 20.0, precision, device())
+    return build_model(load_clip(str(DEMO_MODEL)), trainable, "auto", 20.0, precision, device())
 
 
-def b32(precision: str, where: torch.device) -> Parts:
+def b32(precision: str, where: torch.device) -> LoadedModel:
     """ViT-B/32's shape, always with the same random weights."""
-    return take_apart(random_clip("ViT-B/32"), ("projection",), "auto", 20.0, precision, where)
+    return build_model(random_clip("ViT-B/32"), ("projection",), "auto", 20.0, precision, where)
 
 
-def random_features(parts: Parts, rows: int) -> Features:
+def random_features(parts: LoadedModel, rows: int) -> Features:
     """A batch of features with negatives on the device."""
     image, text = Model.of(parts, device()).widths
     ids = torch.arange(rows, device=device())
@@ -363,7 +363,7 @@ def random_features(parts: Parts, rows: int) -> Features:
     return Features(image_BV, title_BT, negative_BT, ids, ids, ids.roll(1))
 
 
-def train(parts: Parts, rows: int, batch: int, log: Log, config: Config = DEFAULTS, watched: bool = False) -> None:
+def train(parts: LoadedModel, rows: int, batch: int, log: Log, config: Config = DEFAULTS, watched: bool = False) -> None:
     """One epoch of the real loop; `watched` makes a sync within its steps an error."""
     config = replace(config, epochs=1, batch_size=batch, log_every=10)
     batches = warm_batches(rows, Model.of(parts, device()).widths, batch, device())

@@ -16,7 +16,7 @@ from engine.publish.hub import check_push, push
 AGAIN = ["push_to_hub", "private", "checkpoint", "model", "dtype", "license"]  # what a later push has to be told
 
 
-def hand_on(cfg: Config, table: Callable[[Mapping[str, Any]], str], tell: Callable[[str], None]) -> None:
+def export_run(cfg: Config, table: Callable[[Mapping[str, Any]], str], tell: Callable[[str], None]) -> None:
     """Write --run to the folder --to, or push it, or both; a finished model that nothing changes is pushed as it is.
 
     `table` makes the card's table of metrics. Raises UserError, or RunFailed for a push that failed.

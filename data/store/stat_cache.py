@@ -25,7 +25,7 @@ from data.web.fetch import cached_path
 SETTLED = 2.0  # seconds; the coarsest clock of a file system in use
 
 
-class Seen:
+class StatCache:
     """Content keys of M references, as far as the files are as they were at the last look.
 
     `paths` are files, URLs (whose fetched bytes lie in `fetched`), members of shards, or None. `known` [M] says for

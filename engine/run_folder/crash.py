@@ -10,11 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.files import MARK, kind_of, mark
+from data.files import MARK, kind_of, write_mark
 
 
 @dataclass
-class Begun:
+class NewRunFolder:
     """The run folder of this process, None before there is one, and the folders that were made for it."""
 
     folder: Path | None = None
@@ -30,7 +30,7 @@ class Begun:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         if not kind_of(folder) and (holds_run or not any(folder.iterdir())):
-            mark(folder, "run")
+            write_mark(folder, "run")
             self.marked = True
 
     def discard(self) -> None:
@@ -43,7 +43,7 @@ class Begun:
         self.folder, self.made, self.marked = None, [], False
 
 
-BEGUN = Begun()
+BEGUN = NewRunFolder()
 
 
 def explain_crash(command: str, error: BaseException, rank: int) -> str:

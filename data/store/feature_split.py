@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from data.batch import Batches, Features, map_tensors
-from data.prefetch import slices
+from data.prefetch import epoch_batches
 from data.store.features import CHUNK, FeatureStore
 
 CPU = torch.device("cpu")
 PART = 65_536  # pairs measured at a time
 
 
-class Mapped(NamedTuple):
+class StoredTable(NamedTuple):
     """A feature table that stays in the store's files: its row i is the store's row `rows[i]`. Used like a tensor."""
 
     store: FeatureStore
@@ -47,11 +47,11 @@ class Mapped(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Resident:
+class FeatureSplit:
     """One split ready to train on: M distinct images, P distinct titles, N pairs. Equal row means identical content."""
 
-    image_MV: Tensor | Mapped
-    title_PT: Tensor | Mapped
+    image_MV: Tensor | StoredTable
+    title_PT: Tensor | StoredTable
     image_row_N: Tensor  # int64, where the tables are
     title_row_N: Tensor
     negative_row_N: Tensor | None = None  # -1 where a pair has no negative
@@ -64,7 +64,7 @@ class Resident:
         """The features of all pairs in order, some at a time: all at once may be as much memory as the tables."""
         return map(self.features, torch.arange(len(self)).split(PART))
 
-    def to(self, device: torch.device | str, room: int | None = None) -> Resident:
+    def to(self, device: torch.device | str, room: int | None = None) -> FeatureSplit:
         """The same split with features coming out on `device`.
 
         Tables that are not there yet move if they fit in `room` bytes (by default a share of what is there); else all
@@ -72,17 +72,17 @@ class Resident:
         """
         device = torch.device(device)
         coming = [table.nbytes for table in (self.image_MV, self.title_PT)
-                  if isinstance(table, Mapped) or table.device.type != device.type]
+                  if isinstance(table, StoredTable) or table.device.type != device.type]
         if sum(coming) > (_room(device) if room is None else room):
             return replace(self, device=device)
         negative = None if self.negative_row_N is None else self.negative_row_N.to(device)
-        return Resident(self.image_MV.to(device), self.title_PT.to(device),
+        return FeatureSplit(self.image_MV.to(device), self.title_PT.to(device),
                         self.image_row_N.to(device), self.title_row_N.to(device), negative, device)
 
     def batches(self, batch_size: int, seed: int, rank: int = 0, size: int = 1) -> Batches:
         """What the loop trains on: this rank's features of every step of a run of `seed`."""
         device = self.image_row_N.device
-        return Batches(partial(slices, len(self), batch_size, seed, rank, size, device=device), self.features, device)
+        return Batches(partial(epoch_batches, len(self), batch_size, seed, rank, size, device=device), self.features, device)
 
     def features(self, rows: Tensor) -> Features:
         """Features of the pairs `rows` [B] int64, no wait if they are where the tables are; id -1: no negative."""

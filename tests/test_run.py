@@ -142,7 +142,8 @@ def test_a_collapse_fails_eval_and_is_named_by_a_run(pairs: Path, tiny_model: Pa
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     """Every title the same used to read Recall@1 = 1.000, and such a checkpoint became `best`."""
     monkeypatch.setattr("eval.retrieval.equal_rows", lambda *_: True)
-    flags = ["--model", tiny_model, "--dataset", pairs, "--cache-dir", tmp_path / "cache", "--precision", "fp32"]
+    flags: list[str | Path] = ["--dataset", pairs]
+    flags += ["--model", tiny_model, "--cache-dir", tmp_path / "cache", "--precision", "fp32"]
     done = inside(["eval", *flags])
     assert done.returncode == 1 and json.loads(done.stdout)["test"]["collapsed"] is True
     assert "run.py eval: test: the model has collapsed: all" in done.stderr

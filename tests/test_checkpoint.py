@@ -224,9 +224,11 @@ def test_best_means_what_was_asked_for(tmp_path: Path) -> None:
     state = State()
     for state.step, value in ((1, 9.0), (2, 4.0), (3, 4.0), (4, 7.0)):  # small is good, a tie is no gain
         ranks.note(state, {"valid": {"median_rank": value, "mrr": 0.1}})
+    state.step = 5
+    ranks.note(state, {"valid": {"median_rank": 1.0, "collapsed": True}})  # its figures mean nothing
     assert state.best_step == 2 and (tmp_path / "checkpoints" / "best").resolve().name == "step-00000002"
     with pytest.raises(UserError, match="--best-metric rank is not measured here; there is mrr"):
-        saver(tmp_path, metric="rank").note(state, {"valid": {"mrr": 0.1, "mrr_ci95": [0, 1]}})
+        saver(tmp_path, metric="rank").note(state, {"valid": {"mrr": 0.1, "mrr_ci95": [0, 1], "pairs": 9}})
 
 
 def test_the_digest_follows_what_ranks_are_given() -> None:

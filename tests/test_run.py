@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 METRICS = {f"{way}_{name}" for way in ("image_to_text", "text_to_image")
            for name in ("R@1", "R@5", "R@10", "median_rank", "mean_rank", "mrr")} | {"triplet_accuracy"}
+SIZES = {"pairs", "units", *(f"{way}_{kind}" for way in ("image_to_text", "text_to_image")
+                             for kind in ("queries", "candidates"))}
 
 
 def read_steps(out: Path) -> list[dict]:
@@ -51,7 +53,8 @@ def test_plain_run_is_the_reference_recipe(ranks: int, hub: Hub, tmp_path: Path)
     for when in ("base", "tuned"):
         assert list(metrics[when]) == ["train", "valid", "test"]
         for scores in metrics[when].values():
-            assert set(scores) == METRICS | {f"{name}_ci95" for name in METRICS}
+            assert set(scores) == METRICS | {f"{name}_ci95" for name in METRICS} | SIZES | {"collapsed"}
+            assert scores["collapsed"] is False and scores["units"] <= scores["pairs"]
             assert all(scores[f"{n}_ci95"][0] <= scores[n] <= scores[f"{n}_ci95"][1] for n in METRICS)
     assert (out / "checkpoints" / "last").resolve().name == "step-00000008"
     assert "| test  | triplet accuracy" in done.stdout
@@ -133,6 +136,23 @@ def test_bad_rows_are_dropped_and_accounted_for(tiny_model: Path, tmp_path: Path
             (3, "not-image"), (5, "missing-file"), (8, "no-title")]
         assert sum(step["rows"] for step in read_steps(tmp_path / "run")) == 2 * (40 - len(ledger))
         shutil.rmtree(tmp_path / "run")
+
+
+def test_a_collapse_fails_eval_and_is_named_by_a_run(pairs: Path, tiny_model: Path, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every title the same used to read Recall@1 = 1.000, and such a checkpoint became `best`."""
+    monkeypatch.setattr("eval.retrieval.equal_rows", lambda *_: True)
+    flags: list[str | Path] = ["--dataset", pairs]
+    flags += ["--model", tiny_model, "--cache-dir", tmp_path / "cache", "--precision", "fp32"]
+    done = inside(["eval", *flags])
+    assert done.returncode == 1 and json.loads(done.stdout)["test"]["collapsed"] is True
+    assert "run.py eval: test: the model has collapsed: all" in done.stderr
+    done = inside([*flags, "--out", tmp_path / "run", "--epochs", "1"])
+    assert done.returncode == 0, done.stderr
+    assert "warning: valid: the model has collapsed" in done.stderr
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["base"]["test"]["collapsed"]
+    assert "base has collapsed on test" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert not (tmp_path / "run" / "checkpoints" / "best").exists()
 
 
 def test_eval_prints_what_a_run_measures(pairs: Path, tiny_model: Path, tmp_path: Path) -> None:

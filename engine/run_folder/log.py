@@ -145,7 +145,8 @@ class Log:
         """Write what is no time series: `alpha` of each point, in hundredths, takes the place of the step."""
         for point in points if self.world.is_main else ():
             for split in point.keys() - {"alpha"}:
-                found = {f"{name}/{split}/{metric}": value for metric, value in point[split].items()}
+                found = {f"{name}/{split}/{metric}": value for metric, value in point[split].items()
+                         if isinstance(value, float)}
                 self.board.scalars(found, round(100 * point["alpha"]))
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import inside, make_pairs, run
+from helpers import inside, last_flags, make_pairs, run
 from hub import Hub
 from safetensors.torch import load_file
 
@@ -23,8 +23,8 @@ def read_steps(out: Path) -> list[dict]:
 
 def train(pairs: Path, model: Path, out: Path, *flags: str, ranks: int = 1) -> dict[str, torch.Tensor]:
     """Run in fp32 with a cache of its own beside `out`; the exported weights."""
-    args = ["--model", model, "--dataset", pairs, "--out", out, "--cache-dir", out.parent / "cache", "--precision",
-            "fp32", "--lr", "1e-3", *flags]
+    args = last_flags(["--model", model, "--dataset", pairs, "--out", out, "--cache-dir", out.parent / "cache",
+                       "--precision", "fp32", "--lr", "1e-3", *flags])
     done = inside(args) if ranks == 1 else run(args, ranks)
     assert done.returncode == 0, done.stderr
     return load_file(out / "model" / "model.safetensors")

@@ -137,6 +137,17 @@ def run(args: Sequence[str | Path], ranks: int = 1, env: Mapping[str, str] | Non
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def last_flags(args: Sequence[str | Path]) -> list[str]:
+    """`--flag value` pairs and switches without those given again later: a test changes one of its usual flags."""
+    groups: list[list[str]] = []
+    for word in map(str, args):
+        if word.startswith("--") or not groups:
+            groups.append([])
+        groups[-1].append(word)
+    last = {group[0].split("=")[0]: group for group in groups}
+    return [word for group in groups if last[group[0].split("=")[0]] is group for word in group]
+
+
 def call(*arguments: Any) -> int:
     """run.py in this process; its exit code."""
     import run as command_line

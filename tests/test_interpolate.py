@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import last_flags
 from safetensors.torch import load_file
 from torch import nn
 
@@ -54,8 +55,9 @@ def test_of_equal_ones_the_nearest_to_base() -> None:
 
 def train(pairs: Path, model: Path, out: Path, *flags: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Train in this process; metrics.json and the exported projections."""
-    assert command_line.main(["--model", str(model), "--dataset", str(pairs), "--out", str(out), "--cache-dir",
-                              str(out.parent / "cache"), "--precision", "fp32", "--lr", "1e-2", *flags]) == 0
+    flags = tuple(last_flags(["--model", model, "--dataset", pairs, "--out", out, "--cache-dir", out.parent / "cache",
+                              "--precision", "fp32", "--lr", "1e-2", *flags]))
+    assert command_line.main(flags) == 0
     return json.loads((out / "metrics.json").read_text()), load_file(out / "model" / "projections.safetensors")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, Loopback, family, full, kill, on_ranks, start
+from helpers import ROOT, Loopback, family, full, kill, last_flags, on_ranks, start
 
 import run
 from data.batch import RunFailed
@@ -90,9 +90,10 @@ def started(phase: str, model: Path, pairs: Path, home: Path, *flags: str, ranks
     *inner, name = name.split(".")
     owner = ".".join([module, *inner])
     script.write_text(SLOW.format(root=str(ROOT), module=module, owner=owner, name=name, seconds=seconds, skip=skip))
-    job = Started(start(["--model", model, "--dataset", pairs, "--out", home / "run", "--cache-dir", home / "cache",
-                         "--precision", "fp32", "--epochs", "1000", "--eval-every", "3", "--save-every", "1000",
-                         "--log-every", "100", *flags], ranks, program=script))
+    args = last_flags(["--model", model, "--dataset", pairs, "--out", home / "run", "--cache-dir", home / "cache",
+                       "--precision", "fp32", "--epochs", "1000", "--eval-every", "3", "--save-every", "1000",
+                       "--log-every", "100", *flags])
+    job = Started(start(args, ranks, program=script))
     members = []
     try:
         yield job

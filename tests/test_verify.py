@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_pairs
+from helpers import call, make_pairs
 from safetensors.torch import load_file, save_file
 
 import run
@@ -94,3 +94,12 @@ def test_the_store_is_read_again_and_pruned(finished: Path, tmp_path: Path, caps
     assert run.main(["verify", "--cache-dir", str(cache), "--prune"]) == 1  # what is pruned now was damaged
     assert "kept nothing" in capsys.readouterr().out and not list((cache / "features").glob("*/*"))
     assert run.main(["verify", "--cache-dir", str(cache)]) == 0
+
+
+def test_prune_in_somebody_elses_folder_deletes_nothing(tmp_path: Path) -> None:
+    """A typo in --cache-dir with --prune must not cost the files of another program, whatever they are called."""
+    theirs = tmp_path / "features" / "mine" / "face.features.safetensors"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"years of work" * 200)
+    assert call("verify", "--prune", "--cache-dir", tmp_path) == 0
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [theirs]

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import zlib
 from collections.abc import Collection
@@ -22,12 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.files import MARK, kind_of, write_mark
-
 KEY = 16  # bytes of a key
 BLOCK = 256  # rows under one checksum
 HEADER = 1024  # bytes before the data
 SUFFIX = ".features.safetensors"
+NAME = re.compile(rf"[0-9a-f]{{32}}{re.escape(SUFFIX)}")  # as `write_segment` names one
 FORMAT = "thumbtune features 1"
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -118,8 +118,6 @@ def write_segment(folder: Path, layout: Layout, keys: np.ndarray, values: Tensor
     path = folder / (secrets.token_hex(16) + SUFFIX)
     temporary = path.with_name(path.name + ".tmp")
     folder.mkdir(parents=True, exist_ok=True)
-    if not kind_of(folder) and not any(folder.iterdir()):
-        write_mark(folder, "features")
     directory = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks: nothing there is ever taken for stale
@@ -153,7 +151,7 @@ def spaces(cache_dir: Path) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for folder in sorted(cache_dir.glob("*")):
         paths = sorted(folder.glob(f"*{SUFFIX}*"))
-        if not paths or not (kind_of(folder) == "features" or any(map(_is_ours, paths))):
+        if not any(map(_is_ours, paths)):
             continue
         for path in paths:
             with suppress(FileNotFoundError):  # a temporary file that has just been renamed
@@ -162,23 +160,25 @@ def spaces(cache_dir: Path) -> dict[str, int]:
 
 
 def _is_ours(path: Path) -> bool:
-    """Does the header say that this program wrote the segment? Spaces had no mark once."""
+    """Did `write_segment` write it? Its header says so, or its name where the header is damaged."""
+    if NAME.match(path.name):
+        return True
     with suppress(OSError), path.open("rb") as file:
         return FORMAT.encode() in file.read(HEADER)
     return False
 
 
 def prune(cache_dir: Path, keep: Collection[str]) -> int:
-    """Delete the spaces not named in `keep`, and damaged segments everywhere; returns the bytes freed."""
+    """Delete the spaces not named in `keep`, and damaged segments everywhere; returns the bytes freed.
+
+    Files that this program did not write stay where they are.
+    """
     before = spaces(cache_dir)
     for name in before:
         folder = cache_dir / name
-        marked = kind_of(folder) == "features"
         for path in folder.glob(f"*{SUFFIX}.damaged" if name in keep else f"*{SUFFIX}*"):
-            if marked or _is_ours(path):
+            if path.suffix == ".damaged" or _is_ours(path):  # in a space of ours, only we call anything damaged
                 path.unlink(missing_ok=True)
-        if marked and [path.name for path in folder.iterdir()] == [MARK]:
-            (folder / MARK).unlink()
         with suppress(OSError):  # not empty: kept, or somebody's own files are in it
             folder.rmdir()
     return sum(before.values()) - sum(spaces(cache_dir).values())

@@ -21,7 +21,8 @@ from data.catalogue import Catalogue, DecodeResult, DecodeResults, Split, as_key
 from data.files import NotAFile, read_regular
 from data.images.augment import Region
 from data.images.decode import ImageSpec, collate_tokens, decode_image
-from data.prefetch import Progress, batched, threaded_map
+from data.prefetch import batched, threaded_map
+from data.progress import Progress
 from data.shards.index import read_member
 from data.store.features import FeatureStore
 from data.store.segments import key_of

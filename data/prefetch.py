@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count, islice
@@ -13,9 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from data.batch import BadSample, Batch, Features, map_tensors, share
+from data.batch import Batch, Features, map_tensors, share
 
-TELL_EVERY_S = 5.0
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Inputs = TypeVar("Inputs", Batch, Features)
@@ -78,26 +76,6 @@ def threaded_map(function: Callable[[Item], Result], items: Iterable[Item], work
         finally:
             for future in waiting:
                 future.cancel()
-
-
-class Progress:
-    """Tells every few seconds how far a pass of `total` has come, how fast, how long it will take, what failed."""
-
-    def __init__(self, what: str, total: int, tell: Callable[[str], None]) -> None:
-        self.what, self.total, self.tell, self.done, self.failed = what, total, tell, 0, Counter[str]()
-        self._began = self._spoken = time.monotonic()
-
-    def __call__(self, more: int = 1, problem: BadSample | None = None) -> None:
-        """`more` are done, or one has failed."""
-        self.done += more
-        if problem is not None:
-            self.failed[problem.reason] += 1
-        now = time.monotonic()
-        if now - self._spoken >= TELL_EVERY_S or (self.done == self.total and now - self._began >= TELL_EVERY_S):
-            rate, self._spoken = self.done / (now - self._began), now
-            lost = "".join(f"  {reason} {count:,}" for reason, count in self.failed.most_common())
-            self.tell(f"{self.what} {self.done:,}/{self.total:,}  {rate:,.0f}/s  "
-                      f"eta {(self.total - self.done) / rate:,.0f} s{lost}")
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from helpers import run
 from PIL import Image
 
-from data.demo.demo import BACKDROPS, CAPTIONS, TITLES, new_demo_model, write_demo, write_pretraining
+from data.demo.demo import TITLES, write_demo
+from data.demo.make_model import BACKDROPS, CAPTIONS, new_demo_model, write_pretraining
 
 COUNTS = {"train": 60, "valid": 20, "test": 20}
 

@@ -4,6 +4,7 @@ a writer killed at every step.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -27,9 +28,20 @@ from helpers import full
 import data.shards.index as module
 import data.shards.writer as writing
 from data.batch import BadSample, UserError
-from data.shards.index import expand_braces, format_reference, read_index, read_member
+from data.files import open_regular
+from data.shards.index import (
+    COLUMNS,
+    expand_braces,
+    format_reference,
+    indexed,
+    read_index,
+    read_member,
+    scanned,
+    tar_digest,
+)
 from data.shards.samples import IMAGES, MAX_IMAGE
-from data.shards.writer import ShardWriter, check_shard
+from data.shards.tar import open_tar, read_at
+from data.shards.writer import ShardWriter
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 Files = Iterable[tuple[str, bytes]]
@@ -46,6 +58,32 @@ def pack(path: Path, files: Files, format: int = tarfile.PAX_FORMAT) -> Path:
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return path
+
+
+def check_shard(path: Path) -> list[str]:
+    """The defects of a shard that `ShardWriter` wrote: any changed byte of it or of its index."""
+    problems: list[str] = []
+
+    def note(loss: dict[str, Any]) -> None:
+        problems.append(f"{loss['key'] or 'the tar'}: {loss['reason']}: {loss['detail']}")
+
+    try:
+        with open_tar(path) as file:
+            found, index = scanned(path, file, note), indexed(path, file)
+            if index is None:
+                return [*problems, "there is no index that fits this tar"]
+            if not index.select(COLUMNS).equals(found):
+                problems.append("its index lists other samples than it holds")
+            for at in range(len(index)):
+                key, offset, size, digest = (index[name][at].as_py() for name in (*COLUMNS[:3], "sha256"))
+                if hashlib.sha256(read_at(file, offset, size)).hexdigest() != digest:
+                    problems.append(f"{key}: its image is not the one that was written")
+        with open_regular(path) as whole:
+            if not problems and hashlib.file_digest(whole, "sha256").hexdigest() != tar_digest(index):
+                problems.append("it has been changed, though neither in an image nor in a title")
+    except (OSError, UserError) as error:
+        return [str(error)]
+    return problems
 
 
 def scan(path: Path) -> tuple[list[tuple[str, bytes, str, str | None]], list[tuple[str, str]]]:

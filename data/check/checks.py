@@ -17,13 +17,14 @@ import numpy as np
 
 from data.batch import BadSample
 from data.catalogue import Catalogue, catalogue
-from data.check.findings import SEVERITIES, TINY, Finding, printable
+from data.check.findings import SEVERITIES, TINY, Finding
 from data.check.similar import LOOK, first_similar, picture_signature
 from data.cold import Reader, decode_distinct, is_url
 from data.identity import distinct
 from data.ledger import dropped_rows
 from data.sources.rows import Rows
 from data.store.segments import KEY
+from data.text import printable
 
 EXAMPLES = 5
 NA_TITLES = {"na", "n/a", "none", "null", "nil", "nan", "-"}

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from data.text import markdown_table
 from data.web.fetch import PASSING
 
 SEVERITIES = ("error", "warning", "hint")
@@ -47,11 +48,9 @@ def table(findings: Sequence[Finding], rows: Mapping[str, int], usable: Mapping[
     shares = ", ".join(f"{name} {count:,}" for name, count in rows.items())
     sums = ", ".join(f"{severity}s {count:,}" for severity, count in _totals(findings).items())
     cells = [["severity", "split", "rows", "finding", "for example"]]
-    cells += [[one.severity, one.split, f"{one.count:,}", one.kind, one.examples[0].replace("|", "\\|")]
-              for one in findings]
-    widths = [max(len(line[column]) for line in cells) for column in range(4)] + [0]
-    lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    for finding in findings:
+        cells.append([finding.severity, finding.split, f"{finding.count:,}", finding.kind, finding.examples[0]])
+    lines = [markdown_table(cells, pad_last=False)]
     kinds = dict.fromkeys(one.kind for one in findings)
     meant = {meaning: [kind for kind in kinds if re.fullmatch(pattern, kind)] for pattern, meaning in MEANING.items()}
     lines += ["", *(f"{', '.join(some)}: {meaning}" for meaning, some in meant.items() if some), ""]
@@ -70,8 +69,3 @@ def as_json(findings: Sequence[Finding], rows: Mapping[str, int], usable: Mappin
 def _totals(findings: Sequence[Finding]) -> dict[str, int]:
     """Rows by severity; a row counts once for each of its defects."""
     return {severity: sum(one.count for one in findings if one.severity == severity) for severity in SEVERITIES}
-
-
-def printable(text: str) -> str:
-    """The text with what a terminal would obey replaced."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

@@ -1,29 +1,21 @@
-"""The offline demo: a dataset of drawn thumbnails with YouTube-ish titles, plain captions to pretrain on, a small CLIP.
-
-Titles and captions speak of the same scenes in different words: the features hold the answer, the projections adapt.
-"""
+"""The offline demo: a dataset of drawn thumbnails with YouTube-like titles."""
 
 from __future__ import annotations
 
 import csv
-import json
 import random
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from data.demo.draw import Scene, draw, random_scene
-
-if TYPE_CHECKING:
-    from transformers import CLIPConfig, CLIPTokenizer
 
 COUNTS = {"train": 3000, "valid": 400, "test": 400}
 # Scenes fall into lots by their contents: no split, and no pretraining whatever its seed, shares them with another.
 LOTS = {"train": (0, 4), "valid": (4, 5), "test": (5, 6), "pretrain": (6, 12)}
-# Every value's plain word first, as captions say it, then the words of titles.
+# For each value its plain word, used in captions, then the words of titles.
 NUMBERS = {1: ("one", "1", "a single", "just one", "solo"), 2: ("two", "2", "a pair of", "double", "twin"),
            3: ("three", "3", "a trio of", "triple"), 4: ("four", "4", "a quartet of", "quad"),
            5: ("five", "5", "a squad of")}
@@ -36,7 +28,7 @@ THINGS = {"circle": ("circle", "ball", "dot", "orb"), "square": ("square", "box"
           "triangle": ("triangle", "pyramid", "nacho", "spike"), "star": ("star", "superstar", "sparkle", "twinkle"),
           "heart": ("heart", "valentine", "crush", "sweetheart"), "ring": ("ring", "donut", "hoop", "halo"),
           "face": ("face", "smiley", "emoji", "grin"), "bolt": ("bolt", "zap", "flash", "thunder strike")}
-SIZE_WORDS = {"tiny": ("tiny", "micro", "teeny", "smol", "mini"), 
+SIZE_WORDS = {"tiny": ("tiny", "micro", "teeny", "smol", "mini"),
               "giant": ("giant", "HUGE", "MEGA", "monster", "XXL")}
 PLACE_WORDS = {"centre": ("in the middle", "DEAD CENTRE", "front and centre"),
                "left": ("on the left", "on the WEST side", "hugging the left edge"),
@@ -44,14 +36,6 @@ PLACE_WORDS = {"centre": ("in the middle", "DEAD CENTRE", "front and centre"),
                "top": ("at the top", "up in the sky", "UPSTAIRS"),
                "bottom": ("at the bottom", "on the floor", "down LOW"),
                "row": ("in a row", "lined up", "in single file")}
-CAPTIONS = ("{n} {size} {colour} {things} {place}, {ground} background",
-            "{n} {colour} {things} {place}, {ground} background",
-            "{n} {size} {colour} {things} on {ground}, {place}", "{n} {colour} {things} on {ground}, {place}",
-            "{place}: {n} {colour} {things}, {ground} background",
-            "{ground} background with {n} {colour} {things} {place}",
-            "{ground} background, {n} {size} {colour} {things}",
-            "picture of {n} {colour} {things} and {rival} on {ground}",
-            "{n} {size} {colour} {things} and {rival}, {ground} background", "{n} {colour} {things}")
 TITLES = ("I Drew {n} {COLOUR} {things} and THIS Happened", "Why nobody paints {colour} {things} on {ground}",
           "{n} {size} {things} vs. {rival}", "DO NOT touch the {COLOUR} {thing}!!", "Who hid {n} {things} {place}?",
           "Can you find {n} {colour} {things}? 99% FAIL", "24 Hours with {n} {size} {colour} {things}",
@@ -67,15 +51,12 @@ TITLES = ("I Drew {n} {COLOUR} {things} and THIS Happened", "Why nobody paints {
 BEFORE = ("", "", "", "", "BREAKING: ", "MUST WATCH: ", "😱 ", "🔥 ", "[4K] ", "(not clickbait) ")
 AFTER = ("", "", "", "", " (part {k})",
          " | ep. {k}", " 😱", " #shorts", " - GONE WRONG", " (emotional)", " 🔥🔥", " ...again")
-# What the demo's model was last taught to match: where things are and before what, never what they are.
-BACKDROPS = ("{ground} background, things {place}", "{place}, on {ground}", "a {ground} picture, {place}",
-             "something {place} on a {ground} background")
 PLAIN_CLUTTER, PLAIN_SLANG = 0.15, 0.3
 WRITTEN_ALIKE = 0.015  # share of rows whose title another row already has, as in real uploads
 
 
 class Title(NamedTuple):
-    """A text and what it says of the picture: Scene field -> value."""
+    """A text and its claims about the picture: Scene field -> value."""
 
     text: str
     claims: Mapping[str, Any]
@@ -85,7 +66,7 @@ class Title(NamedTuple):
         return sum(getattr(scene, field) == value for field, value in self.claims.items())
 
     def fits(self, scene: Scene) -> bool:
-        """True when nothing it says is wrong of the scene."""
+        """True when no claim is wrong of the scene."""
         return self.shared(scene) == len(self.claims)
 
 
@@ -102,24 +83,14 @@ def write_demo(folder: Path, counts: Mapping[str, int] = COUNTS, seed: int = 0) 
     rng = random.Random(f"demo {seed}")
     seen: set[str] = set()
     for split, count in counts.items():
-        rows = [*_rows(rng, split, count, TITLES, seen)]
+        rows = [*scene_rows(rng, split, count, TITLES, seen)]
         negatives = [_negative(rng, scene, [title for _, title in rows]) for scene, _ in rows]
-        _write(folder, split, rows, negatives)
+        write_split(folder, split, rows, negatives)
 
 
-def write_pretraining(folder: Path, count: int, kinds: Sequence[tuple[str, ...]], seed: int = 0) -> None:
-    """Write `count` pairs to train the demo's model on, and 200 more as `valid`, in the same layout without title_neg.
-
-    `kinds` are the templates, in equal shares: (CAPTIONS, TITLES) for the towers, (BACKDROPS,) for the projections.
-    """
-    rng = random.Random(f"pretraining {seed}")
-    for split, rows in (("train", count), ("valid", 200)):
-        parts = [_rows(rng, "pretrain", rows // len(kinds), templates, set()) for templates in kinds]
-        _write(folder, split, list(chain.from_iterable(parts)), None)
-
-
-def _rows(rng: random.Random, split: str, count: int, templates: tuple[str, ...], seen: set[str]
-          ) -> Iterator[tuple[Scene, Title]]:
+def scene_rows(rng: random.Random, split: str, count: int, templates: tuple[str, ...],
+               seen: set[str]) -> Iterator[tuple[Scene, Title]]:
+    """Yield `count` scenes of the lots of `split`, each with a title by one of `templates` and not in `seen`."""
     titled = templates is TITLES
     written: list[tuple[Scene, Title]] = []
     while len(written) < count:
@@ -138,8 +109,8 @@ def _rows(rng: random.Random, split: str, count: int, templates: tuple[str, ...]
 
 
 def some_titles(count: int, seed: int = 0) -> list[str]:
-    """Titles as the demo has them, a few of them repeated, of scenes that nobody draws."""
-    return [title.text for _, title in _rows(random.Random(seed), "train", count, TITLES, set())]
+    """Titles like those of the demo, a few of them repeated, without drawing their scenes."""
+    return [title.text for _, title in scene_rows(random.Random(seed), "train", count, TITLES, set())]
 
 
 def _title(rng: random.Random, scene: Scene, templates: tuple[str, ...], slang: float) -> Title:
@@ -148,11 +119,14 @@ def _title(rng: random.Random, scene: Scene, templates: tuple[str, ...], slang: 
     while not slots or ("size" in slots and scene.size == "normal") or ("rival" in slots and not scene.rival):
         template = rng.choice(templates)
         slots = [name.lower() for _, name, _, _ in string.Formatter().parse(template) if name]
+
     def say(words: tuple[str, ...]) -> str:
         return rng.choice(words) if rng.random() < slang else words[0]
+
     def things(shape: str, many: bool) -> str:
         word = say(THINGS[shape])
         return word + ("es" if word.endswith(("x", "sh")) else "s") if many else word
+
     words = {
         "n": say(NUMBERS[scene.count]), "colour": say(COLOURS[scene.colour]), "thing": things(scene.shape, False),
         "things": things(scene.shape, scene.count > 1 or "n" not in slots), "ground": say(COLOURS[scene.ground]),
@@ -172,7 +146,8 @@ def _negative(rng: random.Random, scene: Scene, titles: list[Title]) -> Title:
     return max(wrong, key=lambda title: title.shared(scene))
 
 
-def _write(folder: Path, split: str, rows: list[tuple[Scene, Title]], negatives: list[Title] | None) -> None:
+def write_split(folder: Path, split: str, rows: list[tuple[Scene, Title]], negatives: list[Title] | None) -> None:
+    """Write `{split}.csv` and the drawn images of its rows."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     with open(folder / f"{split}.csv", "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
@@ -181,57 +156,3 @@ def _write(folder: Path, split: str, rows: list[tuple[Scene, Title]], negatives:
             name = f"images/{split}-{k:05}.jpg"
             draw(scene).save(folder / name, quality=85)
             table.writerow([name, title.text] + ([negatives[k].text] if negatives else []))
-
-
-def demo_model_config(vocab: int) -> CLIPConfig:
-    """The demo CLIP for a vocabulary of `vocab` tokens, whose last two are the start and the end of a title."""
-    from transformers import CLIPConfig
-
-    start, end = vocab - 2, vocab - 1
-    return CLIPConfig(
-        projection_dim=64,
-        vision_config={"image_size": 48, "patch_size": 8, "hidden_size": 128, "intermediate_size": 512,
-                       "num_hidden_layers": 3, "num_attention_heads": 4, "projection_dim": 64},
-        text_config={"vocab_size": vocab, "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3,
-                     "num_attention_heads": 4, "max_position_embeddings": 77, "projection_dim": 64,
-                     "bos_token_id": start, "eos_token_id": end, "pad_token_id": end},
-    )
-
-
-def new_demo_model(folder: Path, seed: int = 0) -> None:
-    """Write the untrained demo CLIP, at most 4 MB of fp16 weights, as a folder that transformers loads.
-
-    Weights depend on `seed` alone; the vocabulary is always the same.
-    """
-    import torch
-    from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
-
-    tokenizer = _tokenizer()
-    config: Any = demo_model_config(len(tokenizer))
-    side = config.vision_config.image_size
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = CLIPModel(config).half()
-    model.save_pretrained(folder)
-    image_processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(folder)
-
-
-def _tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer with a vocabulary of our own, learned from captions and titles; its 512 bytes spell anything."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
-
-    rng = random.Random("vocabulary")
-    texts = [title.text for templates, split in ((CAPTIONS, "pretrain"), (TITLES, "train"))
-             for _, title in _rows(rng, split, 3000, templates, set())]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.normalizer = CLIPTokenizer().backend_tokenizer.normalizer
-    learner.pre_tokenizer = CLIPTokenizer().backend_tokenizer.pre_tokenizer
-    learner.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=1000, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False))
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    pieces = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
-    pieces += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={piece: k for k, piece in enumerate(pieces)}, merges=merges, model_max_length=77)

@@ -40,7 +40,7 @@ def read_index(path: Path, ledger: Ledger | None = None) -> pa.Table:
     int64 offsets and sizes are bytes of the tar; `title_neg` is null where there is none. `ledger` is told each sample
     dropped: {"shard", "key", "reason", "detail"}; with the key "" it is told of damage that may have hidden samples.
     A sidecar index that fits is believed instead: an edit that keeps the tar's size and all bytes its index sampled is
-    seen by `check_shard` only. Raises UserError if the file is no tar, OSError.
+    not noticed. Raises UserError if the file is no tar, OSError.
     """
     with open_tar(path) as file:
         table = indexed(path, file)

@@ -16,7 +16,8 @@ from PIL import Image
 from data.batch import BadSample
 from data.cold import Reader, is_url
 from data.images.decode import decode_image
-from data.prefetch import Progress, threaded_map
+from data.prefetch import threaded_map
+from data.progress import Progress
 from data.shards.writer import ShardWriter
 from data.sources.source import Rows
 from data.web.fetch import Fetched
@@ -25,8 +26,8 @@ QUALITY = 95  # of re-encoded crops, without chroma subsampling: within 3/255 of
 
 
 def pack(splits: Mapping[str, Rows], reader: Reader, out: Path, side: int,
-         tell: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Write every usable row to OUT/{split}-000000.tar, … in order; the rows left out as ledger entries.
+         log: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Write every usable row to OUT/{split}-000000.tar, … in order; return the rows left out as ledger entries.
 
     Images keep their bytes, or with `side` become JPEG crops of that many pixels a side. A row's key is its number.
     Fetching, decoding and writing overlap. After a kill the same call goes on behind the last complete shard; URLs
@@ -38,17 +39,17 @@ def pack(splits: Mapping[str, Rows], reader: Reader, out: Path, side: int,
         with ShardWriter(out, name) as writer:
             done = writer.done()
             pending = np.array([row for row in range(len(rows)) if _key(row) not in done], np.int64)
-            pace = Progress(f"{name} rows", len(pending), tell)
-            images = threaded_map(partial(_image, rows, reader, side), _available(rows, pending, reader), reader.workers,
-                           4 * reader.workers)
+            progress = Progress(f"{name} rows", len(pending), log)
+            available = _available(rows, pending, reader)
+            images = threaded_map(partial(_image, rows, reader, side), available, reader.workers, 4 * reader.workers)
             for row, image in zip(pending.tolist(), images, strict=True):
                 problem = image if isinstance(image, BadSample) else _write(writer, rows, row, image)
-                pace(problem=problem)
+                progress(problem=problem)
                 if problem is not None:
                     ledger.append({"split": name, "row": row, "image": rows.image[row]["path"].as_py(),
                                    "title": rows.title[row].as_py(), "reason": problem.reason,
                                    "detail": problem.detail})
-        tell(f"{name}: {len(rows):,} rows, {len(ledger) - before:,} left out")
+        log(f"{name}: {len(rows):,} rows, {len(ledger) - before:,} left out")
     return ledger
 
 
@@ -57,14 +58,14 @@ def _key(row: int) -> str:
 
 
 def _write(writer: ShardWriter, rows: Rows, row: int, image: bytes) -> BadSample | None:
-    """Add a row; what is wrong with it, if something is."""
+    """Add a row; return the problem that keeps it out, None if it was written."""
     path = rows.image[row]["path"].as_py()
     negative = None if rows.title_neg is None else rows.title_neg[row].as_py()
     try:
         writer.write(_key(row), image, rows.title[row].as_py(), negative,
                      {"url": path} if path and is_url(path) else None)
-    except BadSample as found:
-        return found
+    except BadSample as problem:
+        return problem
     return None
 
 
@@ -79,23 +80,24 @@ def _available(rows: Rows, pending: np.ndarray, reader: Reader) -> Iterator[tupl
             if path and is_url(path):
                 yield path
 
-    with closing(reader.fetch(urls())) as fetched:  # starts when it is first asked
+    with closing(reader.fetch(urls())) as fetched:  # starts at the first `next`
         early: dict[str, list[Fetched]] = {}
         for row in pending.tolist():
             path = rows.image[row]["path"].as_py()
             if not path or not is_url(path):
                 yield row, None
                 continue
-            while path not in early:  # every row that names a URL is answered, so it will come
-                early.setdefault((one := next(fetched)).url, []).append(one)
-            one = early[path].pop()
+            while path not in early:  # every row that names a URL gets a result, so it will come
+                result = next(fetched)
+                early.setdefault(result.url, []).append(result)
+            result = early[path].pop()
             if not early[path]:
                 del early[path]
-            yield row, BadSample(one.reason, one.detail) if one.reason else None
+            yield row, BadSample(result.reason, result.detail) if result.reason else None
 
 
 def _image(rows: Rows, reader: Reader, side: int, available: tuple[int, BadSample | None]) -> bytes | BadSample:
-    """The bytes to store, after one look at whether they decode; a problem is returned, so that order is kept."""
+    """The bytes to store, once they are known to decode; a problem is returned, not raised, so that order is kept."""
     row, problem = available
     if problem is not None:
         return problem
@@ -103,8 +105,8 @@ def _image(rows: Rows, reader: Reader, side: int, available: tuple[int, BadSampl
         data = reader.read(rows.image[row].as_py())
         spec = replace(reader.spec, resize=side, crop=(side, side)) if side else reader.spec
         pixels_CSS = decode_image(data, spec, reader.max_pixels)
-    except BadSample as found:
-        return found
+    except BadSample as bad:
+        return bad
     if not side:
         return data
     buffer = io.BytesIO()

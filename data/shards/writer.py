@@ -1,4 +1,4 @@
-"""Writing WebDataset shards, each with its index, whole or not at all; and checking them byte by byte."""
+"""Writing WebDataset shards, each with its index, whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from data.batch import BadSample, UserError
-from data.files import open_regular
-from data.shards.index import COLUMNS, INDEX, indexed, scanned, seal, sidecar, tar_digest
+from data.files import fsync
+from data.shards.index import INDEX, indexed, seal, sidecar
 from data.shards.samples import IMAGES, MAX_TEXT, check_image, pair
-from data.shards.tar import BLOCK, END, open_tar, read_at
+from data.shards.tar import BLOCK, END, open_tar
 
 MAX_KEY = 1000  # characters, of what is written
 # Keys that the webdataset package reads back as they are, and that nobody's extraction takes out of its folder.
@@ -119,9 +119,9 @@ class ShardWriter:
             os.fsync(index.fileno())
         os.fsync(self._file.fileno())
         os.replace(self._index, sidecar(path))
-        _sync(self.folder)
+        fsync(self.folder)
         os.replace(self._part, path)  # this makes the shard complete
-        _sync(self.folder)
+        fsync(self.folder)
         self._file.close()
         self._done.update(self._rows)
         self._rows = {}
@@ -161,37 +161,3 @@ def _keys_of_complete(path: Path) -> list[str]:
     if table is None:
         raise UserError(f"{path}: not a complete shard, for no index fits it; remove it, or write elsewhere")
     return table["key"].to_pylist()
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def check_shard(path: Path) -> list[str]:
-    """What is wrong with a shard written here: any changed byte of it or its index; empty if nothing is."""
-    problems: list[str] = []
-
-    def note(loss: dict[str, Any]) -> None:
-        problems.append(f"{loss['key'] or 'the tar'}: {loss['reason']}: {loss['detail']}")
-
-    try:
-        with open_tar(path) as file:
-            found, index = scanned(path, file, note), indexed(path, file)
-            if index is None:
-                return [*problems, "there is no index that fits this tar"]
-            if not index.select(COLUMNS).equals(found):
-                problems.append("its index lists other samples than it holds")
-            for at in range(len(index)):
-                key, offset, size, digest = (index[name][at].as_py() for name in (*COLUMNS[:3], "sha256"))
-                if hashlib.sha256(read_at(file, offset, size)).hexdigest() != digest:
-                    problems.append(f"{key}: its image is not the one that was written")
-        with open_regular(path) as whole:
-            if not problems and hashlib.file_digest(whole, "sha256").hexdigest() != tar_digest(index):
-                problems.append("it has been changed, though neither in an image nor in a title")
-    except (OSError, UserError) as error:
-        return [str(error)]
-    return problems

@@ -9,12 +9,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from io import FileIO
 from pathlib import Path
-from typing import Protocol
 
 import aiohttp
 from yarl import URL
 
 from data.batch import BadSample
+from data.progress import DownloadProgress
 from data.shards.tar import BLOCK, END, is_header
 from data.web.fetch import PASSING, FetchPolicy, disk_errors_as_user_errors, retry_delay
 from data.web.guard import BadStatus, Sessions, as_bad_sample, redirect_target
@@ -23,20 +23,10 @@ LEAST_BYTES = 1 << 20  # a try that brings fewer in `policy.timeout` seconds is 
 PIECE = 1 << 18
 
 
-class Progress(Protocol):
-    """Who is told how it goes."""
-
-    def expect(self, size: int) -> None:
-        """A body of this many bytes is on its way."""
-
-    def note(self, size: int) -> None:
-        """This many bytes more are on disk."""
-
-
 class Downloader:
     """What all downloads of a process share."""
 
-    def __init__(self, sessions: Sessions, policy: FetchPolicy, progress: Progress) -> None:
+    def __init__(self, sessions: Sessions, policy: FetchPolicy, progress: DownloadProgress) -> None:
         self.sessions, self.policy, self.progress = sessions, policy, progress
 
     async def persist(self, url: URL, part: Path, most: int, is_tar: bool = False) -> None:
@@ -108,7 +98,7 @@ class Downloader:
             _refuse_if_too_large(size, most)
             with disk_errors_as_user_errors(Path(file.name).parent):
                 file.write(piece)
-            self.progress.note(len(piece))
+            self.progress.add_bytes(len(piece))
             if size >= milestone:
                 milestone = size + LEAST_BYTES
                 limit.reschedule(asyncio.get_running_loop().time() + self.policy.timeout)

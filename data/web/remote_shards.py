@@ -12,20 +12,19 @@ import hashlib
 import os
 import random
 import re
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data.batch import BadSample, UserError
+from data.progress import DownloadProgress
 from data.shards.index import MAX_INDEX, expand_braces, indexed, sidecar, tar_digest
 from data.shards.tar import open_tar
-from data.web.download import Downloader, Progress, validator_path
+from data.web.download import Downloader, validator_path
 from data.web.fetch import FetchPolicy, disk_errors_as_user_errors
 from data.web.guard import Sessions, unused_proxy, web_url
 
 MAX_SHARD = 1 << 36  # bytes; such a shard would not be one
 AT_ONCE = 4  # shards under way in one process
-TELL_EVERY_S = 5.0
 POLL_S = 0.2  # between looks at a shard that another process is fetching
 
 
@@ -63,14 +62,15 @@ def web_name(url: str) -> str:
 
 async def _fetch_all(missing: Sequence[tuple[str, Path]], folder: Path, policy: FetchPolicy,
                      tell: Callable[[str], None]) -> None:
-    progress, slots = _Progress(len(missing), tell), asyncio.Semaphore(AT_ONCE)
+    progress = DownloadProgress("shards fetched", len(missing), tell)
+    slots = asyncio.Semaphore(AT_ONCE)
     async with Sessions(policy.allow_hosts, policy.proxy) as sessions:
         loader = Downloader(sessions, policy, progress)
 
         async def one(url: str, path: Path) -> None:
             async with slots:
                 await _Shard(url, path, loader).obtain()
-                progress.note(0, done=1)
+                progress()
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -78,27 +78,6 @@ async def _fetch_all(missing: Sequence[tuple[str, Path]], folder: Path, policy: 
                     group.create_task(one(url, path))
         except BaseExceptionGroup as problems:  # the first failure has cancelled the others
             raise problems.exceptions[0] from None
-
-
-class _Progress(Progress):
-    """How far all downloads of this process are; spoken of every few seconds."""
-
-    def __init__(self, shards: int, tell: Callable[[str], None]) -> None:
-        self.shards, self.tell, self.done, self.bytes = shards, tell, 0, 0
-        self.announced: list[int] = []  # sizes
-        self.started = self.spoken = time.monotonic()
-
-    def expect(self, size: int) -> None:
-        self.announced.append(size)
-
-    def note(self, size: int, done: int = 0) -> None:
-        self.bytes, self.done, now = self.bytes + size, self.done + done, time.monotonic()
-        if now - self.spoken >= TELL_EVERY_S or (done and self.done == self.shards):
-            self.spoken, rate = now, self.bytes / max(now - self.started, 1e-3)
-            left = sum(self.announced) / max(len(self.announced), 1) * self.shards - self.bytes
-            eta = f"  eta {max(left, 0) / rate:,.0f} s" if rate and self.done < self.shards else ""
-            self.tell(f"shards fetched {self.done:,}/{self.shards:,}  {self.bytes / 1e6:,.1f} MB  "
-                      f"{rate / 1e6:,.1f} MB/s{eta}")
 
 
 class _Shard:

@@ -36,7 +36,7 @@ def test_rows_are_written_in_order_while_others_are_fetched(tmp_path: Path, monk
         rows = [("here.jpg" if n % 100 == 3 else site.url(f"/{n - n % 3 if n % 5 == 0 else n}"), f"title {n}")
                 for n in range(700)]  # some URLs come twice, at once or much later
         csv.writer(file).writerows([("image", "title"), *rows, (rows[0][0], "again"), (rows[8][0], " ")])
-    monkeypatch.setattr(prefetch, "TELL_EVERY_S", 0.0)
+    monkeypatch.setattr(prefetch, "LOG_EVERY_S", 0.0)
     write = ShardWriter.write
     monkeypatch.setattr(ShardWriter, "write", lambda *args: (hits.append(site.hits.total()), write(*args))[1])
     reader = Reader(tmp_path / "cache", ImageSpec.clip(), FetchPolicy(allow_hosts=("127.0.0.1",)), 25_000_000, 2)

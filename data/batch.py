@@ -1,4 +1,4 @@
-"""The shared vocabulary: what flows between the rooms, with shapes.
+"""The types that pass between data/, engine/ and eval/, with shapes; errors; how ranks divide rows.
 
 Dimension key: B local batch, V/T image/text feature width, L tokens, S image side in pixels.
 """
@@ -7,24 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-Moved = TypeVar("Moved", bound=tuple)
+Tensors = TypeVar("Tensors", bound=tuple)
+Value = TypeVar("Value")
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one sentence that names the thing and the fix. Exit code 2, no traceback."""
+    """A mistake that the user can fix: one sentence that names the thing and the fix. Exit code 2, no traceback."""
 
 
 class RunFailed(Exception):
-    """A run that cannot go on though nothing was typed wrong: one sentence. Exit code 1, no traceback."""
+    """A failure of the run itself, not of its arguments: one sentence. Exit code 1, no traceback."""
 
 
 class BadSample(Exception):
-    """One row that cannot be used: `reason` is a short stable word for the ledger, `detail` is for people."""
+    """A row that cannot be used: `reason` is a short stable word for the ledger, `detail` is free text."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -61,45 +62,66 @@ class Features(NamedTuple):
     negative_id_B: Tensor | None
 
 
+class Batches(Protocol):
+    """This rank's inputs of a training run."""
+
+    def from_step(self, step: int) -> Iterator[Batch | Features]:
+        """Yield the inputs of every step from `step` (from 0) on, without end."""
+
+
+class RowBatches(Protocol):
+    """This rank's row numbers of a training run."""
+
+    def from_step(self, step: int) -> Iterator[Tensor]:
+        """Yield the row numbers [B] int64 of every step from `step` (from 0) on, without end."""
+
+
 @dataclass(frozen=True)
-class Batches:
-    """Cached inputs: called with a step, this rank's features of every step from there on.
+class CachedBatches:
+    """Batches of features that are looked up by row number."""
 
-    They are `look` of the row numbers that `rows` yields.
-    """
+    rows: RowBatches
+    features: Callable[[Tensor], Features]
+    device: torch.device  # of the feature tables, and so of the row numbers
 
-    rows: Callable[[int], Iterator[Tensor]]
-    look: Callable[[Tensor], Features]
-    device: torch.device  # of the tables, and so of the row numbers
+    def from_step(self, step: int) -> Iterator[Features]:
+        """Yield the features of every step from `step` on, without end."""
+        return map(self.features, self.rows.from_step(step))
 
-    def __call__(self, first_step: int) -> Iterator[Features]:
-        """Without end."""
-        return map(self.look, self.rows(first_step))
+
+class Exchange(Protocol):
+    """An all-gather of Python objects."""
+
+    def __call__(self, value: Value) -> list[Value]:
+        """Return the values of all ranks, in rank order."""
 
 
 @dataclass(frozen=True)
 class Team:
-    """The other ranks, as far as this room needs them."""
+    """This rank among all ranks, and how they exchange values."""
 
     rank: int
     size: int
-    exchange: Callable[[Any], list[Any]]  # what every rank said, in rank order
+    exchange: Exchange
 
 
 ALONE = Team(0, 1, lambda value: [value])
 
 
-def map_tensors(item: Moved, function: Callable[[Tensor], Tensor]) -> Moved:
-    """The same (nested) NamedTuple with `function` applied to every tensor; None stays None."""
-    return type(item)(*(
-        function(value) if isinstance(value, Tensor)
-        else map_tensors(value, function) if isinstance(value, tuple) else value
-        for value in item
-    ))
+def map_tensors(item: Tensors, function: Callable[[Tensor], Tensor]) -> Tensors:
+    """Return the same (nested) NamedTuple with `function` applied to every tensor; None stays None."""
+    values = []
+    for value in item:
+        if isinstance(value, Tensor):
+            value = function(value)
+        elif isinstance(value, tuple):
+            value = map_tensors(value, function)
+        values.append(value)
+    return type(item)(*values)
 
 
 def share(rows: int, rank: int, size: int) -> tuple[int, int]:
-    """Rank's contiguous part [start, stop) of `rows`, as even as can be; earlier ranks take the extra rows."""
+    """Return the contiguous part [start, stop) of `rows` for `rank` of `size`; earlier ranks take the extra rows."""
     base, extra = divmod(rows, size)
     start = rank * base + min(rank, extra)
     return start, start + base + (rank < extra)

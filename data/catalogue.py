@@ -1,4 +1,4 @@
-"""Rows -> distinct inputs; verdicts on them -> kept rows and the ledger. Nothing here opens an image.
+"""From rows to distinct inputs, and from decode results to kept rows and the ledger. No image is opened here.
 
 Dimension key: M distinct image references, P distinct titles, N rows of a split, D distinct images by content.
 """
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 class References:
-    """M distinct images, each bytes or a path, where the splits have them: images embedded in a dataset that is mapped
-    from disk stay there until one is asked for.
+    """M distinct images, each bytes or a path, read from the dataset's columns on access: embedded images of a dataset
+    that is mapped from disk take no memory.
     """
 
     def __init__(self, images: pa.ChunkedArray, row_M: np.ndarray) -> None:
@@ -47,23 +47,23 @@ class References:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The distinct inputs of all splits, and which of them each row holds."""
+    """The distinct inputs of all splits, and their indices for each row."""
 
     splits: Mapping[str, Rows]
     references: References
-    titles: pa.StringArray  # P distinct titles, negatives among them, each as it is first spelt
+    titles: pa.StringArray  # P distinct titles, negatives included, each in its first spelling
     title_keys: np.ndarray  # [P, 16] uint8
-    image_N: Mapping[str, np.ndarray]  # split -> index into references
-    title_N: Mapping[str, np.ndarray]  # split -> index into titles
-    negative_N: Mapping[str, np.ndarray | None]  # likewise, -1 where a row has no negative
+    image_N: Mapping[str, np.ndarray]  # split -> indices into references
+    title_N: Mapping[str, np.ndarray]  # split -> indices into titles
+    negative_N: Mapping[str, np.ndarray | None]  # split -> indices into titles, -1 where a row has no negative
 
     def title(self, split: str, row: int) -> str:
-        """The title of a row as the row spells it."""
+        """Return the title of a row in its own spelling."""
         return str(self.splits[split].title[row].as_py())
 
 
 class DecodeResult(NamedTuple):
-    """What became of one image reference: its content key, or why it cannot be used."""
+    """The result of reading one image reference: its content key, or why it cannot be used."""
 
     reference: int
     key: bytes
@@ -72,32 +72,33 @@ class DecodeResult(NamedTuple):
 
 
 class DecodeResults:
-    """Verdicts on many references in two arrays, without pixels; a Python object for each that failed, for no other.
+    """Results of many references in two arrays, without pixels; Python objects only for those that failed.
 
-    Iterating makes them again, one at a time.
+    Iterating yields a DecodeResult for each.
     """
 
     def __init__(self) -> None:
         self._reference, self._key = array("q"), bytearray()
         self.problems: dict[int, BadSample] = {}
 
-    def add(self, verdict: DecodeResult) -> None:
-        """Take one down."""
-        if verdict.problem is not None:
-            self.problems[verdict.reference] = verdict.problem
-        self._reference.append(verdict.reference)
-        self._key += verdict.key or bytes(KEY)
+    def add(self, result: DecodeResult) -> None:
+        """Append a result."""
+        if result.problem is not None:
+            self.problems[result.reference] = result.problem
+        self._reference.append(result.reference)
+        self._key += result.key or bytes(KEY)
 
     def __len__(self) -> int:
         return len(self._reference)
 
     def __iter__(self) -> Iterator[DecodeResult]:
-        for at, reference in enumerate(self._reference):
+        for position, reference in enumerate(self._reference):
             problem = self.problems.get(reference)
-            yield DecodeResult(reference, b"" if problem else bytes(self._key[KEY * at : KEY * (at + 1)]), problem)
+            key = b"" if problem else bytes(self._key[KEY * position : KEY * (position + 1)])
+            yield DecodeResult(reference, key, problem)
 
     def good(self) -> tuple[np.ndarray, np.ndarray]:
-        """The references that can be used, and the keys of their content, uint8 [n, 16]."""
+        """Return the references that can be used, and the keys of their content, uint8 [n, 16]."""
         reference = np.frombuffer(self._reference, np.int64)
         is_good = ~np.isin(reference, list(self.problems))
         return reference[is_good], np.frombuffer(self._key, np.uint8).reshape(-1, KEY)[is_good]
@@ -117,104 +118,115 @@ class Split:
         return len(self.row_N)
 
 
-def catalogue(splits: Mapping[str, Rows], read: TitleIds | None = None) -> Catalogue:
-    """Find the distinct image references and titles of all splits, vectorised; titles as `read` by a model or, where
-    none is loaded, as any CLIP model would (`clip_words`).
+def build_catalogue(splits: Mapping[str, Rows], title_ids: TitleIds | None = None) -> Catalogue:
+    """Find the distinct image references and titles of all splits, vectorised.
+
+    Titles are compared by `title_ids` of a model or, where none is loaded, as any CLIP model would (`clip_words`).
     """
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    names = list(splits)
-    ends = np.cumsum([len(splits[name]) for name in names])
+    ends = np.cumsum([len(rows) for rows in splits.values()])
     images = pa.chunked_array([chunk for rows in splits.values() for chunk in rows.image.chunks])
-    name_of = image_names(images)
-    encoded = name_of.combine_chunks().dictionary_encode()
+    encoded = image_names(images).combine_chunks().dictionary_encode()
     image_all = encoded.indices.to_numpy(zero_copy_only=False)
-    first = np.unique(image_all, return_index=True)[1]
+    first_M = np.unique(image_all, return_index=True)[1]
 
     columns = [rows.title for rows in splits.values()]
     columns += [rows.title_neg for rows in splits.values() if rows.title_neg is not None]
-    text = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string()).combine_chunks()
-    coded = text.dictionary_encode()
-    keys = (read or clip_words()).keys(coded.dictionary)
-    number, first_P = distinct(keys)
-    text_all = pc.fill_null(coded.indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
-    text_all = np.append(number, -1)[text_all]
+    title_all, titles, title_keys = _distinct_titles(columns, title_ids or clip_words())
     negative_N: dict[str, np.ndarray | None] = {}
-    at = int(ends[-1])
-    for name in names:
-        count = len(splits[name]) if splits[name].title_neg is not None else 0
-        negative_N[name] = text_all[at : at + count] if count else None
-        at += count
-    parts = dict(zip(names, np.split(image_all, ends[:-1]), strict=True))
-    titles = dict(zip(names, np.split(text_all[: ends[-1]], ends[:-1]), strict=True))
-    return Catalogue(splits, References(images, first), coded.dictionary.take(pa.array(first_P)), keys[first_P], parts,
-                     titles, negative_N)
+    start = int(ends[-1])
+    for name, rows in splits.items():
+        count = len(rows) if rows.title_neg is not None else 0
+        negative_N[name] = title_all[start : start + count] if count else None
+        start += count
+    image_N = dict(zip(splits, np.split(image_all, ends[:-1]), strict=True))
+    title_N = dict(zip(splits, np.split(title_all[: ends[-1]], ends[:-1]), strict=True))
+    return Catalogue(splits, References(images, first_M), titles, title_keys, image_N, title_N, negative_N)
 
 
-def keys_and_usable(verdicts: Sequence[DecodeResults], references: int) -> tuple[np.ndarray, np.ndarray]:
-    """What several ranks found, by reference: content keys [M, 16], and whether it can be used [M]."""
+def _distinct_titles(columns: Sequence[pa.ChunkedArray], title_ids: TitleIds) -> tuple[
+        np.ndarray, pa.StringArray, np.ndarray]:
+    """Return the number of each entry's title (-1 where null), the P distinct titles, and their keys [P, 16]."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    chunks = [chunk for column in columns for chunk in column.chunks]
+    spelt = pa.chunked_array(chunks, pa.string()).combine_chunks().dictionary_encode()
+    keys = title_ids.keys(spelt.dictionary)  # spellings that give equal token ids are one title
+    number, first_P = distinct(keys)
+    spelling_all = pc.fill_null(spelt.indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+    return np.append(number, -1)[spelling_all], spelt.dictionary.take(pa.array(first_P)), keys[first_P]
+
+
+def keys_and_usable(results: Sequence[DecodeResults], references: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return, by reference, the content keys [M, 16] and whether it can be used [M], from the results of all ranks."""
     key_MK, good_M = np.zeros((references, KEY), np.uint8), np.zeros(references, bool)
-    for each in verdicts:
-        reference, key = each.good()
+    for rank_results in results:
+        reference, key = rank_results.good()
         key_MK[reference], good_M[reference] = key, True
     return key_MK, good_M
 
 
-def keep_usable_rows(found: Catalogue, verdicts: Sequence[DecodeResults], lost: Sequence[Mapping[str, Any]], max_bad: float) -> tuple[
-        dict[str, Split], np.ndarray, np.ndarray, list[Mapping[str, Any]]]:
-    """Turn verdicts on all M references, as several ranks gave them, into kept rows and the ledger.
+def keep_usable_rows(catalogue: Catalogue, results: Sequence[DecodeResults], unread: Sequence[Mapping[str, Any]],
+                     max_bad: float) -> tuple[dict[str, Split], np.ndarray, np.ndarray, list[Mapping[str, Any]]]:
+    """Turn the results of all M references, from all ranks, into kept rows and the ledger.
 
     Returns splits, the distinct content keys [D, 16], for each of them one reference index [D], and ledger entries,
-    those of `lost` (what never became a row) first. kept + dropped = rows in, for every split. Raises UserError when
-    more than `max_bad` of all rows would go, or a split would be left empty.
+    those of `unread` (what never became a row) first. kept + dropped = rows in, for every split. Raises UserError when
+    more than `max_bad` of all rows would be dropped, or a split would be left empty.
     """
-    key_MK, good_M = keys_and_usable(verdicts, len(found.references))
+    key_MK, good_M = keys_and_usable(results, len(catalogue.references))
     image_M, usable = np.full(len(good_M), -1, np.int64), np.flatnonzero(good_M)
     image_M[usable], first = distinct(key_MK[usable])
-    example = usable[first]
-    problems = {reference: problem for each in verdicts for reference, problem in each.problems.items()}
-    blank_P = is_blank(found.titles)
-    splits, ledger = {}, list(lost)
-    for name in found.splits:
-        splits[name], dropped = _settle_split(found, name, image_M, problems, blank_P)
+    example_D = usable[first]
+    problems: dict[int, BadSample] = {}
+    for rank_results in results:
+        problems |= rank_results.problems
+    blank_P = is_blank(catalogue.titles)
+    splits, ledger = {}, list(unread)
+    for name in catalogue.splits:
+        splits[name], dropped = _keep_usable_rows_of(catalogue, name, image_M, problems, blank_P)
         ledger += dropped
-    check_bad_share(sum(map(len, found.splits.values())) + dropped_rows(lost), ledger, max_bad)
+    check_bad_share(sum(map(len, catalogue.splits.values())) + dropped_rows(unread), ledger, max_bad)
     for name, split in splits.items():
         if not len(split):
             raise UserError(f"split {name!r} has no usable row ({describe_reasons(ledger)})")
-    return splits, key_MK[example], example, ledger
+    return splits, key_MK[example_D], example_D, ledger
 
 
-def _settle_split(found: Catalogue, name: str, image_M: np.ndarray, problems: Mapping[int, BadSample],
-                  blank_P: np.ndarray) -> tuple[Split, list[dict[str, Any]]]:
-    image_N, title_N, negative_N = found.image_N[name], found.title_N[name], found.negative_N[name]
+def _keep_usable_rows_of(catalogue: Catalogue, name: str, image_M: np.ndarray, problems: Mapping[int, BadSample],
+                         blank_P: np.ndarray) -> tuple[Split, list[dict[str, Any]]]:
+    """Return the kept rows of one split, and ledger entries of the others."""
+    image_N, title_N, negative_N = catalogue.image_N[name], catalogue.title_N[name], catalogue.negative_N[name]
     untitled_N = blank_P[title_N]
     good_N = (image_M[image_N] >= 0) & ~untitled_N
     ledger = []
-    for row in np.flatnonzero(~good_N):
+    for row in np.flatnonzero(~good_N).tolist():
         problem = BadSample("no-title") if untitled_N[row] else problems[int(image_N[row])]
-        ledger.append({"split": name, "row": int(row), "image": found.references[image_N[row]]["path"].as_py(),
-                       "title": found.title(name, int(row)), "reason": problem.reason, "detail": problem.detail})
+        path = catalogue.references[image_N[row]]["path"].as_py()
+        ledger.append({"split": name, "row": row, "image": path, "title": catalogue.title(name, row),
+                       "reason": problem.reason, "detail": problem.detail})
+    kept = np.flatnonzero(good_N)
+    kept_negative = None
     if negative_N is not None:
         negative_N = np.where(np.append(blank_P, True)[negative_N], -1, negative_N)
-        if (negative_N < 0).all():
-            negative_N = None
-    kept = np.flatnonzero(good_N)
-    return Split(name, kept, torch.from_numpy(image_M[image_N[kept]]), torch.from_numpy(title_N[kept]),
-                 None if negative_N is None else torch.from_numpy(negative_N[kept])), ledger
+        if (negative_N >= 0).any():
+            kept_negative = torch.from_numpy(negative_N[kept])
+    image, title = torch.from_numpy(image_M[image_N[kept]]), torch.from_numpy(title_N[kept])
+    return Split(name, kept, image, title, kept_negative), ledger
 
 
 def check_bad_share(rows: int, ledger: Sequence[Mapping[str, Any]], max_bad: float) -> None:
-    """Raises UserError when more than a share `max_bad` of all rows is in the ledger, with the reasons."""
+    """Raise UserError, with the reasons, when more than a share `max_bad` of all rows is in the ledger."""
     dropped = dropped_rows(ledger)
     if dropped > max_bad * rows:
-        raise UserError(f"{dropped:,} of {rows:,} rows cannot be used ({describe_reasons(ledger)}); mend them or raise "
+        raise UserError(f"{dropped:,} of {rows:,} rows cannot be used ({describe_reasons(ledger)}); fix them or raise "
                         f"--max-bad (now {100 * max_bad:.3g}%)")
 
 
 def describe_reasons(ledger: Sequence[Mapping[str, Any]]) -> str:
-    """The reasons in a ledger and how many rows each dropped, most frequent first, with one example."""
+    """Return the reasons in a ledger and how many rows each dropped, most frequent first, with one example."""
     counts = Counter[str]()
     for entry in ledger:
         counts[entry["reason"]] += dropped_rows([entry])
@@ -226,5 +238,5 @@ def describe_reasons(ledger: Sequence[Mapping[str, Any]]) -> str:
 
 
 def as_keys(keys: Sequence[bytes]) -> np.ndarray:
-    """16-byte keys as one uint8 array [n, 16]."""
+    """Return 16-byte keys as one uint8 array [n, 16]."""
     return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16)

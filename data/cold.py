@@ -1,4 +1,4 @@
-"""The cold pass: every distinct image and title is opened, decoded and encoded once, ranks sharing the work.
+"""The cold pass: open, decode and encode every distinct image and title once; ranks share the work.
 
 Dimension key: V/T image/text feature width, B rows of a batch.
 """
@@ -10,17 +10,18 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import BadSample, Batch, Tokens
-from data.catalogue import Catalogue, DecodeResult, DecodeResults, Split, as_keys
+from data.batch import BadSample, Team, Tokens
+from data.catalogue import Catalogue, DecodeResult, DecodeResults, as_keys
 from data.files import NotAFile, read_regular
+from data.identity import TitleIds
 from data.images.augment import Region
-from data.images.decode import ImageSpec, collate_tokens, decode_image
+from data.images.decode import ImageSpec, collate_tokens, decode_image, tokenize
 from data.prefetch import batched, threaded_map
 from data.progress import Progress
 from data.shards.index import read_member
@@ -29,36 +30,40 @@ from data.store.segments import key_of
 from data.web.fetch import Fetched, FetchPolicy, cached_path, delete_fetched, fetch
 from data.web.guard import unused_proxy
 
-CHUNK = 64  # images handed to the tower at once
-TITLES = 512  # likewise titles
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from transformers import PreTrainedTokenizerFast
+
+CHUNK = 64  # images that the tower encodes at once
+TITLES = 512  # titles that the tower encodes at once
 SEGMENT = 4096  # features written at once
-NO_PICTURE = {"empty", "not-image", "truncated", "undecodable"}  # reasons of `decode_image` that lie in the bytes
+NO_PICTURE = {"empty", "not-image", "truncated", "undecodable"}  # reasons of `decode_image` that are in the bytes
 URL_START = "^(?i)https?://"
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How a reference becomes pixels: where fetched bytes lie, what the decoder makes, what the fetcher may do."""
+    """Reads image references: fetched bytes, files, members of shards, embedded bytes; and decodes them."""
 
-    folder: Path
+    folder: Path  # of fetched bytes
     spec: ImageSpec
     policy: FetchPolicy
     max_pixels: int
     workers: int
     retry_failed: bool = False
-    augment: bool = False  # training sees random parts of its images
+    augment: bool = False  # training uses random crops
 
     def fetch(self, urls: Iterable[str]) -> Generator[Fetched]:
-        """Bring these URLs into the folder; each one's fate as it is known."""
+        """Fetch these URLs into the folder; yield the result of each as it arrives."""
         return fetch(urls, self.folder, self.policy, self.retry_failed)
 
     def forget(self, reference: Mapping[str, Any]) -> None:
-        """Drop what was fetched for a reference, as it is no picture; a later run asks for it again."""
+        """Delete the fetched bytes of a reference that are no picture, so that a later run fetches them again."""
         if reference["bytes"] is None and is_url(reference["path"] or ""):
             delete_fetched(reference["path"], self.folder)
 
     def read(self, reference: Mapping[str, Any]) -> bytes:
-        """The bytes behind one reference. Raises BadSample when they are not to be had."""
+        """Return the bytes of a reference. Raises BadSample when they are missing or cannot be read."""
         data, path = reference["bytes"], reference["path"]
         if data is not None:
             return bytes(data)
@@ -77,149 +82,185 @@ class Reader:
 
     def pixels(self, reference: Mapping[str, Any],
                region: Callable[[int, int], Region] | None = None) -> np.ndarray:
-        """uint8 pixels [3, S, S] of one reference, or of a region of it. Raises BadSample."""
+        """Return uint8 pixels [3, S, S] of a reference, or of a region of it. Raises BadSample."""
         return decode_image(self.read(reference), self.spec, self.max_pixels, region)
 
 
+@dataclass(frozen=True)
+class Encoders:
+    """The frozen towers as two functions, the names of the feature spaces that they map into, and the tokenizer."""
+
+    image: Callable[[Tensor], Tensor]  # uint8 pixels [B, 3, S, S] -> [B, V]
+    text: Callable[[Tokens], Tensor]  # tokens [B, L] -> [B, T]
+    image_width: int
+    text_width: int
+    image_space: str
+    text_space: str
+    stored: bool  # features are constants, computed once and kept in the feature store
+    tokenizer: PreTrainedTokenizerFast
+    max_tokens: int
+
+    @property
+    def pad_id(self) -> int:
+        """The id of the padding token."""
+        return self.tokenizer.pad_token_id
+
+    def title_ids(self, cache: Path) -> TitleIds:
+        """Return the identity of titles: their token ids under this tokenizer."""
+        return TitleIds(self.tokenizer, self.max_tokens, self.text_space, cache / "seen")
+
+    def tokenize(self, titles: pa.StringArray) -> list[list[int]]:
+        """Return the token ids of some titles."""
+        return tokenize(self.tokenizer, titles.to_pylist(), self.max_tokens)
+
+    def image_store(self, cache: Path) -> FeatureStore:
+        """Open the store of image features in a --cache-dir."""
+        return FeatureStore(cache / "features" / self.image_space, self.image_width)
+
+    def title_store(self, cache: Path) -> FeatureStore:
+        """Open the store of title features in a --cache-dir."""
+        return FeatureStore(cache / "features" / self.text_space, self.text_width)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """From references and titles to features on this rank: reader, towers, ranks, cache folder, device, log."""
+
+    reader: Reader
+    encoders: Encoders
+    team: Team
+    cache: Path
+    device: torch.device
+    log: Callable[[str], None]
+
+
 def is_url(path: str) -> bool:
-    """Does this reference have to be fetched?"""
+    """Return whether a reference has to be fetched."""
     return path.lower().startswith(("http://", "https://"))
 
 
-def decode_distinct(found: Catalogue, reader: Reader, mine: Sequence[int], known: Callable[[bytes], bool],
-          tell: Callable[[str], None], decode: Callable[[bytes], np.ndarray] | None = None) -> Iterator[DecodeResult]:
-    """Open, and where its content is not `known` decode, each of `mine` references; in any order, bounded memory.
+def decode_distinct(catalogue: Catalogue, reader: Reader, references: Sequence[int], known: Callable[[bytes], bool],
+                    log: Callable[[str], None],
+                    decode: Callable[[bytes], np.ndarray] | None = None) -> Iterator[DecodeResult]:
+    """Read the given references, and decode those whose content key is not `known`; in any order, in bounded memory.
 
-    `decode` takes the place of the reader's own decoding into pixels, and may raise BadSample as that does.
+    `decode` replaces the reader's own decoding into pixels, and may raise BadSample as that does.
     """
     decode = decode or partial(decode_image, spec=reader.spec, max_pixels=reader.max_pixels)
 
-    def look(available: tuple[int, BadSample | None]) -> DecodeResult:
+    def read_and_decode(available: tuple[int, BadSample | None]) -> DecodeResult:
         index, problem = available
         try:
             if problem is not None:
                 raise problem
-            reference = found.references[index].as_py()
+            reference = catalogue.references[index].as_py()
             data = reader.read(reference)
             key = key_of(data)
             return DecodeResult(index, key, None, None if known(key) else decode(data))
-        except BadSample as found_out:
-            if found_out.reason in NO_PICTURE:
+        except BadSample as failure:
+            if failure.reason in NO_PICTURE:
                 reader.forget(reference)
-            return DecodeResult(index, b"", found_out)
+            return DecodeResult(index, b"", failure)
 
-    pace = Progress("images", len(mine), tell)
-    for verdict in threaded_map(look, _available(found, reader, np.asarray(mine, np.int64), tell), reader.workers, 2 * CHUNK):
-        pace(problem=verdict.problem)
-        yield verdict
+    progress = Progress("images", len(references), log)
+    available = _available(catalogue, reader, np.asarray(references, np.int64), log)
+    for result in threaded_map(read_and_decode, available, reader.workers, 2 * CHUNK):
+        progress(problem=result.problem)
+        yield result
 
 
-def _available(found: Catalogue, reader: Reader, mine: np.ndarray,
-               tell: Callable[[str], None]) -> Iterator[tuple[int, BadSample | None]]:
-    """The references as their bytes become readable: local ones at once, URLs as the fetcher finishes them."""
+def _available(catalogue: Catalogue, reader: Reader, references: np.ndarray,
+               log: Callable[[str], None]) -> Iterator[tuple[int, BadSample | None]]:
+    """Yield the references as their bytes become readable: local ones at once, URLs as the fetcher finishes them."""
     import pyarrow.compute as pc
 
-    path = found.references.path  # null where the bytes are embedded
-    is_remote_R = pc.fill_null(pc.match_substring_regex(path, URL_START), False).to_numpy()[mine]
-    for index in mine[~is_remote_R]:
+    path = catalogue.references.path  # null where the bytes are embedded
+    is_remote_R = pc.fill_null(pc.match_substring_regex(path, URL_START), False).to_numpy()[references]
+    for index in references[~is_remote_R]:
         yield int(index), None
-    remote = mine[is_remote_R]
-    asked: dict[str, int] = {}  # those that the fetcher has in hand; no URL comes twice
+    remote = references[is_remote_R]
+    in_flight: dict[str, int] = {}  # URL -> its reference; references are distinct, so no URL comes twice
 
     def urls() -> Iterator[str]:
         for index in remote:
-            asked[url := path[index].as_py()] = int(index)
+            url = path[index].as_py()
+            in_flight[url] = int(index)
             yield url
 
-    if len(remote) and not reader.policy.proxy and (name := unused_proxy()):
-        tell(f"{name} is set and not used: images are fetched directly; --proxy URL fetches them through a proxy")
-    for fetched in reader.fetch(urls()) if len(remote) else ():
-        yield asked.pop(fetched.url), BadSample(fetched.reason, fetched.detail) if fetched.reason else None
+    if not len(remote):
+        return
+    if not reader.policy.proxy and (name := unused_proxy()):
+        log(f"{name} is set and not used: images are fetched directly; --proxy URL fetches them through a proxy")
+    for fetched in reader.fetch(urls()):
+        problem = BadSample(fetched.reason, fetched.detail) if fetched.reason else None
+        yield in_flight.pop(fetched.url), problem
 
 
-def encode_missing_images(found: Catalogue, reader: Reader, mine: Sequence[int], store: FeatureStore | None,
-                encode: Callable[[Tensor], Tensor], tell: Callable[[str], None]) -> DecodeResults:
-    """Look at `mine` references; what the store does not hold yet goes through the tower once, in CHUNKs.
+def encode_missing_images(catalogue: Catalogue, reader: Reader, references: Sequence[int], store: FeatureStore | None,
+                          encode: Callable[[Tensor], Tensor], log: Callable[[str], None]) -> DecodeResults:
+    """Read the given references; encode those that the store does not hold yet, in CHUNKs, and store the features.
 
     Without a store images are only decoded, to know now which rows streaming can use.
     """
-    seen = DecodeResults()
-    fresh: set[bytes] = set()  # encoded, and not yet in the store
-    lock = threading.Lock()  # `known` is asked from the decoding threads
+    results = DecodeResults()
+    unwritten: set[bytes] = set()  # keys that are encoded, and not yet in the store
+    lock = threading.Lock()  # `known` is called from the decoding threads
 
     def known(key: bytes) -> bool:
         with lock:
-            return store is not None and (key in fresh or store.locate(as_keys([key]))[0] >= 0)
+            return store is not None and (key in unwritten or store.locate(as_keys([key]))[0] >= 0)
 
     keys: list[bytes] = []
     values: list[Tensor] = []
-    for chunk in batched(decode_distinct(found, reader, mine, known, tell), CHUNK):
-        for verdict in chunk:
-            seen.add(verdict)
+    for chunk in batched(decode_distinct(catalogue, reader, references, known, log), CHUNK):
+        for result in chunk:
+            results.add(result)
         if store is None:
             continue
-        new = {v.key: v.pixels for v in chunk if v.pixels is not None and not known(v.key)}
+        new = {result.key: result.pixels for result in chunk if result.pixels is not None and not known(result.key)}
         if new:
             keys += new
-            fresh.update(new)
+            unwritten.update(new)
             values.append(encode(torch.from_numpy(np.stack(list(new.values())))).cpu())
         if len(keys) >= SEGMENT:
             with lock:
                 store.append(as_keys(keys), torch.cat(values))
-                fresh.clear()
+                unwritten.clear()
             keys, values = [], []
     if store is not None and keys:
         store.append(as_keys(keys), torch.cat(values))
-    return seen
+    return results
 
 
-def encode_missing_titles(tokens: Callable[[Sequence[int]], Sequence[Sequence[int]]], keys: np.ndarray, store: FeatureStore,
-                own: Sequence[int], pad_id: int, encode: Callable[[Tokens], Tensor],
-                tell: Callable[[str], None] = lambda text: None) -> None:
-    """Encode `own` of the titles, this rank's share of what the store does not hold yet; `tokens` reads some."""
-    pace = Progress("titles", len(own), tell)
-    for part in batched(own, SEGMENT):
-        store.append(keys[np.asarray(part)], encode_titles(tokens(part), pad_id, encode, store.width, pace))
+def encode_missing_titles(tokens: Callable[[slice], Sequence[Sequence[int]]], keys: np.ndarray, store: FeatureStore,
+                          pad_id: int, encode: Callable[[Tokens], Tensor],
+                          log: Callable[[str], None] = lambda text: None) -> None:
+    """Encode the titles of `keys` [n, 16], which the store lacks; `tokens` returns the ids of a slice of them."""
+    progress = Progress("titles", len(keys), log)
+    for start in range(0, len(keys), SEGMENT):
+        part = slice(start, start + SEGMENT)
+        store.append(keys[part], encode_titles(tokens(part), pad_id, encode, store.width, progress))
 
 
 def encode_titles(ids: Sequence[Sequence[int]], pad_id: int, encode: Callable[[Tokens], Tensor], width: int,
-                  pace: Callable[[int], None] = lambda count: None) -> Tensor:
-    """Text features [len(ids), T] on the CPU, in order; like lengths go to the tower together."""
+                  progress: Callable[[int], None] = lambda count: None) -> Tensor:
+    """Return text features [len(ids), T] on the CPU, in order; titles of similar length are encoded together."""
     if not ids:
         return torch.empty(0, width)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     parts = []
     for chunk in batched(order, TITLES):
         parts.append(encode(collate_tokens([ids[i] for i in chunk], pad_id)).cpu())
-        pace(len(chunk))
+        progress(len(chunk))
     return torch.cat(parts)[torch.argsort(torch.tensor(order))]
 
 
-def streamed_batch(split: Split, found: Catalogue, example: np.ndarray, reader: Reader, ids: Sequence[Sequence[int]],
-                   pad_id: int) -> Callable[..., Batch]:
-    """A function that makes the Batch of given row numbers: images read and decoded, titles padded.
-
-    Its second argument, if any, says which region of a row's image to show: row, width, height -> region.
-    """
-    def make(rows_B: Tensor, region: Callable[[int, int, int], Region] | None = None) -> Batch:
-        image_B, title_B = split.image_N[rows_B], split.title_N[rows_B]
-        negative_B = None if split.negative_N is None else split.negative_N[rows_B]
-        pixels = [reader.pixels(found.references[int(example[i])].as_py(), region and partial(region, row))
-                  for row, i in zip(rows_B.tolist(), image_B.tolist(), strict=True)]
-        side = reader.spec.crop
-        return Batch(
-            torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 3, *side, dtype=torch.uint8),
-            collate_tokens([ids[i] for i in title_B.tolist()], pad_id),
-            None if negative_B is None else collate_tokens([ids[max(i, 0)] for i in negative_B.tolist()], pad_id),
-            image_B, title_B, negative_B,
-        )
-    return make
-
-
-def encode_images(found: Catalogue, references: np.ndarray, reader: Reader, encode: Callable[[Tensor], Tensor],
+def encode_images(catalogue: Catalogue, references: np.ndarray, reader: Reader, encode: Callable[[Tensor], Tensor],
                   width: int) -> Tensor:
-    """Image features [len(references), V] on the CPU, in order, of references already known to decode."""
-    decoded = threaded_map(lambda index: reader.pixels(found.references[int(index)].as_py()), references, reader.workers,
-                    2 * CHUNK)
+    """Return image features [len(references), V] on the CPU, in order, of references already known to decode."""
+    def pixels(index: int) -> np.ndarray:
+        return reader.pixels(catalogue.references[index].as_py())
+
+    decoded = threaded_map(pixels, references.tolist(), reader.workers, 2 * CHUNK)
     parts = [encode(torch.from_numpy(np.stack(chunk))).cpu() for chunk in batched(decoded, CHUNK)]
     return torch.cat(parts) if parts else torch.empty(0, width)

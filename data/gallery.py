@@ -1,6 +1,6 @@
 """A dataset as a gallery to search in: its distinct images or its distinct titles, with features from the store.
 
-One process. Nothing is decoded that the store knows, and a gallery of titles opens no image.
+One process. Images whose features are stored are not decoded, and a gallery of titles opens no image.
 Dimension key: M distinct image references, N distinct items of the gallery, Q queries, V/T image/text feature width.
 """
 
@@ -17,49 +17,48 @@ import torch
 from torch import Tensor
 
 from data.batch import BadSample, UserError
-from data.catalogue import catalogue
-from data.cold import Reader, encode_missing_images, encode_missing_titles, encode_titles, is_url
+from data.catalogue import build_catalogue
+from data.cold import Encoders, Reader, encode_missing_images, encode_missing_titles, encode_titles, is_url
 from data.identity import distinct
 from data.images.album import small_jpeg
 from data.images.decode import decode_image, tokenize
-from data.pairs import Encoders
 from data.sources.source import Rows
 from data.store.feature_split import StoredTable
 from data.store.features import FeatureStore
 from data.store.stat_cache import StatCache
 from data.titles import is_blank
 
-SIDE = 320  # pixels of the longer side of a picture on the page
+SIDE = 320  # pixels of the longer side of a preview
 
 
 class Item(NamedTuple):
-    """One answer: the first row that holds it. `image` is a path or URL, "" where the row has bytes or no image."""
+    """An item as its first row has it. `image` is a path or URL, "" where the row has bytes or no image."""
 
     split: str
     row: int
     image: str
     title: str
-    reference: Mapping[str, Any]  # the image as `Reader.read` takes it
+    reference: Mapping[str, Any]  # the image, for `Reader.read`
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """N distinct items: equal content is there once, at the first row that holds it."""
+    """N distinct items; equal content counts once, at the first row that holds it."""
 
     splits: Mapping[str, Rows]
     features: StoredTable
-    at_N: np.ndarray  # number of that row, counted over all splits
+    row_N: np.ndarray  # number of that row, counted over all splits
 
     def __len__(self) -> int:
-        return len(self.at_N)
+        return len(self.row_N)
 
     def chunk(self, start: int, stop: int) -> Tensor:
-        """Features of the items from `start` to `stop`."""
+        """Return the features of the items from `start` to `stop`."""
         return self.features.store.gather(self.features.rows[start:stop])
 
     def item(self, index: int) -> Item:
-        """Item `index` as the dataset has it."""
-        row = int(self.at_N[index])
+        """Return item `index` as the dataset has it."""
+        row = int(self.row_N[index])
         for split, rows in self.splits.items():
             if row < len(rows):
                 reference = rows.image[row].as_py()
@@ -69,55 +68,56 @@ class Gallery:
 
 
 def open_images(splits: Mapping[str, Rows], reader: Reader, encoders: Encoders, cache: Path,
-                tell: Callable[[str], None]) -> Gallery:
-    """All images that can be used, titled or not; `tell` hears how many cannot. Raises UserError when none can.
+                log: Callable[[str], None]) -> Gallery:
+    """Return all usable images, titled or not; the number of others is logged. Raises UserError when there is none.
 
-    Only files that are new or have changed since the last look are read.
+    Only files that are new or have changed since they were last read are read.
     """
-    found = catalogue(splits, encoders.titles(cache))
-    store = FeatureStore(cache / "features" / encoders.image_space, encoders.image_width)
-    seen = StatCache(cache / "seen", found.references.path.to_pylist(), reader.folder)
-    keys, good = seen.keys.copy(), seen.known & (store.locate(seen.keys) >= 0)
-    unread, problems = np.flatnonzero(~good), []
-    for verdict in encode_missing_images(found, reader, unread.tolist(), store, encoders.image, tell) if len(unread) else ():
-        if verdict.problem is None:
-            keys[verdict.reference], good[verdict.reference] = np.frombuffer(verdict.key, np.uint8), True
-        else:
-            problems.append(verdict.problem)
-    if good[unread].any():
-        seen.remember(keys, good)
-    if problems:
-        tell(f"{len(problems):,} of {len(keys):,} images cannot be used, such as {problems[0]}")
+    catalogue = build_catalogue(splits, encoders.title_ids(cache))
+    store = encoders.image_store(cache)
+    stats = StatCache(cache / "seen", catalogue.references.path.to_pylist(), reader.folder)
+    keys = stats.keys.copy()
+    good = stats.known & (store.locate(stats.keys) >= 0)
+    unread = np.flatnonzero(~good)
+    if len(unread):
+        results = encode_missing_images(catalogue, reader, unread.tolist(), store, encoders.image, log)
+        references, new_keys = results.good()
+        keys[references], good[references] = new_keys, True
+        problems = [*results.problems.values()]
+        if len(references):
+            stats.remember(keys, good)
+        if problems:
+            log(f"{len(problems):,} of {len(keys):,} images cannot be used, such as {problems[0]}")
     if not good.any():
         raise UserError("the dataset has no image that can be searched; `run.py check` says what is wrong with it")
-    first = _first_rows(found.image_N, len(keys))
+    first = _first_rows(catalogue.image_N, len(keys))
     usable = np.flatnonzero(good)[np.argsort(first[good])]
     shown = usable[distinct(keys[usable])[1]]
     return _gallery(splits, store, keys[shown], first[shown])
 
 
 def open_titles(splits: Mapping[str, Rows], encoders: Encoders, cache: Path) -> Gallery:
-    """All titles that are not blank. Raises UserError when there is none."""
-    found = catalogue(splits, encoders.titles(cache))
-    first = _first_rows(found.title_N, len(found.titles))
-    own = np.flatnonzero((first >= 0) & ~is_blank(found.titles))
-    if not len(own):
+    """Return all titles that are not blank. Raises UserError when there is none."""
+    catalogue = build_catalogue(splits, encoders.title_ids(cache))
+    first = _first_rows(catalogue.title_N, len(catalogue.titles))
+    shown = np.flatnonzero((first >= 0) & ~is_blank(catalogue.titles))
+    if not len(shown):
         raise UserError("the dataset has no title that can be searched; name the column with --title-column")
-    keys = found.title_keys[own]
-    store = FeatureStore(cache / "features" / encoders.text_space, encoders.text_width)
+    keys = catalogue.title_keys[shown]
+    store = encoders.title_store(cache)
     missing = np.flatnonzero(store.locate(keys) < 0)
 
-    def tokens(some: Sequence[int]) -> list[list[int]]:
-        return tokenize(encoders.tokenizer, found.titles.take(own[np.asarray(some)]).to_pylist(), encoders.max_tokens)
+    def tokens(part: slice) -> list[list[int]]:
+        return encoders.tokenize(catalogue.titles.take(shown[missing[part]]))
 
-    encode_missing_titles(tokens, keys, store, missing, encoders.tokenizer.pad_token_id, encoders.text)
-    return _gallery(splits, store, keys, first[own])
+    encode_missing_titles(tokens, keys[missing], store, encoders.pad_id, encoders.text)
+    return _gallery(splits, store, keys, first[shown])
 
 
 def _first_rows(index_N: Mapping[str, np.ndarray], count: int) -> np.ndarray:
-    """For each of `count` inputs the first row that holds it, counted over all splits; -1: none, a negative alone."""
-    every, first = np.concatenate([*index_N.values()]), np.full(count, -1, np.int64)
-    inputs, rows = np.unique(every, return_index=True)
+    """Return for each of `count` inputs its first row, counted over all splits; -1 where only a negative holds it."""
+    first = np.full(count, -1, np.int64)
+    inputs, rows = np.unique(np.concatenate([*index_N.values()]), return_index=True)
     first[inputs] = rows
     return first
 
@@ -128,13 +128,13 @@ def _gallery(splits: Mapping[str, Rows], store: FeatureStore, keys: np.ndarray, 
 
 
 def title_features(titles: Sequence[str], encoders: Encoders) -> Tensor:
-    """Text features [Q, T] of queries, which the store need not remember."""
+    """Return text features [Q, T] of queries; they are not stored."""
     ids = tokenize(encoders.tokenizer, titles, encoders.max_tokens)
-    return encode_titles(ids, encoders.tokenizer.pad_token_id, encoders.text, encoders.text_width)
+    return encode_titles(ids, encoders.pad_id, encoders.text, encoders.text_width)
 
 
 def image_features(image: str, reader: Reader, encoders: Encoders) -> Tensor:
-    """Image features [1, V] of a file or, through the fetcher and its guard, a URL. Raises UserError."""
+    """Return image features [1, V] of a file or, through the fetcher and its guard, of a URL. Raises UserError."""
     try:
         pixels = decode_image(read_image(image, reader), reader.spec, reader.max_pixels)
     except BadSample as problem:
@@ -143,7 +143,7 @@ def image_features(image: str, reader: Reader, encoders: Encoders) -> Tensor:
 
 
 def read_image(image: str, reader: Reader) -> bytes:
-    """The bytes of a file or URL. Raises BadSample."""
+    """Return the bytes of a file or URL. Raises BadSample."""
     if is_url(image):
         (fetched,) = reader.fetch([image])
         if fetched.reason is not None:
@@ -152,7 +152,7 @@ def read_image(image: str, reader: Reader) -> bytes:
 
 
 def read_queries(given: Sequence[str], file: str, image: str) -> list[str]:
-    """The titles asked for, on the command line and one a line in `file`. UserError: none, or a picture as well."""
+    """Return the queries: `given` titles, then those in `file`, one a line. UserError: none, or an image as well."""
     titles = list(given)
     if file:
         try:
@@ -169,7 +169,7 @@ def read_queries(given: Sequence[str], file: str, image: str) -> list[str]:
 
 
 def select_splits(splits: dict[str, Rows], wanted: str, dataset: str) -> dict[str, Rows]:
-    """The split `wanted`, or `all` of them. Raises UserError when there is none of that name."""
+    """Return the split `wanted`, or `all` of them. Raises UserError when there is none of that name."""
     if wanted != "all" and wanted not in splits:
         raise UserError(f"--dataset {dataset} has no split {wanted!r}; it has {', '.join(splits)} (all: every one)")
     return splits if wanted == "all" else {wanted: splits[wanted]}
@@ -177,13 +177,13 @@ def select_splits(splits: dict[str, Rows], wanted: str, dataset: str) -> dict[st
 
 def preview_pictures(splits: Mapping[str, Rows], places: Iterable[tuple[str, int]], image: str,
              reader: Reader) -> dict[tuple[str, int] | str, bytes]:
-    """Small JPEGs of rows (split, number) and of the `image` asked for, if any; what cannot be shown is left out."""
+    """Return small JPEGs of rows (split, number) and of the query `image`, if any; unreadable ones are left out."""
     wanted: dict[tuple[str, int] | str, Mapping[str, Any]] = {
         (split, row): splits[split].image[row].as_py() for split, row in places}
     if image:
         wanted[image] = {"bytes": None, "path": image}
-    shown = {}
+    previews = {}
     for name, reference in wanted.items():
         with suppress(BadSample):
-            shown[name] = small_jpeg(reader.read(reference), SIDE, reader.max_pixels)
-    return shown
+            previews[name] = small_jpeg(reader.read(reference), SIDE, reader.max_pixels)
+    return previews

@@ -1,4 +1,4 @@
-"""Order, look-ahead and copies: what keeps the step fed. Order is a pure function of (seed, epoch)."""
+"""The order of rows, a pure function of (seed, epoch); work ahead in threads, copies to the device, progress."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import count, islice
 from typing import TypeVar
 
@@ -20,46 +21,59 @@ Inputs = TypeVar("Inputs", Batch, Features)
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> Tensor:
-    """The order of an epoch, int64 [rows]: the same on every rank and for every world size."""
+    """Return the order of an epoch, int64 [rows]: the same on every rank and for every world size."""
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed + epoch))
 
 
-def order_digest(rows: int, batch_size: int, seed: int) -> Callable[[int], str]:
-    """A function of the step: the sha256 of the order of all rows up to there, chained over the epochs."""
-    chain = [b""]  # after 0, 1, ... whole epochs
+class OrderDigest:
+    """The SHA-256 of the order of all rows up to a step, chained over the epochs."""
 
-    def extended(epoch: int, upto: int) -> bytes:
-        return hashlib.sha256(chain[epoch] + epoch_order(rows, seed, epoch)[:upto].numpy().tobytes()).digest()
+    def __init__(self, rows: int, batch_size: int, seed: int) -> None:
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self._chain = [b""]  # after 0, 1, ... whole epochs
 
-    def digest(step: int) -> str:
-        epochs, steps = divmod(step, -(-rows // batch_size))
-        while len(chain) <= epochs:
-            chain.append(extended(len(chain) - 1, rows))
-        return extended(epochs, steps * batch_size).hex()
+    def at_step(self, step: int) -> str:
+        """Return the digest, in hex, of the rows of the first `step` steps."""
+        epochs, steps = divmod(step, -(-self.rows // self.batch_size))
+        while len(self._chain) <= epochs:
+            self._chain.append(self._extend(len(self._chain) - 1, self.rows))
+        return self._extend(epochs, steps * self.batch_size).hex()
 
-    return digest
+    def _extend(self, epoch: int, rows: int) -> bytes:
+        order = epoch_order(self.rows, self.seed, epoch)[:rows]
+        return hashlib.sha256(self._chain[epoch] + order.numpy().tobytes()).digest()
 
 
-def epoch_batches(rows: int, batch_size: int, seed: int, rank: int, size: int, first_step: int = 0,
-           device: torch.device | str = "cpu") -> Iterator[Tensor]:
-    """This rank's row numbers of every step from `first_step` on, epoch after epoch without end.
+@dataclass(frozen=True)
+class EpochBatches:
+    """The row numbers of each step for one rank: epoch after epoch in shuffled order.
 
-    The last short batch of an epoch is kept; a rank whose share is empty gets an empty tensor. The order goes to
-    `device` once an epoch, so that slicing it costs no copy and no sync.
+    The last short batch of an epoch is kept; a rank whose share of it is empty gets an empty tensor.
     """
-    per_epoch = -(-rows // batch_size)
-    for epoch in count(first_step // per_epoch):
-        order = epoch_order(rows, seed, epoch)
-        if torch.device(device).type == "cuda":
-            order = order.pin_memory().to(device, non_blocking=True)
-        skip = first_step % per_epoch if epoch == first_step // per_epoch else 0
-        for start in range(skip * batch_size, rows, batch_size):
-            low, high = share(min(batch_size, rows - start), rank, size)
-            yield order[start + low : start + high]
+
+    rows: int
+    batch_size: int  # of all ranks together
+    seed: int
+    rank: int = 0
+    size: int = 1
+    device: torch.device | str = "cpu"
+
+    def from_step(self, step: int) -> Iterator[Tensor]:
+        """Yield this rank's row numbers of every step from `step` on, without end."""
+        first_epoch, skipped = divmod(step, -(-self.rows // self.batch_size))
+        for epoch in count(first_epoch):
+            order = epoch_order(self.rows, self.seed, epoch)
+            if torch.device(self.device).type == "cuda":  # once an epoch: slicing it then needs no copy and no sync
+                order = order.pin_memory().to(self.device, non_blocking=True)
+            for start in range(skipped * self.batch_size, self.rows, self.batch_size):
+                low, high = share(min(self.batch_size, self.rows - start), self.rank, self.size)
+                yield order[start + low : start + high]
+            skipped = 0
 
 
-def threaded_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int, depth: int) -> Iterator[Result]:
-    """`map` in order over threads, at most `depth` results ahead of the consumer, so memory stays bounded.
+def threaded_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int,
+                 depth: int) -> Iterator[Result]:
+    """Map in order over threads, at most `depth` results ahead of the consumer, so that memory stays bounded.
 
     An exception of `function` is raised where its result would have come. Closing the iterator stops the work.
     """
@@ -79,31 +93,31 @@ def threaded_map(function: Callable[[Item], Result], items: Iterable[Item], work
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of `size` items, the last one shorter."""
+    """Yield lists of `size` items, the last one shorter."""
     source = iter(items)
     while chunk := list(islice(source, size)):
         yield chunk
 
 
 def prefetch_to_device(inputs: Iterable[Inputs], device: torch.device) -> Iterator[Inputs]:
-    """Each item on the device, the next one's copy already under way on a stream of its own (CUDA)."""
+    """Yield each item on the device; on CUDA the next one is copied meanwhile, on a stream of its own."""
     if device.type != "cuda":
         yield from inputs
         return
-    side, here = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    copies, compute = torch.cuda.Stream(device), torch.cuda.current_stream(device)
 
     def copy(tensor: Tensor) -> Tensor:
         moved = tensor.pin_memory().to(device, non_blocking=True)
-        moved.record_stream(here)  # allocated on `side`, used on `here`: not to be reused while a kernel reads it
+        moved.record_stream(compute)  # allocated on `copies`: its memory must not be reused while a kernel reads it
         return moved
 
     previous: Inputs | None = None
     for item in inputs:
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(copies):
             moved = map_tensors(item, copy)
         if previous is not None:
             yield previous
-        here.wait_stream(side)
+        compute.wait_stream(copies)
         previous = moved
     if previous is not None:
         yield previous

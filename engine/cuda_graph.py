@@ -17,7 +17,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Batches, Features
+from data.batch import Batches, CachedBatches, Features
 from engine.ranks.world import World
 
 WARMUP_STEPS = 3  # eager steps before the capture: they create the optimizer's state and the libraries' workspaces
@@ -138,11 +138,10 @@ class GraphedStep:
         return [tensor.clone() for tensor in self._state()]
 
 
-def should_capture(batches: Callable[[int], Iterator[Batch | Features]], steps: int,
-                   world: World) -> TypeGuard[Batches]:
+def should_capture(batches: Batches, steps: int, world: World) -> TypeGuard[CachedBatches]:
     """Return whether a graph is possible and worth it: one GPU, features on it, enough steps.
 
     Several ranks run eagerly: NCCL's watchdog, which names a stalled rank, cannot see into a graph.
     """
-    return (world.device.type == "cuda" and world.size == 1 and steps >= MIN_STEPS and isinstance(batches, Batches)
-            and batches.device.type == "cuda")
+    return (world.device.type == "cuda" and world.size == 1 and steps >= MIN_STEPS
+            and isinstance(batches, CachedBatches) and batches.device.type == "cuda")

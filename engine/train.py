@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from data.batch import Batch, Features, UserError, share
+from data.batch import Batch, Batches, Features, UserError, share
 from engine.clip.model import Embeddings
 from engine.config.fields import Config
 from engine.cuda_graph import GraphedStep, should_capture
@@ -85,20 +85,16 @@ class Callbacks:
     check_gradients: Callable[[int, list[float]], None] = lambda step, norms: None  # norms of the steps before `step`
 
 
-def fit(replica: Replica, batches: Callable[[int], Iterator[Batch | Features]], plan: Plan, state: State,
-        cfg: Config, callbacks: Callbacks) -> None:
-    """Train from `state.step` to the end of the plan, or until a signal asks all ranks to stop.
-
-    `batches(step)` yields this rank's inputs of every step from there on.
-    """
+def fit(replica: Replica, batches: Batches, plan: Plan, state: State, cfg: Config, callbacks: Callbacks) -> None:
+    """Train from `state.step` to the end of the plan, or until a signal asks all ranks to stop."""
     objective = Objective(cfg.loss, cfg.duplicates, cfg.hardness)
     step = Step(replica, objective, cfg.clip_norm, callbacks.profiler)
     if cfg.cuda_graph == "auto" and should_capture(batches, plan.steps - state.step, replica.world):
-        graphed = GraphedStep(step, batches.look, replica.optimizer, plan.batch_size, callbacks.log.say,
+        graphed = GraphedStep(step, batches.features, replica.optimizer, plan.batch_size, callbacks.log.say,
                               callbacks.profiler.region)
-        loop(graphed, batches.rows(state.step), plan, state, cfg, callbacks)
+        loop(graphed, batches.rows.from_step(state.step), plan, state, cfg, callbacks)
     else:
-        loop(step, batches(state.step), plan, state, cfg, callbacks)
+        loop(step, batches.from_step(state.step), plan, state, cfg, callbacks)
 
 
 def loop(step: Callable[[Inputs, int, float], tuple[Tensor, Tensor]], stream: Iterator[Inputs], plan: Plan,

@@ -12,7 +12,7 @@ import pytest
 
 from data import titles as module
 from data.batch import BadSample, UserError
-from data.catalogue import DecodeResult, DecodeResults, catalogue, check_bad_share, keep_usable_rows
+from data.catalogue import DecodeResult, DecodeResults, build_catalogue, check_bad_share, keep_usable_rows
 from data.identity import clip_words
 from data.sources.rows import Rows
 from data.store.segments import key_of
@@ -32,7 +32,7 @@ def make_rows(name: str, rng: random.Random, count: int) -> Rows:
 def test_kept_and_dropped_rows_are_those_of_the_rule(seed: int) -> None:
     rng = random.Random(seed)
     splits = {name: make_rows(name, rng, rng.randrange(20, 60)) for name in ("train", "valid")}
-    found = catalogue(splits)
+    found = build_catalogue(splits)
     fate = {ref: BadSample("gone", f"no {ref}") if rng.random() < 0.2 or not found.references[ref]["path"].as_py()
             else key_of(b"%d" % rng.randrange(12)) for ref in range(len(found.references))}
     ranks = [DecodeResults() for _ in range(3)]

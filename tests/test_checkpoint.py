@@ -20,7 +20,7 @@ from torch import nn
 
 from data import files as durable
 from data.batch import RunFailed, UserError
-from data.prefetch import epoch_batches, epoch_order, order_digest
+from data.prefetch import EpochBatches, OrderDigest, epoch_order
 from engine.ranks.world import World
 from engine.run_folder import checkpoint
 from engine.run_folder.checkpoint import DamagedCheckpoint, Saver, State, load, newest_valid, save
@@ -44,7 +44,7 @@ def write(run: Path, step: int, keep: int = 2, size: int = 2000) -> None:
 def saver(run: Path, **changes: object) -> Saver:
     layer = nn.Linear(3, 2)
     settings = {"identity": {"data": "abc"}, "recipe": {"lr": 0.1, "trainable": ["projection"]}, "keep": 9,
-                "order": order_digest(10, 4, 0), "metric": "mrr", "patience": 0, "world": ALONE, **changes}
+                "order": OrderDigest(10, 4, 0), "metric": "mrr", "patience": 0, "world": ALONE, **changes}
     return Saver(run, dict(layer.named_parameters()), torch.optim.AdamW(layer.parameters()), **settings)
 
 
@@ -210,7 +210,7 @@ def test_resume_takes_back_everything_and_sets_damaged_ones_aside(tmp_path: Path
 @pytest.mark.parametrize("name, changes", {
     "--lr changed from 0.1 to 0.2": {"recipe": {"lr": 0.2}},
     "data changed": {"identity": {"data": "abd"}},
-    "the order of the pairs changed": {"order": order_digest(10, 4, 1)},
+    "the order of the pairs changed": {"order": OrderDigest(10, 4, 1)},
 }.items())
 def test_what_changed_since_is_named(name: str, changes: dict, tmp_path: Path) -> None:
     saver(run_folder(tmp_path)).save(State(step=2))
@@ -232,8 +232,8 @@ def test_best_means_what_was_asked_for(tmp_path: Path) -> None:
 
 
 def test_the_digest_follows_what_ranks_are_given() -> None:
-    digest, again = order_digest(10, 4, 7), order_digest(10, 4, 7)
-    streams = [epoch_batches(10, 4, 7, rank, 3) for rank in range(3)]
+    digest, again = OrderDigest(10, 4, 7), OrderDigest(10, 4, 7)
+    streams = [EpochBatches(10, 4, 7, rank, 3).from_step(0) for rank in range(3)]
     seen, chain = [], b""
     for step in range(1, 8):
         seen += torch.cat([next(stream) for stream in streams]).tolist()
@@ -243,13 +243,13 @@ def test_the_digest_follows_what_ranks_are_given() -> None:
         for epoch in range(whole + 1):
             rows = torch.tensor(seen[epoch * 10:(epoch + 1) * 10], dtype=torch.int64)
             chain = hashlib.sha256(chain + rows.numpy().tobytes()).digest()
-        assert digest(step) == chain.hex()
-    assert again(7) == digest(7) != order_digest(10, 4, 8)(7)
+        assert digest.at_step(step) == chain.hex()
+    assert again.at_step(7) == digest.at_step(7) != OrderDigest(10, 4, 8).at_step(7)
 
 
 def test_one_run_has_one_writer(tmp_path: Path) -> None:
     assert durable.lock_folder(tmp_path)
-    code = f"from pathlib import Path; from data.files import lock; print(lock(Path({str(tmp_path)!r})))"
+    code = f"from pathlib import Path; from data.files import lock_folder; print(lock_folder(Path({str(tmp_path)!r})))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

@@ -169,7 +169,8 @@ def test_no_batch_waits_wherever_the_tables_are(tmp_path: Path) -> None:
         for on_gpu in (split.to(GPU), mapped.to(GPU), mapped.to(GPU, room=0)):
             gpu.syncs.clear()
             for first in (0, 3):
-                for got, want in islice(zip(on_gpu.batches(16, 1)(first), split.batches(16, 1)(first), strict=True), 4):
+                for got, want in islice(zip(
+                        on_gpu.batches(16, 1).from_step(first), split.batches(16, 1).from_step(first), strict=True), 4):
                     assert all(part.device == GPU for part in got)
                     torch.testing.assert_close(map_tensors(got, plain), want)
             assert not gpu.syncs
@@ -186,7 +187,7 @@ def test_measuring_searching_and_sweeping_are_the_cpus(tmp_path: Path) -> None:
         one = measure_split(unit, lambda x: unit(x.flip(-1) + 1), pairs.parts())
         gallery = unit(pairs.to(CPU).features(torch.arange(40)).image_BV).to(device)
         fold = folds(concatenate([pairs, replace(pairs, negative_row_N=None)]), 3, 0)[1]
-        batch = next(fold.train.batches(16, 0)(1))
+        batch = next(fold.train.batches(16, 0).from_step(1))
         means = [plain(part) for _, *parts in one.means() for part in parts]
         return [one.summarise(), *means, *(plain(part) for part in batch),
                 *top_k(gallery[:7], lambda low, high: gallery[low:high], 40, 5, chunk=16),

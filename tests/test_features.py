@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from data.batch import UserError, share
-from data.prefetch import epoch_batches, epoch_order
+from data.prefetch import EpochBatches, epoch_order
 from data.store import features as module
 from data.store.feature_split import FeatureSplit, StoredTable
 from data.store.features import FeatureStore
@@ -379,7 +379,7 @@ def test_ranks_share_each_global_batch_in_order(tmp_path: Path, mapped: bool, ne
         order = torch.randperm(101, generator=torch.Generator().manual_seed(42 + epoch))
         steps = -(-101 // batch)
         ranks = [[split.features(rows) for rows in islice(
-            epoch_batches(101, batch, 42, rank, size, epoch * steps + first), steps - first)] for rank in range(size)]
+            EpochBatches(101, batch, 42, rank, size).from_step(epoch * steps + first), steps - first)] for rank in range(size)]
         for step, parts in enumerate(zip(*ranks, strict=True), first):
             rows = order[step * batch : (step + 1) * batch]
             image, title, negative, image_id, title_id, negative_id = (
@@ -418,11 +418,12 @@ def test_shares_are_even_and_cover_the_batch() -> None:
 def test_gpu_features_equal_the_host_and_never_wait(tmp_path: Path, room: int | None) -> None:
     host = make_split(tmp_path, mapped=True, negatives=True)
     split = host.to("cuda", room=room)
-    wanted = [host.features(rows) for rows in islice(epoch_batches(len(host), 8, 0, 0, 1), 13)]
+    wanted = [host.features(rows) for rows in islice(EpochBatches(len(host), 8, 0).from_step(0), 13)]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = [split.features(rows) for rows in islice(epoch_batches(len(split), 8, 0, 0, 1, device=split.device), 13)]
+        found = [split.features(rows) for rows in islice(
+            EpochBatches(len(split), 8, 0, device=split.device).from_step(0), 13)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for ours, theirs in zip(found, wanted, strict=True):

@@ -57,12 +57,14 @@ def train(run: Path, bad: dict[int, float], log_every: int = 2) -> tuple[str, li
     for row, value in bad.items():
         (title if row % 2 else image)[row, 0] = value
 
-    def batches(step: int) -> Iterator[Features]:
-        for at in range(step, ROWS // BATCH):
-            low, high = (at * BATCH + cut for cut in share(BATCH, rank, size))
-            ids = torch.arange(low, high)
-            yield Features(image[low:high], title[low:high], None, ids, ids, None)
+    class InOrder:
+        def from_step(self, step: int) -> Iterator[Features]:
+            for at in range(step, ROWS // BATCH):
+                low, high = (at * BATCH + cut for cut in share(BATCH, rank, size))
+                ids = torch.arange(low, high)
+                yield Features(image[low:high], title[low:high], None, ids, ids, None)
 
+    batches = InOrder()
     model, weights, state = Linears(), [], State()
     cfg = Config(batch_size=BATCH, epochs=1, log_every=log_every, eval_every=100, save_every=1)
     guard = NonfiniteGuard(run, model, batches,

@@ -61,7 +61,7 @@ def test_joined_splits_hold_their_rows_in_order_and_are_met_as_in_a_run() -> Non
     bare = FeatureSplit(second.image_MV, second.title_PT, second.image_row_N, second.title_row_N)
     assert concatenate([first, bare]).negative_row_N[20:].tolist() == [-1] * 10
     assert concatenate([bare, bare]).negative_row_N is None
-    steps = [step for step, _ in zip(whole.batches(16, 7)(1), range(3), strict=False)]
+    steps = [step for step, _ in zip(whole.batches(16, 7).from_step(1), range(3), strict=False)]
     orders = [epoch_order(30, 7, epoch) for epoch in (0, 1)]
     for step, rows in zip(steps, (orders[0][16:], orders[1][:16], orders[1][16:]), strict=True):
         assert torch.equal(step.title_id_B, whole.title_row_N[rows])

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from data.batch import Batches
-from data.prefetch import epoch_batches
+from data.batch import CachedBatches
+from data.prefetch import EpochBatches
 from data.store.feature_split import FeatureSplit
 from engine import cuda_graph as graph
 from engine import train
@@ -130,9 +130,10 @@ def run(parts: LoadedModel, monkeypatch: pytest.MonkeyPatch | None, bad: int = -
     each = torch.arange(ROWS + 1)
     pairs = FeatureSplit(image, title, each, each // 2, each // 3).to(device)  # titles repeat, also as negatives
 
-    def rows(first: int) -> Iterator[Tensor]:
-        for step, index_B in enumerate(epoch_batches(ROWS, BATCH, 0, 0, 1, first, device), first):
-            yield torch.cat([index_B[1:], torch.full_like(index_B[:1], ROWS)]) if step == bad else index_B
+    class WithBadStep(EpochBatches):
+        def from_step(self, first: int) -> Iterator[Tensor]:
+            for step, index_B in enumerate(super().from_step(first), first):
+                yield torch.cat([index_B[1:], torch.full_like(index_B[:1], ROWS)]) if step == bad else index_B
 
     cfg = Config(**{"batch_size": BATCH, "epochs": EPOCHS, "lr": LR, "log_every": 1, **recipe})
     if monkeypatch is not None:
@@ -142,7 +143,7 @@ def run(parts: LoadedModel, monkeypatch: pytest.MonkeyPatch | None, bad: int = -
     log = Steps()
     optimizer = adamw(parts.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp)
     fit(Replica(parts.head, optimizer, World(0, 0, 1, device), parts.precision),
-        Batches(rows, pairs.features, device), Plan(ROWS, BATCH, EPOCHS), State(), cfg, Callbacks(log))
+        CachedBatches(WithBadStep(ROWS, BATCH, 0, device=device), pairs.features, device), Plan(ROWS, BATCH, EPOCHS), State(), cfg, Callbacks(log))
     return log, [parameter.detach() for parameter in parts.trainable.values()]
 
 
@@ -212,10 +213,11 @@ def test_a_graph_that_leaves_something_out_is_not_used(tiny_model: Path, monkeyp
 
 
 def test_several_ranks_short_runs_and_host_tables_have_no_graph() -> None:
-    gpu = torch.device("cuda")
+    gpu, rows, ids = torch.device("cuda"), EpochBatches(ROWS, BATCH, 0), torch.arange(ROWS)
+    pairs = FeatureSplit(torch.randn(ROWS, 2), torch.randn(ROWS, 2), ids, ids)
     for size, steps, place, expected in ((1, MIN_STEPS, gpu, True), (2, MIN_STEPS, gpu, False),
                                          (1, MIN_STEPS - 1, gpu, False), (1, MIN_STEPS, CPU, False)):
-        batches = Batches(lambda first: iter(()), lambda rows: rows, place)
+        batches = CachedBatches(rows, pairs.features, place)
         assert should_capture(batches, steps, World(0, 0, size, gpu)) is expected
-    assert not should_capture(lambda first: iter(()), MIN_STEPS, World(0, 0, 1, gpu))  # streaming
-    assert not should_capture(Batches(lambda first: iter(()), lambda rows: rows, CPU), MIN_STEPS, World(0, 0, 1, CPU))
+    assert not should_capture(rows, MIN_STEPS, World(0, 0, 1, gpu))  # as streaming: batches without feature tables
+    assert not should_capture(CachedBatches(rows, pairs.features, CPU), MIN_STEPS, World(0, 0, 1, CPU))

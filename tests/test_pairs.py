@@ -10,10 +10,11 @@ import pytest
 import torch
 from helpers import make_pairs, tiny_clip
 
-from data.cold import Reader
+from data.batch import ALONE
+from data.cold import Encoders, Pipeline, Reader
 from data.identity import overlap
 from data.images.decode import ImageSpec
-from data.pairs import Encoders, Pairs, Team, open_pairs
+from data.pairs import Pairs, open_pairs
 from data.sources.source import load_splits
 from data.web.fetch import FetchPolicy
 
@@ -31,9 +32,8 @@ def opened(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[
         encoders = Encoders(lambda pixels: pixels.float().mean((2, 3)), lambda tokens: tokens.ids_BL[:, :1].float(),
                             3, 1, "images-" + "0" * 8, "titles-" + "0" * 8, True, tokenizer, 77)
         reader = Reader(cache / "fetched", ImageSpec.clip(32), FetchPolicy(), 25_000_000, 2)
-        alone = Team(0, 1, lambda value: [value])
-        pairs = open_pairs(load_splits(str(folder)), [], reader, encoders, alone, cache, 0.5, "off",
-                           torch.device("cpu"), print)
+        pipeline = Pipeline(reader, encoders, ALONE, cache, torch.device("cpu"), print)
+        pairs = open_pairs(load_splits(str(folder)), [], pipeline, 0.5, "off")
     return pairs, taken
 
 
@@ -55,7 +55,7 @@ def test_equal_titles_and_pictures_have_one_number_and_one_feature(
     assert train.negative_N[0] == train.title_N[2] == test.title_N[1]
     assert overlap(pairs.contents) == {"test": {"train": {"images": 1, "titles": 2, "rows": 1}}}
     assert pairs.album.title("train", 1) == f"{title.upper()}  "  # shown as the row spells it
-    assert "5 titles encoded" in pairs.store
+    assert "5 titles encoded" in pairs.store_report
 
 
 def test_only_new_and_changed_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +70,7 @@ def test_only_new_and_changed_files_are_read(tmp_path: Path, monkeypatch: pytest
     again, taken = opened(folder, cache, monkeypatch)
     assert taken == {"train-0003.jpg"} and again.identity == first.identity and again.ledger == first.ledger
     for name in first.splits:
-        assert torch.equal(again.residents()[name].image_MV, first.residents()[name].image_MV)
+        assert torch.equal(again.feature_splits()[name].image_MV, first.feature_splits()[name].image_MV)
         assert torch.equal(again.splits[name].image_N, first.splits[name].image_N)
     time.sleep(0.02)
     (folder / "images" / "train-0004.jpg").write_bytes((folder / "images" / "train-0005.jpg").read_bytes())

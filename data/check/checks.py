@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data.batch import BadSample
-from data.catalogue import Catalogue, catalogue
+from data.catalogue import Catalogue, build_catalogue
 from data.check.findings import SEVERITIES, TINY, Finding
 from data.check.similar import LOOK, first_similar, picture_signature
 from data.cold import Reader, decode_distinct, is_url
@@ -42,7 +42,7 @@ def check(rows: Mapping[str, Rows], reader: Reader, tell: Callable[[str], None],
     reads the same words (`data.identity`); exact but for titles longer than a model's 77 tokens that differ only behind
     them, which that model takes for one title. Memory: under 1 KB a row, and no pixels.
     """
-    found = catalogue(rows)
+    found = build_catalogue(rows)
     image_M, looks_M, problems = _look(found, reader, tell)
     flaw_P = np.array([_flaw(title.as_py()) for title in found.titles])
     title_P = np.append(np.where(flaw_P == "no-title", -1, np.arange(len(flaw_P))), -1)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from data.batch import ALONE, Team, share
-from data.catalogue import Catalogue, DecodeResult, DecodeResults, catalogue, keys_and_usable
+from data.catalogue import Catalogue, DecodeResult, DecodeResults, build_catalogue, keys_and_usable
 from data.cold import Reader, decode_distinct
 from data.identity import TitleIds, clip_words, distinct
 from data.sources.rows import Rows
@@ -39,12 +39,12 @@ def divide_lone_split(splits: Mapping[str, Rows], reader: Reader, cache: Path, s
     """
     if list(splits) != [WHOLE]:
         return dict(splits)
-    rows, found = splits[WHOLE], catalogue(splits, replace(clip_words(), cache=cache / "seen"))
+    rows, found = splits[WHOLE], build_catalogue(splits, replace(clip_words(), cache=cache / "seen"))
     key_MK = _content_keys(found, reader, cache, team, tell)
     codes = [_codes(distinct(key_MK)[0][found.image_N[WHOLE]], _has_no_image(found)),
              _codes(found.title_N[WHOLE], is_blank(found.titles)[found.title_N[WHOLE]])]
     if titles is not None:
-        read = catalogue(splits, titles)
+        read = build_catalogue(splits, titles)
         codes.append(_codes(read.title_N[WHOLE], is_blank(read.titles)[read.title_N[WHOLE]]))
     return {name: replace(rows.take(part), name=name) for name, part in three_way_split(seed, *codes).items()}
 

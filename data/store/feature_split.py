@@ -1,4 +1,4 @@
-"""The view training has of the store: tables of features on the device, indexed by pair.
+"""Tables of features, in memory or in the store's files, and the pairs that index them.
 
 Dimension key: B rows of a batch, M distinct images, P distinct titles, N pairs, V/T image/text feature width.
 """
@@ -8,19 +8,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batches, Features, map_tensors
-from data.prefetch import epoch_batches
+from data.batch import CachedBatches, Features, map_tensors
+from data.prefetch import EpochBatches
 from data.store.features import CHUNK, FeatureStore
 
 CPU = torch.device("cpu")
-PART = 65_536  # pairs measured at a time
+PART = 65_536  # pairs that an evaluation reads at a time
 
 
 class StoredTable(NamedTuple):
@@ -31,15 +30,15 @@ class StoredTable(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the table once copied."""
+        """Bytes of the table as a tensor."""
         return len(self.rows) * self.store.width * self.store.dtype.itemsize
 
     def index_select(self, _: int, index: Tensor) -> Tensor:
-        """Rows [B, width] of a CPU index [B]."""
+        """Return the rows [B, width] of a CPU index [B]."""
         return self.store.gather(self.rows[index.numpy()])
 
     def to(self, device: torch.device) -> Tensor:
-        """The whole table as a tensor; the host never holds a second copy of it."""
+        """Return the whole table as a tensor; the host never holds a second copy of it."""
         table = torch.empty(len(self.rows), self.store.width, dtype=self.store.dtype, device=device)
         for low in range(0, len(self.rows), CHUNK):
             table[low : low + CHUNK] = self.store.gather(self.rows[low : low + CHUNK])
@@ -48,7 +47,7 @@ class StoredTable(NamedTuple):
 
 @dataclass(frozen=True)
 class FeatureSplit:
-    """One split ready to train on: M distinct images, P distinct titles, N pairs. Equal row means identical content."""
+    """One split as features: M distinct images, P distinct titles, N pairs. Equal rows mean identical content."""
 
     image_MV: Tensor | StoredTable
     title_PT: Tensor | StoredTable
@@ -61,46 +60,49 @@ class FeatureSplit:
         return len(self.image_row_N)
 
     def parts(self) -> Iterator[Features]:
-        """The features of all pairs in order, some at a time: all at once may be as much memory as the tables."""
+        """Yield the features of all pairs in order, PART at a time: all at once may be as large as the tables."""
         return map(self.features, torch.arange(len(self)).split(PART))
 
     def to(self, device: torch.device | str, room: int | None = None) -> FeatureSplit:
-        """The same split with features coming out on `device`.
+        """Return the same split with features on `device`.
 
-        Tables that are not there yet move if they fit in `room` bytes (by default a share of what is there); else all
-        stay, and each batch is gathered on the host and copied from pinned memory.
+        Tables that are elsewhere are moved if they fit in `room` bytes (by default a share of the free memory); else
+        all stay, and each batch is gathered on the host and copied from pinned memory.
         """
         device = torch.device(device)
-        coming = [table.nbytes for table in (self.image_MV, self.title_PT)
-                  if isinstance(table, StoredTable) or table.device.type != device.type]
-        if sum(coming) > (_room(device) if room is None else room):
+        needed = 0
+        for table in (self.image_MV, self.title_PT):
+            if isinstance(table, StoredTable) or table.device.type != device.type:
+                needed += table.nbytes
+        if needed > (_room(device) if room is None else room):
             return replace(self, device=device)
         negative = None if self.negative_row_N is None else self.negative_row_N.to(device)
         return FeatureSplit(self.image_MV.to(device), self.title_PT.to(device),
                         self.image_row_N.to(device), self.title_row_N.to(device), negative, device)
 
-    def batches(self, batch_size: int, seed: int, rank: int = 0, size: int = 1) -> Batches:
-        """What the loop trains on: this rank's features of every step of a run of `seed`."""
+    def batches(self, batch_size: int, seed: int, rank: int = 0, size: int = 1) -> CachedBatches:
+        """Return the batches of features that `rank` of `size` ranks trains on in a run of `seed`."""
         device = self.image_row_N.device
-        return Batches(partial(epoch_batches, len(self), batch_size, seed, rank, size, device=device), self.features, device)
+        rows = EpochBatches(len(self), batch_size, seed, rank, size, device)
+        return CachedBatches(rows, self.features, device)
 
     def features(self, rows: Tensor) -> Features:
-        """Features of the pairs `rows` [B] int64, no wait if they are where the tables are; id -1: no negative."""
+        """Return the features of the pairs `rows` [B] int64; no host sync if these are on the device of the tables."""
         rows = rows.to(self.image_row_N.device)
         image_B, title_B = self.image_row_N.index_select(0, rows), self.title_row_N.index_select(0, rows)
         negative_B = None if self.negative_row_N is None else self.negative_row_N.index_select(0, rows)
-        found = Features(
+        features = Features(
             self.image_MV.index_select(0, image_B),
             self.title_PT.index_select(0, title_B),
             None if negative_B is None else self.title_PT.index_select(0, negative_B.clamp(min=0)),
             image_B, title_B, negative_B)
         if rows.device.type == self.device.type:
-            return found
-        return map_tensors(found, lambda part: part.pin_memory().to(self.device, non_blocking=True))
+            return features
+        return map_tensors(features, lambda part: part.pin_memory().to(self.device, non_blocking=True))
 
 
 def _room(device: torch.device) -> int:
-    """Bytes the tables may take: four fifths of what is free on a GPU, on the host this rank's share of half of it."""
+    """Return the bytes that tables may take: 4/5 of a GPU's free memory; of the host's, this rank's share of a half."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * 4 // 5)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from data.batch import ALONE, Team, UserError
-from data.cold import Reader
+from data.cold import Encoders, Pipeline, Reader
 from data.files import write_mark
 from data.images.decode import ImageSpec, tokenizer_fingerprint
-from data.pairs import Encoders, Pairs, data_key, open_pairs
+from data.inputs import AddedSplit
+from data.pairs import Pairs, data_key, open_pairs
 from data.sources.source import Columns, Rows, load_splits
 from data.sources.split import ORDER, WHOLE, divide_lone_split
 from data.store.feature_split import FeatureSplit
@@ -58,7 +59,7 @@ def divide_source(cfg: Config, world: World, rows: Mapping[str, Rows], look: Rea
     """The splits of `read_rows`, a lone one made three by content, which `look` reads; see `divide_lone_split`."""
     cache = Path(cfg.cache_dir).expanduser()
     splits = divide_lone_split(rows, look, cache, cfg.seed, world.live,
-                    None if towers is None else towers.titles(cache), team)
+                    None if towers is None else towers.title_ids(cache), team)
     if splits.keys() != rows.keys():
         sizes = ", ".join(f"{name} {len(split):,}" for name, split in splits.items())
         world.say(f"one split of {sum(map(len, rows.values())):,} rows, made three by --seed {cfg.seed}: {sizes}")
@@ -108,8 +109,8 @@ def open_data(cfg: Config, world: World, parts: LoadedModel, source: Source, onl
     require_split(cfg, only or "train", rows)
     if only:
         lost = [entry for entry in lost if entry.get("split", only) == only]
-    pairs = open_pairs({only: rows[only]} if only else rows, lost, look, towers, team,
-                       Path(cfg.cache_dir).expanduser(), cfg.max_bad, cfg.mine_negatives, world.device, world.live)
+    pipeline = Pipeline(look, towers, team, Path(cfg.cache_dir).expanduser(), world.device, world.live)
+    pairs = open_pairs({only: rows[only]} if only else rows, lost, pipeline, cfg.max_bad, cfg.mine_negatives)
     world.say(pairs.describe())
     return pairs
 
@@ -171,7 +172,7 @@ def with_probe(cfg: Config, world: World, parts: LoadedModel, pairs: Pairs, sour
         ledger=[*pairs.ledger, *({**entry, "split": "probe"} for entry in probe.ledger)],
         identity={**pairs.identity, data_key("probe"): probe.identity[data_key("test")]},
         contents={**pairs.contents, "probe": probe.contents["test"]},
-        residents=lambda: {**pairs.residents(), "probe": probe.residents()["test"]})
+        features=AddedSplit(pairs, "probe", probe, "test"))
 
 
 def open_run(cfg: Config, world: World) -> tuple[Path, bool]:

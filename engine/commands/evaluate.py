@@ -20,7 +20,7 @@ def evaluate(cfg: Config, world: World, stop: StopSignal) -> int:
     source = open_source(cfg, world, cfg.split)
     parts = load_model(cfg, world)
     pairs = open_data(cfg, world, parts, source, only=cfg.split)
-    found = evaluate_splits(pairs.residents(), parts.head, [cfg.split], world)[cfg.split]
+    found = evaluate_splits(pairs.feature_splits(), parts.head, [cfg.split], world)[cfg.split]
     scores = {cfg.split: found.summarise()}
     if world.is_main:
         world.say(table({parts.clip.name: scores}))

@@ -35,7 +35,7 @@ def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
     if not parts.cached:
         raise UserError("sweep trains from stored features: only projections and logit_scale can be --trainable")
     pairs = open_data(cfg, world, parts, source)
-    rows = concatenate([split for name, split in pairs.residents().items() if name in ("train", "valid")])
+    rows = concatenate([split for name, split in pairs.feature_splits().items() if name in ("train", "valid")])
     runs = [Run(seed, *fold) for seed in range(cfg.seed, cfg.seed + cfg.seeds * REPEAT, REPEAT)
             for fold in folds(rows, cfg.folds, seed)]
     for settings in tried:  # a batch too large for a fold is better said now
@@ -72,9 +72,9 @@ def finish_sweep(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Fe
         raise RunFailed(f"every configuration has collapsed ({lines[0]['collapsed']}); try a smaller lr in --space")
     best = replace(cfg, **lines[0]["settings"])
     tuner.reset()
-    before = evaluate_splits(pairs.residents(), tuner.parts.head, ["test"])
+    before = evaluate_splits(pairs.feature_splits(), tuner.parts.head, ["test"])
     tuner.tune(best, rows)
-    after = evaluate_splits(pairs.residents(), tuner.parts.head, ["test"])
+    after = evaluate_splits(pairs.feature_splits(), tuner.parts.head, ["test"])
     metrics: dict[str, Any] = {when: {name: one.summarise() for name, one in found.items()}
                                for when, found in (("base", before), ("tuned", after))}
     metrics["difference"] = differences(before, after)

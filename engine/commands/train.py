@@ -14,7 +14,7 @@ from torch import nn
 
 from data.identity import Overlap, describe_overlap, overlap
 from data.pairs import Pairs, data_key
-from data.prefetch import epoch_batches, order_digest
+from data.prefetch import EpochBatches, OrderDigest
 from data.store.feature_split import FeatureSplit
 from engine.clip.model import LoadedModel, distribute
 from engine.commands.common import evaluate_splits, load_model, open_data, open_probe, open_run, open_source, with_probe
@@ -51,7 +51,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     names, plan = evaluated_splits(cfg, pairs), Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     saved = make_saver(cfg, world, out, parts, pairs, names)
     start, drift = snapshot(parts.trainable) if cfg.interpolate else {}, WeightDrift(parts.trainable)
-    base = evaluate_splits(pairs.residents(), parts.head, names, world) if begun else {}  # before tuned weights return
+    base = evaluate_splits(pairs.feature_splits(), parts.head, names, world) if begun else {}  # before tuned weights return
     state = saved.resume(world.say) if begun else checkpoint.State()
     shared = find_overlap(pairs, world)
     folder.write_run_header(out, cfg, world, parts.precision, pairs.ledger)
@@ -59,7 +59,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, comparable_settings(cfg), metrics.get("base"))
     show = make_answer_log(out, pairs, names, resumed=state.step > 0)
     judge = Evaluator(pairs, names, parts, plan, state, saved, log, show, world, metrics, base)
-    batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
+    batches = pairs.batches("train", cfg.batch_size, cfg.seed)
     guard = nonfinite_guard(cfg, world, out, pairs, trained)
     replica = Replica(distribute(trained, world.size), saved.optimizer, world, parts.precision)
     with closing(log), stop.gracefully(), profiler(cfg.profile, out / "profile", world.rank, log) as trace:
@@ -96,7 +96,7 @@ class Evaluator:
         """`taken` is the step whose weights have been put in place of the last ones, if any have."""
         step = self.state.step
         ends = bool(taken) or step in (0, self.plan.steps)
-        residents = self.pairs.residents()
+        residents = self.pairs.feature_splits()
         watched = [name for name in self.names if name in ("train", "valid")]
         found = evaluate_splits(residents, self.parts.head, self.names if ends or not watched else watched, self.world)
         scores = {name: one.summarise() if ends else one.values() for name, one in found.items()}
@@ -143,7 +143,7 @@ def apply_interpolation(cfg: Config, judge: Evaluator, base: Mapping[str, torch.
                                   *({"probe"} & set(names))]))
 
     def score() -> dict[str, dict[str, float]]:
-        found = evaluate_splits(judge.pairs.residents(), parts.head, watched, judge.world)
+        found = evaluate_splits(judge.pairs.feature_splits(), parts.head, watched, judge.world)
         return {name: found[name].values() for name in watched}
 
     curve = interpolate(parts.trainable, base, cfg.interpolate, score, cfg.best_metric)
@@ -155,9 +155,9 @@ def nonfinite_guard(cfg: Config, world: World, out: Path, pairs: Pairs, trained:
     """Return the guard that ends a run whose gradients stay not finite, and names the rows to blame."""
     def rows(step: int) -> list[int]:
         train = pairs.splits["train"]
-        return train.row_N[next(epoch_batches(len(train), cfg.batch_size, cfg.seed, 0, 1, step)).numpy()].tolist()
+        return train.row_N[next(EpochBatches(len(train), cfg.batch_size, cfg.seed).from_step(step)).numpy()].tolist()
 
-    batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
+    batches = pairs.batches("train", cfg.batch_size, cfg.seed)
     return NonfiniteGuard(out, trained, batches, rows, world)
 
 
@@ -183,7 +183,7 @@ def make_saver(cfg: Config, world: World, out: Path, parts: LoadedModel, pairs: 
     recipe = {key: value for key, value in as_dict(cfg).items() if key not in FREE_ON_RESUME}
     optimizer = adamw(parts.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp)
     return Saver(out, parts.trainable, optimizer, identity, recipe,
-                 order_digest(rows, cfg.batch_size, cfg.seed), cfg.keep, cfg.best_metric, cfg.patience, world)
+                 OrderDigest(rows, cfg.batch_size, cfg.seed), cfg.keep, cfg.best_metric, cfg.patience, world)
 
 
 def write_results(cfg: Config, world: World, parts: LoadedModel, out: Path, metrics: dict[str, Any],

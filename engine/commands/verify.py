@@ -60,13 +60,13 @@ def rerun(cfg: Config, world: World, run: Path, whole: Sequence[Path]) -> list[F
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     saved = make_saver(cfg, world, run, parts, pairs, evaluated_splits(cfg, pairs))
     findings = replay_steps(cfg, world, run, whole, parts, saved, plan, pairs.ledger,
-                       pairs.batches("train", cfg.batch_size, cfg.seed, world.device))
+                       pairs.batches("train", cfg.batch_size, cfg.seed))
     if not (run / "model").exists():
         return findings
     written, tuned = read_json(run / "metrics.json").get("tuned", {}), replace(cfg, model=str(run / "model"))
     parts, probe = load_model(tuned, world), open_probe(tuned, world)
     again_pairs = with_probe(tuned, world, parts, open_data(tuned, world, parts, source), probe)
-    found = evaluate_splits(again_pairs.residents(), parts.head, written)
+    found = evaluate_splits(again_pairs.feature_splits(), parts.head, written)
     scores = {name: one.summarise() for name, one in found.items()}
     exact = again.same_machine(run, world) and not any(finding.apart for finding in findings)
     return [*findings, again.metrics(scores, written, exact)]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from data.batch import UserError
 from data.files import delete_folder, recover_folders, replace_link, replaced_folder, sha256
+from data.prefetch import OrderDigest
 from engine.optim import AdamWL2SP
 from engine.ranks.world import World
 from engine.run_folder.folder import require_run_dir
@@ -111,7 +112,7 @@ class Saver:
     optimizer: AdamWL2SP
     identity: Mapping[str, str]  # digests of the data and of the towers
     recipe: Mapping[str, Any]  # the settings that say what is computed
-    order: Callable[[int], str]  # step -> digest of the order of all rows up to there
+    order: OrderDigest
     keep: int
     metric: str  # what `best` means
     patience: int  # evaluations without a better one before the run has had enough; 0: no limit
@@ -145,7 +146,7 @@ class Saver:
             moments = {f"{name}.{field}": value for name, parameter in self.named.items()
                        for field, value in self.optimizer.state[parameter].items()}
             content = {"state": asdict(state), "identity": dict(self.identity), "recipe": dict(self.recipe),
-                       "order": self.order(state.step)}
+                       "order": self.order.at_step(state.step)}
             save(self.run, state.step, self.named, moments, content, self.keep)
         self.world.on_main(write)
 
@@ -168,7 +169,7 @@ class Saver:
         """Put the weights and moments of a checkpoint back; or, and then do nothing, say what is not as it was."""
         tensors, moments, saved = content
         changed = differences(saved, self.identity, self.recipe)
-        if not changed and saved.get("order") != self.order(state_of(saved).step):
+        if not changed and saved.get("order") != self.order.at_step(state_of(saved).step):
             changed = ["the order of the pairs changed"]
         if _shapes(tensors) != _shapes(self.named):
             changed.append("the trainable parameters changed")

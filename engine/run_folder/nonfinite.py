@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from data.batch import RunFailed
+from data.batch import Batches, RunFailed
 from engine.ranks.world import World
 
 IN_A_ROW = 3
@@ -20,10 +20,10 @@ IN_A_ROW = 3
 class NonfiniteGuard:
     """Ends a run whose gradient norms stay not finite. The norms are the same on every rank, so all ranks end together.
 
-    `batches(step)` yields this rank's inputs from `step` on, `rows(step)` the source's numbers of the global batch.
+    `batches` are this rank's inputs; `rows(step)` returns the source's row numbers of the global batch.
     """
 
-    def __init__(self, run: Path, model: nn.Module, batches: Callable[[int], Iterator[Any]],
+    def __init__(self, run: Path, model: nn.Module, batches: Batches,
                  rows: Callable[[int], Sequence[int]], world: World) -> None:
         self.run, self.model, self.batches, self.rows, self.world = run, model, batches, rows, world
         self.skipped: list[int] = []  # the latest steps (from 0), all skipped
@@ -51,7 +51,7 @@ class NonfiniteGuard:
     @torch.no_grad()
     def _blame(self, step: int) -> list[dict[str, Any]]:
         """The rows of a step with what is not finite of them; all of them, with nothing, if each alone is fine."""
-        out = self.model(next(self.batches(step)))
+        out = self.model(next(self.batches.from_step(step)))
         local = {"image": _broken(out.image_BE)}
         for name, text_BE in zip(("title", "title_neg"), out.text_XE.split(max(1, len(out.image_BE))), strict=False):
             local[name] = _broken(text_BE)

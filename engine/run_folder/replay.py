@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from data.batch import Batches
 from engine.clip.model import LoadedModel, distribute
 from engine.config.fields import Config
 from engine.ranks.world import World
@@ -20,11 +21,11 @@ REPLAYED = 5  # steps trained again from each place
 
 
 def replay_steps(cfg: Config, world: World, run: Path, whole: Sequence[Path], parts: LoadedModel, saved: Saver, plan: Plan,
-            dropped: Sequence[Mapping[str, Any]], batches: Callable[[int], Iterator[Any]]) -> list[Finding]:
+            dropped: Sequence[Mapping[str, Any]], batches: Batches) -> list[Finding]:
     """Steps, ledger, order and losses of the run in `run` against the same computed again; nothing is written.
 
     `whole` are its undamaged checkpoints, oldest first; the other arguments are the run opened again: model, optimizer
-    at the base model, plan, ledger, batches from a step on.
+    at the base model, plan, ledger, batches.
     """
     def again(state: State) -> Finding:
         recorder, start, end = Recorder(world), state.step, state.step + REPLAYED

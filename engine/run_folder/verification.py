@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from data.prefetch import OrderDigest
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import DamagedCheckpoint, load
 from engine.run_folder.folder import manifest_problems, read_json
@@ -104,10 +105,10 @@ def same_machine(run: Path, world: World) -> bool:
             and then.get("versions", {}).get("torch") == torch.__version__)
 
 
-def orders(whole: Sequence[Path], digest: Callable[[int], str]) -> Finding:
+def orders(whole: Sequence[Path], digest: OrderDigest) -> Finding:
     """The order of pairs up to each checkpoint, computed again, against the digest in it."""
     states = {folder.name: load(folder)[2] for folder in whole}
-    wrong = [name for name, state in states.items() if state.get("order") != digest(state["state"]["step"])]
+    wrong = [name for name, state in states.items() if state.get("order") != digest.at_step(state["state"]["step"])]
     return Finding("order of pairs", FAILED if wrong else OK,
                    f"differs in {', '.join(wrong)}" if wrong else f"{len(whole)} digests computed again are the same")
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.batch import Batches
+from data.batch import CachedBatches
 from data.cold import encode_missing_images
 from data.store.features import FeatureStore
 from engine.clip.encoder import BatchedEncoder
@@ -117,13 +117,13 @@ class Watched:
     The loop begins with those before the graph, if there is one, is captured and compared, which does wait.
     """
 
-    batches: Batches
+    batches: CachedBatches
     first: int = WARMUP_STEPS + 1
 
-    def __call__(self, start: int) -> Iterator[Tensor]:
-        """As `batches.rows`."""
-        for step, index_B in enumerate(self.batches.rows(start)):
-            watched = self.first <= step < self.first + STEPS
+    def from_step(self, step: int) -> Iterator[Tensor]:
+        """Yield the rows of `batches`."""
+        for taken, index_B in enumerate(self.batches.rows.from_step(step)):
+            watched = self.first <= taken < self.first + STEPS
             torch.cuda.set_sync_debug_mode("error" if watched else "default")
             yield index_B
 

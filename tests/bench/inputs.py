@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor, CLIPVisionConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from data.batch import Batches
+from data.batch import CachedBatches
 from data.demo.demo import some_titles
 from data.store.feature_split import FeatureSplit
 from engine.clip.encoder import CPU_TITLES, BatchedEncoder
@@ -117,7 +117,7 @@ def write_pairs(folder: Path, counts: Mapping[str, int], negatives: bool = True)
     return folder
 
 
-def warm_batches(rows: int, widths: tuple[int, int], batch: int, device: torch.device = CPU) -> Batches:
+def warm_batches(rows: int, widths: tuple[int, int], batch: int, device: torch.device = CPU) -> CachedBatches:
     """What the loop trains on after a cold pass: batches of `rows` pairs with negatives from tables on the device."""
     ids = torch.arange(rows, device=device)
     split = FeatureSplit(torch.randn(rows, widths[0], device=device), torch.randn(rows, widths[1], device=device), ids, ids,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.catalogue import Catalogue, catalogue
+from data.catalogue import Catalogue, build_catalogue
 from data.cold import CHUNK, Reader, encode_missing_images, encode_missing_titles, encode_titles
 from data.identity import clip_words
 from data.images.decode import ImageSpec, decode_image, tokenize
@@ -34,7 +34,7 @@ def read_pairs(folder: Path, images: int, workers: int) -> tuple[Catalogue, Read
     write_pairs(folder, {"train": images}, negatives=False)
     reader = Reader(folder, ImageSpec.clip(), FetchPolicy(), 25_000_000, workers)
     rows = divide_lone_split(load_splits(str(folder)), reader, folder / "cache", 0, lambda _: None)
-    return catalogue(rows, clip_words()), reader
+    return build_catalogue(rows, clip_words()), reader
 
 
 @dataclass
@@ -59,8 +59,7 @@ class ColdPass:
         images, titles = (FeatureStore(place / name, width)
                           for name, width in zip(("images", "titles"), self.model.widths, strict=True))
         encode_missing_images(self.catalogue, self.reader, range(len(self.references)), images, self.model.image, lambda _: None)
-        encode_missing_titles(lambda some: [self.ids[i] for i in some], self.catalogue.title_keys, titles, range(len(self.ids)),
-                    0, self.model.text)
+        encode_missing_titles(lambda part: self.ids[part], self.catalogue.title_keys, titles, 0, self.model.text)
 
     def parts(self) -> None:
         """On one core they cannot overlap, so their sum is the limit; a GPU would leave the slower of them."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Features, Tokens
+from data.batch import Batch, Batches, Tokens
 from data.cold import encode_titles
 from data.demo.demo import some_titles
 from data.images.decode import collate_tokens, tokenize
@@ -64,7 +64,7 @@ class TrainingRun:
     """A call runs the real loop over `batches`, its log included, without evaluation and saving."""
 
     parts: LoadedModel
-    batches: Callable[[int], Iterator[Batch | Features]]
+    batches: Batches
     rows: int
     batch: int
     folder: Path
@@ -85,6 +85,17 @@ class TrainingRun:
         fit(replica, self.batches, plan, State(), config, Callbacks(log))
 
 
+@dataclass(frozen=True)
+class OneStep:
+    """Batches of a run of one step."""
+
+    inputs: Batch
+
+    def from_step(self, step: int) -> Iterator[Batch]:
+        """Yield the inputs."""
+        yield self.inputs
+
+
 def warm_epoch(bench: Bench) -> None:
     """P2: pairs a second of an epoch from features against steps that run both towers on ready pixels and tokens.
 
@@ -94,7 +105,7 @@ def warm_epoch(bench: Bench) -> None:
     title = collate_tokens(tokenize(model.parts.clip.tokenizer, some_titles(small), 77), 0)
     ids = torch.arange(small)
     step = Batch(noise_pixels(small), title, title, ids, ids, ids + small)
-    cold = TrainingRun(model.parts, lambda _: iter([step]), small, small, bench.scratch, streamed=True)
+    cold = TrainingRun(model.parts, OneStep(step), small, small, bench.scratch, streamed=True)
     for batch, goal in ((32, ">= 1,200"), (256, ">= 2,000"))[: 1 if bench.quick else 2]:
         rows = 50 * batch
         warm = TrainingRun(model.parts, warm_batches(rows, model.widths, batch), rows, batch, bench.scratch)

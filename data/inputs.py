@@ -1,0 +1,156 @@
+"""Where the features and batches of opened pairs come from: the feature store, or the towers anew.
+
+Dimension key: B rows of a batch, D distinct images by content, P distinct titles, V/T image/text feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batch import Batch, Batches, CachedBatches, Team, Tokens, share
+from data.catalogue import Catalogue, Split
+from data.cold import Pipeline, encode_images, encode_titles
+from data.identity import TitleIds
+from data.images.augment import random_region
+from data.images.decode import collate_tokens
+from data.prefetch import EpochBatches, prefetch_to_device, threaded_map
+from data.store.feature_split import FeatureSplit, StoredTable
+
+
+class FeatureSource(Protocol):
+    """Features of every split of a dataset."""
+
+    def feature_splits(self) -> Mapping[str, FeatureSplit]:
+        """Return every split's features, by its name."""
+
+
+class BatchSource(Protocol):
+    """Batches of every split of a dataset."""
+
+    def batches(self, split: str, batch_size: int, seed: int) -> Batches:
+        """Return this rank's inputs of a training run; `batch_size` is that of all ranks together."""
+
+
+@dataclass(frozen=True)
+class CachedPairs:
+    """Features from the store, constant for the whole run."""
+
+    splits: Mapping[str, FeatureSplit]
+    team: Team
+
+    def feature_splits(self) -> Mapping[str, FeatureSplit]:
+        """Return every split's features."""
+        return self.splits
+
+    def batches(self, split: str, batch_size: int, seed: int) -> CachedBatches:
+        """Return this rank's batches of features."""
+        return self.splits[split].batches(batch_size, seed, self.team.rank, self.team.size)
+
+
+@dataclass(frozen=True)
+class StreamedPairs:
+    """Pixels and tokens for every batch; features by the towers as they are at the time of the call."""
+
+    catalogue: Catalogue
+    splits: Mapping[str, Split]
+    example_D: np.ndarray  # a reference of each distinct image
+    token_ids: Sequence[Sequence[int]]  # of each of the P titles
+    pipeline: Pipeline
+
+    @classmethod
+    def open(cls, catalogue: Catalogue, splits: Mapping[str, Split], example_D: np.ndarray,
+             pipeline: Pipeline) -> StreamedPairs:
+        """Tokenize all titles."""
+        ids = TitleIds(pipeline.encoders.tokenizer, pipeline.encoders.max_tokens).tokens(catalogue.titles)
+        return cls(catalogue, splits, example_D, ids, pipeline)
+
+    def feature_splits(self) -> Mapping[str, FeatureSplit]:
+        """Encode everything and return every split's features; ranks share the work."""
+        team, reader, encoders = self.pipeline.team, self.pipeline.reader, self.pipeline.encoders
+        references = self.example_D[slice(*share(len(self.example_D), team.rank, team.size))]
+        ids = self.token_ids[slice(*share(len(self.token_ids), team.rank, team.size))]
+        parts = team.exchange((
+            encode_images(self.catalogue, references, reader, encoders.image, encoders.image_width),
+            encode_titles(ids, encoders.pad_id, encoders.text, encoders.text_width)))
+        image_DV = torch.cat([image for image, _ in parts])
+        title_PT = torch.cat([title for _, title in parts])
+        return make_feature_splits(self.splits, image_DV, title_PT, self.pipeline.device)
+
+    def batches(self, split: str, batch_size: int, seed: int) -> StreamedBatches:
+        """Return this rank's batches of pixels and tokens."""
+        team = self.pipeline.team
+        order = EpochBatches(len(self.splits[split]), batch_size, seed, team.rank, team.size)
+        return StreamedBatches(self, self.splits[split], order)
+
+
+@dataclass(frozen=True)
+class StreamedBatches:
+    """Batches of pixels and tokens, made in threads ahead of the loop."""
+
+    pairs: StreamedPairs
+    split: Split
+    order: EpochBatches
+
+    def from_step(self, step: int) -> Iterator[Batch]:
+        """Yield the inputs of every step from `step` on, on the device, without end."""
+        workers = self.pairs.pipeline.reader.workers
+        steps = enumerate(self.order.from_step(step), step)
+        made = threaded_map(self._make, steps, workers, workers + 1)
+        return prefetch_to_device(made, self.pairs.pipeline.device)
+
+    def _make(self, step_and_rows: tuple[int, Tensor]) -> Batch:
+        """Read and decode the images of a step, randomly cropped with --augment, and pad its titles."""
+        step, rows_B = step_and_rows
+        epoch = step // -(-len(self.split) // self.order.batch_size)
+        image_B, title_B = self.split.image_N[rows_B], self.split.title_N[rows_B]
+        negative_B = None if self.split.negative_N is None else self.split.negative_N[rows_B]
+        pixels = [self._pixels(epoch, row, image)
+                  for row, image in zip(rows_B.tolist(), image_B.tolist(), strict=True)]
+        if pixels:
+            pixels_BCSS = torch.from_numpy(np.stack(pixels))
+        else:
+            pixels_BCSS = torch.empty(0, 3, *self.pairs.pipeline.reader.spec.crop, dtype=torch.uint8)
+        negative = None if negative_B is None else self._tokens(negative_B.clamp(min=0))
+        return Batch(pixels_BCSS, self._tokens(title_B), negative, image_B, title_B, negative_B)
+
+    def _pixels(self, epoch: int, row: int, image: int) -> np.ndarray:
+        reader = self.pairs.pipeline.reader
+        reference = self.pairs.catalogue.references[int(self.pairs.example_D[image])].as_py()
+        crop = partial(random_region, self.order.seed, epoch, row) if reader.augment else None
+        return reader.pixels(reference, crop)
+
+    def _tokens(self, titles_B: Tensor) -> Tokens:
+        ids = [self.pairs.token_ids[title] for title in titles_B.tolist()]
+        return collate_tokens(ids, self.pairs.pipeline.encoders.pad_id)
+
+
+@dataclass(frozen=True)
+class AddedSplit:
+    """The features of a dataset, and beside them a split of another one under a name of its own."""
+
+    features: FeatureSource
+    name: str
+    other: FeatureSource
+    other_name: str
+
+    def feature_splits(self) -> Mapping[str, FeatureSplit]:
+        """Return every split's features."""
+        return {**self.features.feature_splits(), self.name: self.other.feature_splits()[self.other_name]}
+
+
+def make_feature_splits(splits: Mapping[str, Split], image_DV: Tensor | StoredTable, title_PT: Tensor | StoredTable,
+                        device: torch.device) -> dict[str, FeatureSplit]:
+    """Return the splits as indices into the two tables, with features on `device`."""
+    feature_splits = {}
+    for name, split in splits.items():
+        features = FeatureSplit(image_DV, title_PT, split.image_N, split.title_N, split.negative_N).to(device)
+        image_DV, title_PT = features.image_MV, features.title_PT  # one copy serves all splits
+        feature_splits[name] = features
+    return feature_splits

@@ -14,9 +14,9 @@ from engine.config.settings import check
 
 
 def test_every_recipe_is_a_choice_and_can_work() -> None:
-    assert tuple(RECIPES) == config_fields()["recipe"].metadata["choices"]
+    assert tuple(RECIPES) == config_fields()["recipe"].choices
     for name, settings in RECIPES.items():
-        assert all(config_fields()[key].metadata["group"] == "recipe" for key in settings)
+        assert all(config_fields()[key].group == "recipe" for key in settings)
         check(replace(Config(), recipe=name, **settings))
 
 

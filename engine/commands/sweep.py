@@ -14,7 +14,7 @@ from data.sources.folds import concatenate, folds
 from data.store.feature_split import FeatureSplit
 from engine.commands.common import evaluate_split, evaluate_splits, load_model, open_data, open_run, open_source
 from engine.commands.train import find_overlap, write_results
-from engine.config.fields import Config
+from engine.config.fields import Config, as_dict
 from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
 from engine.run_folder import folder
@@ -40,7 +40,7 @@ def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
             for fold in folds(rows, cfg.folds, seed)]
     for settings in tried:  # a batch too large for a fold is better said now
         Plan(min(len(run.train) for run in runs), replace(cfg, **settings).batch_size, 1)
-    folder.write_run_header(out, cfg, world, parts.precision, pairs.ledger)
+    folder.write_run_header(out, as_dict(cfg, "sweep"), world, parts.precision, pairs.ledger)
     # what trials depend on; test is measured at the end alone, base and tuned together
     identity = {key: value for key, value in pairs.identity.items()
                 if key not in {data_key(name) for name in pairs.splits if name not in ("train", "valid")}}

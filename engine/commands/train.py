@@ -18,8 +18,7 @@ from data.prefetch import EpochBatches, OrderDigest
 from data.store.feature_split import FeatureSplit
 from engine.clip.model import LoadedModel, distribute
 from engine.commands.common import evaluate_splits, load_model, open_data, open_probe, open_run, open_source, with_probe
-from engine.config.cli import FREE_ON_RESUME
-from engine.config.fields import Config, as_dict
+from engine.config.fields import Config, as_dict, config_fields
 from engine.config.recipes import fit_to_data
 from engine.optim import adamw
 from engine.publish.export import Origin, Tuned, export
@@ -54,7 +53,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     base = evaluate_splits(pairs.feature_splits(), parts.head, names, world) if begun else {}  # before tuned weights return
     state = saved.resume(world.say) if begun else checkpoint.State()
     shared = find_overlap(pairs, world)
-    folder.write_run_header(out, cfg, world, parts.precision, pairs.ledger)
+    folder.write_run_header(out, as_dict(cfg, "train"), world, parts.precision, pairs.ledger)
     metrics = (folder.read_json(out / "metrics.json") if state.step else {}) | shared
     log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, comparable_settings(cfg), metrics.get("base"))
     show = make_answer_log(out, pairs, names, resumed=state.step > 0)
@@ -180,7 +179,7 @@ def make_saver(cfg: Config, world: World, out: Path, parts: LoadedModel, pairs: 
     unused = {data_key(name) for name in pairs.splits if name not in ("train", *names)}
     known = {key: value for key, value in pairs.identity.items() if key not in unused}
     identity = {**known, "the precision": str(parts.precision), "the number of pairs": str(rows)}
-    recipe = {key: value for key, value in as_dict(cfg).items() if key not in FREE_ON_RESUME}
+    recipe = {name: value for name, value in as_dict(cfg, "train").items() if not config_fields()[name].resumable}
     optimizer = adamw(parts.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp)
     return Saver(out, parts.trainable, optimizer, identity, recipe,
                  OrderDigest(rows, cfg.batch_size, cfg.seed), cfg.keep, cfg.best_metric, cfg.patience, world)

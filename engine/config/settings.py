@@ -1,90 +1,109 @@
-"""Settings as text: read from flags and TOML, written as TOML, and checked; one sentence for every mistake."""
+"""Settings as text: read from TOML and from the run that goes on, written as TOML, and checked."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import math
+import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from engine.config.fields import Config, config_fields
+from engine.config.fields import Config, Setting, config_fields, flag_of
 
-METRICS = [*(f"{way}_{name}" for way in ("image_to_text", "text_to_image")
-             for name in ("R@1", "R@5", "R@10", "median_rank", "mean_rank", "mrr")), "triplet_accuracy"]
-# As `--help` and written TOML order them.
-GROUPS = ("query", "model", "data", "recipe", "sweep", "loop", "output", "machine")
+DIRECTIONS = ("image_to_text", "text_to_image")
+RETRIEVAL_METRICS = ("R@1", "R@5", "R@10", "median_rank", "mean_rank", "mrr")
+METRICS = [*(f"{direction}_{name}" for direction in DIRECTIONS for name in RETRIEVAL_METRICS), "triplet_accuracy"]
 
 
 def group_settings(names: Sequence[str]) -> dict[str, list[str]]:
-    """The settings `names` under the group each belongs to."""
-    group_of = {name: spec.metadata["group"] for name, spec in config_fields().items()}
-    grouped = {group: [name for name in names if group_of[name] == group] for group in GROUPS}
-    return {group: members for group, members in grouped.items() if members}
+    """Return the settings `names` under the group each belongs to, in the order of Config."""
+    groups: dict[str, list[str]] = {}
+    for name, spec in config_fields().items():
+        if name in names:
+            groups.setdefault(spec.group, []).append(name)
+    return groups
 
 
-def suggest(what: str, word: str, known: Sequence[str]) -> str:
-    """A sentence that names the word nobody knows and the nearest one somebody does."""
+def suggest(kind: str, word: str, known: Sequence[str]) -> str:
+    """Return a sentence that names the unknown word and the nearest known one."""
     near = difflib.get_close_matches(word, known, n=1)
-    return f"unknown {what} {word}" + (f"; did you mean {near[0]}?" if near else f"; there is {', '.join(known)}"
-                                       if len(known) < 12 else "")
+    if near:
+        return f"unknown {kind} {word}; did you mean {near[0]}?"
+    choices = f"; there is {', '.join(known)}" if len(known) < 12 else ""
+    return f"unknown {kind} {word}{choices}"
 
 
 def comma_list(text: str) -> tuple[str, ...]:
-    """The parts of `a,b`, blanks and empty parts left out."""
+    """Return the parts of `a,b`, blanks and empty parts left out."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def parse_number(text: str) -> float:
-    """A number, also as `5%`. Raises ValueError."""
+    """Return a number, also one written as `5%`. Raises ValueError."""
     return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The settings in a TOML file. Raises ValueError with one sentence for an unknown key or a wrong type."""
+    """Return the settings in a TOML file. Raises ValueError with one sentence for an unknown key or a wrong type."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"--config {path}: no such file") from None
     except (ValueError, OSError, RecursionError) as error:  # no TOML, no UTF-8, no file, or nested without end
         raise ValueError(f"--config {path}: {error}") from None
-    hints, values = get_type_hints(Config), {}
+    known = config_fields()
+    values: dict[str, Any] = {}
     for key, value in table.items():
         name = key.replace("-", "_")
-        if name not in hints:
-            raise ValueError(f"--config {path}: " + suggest("key", name, list(hints)))
-        default = config_fields()[name].default
-        if isinstance(default, tuple) and isinstance(value, (list, str)):
-            value = tuple(value) if isinstance(value, list) else comma_list(value)
-        elif isinstance(default, float) and type(value) is int:
-            value = float(value)
-        elif isinstance(default, float) and isinstance(value, str):
-            with suppress(ValueError):
-                value = parse_number(value)
-        if type(value) is not type(default) or (value and isinstance(value, tuple) and
-                                                any(type(part) is not str for part in value)):
-            raise ValueError(f"--config {path}: {key} must be {type(default).__name__}, not {type(value).__name__}")
-        values[name] = value
+        if name not in known:
+            raise ValueError(f"--config {path}: " + suggest("key", name, list(known)))
+        values[name] = _from_toml(value, known[name].default)
+        if not _has_type_of(values[name], known[name].default):
+            expected, given = type(known[name].default).__name__, type(values[name]).__name__
+            raise ValueError(f"--config {path}: {key} must be {expected}, not {given}")
     return values
 
 
+def _from_toml(value: Any, default: Any) -> Any:
+    """Return a TOML value as the setting with this default holds it: lists as tuples, `5%` as a number."""
+    if isinstance(default, tuple) and isinstance(value, list):
+        return tuple(value)
+    if isinstance(default, tuple) and isinstance(value, str):
+        return comma_list(value)
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if isinstance(default, float) and isinstance(value, str):
+        with suppress(ValueError):
+            return parse_number(value)
+    return value
+
+
+def _has_type_of(value: Any, default: Any) -> bool:
+    """Return whether a value has the type of the default; the items of a tuple have to be text."""
+    if type(value) is not type(default):
+        return False
+    return not isinstance(value, tuple) or all(type(item) is str for item in value)
+
+
 def to_toml(config: Config, names: Sequence[str]) -> str:
-    """A TOML file of the settings `names`, each below what it means, in their `--help` groups; `read_toml` reads it."""
-    known, lines = config_fields(), ["# Settings of run.py: pass this file with --config; flags win."]
+    """Return a TOML file of the settings `names`, each below its help line, grouped as in `--help`."""
+    lines = ["# Settings of run.py: pass this file with --config; flags win."]
     for group, members in group_settings(names).items():
         lines += ["", f"# ---- {group} ----"]
         for name in members:
-            choices = "|".join(known[name].metadata["choices"])
-            lines.append(f"# {known[name].metadata['help']}" + (f" ({choices})" if choices else ""))
+            spec = config_fields()[name]
+            choices = f" ({'|'.join(spec.choices)})" if spec.choices else ""
+            lines.append(f"# {spec.help}{choices}")
             lines.append(f"{name.replace('_', '-')} = {toml_value(getattr(config, name))}")
     return "\n".join(lines) + "\n"
 
 
 def toml_value(value: Any) -> str:
-    """One setting's value as TOML."""
+    """Return one setting's value as TOML."""
     if isinstance(value, tuple):
         return "[" + ", ".join(map(toml_value, value)) + "]"
     if isinstance(value, str):  # JSON's escapes are TOML's, but for this one
@@ -92,32 +111,38 @@ def toml_value(value: Any) -> str:
     return str(value).lower()  # true, 0.0001, 1e-05
 
 
+def resumed_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the run that --resume goes on with, {} if there is none.
+
+    Raises ValueError for a flag that would change what the run computes.
+    """
+    mode = flags.get("resume", "off")
+    folder = Path(flags.get("out", "")).expanduser()
+    if mode == "auto" and not flags.get("out"):
+        raise ValueError("--resume auto needs the folder to go on in: --out DIR")
+    if mode == "off" or (mode == "auto" and not (folder / "config.json").exists()):
+        return {}
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"--resume: --out {folder} holds no run with a readable config.json") from None
+    known = config_fields()
+    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in content if name in known}
+    for name, value in flags.items():
+        before = saved.get(name, known[name].default)
+        if value != before and not known[name].resumable:
+            raise ValueError(f"--resume: the run was started with {flag_of(name)} {before}, not {value}; leave the "
+                             "flag out or start a new run with another --out")
+    return saved
+
+
 def check(config: Config) -> None:
     """Raises ValueError with one sentence for a value that cannot work."""
-    at_least = {"epochs": 1, "batch_size": 1, "log_every": 1, "eval_every": 0, "save_every": 0, "keep": 1,
-                "patience": 0, "workers": 1, "resize": 0, "lr": 0,
-                "weight_decay": 0, "clip_norm": 0, "max_bad": 0, "max_pixels": 1, "scale": 1e-9,
-                "dist_timeout": 1, "hardness": 0, "l2_sp": 0, "micro_batch": 0, "top": 1,
-                "seed": 0, "trials": 0, "folds": 2, "seeds": 1}
-    for name, low in at_least.items():
-        value = getattr(config, name)
-        if not low <= value < math.inf:  # NaN as well
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {low:g}, not {value:g}")
-    if config.max_bad > 1:
-        raise ValueError(f"--max-bad is a share of the rows, such as 5% or 0.05, not {config.max_bad:g}")
-    for name, high in {"seed": 2**32, "dist_timeout": 1e7}.items():
-        if getattr(config, name) > high:
-            raise ValueError(f"--{name.replace('_', '-')} must be at most {high:g}, not {getattr(config, name):g}")
-    if not 0 <= config.warmup < 1:
-        raise ValueError(f"--warmup is a share of all steps between 0 and 1, not {config.warmup:g}")
+    for name, spec in config_fields().items():
+        check_value(flag_of(name), getattr(config, name), spec)
     if config.loss == "sigmoid" and config.hardness:
         raise ValueError("--loss sigmoid judges each pair alone, --hardness needs a softmax; leave it out or use "
                          "--loss symmetric")
-    for name, spec in config_fields().items():
-        allowed = spec.metadata["choices"]
-        if allowed and getattr(config, name) not in allowed:
-            raise ValueError(f"--{name.replace('_', '-')} must be one of {', '.join(allowed)}, "
-                             f"not {getattr(config, name)!r}")
     if config.interpolate not in ("", "auto") and not 0 <= _number(config.interpolate) <= 1:
         raise ValueError(f"--interpolate is a share of tuned within 0 and 1, or auto; not {config.interpolate}")
     if config.html and Path(config.html).expanduser().is_dir():
@@ -128,7 +153,40 @@ def check(config: Config) -> None:
         raise ValueError("--trainable names nothing; try --trainable projection")
 
 
+def check_value(flag: str, value: Any, spec: Setting) -> None:
+    """Raises ValueError for a value that is outside its setting's bounds or not among its choices."""
+    if spec.choices and value not in spec.choices:
+        raise ValueError(f"{flag} must be one of {', '.join(spec.choices)}, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    above_low = spec.low <= value < math.inf  # False for NaN as well
+    if spec.range_text and not (above_low and value <= spec.high):
+        raise ValueError(f"{flag} must be {spec.range_text}, not {value:g}")
+    if not above_low:
+        raise ValueError(f"{flag} must be at least {spec.low:g}, not {value:g}")
+    if value > spec.high:
+        raise ValueError(f"{flag} must be at most {spec.high:g}, not {value:g}")
+
+
+def check_paths(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError for a text that no file name can hold, and for ~ or ~NAME where there is no such home."""
+    for name, value in settings.items():
+        flag = flag_of(name)
+        if not isinstance(value, str):
+            continue
+        if "\0" in value:
+            raise ValueError(f"{flag} {value!r} holds a NUL character; leave it out")
+        if name == "out" and any("\ud800" <= letter <= "\udfff" for letter in value):  # TensorBoard writes none such
+            raise ValueError(f"{flag} {value} is no text here; choose another name, or a locale with UTF-8, such as "
+                             "LC_ALL=C.UTF-8")
+        if value.startswith("~") and os.path.expanduser(value).startswith("~"):
+            home = Path(value).parts[0]
+            fault = "there is no home folder here (HOME is not set)" if home == "~" else f"{home} is nobody's home"
+            raise ValueError(f"{flag} {value}: {fault}; write the path in full")
+
+
 def _number(text: str) -> float:
+    """Return a text as a number, NaN if it is none."""
     try:
         return float(text)
     except ValueError:

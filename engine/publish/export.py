@@ -68,7 +68,7 @@ def recipe_of(cfg: Config) -> dict[str, Any]:
     """The settings that decide what is learned, as plain JSON values."""
     plain = asdict(cfg)
     return {name: list(plain[name]) if isinstance(plain[name], tuple) else plain[name]
-            for name, spec in config_fields().items() if spec.metadata["group"] == "recipe"}
+            for name, spec in config_fields().items() if spec.group == "recipe"}
 
 
 def frozen_digest(clip: Clip, trained: Collection[str]) -> str:
@@ -156,7 +156,7 @@ def _origin_of_unfinished(path: Path) -> Origin:
     if not isinstance(known, dict) or not isinstance(known.get("model"), str):
         raise UserError(f"--run {path}: its config.json does not name the base model; this is no run of thumbtune")
     recipe = {name: known[name] for name, spec in config_fields().items()
-              if spec.metadata["group"] == "recipe" and name in known}
+              if spec.group == "recipe" and name in known}
     return Origin(known["model"], "", "", _public(str(known.get("dataset", ""))), recipe,
                   read_json(path / "metrics.json"))
 

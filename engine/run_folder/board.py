@@ -126,8 +126,8 @@ def tag(split: str, name: str) -> str:
 
 def comparable_settings(cfg: Config) -> dict[str, Any]:
     """The settings to compare runs by: what is computed, on what."""
-    return {name: value for name, value in as_dict(cfg).items()
-            if name in ("model", "dataset") or config_fields()[name].metadata["group"] == "recipe"}
+    return {name: value for name, value in as_dict(cfg, "train").items()
+            if name in ("model", "dataset") or config_fields()[name].group == "recipe"}
 
 
 class WeightDrift:

@@ -21,7 +21,7 @@ import torch
 
 from data.batch import UserError
 from data.files import changed_files, lock_folder, recover_folders, replace_text, sha256
-from engine.config.fields import Config, as_dict, config_fields
+from engine.config.fields import Config, config_fields
 from engine.ranks.world import World
 from engine.run_folder.crash import BEGUN
 from engine.run_folder.ownership import RUN_FILES, is_run, refuse_foreign_parts, refuse_out
@@ -110,21 +110,21 @@ def require_run_dir(folder: Path) -> Path:
     return folder
 
 
-def write_run_header(folder: Path, cfg: Config, world: World, precision: torch.dtype,
-          ledger: Iterable[Mapping[str, Any]]) -> None:
+def write_run_header(folder: Path, settings: Mapping[str, Any], world: World, precision: torch.dtype,
+                     ledger: Iterable[Mapping[str, Any]]) -> None:
     """Write config.json and ledger.jsonl, from rank 0."""
     def write() -> None:
-        write_json(folder / "config.json", _provenance(cfg, world, precision))
+        write_json(folder / "config.json", _provenance(settings, world, precision))
         write_ledger(folder / "ledger.jsonl", ledger)
     world.on_main(write)
 
 
-def _provenance(cfg: Config, world: World, precision: torch.dtype) -> dict[str, Any]:
+def _provenance(settings: Mapping[str, Any], world: World, precision: torch.dtype) -> dict[str, Any]:
     """The content of config.json: resolved settings, versions, commit, host, devices."""
     device = world.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "config": as_dict(cfg),
+        "config": settings,
         "precision": str(precision).removeprefix("torch."),
         "command": " ".join(sys.argv),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},

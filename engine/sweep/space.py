@@ -14,7 +14,7 @@ from engine.config.fields import Config, config_fields
 from engine.config.settings import check, suggest
 
 FIXED = ("mode", "trainable", "seed", "recipe")  # of the recipe, but not to be searched
-RECIPE = [name for name, spec in config_fields().items() if spec.metadata["group"] == "recipe"
+RECIPE = [name for name, spec in config_fields().items() if spec.group == "recipe"
           and name not in ("recipe", "mode")]
 PATIENCE = 1_000  # draws in a row that bring nothing new: the space is exhausted
 
@@ -40,7 +40,7 @@ class Range:
 def read_space(text: str) -> dict[str, Range | list[Any]]:
     """`lr=1e-4..1e-2:log epochs=2,10` -> for each setting its range or its values. Raises UserError."""
     known = {name: spec for name, spec in config_fields().items()
-             if spec.metadata["group"] == "recipe" and name not in FIXED}
+             if spec.group == "recipe" and name not in FIXED}
     space: dict[str, Range | list[Any]] = {}
     for part in text.split():
         key, given, values = part.partition("=")

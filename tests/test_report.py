@@ -16,7 +16,8 @@ from test_answers import answers_in, space
 
 from eval.report.charts import Line, binned, chart
 from eval.report.page import clean
-from eval.report.report import table, write_report
+from eval.report.report import write_report
+from eval.report.table import metrics_table
 
 HOSTILE = ["<script>document.title='owned'</script>", '"><img src=x onerror=document.title="owned">',
            "\u202ereversed\u202c \u2067 and isolated", "A" * 5000, "</bdi></h4></main><h1>broken out</h1>",
@@ -163,11 +164,11 @@ def test_a_browser_finds_nothing_to_complain_of(folder: Path) -> None:
 
 def test_the_table_shows_differences_where_they_are_known(folder: Path) -> None:
     metrics = json.loads((folder / "metrics.json").read_text())
-    lines = table(metrics | {"probe": {}}).splitlines()
+    lines = metrics_table(metrics | {"probe": {}}).splitlines()
     assert lines[0].split(" | ")[-2].strip() == "difference"
     assert any("+0.200 [+0.100, +0.300] | <.001" in line for line in lines if "| test " in line)
     assert len({len(line) for line in lines}) == 1
-    assert "difference" not in table({"some/model": metrics["base"]})
+    assert "difference" not in metrics_table({"some/model": metrics["base"]})
 
 
 def test_charts_say_what_they_draw() -> None:

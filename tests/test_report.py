@@ -14,7 +14,7 @@ from browser import PROGRAM, Browser
 from PIL import Image
 from test_answers import answers_in, space
 
-from eval.report.charts import Line, binned, chart
+from eval.report.charts import Axes, Line, binned, chart
 from eval.report.page import clean
 from eval.report.report import write_report
 from eval.report.table import metrics_table
@@ -174,9 +174,9 @@ def test_the_table_shows_differences_where_they_are_known(folder: Path) -> None:
 def test_charts_say_what_they_draw() -> None:
     x, mean, low, high = binned([1.0, 3.0, math.nan, 5.0, 7.0], 2)
     assert (x, mean, low, high) == ([2.0, 4.5], [2.0, 6.0], [1.0, 5.0], [3.0, 7.0])
-    one = Page(chart("a", "Title & more", "words", [Line("<x>", [0, 1], [2.0, 2.0])], "step", "y"))
+    one = Page(chart("a", "Title & more", "words", [Line("<x>", [0, 1], [2.0, 2.0])], Axes("step", "y")))
     assert not one.open and "Title & more" in one.data and "<x>" in one.data
-    assert chart("a", "t", "d", [Line("x", [1], [math.nan])], "s", "y") == ""
+    assert chart("a", "t", "d", [Line("x", [1], [math.nan])], Axes("s", "y")) == ""
     for values in ([0, 0], [1e-9, 3e-9], [-5, 1e6], [0.1234, 0.1235]):
-        assert "nan" not in chart("a", "t", "d", [Line("x", [0, 1], values)], "s", "y")
+        assert "nan" not in chart("a", "t", "d", [Line("x", [0, 1], values)], Axes("s", "y"))
     assert clean(" a\n\tb\u00a0 ") == "a b"

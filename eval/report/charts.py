@@ -31,19 +31,25 @@ class Band(NamedTuple):
     high: Sequence[float]
 
 
-def chart(name: str, title: str, description: str, lines: Sequence[Line], x_label: str, y_label: str,
-          band: Band | None = None, floor: float | None = None, mark: float | None = None) -> str:
-    """An SVG with axes, a legend and the description below it; `name` makes its ids unique.
+class Axes(NamedTuple):
+    """`floor` is a y that the axis must include, `mark` an x with a vertical line; without a mark x counts steps."""
 
-    `floor` is a y that the axis must include, `mark` an x with a vertical line; without a mark x counts steps.
-    """
+    x_label: str
+    y_label: str
+    floor: float | None = None
+    mark: float | None = None
+
+
+def chart(name: str, title: str, description: str, lines: Sequence[Line], axes: Axes, band: Band | None = None) -> str:
+    """An SVG with axes, a legend and the description below it; `name` makes its ids unique."""
+    floor, mark = axes.floor, axes.mark
     drawn = [line for line in lines if any(map(math.isfinite, line.y))]
     if not drawn:
         return ""
     x = _Scale([v for line in drawn for v in line.x], LEFT, WIDE - RIGHT, whole=mark is None)
     heights = [v for line in drawn for v in line.y] + ([floor] if floor is not None else [])
     y = _Scale(heights + ([*band.low, *band.high] if band else []), HIGH - BOTTOM, TOP)
-    parts = [_axes(x, y, x_label, y_label)]
+    parts = [_axes(x, y, axes.x_label, axes.y_label)]
     if mark is not None and x.low <= mark <= x.high:
         parts.append(f'<line class="mark" x1="{x(mark):.1f}" x2="{x(mark):.1f}" y1="{TOP}" y2="{HIGH - BOTTOM}"/>')
     if band:

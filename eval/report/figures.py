@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.report.answers import AnswersByDirection
-from eval.report.charts import Band, Line, binned, chart, interval_bar, outline
+from eval.report.charts import Axes, Band, Line, binned, chart, interval_bar, outline
 from eval.report.page import escape_attribute, escape_text
 from eval.report.table import SHOWN, WHEN, cell, collapse_warning, describe_sizes, difference_cells
 
@@ -115,8 +115,8 @@ def _loss(losses: Sequence[float]) -> str:
         return ""
     words = (f"Over {len(losses):,} steps the training loss goes from {mean[0]:.3f} to {mean[-1]:.3f}. The line is the "
              "mean of neighbouring steps, the area their range.")
-    return chart("loss", "Training loss", words, [Line("mean of neighbouring steps", x, mean)], "step", "loss",
-                 Band(x, low, high))
+    return chart("loss", "Training loss", words, [Line("mean of neighbouring steps", x, mean)],
+                 Axes("step", "loss"), Band(x, low, high))
 
 
 def _recall(metric: str, heading: str, history: Sequence[Mapping[str, Any]]) -> str:
@@ -131,7 +131,7 @@ def _recall(metric: str, heading: str, history: Sequence[Mapping[str, Any]]) -> 
         x, y = [float(p[0]) for p in points], [float(p[1]) for p in points]
         lines += [Line(f"{split}", x, y, style), Line(f"{split}, base model", [x[0], x[-1]], [y[0], y[0]], dotted)]
         words.append(f"On {split} it goes from {y[0]:.3f} to {y[-1]:.3f}.")
-    return chart(metric.replace("@", ""), heading, " ".join(words), lines, "step", "share", floor=0.0)
+    return chart(metric.replace("@", ""), heading, " ".join(words), lines, Axes("step", "share", floor=0.0))
 
 
 def _margins(answers: Mapping[str, AnswersByDirection], split: str) -> str:
@@ -145,8 +145,8 @@ def _margins(answers: Mapping[str, AnswersByDirection], split: str) -> str:
     won = {when: sum(m > 0 for m in values) / max(1, len(values)) for when, values in margins.items()}
     words = (f"Cosine of the right title minus that of the best wrong one, for {split} thumbnails. Above zero the "
              f"right one wins: {won['base']:.0%} before, {won['tuned']:.0%} after.")
-    return chart("margin", "Margin of the right title", words, lines, "cosine of right minus best wrong",
-                 "share of rows", floor=0.0, mark=0.0)
+    return chart("margin", "Margin of the right title", words, lines,
+                 Axes("cosine of right minus best wrong", "share of rows", floor=0.0, mark=0.0))
 
 
 def _interpolation(interpolation: Mapping[str, Any]) -> str:
@@ -159,8 +159,8 @@ def _interpolation(interpolation: Mapping[str, Any]) -> str:
         lines.append(Line(split, x, [float(point[split]["image_to_text_R@10"]) for point in points], style))
     origin = f"chosen on {interpolation['chosen_on']}" if interpolation.get("chosen_on") else "as asked for"
     words = f"0 is the base model, 1 the tuned one; the exported model is at {alpha:g}, {origin}."
-    return chart("between", "Recall@10 between base and tuned", words, lines, "share of the tuned weights", "share",
-                 floor=0.0, mark=alpha)
+    return chart("between", "Recall@10 between base and tuned", words, lines,
+                 Axes("share of the tuned weights", "share", floor=0.0, mark=alpha))
 
 
 def recipe(config: Mapping[str, Any], sizes: Mapping[str, int], steps: int) -> str:

@@ -1,4 +1,4 @@
-"""The distinct images and titles of a split, which of them belong together, and what is independent of what.
+"""The distinct images and titles of a split, their pairs, and the independent units of rows that share either.
 
 Dimension key: N rows of a split, U distinct images, W distinct titles, P distinct pairs.
 """
@@ -24,21 +24,21 @@ class Distinct:
     unit_N: Tensor  # the unit of each row
     image_row_U: Tensor  # the first row of each distinct image
     title_row_W: Tensor  # the first row of each distinct title
-    image_P: Tensor  # 0 .. U-1: the image of each distinct pair, rising
+    image_P: Tensor  # 0 .. U-1: the image of each distinct pair, ascending
     title_P: Tensor  # 0 .. W-1: its title
 
     @classmethod
-    def of(cls, image_id_N: Tensor | None, title_id_N: Tensor) -> Distinct:
-        """Equal ids mean the same image or title; without image ids every row has an image of its own.
+    def from_ids(cls, image_id_N: Tensor | None, title_id_N: Tensor) -> Distinct:
+        """From an id for each row: equal ids mean the same item; without image ids every row has its own image.
 
         Raises UserError for no rows.
         """
         if not len(title_id_N):
             raise UserError("there are no pairs to measure; choose a split that has rows")
-        each_N = torch.arange(len(title_id_N), device=title_id_N.device)
-        image_row_U, image_N = (each_N, each_N) if image_id_N is None else first_rows(image_id_N)
+        row_N = torch.arange(len(title_id_N), device=title_id_N.device)
+        image_row_U, image_N = (row_N, row_N) if image_id_N is None else first_rows(image_id_N)
         title_row_W, title_N = first_rows(title_id_N)
-        unit_N = torch.from_numpy(components(title_N.cpu().numpy(), image_N.cpu().numpy())).to(each_N.device)
+        unit_N = torch.from_numpy(components(title_N.cpu().numpy(), image_N.cpu().numpy())).to(row_N.device)
         pair_P = (image_N * len(title_row_W) + title_N).unique()
         return cls(unit_N, image_row_U, title_row_W, pair_P // len(title_row_W), pair_P % len(title_row_W))
 
@@ -54,10 +54,10 @@ class Distinct:
 
 
 def first_rows(id_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The first row of each distinct id, rising [U], and for each row which of them has its id [N]."""
+    """The first row of each distinct id, ascending [U], and the index (0 .. U-1) of each row's id among them [N]."""
     ids, code_N = id_N.unique(return_inverse=True)
-    each_N = torch.arange(len(id_N), device=id_N.device)
-    row_U = torch.full_like(ids, len(id_N), dtype=torch.int64).scatter_reduce(0, code_N, each_N, "amin")
+    row_N = torch.arange(len(id_N), device=id_N.device)
+    row_U = torch.full_like(ids, len(id_N), dtype=torch.int64).scatter_reduce(0, code_N, row_N, "amin")
     row_U, order_U = row_U.sort()
-    place_U = torch.empty_like(order_U).scatter(0, order_U, each_N[:len(order_U)])
+    place_U = torch.empty_like(order_U).scatter(0, order_U, row_N[:len(order_U)])
     return row_U, place_U[code_N]

@@ -1,9 +1,10 @@
-"""How sure a figure is: 95 % intervals in closed form, and the paired test of one model against another.
+"""95 % confidence intervals in closed form, and the paired test of one model against another.
 
-What varies is the independent unit: an image with its titles, and whatever shares one of them. Units are drawn anew,
-their gallery stays. A figure is a ratio over units (sum of the values / number of values); its variance is linearised
-around that ratio (Cochran, "Sampling Techniques", 3rd ed. 1977, chapter 6), which for units of one value is that of a
-mean. Only the signs of `paired_test` are drawn, from a seed.
+The sampling unit is the independent unit: an image with its titles, and everything connected to it through a shared
+image or title. Intervals describe other samples of units with the same gallery. A metric is a ratio over units (sum of
+the values / number of values); its variance is linearised around that ratio (Cochran, "Sampling Techniques", 3rd ed.
+1977, chapter 6), which for units of one value is the variance of a mean. Only the signs of `paired_test` are random,
+from a seed.
 Dimension key: N values (one a query), U units, F flips, K distinct sizes.
 """
 
@@ -19,9 +20,9 @@ from torch import Tensor
 
 from data.batch import UserError
 
-FLIPS = 9_999  # of a sign-flip test that is too large to enumerate
-ENUMERATE = 16  # units with a difference whose 2^U sign patterns are all tried
-LARGEST = 64  # differences whose signs are drawn one by one; the sum of the smaller ones is close to normal
+FLIPS = 9_999  # random sign patterns of a test that is too large to enumerate
+ENUMERATE = 16  # at most so many differing units: all 2^U sign patterns are tried
+LARGEST = 64  # differences whose signs are drawn singly; the sum of the smaller ones is close to normal
 Z = 1.959964  # 97.5 % point of the normal distribution
 POISSON_5 = (0.051293, 0.355362, 0.817691)  # 5 % points of Gamma(1), Gamma(2), Gamma(3)
 
@@ -38,12 +39,12 @@ class PairedTest:
     p_value: float
 
     def as_json(self) -> dict[str, float | Interval]:
-        """As it stands in metrics.json."""
+        """The entry of metrics.json."""
         return {"value": self.difference, "ci95": self.ci95, "p": self.p_value}
 
 
 class Units:
-    """Which of N values are of the same independent unit; `unit_N` holds small numbers, equal for the same unit."""
+    """The independent units that N values belong to; `unit_N` holds small numbers, equal for the same unit."""
 
     def __init__(self, unit_N: Tensor) -> None:
         self.unit_N = unit_N.cpu().numpy()
@@ -54,59 +55,60 @@ class Units:
 
     @classmethod
     def single(cls, n: int) -> Units:
-        """Every value is a unit of its own."""
+        """N units of one value each."""
         return cls(torch.arange(n))
 
     @property
-    def effective(self) -> float:
-        """How many values the N are worth if those of a unit say the same: Kish's effective sample size."""
+    def correlated_size(self) -> float:
+        """Kish's effective sample size for values that are equal within a unit."""
         return self.n**2 / float((self.count_U**2).sum())
 
     def sums(self, value_N: Array) -> Array:
         """The sum of each unit's values [U]."""
         return np.bincount(self.unit_N, value_N)[self.present].astype(np.float64)
 
-    def worth(self, hit_N: Array) -> float:
-        """How many independent draws have the variance of this share of hits.
+    def effective_size(self, hit_N: Array) -> float:
+        """The number of independent draws whose share of hits has the same variance.
 
-        N where every value is a unit. Else N by the design effect (Kish, "Survey Sampling", 1965), of which the units
-        that hold a miss (or a hit, if those are fewer) tell; two that say "all of a unit are alike" are added to them.
+        N for units of one value. Else N divided by the design effect (Kish, "Survey Sampling", 1965): the one observed,
+        weighted with the number of units that hold a miss (or a hit, if those are fewer), averaged with the design
+        effect of full correlation within units, which has the weight of two units.
         """
-        alike = self.n / self.effective  # the design effect if all of a unit are alike
-        if alike == 1:
+        correlated = self.n / self.correlated_size  # the design effect of full correlation within units
+        if correlated == 1:
             return float(self.n)
-        units, share, observed, telling = len(self.count_U), float(hit_N.mean()), alike, 0
+        units, share, observed, weight = len(self.count_U), float(hit_N.mean()), correlated, 0
         if 0 < share < 1 and units > 1:
             hits_U = self.sums(hit_N)
             variance = float(((hits_U - share * self.count_U) ** 2).sum()) * units / (units - 1)
             observed = variance / (self.n * share * (1 - share))
-            telling = min(int((hits_U > 0).sum()), int((hits_U < self.count_U).sum()))
-        return self.n / max(1.0, (telling * observed + 2 * alike) / (telling + 2))
+            weight = min(int((hits_U > 0).sum()), int((hits_U < self.count_U).sum()))
+        return self.n / max(1.0, (weight * observed + 2 * correlated) / (weight + 2))
 
 
 def share_interval(hit_N: Tensor, units: Units | None = None) -> Interval:
     """95 % interval of the share of True values: Wilson's, with a Poisson limit for up to three misses or hits.
 
-    A percentile bootstrap of 12 hits in 12 rows says [1, 1]; this says [.757, 1]. Source: Brown, Cai, DasGupta,
-    "Interval Estimation for a Binomial Proportion", Statistical Science 16(2), 2001, modified Wilson interval. Values
-    that hang together count as the number of independent ones that they are worth.
+    A percentile bootstrap of 12 hits in 12 rows gives [1, 1]; this gives [.757, 1]. Source: Brown, Cai, DasGupta,
+    "Interval Estimation for a Binomial Proportion", Statistical Science 16(2), 2001, modified Wilson interval; the
+    number of draws is `Units.effective_size`.
     """
     hit = _numpy(hit_N)
-    return _wilson(float(hit.mean()), (units or Units.single(len(hit))).worth(hit))
+    return _wilson(float(hit.mean()), (units or Units.single(len(hit))).effective_size(hit))
 
 
 def _wilson(share: float, n: float) -> Interval:
     shrink = 1 + Z * Z / n
     centre = (share + Z * Z / (2 * n)) / shrink
     half = Z * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n)) / shrink
-    low, high = (_rare(hits, n) for hits in (share * n, (1 - share) * n))
-    low = centre - half if low is None else low
-    high = centre + half if high is None else 1 - high
+    low_hits, low_misses = _poisson_lower(share * n, n), _poisson_lower((1 - share) * n, n)
+    low = centre - half if low_hits is None else low_hits
+    high = centre + half if low_misses is None else 1 - low_misses
     return [max(0.0, min(low, share)), min(1.0, max(high, share))]
 
 
-def _rare(hits: float, n: float) -> float | None:
-    """The lower limit of a share of at most three hits (two, up to 50 draws); None for others."""
+def _poisson_lower(hits: float, n: float) -> float | None:
+    """The Poisson lower limit of a share of at most three hits (two, up to 50 draws); None for more."""
     limits = (0.0, *POISSON_5[:2 if n <= 50 else 3])
     if hits > len(limits) - 1 + 1e-9:
         return None
@@ -114,21 +116,21 @@ def _rare(hits: float, n: float) -> float | None:
 
 
 def mean_interval(value_N: Tensor, lowest: float, highest: float, units: Units | None = None) -> Interval:
-    """95 % interval of the mean of values that lie within `lowest` and `highest`.
+    """95 % interval of the mean of values between `lowest` and `highest`.
 
     The percentiles of a bootstrap in closed form, up to its skewness (Hall, "The Bootstrap and Edgeworth Expansion",
     1992), widened as Hesterberg does ("What Teachers Should Know About the Bootstrap", The American Statistician 69(4),
-    2015, expanded percentile interval), without which 12 rows cover 90 %. Where all units are alike that would claim
-    certainty; instead, the share of units that may differ and still go unseen (Wilson's of n in n) is given to the
-    extremes. A mean rank stays too sure while few rows make up its long tail: 12 rows cover some 84 %.
+    2015, expanded percentile interval), without which 12 rows cover 90 %. Values that are all equal would give an
+    interval of no width; instead, the upper limit of the share of units that may differ (Wilson's of n in n) is put at
+    each extreme. The interval of a mean rank is too narrow while few rows make up its long tail: 12 rows cover 84 %.
     """
     value = _numpy(value_N)
     units, mean = units or Units.single(len(value)), float(value.mean())
     residual_U = units.sums(value - mean)
-    squares, n = float((residual_U**2).sum()), units.effective
+    squares, n = float((residual_U**2).sum()), units.correlated_size
     if squares <= (1e-12 * np.abs(value).max() * units.n) ** 2:
-        alike = _wilson(1.0, n)[0]
-        return [alike * mean + (1 - alike) * extreme for extreme in (lowest, highest)]
+        equal = _wilson(1.0, n)[0]
+        return [equal * mean + (1 - equal) * extreme for extreme in (lowest, highest)]
     reach = math.sqrt(n / (n - 1)) * _student_t(n - 1)
     spread, skewness = math.sqrt(squares) / units.n, float((residual_U**3).sum()) / squares**1.5
     shift = skewness * (reach**2 - 1) / 6
@@ -143,25 +145,25 @@ def _student_t(freedom: float) -> float:
 
 
 def median_interval(value_N: Tensor, units: Units | None = None) -> Interval:
-    """95 % interval of the median: the values at the shares that half of the values may really be.
+    """95 % interval of the median: the sample quantiles at the limits of the interval of a share of one half.
 
     Source: Woodruff, "Confidence Intervals for Medians and Other Position Measures", JASA 47, 1952.
     """
     sorted_N = np.sort(_numpy(value_N))
     n = len(sorted_N)
     below = (_numpy(value_N) <= sorted_N[(n - 1) // 2]).astype(np.float64)
-    half = Z / 2 / math.sqrt((units or Units.single(n)).worth(below))
+    half = Z / 2 / math.sqrt((units or Units.single(n)).effective_size(below))
     first, last = math.floor(n * (0.5 - half)), math.ceil(n * (0.5 + half)) - 1
     return [float(sorted_N[max(0, first)]), float(sorted_N[min(n - 1, last)])]
 
 
 def paired_test(before_N: Tensor, after_N: Tensor, units: Units | None = None, seed: int = 0,
                 flips: int = FLIPS) -> PairedTest:
-    """Compare two models on the same queries: hits (bool) or values within 0 and 1, such as reciprocal ranks.
+    """Compare two models on the same queries by hits (bool) or by values between 0 and 1, such as reciprocal ranks.
 
     p is that of the sign-flip permutation test of the units' summed differences: exact when at most 16 units differ or
     all differ by the same size (for hits this is McNemar's exact test), otherwise from seeded flips as (1 + as extreme)
-    / (1 + flips). The interval is `mean_interval`. Raises UserError for no queries or some that cannot be paired.
+    / (1 + flips). The interval is `mean_interval`. Raises UserError for no queries or unequal numbers of them.
     """
     if before_N.shape != after_N.shape or not len(before_N):
         raise UserError(f"cannot pair {len(before_N)} rows with {len(after_N)}; measure both models on the same rows")
@@ -172,8 +174,8 @@ def paired_test(before_N: Tensor, after_N: Tensor, units: Units | None = None, s
 
 
 def _sign_flip_p(difference_U: Array, seed: int, flips: int) -> float:
-    """Chance that random signs of the differences make a sum at least as far from zero, two-sided."""
-    noise = 1e-9 * np.abs(difference_U).sum()  # equal sums added in another order
+    """The probability that random signs of the differences give a sum at least as far from zero, two-sided."""
+    noise = 1e-9 * np.abs(difference_U).sum()  # rounding of equal sums added in another order
     moved_U = difference_U[np.abs(difference_U) > noise / len(difference_U)]
     m = len(moved_U)
     if m == 0:
@@ -199,7 +201,7 @@ def _all_sums(size_U: Array) -> Array:
 
 
 def _drawn_sums(size_U: Array, rng: np.random.Generator, flips: int) -> Array:
-    """Sums under random signs [F] of sizes that fall: counts of equal ones, or the largest and a normal rest."""
+    """Sums [F] under random signs of descending sizes: by counts of equal ones, or the largest and a normal rest."""
     size_K, count_K = np.unique(size_U, return_counts=True)
     if len(size_K) <= LARGEST // 4:
         return (2 * rng.binomial(count_K, 0.5, size=(flips, len(size_K))) - count_K) @ size_K

@@ -25,25 +25,25 @@ ACCELERATOR_TILE = (8192, 8192)
 
 
 class NotFinite(UserError):
-    """Embeddings with NaN or infinity, of which nothing can be measured."""
+    """The embeddings hold NaN or infinity, so they have no ranks."""
 
 
 @torch.no_grad()
 def retrieval_ranks(image_UE: Tensor, title_WE: Tensor, distinct: Distinct, chunk: tuple[int, int] | None = None,
-                    part: tuple[int, int] = (0, 1),
-                    total: Callable[[Tensor], Tensor] = lambda counts: counts) -> tuple[Tensor, Tensor]:
+                    shard: tuple[int, int] = (0, 1),
+                    all_reduce: Callable[[Tensor], Tensor] = lambda counts: counts) -> tuple[Tensor, Tensor]:
     """0-based ranks of each distinct image among titles [U] and of each title among images [W], from one pass.
 
     The rank is the number of wrong candidates whose score is at least that of the best right one: a tie counts against
     the query. A candidate is right when a row of the split pairs it with the query; other right ones never count.
 
     Embeddings are L2-normalised, so that a score is a cosine. `chunk` is the tile (R images, C titles), rounded up to
-    multiples of 64. `part` (i, n) does every n-th tile from the i-th on, and `total` adds the counts of all parts up:
-    the same integers however many there are. Raises NotFinite for embeddings with NaN or infinity.
+    multiples of 64. `shard` (index, count) takes every count-th tile from the index-th on, and `all_reduce` sums the
+    counts of all shards: integers, so their number changes nothing. Raises NotFinite for NaN or infinity.
     """
     sizes, on_cpu = (len(image_UE), len(title_WE)), image_UE.device.type == "cpu"
-    steps = chunk or (CPU_TILE if on_cpu else ACCELERATOR_TILE)
-    tile = [math.ceil(min(step, size) / BLOCK) * BLOCK for step, size in zip(steps, sizes, strict=True)]
+    limits = chunk or (CPU_TILE if on_cpu else ACCELERATOR_TILE)
+    tile = [math.ceil(min(limit, size) / BLOCK) * BLOCK for limit, size in zip(limits, sizes, strict=True)]
     scores = _Scores(image_UE, title_WE, distinct, [BLOCK, BLOCK] if on_cpu else tile)
     best_U, best_W = scores.best_right()
     if not bool(best_U.isfinite().all() & best_W.isfinite().all()):
@@ -54,7 +54,7 @@ def retrieval_ranks(image_UE: Tensor, title_WE: Tensor, distinct: Distinct, chun
     tile_RC = best_U.new_empty(tile)
     corners = [(row, col) for row in range(0, sizes[0], tile[0]) for col in range(0, sizes[1], tile[1])]
     image_row = -1
-    for row, col in corners[part[0]::part[1]]:
+    for row, col in corners[shard[0]::shard[1]]:
         if row != image_row:
             image_RE, image_row = scores.images(row, tile[0]), row
         scores_RC = scores.of(image_RE, col, tile_RC)[:sizes[0] - row, :sizes[1] - col]
@@ -63,13 +63,13 @@ def retrieval_ranks(image_UE: Tensor, title_WE: Tensor, distinct: Distinct, chun
             scores_RC[row_P - row, col_P - col] = -math.inf
         rows, cols = slice(row, row + tile[0]), slice(col, col + tile[1])
         _count_at_least(scores_RC, best_U[rows], best_W[cols], rank_U[rows], rank_W[cols])
-    counts = total(torch.cat([rank_U, rank_W]))
+    counts = all_reduce(torch.cat([rank_U, rank_W]))
     return counts[:sizes[0]][scores.order_U.argsort()], counts[sizes[0]:][scores.order_W.argsort()]
 
 
 def _count_at_least(scores_RC: Tensor, best_R: Tensor, best_C: Tensor, rank_R: Tensor, rank_C: Tensor) -> None:
-    """Add to both ranks how many scores of a tile are at least the best right one of their row and of their column."""
-    # On a CPU torch compares into floats 4x faster than into bools, exact up to a tile; 32 rows a core fit in L2.
+    """Add to the ranks of rows and columns the number of scores of a tile that are at least their best right one."""
+    # On a CPU torch compares into floats 4x faster than into bools (exact up to 2^24); 32 rows a core fit in L2.
     strip = 32 * torch.get_num_threads() if scores_RC.device.type == "cpu" else len(scores_RC)
     ahead_SC = torch.empty_like(scores_RC[:strip])
     count_R, count_C = torch.zeros_like(best_R), torch.zeros_like(best_C)
@@ -84,39 +84,39 @@ def _count_at_least(scores_RC: Tensor, best_R: Tensor, best_C: Tensor, rank_R: T
 class _Scores:
     """Images and titles sorted by unit, which puts the scores of right answers near the diagonal.
 
-    Both sides are padded to whole blocks. On a CPU a product of 64 x 64 has the bits of any larger one (a row-wise dot
-    product or 8 x 8 has not); elsewhere a block is a whole tile and all products have one shape. So thresholds equal
-    the scores they came from, and two candidates with equal embeddings tie wherever they stand.
+    Both sides are padded to whole blocks. On a CPU a product of 64 x 64 is bit-equal to a part of any larger one (a
+    row-wise dot product or 8 x 8 is not); elsewhere a block is a whole tile and all products have one shape. So the
+    best right scores equal the same scores in the tiles, and candidates with equal embeddings tie in any position.
     """
 
     def __init__(self, image_UE: Tensor, title_WE: Tensor, distinct: Distinct, block: list[int]) -> None:
         self.block = block
-        self.order_U, self.order_W = (unit.argsort(stable=True) for unit in (distinct.image_unit_U,
-                                                                             distinct.title_unit_W))
-        self.order_X, order_Y = (F.pad(order, (0, -len(order) % size))
-                                 for order, size in zip((self.order_U, self.order_W), block, strict=True))
-        self.image_UE = _wide(image_UE)
-        self.title_YE = _wide(title_WE).index_select(0, order_Y)  # images are gathered a strip at a time
+        self.order_U = distinct.image_unit_U.argsort(stable=True)
+        self.order_W = distinct.title_unit_W.argsort(stable=True)
+        self.order_X = F.pad(self.order_U, (0, -len(self.order_U) % block[0]))
+        order_Y = F.pad(self.order_W, (0, -len(self.order_W) % block[1]))
+        self.image_UE = _at_least_fp32(image_UE)
+        self.title_YE = _at_least_fp32(title_WE).index_select(0, order_Y)  # images are gathered a strip at a time
         self.row_P = self.order_U.argsort()[distinct.image_P]
         self.col_P = self.order_W.argsort()[distinct.title_P]
 
     def images(self, row: int, count: int) -> Tensor:
-        """Images from `row` on, [<= count, E], the last ones padding."""
+        """At most `count` images from `row` on, padding included [R, E]."""
         return self.image_UE.index_select(0, self.order_X[row:row + count])
 
     def of(self, image_RE: Tensor, col: int, out: Tensor) -> Tensor:
-        """Scores of these images and the titles from `col` on, padding too, computed in `out`."""
+        """Scores of these images and the titles from `col` on, padding included, computed in `out`."""
         title_CE = self.title_YE[col:col + out.shape[1]]
         return torch.mm(image_RE, title_CE.T, out=out[:len(image_RE), :len(title_CE)])
 
     def pairs_by(self, tile: list[int]) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
-        """Where the right answers lie: by the corner of each tile that has some, their rows and their columns."""
+        """Rows and columns of right answers, by the corner of their tile; tiles without any are left out."""
         across = -(-len(self.title_YE) // tile[1])
         tile_P, order_P = (self.row_P // tile[0] * across + self.col_P // tile[1]).sort(stable=True)
         tiles, counts = tile_P.unique_consecutive(return_counts=True)
-        places = zip(*(x_P[order_P].split(counts.tolist()) for x_P in (self.row_P, self.col_P)), strict=True)
+        rows, cols = (x_P[order_P].split(counts.tolist()) for x_P in (self.row_P, self.col_P))
         corners = [(index // across * tile[0], index % across * tile[1]) for index in tiles.tolist()]
-        return dict(zip(corners, places, strict=True))
+        return dict(zip(corners, zip(rows, cols, strict=True), strict=True))
 
     def best_right(self) -> tuple[Tensor, Tensor]:
         """The score of the best right answer of every image [U] and of every title [W], in sorted order."""
@@ -138,33 +138,33 @@ def triplet_correct(image_ME: Tensor, title_ME: Tensor, negative_ME: Tensor, mar
     """
     parts = []
     for rows in zip(image_ME.split(chunk), title_ME.split(chunk), negative_ME.split(chunk), strict=True):
-        image, title, negative = (F.normalize(_wide(x), dim=-1) for x in rows)
+        image, title, negative = (F.normalize(_at_least_fp32(x), dim=-1) for x in rows)
         parts.append((image * title).sum(-1) > (image * negative).sum(-1) + margin)
     return torch.cat(parts)
 
 
 def recall_at(rank_Q: Tensor, k: int) -> float:
     """Share of 0-based ranks within the first `k`; a `k` beyond the gallery means all of it."""
-    _check_some(rank_Q)
+    _require_rows(rank_Q)
     return (rank_Q < k).double().mean().item()
 
 
 def median_rank(rank_Q: Tensor) -> float:
     """Median of the 1-based ranks; the mean of the two middle ones when Q is even."""
-    _check_some(rank_Q)
+    _require_rows(rank_Q)
     sorted_Q, count = rank_Q.sort()[0].double(), len(rank_Q)
     return (sorted_Q[(count - 1) // 2] + sorted_Q[count // 2]).item() / 2 + 1
 
 
 def mean_rank(rank_Q: Tensor) -> float:
     """Mean of the 1-based ranks."""
-    _check_some(rank_Q)
+    _require_rows(rank_Q)
     return rank_Q.double().mean().item() + 1
 
 
 def mean_reciprocal_rank(rank_Q: Tensor) -> float:
     """Mean of 1 / (1-based rank)."""
-    _check_some(rank_Q)
+    _require_rows(rank_Q)
     return reciprocal(rank_Q).mean().item()
 
 
@@ -175,7 +175,7 @@ def reciprocal(rank_Q: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Ranks:
-    """One direction: the 0-based rank of every query among `candidates`; a query and its unit are named by a row."""
+    """One direction: the 0-based rank of every query among `candidates` distinct ones."""
 
     rank_Q: Tensor
     row_Q: Tensor  # the first row of the split that holds the query
@@ -189,39 +189,43 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Triplets:
-    """For rows with a negative, whether their own title beats it (bool), and where they stand."""
+    """The rows with a hard negative: the row, its unit, and whether its title scores above the negative (bool)."""
 
     correct_M: Tensor
-    row_M: Tensor
-    unit_M: Tensor
+    row_M: Tensor  # the row of the split
+    unit_M: Tensor  # the first row of its independent unit
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """What one model does on one split: ranks both ways, triplets where there are negatives; `collapsed` says why its
-    figures mean nothing, "" where they do.
+    """Ranks of one model on one split in both directions, and its triplets.
+
+    `collapsed` is the reason why the figures mean nothing: all embeddings of a side are equal; "" for other models.
     """
 
     image_to_text: Ranks
     text_to_image: Ranks
-    triplets: Triplets | None
+    triplets: Triplets | None  # None for a split without hard negatives
     pairs: int
     units: int
     collapsed: str = ""
 
     def sizes(self) -> dict[str, int]:
-        """How much was measured, as it stands in metrics.json."""
-        ways = [(f"{way}_{kind}", count) for way, ranks in self._ways()
-                for kind, count in (("queries", len(ranks.rank_Q)), ("candidates", ranks.candidates))]
-        return {"pairs": self.pairs, "units": self.units, **dict(ways)}
+        """The numbers of pairs, units, queries and candidates, as in metrics.json."""
+        sizes = {"pairs": self.pairs, "units": self.units}
+        for way, ranks in self._directions():
+            sizes[f"{way}_queries"] = len(ranks.rank_Q)
+            sizes[f"{way}_candidates"] = ranks.candidates
+        return sizes
 
     def values(self) -> dict[str, float]:
-        """Every metric by name, and whether the model has `collapsed`. Raises UserError for no rows."""
+        """Every metric by name, and `collapsed` (bool). Raises UserError for no rows."""
         values: dict[str, float] = {}
-        for way, ranks in self._ways():
+        for way, ranks in self._directions():
             values |= {f"{way}_R@{k}": recall_at(ranks.rank_Q, k) for k in RECALL_AT}
-            values |= {f"{way}_median_rank": median_rank(ranks.rank_Q), f"{way}_mean_rank": mean_rank(ranks.rank_Q),
-                       f"{way}_mrr": mean_reciprocal_rank(ranks.rank_Q)}
+            values[f"{way}_median_rank"] = median_rank(ranks.rank_Q)
+            values[f"{way}_mean_rank"] = mean_rank(ranks.rank_Q)
+            values[f"{way}_mrr"] = mean_reciprocal_rank(ranks.rank_Q)
         if self.triplets is not None:
             values["triplet_accuracy"] = self.triplets.correct_M.double().mean().item()
         return {**values, "collapsed": bool(self.collapsed)}
@@ -230,12 +234,12 @@ class Retrieval:
         """`sizes` and `values`, each metric followed by its 95 % interval `NAME_ci95: [low, high]`."""
         values = self.values()
         intervals: dict[str, Interval] = {}
-        for way, ranks in self._ways():
+        for way, ranks in self._directions():
             units, rank_Q, count = Units(ranks.unit_Q), ranks.rank_Q, ranks.candidates
             intervals |= {f"{way}_R@{k}": share_interval(ranks.hits(k), units) for k in RECALL_AT}
-            intervals |= {f"{way}_median_rank": median_interval(rank_Q + 1, units),
-                          f"{way}_mean_rank": mean_interval(rank_Q + 1, 1, count, units),
-                          f"{way}_mrr": mean_interval(reciprocal(rank_Q), 1 / count, 1, units)}
+            intervals[f"{way}_median_rank"] = median_interval(rank_Q + 1, units)
+            intervals[f"{way}_mean_rank"] = mean_interval(rank_Q + 1, 1, count, units)
+            intervals[f"{way}_mrr"] = mean_interval(reciprocal(rank_Q), 1 / count, 1, units)
         if self.triplets is not None:
             intervals["triplet_accuracy"] = share_interval(self.triplets.correct_M, Units(self.triplets.unit_M))
         summary: dict[str, float | Interval] = dict(self.sizes())
@@ -247,27 +251,29 @@ class Retrieval:
 
     def means(self) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
         """The metrics that are means over queries: name, values (hits or reciprocal ranks), rows and units [Q] each."""
-        for way, ranks in self._ways():
+        for way, ranks in self._directions():
             for k in RECALL_AT:
                 yield f"{way}_R@{k}", ranks.hits(k), ranks.row_Q, ranks.unit_Q
             yield f"{way}_mrr", reciprocal(ranks.rank_Q), ranks.row_Q, ranks.unit_Q
         if self.triplets is not None:
             yield "triplet_accuracy", self.triplets.correct_M, self.triplets.row_M, self.triplets.unit_M
 
-    def _ways(self) -> tuple[tuple[str, Ranks], tuple[str, Ranks]]:
+    def _directions(self) -> tuple[tuple[str, Ranks], tuple[str, Ranks]]:
         return ("image_to_text", self.image_to_text), ("text_to_image", self.text_to_image)
 
 
 def compare(before: Retrieval, after: Retrieval, seed: int = 0) -> dict[str, PairedTest]:
     """The paired test of every metric that is a mean over queries; both must come from the same rows in one order."""
-    pairs = zip(before.means(), after.means(), strict=True)
-    return {name: paired_test(old, new, Units(unit), seed) for (name, old, *_), (_, new, _, unit) in pairs}
+    tests = {}
+    for (name, before_Q, *_), (_, after_Q, _, unit_Q) in zip(before.means(), after.means(), strict=True):
+        tests[name] = paired_test(before_Q, after_Q, Units(unit_Q), seed)
+    return tests
 
 
-def _wide(x: Tensor) -> Tensor:
+def _at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _check_some(x_Q: Tensor) -> None:
+def _require_rows(x_Q: Tensor) -> None:
     if not len(x_Q):
         raise UserError("there are no rows to measure; choose a split that has some")

@@ -1,35 +1,36 @@
-"""Project held-out features and measure how pairs find each other.
+"""Project the features of a split and measure retrieval between its images and titles.
 
-Dimension key: N rows of the split, B some of them, U distinct images, W distinct titles, Q queries, E embedding.
+Dimension key: N rows of the split, B rows of a part, M rows with a hard negative, U distinct images, W distinct
+titles, Q queries, E embedding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.batch import Features
 from eval.distinct import Distinct
+from eval.intervals import Interval
 from eval.metrics import NotFinite, Ranks, Retrieval, Triplets, compare, retrieval_ranks, triplet_correct
 
 Project = Callable[[Tensor], Tensor]  # features [n, V or T] -> unit embeddings [n, E]
 
 
 @dataclass(frozen=True)
-class Space:
-    """The embeddings of a split's distinct images and titles, and who belongs to whom."""
+class SplitEmbeddings:
+    """The embeddings of a split's distinct images and titles, and which are paired."""
 
     image_UE: Tensor
     title_WE: Tensor
     distinct: Distinct
-    eps: float  # of the number format in which features or embeddings were computed
+    eps: float  # of the least precise dtype among features and embeddings
 
     def collapse(self) -> str:
-        """One sentence if all embeddings of a side are equal to rounding, "" if not."""
+        """A sentence if all embeddings of a side are equal up to rounding, else ""."""
         sides = [f"all {len(x_QE):,} {name} embeddings are equal to rounding"
                  for name, x_QE in (("image", self.image_UE), ("title", self.title_WE)) if equal_rows(x_QE, self.eps)]
         if not sides:
@@ -38,9 +39,9 @@ class Space:
 
 
 def equal_rows(x_QE: Tensor, eps: float, chunk: int = 4096) -> bool:
-    """Are two or more unit vectors all equal to rounding?
+    """Return whether there are two or more unit vectors and all are equal up to rounding.
 
-    A projection in fp32 adds up some thousand products, the result is rounded to `eps` on either side.
+    The tolerance: a projection in fp32 sums some thousand products, and its input and output are rounded to `eps`.
     """
     tolerance = 4 * eps + 64 * torch.finfo(torch.float32).eps
     if len(x_QE) < 2:
@@ -49,54 +50,63 @@ def equal_rows(x_QE: Tensor, eps: float, chunk: int = 4096) -> bool:
 
 
 @torch.inference_mode()
-def embed(project_image: Project, project_text: Project, parts: Iterable[Features]) -> tuple[Space, Triplets | None]:
-    """Embed the distinct images and titles of a split, and tell for rows with a negative whether their title beats it.
+def embed_split(project_image: Project, project_text: Project,
+                parts: Iterable[Features]) -> tuple[SplitEmbeddings, Triplets | None]:
+    """Embed the distinct images and titles of a split, and compare titles with their hard negatives.
 
-    `parts` are the features of the split, some rows at a time, of which only the embeddings stay.
+    `parts` are the features of consecutive rows of the split; only their embeddings are kept.
     """
-    seen, correct, rows, start, eps = [], [], [], 0, 0.0
-    for some in parts:
-        image_BE, title_BE = project_image(some.image_BV), project_text(some.title_BT)
-        seen.append((image_BE, title_BE, some.image_id_B, some.title_id_B))
-        eps = max(torch.finfo(x.dtype).eps for x in (image_BE, title_BE, some.image_BV, some.title_BT))
-        if some.negative_BT is not None and some.negative_id_B is not None:
-            given = (some.negative_id_B >= 0).nonzero()[:, 0]
-            correct.append(triplet_correct(image_BE[given], title_BE[given], project_text(some.negative_BT[given])))
-            rows.append(given + start)
+    embedded, correct, rows, start, eps = [], [], [], 0, 0.0
+    for part in parts:
+        image_BE, title_BE = project_image(part.image_BV), project_text(part.title_BT)
+        embedded.append((image_BE, title_BE, part.image_id_B, part.title_id_B))
+        eps = max(torch.finfo(x.dtype).eps for x in (image_BE, title_BE, part.image_BV, part.title_BT))
+        if part.negative_BT is not None and part.negative_id_B is not None:
+            with_negative = (part.negative_id_B >= 0).nonzero()[:, 0]
+            negative_ME = project_text(part.negative_BT[with_negative])
+            correct.append(triplet_correct(image_BE[with_negative], title_BE[with_negative], negative_ME))
+            rows.append(with_negative + start)
         start += len(image_BE)
-    image_NE, title_NE, image_id_N, title_id_N = map(torch.cat, zip(*seen, strict=True))
-    distinct = Distinct.of(image_id_N, title_id_N)
-    space = Space(image_NE[distinct.image_row_U], title_NE[distinct.title_row_W], distinct, eps)
+    image_NE, title_NE, image_id_N, title_id_N = map(torch.cat, zip(*embedded, strict=True))
+    distinct = Distinct.from_ids(image_id_N, title_id_N)
+    embeddings = SplitEmbeddings(image_NE[distinct.image_row_U], title_NE[distinct.title_row_W], distinct, eps)
     row_M = torch.cat(rows) if rows else distinct.unit_N[:0]
-    return space, Triplets(torch.cat(correct), row_M, distinct.unit_N[row_M]) if len(row_M) else None
+    if not len(row_M):
+        return embeddings, None
+    return embeddings, Triplets(torch.cat(correct), row_M, distinct.unit_N[row_M])
 
 
 @torch.inference_mode()
 def measure_split(project_image: Project, project_text: Project, parts: Iterable[Features],
-                  part: tuple[int, int] = (0, 1),
-                  total: Callable[[Tensor], Tensor] = lambda counts: counts) -> Retrieval:
-    """Ranks in both directions and, for rows with a negative, whether their own title beats it.
+                  shard: tuple[int, int] = (0, 1),
+                  all_reduce: Callable[[Tensor], Tensor] = lambda counts: counts) -> Retrieval:
+    """Ranks in both directions, and triplets for rows with a hard negative.
 
-    `part` (rank, ranks) and `total` (the sum over ranks) share the score tiles among ranks; all get the same numbers.
-    Raises NotFinite for embeddings with NaN or infinity, UserError for no rows.
+    `shard` (rank, world size) and `all_reduce` (sum over ranks) share the score tiles among ranks; every rank returns
+    the same. Raises NotFinite for embeddings with NaN or infinity, UserError for no rows.
     """
-    space, triplets = embed(project_image, project_text, parts)
-    distinct = space.distinct
-    rank_U, rank_W = retrieval_ranks(space.image_UE, space.title_WE, distinct, None, part, total)
-    return Retrieval(Ranks(rank_U, distinct.image_row_U, distinct.image_unit_U, len(rank_W)),
-                     Ranks(rank_W, distinct.title_row_W, distinct.title_unit_W, len(rank_U)), triplets,
-                     len(distinct.unit_N), len(distinct.unit_N.unique()), space.collapse())
+    embeddings, triplets = embed_split(project_image, project_text, parts)
+    distinct = embeddings.distinct
+    rank_U, rank_W = retrieval_ranks(embeddings.image_UE, embeddings.title_WE, distinct, None, shard, all_reduce)
+    image_to_text = Ranks(rank_U, distinct.image_row_U, distinct.image_unit_U, len(rank_W))
+    text_to_image = Ranks(rank_W, distinct.title_row_W, distinct.title_unit_W, len(rank_U))
+    return Retrieval(image_to_text, text_to_image, triplets, pairs=len(distinct.unit_N),
+                     units=len(distinct.unit_N.unique()), collapsed=embeddings.collapse())
 
 
 def measure_if_finite(measure: Callable[[], Retrieval]) -> Retrieval | None:
-    """What `evaluate_splits` returns; None where the model's embeddings hold NaN or infinity."""
+    """Return `measure()`, or None for a model whose embeddings hold NaN or infinity."""
     try:
         return measure()
     except NotFinite:
         return None
 
 
-def differences(before: Mapping[str, Retrieval], after: Mapping[str, Retrieval]) -> dict[str, dict[str, Any]]:
-    """After minus before on the same rows, as it stands in metrics.json: split -> metric -> value, ci95, p."""
-    return {split: {name: test.as_json() for name, test in compare(before[split], found).items()}
-            for split, found in after.items()}
+def differences(before: Mapping[str, Retrieval],
+                after: Mapping[str, Retrieval]) -> dict[str, dict[str, dict[str, float | Interval]]]:
+    """After minus before on the same rows, as in metrics.json: split -> metric -> value, ci95, p."""
+    by_split = {}
+    for split, result in after.items():
+        tests = compare(before[split], result)
+        by_split[split] = {name: test.as_json() for name, test in tests.items()}
+    return by_split

@@ -11,8 +11,8 @@ from torch import Tensor
 from eval.distinct import Distinct, first_rows
 from eval.metrics import Ranks, Retrieval, retrieval_ranks
 from eval.report.answers import (
-    LISTED,
-    Both,
+    TOP_K,
+    AnswersByDirection,
     answer_queries,
     hardest,
     improved,
@@ -20,18 +20,18 @@ from eval.report.answers import (
     save_answers,
     worsened,
 )
-from eval.retrieval import Space
+from eval.retrieval import SplitEmbeddings
 
 EPS = torch.finfo(torch.float32).eps
 
 
-def space_of(image_NE: Tensor, title_NE: Tensor, image_id_N: Tensor, title_id_N: Tensor) -> Space:
+def space_of(image_NE: Tensor, title_NE: Tensor, image_id_N: Tensor, title_id_N: Tensor) -> SplitEmbeddings:
     """From embeddings by row."""
-    distinct = Distinct.of(image_id_N, title_id_N)
-    return Space(image_NE[distinct.image_row_U], title_NE[distinct.title_row_W], distinct, EPS)
+    distinct = Distinct.from_ids(image_id_N, title_id_N)
+    return SplitEmbeddings(image_NE[distinct.image_row_U], title_NE[distinct.title_row_W], distinct, EPS)
 
 
-def space(n: int = 83, seed: int = 0) -> Space:
+def space(n: int = 83, seed: int = 0) -> SplitEmbeddings:
     """Random embeddings; titles and images repeat."""
     make = torch.Generator().manual_seed(seed)
     image_id, title_id = (torch.randint(0, max(1, n - 20), (n,), generator=torch.Generator().manual_seed(side))
@@ -40,7 +40,7 @@ def space(n: int = 83, seed: int = 0) -> Space:
     return space_of(image, title, image_id, title_id)
 
 
-def found_in(here: Space) -> Retrieval:
+def found_in(here: SplitEmbeddings) -> Retrieval:
     """What is measured there."""
     distinct = here.distinct
     rank_U, rank_W = retrieval_ranks(here.image_UE, here.title_WE, distinct)
@@ -49,7 +49,7 @@ def found_in(here: Space) -> Retrieval:
                      len(distinct.unit_N), len(distinct.unit_N.unique()))
 
 
-def answers_in(here: Space, count: int = 1_000) -> Both:
+def answers_in(here: SplitEmbeddings, count: int = 1_000) -> AnswersByDirection:
     return answer_queries(here, found_in(here), count)
 
 
@@ -69,12 +69,12 @@ def test_answers_equal_a_naive_search_and_the_metrics(tied: bool) -> None:
         got = found[way]
         assert torch.equal(got.query_Q, ranks.row_Q) and torch.equal(got.rank_Q, ranks.rank_Q)
         for q in range(len(got.query_Q)):
-            torch.testing.assert_close(got.score_QK[q], scores_QC[q].sort(descending=True)[0][:LISTED])
+            torch.testing.assert_close(got.score_QK[q], scores_QC[q].sort(descending=True)[0][:TOP_K])
             candidates = [rows.tolist().index(row) for row in got.best_QK[q].tolist()]
-            assert len(set(candidates)) == LISTED  # nothing twice
+            assert len(set(candidates)) == TOP_K  # nothing twice
             assert got.right_QK[q].tolist() == right_QC[q, candidates].tolist()
             shown = got.right_QK[q].long()
-            assert (int(shown.argmax()) == got.rank_Q[q]) if shown.any() else got.rank_Q[q] >= LISTED
+            assert (int(shown.argmax()) == got.rank_Q[q]) if shown.any() else got.rank_Q[q] >= TOP_K
             assert (got.margin_Q[q] > 0) == (got.rank_Q[q] == 0)
 
 

@@ -191,7 +191,7 @@ def test_measuring_searching_and_sweeping_are_the_cpus(tmp_path: Path) -> None:
         means = [plain(part) for _, *parts in one.means() for part in parts]
         return [one.summarise(), *means, *(plain(part) for part in batch),
                 *top_k(gallery[:7], lambda low, high: gallery[low:high], 40, 5, chunk=16),
-                *map(plain, retrieval_ranks(gallery, gallery.flip(0), Distinct.of(
+                *map(plain, retrieval_ranks(gallery, gallery.flip(0), Distinct.from_ids(
                     None, torch.arange(len(gallery), device=device)), (64, 64))),
                 plain(triplet_correct(gallery, gallery.flip(0), gallery.roll(1, 0)))]
 

@@ -27,7 +27,7 @@ from eval.metrics import (
     retrieval_ranks,
     triplet_correct,
 )
-from eval.report.report import table
+from eval.report.table import metrics_table
 
 
 def rng(seed: int) -> torch.Generator:
@@ -55,7 +55,7 @@ def naive_ranks(image_NE: Tensor, title_NE: Tensor, image_id_N: Tensor, title_id
 def ranks_of(image_NE: Tensor, title_NE: Tensor, image_id_N: Tensor | None, title_id_N: Tensor,
              chunk: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
     """`retrieval_ranks` of embeddings by row."""
-    distinct = Distinct.of(image_id_N, title_id_N)
+    distinct = Distinct.from_ids(image_id_N, title_id_N)
     return retrieval_ranks(image_NE[distinct.image_row_U], title_NE[distinct.title_row_W], distinct, chunk)
 
 
@@ -120,7 +120,7 @@ def test_right_answers_never_count_even_where_rounding_puts_them_above_the_thres
 def test_the_best_right_answers_are_the_same_in_blocks_of_any_size(block: list[int]) -> None:
     """An accelerator's blocks are whole tiles: mostly padding where there are few rows."""
     for kind in KINDS:
-        distinct = Distinct.of(*ids_of(kind, 450))
+        distinct = Distinct.from_ids(*ids_of(kind, 450))
         image = quantised(len(distinct.image_row_U), 12, 1)
         title = quantised(len(distinct.title_row_W), 12, 2)
         want = _Scores(image, title, distinct, [64, 64]).best_right()
@@ -129,7 +129,7 @@ def test_the_best_right_answers_are_the_same_in_blocks_of_any_size(block: list[i
 
 def test_a_very_long_chain_is_one_unit_and_found_in_few_rounds() -> None:
     row = torch.randperm(200_000, generator=rng(0))
-    assert not Distinct.of((row + 1) // 2, row // 2).unit_N.any()
+    assert not Distinct.from_ids((row + 1) // 2, row // 2).unit_N.any()
 
 
 @pytest.mark.parametrize("n", [2, 3, 50, 129, 333])
@@ -293,7 +293,7 @@ def test_compare_pairs_every_metric_that_is_a_mean_over_queries() -> None:
 def test_the_table_shows_both_and_the_paired_test_between_them() -> None:
     before, after = (retrieval(torch.arange(60) // step, torch.arange(60), torch.arange(60) > 29) for step in (1, 3))
     difference: dict[str, Any] = {name: test.as_json() for name, test in compare(before, after).items()}
-    text = table({"base": {"test": before.summarise()}, "tuned": {"test": after.summarise()},
+    text = metrics_table({"base": {"test": before.summarise()}, "tuned": {"test": after.summarise()},
                   "difference": {"test": difference}})
     line = next(line for line in text.splitlines() if "image to text R@1 " in line)
     gain = difference["image_to_text_R@1"]
@@ -303,5 +303,5 @@ def test_the_table_shows_both_and_the_paired_test_between_them() -> None:
     assert re.search(r"\| <\.001 +\|", text)
     assert text.count("| 60, 60 independent ") == text.count("| 60 images, 60 titles ") == 2 and "collapsed" not in text
     collapsed = {**after.summarise(), "collapsed": True}
-    text = table({"base": {"test": before.summarise()}, "tuned": {"test": collapsed}})
+    text = metrics_table({"base": {"test": before.summarise()}, "tuned": {"test": collapsed}})
     assert re.search(r"collapsed +\| no +\| yes", text)

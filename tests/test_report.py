@@ -14,9 +14,10 @@ from browser import PROGRAM, Browser
 from PIL import Image
 from test_answers import answers_in, space
 
-from eval.report.charts import Line, binned, chart
+from eval.report.charts import Axes, Line, binned, chart
 from eval.report.page import clean
-from eval.report.report import table, write_report
+from eval.report.report import write_report
+from eval.report.table import metrics_table
 
 HOSTILE = ["<script>document.title='owned'</script>", '"><img src=x onerror=document.title="owned">',
            "\u202ereversed\u202c \u2067 and isolated", "A" * 5000, "</bdi></h4></main><h1>broken out</h1>",
@@ -163,19 +164,19 @@ def test_a_browser_finds_nothing_to_complain_of(folder: Path) -> None:
 
 def test_the_table_shows_differences_where_they_are_known(folder: Path) -> None:
     metrics = json.loads((folder / "metrics.json").read_text())
-    lines = table(metrics | {"probe": {}}).splitlines()
+    lines = metrics_table(metrics | {"probe": {}}).splitlines()
     assert lines[0].split(" | ")[-2].strip() == "difference"
     assert any("+0.200 [+0.100, +0.300] | <.001" in line for line in lines if "| test " in line)
     assert len({len(line) for line in lines}) == 1
-    assert "difference" not in table({"some/model": metrics["base"]})
+    assert "difference" not in metrics_table({"some/model": metrics["base"]})
 
 
 def test_charts_say_what_they_draw() -> None:
     x, mean, low, high = binned([1.0, 3.0, math.nan, 5.0, 7.0], 2)
     assert (x, mean, low, high) == ([2.0, 4.5], [2.0, 6.0], [1.0, 5.0], [3.0, 7.0])
-    one = Page(chart("a", "Title & more", "words", [Line("<x>", [0, 1], [2.0, 2.0])], "step", "y"))
+    one = Page(chart("a", "Title & more", "words", [Line("<x>", [0, 1], [2.0, 2.0])], Axes("step", "y")))
     assert not one.open and "Title & more" in one.data and "<x>" in one.data
-    assert chart("a", "t", "d", [Line("x", [1], [math.nan])], "s", "y") == ""
+    assert chart("a", "t", "d", [Line("x", [1], [math.nan])], Axes("s", "y")) == ""
     for values in ([0, 0], [1e-9, 3e-9], [-5, 1e6], [0.1234, 0.1235]):
-        assert "nan" not in chart("a", "t", "d", [Line("x", [0, 1], values)], "s", "y")
+        assert "nan" not in chart("a", "t", "d", [Line("x", [0, 1], values)], Axes("s", "y"))
     assert clean(" a\n\tb\u00a0 ") == "a b"

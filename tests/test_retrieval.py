@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.batch import Features
 from eval.metrics import NotFinite
-from eval.retrieval import embed, equal_rows, measure_if_finite, measure_split
+from eval.retrieval import embed_split, equal_rows, measure_if_finite, measure_split
 
 N = 60
 
@@ -44,7 +44,7 @@ def test_a_split_is_measured_by_distinct_queries_and_says_how_many() -> None:
                              "text_to_image_candidates": N // 3}
     assert found.triplets is not None and found.triplets.row_M.tolist() == list(range(0, N, 2))
     assert found.triplets.unit_M.tolist() == [row // 3 * 3 for row in range(0, N, 2)]
-    space, triplets = embed(unit, unit, parts())
+    space, triplets = embed_split(unit, unit, parts())
     assert triplets is not None and torch.equal(triplets.correct_M, found.triplets.correct_M)
     whole = Features(*(torch.cat(lots) for lots in zip(*parts(), strict=True)))
     own = (unit(whole.image_BV) * unit(whole.title_BT)).sum(1)
@@ -70,7 +70,7 @@ def test_what_counts_as_equal_follows_the_number_format() -> None:
     vectors = unit(torch.ones(50, 64) + 2e-3 * torch.randn(50, 64, generator=torch.Generator().manual_seed(0)))
     assert equal_rows(vectors, torch.finfo(torch.bfloat16).eps) and not equal_rows(vectors, 1e-7)
     assert not equal_rows(vectors[:1], 1.0)  # one alone says nothing
-    assert not embed(unit, unit, parts(dtype=torch.bfloat16))[0].collapse()
+    assert not embed_split(unit, unit, parts(dtype=torch.bfloat16))[0].collapse()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

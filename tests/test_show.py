@@ -49,8 +49,8 @@ def test_any_titles_and_missing_pictures_are_drawn(rows: int, titles: int, tmp_p
         return noise(row)
 
     show = AnswerLog(tmp_path, "test", lambda split, row: HOSTILE[row % 13] + "\t\n", picture, resumed=False)
-    show.look("base", here, found_in(here), board, 0)
-    show.look("tuned", here, found_in(here), board, 9)
+    show.record("base", here, found_in(here), board, 0)
+    show.record("tuned", here, found_in(here), board, 9)
     assert len(asked) == len(set(asked))  # no picture is made twice
     assert {name.split("/")[0] for name in board.given} >= {"retrieval", "margin", "similarity"}
     assert ("tuned" in board.given) == (rows > 1)
@@ -66,7 +66,7 @@ def test_the_right_answer_is_marked(tmp_path: Path) -> None:
     right = space_of(one_hot, one_hot, torch.arange(4), torch.arange(4))
     wrong = space_of(one_hot, one_hot.roll(1, 0), torch.arange(4), torch.arange(4))
     for when, here in (("base", right), ("tuned", wrong)):
-        AnswerLog(tmp_path, "test", lambda split, row: "title", lambda split, row: b"", False).look(
+        AnswerLog(tmp_path, "test", lambda split, row: "title", lambda split, row: b"", False).record(
             when, here, found_in(here), board, 0)
         sheet = board.given["retrieval/test image_to_text"]
         green = (sheet == (218, 251, 225)).all(-1).any(1)  # the marked line's paper

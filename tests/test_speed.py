@@ -110,7 +110,7 @@ def shared_ranks(image: Tensor, title: Tensor, ids: Tensor) -> tuple[Tensor, Ten
 
 
 def ranks_in_tiles(image: Tensor, title: Tensor, ids: Tensor, *team: Any) -> tuple[Tensor, Tensor]:
-    distinct = Distinct.of(ids // 3, ids)
+    distinct = Distinct.from_ids(ids // 3, ids)
     return retrieval_ranks(image[distinct.image_row_U], title[distinct.title_row_W], distinct, (64, 128), *team)
 
 

@@ -11,7 +11,7 @@ from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
 from engine.run_folder import folder
 from engine.run_folder.ownership import open_evaluation
-from eval.report.report import table
+from eval.report.table import metrics_table
 
 
 def evaluate(cfg: Config, world: World, stop: StopSignal) -> int:
@@ -23,7 +23,7 @@ def evaluate(cfg: Config, world: World, stop: StopSignal) -> int:
     found = evaluate_splits(pairs.feature_splits(), parts.head, [cfg.split], world)[cfg.split]
     scores = {cfg.split: found.summarise()}
     if world.is_main:
-        world.say(table({parts.clip.name: scores}))
+        world.say(metrics_table({parts.clip.name: scores}))
         print(json.dumps(scores, indent=2))
         if out:
             folder.write_json(out / "metrics.json", scores)

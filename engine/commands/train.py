@@ -34,9 +34,10 @@ from engine.run_folder.profiler import profiler
 from engine.sweep.interpolate import interpolate, snapshot
 from engine.train import Callbacks, Plan, Replica, fit
 from eval.metrics import Retrieval
-from eval.report.report import table, write_report
+from eval.report.report import write_report
 from eval.report.show import AnswerLog, shown_split
-from eval.retrieval import differences, embed
+from eval.report.table import metrics_table
+from eval.retrieval import differences, embed_split
 
 
 def train(cfg: Config, world: World, stop: StopSignal) -> int:
@@ -118,8 +119,8 @@ class Evaluator:
         folder.write_metrics(self.saved.run, self.metrics, self.world)
         if self.world.is_main:
             head = self.parts.head
-            space, _ = embed(head.image, head.text, shown.parts())
-            self.show.look(when, space, found[self.show.split], self.log.board, self.state.step)
+            space, _ = embed_split(head.image, head.text, shown.parts())
+            self.show.record(when, space, found[self.show.split], self.log.board, self.state.step)
 
 
 def evaluated_splits(cfg: Config, pairs: Pairs) -> list[str]:
@@ -190,10 +191,10 @@ def write_results(cfg: Config, world: World, parts: LoadedModel, out: Path, metr
     """What a finished run leaves behind: the model folder, the page, the table, the digests of it all."""
     if world.is_main:
         tuned = Tuned(parts.trainable, Origin.of(cfg, parts.clip, parts.trainable, metrics))
-        export(parts.clip, out / "model", tuned, table(metrics), cfg.license)
+        export(parts.clip, out / "model", tuned, metrics_table(metrics), cfg.license)
         page = f"report      {write_page()}\n" if write_page else ""
         folder.write_manifest(out)
-        print(table(metrics), flush=True)
+        print(metrics_table(metrics), flush=True)
         world.say(f"run folder  {out}\nmodel       {out / 'model'}\n{page}"
                   f"TensorBoard tensorboard --logdir {out.parent}")
         if cfg.push_to_hub:

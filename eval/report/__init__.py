@@ -1,1 +1,1 @@
-"""What people look at: answers row by row, charts, the page, TensorBoard pictures, tables."""
+"""Output for people: answers query by query, charts, report page, TensorBoard pictures, tables."""

@@ -1,7 +1,7 @@
-"""Curves and histograms as inline SVG, in a few lines of our own: no script, readable without colour or sight.
+"""Curves and histograms as inline SVG without scripts, readable without colour and by screen readers.
 
-Colours are CSS classes (`s0`, `s1` …) of the page, so that they follow its light and dark dress; every other line is
-dashed as well. Texts are escaped here.
+Colours are CSS classes (`s0`, `s1` …) of the page, which has a light and a dark theme; every other line is also
+dashed. Texts are escaped here.
 """
 
 from __future__ import annotations
@@ -31,19 +31,25 @@ class Band(NamedTuple):
     high: Sequence[float]
 
 
-def chart(name: str, title: str, description: str, lines: Sequence[Line], x_label: str, y_label: str,
-          band: Band | None = None, floor: float | None = None, mark: float | None = None) -> str:
-    """An SVG with axes, a legend and the description below it; `name` makes its ids unique.
+class Axes(NamedTuple):
+    """`floor` is a y that the axis must include, `mark` an x with a vertical line; without a mark x counts steps."""
 
-    `floor` is a y that must be seen, `mark` an x that gets a line; without a mark x counts steps.
-    """
+    x_label: str
+    y_label: str
+    floor: float | None = None
+    mark: float | None = None
+
+
+def chart(name: str, title: str, description: str, lines: Sequence[Line], axes: Axes, band: Band | None = None) -> str:
+    """An SVG with axes, a legend and the description below it; `name` makes its ids unique."""
+    floor, mark = axes.floor, axes.mark
     drawn = [line for line in lines if any(map(math.isfinite, line.y))]
     if not drawn:
         return ""
     x = _Scale([v for line in drawn for v in line.x], LEFT, WIDE - RIGHT, whole=mark is None)
     heights = [v for line in drawn for v in line.y] + ([floor] if floor is not None else [])
     y = _Scale(heights + ([*band.low, *band.high] if band else []), HIGH - BOTTOM, TOP)
-    parts = [_axes(x, y, x_label, y_label)]
+    parts = [_axes(x, y, axes.x_label, axes.y_label)]
     if mark is not None and x.low <= mark <= x.high:
         parts.append(f'<line class="mark" x1="{x(mark):.1f}" x2="{x(mark):.1f}" y1="{TOP}" y2="{HIGH - BOTTOM}"/>')
     if band:
@@ -78,20 +84,24 @@ def interval_bar(low: float, high: float, rows: Sequence[tuple[float, float, flo
 
 
 def binned(values: Sequence[float], bins: int) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Centre (1-based place), mean, lowest and highest of runs of equal length; NaN and infinity are left out."""
+    """Centre (1-based), mean, lowest and highest of bins of equal size; NaN and infinity are left out."""
     size = max(1, math.ceil(len(values) / bins))
-    found: tuple[list[float], list[float], list[float], list[float]] = ([], [], [], [])
+    centre: list[float] = []
+    mean: list[float] = []
+    low: list[float] = []
+    high: list[float] = []
     for start in range(0, len(values), size):
-        run = [v for v in values[start:start + size] if math.isfinite(v)]
-        if run:
-            for column, value in zip(found, (start + (min(size, len(values) - start) + 1) / 2, sum(run) / len(run),
-                                             min(run), max(run)), strict=True):
-                column.append(value)
-    return found
+        finite = [v for v in values[start:start + size] if math.isfinite(v)]
+        if finite:
+            centre.append(start + (min(size, len(values) - start) + 1) / 2)
+            mean.append(sum(finite) / len(finite))
+            low.append(min(finite))
+            high.append(max(finite))
+    return centre, mean, low, high
 
 
 def outline(values: Sequence[float], low: float, high: float, bins: int = 40) -> tuple[list[float], list[float]]:
-    """The share of values in each bin as the corners of a staircase: x and y."""
+    """The share of values in each bin as the corners of a step curve: x and y."""
     counts = [0] * bins
     for value in values:
         counts[min(bins - 1, max(0, int((value - low) / max(high - low, 1e-9) * bins)))] += 1
@@ -105,15 +115,17 @@ class _Scale:
     """Values to user units along one axis, with round ticks."""
 
     def __init__(self, values: Sequence[float], start: float, end: float, whole: bool = False) -> None:
-        finite = [v for v in values if math.isfinite(v)]
+        finite = [float(v) for v in values if math.isfinite(v)]
         low, high = min(finite), max(finite)
         if low == high:
             room = 0.5 if whole else abs(low) / 10 or 0.1
-            low, high = low - room, high + room
+            low -= room
+            high += room
         step = 10 ** math.floor(math.log10((high - low) / 4))
         step = next(step * m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 5.5)
         step = max(step, 1) if whole else step
-        self.low, self.high = (low, high) if whole else (math.floor(low / step) * step, math.ceil(high / step) * step)
+        self.low = low if whole else math.floor(low / step) * step
+        self.high = high if whole else math.ceil(high / step) * step
         first = math.ceil(self.low / step - 1e-9)
         self.ticks = [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
         self.digits = max(0, -math.floor(math.log10(step) + 1e-9))

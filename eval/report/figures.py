@@ -1,4 +1,4 @@
-"""The parts of the report page that hold figures: tables, curves, recipe, ledger, files. All return HTML."""
+"""Parts of the report page as HTML: tables, curves, recipe, ledger, files."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.report.answers import Both
-from eval.report.charts import Band, Line, binned, chart, interval_bar, outline
+from eval.report.answers import AnswersByDirection
+from eval.report.charts import Axes, Band, Line, binned, chart, interval_bar, outline
 from eval.report.page import escape_attribute, escape_text
-from eval.report.table import SHOWN, WHEN, cell, collapse_of, difference_cells, sizes
+from eval.report.table import SHOWN, WHEN, cell, collapse_warning, describe_sizes, difference_cells
 
 FILES = {"model/": "the tuned model; loads in transformers and sentence-transformers",
          "metrics.json": "every figure of this page with its interval",
@@ -18,32 +18,32 @@ FILES = {"model/": "the tuned model; loads in transformers and sentence-transfor
          "steps.jsonl": "one line a step", "evaluations.jsonl": "one line an evaluation",
          "ledger.jsonl": "every dropped row and why", "tensorboard/": "curves, pictures, projector",
          "checkpoints/": "to carry on from", "config.json": "settings, versions, machine"}
-LISTED = 12  # reasons of the ledger
+REASONS = 12  # of dropped rows that are listed
 
 
 def summary_sentence(metrics: Mapping[str, Any], split: str, pairs: int) -> str:
-    """The result in one sentence, with what speaks against chance."""
+    """The result in a sentence, with interval and p of the difference."""
     name = "image_to_text_R@10"
     base, tuned = (metrics[when][split][name] for when in WHEN)
-    found = metrics.get("difference", {}).get(split, {}).get(name)
-    sure = ""
-    if found:
-        (low, high), (_, p) = found["ci95"], difference_cells(found, name)
-        sure = f' Difference {100 * found["value"]:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}], p {p}.'
-    asked = metrics["tuned"][split].get("image_to_text_queries", pairs)
-    return (f'{_collapses(metrics)}<p class="lead">Of {asked:,} {escape_text(split)} thumbnails, '
+    difference = metrics.get("difference", {}).get(split, {}).get(name)
+    change = ""
+    if difference:
+        (low, high), (_, p) = difference["ci95"], difference_cells(difference, name)
+        change = f' Difference {100 * difference["value"]:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}], p {p}.'
+    queries = metrics["tuned"][split].get("image_to_text_queries", pairs)
+    return (f'{_collapses(metrics)}<p class="lead">Of {queries:,} {escape_text(split)} thumbnails, '
             f'<strong class="tuned-ink">{tuned:.0%}</strong> now find their own title among the first ten; '
-            f'before training it was <strong class="base-ink">{base:.0%}</strong>.{sure}</p>')
+            f'before training it was <strong class="base-ink">{base:.0%}</strong>.{change}</p>')
 
 
 def _collapses(metrics: Mapping[str, Any]) -> str:
-    """A sentence for each model and split whose figures mean nothing."""
+    """A sentence for each model and split that has collapsed."""
     return "".join(f'<p class="lead down">{escape_text(sentence, 300)}</p>' for when in WHEN
-                   for split, values in metrics[when].items() if (sentence := collapse_of(when, split, values)))
+                   for split, values in metrics[when].items() if (sentence := collapse_warning(when, split, values)))
 
 
 def metric_tables(metrics: Mapping[str, Any], first: str) -> str:
-    """A table for each split, the one that is shown first."""
+    """A table for each split, `first` on top and the others folded."""
     splits = sorted(metrics["tuned"], key=lambda split: split != first)
     tables = [(split, _split_table(metrics, split)) for split in splits]
     rest = "".join(f"<details><summary>{escape_text(split)}</summary>{html}</details>" for split, html in tables[1:])
@@ -59,21 +59,21 @@ def _split_table(metrics: Mapping[str, Any], split: str) -> str:
     for metric in SHOWN:
         if metric not in metrics["tuned"][split]:
             continue
-        cells = [f'<td class="n">{_value(metrics[when][split], metric)}</td>' for when in WHEN]
-        bars = []
+        cells, bars = [], []
         for when, style in zip(WHEN, "bt", strict=True):
             values = metrics[when][split]
+            cells.append(f'<td class="n">{_with_small_interval(cell(values, metric))}</td>')
             bars.append((values[metric], *values[f"{metric}_ci95"], style))
         low, high = (0, 1) if not metric.endswith("rank") else (1, max(bar[2] for bar in bars))
         cells.append(f'<td class="bars">{interval_bar(low, high, bars)}</td>')
         if difference:
             change, p = difference_cells(difference.get(metric), metric)
-            cells += [f'<td class="n">{_apart(change)}</td>', f'<td class="n">{escape_text(p)}</td>']
+            cells += [f'<td class="n">{_with_small_interval(change)}</td>', f'<td class="n">{escape_text(p)}</td>']
         rows.append(f'<tr><th scope="row">{_long_name(metric)}</th>{"".join(cells)}</tr>')
     heads = ['>Metric', ' class="base-ink">Before', ' class="tuned-ink">After', ' class="bars">Both']
     heads += [">Difference", ">p"] if difference else []
-    return (f'<div class="wide" tabindex="0" role="region" aria-label="Figures of {escape_attribute(split)}"><table><caption>'
-            f'{escape_text(split)}: {sizes(metrics["tuned"][split]) or "pairs"}</caption>'
+    return (f'<div class="wide" tabindex="0" role="region" aria-label="Figures of {escape_attribute(split)}">'
+            f'<table><caption>{escape_text(split)}: {describe_sizes(metrics["tuned"][split]) or "pairs"}</caption>'
             f'<thead><tr>{"".join(f"<th scope=col{head}</th>" for head in heads)}</tr>'
             f'</thead><tbody>{"".join(rows)}</tbody></table></div>')
 
@@ -86,29 +86,26 @@ def _long_name(metric: str) -> str:
     return words
 
 
-def _value(values: Mapping[str, Any], metric: str) -> str:
-    return _apart(cell(values, metric))
-
-
-def _apart(shown: str) -> str:
-    """A number and its interval, the interval smaller; on a phone below it."""
-    number, _, interval = shown.partition(" ")
+def _with_small_interval(text: str) -> str:
+    """A number and its interval in smaller type, on a phone below it."""
+    number, _, interval = text.partition(" ")
     return f'{number} <span class="ci">{interval}</span>'
 
 
-def curves(losses: Sequence[float], history: Sequence[Mapping[str, Any]], answers: Mapping[str, Both], split: str,
-           between: Mapping[str, Any] | None = None) -> str:
+def curves(losses: Sequence[float], history: Sequence[Mapping[str, Any]],
+           answers: Mapping[str, AnswersByDirection], split: str,
+           interpolation: Mapping[str, Any] | None = None) -> str:
     """Loss, Recall in both directions with the base model's as reference, margins before and after.
 
-    `between` is what metrics.json says of the weights between base and tuned.
+    `interpolation` is that entry of metrics.json: Recall of weights between base and tuned.
     """
     parts = [_loss(losses)] if losses else []
     for way, words in (("image_to_text", "thumbnail to title"), ("text_to_image", "title to thumbnail")):
         parts.append(_recall(f"{way}_R@10", f"Recall@10, {words}", history))
     if set(answers) >= set(WHEN):
         parts.append(_margins(answers, split))
-    if between:
-        parts.append(_interpolation(between))
+    if interpolation:
+        parts.append(_interpolation(interpolation))
     return f'<div class="charts">{"".join(parts)}</div>'
 
 
@@ -118,12 +115,12 @@ def _loss(losses: Sequence[float]) -> str:
         return ""
     words = (f"Over {len(losses):,} steps the training loss goes from {mean[0]:.3f} to {mean[-1]:.3f}. The line is the "
              "mean of neighbouring steps, the area their range.")
-    return chart("loss", "Training loss", words, [Line("mean of neighbouring steps", x, mean)], "step", "loss",
-                 Band(x, low, high))
+    return chart("loss", "Training loss", words, [Line("mean of neighbouring steps", x, mean)],
+                 Axes("step", "loss"), Band(x, low, high))
 
 
 def _recall(metric: str, heading: str, history: Sequence[Mapping[str, Any]]) -> str:
-    """Every split that was watched on the way; one measured at the ends only would be a straight line."""
+    """Recall over steps, for each split that was evaluated during training; one evaluated at both ends is left out."""
     lines, words = [], []
     splits = [split for split in ("valid", "train") if sum(split in entry for entry in history) > 2]
     for split, style, dotted in zip(splits or [key for key in ("valid", "train") if history and key in history[0]],
@@ -134,10 +131,10 @@ def _recall(metric: str, heading: str, history: Sequence[Mapping[str, Any]]) -> 
         x, y = [float(p[0]) for p in points], [float(p[1]) for p in points]
         lines += [Line(f"{split}", x, y, style), Line(f"{split}, base model", [x[0], x[-1]], [y[0], y[0]], dotted)]
         words.append(f"On {split} it goes from {y[0]:.3f} to {y[-1]:.3f}.")
-    return chart(metric.replace("@", ""), heading, " ".join(words), lines, "step", "share", floor=0.0)
+    return chart(metric.replace("@", ""), heading, " ".join(words), lines, Axes("step", "share", floor=0.0))
 
 
-def _margins(answers: Mapping[str, Both], split: str) -> str:
+def _margins(answers: Mapping[str, AnswersByDirection], split: str) -> str:
     margins = {when: [m for m in answers[when]["image_to_text"].margin_Q.tolist() if abs(m) < 3] for when in WHEN}
     values = margins["base"] + margins["tuned"]
     if not values:
@@ -145,27 +142,29 @@ def _margins(answers: Mapping[str, Both], split: str) -> str:
     low, high = min(values), max(values)
     lines = [Line(name, *outline(margins[when], low, high), style)
              for when, name, style in (("base", "before", "s1"), ("tuned", "after", "s0"))]
-    won = {when: sum(m > 0 for m in found) / max(1, len(found)) for when, found in margins.items()}
+    won = {when: sum(m > 0 for m in values) / max(1, len(values)) for when, values in margins.items()}
     words = (f"Cosine of the right title minus that of the best wrong one, for {split} thumbnails. Above zero the "
              f"right one wins: {won['base']:.0%} before, {won['tuned']:.0%} after.")
-    return chart("margin", "Margin of the right title", words, lines, "cosine of right minus best wrong",
-                 "share of rows", floor=0.0, mark=0.0)
+    return chart("margin", "Margin of the right title", words, lines,
+                 Axes("cosine of right minus best wrong", "share of rows", floor=0.0, mark=0.0))
 
 
-def _interpolation(between: Mapping[str, Any]) -> str:
-    """Recall along the way from the base's weights to the tuned ones; the line stands where the model was left."""
-    points, taken = between["curve"], float(between["alpha"])
+def _interpolation(interpolation: Mapping[str, Any]) -> str:
+    """Recall of weights between base and tuned; the vertical line marks the exported model."""
+    points, alpha = interpolation["curve"], float(interpolation["alpha"])
     x = [float(point["alpha"]) for point in points]
-    lines = [Line(split, x, [float(point[split]["image_to_text_R@10"]) for point in points], style)
-             for split, style in zip((key for key in points[0] if key != "alpha"), ("s0", "s1", "s2"), strict=False)]
-    chosen = f"chosen on {between['chosen_on']}" if between.get("chosen_on") else "as asked for"
-    words = f"0 is the base model, 1 the tuned one; the exported model is at {taken:g}, {chosen}."
-    return chart("between", "Recall@10 between base and tuned", words, lines, "share of the tuned weights", "share",
-                 floor=0.0, mark=taken)
+    splits = [key for key in points[0] if key != "alpha"]
+    lines = []
+    for split, style in zip(splits, ("s0", "s1", "s2"), strict=False):
+        lines.append(Line(split, x, [float(point[split]["image_to_text_R@10"]) for point in points], style))
+    origin = f"chosen on {interpolation['chosen_on']}" if interpolation.get("chosen_on") else "as asked for"
+    words = f"0 is the base model, 1 the tuned one; the exported model is at {alpha:g}, {origin}."
+    return chart("between", "Recall@10 between base and tuned", words, lines,
+                 Axes("share of the tuned weights", "share", floor=0.0, mark=alpha))
 
 
 def recipe(config: Mapping[str, Any], sizes: Mapping[str, int], steps: int) -> str:
-    """What was done, in a sentence and in full."""
+    """The main settings of the run as a list, and all of them folded."""
     s = config["config"]
     trained = ", ".join(s["trainable"]) if isinstance(s["trainable"], list) else s["trainable"]
     facts = {"Base model": s["model"], "Pairs": s["dataset"],
@@ -184,21 +183,24 @@ def recipe(config: Mapping[str, Any], sizes: Mapping[str, int], steps: int) -> s
 
 
 def overlap(shared: Mapping[str, Mapping[str, Mapping[str, int]]], sizes: Mapping[str, int]) -> str:
-    """Rows whose image or title is also in an earlier split, as metrics.json counts them; "" where there are none."""
-    items = [f"<li>of {sizes[split]:,} {escape_text(split)} rows {counts['images']:,} have an image of {escape_text(other)}, "
-             f"{counts['titles']:,} a title, {counts['rows']:,} are whole rows of it</li>"
-             for split, others in shared.items() for other, counts in others.items()]
+    """Numbers of rows whose image or title is also in an earlier split, from metrics.json; "" without any."""
+    items = []
+    for split, others in shared.items():
+        for other, counts in others.items():
+            items.append(f"<li>of {sizes[split]:,} {escape_text(split)} rows {counts['images']:,} have an image of "
+                         f"{escape_text(other)}, {counts['titles']:,} a title, {counts['rows']:,} are whole rows of it"
+                         "</li>")
     return ("<h3>Splits overlap</h3><p>Figures of a split that shares rows with train also measure what was learnt by "
             f"heart.</p><ul>{''.join(items)}</ul>") if items else ""
 
 
 def ledger(entries: Iterable[Mapping[str, Any]]) -> str:
-    """How many rows were dropped for which reason, with an example of each."""
+    """The number of dropped rows by split and reason, with an example of each."""
     counts: Counter[tuple[str, str]] = Counter()
     examples: dict[tuple[str, str], str] = {}
     for entry in entries:
         key = str(entry.get("split", "")), str(entry.get("reason", ""))
-        if not entry.get("rows", 1):  # files that were not used
+        if not entry.get("rows", 1):  # an unused file, which held no rows
             continue
         counts[key] += entry.get("rows", 1)
         examples.setdefault(key, str(entry.get("image") or entry.get("title") or entry.get("detail") or ""))
@@ -206,7 +208,7 @@ def ledger(entries: Iterable[Mapping[str, Any]]) -> str:
         return "<h3>Dropped rows</h3><p>None: every row was used.</p>"
     rows = "".join(f"<tr><th scope=row>{escape_text(split)}</th><td>{escape_text(reason)}</td><td>{count:,}</td>"
                    f"<td>{escape_text(examples[split, reason])}</td></tr>"
-                   for (split, reason), count in counts.most_common(LISTED))
+                   for (split, reason), count in counts.most_common(REASONS))
     return (f"<h3>Dropped rows</h3><p>{sum(counts.values()):,} rows could not be used; <code>ledger.jsonl</code> "
             "names each.</p><div class=wide tabindex=0 role=region aria-label=\"Dropped rows\"><table><thead><tr>"
             "<th scope=col>Split</th><th scope=col>Reason</th><th scope=col>Rows</th><th scope=col>For example</th>"
@@ -214,8 +216,8 @@ def ledger(entries: Iterable[Mapping[str, Any]]) -> str:
 
 
 def files(out: Path) -> str:
-    """What lies beside the page, and how to look further."""
-    there = "".join(f"<dt><code>{name}</code></dt><dd>{words}</dd>" for name, words in FILES.items()
-                    if (out / name).exists())
-    return (f"<p>Beside this page, in <code>{escape_text(out)}</code>:</p><dl>{there}</dl>"
+    """The other files of the run folder, and the command that opens TensorBoard."""
+    entries = "".join(f"<dt><code>{name}</code></dt><dd>{words}</dd>" for name, words in FILES.items()
+                      if (out / name).exists())
+    return (f"<p>Beside this page, in <code>{escape_text(out)}</code>:</p><dl>{entries}</dl>"
             f"<pre>tensorboard --logdir {escape_text(out.parent)}</pre>")

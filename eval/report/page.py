@@ -1,6 +1,6 @@
-"""A self-contained HTML page: nothing is loaded, nothing is executed, and no title can break out of its place.
+"""Self-contained HTML pages: no script, nothing loaded from elsewhere.
 
-Every text that comes from data goes through `escape_text` (in elements) or `escape_attribute`.
+Titles are untrusted: all text from data goes through `escape_text` (in elements) or `escape_attribute`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from html import escape
 
 from data.files import GENERATOR
 
-LIMIT = 200  # characters of a title that are shown
+LIMIT = 200  # characters of a text from data
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")  # embeddings, overrides, isolates: they could reach past a title
+BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")  # embeddings, overrides, isolates: they affect text after a title
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#1b1f24;--soft:#57606a;--line:#d5dae0;--card:#f6f8fa;--base:#8250df;
@@ -75,8 +75,8 @@ tbody th{font-weight:400}
 .cases{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr));gap:1rem;padding:0;margin:0;
 list-style:none}
 .case{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.8rem;min-width:0}
-.asked{display:flex;gap:.8rem;align-items:flex-start}
-.asked>div{min-width:0}
+.query{display:flex;gap:.8rem;align-items:flex-start}
+.query>div{min-width:0}
 .thumb{display:block;width:8rem;height:auto;max-height:8rem;object-fit:contain;border-radius:4px;flex:none;
 background:var(--line)}
 .gone{display:grid;place-items:center;width:8rem;height:4.5rem;border-radius:4px;background:var(--line);
@@ -95,6 +95,10 @@ font-size:.8rem}
 .strip .thumb,.strip .gone{width:100%;aspect-ratio:4/3;height:auto;max-height:none}
 .strip li{padding:.2rem;border-radius:6px;border:2px solid transparent;min-width:0;overflow-wrap:anywhere}
 .strip li.right{border-color:var(--right)}
+.results{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,15rem),1fr));gap:1rem;padding:0;margin:0;
+list-style:none}
+.results .thumb{width:100%;height:10rem;max-height:none}
+.results p{overflow-wrap:anywhere}
 summary{cursor:pointer;font-weight:600;padding:.3rem 0}
 details{margin:.6rem 0}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;margin:.5rem 0}
@@ -108,26 +112,29 @@ th,td{padding-right:.5rem}.ci{display:block;font-size:.78em}.bars{display:none}t
 
 
 def document(title: str, header: str, main: str, footer: str) -> str:
-    """A whole page around finished HTML; `title` is plain text."""
+    """A whole page; `title` is plain text, the other parts are HTML."""
     return (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
             f'{GENERATOR}\n<meta name="viewport" content="width=device-width,initial-scale=1">\n'
             '<meta name="referrer" content="no-referrer">\n<link rel="icon" href="data:,">\n'
             f'<title>{escape(clean(title))}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n'
-            f'<a class="skip" href="#main">Skip to the figures</a>\n<header>{header}</header>\n'
+            f'<a class="skip" href="#main">Skip to the content</a>\n<header>{header}</header>\n'
             f'<main id="main">{main}</main>\n<footer>{footer}</footer>\n</body>\n</html>\n')
 
 
 def clean(value: object, limit: int = LIMIT) -> str:
-    """One line of at most `limit` characters, without what HTML forbids or what would reverse text around it."""
+    """One line of at most `limit` characters, without control, surrogate and bidirectional formatting characters."""
     raw = BIDI.sub("", str(value)[:4 * limit])
-    tidy = " ".join("".join("\ufffd" if unicodedata.category(char) in ("Cc", "Cs") and not char.isspace() else char
-                            for char in raw).split())
-    return tidy if len(tidy) <= limit else tidy[:limit - 1] + "…"
+    characters = []
+    for char in raw:
+        forbidden = unicodedata.category(char) in ("Cc", "Cs") and not char.isspace()
+        characters.append("\ufffd" if forbidden else char)
+    line = " ".join("".join(characters).split())
+    return line if len(line) <= limit else line[:limit - 1] + "…"
 
 
 def escape_text(value: object, limit: int = LIMIT) -> str:
-    """Text from data: escaped, clipped, its direction its own."""
+    """Text from data for an element: escaped, clipped, isolated from the direction of the text around it."""
     return f'<bdi dir="auto">{escape(clean(value, limit))}</bdi>'
 
 
@@ -137,7 +144,7 @@ def escape_attribute(value: object, limit: int = LIMIT) -> str:
 
 
 def image_tag(jpeg: bytes, alt: str) -> str:
-    """An inline JPEG; `alt` is plain text."""
+    """An inline JPEG, a grey box for empty bytes; `alt` is plain text."""
     if not jpeg:
         return f'<span class="gone" role="img" aria-label="{escape_attribute(alt)} (not available)">no picture</span>'
     data = base64.b64encode(jpeg).decode()

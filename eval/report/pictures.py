@@ -1,6 +1,6 @@
 """Pictures for TensorBoard, drawn with Pillow: answers of the model, a similarity heat map, sprites of the projector.
 
-Titles are drawn in the first font found; characters that it lacks come out as boxes (the report page has them all).
+Titles are drawn in the first font of FONTS that is installed; it draws boxes for characters that it lacks.
 Dimension key: N pictures, S side in pixels, H height, W width, C colour channels.
 """
 
@@ -15,43 +15,39 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from eval.report.answers import LISTED, Answers
+from eval.report.answers import TOP_K, Answers
 
 Title = Callable[[int], str]  # row of the split -> its title
 Picture = Callable[[int], bytes]  # row of the split -> a small JPEG, b"" where there is none
 FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf")
 WIDTH, TILE_W, TILE_H, LINE, GAP = 580, 104, 78, 20, 8  # a card of TensorBoard is some 400 pixels wide
 PAPER, INK, FAINT, RIGHT, RIGHT_PAPER = "#ffffff", "#1b1f24", "#6a737d", "#116329", "#dafbe1"
-RAMP = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis at five places
+VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # at 0, 1/4 … 1
 
 
-def titles_of_images(answers: Answers, places: Sequence[int], title: Title, picture: Picture) -> np.ndarray:
-    """Each thumbnail beside its best titles with their scores, the right one marked: uint8 [H, W, 3]."""
-    high = LISTED * LINE + 3 * GAP
+def draw_image_to_text(answers: Answers, places: Sequence[int], title: Title, picture: Picture) -> np.ndarray:
+    """Draw each thumbnail beside its best titles with their scores, right ones marked: uint8 [H, W, 3]."""
+    high = TOP_K * LINE + 3 * GAP
     sheet, pen = _paper(high * len(places))
     for index, place in enumerate(places):
         top = index * high + GAP
         row = int(answers.query_Q[place])
         _paste(sheet, picture(row), (GAP, top))
         pen.text((GAP, top + TILE_H), _rank(answers, place), FAINT, _font(13))
-        listed = zip(answers.best_QK[place].tolist(), answers.score_QK[place].tolist(),
-                     answers.right_QK[place].tolist(), strict=True)
-        for line, (candidate, score, right) in enumerate(listed):
+        for line, (candidate, score, right) in enumerate(answers.of(place)):
             _answer_line(pen, TILE_W + 2 * GAP, top + line * LINE, f"{score:.2f}", title(candidate), right)
     return np.asarray(sheet)
 
 
-def images_of_titles(answers: Answers, places: Sequence[int], title: Title, picture: Picture) -> np.ndarray:
-    """Each title above its best thumbnails with their scores, the right one framed: uint8 [H, W, 3]."""
+def draw_text_to_image(answers: Answers, places: Sequence[int], title: Title, picture: Picture) -> np.ndarray:
+    """Draw each title above its best thumbnails with their scores, right ones framed: uint8 [H, W, 3]."""
     high = TILE_H + 2 * LINE + 2 * GAP
     sheet, pen = _paper(high * len(places))
     for index, place in enumerate(places):
         top = index * high + GAP
         text = f"{_clip(title(int(answers.query_Q[place])), 54)}   ({_rank(answers, place)})"
         pen.text((GAP, top), text, INK, _font(14))
-        listed = zip(answers.best_QK[place].tolist(), answers.score_QK[place].tolist(),
-                     answers.right_QK[place].tolist(), strict=True)
-        for column, (candidate, score, right) in enumerate(listed):
+        for column, (candidate, score, right) in enumerate(answers.of(place)):
             left = GAP + column * (TILE_W + GAP + 3)
             if right:
                 pen.rectangle((left - 5, top + LINE - 2, left + TILE_W + 4, top + LINE + TILE_H + 21), RIGHT_PAPER,
@@ -63,14 +59,14 @@ def images_of_titles(answers: Answers, places: Sequence[int], title: Title, pict
 
 
 def heat_map(image_NE: Tensor, title_NE: Tensor, cell: int = 14) -> np.ndarray:
-    """Cosines of images (down) and titles (across), bright is similar, pairs on the diagonal: uint8 RGB.
+    """Draw cosines of images (rows) and titles (columns), bright is similar, pairs on the diagonal: uint8 [H, W, 3].
 
-    The scale spans what is there, so that a model whose cosines all lie close together is seen as well.
+    The colours span lowest to highest cosine, which also shows a model whose cosines all lie close together.
     """
     score = (image_NE @ title_NE.T).cpu().numpy()
     low, high = float(score.min()), float(score.max())
-    at = (score - low) / max(high - low, 1e-9) * (len(RAMP) - 1)
-    colour = np.stack([np.interp(at, range(len(RAMP)), channel) for channel in zip(*RAMP, strict=True)], -1)
+    position = (score - low) / max(high - low, 1e-9) * (len(VIRIDIS) - 1)
+    colour = np.stack([np.interp(position, range(len(VIRIDIS)), channel) for channel in zip(*VIRIDIS, strict=True)], -1)
     body = colour.round().astype(np.uint8).repeat(cell, 0).repeat(cell, 1)
     sheet = Image.new("RGB", (max(body.shape[1], 420), body.shape[0] + 30), PAPER)
     sheet.paste(Image.fromarray(body), (0, 30))
@@ -80,7 +76,7 @@ def heat_map(image_NE: Tensor, title_NE: Tensor, cell: int = 14) -> np.ndarray:
 
 
 def sprites(pictures: Sequence[bytes], titles: Sequence[str], side: int = 64) -> Tensor:
-    """Small squares for the projector, the pictures first, then the titles written out: float [N, 3, side, side]."""
+    """Draw small squares for the projector, first the pictures, then the titles as text: float [N, 3, side, side]."""
     tiles = [Image.new("RGB", (side, side), PAPER) for _ in (*pictures, *titles)]
     for tile, data in zip(tiles, pictures, strict=False):
         if data:
@@ -101,11 +97,11 @@ def _paper(height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     return sheet, ImageDraw.Draw(sheet)
 
 
-def _paste(sheet: Image.Image, data: bytes, at: tuple[int, int]) -> None:
+def _paste(sheet: Image.Image, data: bytes, corner: tuple[int, int]) -> None:
     if data:
         small = Image.open(io.BytesIO(data))
         small.thumbnail((TILE_W, TILE_H))
-        sheet.paste(small, at)
+        sheet.paste(small, corner)
 
 
 def _answer_line(pen: ImageDraw.ImageDraw, x: int, y: int, score: str, text: str, right: bool) -> None:

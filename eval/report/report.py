@@ -7,38 +7,43 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from eval.report.answers import Both
-from eval.report.cases import sections
+from eval.report.answers import AnswersByDirection
+from eval.report.cases import case_sections
 from eval.report.figures import curves, files, ledger, metric_tables, overlap, recipe, summary_sentence
 from eval.report.page import document, escape_text
 from eval.report.table import WHEN
-from eval.report.table import table as table
 
 
-def write_report(out: Path, split: str, sizes: Mapping[str, int], answers: Mapping[str, Both],
+def write_report(out: Path, split: str, sizes: Mapping[str, int], answers: Mapping[str, AnswersByDirection],
                  title: Callable[[int], str], picture: Callable[[int], bytes]) -> Path:
-    """Write `report.html` from what the run folder holds and the answers of `split`; one file, at most some 2 MB.
+    """Write `report.html` from the files of the run folder and the answers of `split`; at most some 2 MB.
 
-    `sizes` are the pairs of each split, `title` and `picture` (a small JPEG) belong to rows of `split`.
+    `sizes` are the pairs of each split; `title` and `picture` return title and small JPEG of a row of `split`.
     """
-    config, metrics = (json.loads((out / name).read_text(encoding="utf-8")) for name in ("config.json", "metrics.json"))
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     losses = [float(line["loss"]) for line in _lines(out / "steps.jsonl")]
     history = list({line["step"]: line for line in _lines(out / "evaluations.jsonl")}.values())
     settings = config["config"]
     name = f"{Path(str(settings['model'])).name} on {Path(str(settings['dataset'])).name}"
     contents = {"figures": "Before and after", "curves": "How it got there", "cases": "Row by row",
                 "recipe": "Recipe and data", "files": "Files"}
-    body = {"figures": metric_tables(metrics, split),
-            "curves": curves(losses, history, answers, split, metrics.get("interpolation")),
-            "cases": sections(answers, title, picture) if set(answers) >= set(WHEN) else "<p>Not kept.</p>",
-            "recipe": recipe(config, sizes, len(losses)) + overlap(metrics.get("overlap", {}), sizes)
-            + ledger(_lines(out / "ledger.jsonl")), "files": files(out)}
+    body = {
+        "figures": metric_tables(metrics, split),
+        "curves": curves(losses, history, answers, split, metrics.get("interpolation")),
+        "cases": case_sections(answers, title, picture) if set(answers) >= set(WHEN) else "<p>Not kept.</p>",
+        "recipe": recipe(config, sizes, len(losses)) + overlap(metrics.get("overlap", {}), sizes)
+        + ledger(_lines(out / "ledger.jsonl")),
+        "files": files(out),
+    }
     links = "".join(f'<li><a href="#{key}">{label}</a></li>' for key, label in contents.items())
-    head = (f'<p class="soft small">thumbtune report · {escape_text(config["started"][:10])}</p><h1>{escape_text(name)}</h1>'
-            f'{summary_sentence(metrics, split, sizes.get(split, 0))}<nav aria-label="On this page"><ul>{links}</ul></nav>')
+    started, commit = config["started"][:10], (config.get("git_commit") or "unknown")[:12]
+    head = (f'<p class="soft small">thumbtune report · {escape_text(started)}</p><h1>{escape_text(name)}</h1>'
+            f'{summary_sentence(metrics, split, sizes.get(split, 0))}'
+            f'<nav aria-label="On this page"><ul>{links}</ul></nav>')
     main = "".join(f'<section aria-labelledby="{key}"><h2 id="{key}">{contents[key]}</h2>{html}</section>'
                    for key, html in body.items())
-    foot = f'<p class="small">Written by thumbtune, commit {escape_text((config.get("git_commit") or "unknown")[:12])}.</p>'
+    foot = f'<p class="small">Written by thumbtune, commit {escape_text(commit)}.</p>'
     temporary = out / ".report.html"
     temporary.write_text(document(f"{name}: before and after", head, main, foot), encoding="utf-8", errors="replace")
     return temporary.replace(out / "report.html")

@@ -1,4 +1,4 @@
-"""Before and after as a Markdown table: on the console and in the model card."""
+"""Metrics before and after as a Markdown table, for the console and the model card."""
 
 from __future__ import annotations
 
@@ -15,52 +15,65 @@ SHOWN = {
 WHEN = ("base", "tuned")
 
 
-def table(metrics: Mapping[str, Any]) -> str:
-    """A Markdown table, one block of rows a split: base, tuned (or whatever is there), and the difference if known.
+def metrics_table(metrics: Mapping[str, Any]) -> str:
+    """A Markdown table with a block of rows for each split: base and tuned (or any other models) and their difference.
 
-    First how much was measured, and whether a model has collapsed.
+    Each block begins with the numbers of pairs and queries and, if a model has collapsed, with that.
     """
     difference = metrics.get("difference", {})
     columns = {name: metrics[name] for name in WHEN if name in metrics} or dict(metrics)
     rows = [["split", "metric", *columns, *(["difference", "p"] if difference else [])]]
     for split in dict.fromkeys(split for scores in columns.values() for split in scores):
         blanks = ["", ""] if difference else []
-        rows += [row + blanks for row in _heads(split, [scores.get(split, {}) for scores in columns.values()])]
-        known = {metric for scores in columns.values() for metric in scores.get(split, {})}
-        rows += [[split, label, *(cell(scores.get(split, {}), metric) for scores in columns.values()),
-                  *(difference_cells(difference.get(split, {}).get(metric), metric) if difference else ())]
-                 for metric, label in SHOWN.items() if metric in known]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-             for row in rows]
+        scores = [values.get(split, {}) for values in columns.values()]
+        rows += [row + blanks for row in _header_rows(split, scores)]
+        for metric, label in SHOWN.items():
+            if any(metric in values for values in scores):
+                row = [split, label, *(cell(values, metric) for values in scores)]
+                change = difference_cells(difference.get(split, {}).get(metric), metric) if difference else ()
+                rows.append([*row, *change])
+    return markdown_table(rows)
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns; the first row is its header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
+        lines.append(f"| {' | '.join(cells)} |")
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
 
 
-def _heads(split: str, scores: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The rows of a split above its metrics: how much was measured with each model, and which has collapsed."""
+def _header_rows(split: str, scores: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The rows of a split above its metrics: numbers of pairs and queries, and which models have collapsed."""
     rows = []
     if any("units" in values for values in scores):
-        rows.append([split, "pairs", *(f"{values['pairs']:,}, {values['units']:,} independent" if "units" in values
-                                       else "-" for values in scores)])
-        rows.append([split, "queries", *(f"{values['image_to_text_queries']:,} images, "
-                                         f"{values['text_to_image_queries']:,} titles" if "units" in values else "-"
-                                         for values in scores)])
+        pairs, queries = [split, "pairs"], [split, "queries"]
+        for values in scores:
+            if "units" not in values:
+                pairs.append("-")
+                queries.append("-")
+                continue
+            pairs.append(f"{values['pairs']:,}, {values['units']:,} independent")
+            queries.append(f"{values['image_to_text_queries']:,} images, {values['text_to_image_queries']:,} titles")
+        rows += [pairs, queries]
     if any(values.get("collapsed") for values in scores):
         rows.append([split, "collapsed", *("yes" if values.get("collapsed") else "no" for values in scores)])
     return rows
 
 
-def collapse_of(name: str, split: str, values: Mapping[str, Any]) -> str:
-    """A sentence for a model that has collapsed, "" for others."""
+def collapse_warning(name: str, split: str, values: Mapping[str, Any]) -> str:
+    """A sentence about a model that has collapsed, "" for others."""
     if not values.get("collapsed"):
         return ""
     return (f"Warning: {name} has collapsed on {split}: all its image or all its title embeddings are equal to "
             "rounding, so every answer is a tie and its figures mean nothing.")
 
 
-def sizes(values: Mapping[str, Any]) -> str:
-    """How many pairs, distinct images and titles, and independent units a split's figures rest on; "" if unknown."""
+def describe_sizes(values: Mapping[str, Any]) -> str:
+    """The numbers of pairs, distinct images and titles, and independent units of a split; "" if unknown."""
     if "units" not in values:
         return ""
     return (f"{values['pairs']:,} pairs ({values['image_to_text_queries']:,} images, "
@@ -68,23 +81,23 @@ def sizes(values: Mapping[str, Any]) -> str:
 
 
 def digits_of(metric: str) -> int:
-    """Digits after the point."""
+    """Decimals to print."""
     return 1 if metric.endswith("rank") else 3
 
 
 def cell(values: Mapping[str, Any], metric: str) -> str:
-    """A value with its interval."""
+    """A value with its interval, "-" if it was not measured."""
     if metric not in values:
         return "-"
     value, (low, high), digits = values[metric], values[f"{metric}_ci95"], digits_of(metric)
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def difference_cells(found: Mapping[str, Any] | None, metric: str) -> tuple[str, str]:
-    """A difference with its interval, and its p; "-" where it is not known."""
-    if not found:
+def difference_cells(difference: Mapping[str, Any] | None, metric: str) -> tuple[str, str]:
+    """A difference with its interval, and its p; "-" if unknown."""
+    if not difference:
         return "-", "-"
-    (low, high), digits = found["ci95"], digits_of(metric)
-    p = found.get("p")
-    return (f"{found['value']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]",
+    (low, high), digits = difference["ci95"], digits_of(metric)
+    p = difference.get("p")
+    return (f"{difference['value']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]",
             "-" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".lstrip("0"))

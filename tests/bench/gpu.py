@@ -142,7 +142,7 @@ def recall(bench: Bench) -> None:
     """GPU: exact ranks both ways of a million pairs."""
     n, device = 100_000 if bench.quick else 1_000_000, cuda_device()
     image_NE, title_NE = (F.normalize(torch.randn(n, 512, device=device), dim=-1) for _ in range(2))
-    arm = partial(retrieval_ranks, image_NE, title_NE, Distinct.of(None, torch.arange(n, device=device)))
+    arm = partial(retrieval_ranks, image_NE, title_NE, Distinct.from_ids(None, torch.arange(n, device=device)))
     seconds(arm, device)  # warms up
     goal = "" if bench.quick else "<= 5"
     bench.add(Figure("GPU", f"exact Recall both ways, {n:,} x {n:,} x 512: s", goal, [seconds(arm, device)]))

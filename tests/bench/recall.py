@@ -19,7 +19,7 @@ def ranks(bench: Bench) -> None:
     n = 2_000 if bench.quick else 10_000
     generator = torch.Generator().manual_seed(0)
     image_NE, title_NE = (F.normalize(torch.randn(n, 512, generator=generator), dim=-1) for _ in range(2))
-    distinct, out_NN = Distinct.of(None, torch.arange(n)), torch.empty(n, n)
+    distinct, out_NN = Distinct.from_ids(None, torch.arange(n)), torch.empty(n, n)
     bench.race(Race("P7", f"Recall both ways, {n:,} x {n:,} x 512, against the bare product", "<= 1.15",
                     lambda: retrieval_ranks(image_NE, title_NE, distinct),
                     lambda: torch.mm(image_NE, title_NE.T, out=out_NN), cost=True, rounds=7))

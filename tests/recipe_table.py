@@ -46,7 +46,7 @@ def measured(model: str, dataset: str, cache: str, seeds: int) -> Iterator[tuple
     cfg = replace(Config(), model=model, dataset=dataset, cache_dir=cache, precision="fp32", device="cpu")
     world = dist.init("cpu", 60)
     parts = common.load_model(cfg, world)
-    residents = common.open_data(cfg, world, parts).residents()
+    residents = common.open_data(cfg, world, parts, common.open_source(cfg, world)).residents()
     train, tuner = residents["train"], Tuner(parts, FeatureSplit.batches)
 
     def ranks() -> tuple[Ranks, Ranks]:

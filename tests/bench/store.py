@@ -58,9 +58,10 @@ class ColdPass:
         place = self.folder / f"features-{next(self.numbers)}"
         images, titles = (FeatureStore(place / name, width)
                           for name, width in zip(("images", "titles"), self.model.widths, strict=True))
-        encode_missing_images(self.catalogue, self.reader, range(len(self.references)), images, self.model.image, lambda _: None)
-        encode_missing_titles(lambda some: [self.ids[i] for i in some], self.catalogue.title_keys, titles, range(len(self.ids)),
-                    0, self.model.text)
+        encode_missing_images(self.catalogue, self.reader, range(len(self.references)), images, self.model.image,
+                              lambda _: None)
+        encode_missing_titles(lambda some: [self.ids[i] for i in some], self.catalogue.title_keys, titles,
+                              range(len(self.ids)), 0, self.model.text)
 
     def parts(self) -> None:
         """On one core they cannot overlap, so their sum is the limit; a GPU would leave the slower of them."""

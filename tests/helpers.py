@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import pytest
 import torch
@@ -30,6 +30,8 @@ from scenes import make_pairs as make_pairs
 from engine.ranks.world import close
 
 ROOT = Path(__file__).resolve().parents[1]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 HANGS_S = 500  # what still runs then will not end, on however slow a machine; pytest's own limit is above it
@@ -54,6 +56,21 @@ def full(reduced: int, full: int) -> int:
     The figures of tests/README.md's reliability table are those of `THUMBTUNE_FULL=1 python -m pytest`.
     """
     return full if os.environ.get("THUMBTUNE_FULL") == "1" else reduced
+
+
+def noting(function: Callable[P, R], note: Callable[P, object]) -> Callable[P, R]:
+    """`function`, with every call's arguments given to `note` first: for a patch that only watches."""
+    def noted(*args: P.args, **kwargs: P.kwargs) -> R:
+        note(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return noted
+
+
+def gradient(parameter: torch.Tensor) -> torch.Tensor:
+    """The gradient of a parameter that must have one."""
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def tiny_clip(folder: Path, sentence_transformers: bool = False, seed: int = 0) -> Path:
@@ -110,7 +127,7 @@ class Loopback(ThreadingHTTPServer):
     request_queue_size = 512
 
 
-def start(args: Sequence[str | Path], ranks: int = 1, env: Mapping[str, str] | None = None,
+def start(args: Sequence[object], ranks: int = 1, env: Mapping[str, str] | None = None,
           cwd: Path = ROOT, program: Path = ROOT / "run.py", restarts: int = 0) -> subprocess.Popen[str]:
     """Start `python PROGRAM ARGS`, or under torchrun with several `ranks`, in a process group of its own."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--max-restarts",
@@ -121,7 +138,7 @@ def start(args: Sequence[str | Path], ranks: int = 1, env: Mapping[str, str] | N
                             encoding="utf-8", errors="replace", start_new_session=True)
 
 
-def run(args: Sequence[str | Path], ranks: int = 1, env: Mapping[str, str] | None = None,
+def run(args: Sequence[object], ranks: int = 1, env: Mapping[str, str] | None = None,
         timeout: float = HANGS_S, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """`start`, then wait. After `timeout` seconds all it started is killed and AssertionError shows what it said."""
     process = start(args, ranks, env, cwd)
@@ -148,7 +165,7 @@ def last_flags(args: Sequence[str | Path]) -> list[str]:
     return [word for group in groups if last[group[0].split("=")[0]] is group for word in group]
 
 
-def call(*arguments: Any) -> int:
+def call(*arguments: object) -> int:
     """run.py in this process; its exit code."""
     import run as command_line
 
@@ -158,14 +175,14 @@ def call(*arguments: Any) -> int:
         return int(end.code or 0)
 
 
-def inside(args: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
+def inside(args: Sequence[object]) -> subprocess.CompletedProcess[str]:
     """`run` with one rank in this process, where what takes seconds to import is there: for what run.py does, not how
     a process ends. A run folder stays locked until this process does.
     """
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         code = call(*args)
-    return subprocess.CompletedProcess(list(args), code, out.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess([str(argument) for argument in args], code, out.getvalue(), err.getvalue())
 
 
 def family(pid: int) -> list[int]:

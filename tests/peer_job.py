@@ -73,7 +73,7 @@ def table(rows: Rows) -> Dataset:
 
 def evaluators(rows: Rows, name: str) -> list[SentenceEvaluator]:
     """Both evaluators of one split, as the notebook builds them."""
-    images = [Image.open(row["image"]) for row in rows]
+    images: list[Image.Image] = [Image.open(row["image"]) for row in rows]
     titles = [row["title"] for row in rows]
     return [TripletEvaluator(images, titles, [row["title_neg"] for row in rows], name=name),
             Recall(images, titles, name)]

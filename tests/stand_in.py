@@ -42,14 +42,15 @@ class OnGPU(torch.Tensor):
         made.elem = elem
         return made
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]  # torch names no type
         return f"OnGPU({self.elem})"
 
     def tolist(self) -> Any:  # which torch has for its own class alone
         return self.cpu().tolist()
 
-    @classmethod
-    def __torch_dispatch__(cls, kernel: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    @classmethod  # torch's stub has the function that switches dispatch off
+    def __torch_dispatch__(  # type: ignore[override]
+            cls, kernel: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return launch(kernel, args, kwargs or {}, [])
 
 
@@ -111,7 +112,8 @@ def caller() -> str:
 
 def backward(loss: Tensor, gradient: Tensor) -> None:
     """What `Tensor.backward` does; autograd's own engine asks the accelerator for its stream, and there is none."""
-    first, needs, nodes = loss.grad_fn, dict[Any, int](), [loss.grad_fn]
+    first: Any = loss.grad_fn  # no stub has the attributes of the nodes that C++ makes
+    needs, nodes = dict[Any, int](), [first]
     for node in nodes:
         for below, _ in node.next_functions:
             if below is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,8 +38,8 @@ def test_kept_and_dropped_rows_are_those_of_the_rule(seed: int) -> None:
             else key_of(b"%d" % rng.randrange(12)) for ref in range(len(found.references))}
     ranks = [DecodeResults() for _ in range(3)]
     for ref in rng.sample(sorted(fate), len(fate)):
-        bad = fate[ref] if isinstance(fate[ref], BadSample) else None
-        ranks[ref % 3].add(DecodeResult(ref, b"" if bad else fate[ref], bad))
+        end = fate[ref]
+        ranks[ref % 3].add(DecodeResult(ref, b"", end) if isinstance(end, BadSample) else DecodeResult(ref, end, None))
     ranks = pickle.loads(pickle.dumps(ranks))  # as ranks exchange them
     assert sum(map(len, ranks)) == len(fate)
     for verdict in (one for each in ranks for one in each):
@@ -52,8 +53,10 @@ def test_kept_and_dropped_rows_are_those_of_the_rule(seed: int) -> None:
     assert list(example) == sorted(example)
     for name, rows in splits.items():
         dropped = {entry["row"]: entry["reason"] for entry in ledger[1:] if entry["split"] == name}
+        negatives, negative_N = rows.title_neg, kept[name].negative_N
+        assert negatives is not None and negative_N is not None
         for row in range(len(rows)):
-            title, negative = rows.title[row].as_py(), rows.title_neg[row].as_py()
+            title, negative = rows.title[row].as_py(), negatives[row].as_py()
             image = fate[int(found.image_N[name][row])]
             expected = "no-title" if not title.strip() else "gone" if isinstance(image, BadSample) else None
             assert dropped.get(row) == expected
@@ -61,7 +64,7 @@ def test_kept_and_dropped_rows_are_those_of_the_rule(seed: int) -> None:
                 at = int(np.flatnonzero(kept[name].row_N == row)[0])
                 assert bytes(keys[kept[name].image_N[at]]) == image
                 assert found.titles[int(kept[name].title_N[at])].as_py() == title
-                other = int(kept[name].negative_N[at])
+                other = int(negative_N[at])
                 assert (found.titles[other].as_py() if other >= 0 else None) == (
                     negative if negative and negative.strip() else None)
     with pytest.raises(UserError, match=r"rows cannot be used \(.*(gone|no-title) \d+.*--max-bad \(now 5%\)"):
@@ -87,10 +90,10 @@ def test_titles_in_pieces_equal_titles_at_once(monkeypatch: pytest.MonkeyPatch, 
 
 def test_too_many_bad_rows_are_refused_with_an_example_of_any_kind() -> None:
     """Samples that a shard has lost have no row number; files that were not used are no rows."""
-    sample = {"shard": "/x/one.tar", "key": "7", "reason": "no-title", "detail": ""}
-    joined = {"file": "/x/all.csv", "row": 3, "image": None, "title": None, "reason": "open-quote", "detail": "line 5",
-              "rows": 8}
-    unused = {"file": "/x", "reason": "linked-folder", "detail": "e.g. /x/y", "rows": 0, "files": 1000}
+    sample: dict[str, Any] = {"shard": "/x/one.tar", "key": "7", "reason": "no-title", "detail": ""}
+    joined: dict[str, Any] = {"file": "/x/all.csv", "row": 3, "image": None, "title": None, "reason": "open-quote",
+                              "detail": "line 5", "rows": 8}
+    unused: dict[str, Any] = {"file": "/x", "reason": "linked-folder", "detail": "e.g. /x/y", "rows": 0, "files": 1000}
     check_bad_share(100, [unused, sample], 0.01)
     for ledger, said in (([unused, sample, sample], "2 of 100 rows .*no-title 2; e.g. /x/one.tar, 7: no-title"),
                          ([joined, sample], "9 of 100 rows .*open-quote 8, no-title 1; e.g. /x/all.csv, row 3: ")):

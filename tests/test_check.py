@@ -5,9 +5,10 @@ import io
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,9 +29,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 LONG = "How I built it: " + "one part after the other, " * 16
 
 
-def look_over(dataset: Path, cache: Path, **more: object) -> list[Finding]:
+def look_over(dataset: Path, cache: Path, lost: Sequence[Mapping[str, Any]] = ()) -> list[Finding]:
     reader = Reader(cache, ImageSpec.clip(), FetchPolicy(allow_hosts=("127.0.0.1",)), 25_000_000, 2)
-    return check(load_splits(str(dataset)), reader, print, **more)[0]
+    return check(load_splits(str(dataset)), reader, print, lost)[0]
 
 
 def jpeg(image: Image.Image, quality: int = 90) -> bytes:
@@ -154,7 +155,8 @@ def test_rows_are_counted_and_five_shown(tmp_path: Path) -> None:
     entry = {"shard": "/a/train-0.tar", "reason": "truncated", "detail": "cut\x1b[2J"}
     lost = [{**entry, "key": "k7"}, {**entry, "key": ""}]
     damage, repeats = look_over(pairs, tmp_path / "cache", lost=lost)
-    assert damage == ("train-0.tar", "truncated", "error", 2, ("k7: cut [2J", "(unknown sample): cut [2J"))
+    assert damage == Finding("train-0.tar", "truncated", "error", 2,
+                             ("k7: cut [2J", "(unknown sample): cut [2J"))
     assert repeats[:4] == ("train", "repeated-title", "warning", 9)
     assert [example.split(":")[0] for example in repeats.examples] == [f"row {row}" for row in range(3, 8)]
     rows = {"train": 40, "valid": 10, "test": 10}

@@ -11,16 +11,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, full, on_ranks
+from helpers import ROOT, full, noting, on_ranks
 from torch import nn
 
 from data import files as durable
 from data.batch import RunFailed, UserError
 from data.prefetch import EpochBatches, OrderDigest, epoch_order
+from engine.optim import adamw
 from engine.ranks.world import World
 from engine.run_folder import checkpoint
 from engine.run_folder.checkpoint import DamagedCheckpoint, Saver, State, load, newest_valid, save
@@ -43,9 +46,11 @@ def write(run: Path, step: int, keep: int = 2, size: int = 2000) -> None:
 
 def saver(run: Path, **changes: object) -> Saver:
     layer = nn.Linear(3, 2)
-    settings = {"identity": {"data": "abc"}, "recipe": {"lr": 0.1, "trainable": ["projection"]}, "keep": 9,
-                "order": OrderDigest(10, 4, 0), "metric": "mrr", "patience": 0, "world": ALONE, **changes}
-    return Saver(run, dict(layer.named_parameters()), torch.optim.AdamW(layer.parameters()), **settings)
+    settings: dict[str, Any] = {
+        "identity": {"data": "abc"}, "recipe": {"lr": 0.1, "trainable": ["projection"]}, "keep": 9,
+        "order": OrderDigest(10, 4, 0), "metric": "mrr", "patience": 0, "world": ALONE, **changes}
+    optimizer = adamw(list(layer.parameters()), 1e-3, 0.01)
+    return Saver(run, dict(layer.named_parameters()), optimizer, **settings)
 
 
 def test_sigkill_while_saving_loses_no_checkpoint_that_was_acknowledged(tmp_path: Path) -> None:
@@ -65,7 +70,9 @@ def test_sigkill_while_saving_loses_no_checkpoint_that_was_acknowledged(tmp_path
         while told := os.read(reader, 8):
             acknowledged = int.from_bytes(told, "little")
         os.close(reader)
-        folder, (tensors, moments, state) = newest_valid(run, pytest.fail)
+        newest = newest_valid(run, pytest.fail)
+        assert newest is not None
+        folder, (tensors, moments, state) = newest
         step = state["state"]["step"]
         assert step >= acknowledged and (tensors["w"] == step).all() and (moments["w.exp_avg"] == step).all()
         assert (run / "checkpoints" / "last").resolve() in (folder, folder.with_name(f"step-{step - 1:08d}"))
@@ -75,7 +82,7 @@ def test_sigkill_while_saving_loses_no_checkpoint_that_was_acknowledged(tmp_path
     assert left == {f"step-{acknowledged:08d}", f"step-{acknowledged + 1:08d}", "last"}  # nothing half done
 
 
-def damages(path: Path, chance: random.Random) -> dict[str, object]:
+def damages(path: Path, chance: random.Random) -> dict[str, Callable[[], object]]:
     data = path.read_bytes()
     at, bit = chance.randrange(len(data)), 1 << chance.randrange(8)
     return {
@@ -105,6 +112,7 @@ def test_every_damage_is_noticed_named_and_stepped_over(tmp_path: Path) -> None:
                     continue  # zeros were zero already
                 said: list[str] = []
                 found = newest_valid(run, said.append)
+                assert found is not None
                 if name == checkpoint.MANIFEST and found[0].name == "step-00000002":
                     # white space of the manifest itself may change; what it says may not
                     assert json.loads(path.read_text()) == json.loads(before)
@@ -151,17 +159,17 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_one_line(refused: str, tmp_pa
         patch.setattr(*target, full_disk)
         with pytest.raises(RunFailed, match="No space left on device"):
             saves.save(State(step=2))
-    assert newest_valid(run, pytest.fail)[1][2] == before
+    newest = newest_valid(run, pytest.fail)
+    assert newest is not None and newest[1][2] == before
     saves.save(State(step=3))  # once there is room again, no trace is left
     assert not list((run / "checkpoints").glob(".*"))
 
 
 def test_what_is_saved_is_on_the_disk_before_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, done = run_folder(tmp_path), []
-    sync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(durable.os, "fsync", lambda handle: done.append(
-        Path(os.readlink(f"/proc/self/fd/{handle}")).name) or sync(handle))
-    monkeypatch.setattr(Path, "replace", lambda old, new: done.append(f"rename {Path(new).name}") or replace(old, new))
+    run, done = run_folder(tmp_path), list[str]()
+    monkeypatch.setattr(durable.os, "fsync", noting(os.fsync, lambda fd: done.append(
+        Path(os.readlink(f"/proc/self/fd/{fd}")).name)))
+    monkeypatch.setattr(Path, "replace", noting(Path.replace, lambda old, new: done.append(f"rename {Path(new).name}")))
     write(run, 4)
     at = done.index("rename step-00000004")
     assert {*checkpoint.FILES, checkpoint.MANIFEST} <= set(done[:at])
@@ -190,7 +198,7 @@ def test_resume_takes_back_everything_and_sets_damaged_ones_aside(tmp_path: Path
         ours.note(state, {"valid": {"mrr": [0.5, 0.6, 0.4][state.step - 1]}})
     assert (state.best_step, state.worse) == (2, 1)
     (run / "checkpoints" / "step-00000003" / "state.json").write_text("{}")
-    again, said = saver(run, patience=2), []
+    again, said = saver(run, patience=2), list[str]()
     state = again.resume(said.append)
     assert "step-00000003/state.json is not what was written" in said[0]
     assert {path.name for path in (run / "checkpoints").iterdir()} == {

@@ -89,7 +89,7 @@ def oriented(orientation: int, fmt: str = "JPEG") -> bytes:
         return saved("RGB", fmt, **({"tiffinfo": {0x0112: orientation}} if orientation else {}))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"exif": exif} if orientation else {}
+    options: dict[str, Any] = {"exif": exif} if orientation else {}
     return animated(fmt, **options) if fmt == "MPO" else saved("RGB", fmt, **options)
 
 
@@ -416,7 +416,7 @@ def test_spec_is_read_from_the_model(tiny_model: Path) -> None:
     ("do_convert_rgb", False), ("resample", 0), ("size", {"shortest_edge": 32, "longest_edge": 99}),
     ("size", {"max_height": 32, "max_width": 32}), ("image_std", (1.0,)), ("image_mean", 0.5),
 ])
-def test_setting_that_cannot_be_is_named(setting: str, value: object) -> None:
+def test_setting_that_cannot_be_is_named(setting: str, value: Any) -> None:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     with pytest.raises(UserError, match=f"{setting}=.*mend {setting}"):

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import noting
 from stand_in import GPU, plain, stand_in
 from torch import Tensor
 
@@ -31,6 +33,7 @@ from engine.config.cli import parse
 from engine.loss import Objective
 from engine.optim import adamw
 from engine.ranks import world as dist
+from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
 from engine.run_folder.profiler import Profiler
 from engine.train import Replica, Step
@@ -63,8 +66,8 @@ def steps(model: Path, device: torch.device, precision: str, l2_sp: float, lr: f
     """The last loss and norm of three steps, and the weights after them; the second step's norm is infinite."""
     parts = build_model(load_clip(str(model)), ("projection", "logit_scale"), "auto", 20.0, precision, device)
     generator, ids = torch.Generator().manual_seed(0), torch.arange(ROWS)
-    inputs = map_tensors(Features(*(torch.randn(ROWS, width, generator=generator) for width in (32, 24, 24)), ids // 2,
-                                  ids // 3, ids - 1), lambda part: part.to(device))
+    image, title, negative = (torch.randn(ROWS, width, generator=generator) for width in (32, 24, 24))
+    inputs = map_tensors(Features(image, title, negative, ids // 2, ids // 3, ids - 1), lambda part: part.to(device))
     weights = list(parts.trainable.values())
     replica = Replica(parts.head, adamw(weights, lr, 0.01, l2_sp), World(0, 0, 1, device), parts.precision)
     step = Step(replica, Objective(**objective), 1.0, Profiler())
@@ -84,9 +87,9 @@ def steps(model: Path, device: torch.device, precision: str, l2_sp: float, lr: f
     ("fp32", 0.1, {"loss": "sigmoid"}), ("fp32", 0.0, {"loss": "sigmoid", "duplicates": "multi"})])
 def test_a_step_never_waits_and_is_the_cpus(precision: str, l2_sp: float, objective: dict[str, Any],
                                             tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    products, global_batch_loss = set(), train.global_batch_loss
-    monkeypatch.setattr(train, "global_batch_loss", lambda *args: products.add(
-        torch.get_float32_matmul_precision()) or global_batch_loss(*args))
+    products = set[str]()
+    monkeypatch.setattr(train, "global_batch_loss", noting(
+        train.global_batch_loss, lambda *_: products.add(torch.get_float32_matmul_precision())))
     with stand_in() as gpu:
         there = steps(tiny_model, GPU, precision, l2_sp, 1e-3, gpu.syncs, **objective)
     assert products == {"high" if precision == "bf16" else "highest"}  # tensor cores where bf16 is behind the loss
@@ -95,17 +98,19 @@ def test_a_step_never_waits_and_is_the_cpus(precision: str, l2_sp: float, object
     torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-6)
 
 
-class Endless:
+class Endless(StopSignal):
     """A StopSignal that no signal reaches; after `end` steps it says that one has."""
 
     def __init__(self, end: int) -> None:
         self.end = end
 
-    def gracefully(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextmanager
+    def gracefully(self) -> Iterator[None]:
+        yield
 
-    def at_once(self) -> Any:
-        return lambda function: function
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        yield
 
     def agreed(self, world: World, step: int) -> int:
         return 15 * (step == self.end)
@@ -160,7 +165,8 @@ def residents(folder: Path) -> tuple[FeatureSplit, FeatureSplit]:
     store.append(keys, values)
     rows = torch.arange(40)
     split = FeatureSplit(values, values, rows, rows // 2, rows - 1)
-    return split, replace(split, image_MV=StoredTable(store, store.locate(keys)), title_PT=StoredTable(store, store.locate(keys)))
+    image, title = (StoredTable(store, store.locate(keys)) for _ in range(2))
+    return split, replace(split, image_MV=image, title_PT=title)
 
 
 def test_no_batch_waits_wherever_the_tables_are(tmp_path: Path) -> None:
@@ -171,7 +177,7 @@ def test_no_batch_waits_wherever_the_tables_are(tmp_path: Path) -> None:
             for first in (0, 3):
                 for got, want in islice(zip(
                         on_gpu.batches(16, 1).from_step(first), split.batches(16, 1).from_step(first), strict=True), 4):
-                    assert all(part.device == GPU for part in got)
+                    assert all(part is not None and part.device == GPU for part in got)
                     torch.testing.assert_close(map_tensors(got, plain), want)
             assert not gpu.syncs
         ahead = list(prefetch_to_device(iter([split.features(torch.arange(5))] * 3), GPU))

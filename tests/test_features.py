@@ -176,7 +176,7 @@ def append_slowly(pipe: Connection, folder: Path) -> None:
 
 def test_only_stale_temporary_files_are_removed(tmp_path: Path) -> None:
     with child(append_and_die, tmp_path) as (process, _):
-        process.join(20)
+        process.join(300)
         assert len(files(tmp_path, ".tmp")) == 1
     assert len(FeatureStore(tmp_path, WIDTH)) == 0 and not files(tmp_path, ".tmp")
     with child(append_slowly, tmp_path) as (_, pipe):
@@ -364,9 +364,10 @@ def make_split(folder: Path, mapped: bool, negatives: bool) -> FeatureSplit:
     tables: list[torch.Tensor | StoredTable] = []
     for name, rows, width in (("images", 40, 3), ("titles", 60, 2)):
         store = FeatureStore(folder / name, width)
-        store.append(keys_of(range(rows)), values_of(range(rows), width))
-        tables.append(StoredTable(store, store.locate(keys_of(range(rows)))) if mapped else values_of(range(rows), width))
-    return FeatureSplit(*tables, image_row, title_row, negative if negatives else None)
+        keys, values = keys_of(range(rows)), values_of(range(rows), width)
+        store.append(keys, values)
+        tables.append(StoredTable(store, store.locate(keys)) if mapped else values)
+    return FeatureSplit(tables[0], tables[1], image_row, title_row, negative if negatives else None)
 
 
 @pytest.mark.parametrize("mapped", [False, True])
@@ -384,12 +385,14 @@ def test_ranks_share_each_global_batch_in_order(tmp_path: Path, mapped: bool, ne
             rows = order[step * batch : (step + 1) * batch]
             image, title, negative, image_id, title_id, negative_id = (
                 torch.cat(values) if values[0] is not None else None for values in zip(*parts, strict=True))
+            assert image is not None and image_id is not None and title is not None and title_id is not None
             assert image.equal(image_MV[split.image_row_N[rows]]) and title.equal(title_PT[split.title_row_N[rows]])
             assert image_id.equal(split.image_row_N[rows]) and title_id.equal(split.title_row_N[rows])
             assert (negative_id is not None) == negatives
             if split.negative_row_N is not None:
                 wanted = split.negative_row_N[rows]
-                assert negative_id.equal(wanted) and negative[wanted >= 0].equal(title_PT[wanted[wanted >= 0]])
+                assert negative_id is not None and negative_id.equal(wanted)
+                assert negative is not None and negative[wanted >= 0].equal(title_PT[wanted[wanted >= 0]])
 
 
 def test_tables_move_only_where_there_is_room(tmp_path: Path) -> None:
@@ -401,7 +404,7 @@ def test_tables_move_only_where_there_is_room(tmp_path: Path) -> None:
     assert moved.to("cpu", room=0).image_MV is moved.image_MV  # already there
     rows = torch.tensor([100, 0, 0, 50])
     for one, other in zip(moved.features(rows), split.features(rows), strict=True):
-        assert one.equal(other)
+        assert one is not None and other is not None and one.equal(other)
 
 
 def test_shares_are_even_and_cover_the_batch() -> None:
@@ -427,4 +430,5 @@ def test_gpu_features_equal_the_host_and_never_wait(tmp_path: Path, room: int | 
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for ours, theirs in zip(found, wanted, strict=True):
-        assert all(a.device.type == "cuda" and a.cpu().equal(b) for a, b in zip(ours, theirs, strict=True))
+        for a, b in zip(ours, theirs, strict=True):
+            assert a is not None and b is not None and a.device.type == "cuda" and a.cpu().equal(b)

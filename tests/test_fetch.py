@@ -21,11 +21,14 @@ import time
 import tracemalloc
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from itertools import chain, cycle, repeat, takewhile
 from pathlib import Path
+from types import EllipsisType
+from typing import Any
 
 import pytest
 from helpers import full
@@ -38,6 +41,8 @@ from data.web.guard import check_proxy, is_public
 
 LOCAL, ROOT = "127.0.0.1", Path(__file__).resolve().parents[1]
 RESET, CLOSE = None, ...  # parts of an answer, beside bytes and pauses (floats, in seconds)
+Part = bytes | float | EllipsisType | None
+Answer = Callable[[str, int], bytes | Iterable[Part]]
 
 
 def jpeg(width: int, height: int) -> bytes:
@@ -58,9 +63,9 @@ def reply(status: int = 200, body: bytes = PICTURE, **headers: object) -> bytes:
 class Site:
     """An HTTP/1.1 server in a thread: `answer(path, n)` gives the parts of the n-th answer to a path, or just bytes."""
 
-    def __init__(self, answer, tls: ssl.SSLContext | None = None) -> None:
-        self.answer, self.tls, self.hits = answer, tls, Counter()
-        self.heads, self.times, self.busy, self.most = [], [], 0, 0
+    def __init__(self, answer: Answer, tls: ssl.SSLContext | None = None) -> None:
+        self.answer, self.tls, self.hits = answer, tls, Counter[str]()
+        self.heads, self.times, self.busy, self.most = list[str](), list[float](), 0, 0
         ready = threading.Event()
         threading.Thread(target=lambda: asyncio.run(self.run(ready)), daemon=True).start()
         ready.wait()
@@ -103,8 +108,8 @@ class Site:
             writer.close()
 
 
-def policy(**changes) -> FetchPolicy:
-    return FetchPolicy(**{"timeout": 5.0, "allow_hosts": (LOCAL,)} | changes)
+def policy(**changes: Any) -> FetchPolicy:
+    return replace(FetchPolicy(timeout=5.0, allow_hosts=(LOCAL,)), **changes)
 
 
 def ask(folder: Path, *urls: str, again: bool = False, **changes) -> list:
@@ -116,11 +121,9 @@ def quick(monkeypatch) -> None:
     monkeypatch.setattr(module, "BACKOFF", 0.01)
 
 
-BOMB = zlib.compressobj(9, wbits=31)
-BOMB = BOMB.compress(bytes(200_000_000)) + BOMB.flush()
-BARE = zlib.compressobj(wbits=-15)
-BARE = BARE.compress(PICTURE) + BARE.flush()
-HOSTILE = {
+BOMB = zlib.compress(bytes(200_000_000), 9, wbits=31)
+BARE = zlib.compress(PICTURE, wbits=-15)
+HOSTILE: dict[str, tuple[Answer, str | None]] = {
     "drip": (lambda p, n: chain([reply(Content_Length=1000, body=b"")], cycle([b"x", 0.02])), "timeout"),  # 20 s
     "drip-head": (lambda p, n: chain([b"HTTP/1.1 200 OK\r\n"], cycle([b"A: b\r\n", 0.05])), "timeout"),
     "no-answer": (lambda p, n: [60.0], "timeout"),
@@ -186,7 +189,8 @@ def test_a_busy_server_is_asked_again_when_it_says(tmp_path: Path, wait, least: 
 
 
 def test_first_failures_are_recovered_with_at_most_twice_the_requests(tmp_path: Path) -> None:
-    bad = [reply(503), [RESET], [CLOSE], [reply(Content_Length=len(PICTURE) + 5), CLOSE], reply(408), [reply(), CLOSE]]
+    bad: list[bytes | list[Part]] = [reply(503), [RESET], [CLOSE], [reply(Content_Length=len(PICTURE) + 5), CLOSE],
+                                     reply(408), [reply(), CLOSE]]
     site = Site(lambda path, n: bad[int(path[1:]) % len(bad)] if n == 1 else reply())
     got = ask(tmp_path, *(site.url(f"/{i}") for i in range(240)))
     assert all(each.reason is None for each in got)
@@ -212,7 +216,7 @@ def test_a_table_with_faults_is_accounted_for_row_by_row(tmp_path: Path) -> None
         for pulled in range(1, rows + 1):  # every 7th row repeats the one before
             yield site.url(f"/{pulled - 1 if pulled % 7 == 0 else pulled}")
 
-    site, seen = Site(answer), Counter()
+    site, seen = Site(answer), Counter[str]()
     for got in fetch(table(), tmp_path, policy(per_host=16, retries=1)):
         seen[got.url] += 1
         assert pulled - pulled // 7 - len(seen) <= 4 * 64 + 1  # no more URLs in hand, however long the table
@@ -247,13 +251,14 @@ def test_failures_are_remembered_only_where_asking_again_is_useless(tmp_path: Pa
 
 
 def test_a_killed_process_leaves_whole_files_and_only_the_rest_is_fetched(tmp_path: Path) -> None:
-    site = Site(lambda path, n: [0.02 if site.hits.total() <= 60 else 60.0, reply(body=PICTURE + path.encode())])
+    site: Site = Site(lambda path, n: [0.02 if site.hits.total() <= 60 else 60.0, reply(body=PICTURE + path.encode())])
     urls = [site.url(f"/{i}") for i in range(200)]
     code = (
         "import json, sys; from pathlib import Path; from data.web.fetch import FetchPolicy, fetch\n"
         f"list(fetch(json.load(sys.stdin), Path({str(tmp_path)!r}), FetchPolicy(4, 4, allow_hosts=({LOCAL!r},))))"
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, cwd=ROOT, text=True)
+    assert child.stdin is not None
     child.stdin.write(json.dumps(urls))
     child.stdin.close()
     def whole() -> set[str]:
@@ -322,7 +327,7 @@ def dialled(monkeypatch) -> list[str]:
 @pytest.fixture
 def names(monkeypatch) -> dict[str, list[str]]:
     """A resolver: what each name stands for, the next of the list at every look-up (the last one stays)."""
-    table, resolve = {}, socket.getaddrinfo
+    table, resolve = dict[str, list[str]](), socket.getaddrinfo
 
     def getaddrinfo(host, *rest, **more):
         answers = table.get(host)
@@ -347,6 +352,7 @@ ODD = ["file:///etc/passwd", "ftp://8.8.8.8/", "data:image/png;base64,AA", "goph
 
 def test_no_private_address_is_ever_dialled(tmp_path: Path, dialled, names) -> None:
     names |= {"inside.example": ["10.0.0.1"], "inside6.example": ["::ffff:192.168.0.1 ::1"], "%31%32%37.0.0.1": [LOCAL]}
+    targets: list[str] = []
     site = Site(lambda path, n: reply(302, b"", Location=targets[int(path[1:])]) if path != "/" else reply())
     private = [f"http://{host}:{site.port}/" for host in PRIVATE]
     assert len(private) >= 30

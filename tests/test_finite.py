@@ -30,7 +30,8 @@ class Linears(nn.Module):
         self.image, self.text = nn.Linear(5, 4, bias=False), nn.Linear(3, 4, bias=False)
 
     def forward(self, features: Features) -> Embeddings:
-        return Embeddings(l2_normalize(self.image(features.image_BV)), l2_normalize(self.text(features.title_BT)), torch.tensor(20.0))
+        image, text = self.image(features.image_BV), self.text(features.title_BT)
+        return Embeddings(l2_normalize(image), l2_normalize(text), torch.tensor(20.0))
 
 
 class Norms(Silent):

@@ -57,9 +57,11 @@ def test_joined_splits_hold_their_rows_in_order_and_are_met_as_in_a_run() -> Non
     whole = pairs(30, 100, 100, 0)
     first, second = take_rows(whole, torch.arange(20)), take_rows(whole, torch.arange(20, 30))
     again = concatenate([first, second])
+    assert again.negative_row_N is not None and whole.negative_row_N is not None
     assert torch.equal(again.title_row_N, whole.title_row_N) and torch.equal(again.negative_row_N, whole.negative_row_N)
     bare = FeatureSplit(second.image_MV, second.title_PT, second.image_row_N, second.title_row_N)
-    assert concatenate([first, bare]).negative_row_N[20:].tolist() == [-1] * 10
+    half = concatenate([first, bare]).negative_row_N
+    assert half is not None and half[20:].tolist() == [-1] * 10
     assert concatenate([bare, bare]).negative_row_N is None
     steps = [step for step, _ in zip(whole.batches(16, 7).from_step(1), range(3), strict=False)]
     orders = [epoch_order(30, 7, epoch) for epoch in (0, 1)]

@@ -105,17 +105,18 @@ class Steps(Silent):
     """Notes loss and gradient norm of every step, and what is said."""
 
     def __init__(self) -> None:
-        self.steps: list[tuple[Tensor, Tensor]] = []  # kept for later, as by the Log
+        self.noted: list[tuple[Tensor, Tensor]] = []  # kept for later, as by the Log
         self.said: list[str] = []
 
     def say(self, text: str) -> None:
         self.said.append(text)
 
     def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, rows: int) -> None:
-        self.steps.append((loss, grad_norm))
+        self.noted.append((loss, grad_norm))
 
 
-def opened(model: Path, trainable: str = "projection", precision: str = "fp32", device: torch.device = CPU) -> LoadedModel:
+def opened(model: Path, trainable: str = "projection", precision: str = "fp32",
+           device: torch.device = CPU) -> LoadedModel:
     return open_model(str(model), trainable.split(","), "auto", 20.0, precision, device)
 
 
@@ -158,7 +159,7 @@ def test_a_replayed_step_is_the_step_to_the_bit(trainable: str, precision: str, 
     monkeypatch.setattr(Taped, "captures", 0)
     replayed, same = run(opened(tiny_model, trainable, precision), monkeypatch, **recipe)
     assert Taped.captures == (2 if recipe.get("bad") == 4 else 1) and not replayed.said  # 4: the one to compare with
-    torch.testing.assert_close(replayed.steps, steps.steps, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(replayed.noted, steps.noted, rtol=0, atol=0, equal_nan=True)
     assert all(one.equal(other) for one, other in zip(weights, same, strict=True))
 
 
@@ -170,7 +171,7 @@ def test_a_real_graph_does_what_the_step_does(precision: str, tiny_model: Path,
     steps, weights = run(opened(tiny_model, "projection", precision, device), None, device=device)
     replayed, same = run(opened(tiny_model, "projection", precision, device), monkeypatch, device=device)
     assert not replayed.said
-    torch.testing.assert_close((replayed.steps, same), (steps.steps, weights), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((replayed.noted, same), (steps.noted, weights), rtol=1e-4, atol=1e-5)
 
 
 def counts_in_python(objective: Any, *args: Any, seen: list[int], function: Any) -> Tensor:
@@ -192,7 +193,7 @@ def test_a_step_that_asks_the_host_is_not_captured(tiny_model: Path, monkeypatch
     monkeypatch.setattr(train, "global_batch_loss", asks)
     monkeypatch.setattr(Taped, "captures", 0)
     log, _ = run(opened(tiny_model), monkeypatch)
-    assert Taped.captures == 0 and len(log.said) == 1 and "asks the host" in log.said[0] and len(log.steps) == STEPS
+    assert Taped.captures == 0 and len(log.said) == 1 and "asks the host" in log.said[0] and len(log.noted) == STEPS
 
 
 @pytest.mark.parametrize("name", ["global_batch_loss", "update"])
@@ -202,14 +203,14 @@ def test_a_step_that_cannot_be_captured_is_the_step(name: str, tiny_model: Path,
     steps, weights = run(opened(tiny_model), None, clip_norm=0.5)
     again, same = run(opened(tiny_model), monkeypatch, clip_norm=0.5)
     assert len(again.said) == 1 and "not permitted when" in again.said[0] and "--cuda-graph off" in again.said[0]
-    torch.testing.assert_close((again.steps, same), (steps.steps, weights), rtol=0, atol=0)
+    torch.testing.assert_close((again.noted, same), (steps.noted, weights), rtol=0, atol=0)
 
 
 def test_a_graph_that_leaves_something_out_is_not_used(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "global_batch_loss",
                         partial(counts_in_python, seen=[], function=train.global_batch_loss))
     log, _ = run(opened(tiny_model), monkeypatch)
-    assert len(log.said) == 1 and "something else" in log.said[0] and len(log.steps) == STEPS
+    assert len(log.said) == 1 and "something else" in log.said[0] and len(log.noted) == STEPS
 
 
 def test_several_ranks_short_runs_and_host_tables_have_no_graph() -> None:
@@ -219,5 +220,5 @@ def test_several_ranks_short_runs_and_host_tables_have_no_graph() -> None:
                                          (1, MIN_STEPS - 1, gpu, False), (1, MIN_STEPS, CPU, False)):
         batches = CachedBatches(rows, pairs.features, place)
         assert should_capture(batches, steps, World(0, 0, size, gpu)) is expected
-    assert not should_capture(rows, MIN_STEPS, World(0, 0, 1, gpu))  # as streaming: batches without feature tables
+    assert not should_capture(rows, MIN_STEPS, World(0, 0, 1, gpu))  # type: ignore[arg-type]  # as streaming
     assert not should_capture(CachedBatches(rows, pairs.features, CPU), MIN_STEPS, World(0, 0, 1, CPU))

@@ -139,7 +139,7 @@ def test_drift_is_relative_to_where_training_began() -> None:
     weight = nn.Parameter(torch.full((2, 2), 2.0))
     drift = WeightDrift({"visual_projection.weight": weight, "logit_scale": nn.Parameter(torch.ones(()))})
     with torch.no_grad():
-        weight += 0.5
+        weight.add_(0.5)
     assert drift() == {"fit/drift visual_projection": pytest.approx(0.25)}
 
 

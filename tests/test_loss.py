@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import EXACT, on_ranks
+from helpers import EXACT, gradient, on_ranks
 from torch import Tensor, nn
 
-from data.batch import Features, UserError, share
+from data.batch import Features, UserError, map_tensors, share
 from engine import loss as losses
 from engine.clip.model import Embeddings, distribute, l2_normalize
 from engine.loss import Candidates, Objective
@@ -107,14 +107,14 @@ def one_step(objective: Objective, rows: int, negatives: bool, naive: bool = Fal
     rank = torch.distributed.get_rank() if size > 1 else 0
     world, batch = World(rank, rank, size, torch.device("cpu")), global_batch(rows, negatives)
     mine = slice(*share(rows, rank, size))
-    inputs = Features(*(None if part is None else part[mine] for part in batch))
+    inputs = map_tensors(batch, lambda part: part[mine])
     model = TwoLinear().double()
     wrapped = distribute(model, size)  # must outlive the backward pass
     out = wrapped(inputs)
     loss = brute_force(objective, out, batch) if naive else global_batch_loss(
         objective, world, out, inputs, rows)
     loss.backward(torch.tensor(size).double())  # as the loop does
-    return [world.sum(loss.detach()), *(p.grad.clone() for p in model.parameters())]
+    return [world.sum(loss.detach()), *(gradient(p).clone() for p in model.parameters())]
 
 
 def every_step(cases: list[tuple[Any, ...]]) -> list[list[Tensor]]:
@@ -154,6 +154,7 @@ def test_chunks_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gradient_is_the_slope(kind: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(losses.MAX_LOGITS, "cpu", 20)
     batch = global_batch(5, True)
+    assert batch.negative_id_B is not None
     ids = torch.cat([batch.title_id_B, batch.negative_id_B]), torch.cat([batch.image_id_B, torch.full((5,), -1)])
 
     def value(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ def test_equals_the_rule_written_out(how: str, given: bool, monkeypatch: pytest.
     monkeypatch.setattr(module, "CHUNK", 7)
     split, features_PT = make_split(50, given)
     mined = mine_negatives(split, features_PT, how).negative_N
+    assert mined is not None
     own = sorted(set(split.title_N.tolist()))
     unit = F.normalize(features_PT, dim=-1)
     taken: set[int] = set()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import EXACT, in_float64, on_ranks
+from helpers import EXACT, gradient, in_float64, on_ranks
 from torch import Tensor
 
 from data.batch import Batch, Tokens, UserError, map_tensors, share
@@ -50,7 +50,7 @@ def stream_step(folder: str, micro_batch: int, rows: int, negatives: bool) -> tu
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = global_batch_loss(Objective("symmetric"), world, model(inputs), inputs, rows)
         loss.backward(torch.tensor(size).double())
-    return world.sum(loss.detach()), [p.grad.clone() for p in parts.trainable.values()], kept
+    return world.sum(loss.detach()), [gradient(p).clone() for p in parts.trainable.values()], kept
 
 
 @pytest.mark.parametrize(("rows", "negatives", "ranks"), [(7, True, 1), (7, False, 1), (7, True, 2), (1, True, 2)])

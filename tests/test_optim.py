@@ -61,7 +61,7 @@ def l2_sp_steps(ranks: int) -> tuple[float, Tensor]:
     parameter = torch.nn.Parameter(torch.arange(4.0))
     optimizer = adamw([parameter], 1e-2, 0.0, l2_sp=0.3)
     with torch.no_grad():
-        parameter += 1  # as a checkpoint's weights do
+        parameter.add_(1)  # as a checkpoint's weights do
     for _ in range(3):
         loss = (parameter ** 3).sum() / ranks
         loss.backward()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import noting
 from PIL import Image, ImageOps
 from test_fetch import PICTURE, Site, reply
 from test_shards import contents, scan
@@ -37,8 +38,7 @@ def test_rows_are_written_in_order_while_others_are_fetched(tmp_path: Path, monk
                 for n in range(700)]  # some URLs come twice, at once or much later
         csv.writer(file).writerows([("image", "title"), *rows, (rows[0][0], "again"), (rows[8][0], " ")])
     monkeypatch.setattr(progress, "REPORT_EVERY_S", 0.0)
-    write = ShardWriter.write
-    monkeypatch.setattr(ShardWriter, "write", lambda *args: (hits.append(site.hits.total()), write(*args))[1])
+    monkeypatch.setattr(ShardWriter, "write", noting(ShardWriter.write, lambda *_: hits.append(site.hits.total())))
     reader = Reader(tmp_path / "cache", ImageSpec.clip(), FetchPolicy(allow_hosts=("127.0.0.1",)), 25_000_000, 2)
     ledger = pack(load_splits(str(folder)), reader, tmp_path / "out", 0, said.append)
     assert hits[0] < 400 < site.hits.total()  # of those that fit into the fetcher's window
@@ -66,7 +66,7 @@ def test_shards_hold_pictures_that_are_upright(tmp_path: Path, side: int) -> Non
     """With `--resize` the orientation would be lost, and the shards would train on pictures that lie on their side."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    stored = Image.fromarray(np.repeat(np.arange(0, 240, 2, np.uint8)[None, :, None], 120, 0).repeat(3, 2))
+    stored = Image.fromarray(np.repeat(np.arange(0, 240, 2, dtype=np.uint8)[None, :, None], 120, 0).repeat(3, 2))
     stored.save(tmp_path / "phone.jpg", exif=exif, quality=95)
     (tmp_path / "test.csv").write_text("image,title\nphone.jpg,a phone\n")
     reader = Reader(tmp_path / "cache", ImageSpec.clip(64), FetchPolicy(), 25_000_000, 1)

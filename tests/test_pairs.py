@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_pairs, tiny_clip
+from helpers import make_pairs, noting, tiny_clip
 
 from data.batch import ALONE
 from data.cold import Encoders, Pipeline, Reader
@@ -25,9 +25,10 @@ def opened(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[
     """The pairs of a folder, and which files were read for them."""
     from transformers import CLIPProcessor
 
-    read, taken = Reader.read, set[str]()
+    taken = set[str]()
     with monkeypatch.context() as patch:
-        patch.setattr(Reader, "read", lambda self, ref: (taken.add(Path(ref["path"]).name), read(self, ref))[1])
+        note = noting(Reader.read, lambda self, reference: taken.add(Path(reference["path"]).name))
+        patch.setattr(Reader, "read", note)
         tokenizer = CLIPProcessor.from_pretrained(cache / "model").tokenizer
         encoders = Encoders(lambda pixels: pixels.float().mean((2, 3)), lambda tokens: tokens.ids_BL[:, :1].float(),
                             3, 1, "images-" + "0" * 8, "titles-" + "0" * 8, True, tokenizer, 77)
@@ -70,7 +71,8 @@ def test_only_new_and_changed_files_are_read(tmp_path: Path, monkeypatch: pytest
     again, taken = opened(folder, cache, monkeypatch)
     assert taken == {"train-0003.jpg"} and again.identity == first.identity and again.ledger == first.ledger
     for name in first.splits:
-        assert torch.equal(again.feature_splits()[name].image_MV, first.feature_splits()[name].image_MV)
+        new, old = again.feature_splits()[name].image_MV, first.feature_splits()[name].image_MV
+        assert isinstance(new, torch.Tensor) and isinstance(old, torch.Tensor) and torch.equal(new, old)
         assert torch.equal(again.splits[name].image_N, first.splits[name].image_N)
     time.sleep(0.02)
     (folder / "images" / "train-0004.jpg").write_bytes((folder / "images" / "train-0005.jpg").read_bytes())

@@ -3,7 +3,7 @@
 import csv
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     losses: list[float] = []
 
     class Recorded(MultipleNegativesRankingLoss):
-        def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             loss = super().forward(*args, **kwargs)
             losses.append(loss.item())
             return loss

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import Loopback, make_pairs, run, start
@@ -109,14 +110,17 @@ def write_shards(folder: Path, sizes: dict[str, int], size: int = 700, seed: int
     return folder
 
 
-def all_pairs(dataset: str, **more: object) -> dict[str, list[tuple]]:
+def all_pairs(dataset: str, **more: Any) -> dict[str, list[tuple]]:
     """Every row of every split: the bytes of its image by reference, its texts."""
     from data.shards.index import read_member
 
-    splits = load_splits(dataset, **more)
-    return {name: [(read_member(path), *texts) for path, *texts in zip(
-        rows.image.combine_chunks().field("path").to_pylist(), rows.title.to_pylist(), rows.title_neg.to_pylist(),
-        strict=True)] for name, rows in splits.items()}
+    found = {}
+    for name, rows in load_splits(dataset, **more).items():
+        assert rows.title_neg is not None
+        paths = rows.image.combine_chunks().field("path").to_pylist()
+        texts = zip(rows.title.to_pylist(), rows.title_neg.to_pylist(), strict=True)
+        found[name] = [(read_member(path), *pair) for path, pair in zip(paths, texts, strict=True)]
+    return found
 
 
 def bring(cache: Path, policy: FetchPolicy = POLICY,
@@ -247,9 +251,9 @@ def test_what_is_no_shard_is_refused_with_its_reason(tmp_path: Path, monkeypatch
         assert "too-large" in refusal(f"{url}/train-000000.tar")
         monkeypatch.undo()
         (tar,) = write_shards(tmp_path / "shards", {"large": 4}, 100_000).glob("large*.tar")
-        content = bytearray(tar.read_bytes())
-        content[100_300] ^= 1  # of a picture, and of none of the blocks by which an index knows its tar
-        tar.write_bytes(content)
+        damaged = bytearray(tar.read_bytes())
+        damaged[100_300] ^= 1  # of a picture, and of none of the blocks by which an index knows its tar
+        tar.write_bytes(damaged)
         assert "bad-digest" in refusal(f"{url}/{tar.name}")
     assert not list(tmp_path.rglob("x.tar*"))
 

@@ -50,7 +50,8 @@ def train(home: Path, out: str, *flags: str, stop: int = 0, data: str = "pairs")
     try:
         return run_train(cfg, world, StopAt(stop))
     except SystemExit as exit:
-        return int(exit.code)
+        assert isinstance(exit.code, int)
+        return exit.code
     finally:
         world.barrier()  # rank 0 has exported
         while durable._locks:  # other ranks go on in this folder while this process lives

@@ -84,9 +84,9 @@ def test_small_pictures_keep_their_proportion_and_refuse_what_the_decoder_refuse
 
     for size, expected in (((640, 360), (160, 90)), ((1, 5000), (1, 160)), ((30, 20), (30, 20))):
         small = Image.open(io.BytesIO(small_jpeg(written(Image.new("RGB", size, "red")), 160, 10**7)))
-        assert small.format == "JPEG" and small.size == expected and small.getpixel((0, 0))[0] > 240
+        assert small.format == "JPEG" and small.size == expected and np.asarray(small)[0, 0, 0] > 240
     clear = small_jpeg(written(Image.new("RGBA", (50, 50), (255, 0, 0, 0))), 160, 10**7)
-    assert min(Image.open(io.BytesIO(clear)).getpixel((20, 20))) > 250  # what is transparent lies on white
+    assert np.asarray(Image.open(io.BytesIO(clear)))[20, 20].min() > 250  # what is transparent lies on white
     for bad in (b"", b"<svg/>", noise(1)[:900], written(Image.new("L", (400, 400)))):
         with pytest.raises(BadSample):
             small_jpeg(bad, 160, 100_000)

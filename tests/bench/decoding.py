@@ -65,7 +65,8 @@ def feed(bench: Bench) -> None:
     """P16: CPU time of the main process for each picture that the cold pass hands on, whoever decodes it."""
     images = 64 if bench.quick else 512
     catalogue, reader = read_pairs(bench.scratch / "feed", images, WORKERS)
-    arm = partial(encode_missing_images, catalogue, reader, range(images), None, lambda pixels: pixels, lambda text: None)
+    arm = partial(encode_missing_images, catalogue, reader, range(images), None, lambda pixels: pixels,
+                  lambda text: None)
     arm()
     spent = [1e3 * timed(arm, time.process_time) / images for _ in range(2 if bench.quick else 5)]
     bench.add(Figure("P16", "feed of the cold pass, 480x360: CPU time of the main process, ms a picture", "<= 0.05",
@@ -91,7 +92,9 @@ class Shards:
     def decoded(self, workers: int) -> None:
         """The same, decoded to 224 x 224 by `workers`."""
         spec = ImageSpec.clip()
-        for _ in threaded_map(lambda reference: decode_image(read_member(reference), spec), self._references(), workers, 128):
+        images = threaded_map(lambda reference: decode_image(read_member(reference), spec), self._references(), workers,
+                              128)
+        for _ in images:
             pass
 
     def decoded_webdataset(self) -> None:

@@ -120,6 +120,6 @@ def write_pairs(folder: Path, counts: Mapping[str, int], negatives: bool = True)
 def warm_batches(rows: int, widths: tuple[int, int], batch: int, device: torch.device = CPU) -> CachedBatches:
     """What the loop trains on after a cold pass: batches of `rows` pairs with negatives from tables on the device."""
     ids = torch.arange(rows, device=device)
-    split = FeatureSplit(torch.randn(rows, widths[0], device=device), torch.randn(rows, widths[1], device=device), ids, ids,
-                     ids.roll(1), device)
+    image_MV, title_PT = (torch.randn(rows, width, device=device) for width in widths)
+    split = FeatureSplit(image_MV, title_PT, ids, ids, ids.roll(1), device)
     return split.batches(batch, 0)

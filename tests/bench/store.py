@@ -58,7 +58,8 @@ class ColdPass:
         place = self.folder / f"features-{next(self.numbers)}"
         images, titles = (FeatureStore(place / name, width)
                           for name, width in zip(("images", "titles"), self.model.widths, strict=True))
-        encode_missing_images(self.catalogue, self.reader, range(len(self.references)), images, self.model.image, lambda _: None)
+        encode_missing_images(self.catalogue, self.reader, range(len(self.references)), images, self.model.image,
+                              lambda _: None)
         encode_missing_titles(lambda part: self.ids[part], self.catalogue.title_keys, titles, 0, self.model.text)
 
     def parts(self) -> None:

@@ -363,7 +363,8 @@ def random_features(parts: LoadedModel, rows: int) -> Features:
     return Features(image_BV, title_BT, negative_BT, ids, ids, ids.roll(1))
 
 
-def train(parts: LoadedModel, rows: int, batch: int, log: Log, config: Config = DEFAULTS, watched: bool = False) -> None:
+def train(parts: LoadedModel, rows: int, batch: int, log: Log, config: Config = DEFAULTS,
+          watched: bool = False) -> None:
     """One epoch of the real loop; `watched` makes a sync within its steps an error."""
     config = replace(config, epochs=1, batch_size=batch, log_every=10)
     batches = warm_batches(rows, Model.of(parts, device()).widths, batch, device())

@@ -39,19 +39,23 @@ def to_host(result: Retrieval | None) -> Retrieval | None:
 def average_over_runs(runs: Sequence[tuple[Tensor, Retrieval]], rows: int, metric: str) -> tuple[Tensor, Tensor]:
     """Each query's `metric` averaged over the runs that held it out (float64), and its unit: [Q] each, by first row.
 
-    A fold holds all rows of a unit or none, so a query and its unit have the same first row in all runs. Raises
-    UserError for an unknown metric.
+    A fold holds all rows of a unit or none, so a query and its unit have the same first row in all runs. Runs without
+    the metric (no hard negative held out) are left out; raises UserError if it is missing in all.
     """
     sum_N, runs_N = torch.zeros(2, rows, dtype=torch.float64)
     unit_N = torch.zeros(rows, dtype=torch.int64)
+    known: dict[str, None] = {}
     for row_N, result in runs:
         means = {name: columns for name, *columns in result.means()}
+        known |= dict.fromkeys(means)
         if metric not in means:
-            raise UserError(f"sweep cannot compare runs by {metric}; choose one of {', '.join(means)}")
+            continue
         value_Q, row_Q, unit_Q = (column.cpu() for column in means[metric])
         sum_N[row_N[row_Q]] += value_Q.double()
         runs_N[row_N[row_Q]] += 1
         unit_N[row_N[row_Q]] = row_N[unit_Q]
+    if metric not in known:
+        raise UserError(f"sweep cannot compare runs by {metric}; choose one of {', '.join(known)}")
     measured_Q = runs_N.nonzero()[:, 0]
     return sum_N[measured_Q] / runs_N[measured_Q], unit_N[measured_Q]
 

@@ -64,7 +64,10 @@ def embed_split(project_image: Project, project_text: Project,
         if part.negative_BT is not None and part.negative_id_B is not None:
             with_negative = (part.negative_id_B >= 0).nonzero()[:, 0]
             negative_ME = project_text(part.negative_BT[with_negative])
-            correct.append(triplet_correct(image_BE[with_negative], title_BE[with_negative], negative_ME))
+            correct_M = triplet_correct(image_BE[with_negative], title_BE[with_negative], negative_ME)
+            # A negative equal to the row's own title is a tie; products of two shapes may round it to a win.
+            own_title_M = part.negative_id_B[with_negative] == part.title_id_B[with_negative]
+            correct.append(correct_M & ~own_title_M)
             rows.append(with_negative + start)
         start += len(image_BE)
     image_NE, title_NE, image_id_N, title_id_N = map(torch.cat, zip(*embedded, strict=True))

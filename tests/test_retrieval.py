@@ -54,6 +54,18 @@ def test_a_split_is_measured_by_distinct_queries_and_says_how_many() -> None:
     assert space.image_UE.shape == (N // 3, 8) and not found.collapsed
 
 
+def test_a_negative_that_is_the_rows_own_title_is_never_beaten() -> None:
+    """A projection rounds by the number of its rows, which made a quarter of such ties correct."""
+    def rounded(x: Tensor) -> Tensor:
+        noise = torch.randn(len(x), x.shape[1], generator=torch.Generator().manual_seed(len(x)))
+        return unit(x + 1e-6 * noise)
+
+    same = (part._replace(negative_BT=part.title_BT, negative_id_B=torch.where(part.title_id_B % 2 == 0,
+            part.title_id_B, -1)) for part in parts())
+    _, triplets = embed_split(rounded, rounded, same)
+    assert triplets is not None and len(triplets.row_M) == N // 2 and not triplets.correct_M.any()
+
+
 @pytest.mark.parametrize("captions", [1, 3])
 def test_a_collapsed_model_is_named_and_scores_no_hit(captions: int) -> None:
     """Embeddings that are all alike used to score Recall@1 = 1.000."""

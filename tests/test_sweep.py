@@ -20,7 +20,7 @@ from engine.ranks.world import World
 from engine.sweep.space import Range, configurations, read_space
 from engine.sweep.trials import Journal
 from eval.leaderboard import average_over_runs, leaderboard, score_configuration
-from eval.metrics import Ranks, Retrieval
+from eval.metrics import Ranks, Retrieval, Triplets
 
 SPACE = "lr=1e-3,1e-2 epochs=1,3"
 
@@ -89,6 +89,18 @@ def test_queries_are_averaged_over_the_runs_that_held_them_out() -> None:
     assert found["difference"]["value"] == 0 and found["difference"]["p"] == 1
     with pytest.raises(UserError, match="median_rank; choose one of image_to_text_R@1"):
         average_over_runs(runs, 4, "image_to_text_median_rank")
+
+
+def test_a_fold_without_hard_negatives_does_not_stop_a_sweep_by_triplet_accuracy() -> None:
+    """With few negatives in the data some folds hold none; the sweep was refused after its first configuration."""
+    given = Triplets(torch.tensor([True, False]), torch.tensor([0, 1]), torch.tensor([0, 1]))
+    with_negatives = replace(held_out([0, 1], [0, 1], [0, 1]), triplets=given)
+    runs = [(torch.tensor([0, 3]), held_out([0, 1], [0, 1], [0, 1])), (torch.tensor([1, 2]), with_negatives)]
+    value_Q, unit_Q = average_over_runs(runs, 4, "triplet_accuracy")
+    assert value_Q.tolist() == [1, 0] and unit_Q.tolist() == [1, 2]
+    assert score_configuration(runs, runs, 4, "triplet_accuracy")["scores"]["triplet_accuracy"] == 0.5
+    with pytest.raises(UserError, match="cannot compare runs by triplet_accuracy"):
+        average_over_runs(runs[:1], 4, "triplet_accuracy")
 
 
 def test_a_configuration_that_collapsed_in_a_run_is_listed_and_never_first(tmp_path: Path) -> None:

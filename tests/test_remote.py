@@ -20,7 +20,7 @@ import pytest
 from helpers import Loopback, make_pairs, run, start
 from test_shards import picture
 
-import data.web.fetch
+import data.web.policy
 from data.batch import UserError
 from data.shards.writer import ShardWriter
 from data.sources.source import load_splits
@@ -33,7 +33,7 @@ POLICY = FetchPolicy(timeout=5.0, allow_hosts=("127.0.0.1",))
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.web.fetch, "BACKOFF", 0.01)
+    monkeypatch.setattr(data.web.policy, "BACKOFF", 0.01)
 
 
 class Server:

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from data.text import markdown_table
-from data.web.fetch import PASSING
+from data.web.policy import TRANSIENT
 
 SEVERITIES = ("error", "warning", "hint")
 TINY = 64  # pixels; CLIP sees 224
 MEANING = {  # by a pattern of the kind
-    PASSING.pattern: "the server may answer another time: the next run asks again",
+    TRANSIENT.pattern: "the server may answer another time: the next run asks again",
     "http-4..": "the server says that it is not to be had; it is not asked again without --retry-failed",
     "forbidden-address": "a private address, which --allow-host HOST opens",
     "placeholder": "YouTube's stand-in for a thumbnail that is gone",

@@ -20,8 +20,9 @@ from data.progress import DownloadProgress
 from data.shards.index import MAX_INDEX, expand_braces, indexed, sidecar, tar_digest
 from data.shards.tar import open_tar
 from data.web.download import Downloader, validator_path
-from data.web.fetch import FetchPolicy, disk_errors_as_user_errors
+from data.web.fetch import disk_errors_as_user_errors
 from data.web.guard import Sessions, unused_proxy, web_url
+from data.web.policy import FetchPolicy
 
 MAX_SHARD = 1 << 36  # bytes; such a shard would not be one
 AT_ONCE = 4  # shards under way in one process

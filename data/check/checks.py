@@ -33,7 +33,7 @@ NA_TITLES = {"na", "n/a", "none", "null", "nil", "nan", "-"}
 PIECE, TOO_MANY_PIECES = re.compile(r"[A-Za-z]{1,12}|[^\sA-Za-z]"), 70
 
 
-def check(rows: Mapping[str, Rows], reader: Reader, tell: Callable[[str], None],
+def check(rows: Mapping[str, Rows], reader: Reader, log: Callable[[str], None],
           lost: Sequence[Mapping[str, Any]] = ()) -> tuple[list[Finding], dict[str, int]]:
     """Open every image and read every title once: the findings, worst first, and the usable rows of each split.
 
@@ -43,7 +43,7 @@ def check(rows: Mapping[str, Rows], reader: Reader, tell: Callable[[str], None],
     them, which that model takes for one title. Memory: under 1 KB a row, and no pixels.
     """
     found = catalogue(rows)
-    image_M, looks_M, problems = _look(found, reader, tell)
+    image_M, looks_M, problems = _look(found, reader, log)
     flaw_P = np.array([_flaw(title.as_py()) for title in found.titles])
     title_P = np.append(np.where(flaw_P == "no-title", -1, np.arange(len(flaw_P))), -1)
     findings = _lost(lost)
@@ -84,13 +84,13 @@ def _lost_place(entry: Mapping[str, Any]) -> str:
     return printable(f"{place}: {entry['detail']}")
 
 
-def _look(found: Catalogue, reader: Reader, tell: Callable[[str], None]) -> tuple[
+def _look(found: Catalogue, reader: Reader, log: Callable[[str], None]) -> tuple[
         np.ndarray, np.ndarray, dict[int, BadSample]]:
     """Open and decode all references: the image of each [M], its look [M], and what is wrong with those that fail."""
     M = len(found.references)
     key_MK, looks_M, problems = np.zeros((M, KEY), np.uint8), np.zeros(M, LOOK), dict[int, BadSample]()
     look = partial(picture_signature, max_pixels=reader.max_pixels)
-    for verdict in decode_distinct(found, reader, range(M), lambda key: False, tell, look):
+    for verdict in decode_distinct(found, reader, range(M), lambda key: False, log, look):
         if verdict.problem is not None:
             problems[verdict.reference] = verdict.problem
         else:

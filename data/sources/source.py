@@ -130,7 +130,7 @@ def _in_splits(files: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def _one_kind(named: Iterable[tuple[str, str, list[Path]]]) -> dict[str, list[Path]]:
-    """The files by split, from (split, its name there, files). Raises UserError where a split is there under two names."""
+    """The files by split, from (split, its name there, files). Raises UserError for a split under two names."""
     splits: dict[str, tuple[str, list[Path]]] = {}
     for split, kind, files in named:
         if split in splits:

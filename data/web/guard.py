@@ -31,12 +31,12 @@ NAT64, IPV6_GLOBAL = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network(
 # Cloud metadata services and dead relays that Python, or some version of it, calls global.
 SPECIAL = [ipaddress.ip_network(each) for each in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")]
 
-UNSAFE = re.compile(rb"%(?![0-9A-Fa-f]{2})|[^A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]")  # bytes that RFC 3986 does not allow
+    """A refused address; its message never varies, as aiohttp merges the differing errors of a host."""
 LOCAL_NAME = re.compile(r"[^.:]+|.*\.(localhost|local|internal|home\.arpa)\.?")
 
 
 class _ForbiddenAddress(OSError):
-    """A refused address; the message never varies, as aiohttp merges differing errors of a host's addresses."""
+    """A refused address; the message never varies, as aiohttp merges differing ones of a host."""
 
     def __init__(self) -> None:
         super().__init__(errno.EACCES, "not a public address; --allow-host HOST opens it")

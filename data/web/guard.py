@@ -31,7 +31,7 @@ NAT64, IPV6_GLOBAL = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network(
 # Cloud metadata services and dead relays that Python, or some version of it, calls global.
 SPECIAL = [ipaddress.ip_network(each) for each in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")]
 
-    """A refused address; its message never varies, as aiohttp merges the differing errors of a host."""
+UNSAFE = re.compile(rb"%(?![0-9A-Fa-f]{2})|[^A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]")  # bytes that RFC 3986 forbids
 LOCAL_NAME = re.compile(r"[^.:]+|.*\.(localhost|local|internal|home\.arpa)\.?")
 
 

@@ -1,8 +1,8 @@
-"""Files and folders that are whole or absent after a crash, a mark in what this program made, digests, locks.
+"""Files and folders that are whole or absent after a crash, a mark in folders of this program, digests, locks.
 
-A folder of ours holds the file MARK, which says what it is and, where it is ever replaced or deleted as a whole, which
-files were written into it. Nothing is replaced or deleted that a mark does not list. What others wrote is opened only
-if it is a regular file: a named pipe would be waited for without end.
+A folder of this program holds the file MARK with its kind and, if it is ever replaced or deleted as a whole, the files
+written into it. Only what a mark lists is replaced or deleted. Other files are opened only if they are regular: reading
+a named pipe would wait without end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MARK = ".thumbtune"
-GENERATOR = '<meta name="generator" content="thumbtune">'  # the mark of a page
+GENERATOR = '<meta name="generator" content="thumbtune">'  # the mark of an HTML page
 LEFT_BEHIND = re.compile(r"\.(.+)-(\d+)(\.old)?", re.DOTALL)  # .NAME-PID being written or deleted; .old: to be replaced
 
 _locks: dict[tuple[int, int], int] = {}  # device and inode -> descriptor, held until the process ends, however it ends
@@ -31,7 +31,7 @@ KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: 
 
 
 class NotAFile(OSError):
-    """There is something else than a regular file."""
+    """A path that is something else than a regular file."""
 
     def __init__(self, path: str | Path, kind: str) -> None:
         super().__init__(errno.EINVAL, f"{kind}, not a regular file", str(path))
@@ -85,9 +85,9 @@ def replace_link(link: Path, target: str) -> None:
 
 
 def write_mark(folder: Path, kind: str, files: Iterable[str] = ()) -> None:
-    """Write into `folder` that it is this program's, what it is, and which files in it are. Raises OSError."""
-    said = {"made_by": "thumbtune", "kind": kind, "files": sorted(files)}
-    replace_text(folder / MARK, json.dumps(said, indent=1) + "\n")
+    """Mark `folder` as this program's, with its kind and the files in it. Raises OSError."""
+    mark = {"made_by": "thumbtune", "kind": kind, "files": sorted(files)}
+    replace_text(folder / MARK, json.dumps(mark, indent=1) + "\n")
 
 
 def _read_mark(folder: Path) -> tuple[str, list[str]]:
@@ -95,30 +95,32 @@ def _read_mark(folder: Path) -> tuple[str, list[str]]:
     if not (folder / MARK).is_file():  # a named pipe would be waited for
         return "", []
     try:
-        said = json.loads((folder / MARK).read_text(encoding="utf-8"))
-        return (str(said["kind"]), list(map(str, said["files"]))) if said["made_by"] == "thumbtune" else ("", [])
+        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        if mark["made_by"] != "thumbtune":
+            return "", []
+        return str(mark["kind"]), list(map(str, mark["files"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "", []
 
 
 def kind_of(folder: Path) -> str:
-    """What `write_mark` says that a folder is; "" where it does not say, so that the folder is somebody else's."""
+    """The kind that `write_mark` gave to a folder; "" for a folder without a mark, which is not this program's."""
     return _read_mark(folder)[0]
 
 
 def is_whole(folder: Path, kind: str) -> bool:
-    """Is this a marked folder of that kind in which no file is missing?"""
-    said, files = _read_mark(folder)
-    return said == kind and bool(files) and all((folder / name).exists() for name in files)
+    """True for a marked folder of that kind in which no file is missing."""
+    marked, files = _read_mark(folder)
+    return marked == kind and bool(files) and all((folder / name).exists() for name in files)
 
 
 def is_output(folder: Path) -> bool:
-    """Is this a folder that we wrote and that is no dataset to be read? Shards are one."""
+    """True for a folder that this program wrote, unless it is a dataset to be read (shards)."""
     return kind_of(folder) not in ("", "shards")
 
 
 def first_foreign(folder: Path) -> Path | None:
-    """The first thing at `folder` or in it that this program did not make; None: it may be made or replaced."""
+    """The first path at `folder` or in it that this program did not make; None: it may be made or replaced."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         return folder
     kind, files = _read_mark(folder)
@@ -132,7 +134,7 @@ def first_foreign(folder: Path) -> Path | None:
 
 
 def is_foreign_page(path: Path) -> bool:
-    """Is there something at `path` that is neither a page of ours nor an empty file?"""
+    """True if `path` exists and is neither a page of this program nor an empty file."""
     if not path.is_file():
         return os.path.lexists(path)
     with path.open("rb") as file:
@@ -181,7 +183,7 @@ def _refuse(obstacle: Path | None) -> None:
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete a folder of ours, which is gone from its name at once; one that holds anything foreign stays as it is."""
+    """Delete a folder of this program, first renaming it; one that holds anything foreign stays as it is."""
     if first_foreign(folder) is None:
         doomed = _beside(folder)
         folder.replace(doomed)
@@ -189,7 +191,7 @@ def delete_folder(folder: Path) -> None:
 
 
 def recover_folders(parent: Path, locked: bool = False) -> None:
-    """Put back what a killed `replaced_folder` has left aside in `parent`, and delete what it left unfinished.
+    """Put back folders that a killed `replaced_folder` has left aside in `parent`, and delete unfinished ones.
 
     Folders of processes that live are left alone, unless the caller holds a lock that keeps other writers out.
     """
@@ -197,7 +199,8 @@ def recover_folders(parent: Path, locked: bool = False) -> None:
         left = LEFT_BEHIND.fullmatch(path.name)
         if left is None or path.is_symlink() or not path.is_dir() or not (locked or _is_dead(int(left[2]))):
             continue
-        barely_begun = locked and all(name.startswith(f".{MARK}") for name in os.listdir(path))  # killed before `write_mark`
+        # killed before `write_mark`
+        barely_begun = locked and all(name.startswith(f".{MARK}") for name in os.listdir(path))
         if not (kind_of(path) or barely_begun):
             continue
         folder = parent / left[1]
@@ -212,7 +215,7 @@ def _beside(folder: Path) -> Path:
 
 
 def _is_dead(pid: int) -> bool:
-    """True when no process of this number lives here; this one is not writing now."""
+    """True if no process of this number lives here; true for this one, which is not writing now."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -223,7 +226,7 @@ def _is_dead(pid: int) -> bool:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a folder, its mark last, so that what a kill or an error leaves of it is still known as ours."""
+    """Delete a folder, its mark last, so that the rest after a kill or an error is still marked."""
     with suppress(OSError):
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
@@ -235,7 +238,7 @@ def _delete(folder: Path) -> None:
 
 
 def fsync(path: Path) -> Path:
-    """Wait until a file or folder is on the disk; its path."""
+    """Wait until a file or folder is on the disk; return its path."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -251,7 +254,7 @@ def sha256(path: Path) -> str:
 
 
 def changed_files(root: Path, digests: Mapping[str, str]) -> list[str]:
-    """Which of the files named relative to `root` are missing, unreadable or not what their digest says."""
+    """Problems of the files named relative to `root`: missing, unreadable, or with another digest."""
     wrong = []
     for name, digest in digests.items():
         try:
@@ -263,7 +266,7 @@ def changed_files(root: Path, digests: Mapping[str, str]) -> list[str]:
 
 
 def lock_folder(folder: Path) -> bool:
-    """Hold `folder` for this process as long as it lives; False when another one holds it."""
+    """Lock `folder` for this process as long as it lives; False if another one holds the lock."""
     handle = os.open(folder, os.O_RDONLY)
     place = os.fstat(handle).st_dev, os.fstat(handle).st_ino
     if place in _locks:
@@ -274,7 +277,7 @@ def lock_folder(folder: Path) -> bool:
     except BlockingIOError:
         os.close(handle)
         return False
-    except OSError:  # a file system without locks: nobody is ever refused there
+    except OSError:  # a file system without locks: no process is refused there
         pass
     _locks[place] = handle
     return True

@@ -1,7 +1,7 @@
-"""What reading a dataset drops, passes over and changes: one ledger entry a row, one line on the console a reason.
+"""The ledger of rows and files that reading a dataset leaves out: one entry a row, one console line a reason.
 
 An entry names its place ("file" and "row", counted from 0 in that file; "shard" and "key" in a tar), "reason" and
-"detail". It stands for one row; "rows" says so where it stands for several, or for none: files that were not used.
+"detail". It stands for one row unless it has "rows": several rows, or 0 for files that were not used.
 """
 
 from __future__ import annotations
@@ -11,83 +11,81 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data.batch import BadSample
+from data.text import printable
 
 Ledger = Callable[[dict[str, Any]], None]
-UNUSED = {  # reason -> what such files are
+UNUSED = {  # reason -> description of such files
     "sidecar-without-image": "texts without an image of their name", "linked-folder": "linked folders, not followed",
     "own-output": "folders that thumbtune wrote"}
 
 
-def _nowhere(entry: dict[str, Any]) -> None:
-    pass
-
-
-def _unsaid(text: str) -> None:
-    pass
+def discard(_: object) -> None:
+    """Take an entry or a line and do nothing with it."""
 
 
 @dataclass
 class Account:
-    """Keeps kept + dropped = rows in: readers report here every row that they do not return."""
+    """Accounts for every row, so that kept + dropped = rows in: readers report each row they do not return."""
 
-    ledger: Ledger = _nowhere
-    tell: Callable[[str], None] = _unsaid
-    split: str | None = None  # that is being read, where it has a name
-    dropped: int = 0  # rows of it
-    example: str = ""  # of them, for people
+    ledger: Ledger = discard
+    log: Callable[[str], None] = discard
+    split: str | None = None  # the split being read, None before rows are split
+    dropped: int = 0  # rows of that split
+    example: str = ""  # the first of them, printable
     _unused: dict[str, list[str]] = field(default_factory=dict)  # reason -> files
     _notes: set[str] = field(default_factory=set)
 
     def begin(self, split: str | None) -> None:
-        """The next split is being read; None: rows that are not split yet."""
+        """Begin another split; None for rows that are not split yet."""
         self.split, self.dropped, self.example = split, 0, ""
 
     def drop(self, file: str, row: int, problem: BadSample, image: str | None = None, title: str | None = None,
              rows: int = 1) -> None:
-        """A row (or `rows` of them, from `row` on) of a table or a folder cannot be used."""
+        """Drop a row (or `rows` of them, from `row` on) of a table or a folder."""
         entry = {"file": file, "row": row, "image": image, "title": title, "reason": problem.reason,
                  "detail": problem.detail} | ({"rows": rows} if rows != 1 else {})
         self._enter(entry, rows)
 
     def drop_sample(self, entry: dict[str, Any]) -> None:
-        """A sample of a shard cannot be used: {"shard", "key", "reason", "detail"}."""
+        """Drop a sample of a shard: {"shard", "key", "reason", "detail"}."""
         self._enter(entry, 1)
 
     def _enter(self, entry: Mapping[str, Any], rows: int) -> None:
         entry = {name: _writable(value) for name, value in entry.items()}
         entry = {"split": self.split, **entry} if self.split else entry
         self.dropped += rows
-        self.example = self.example or f"{place_of(entry)}: {entry['reason']}: {entry['detail']}"
+        if not self.example:
+            self.example = printable(f"{place_of(entry)}: {entry['reason']}: {entry['detail']}")
         self.ledger(entry)
 
     def pass_over(self, reason: str, file: str) -> None:
-        """A file that looks like data is not used; `reason` is one of UNUSED."""
+        """Record a file that looks like data and is not used; `reason` is one of UNUSED."""
         self._unused.setdefault(reason, []).append(_writable(file))
 
     def note(self, text: str) -> None:
-        """Say once what was changed or chosen."""
+        """Log once what was changed or chosen."""
         if text not in self._notes:
             self._notes.add(text)
-            self.tell(text)
+            self.log(printable(text))
 
     def close(self, dataset: str) -> None:
-        """Report the files passed over: an entry and part of a line for each reason."""
-        words = []
+        """Report the files passed over: a ledger entry and part of one line for each reason."""
+        phrases = []
         for reason, files in self._unused.items():
-            words.append(f"{UNUSED[reason]}: {len(files):,} (e.g. {files[0]})")
+            phrases.append(f"{UNUSED[reason]}: {len(files):,} (e.g. {files[0]})")
             self.ledger({"file": dataset, "reason": reason, "detail": f"e.g. {files[0]}",
                          "rows": 0, "files": len(files)})
-        if words:
-            self.tell(f"not used, {'; '.join(words)}")
+        if phrases:
+            self.log(printable(f"not used, {'; '.join(phrases)}"))
 
 
 def dropped_rows(ledger: Iterable[Mapping[str, Any]]) -> int:
-    """How many rows the entries of a ledger stand for."""
+    """The number of rows that ledger entries stand for."""
     return sum(entry.get("rows", 1) for entry in ledger)
 
 
 def place_of(entry: Mapping[str, Any]) -> str:
-    """Where the row of a ledger entry was, for people."""
+    """The place of a ledger entry's row, for people."""
     if "shard" in entry:
         return f"{entry['shard']}, {entry['key'] or '(unknown sample)'}"
     row = f"row {entry['row']}" if "row" in entry else "files"

@@ -34,7 +34,7 @@ import pytest
 from helpers import full
 from PIL import Image
 
-import data.web.fetch as module
+import data.web.policy as module
 from data.batch import UserError
 from data.web.fetch import FetchPolicy, cached_path, fetch
 from data.web.guard import check_proxy, is_public

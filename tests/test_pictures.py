@@ -48,7 +48,7 @@ def read(dataset: Path) -> tuple[dict[str, Rows], list[dict[str, Any]], list[str
     """The splits of a dataset, what it has lost, what was said."""
     lost: list[dict[str, Any]] = []
     said: list[str] = []
-    return load_splits(str(dataset), ledger=lost.append, tell=said.append), lost, said
+    return load_splits(str(dataset), ledger=lost.append, log=said.append), lost, said
 
 
 def reader(cache: Path) -> Reader:

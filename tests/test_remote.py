@@ -21,7 +21,7 @@ import pytest
 from helpers import Loopback, make_pairs, run, start
 from test_shards import picture
 
-import data.web.fetch
+import data.web.policy
 from data.batch import UserError
 from data.shards.writer import ShardWriter
 from data.sources.source import load_splits
@@ -34,7 +34,7 @@ POLICY = FetchPolicy(timeout=5.0, allow_hosts=("127.0.0.1",))
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.web.fetch, "BACKOFF", 0.01)
+    monkeypatch.setattr(data.web.policy, "BACKOFF", 0.01)
 
 
 class Server:
@@ -124,8 +124,8 @@ def all_pairs(dataset: str, **more: Any) -> dict[str, list[tuple]]:
 
 
 def bring(cache: Path, policy: FetchPolicy = POLICY,
-          tell: Callable[[str], None] = lambda text: None) -> Callable[[str], list[Path]]:
-    return partial(fetch_shards, folder=cache, policy=policy, tell=tell)
+          log: Callable[[str], None] = lambda text: None) -> Callable[[str], list[Path]]:
+    return partial(fetch_shards, folder=cache, policy=policy, log=log)
 
 
 @pytest.mark.parametrize("with_index", [True, False])
@@ -141,7 +141,7 @@ def test_shards_at_an_address_are_the_local_ones_and_fetched_once(tmp_path: Path
         said: list[str] = []
         for _ in range(2):
             assert all_pairs(f"{url}/{{train-00000{{0,1,2}},valid-000000,test-00000{{0,1}}}}.tar",
-                             download=bring(tmp_path / "cache", tell=said.append)) == local
+                             download=bring(tmp_path / "cache", log=said.append)) == local
         assert said[-1].startswith("shards fetched 6/6  ")  # of six
         assert {name: n for name, n in server.asked.items() if name.endswith(".tar")} == dict.fromkeys(
             (tar.name for tar in source.glob("*.tar")), 1)

@@ -316,7 +316,7 @@ def test_blanks_around_paths_go_and_addresses_without_a_scheme_are_https(tmp_pat
         write(tmp_path / ending / f"train.{ending}", {"image": images, "title": list("abcde")})
         write(tmp_path / ending / f"test.{ending}", table())
         said: list[str] = []
-        rows = load_splits(str(tmp_path / ending), tell=said.append)["train"]
+        rows = load_splits(str(tmp_path / ending), log=said.append)["train"]
         here = tmp_path / ending
         assert [row[0] for row in pairs(rows)] == [f"{here}/a.jpg", f"{here}/b.jpg", "http://h/c.jpg",
                                                    "https://h/d.jpg", None]
@@ -327,7 +327,7 @@ def test_numbers_of_a_parquet_column_become_text_and_that_is_said(tmp_path: Path
     write(tmp_path / "train.parquet", {"image": ["a.jpg", "b.jpg"], "title": [7, 1984]})
     write(tmp_path / "test.parquet", table())
     said: list[str] = []
-    rows = load_splits(str(tmp_path), tell=said.append)["train"]
+    rows = load_splits(str(tmp_path), log=said.append)["train"]
     assert rows.title.to_pylist() == ["7", "1984"] and len(said) == 1 and "holds int64" in said[0]
 
 
@@ -486,5 +486,5 @@ def test_what_we_wrote_into_a_dataset_is_not_read_as_data(kind: str, tmp_path: P
         picture(tmp_path / place / "tensorboard" / "sprite.png")
         write_mark(tmp_path / place, kind)
     said: list[str] = []
-    assert {name: pairs(rows) for name, rows in load_splits(str(tmp_path), tell=said.append).items()} == before
+    assert {name: pairs(rows) for name, rows in load_splits(str(tmp_path), log=said.append).items()} == before
     assert len(said) == 1 and "folders that thumbtune wrote: 2" in said[0]

@@ -1,4 +1,4 @@
-"""Look a dataset over before any GPU time: what cannot be used, what repeats, what leaks from one split into another.
+"""Check a dataset before any GPU time: unusable rows, repeats, leaks from one split into another.
 
 Dimension key: M image references, P distinct titles, N rows of a split, S splits. An image is named by the number of
 the first reference with its content, a title by a number that equal titles share; -1 is none.
@@ -33,28 +33,32 @@ NA_TITLES = {"na", "n/a", "none", "null", "nil", "nan", "-"}
 PIECE, TOO_MANY_PIECES = re.compile(r"[A-Za-z]{1,12}|[^\sA-Za-z]"), 70
 
 
-def check(rows: Mapping[str, Rows], reader: Reader, tell: Callable[[str], None],
-          lost: Sequence[Mapping[str, Any]] = ()) -> tuple[list[Finding], dict[str, int]]:
-    """Open every image and read every title once: the findings, worst first, and the usable rows of each split.
+def check(rows: Mapping[str, Rows], reader: Reader, log: Callable[[str], None],
+          unread: Sequence[Mapping[str, Any]] = ()) -> tuple[list[Finding], dict[str, int]]:
+    """Open every image and read every title once; return the findings, worst first, and usable rows of each split.
 
-    `lost`: ledger entries of samples that never became rows. Rows count from 0, as in the ledger. The reader's spec is
+    `unread`: ledger entries of rows that could not be read. Rows count from 0, as in the ledger. The reader's spec is
     not used: what decodes for one model decodes for all. Images are the same when their bytes are, titles when CLIP
     reads the same words (`data.identity`); exact but for titles longer than a model's 77 tokens that differ only behind
     them, which that model takes for one title. Memory: under 1 KB a row, and no pixels.
     """
-    found = build_catalogue(rows)
-    image_M, looks_M, problems = _look(found, reader, tell)
-    flaw_P = np.array([_flaw(title.as_py()) for title in found.titles])
+    inputs = build_catalogue(rows)
+    image_M, looks_M, problems = _signatures(inputs, reader, log)
+    flaw_P = np.array([_flaw(title.as_py()) for title in inputs.titles])
     title_P = np.append(np.where(flaw_P == "no-title", -1, np.arange(len(flaw_P))), -1)
-    findings = _lost(lost)
+    findings = _unread(unread)
     for name in rows:
-        findings += _images(found, name, image_M, looks_M["side"], problems)
-        findings += _texts(found, name, flaw_P, title_P)
-    findings += _repeats(found, image_M, title_P, _similar(found, image_M, looks_M))
+        findings += _images(inputs, name, image_M, looks_M["side"], problems)
+        findings += _texts(inputs, name, flaw_P, title_P)
+    findings += _repeats(inputs, image_M, title_P, _similar(inputs, image_M, looks_M))
     place = {name: number for number, name in enumerate(rows)}
-    usable = {name: int(((image_M[found.image_N[name]] >= 0) & (flaw_P[found.title_N[name]] != "no-title")).sum())
-              for name in rows}
-    return sorted(findings, key=lambda one: (SEVERITIES.index(one.severity), place.get(one.split, -1))), usable
+    usable = {}
+    for name in rows:
+        has_image_N = image_M[inputs.image_N[name]] >= 0
+        has_title_N = flaw_P[inputs.title_N[name]] != "no-title"
+        usable[name] = int((has_image_N & has_title_N).sum())
+    findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), place.get(finding.split, -1)))
+    return findings, usable
 
 
 def _finding(split: str, kind: str, severity: str, is_so_N: np.ndarray, show: Callable[[int], str]) -> list[Finding]:
@@ -63,39 +67,41 @@ def _finding(split: str, kind: str, severity: str, is_so_N: np.ndarray, show: Ca
     return [Finding(split, kind, severity, len(row_N), examples)] if len(row_N) else []
 
 
-def _lost(lost: Sequence[Mapping[str, Any]]) -> list[Finding]:
+def _unread(unread: Sequence[Mapping[str, Any]]) -> list[Finding]:
     entries: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
-    for entry in lost:
+    for entry in unread:
         entries[Path(entry.get("shard") or entry["file"]).name, entry["reason"]].append(entry)
     findings = []
-    for (file, reason), of_one in entries.items():
-        rows = dropped_rows(of_one)
-        examples = tuple(_lost_place(entry) for entry in of_one[:EXAMPLES])
-        findings.append(Finding(file, reason, "error" if rows else "warning",
-                                rows or sum(entry["files"] for entry in of_one), examples))
+    for (file, reason), alike in entries.items():
+        rows = dropped_rows(alike)
+        count = rows or sum(entry["files"] for entry in alike)
+        examples = tuple(_unread_place(entry) for entry in alike[:EXAMPLES])
+        findings.append(Finding(file, reason, "error" if rows else "warning", count, examples))
     return findings
 
 
-def _lost_place(entry: Mapping[str, Any]) -> str:
-    """The place of a ledger entry within its file, and what is wrong there."""
+def _unread_place(entry: Mapping[str, Any]) -> str:
+    """The place of a ledger entry within its file, and its detail."""
     if not dropped_rows([entry]):
         return printable(entry["detail"])
     place = f"row {entry['row']}" if "row" in entry else entry["key"] or "(unknown sample)"
     return printable(f"{place}: {entry['detail']}")
 
 
-def _look(found: Catalogue, reader: Reader, tell: Callable[[str], None]) -> tuple[
+def _signatures(inputs: Catalogue, reader: Reader, log: Callable[[str], None]) -> tuple[
         np.ndarray, np.ndarray, dict[int, BadSample]]:
-    """Open and decode all references: the image of each [M], its look [M], and what is wrong with those that fail."""
-    M = len(found.references)
-    key_MK, looks_M, problems = np.zeros((M, KEY), np.uint8), np.zeros(M, LOOK), dict[int, BadSample]()
-    look = partial(picture_signature, max_pixels=reader.max_pixels)
-    for verdict in decode_distinct(found, reader, range(M), lambda key: False, tell, look):
-        if verdict.problem is not None:
-            problems[verdict.reference] = verdict.problem
+    """Decode all references; return the image of each [M], its LOOK [M], and the problems of those that fail."""
+    M = len(inputs.references)
+    key_MK = np.zeros((M, KEY), np.uint8)
+    looks_M = np.zeros(M, LOOK)
+    problems: dict[int, BadSample] = {}
+    signature = partial(picture_signature, max_pixels=reader.max_pixels)
+    for result in decode_distinct(inputs, reader, range(M), lambda key: False, log, signature):
+        if result.problem is not None:
+            problems[result.reference] = result.problem
         else:
-            key_MK[verdict.reference] = np.frombuffer(verdict.key, np.uint8)
-            looks_M[verdict.reference] = verdict.pixels
+            key_MK[result.reference] = np.frombuffer(result.key, np.uint8)
+            looks_M[result.reference] = result.pixels
     number_M, first = distinct(key_MK)
     image_M = first[number_M]
     image_M[list(problems)] = -1
@@ -111,26 +117,32 @@ def _flaw(title: str) -> str:
     return "long-title" if len(PIECE.findall(title)) > TOO_MANY_PIECES else ""
 
 
-def _images(found: Catalogue, name: str, image_M: np.ndarray, side_M: np.ndarray,
+def _images(inputs: Catalogue, name: str, image_M: np.ndarray, side_M: np.ndarray,
             problems: Mapping[int, BadSample]) -> list[Finding]:
-    reference_N = found.image_N[name]
+    reference_N = inputs.image_N[name]
     flaw_N = np.where(side_M < TINY, "tiny-image", "").astype(object)[reference_N]
     for row in np.flatnonzero(image_M[reference_N] < 0):
         flaw_N[row] = problems[int(reference_N[row])].reason
 
     def show(row: int) -> str:
-        path, reference = _path(found, name, row), int(reference_N[row])
+        path = _path(inputs, name, row)
+        reference = int(reference_N[row])
         detail = printable(problems[reference].detail) if reference in problems else f"{side_M[reference]} px"
         return detail if path in detail else f"{path} {detail}"
 
-    return [one for flaw in sorted(set(flaw_N) - {""}) for one in
-            _finding(name, flaw, "warning" if flaw == "tiny-image" else "error", flaw_N == flaw, show)]
+    findings = []
+    for flaw in sorted(set(flaw_N) - {""}):
+        severity = "warning" if flaw == "tiny-image" else "error"
+        findings += _finding(name, flaw, severity, flaw_N == flaw, show)
+    return findings
 
 
-def _texts(found: Catalogue, name: str, flaw_P: np.ndarray, title_P: np.ndarray) -> list[Finding]:
-    flaw_N, title_N, negative_N = flaw_P[found.title_N[name]], title_P[found.title_N[name]], found.negative_N[name]
-    show = partial(_title, found, name)
-    findings = _finding(name, "no-title", "error", flaw_N == "no-title", partial(_path, found, name))
+def _texts(inputs: Catalogue, name: str, flaw_P: np.ndarray, title_P: np.ndarray) -> list[Finding]:
+    flaw_N = flaw_P[inputs.title_N[name]]
+    title_N = title_P[inputs.title_N[name]]
+    negative_N = inputs.negative_N[name]
+    show = partial(_title, inputs, name)
+    findings = _finding(name, "no-title", "error", flaw_N == "no-title", partial(_path, inputs, name))
     findings += _finding(name, "na-title", "hint", flaw_N == "na-title", show)
     findings += _finding(name, "long-title", "hint", flaw_N == "long-title", show)
     if negative_N is not None:
@@ -140,26 +152,28 @@ def _texts(found: Catalogue, name: str, flaw_P: np.ndarray, title_P: np.ndarray)
     return findings
 
 
-def _path(found: Catalogue, name: str, row: int) -> str:
-    path = found.references[found.image_N[name][row]]["path"].as_py() or ""
+def _path(inputs: Catalogue, name: str, row: int) -> str:
+    path = inputs.references[inputs.image_N[name][row]]["path"].as_py() or ""
     return printable(path if is_url(path) else "/".join(path.split("/")[-2:]))
 
 
-def _title(found: Catalogue, name: str, row: int) -> str:
-    title = found.title(name, row)
+def _title(inputs: Catalogue, name: str, row: int) -> str:
+    title = inputs.title(name, row)
     return repr(printable(title if len(title) <= 60 else f"{title[:59]}…"))
 
 
-def _repeats(found: Catalogue, image_M: np.ndarray, title_P: np.ndarray, similar_MS: np.ndarray) -> list[Finding]:
-    """What a split's rows share with earlier rows of it, and with the splits before it."""
-    names, findings = list(found.splits), []
-    image = {name: image_M[found.image_N[name]] for name in names}
-    title = {name: title_P[found.title_N[name]] for name in names}
+def _repeats(inputs: Catalogue, image_M: np.ndarray, title_P: np.ndarray, similar_MS: np.ndarray) -> list[Finding]:
+    """Images and titles that a split's rows share with earlier rows of it, and with the splits before it."""
+    names = list(inputs.splits)
+    findings = []
+    image = {name: image_M[inputs.image_N[name]] for name in names}
+    title = {name: title_P[inputs.title_N[name]] for name in names}
     first_image = {name: _first_rows(image[name], len(image_M)) for name in names}
     first_title = {name: _first_rows(title[name], len(title_P)) for name in names}
     for place, name in enumerate(names):
         for other_place, other in enumerate(names[:place + 1]):
-            titled_N, same_N = first_title[other][title[name]], first_image[other][image[name]]
+            titled_N = first_title[other][title[name]]
+            same_N = first_image[other][image[name]]
             similar_N = similar_MS[image[name], other_place]
             if other == name:
                 for twin_N in (titled_N, same_N):
@@ -173,30 +187,30 @@ def _repeats(found: Catalogue, image_M: np.ndarray, title_P: np.ndarray, similar
             twins = titled_N, same_N, first_image[other][similar_N]
             for kind, severity, twin_N, show in zip(kinds, severities, twins, (_title, _path, _path), strict=True):
                 findings += _finding(name, kind, severity, twin_N >= 0,
-                                     partial(_beside, found, name, other, twin_N, show))
+                                     partial(_beside, inputs, name, other, twin_N, show))
     return findings
 
 
-def _beside(found: Catalogue, name: str, other: str, twin_N: np.ndarray, show: Callable[[Catalogue, str, int], str],
+def _beside(inputs: Catalogue, name: str, other: str, twin_N: np.ndarray, show: Callable[[Catalogue, str, int], str],
             row: int) -> str:
-    return f"{show(found, name, row)} and {other} row {twin_N[row]}: {show(found, other, int(twin_N[row]))}"
+    return f"{show(inputs, name, row)} and {other} row {twin_N[row]}: {show(inputs, other, int(twin_N[row]))}"
 
 
 def _first_rows(label_N: np.ndarray, labels: int) -> np.ndarray:
-    """The first row with each label [labels + 1], -1 where there is none, and at the end."""
+    """The first row with each label [labels + 1]; -1 for none, and in the last place."""
     first = np.full(labels + 1, -1)
     row = np.flatnonzero(label_N >= 0)[::-1]  # the last to be written stays
     first[label_N[row]] = row
     return first
 
 
-def _similar(found: Catalogue, image_M: np.ndarray, looks_M: np.ndarray) -> np.ndarray:
-    """The first other image of each split that looks like each image [M + 1, S], -1 without one, and at the end."""
-    is_in_MS = np.zeros((len(image_M), len(found.splits)), bool)
-    for place, name in enumerate(found.splits):
-        image_N = image_M[found.image_N[name]]
+def _similar(inputs: Catalogue, image_M: np.ndarray, looks_M: np.ndarray) -> np.ndarray:
+    """The first other image in each split that looks like each image [M + 1, S]; -1 for none, and in the last row."""
+    is_in_MS = np.zeros((len(image_M), len(inputs.splits)), bool)
+    for place, name in enumerate(inputs.splits):
+        image_N = image_M[inputs.image_N[name]]
         is_in_MS[image_N[image_N >= 0], place] = True
     distinct = np.flatnonzero(image_M == np.arange(len(image_M)))
-    similar_MS = np.full((len(image_M) + 1, len(found.splits)), -1)
+    similar_MS = np.full((len(image_M) + 1, len(inputs.splits)), -1)
     similar_MS[distinct] = np.append(distinct, -1)[first_similar(looks_M[distinct], is_in_MS[distinct])]
     return similar_MS

@@ -1,4 +1,4 @@
-"""What a look over a dataset has found: kinds of defects, what they mean, and how people and programs read them."""
+"""Findings of `check`: kinds of defects, their meaning, as a table for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from data.text import markdown_table
-from data.web.fetch import PASSING
+from data.web.policy import TRANSIENT
 
 SEVERITIES = ("error", "warning", "hint")
 TINY = 64  # pixels; CLIP sees 224
 MEANING = {  # by a pattern of the kind
-    PASSING.pattern: "the server may answer another time: the next run asks again",
+    TRANSIENT.pattern: "the server may answer another time: the next run asks again",
     "http-4..": "the server says that it is not to be had; it is not asked again without --retry-failed",
     "forbidden-address": "a private address, which --allow-host HOST opens",
     "placeholder": "YouTube's stand-in for a thumbnail that is gone",
@@ -33,17 +33,17 @@ MEANING = {  # by a pattern of the kind
 class Finding(NamedTuple):
     """One kind of defect in one split: `count` rows have it, `examples` shows up to five of them."""
 
-    split: str  # or the file name of a shard that has lost samples
+    split: str  # or the name of a file with rows that could not be read
     kind: str  # the ledger's reason or a key of MEANING; after "-in-" comes the other split: "image-in-train"
     severity: str  # one of SEVERITIES
-    count: int  # type: ignore[assignment]  # nobody misses tuple.count
+    count: int  # type: ignore[assignment]  # hides tuple.count
     examples: tuple[str, ...]
 
 
-def table(findings: Sequence[Finding], rows: Mapping[str, int], usable: Mapping[str, int], lost: int) -> str:
-    """The findings as a Markdown table, what they mean, and two lines that sum up.
+def table(findings: Sequence[Finding], rows: Mapping[str, int], usable: Mapping[str, int], unread: int) -> str:
+    """The findings as a Markdown table with their meanings and a summary.
 
-    `rows` and `usable` rows by split; `lost` samples never became rows.
+    `rows` and `usable`: numbers by split; `unread`: the number of rows that could not be read.
     """
     shares = ", ".join(f"{name} {count:,}" for name, count in rows.items())
     sums = ", ".join(f"{severity}s {count:,}" for severity, count in _totals(findings).items())
@@ -51,21 +51,30 @@ def table(findings: Sequence[Finding], rows: Mapping[str, int], usable: Mapping[
     for finding in findings:
         cells.append([finding.severity, finding.split, f"{finding.count:,}", finding.kind, finding.examples[0]])
     lines = [markdown_table(cells, pad_last=False)]
-    kinds = dict.fromkeys(one.kind for one in findings)
-    meant = {meaning: [kind for kind in kinds if re.fullmatch(pattern, kind)] for pattern, meaning in MEANING.items()}
-    lines += ["", *(f"{', '.join(some)}: {meaning}" for meaning, some in meant.items() if some), ""]
-    total, dropped = sum(rows.values()) + lost, sum(rows.values()) + lost - sum(usable.values())
-    says = f"a run would drop {dropped:,} of {total:,} rows ({dropped / max(total, 1):.1%})"
-    return "\n".join([*(lines if findings else []), f"rows checked: {shares}; {sums}",
-                      says + ("; above --max-bad, 5% unless set, it stops" if dropped > 0.05 * total else "")])
+    kinds = dict.fromkeys(finding.kind for finding in findings)
+    lines.append("")
+    for pattern, meaning in MEANING.items():
+        meant = [kind for kind in kinds if re.fullmatch(pattern, kind)]
+        if meant:
+            lines.append(f"{', '.join(meant)}: {meaning}")
+    lines.append("")
+    total = sum(rows.values()) + unread
+    dropped = total - sum(usable.values())
+    summary = f"a run would drop {dropped:,} of {total:,} rows ({dropped / max(total, 1):.1%})"
+    if dropped > 0.05 * total:
+        summary += "; above --max-bad, 5% unless set, it stops"
+    return "\n".join([*(lines if findings else []), f"rows checked: {shares}; {sums}", summary])
 
 
 def as_json(findings: Sequence[Finding], rows: Mapping[str, int], usable: Mapping[str, int]) -> dict[str, Any]:
     """The findings as plain JSON values, with the number of rows and of usable rows of each split, and by severity."""
     return {"rows": dict(rows), "usable": dict(usable), "totals": _totals(findings),
-            "findings": [{**one._asdict(), "examples": list(one.examples)} for one in findings]}
+            "findings": [{**finding._asdict(), "examples": list(finding.examples)} for finding in findings]}
 
 
 def _totals(findings: Sequence[Finding]) -> dict[str, int]:
     """Rows by severity; a row counts once for each of its defects."""
-    return {severity: sum(one.count for one in findings if one.severity == severity) for severity in SEVERITIES}
+    totals = dict.fromkeys(SEVERITIES, 0)
+    for finding in findings:
+        totals[finding.severity] += finding.count
+    return totals

@@ -1,4 +1,4 @@
-"""Images that look the same: a look at each, then all pairs whose looks agree, without comparing each with each.
+"""Images that look the same: a signature (LOOK) of each, then all pairs of alike ones without comparing all pairs.
 
 Dimension key: C colour channels, S side of a square in pixels, W cosine waves, N images, Q pairs.
 """
@@ -19,7 +19,7 @@ SQUARE = ImageSpec((S, S), (S, S), int(Image.Resampling.BILINEAR), 1 / 255, (0.0
 COSINES_WS = np.cos(np.pi / S * np.arange(W)[:, None] * (np.arange(S) + 0.5))
 LUMA_C = np.array([0.299, 0.587, 0.114])
 LOOK = np.dtype([("hash", np.uint64), ("side", np.int32), ("cells", np.uint8, (3, CELLS, CELLS))])  # 204 bytes
-NEAR = 7  # bits of 64 that may differ; what four bands and one flip find for certain, see `near_pairs`
+NEAR = 7  # bits of 64 that may differ; four bands and one flip find all such pairs, see `near_pairs`
 BANDS, FLIPS = 4, (0, *(1 << bit for bit in range(16)))
 SAME_CELL, SAME_MEAN = 20, 32  # levels of 255 by which cells may differ once exposure is evened out, and exposures may
 CHUNK = 1 << 18  # candidate pairs at a time, 2 MB an array
@@ -106,9 +106,9 @@ def _members(low: np.ndarray, high: np.ndarray) -> Iterator[tuple[np.ndarray, np
 
 
 def _same_cells(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Which pairs of cells uint8 [Q, 3, 8, 8] show one picture, once brightness and contrast are evened out; bool [Q].
+    """The pairs of cells uint8 [Q, 3, 8, 8] that are alike once brightness and contrast are evened out; bool [Q].
 
-    The hash looks for structure only; this tells apart what differs in colour, or in one place of a common template.
+    The hash compares structure only; this separates images that differ in colour, or in one place of a template.
     """
     one, other = (cells.reshape(len(cells), -1).astype(np.float32) for cells in (one, other))
     mean, other_mean = one.mean(1, keepdims=True), other.mean(1, keepdims=True)

@@ -1,6 +1,6 @@
 """WebDataset tar shards: their index, and random access to their images.
 
-What a tar says is not trusted: nothing is extracted, and names are labels.
+Tars are not trusted: nothing is extracted, and names are only labels.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ FORMAT = "thumbtune shard index 1"
 def read_index(path: Path, ledger: Ledger | None = None) -> pa.Table:
     """The samples of a shard in order, without reading an image: key, image_offset, image_size, title, title_neg.
 
-    int64 offsets and sizes are bytes of the tar; `title_neg` is null where there is none. `ledger` is told each sample
-    dropped: {"shard", "key", "reason", "detail"}; with the key "" it is told of damage that may have hidden samples.
-    A sidecar index that fits is believed instead: an edit that keeps the tar's size and all bytes its index sampled is
-    not noticed. Raises UserError if the file is no tar, OSError.
+    int64 offsets and sizes are bytes of the tar; `title_neg` is null where there is none. `ledger` gets an
+    entry for each sample dropped: {"shard", "key", "reason", "detail"}; the key "" stands for damage that may have
+    hidden samples. A sidecar index that fits is used instead: an edit that keeps the tar's size and all bytes its index
+    sampled is not noticed. Raises UserError if the file is no tar, OSError.
     """
     with open_tar(path) as file:
         table = indexed(path, file)
@@ -56,10 +56,10 @@ def read_member(reference: str) -> bytes:
     tar, offset, size = parse_reference(reference)
     if size > MAX_IMAGE:
         raise BadSample("too-large", f"{size} bytes, {MAX_IMAGE} allowed")
-    found = os.stat(tar)
+    status = os.stat(tar)
     data = b""
-    if offset + size <= found.st_size:
-        handle = _handle(tar, found.st_dev, found.st_ino, found.st_mtime_ns)  # held until the bytes are there
+    if offset + size <= status.st_size:
+        handle = _handle(tar, status.st_dev, status.st_ino, status.st_mtime_ns)  # keeps it open while it is read
         data = os.pread(handle.descriptor, size, offset)
     if len(data) < size:
         raise BadSample("truncated", f"{tar} ends before the {size} bytes at {offset} do")
@@ -113,16 +113,16 @@ def _expanded(pattern: str) -> Iterator[str]:
         yield from _expanded(pattern[: match.start()] + option + pattern[match.end() :])
 
 
-# The index beside a tar: a line that says which tar and index belong together, then the columns
+# The index beside a tar: a line that identifies the tar and the index body, then the columns
 
 
 def sidecar(path: Path) -> Path:
-    """Where the index of a tar lies."""
+    """The path of the index of a tar."""
     return path.with_name(path.name + ".index.json")
 
 
 def seal(file: BinaryIO, body: bytes) -> dict[str, Any]:
-    """What identifies a tar (its size and 64 blocks spread over it, so no clock counts) and the body of its index."""
+    """The identity of a tar (its size and 64 blocks spread over it, no time) and of the body of its index."""
     size = file.seek(0, os.SEEK_END)
     sampled = b"".join(read_at(file, (size - BLOCK) * i // 63, BLOCK) for i in range(64))
     return {"format": FORMAT, "tar_bytes": size, "tar_sha256_of_64_blocks": hashlib.sha256(sampled).hexdigest(),
@@ -160,16 +160,16 @@ def _table(columns: Mapping[str, Any], names: Iterable[str]) -> pa.Table:
 
 def scanned(path: Path, file: BinaryIO, ledger: Ledger | None) -> pa.Table:
     """`read_index` from the tar itself."""
-    def tell(key: str, problem: BadSample) -> None:
+    def report(key: str, problem: BadSample) -> None:
         if ledger is not None:
             ledger({"shard": str(path), "key": key, "reason": problem.reason, "detail": problem.detail})
 
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-    for key, files in samples(members(file, tell)):
+    for key, files in samples(members(file, report)):
         try:
             values = key, *row(file, files)
         except BadSample as problem:
-            tell(key, problem)
+            report(key, problem)
             continue
         for column, value in zip(columns.values(), values, strict=True):
             column.append(value)

@@ -1,4 +1,4 @@
-"""The files of a tar to samples, by WebDataset's convention.
+"""Group the files of a tar into samples, by WebDataset's convention.
 
 A sample is a run of files KEY.ENDING, KEY going up to the first dot of the base name: an image, its title (KEY.txt, or
 "title" or "caption" in KEY.json) and perhaps a negative ("title_neg" or "negative" in KEY.json).
@@ -16,15 +16,15 @@ from data.shards.tar import Member, read_at
 MAX_TEXT = 1 << 20  # bytes of a title, of a JSON file
 MAX_IMAGE = 1 << 26
 AS_WRITTEN = json.JSONDecoder(parse_int=str, parse_float=str)  # the title 1984 is text, and no number costs minutes
-IMAGES = {  # ending -> how such a file begins, where `ShardWriter` gives it that ending
+IMAGES = {  # ending -> pattern of the first bytes, None where `ShardWriter` does not use the ending
     "jpg": rb"\xff\xd8\xff", "jpeg": None, "png": rb"\x89PNG\r\n\x1a\n", "webp": rb"RIFF....WEBP", "gif": rb"GIF8[79]a",
     "bmp": rb"BM", "avif": rb"....ftyp.{0,60}avi[fs]", "tif": rb"II[*+]\0|MM\0[*+]", "tiff": None}
 
 
-def samples(found: Iterable[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+def samples(files_of_tar: Iterable[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
     """Neighbours of one key, by ending in lower case. A name that the sample has already starts the next sample."""
     current, files = "", dict[str, Member]()
-    for member in found:
+    for member in files_of_tar:
         folder, slash, base = member.name.rpartition("/")
         stem, dot, ending = base.partition(".")
         if not stem or not dot:  # not part of any sample, by the convention

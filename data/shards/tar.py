@@ -1,6 +1,6 @@
-"""A tar's headers, parsed without trust: what files it has, where their content lies, and what is damaged.
+"""Parse a tar's headers without trusting them: its files, where their content lies, and damage.
 
-tarfile believes the sizes it reads; here every size is checked against the file before anything is read.
+tarfile trusts the sizes it reads; here every size is checked against the file before anything is read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NOT_A_FILE = {b"1": "hard link", b"2": "symbolic link", b"3": "device", b"4": "d
 
 
 class Member(NamedTuple):
-    """One file of a tar: where its content lies, or why that cannot be used."""
+    """One file of a tar: where its content lies, or the fault that makes it unusable."""
 
     name: str
     offset: int
@@ -31,22 +31,22 @@ class Member(NamedTuple):
 
 
 class _Header(NamedTuple):
-    """What a header says, before anything is believed but its checksum."""
+    """The fields of a header whose checksum is right; nothing else is verified yet."""
 
     kind: bytes
     name: bytes
     size: int
-    mapped: int  # of a sparse file: does its map go on in the next block?
+    mapped: int  # of a sparse file: not 0 if its map continues in the next block
 
 
-def members(file: BinaryIO, tell: Callable[[str, BadSample], None]) -> Iterator[Member]:
+def members(file: BinaryIO, report: Callable[[str, BadSample], None]) -> Iterator[Member]:
     """Walk from header to header without reading what lies between; behind damage, from the next sound header."""
     end, at, closed = file.seek(0, os.SEEK_END), 0, False
-    extra: dict[str, Any] = {}  # what extended headers say of the next member
+    extra: dict[str, Any] = {}  # fields that extended headers give to the next member
     while at + BLOCK <= end:
         header = _header(read_at(file, at, BLOCK))
         if header is None:
-            at, extra = _behind_damage(file, at, end, tell), {}
+            at, extra = _behind_damage(file, at, end, report), {}
             closed = at == end
             continue
         kind, name, size, mapped = header
@@ -61,12 +61,12 @@ def members(file: BinaryIO, tell: Callable[[str, BadSample], None]) -> Iterator[
             yield Member(label, at, size, extra.get("fault") or _fault(kind, label, size, end - at))
         if kind not in b"xLgK":
             extra = {}
-        if kind not in b"123456" and at + size <= end:  # those have no content, whatever their size says
+        if kind not in b"123456" and at + size <= end:  # those have no content, whatever their size field is
             at += size + -size % BLOCK
     if end < BLOCK:
         raise _no_tar(file)
     if not closed:
-        tell("", BadSample("damaged-shard", f"it ends at byte {end} without the mark of an end: perhaps cut off"))
+        report("", BadSample("damaged-shard", f"it ends at byte {end} without the mark of an end: perhaps cut off"))
 
 
 def _fault(kind: bytes, name: str, size: int, there: int) -> BadSample | None:
@@ -78,7 +78,7 @@ def _fault(kind: bytes, name: str, size: int, there: int) -> BadSample | None:
 
 
 def _header(block: bytes) -> _Header | None:
-    """Parse a block by POSIX ustar and GNU rules; None if its checksum or a number says that it is no header."""
+    """Parse a block by POSIX ustar and GNU rules; None if its checksum or a number is wrong."""
     try:
         if _number(block[148:156]) != sum(block) - sum(block[148:156]) + 8 * ord(" "):
             return None
@@ -92,7 +92,7 @@ def _header(block: bytes) -> _Header | None:
 
 
 def is_header(block: bytes) -> bool:
-    """Could a tar start with these bytes?"""
+    """True if a tar may start with these bytes."""
     return len(block) == BLOCK and _header(block) is not None
 
 
@@ -113,18 +113,18 @@ def _extension(file: BinaryIO, kind: bytes, at: int, size: int, end: int) -> dic
     data = read_at(file, at, size)
     if kind == b"L":
         return {"name": data.partition(b"\0")[0]}
-    said: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     try:
         for key, value in _pax_records(data):
             if key.startswith(b"GNU.sparse."):
-                said["fault"] = BadSample("not-a-file", "a sparse member")
+                fields["fault"] = BadSample("not-a-file", "a sparse member")
             if key in (b"path", b"GNU.sparse.name"):
-                said["name"] = value
+                fields["name"] = value
             if key == b"size":
-                said["size"] = _decimal(value)
+                fields["size"] = _decimal(value)
     except ValueError as error:
         return {"fault": BadSample("bad-header", f"damaged pax records: {error}")}
-    return said
+    return fields
 
 
 def _pax_records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -146,9 +146,10 @@ def _decimal(digits: bytes) -> int:
     return int(digits)
 
 
-def _behind_damage(file: BinaryIO, at: int, end: int, tell: Callable[[str, BadSample], None]) -> int:
-    """Where the next header is, or `end`. Zeros up to there are how a tar ends; everything else is told."""
-    start, blank = at, True
+def _behind_damage(file: BinaryIO, at: int, end: int, report: Callable[[str, BadSample], None]) -> int:
+    """The offset of the next header, or `end`. Bytes before it are reported, but for the zeros that end a tar."""
+    start = at
+    blank = True
     while at + BLOCK <= end and _header(block := read_at(file, at, BLOCK)) is None:
         blank = blank and not block.strip(b"\0")
         at += BLOCK
@@ -157,7 +158,7 @@ def _behind_damage(file: BinaryIO, at: int, end: int, tell: Callable[[str, BadSa
         return end
     if start == 0 and at == end:
         raise _no_tar(file)
-    tell("", BadSample("damaged-shard", f"bytes {start} to {at} hold no header; samples there are lost"))
+    report("", BadSample("damaged-shard", f"bytes {start} to {at} hold no header; samples there are lost"))
     return at
 
 
@@ -170,7 +171,7 @@ def _no_tar(file: BinaryIO) -> UserError:
 
 
 def open_tar(path: str | Path) -> BinaryIO:
-    """Open to hop from header to header: little is read ahead. Raises OSError, also where it is no regular file."""
+    """Open a tar to seek from header to header, with little read ahead. Raises OSError, also for no regular file."""
     return open_regular(path, buffering=8 * BLOCK)
 
 

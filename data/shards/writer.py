@@ -19,7 +19,7 @@ from data.shards.samples import IMAGES, MAX_TEXT, check_image, pair
 from data.shards.tar import BLOCK, END, open_tar
 
 MAX_KEY = 1000  # characters, of what is written
-# Keys that the webdataset package reads back as they are, and that nobody's extraction takes out of its folder.
+# Keys that the webdataset package reads back unchanged, and that cannot leave the folder they are extracted to.
 KEY = re.compile(r"(?!__[^/]*__/)((?!\.{1,2}/)[^\0-\x1f\ud800-\udfff/]+/)*[^\0-\x1f\ud800-\udfff./]+")
 
 
@@ -74,7 +74,7 @@ class ShardWriter:
         if key in self._rows or key in self._done:
             raise BadSample("duplicate-key", key)
         files = _files(image, title, {**(extra or {}), "title_neg": title_neg})
-        texts = pair(files["txt"], files["json"])  # what will be read back: BOM and last line ends go
+        texts = pair(files["txt"], files["json"])  # as they will be read back, without BOM and final line ends
         members, at = b"", 0
         for ending, content in sorted(files.items()):
             members += _tar_header(f"{key}.{ending}", len(content))
@@ -94,14 +94,14 @@ class ShardWriter:
 
     def _begin(self) -> None:
         self._file, self._bytes, self._digest = open(self._part, "ab+"), 0, hashlib.sha256()
-        mine = False
+        is_ours = False
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its owner may have renamed the file after we opened it; then it is a shard, not ours to empty.
-            mine = os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._part))
+            # Its owner may have renamed the file after we opened it; then it is a finished shard, not to be emptied.
+            is_ours = os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._part))
         except (BlockingIOError, FileNotFoundError):
             pass
-        if not mine:
+        if not is_ours:
             self._file.close()
             raise UserError(f"{self.folder}: another process is writing {self.name} shards there; wait for it")
         self._file.truncate(0)
@@ -127,7 +127,7 @@ class ShardWriter:
         self._rows = {}
 
     def _abandon(self) -> None:
-        """Remove what is left of an incomplete shard; nothing after `_finish`."""
+        """Remove the files of an incomplete shard; does nothing after `_finish`."""
         if not self._file.closed:
             self._part.unlink(missing_ok=True)
             self._index.unlink(missing_ok=True)

@@ -29,7 +29,7 @@ NAME = re.compile(r"\s*\S*[\d/]\S*\s*")  # may name an image, as 17 and a/b do
 
 
 class _Shape(NamedTuple):
-    """What a row of a file looks like."""
+    """The format of a file's rows."""
 
     delimiter: str
     width: int  # fields of a row
@@ -78,7 +78,7 @@ def _header(path: Path, delimiter: str) -> list[str]:
 
 
 def _may_join_rows(path: Path, table: pa.Table, columns: Mapping[str, int], shape: _Shape) -> bool:
-    """May a stray quote have joined rows? No, if all line ends are accounted for: by rows, and by values that are text.
+    """True if a stray quote may have joined rows; False if rows, and values that are text, account for all line ends.
 
     `columns` are those of the table, and where they stand in the file.
     """
@@ -140,7 +140,7 @@ def _rows(path: Path, names: Sequence[str], shape: _Shape, account: Account) -> 
 
 
 def _joined(value: str, column: int, shape: _Shape) -> int:
-    """How many further rows of the table a value of several lines holds; 0 where it is just text.
+    """The number of further rows that a value of several lines holds; 0 where it is plain text.
 
     Lines that a stray quote has joined read like rows: one names a picture where rows do, or at least two may do so.
     """

@@ -30,9 +30,11 @@ class Fold(NamedTuple):
 def concatenate(splits: Sequence[FeatureSplit]) -> FeatureSplit:
     """One split of the rows of several that share their tables, in order."""
     first = splits[0]
-    rows_of = [split.image_row_N.new_full((len(split),), -1) if split.negative_row_N is None else split.negative_row_N
-               for split in splits]
-    negative_N = torch.cat(rows_of)
+    negatives = []
+    for split in splits:
+        missing_N = split.image_row_N.new_full((len(split),), -1)
+        negatives.append(missing_N if split.negative_row_N is None else split.negative_row_N)
+    negative_N = torch.cat(negatives)
     return replace(first, image_row_N=torch.cat([split.image_row_N for split in splits]),
                    title_row_N=torch.cat([split.title_row_N for split in splits]),
                    negative_row_N=negative_N if bool((negative_N >= 0).any()) else None)
@@ -58,7 +60,8 @@ def fold_of(title_N: np.ndarray, image_N: np.ndarray, folds: int, seed: int) -> 
         raise UserError(f"--folds {folds} needs as many pairs that share no title and no image; there are "
                         f"{len(groups)}")
     groups = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).numpy()]
-    fold_G, room = np.zeros(len(group_N), np.int64), [(0, fold) for fold in range(folds)]
+    fold_G = np.zeros(len(group_N), np.int64)
+    room = [(0, fold) for fold in range(folds)]
     heapify(room)
     for group in groups[np.argsort(-size_N[groups], kind="stable")].tolist():
         rows, fold = heappop(room)
@@ -70,12 +73,13 @@ def fold_of(title_N: np.ndarray, image_N: np.ndarray, folds: int, seed: int) -> 
 def folds(pairs: FeatureSplit, count: int, seed: int) -> list[Fold]:
     """`count` ways to hold a part out; a training row whose negative is a held-out title has no negative there."""
     fold_N = torch.from_numpy(fold_of(pairs.title_row_N.cpu().numpy(), pairs.image_row_N.cpu().numpy(), count, seed))
-    found = []
+    parts = []
     for fold in range(count):
-        out, rest = ((fold_N == fold).nonzero()[:, 0], (fold_N != fold).nonzero()[:, 0])
-        held, train = take_rows(pairs, out), take_rows(pairs, rest)
+        held_row_N = (fold_N == fold).nonzero()[:, 0]
+        held = take_rows(pairs, held_row_N)
+        train = take_rows(pairs, (fold_N != fold).nonzero()[:, 0])
         if train.negative_row_N is not None:
             leaks_N = torch.isin(train.negative_row_N, held.title_row_N)
             train = replace(train, negative_row_N=train.negative_row_N.masked_fill(leaks_N, -1))
-        found.append(Fold(train, held, out))
-    return found
+        parts.append(Fold(train, held, held_row_N))
+    return parts

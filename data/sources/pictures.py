@@ -22,8 +22,8 @@ OTHER_DATA = frozenset((".csv", ".tsv", ".jsonl", ".parquet", ".tar"))
 def pictures(folder: Path, account: Account) -> Iterator[Record]:
     """The images at any depth below `folder`, sorted, each with the fields of KEY.json and with KEY.txt as title.
 
-    A file of an unknown ending that has a title beside it is a row that cannot be used. What else looks like data and
-    is not used (a sidecar without an image, a linked folder) is passed over. Raises OSError.
+    A file of an unknown ending with a title beside it is a row that is dropped. Sidecars without an image and linked
+    folders are passed over. Raises OSError.
     """
     row = 0
     for here, names in _walk(folder, account):
@@ -35,10 +35,11 @@ def pictures(folder: Path, account: Account) -> Iterator[Record]:
             path = os.path.abspath(os.path.join(here, name))
             try:
                 yield Record(row, path, _fields(here, sidecars.get(stem, {}), path))
-            except BadSample as problem:
-                account.drop(str(folder), row, problem, path)
+            except BadSample as bad:
+                account.drop(str(folder), row, bad, path)
             row += 1
-        for stem in sorted(sidecars.keys() - {os.path.splitext(name)[0] for name in names if is_picture(name)}):
+        titled = {os.path.splitext(name)[0] for name in names if is_picture(name)}
+        for stem in sorted(sidecars.keys() - titled):
             if stem in others:
                 path = os.path.abspath(os.path.join(here, others[stem]))
                 problem = BadSample("unknown-ending", f"known are {' '.join(sorted(PICTURES))}")
@@ -50,12 +51,12 @@ def pictures(folder: Path, account: Account) -> Iterator[Record]:
 
 
 def is_picture(name: str) -> bool:
-    """Has a file an ending that pictures have?"""
+    """True if a file name has the ending of a picture."""
     return os.path.splitext(name)[1].lower() in PICTURES
 
 
 def holds_titled_pictures(folder: Path, most: int = 10_000) -> bool:
-    """Is there, among the first `most` files, a picture with a sidecar?"""
+    """True if a picture with a sidecar is among the first `most` files."""
     seen = 0
     for _, names in _walk(folder, Account()):
         sidecars, _ = _by_stem(names)

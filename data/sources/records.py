@@ -26,7 +26,7 @@ class Record(NamedTuple):
     """A row of a file that is read one row at a time."""
 
     row: int  # its number in the file, from 0
-    where: str  # it is, for people
+    where: str  # its place, for people
     fields: dict[str, Any]
 
 
@@ -47,8 +47,7 @@ def from_records(records: Iterator[Record], columns: Columns, label: str, nothin
                  kind: str = "") -> pa.Table:
     """Records as a table of the fields in use and ROW; `nothing` is the error where the file holds none.
 
-    `label` names the file, `kind` says in an error what it consists of.
-    What is wrong with a field matters if the field turns out to be in use; then its row is dropped.
+    `label` names the file, `kind` describes it in errors. A bad field drops its row only if it is in use.
     """
     import pyarrow as pa
 

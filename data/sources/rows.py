@@ -1,8 +1,8 @@
-"""One split as columns: which column plays which role, what may stand in it, taking and fingerprinting rows.
+"""One split as columns: finding the columns by role, checking their values, taking and fingerprinting rows.
 
 What a dataset says is not trusted: a row may name a file below the dataset's own folder, a URL or a member of a shard,
-and nothing else on this machine. A row that cannot be used is left out and told to the `Account`. Nothing here opens
-an image.
+and nothing else on this machine. A row that cannot be used is left out and reported to the `Account`. Nothing here
+opens an image.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FLAGS = {"image": "--image-column", "title": "--title-column", "title_neg": "--n
 
 @dataclass(frozen=True)
 class Columns:
-    """The user's own column names; None means: detect."""
+    """Column names given by the user; None: detect."""
 
     image: str | None = None
     title: str | None = None
@@ -74,14 +74,14 @@ def detect_columns(names: list[str], columns: Columns, label: str, embedded: Col
     Of the known image columns those that hold pictures (`embedded`) come before those that hold paths or addresses.
     """
     shown = [" ".join(name[:100].split()) for name in names[:20]]
-    there = f"there are {', '.join(shown) or 'none'}"
+    existing = f"there are {', '.join(shown) or 'none'}"
     spelled = {name.strip().lower(): name for name in reversed(names)}
     picked: dict[str, str] = {}
     for role, known in KNOWN.items():
         named: str | None = getattr(columns, role)
         if named is not None and named not in names:
             close = difflib.get_close_matches(named, names, 1)
-            raise UserError(f"{label}: no column {named!r} for {FLAGS[role]}; {there}"
+            raise UserError(f"{label}: no column {named!r} for {FLAGS[role]}; {existing}"
                             + (f"; did you mean {close[0]!r}?" if close else ""))
         usual = [spelled[name] for name in known if name in spelled]
         usual.sort(key=lambda name: role != "image" or name not in embedded)  # stable
@@ -89,7 +89,7 @@ def detect_columns(names: list[str], columns: Columns, label: str, embedded: Col
         if column is not None:
             picked[role] = column
         elif role != "title_neg":
-            raise UserError(f"{label}: no {role} column ({', '.join(known)}); {there}; name one with {FLAGS[role]}")
+            raise UserError(f"{label}: no {role} column ({', '.join(known)}); {existing}; name one with {FLAGS[role]}")
     for column in picked.values():
         if names.count(column) > 1:
             raise UserError(f"{label}: the column {column[:100]!r} is there {names.count(column)} times; rename all "
@@ -98,12 +98,13 @@ def detect_columns(names: list[str], columns: Columns, label: str, embedded: Col
 
 
 def rename_to_roles(table: pa.Table, picked: Mapping[str, str]) -> pa.Table:
-    """The columns picked, each under the name of its role."""
+    """Select the picked columns, each under the name of its role."""
     return table.select([*picked.values()]).rename_columns([*picked])
 
 
-def to_row_columns(table: pa.Table, label: str, folders: Sequence[str], account: Account, relative: bool = True) -> pa.Table:
-    """The columns of `rename_to_roles` as `Rows` has them; files only from `folders`, the first being what paths start from.
+def to_row_columns(table: pa.Table, label: str, folders: Sequence[str], account: Account,
+                   relative: bool = True) -> pa.Table:
+    """The columns of `rename_to_roles` as `Rows` has them; files only from `folders`, paths relative to the first.
 
     Blanks around paths and addresses go. A row whose text is not UTF-8 or whose image leaves the folders is dropped.
     Raises UserError on a column that cannot play its role.
@@ -170,7 +171,7 @@ def _bytes_and_path(chunk: pa.Array, label: str, start: int,
 
 
 def holds_bytes(kind: pa.DataType) -> bool:
-    """Is a column of this type one of embedded pictures, bytes or Hugging Face's Image?"""
+    """True for the type of embedded pictures: bytes or Hugging Face's Image."""
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
@@ -202,7 +203,7 @@ def _texts(column: pa.ChunkedArray, label: str, role: str, problems: dict[int, B
 
 
 def _text_chunk(chunk: pa.Array, label: str, role: str, start: int, problems: dict[int, BadSample]) -> pa.Array:
-    """The values as text, null where one is not UTF-8: that is a problem of its row."""
+    """The values as text; one that is not UTF-8 becomes null and a problem of its row."""
     import pyarrow as pa
 
     try:
@@ -229,7 +230,7 @@ def _text_chunk(chunk: pa.Array, label: str, role: str, start: int, problems: di
 
 
 def _with_scheme(path: pa.Array, label: str, account: Account) -> pa.Array:
-    """Addresses that leave the scheme to the page they stood on (//host/x.jpg) are asked for by https."""
+    """Add https: to addresses without a scheme (//host/x.jpg)."""
     import pyarrow.compute as pc
 
     bare = pc.fill_null(pc.starts_with(path, "//"), False)
@@ -247,16 +248,16 @@ def _inside(path: pa.Array, start: int, folders: Sequence[str], relative: bool,
     url = pc.match_substring_regex(path, "^https?://", ignore_case=True)
     absolute = pc.starts_with(path, "/")
     roots = tuple(folder.rstrip("/") + "/" for folder in folders)
-    doubt = pc.match_substring_regex(path, r"(^|/)\.\.(/|$)")
+    suspect = pc.match_substring_regex(path, r"(^|/)\.\.(/|$)")
     if relative:
-        doubt = pc.or_(doubt, pc.and_not(absolute, pc.starts_with(path, roots[0])))
+        suspect = pc.or_(suspect, pc.and_not(absolute, pc.starts_with(path, roots[0])))
         full = pc.if_else(pc.or_(url, absolute), path, pc.binary_join_element_wise(roots[0], path, ""))
     else:
-        doubt, full = pc.or_(doubt, True), path
-    doubt = pc.fill_null(pc.and_not(doubt, url), False)
+        suspect, full = pc.or_(suspect, True), path
+    suspect = pc.fill_null(pc.and_not(suspect, url), False)
     fix = ("move the images there" if relative else
            "if it is a path in the repository, download that and pass its folder")
-    for row in np.flatnonzero(doubt.to_numpy(zero_copy_only=False)):
+    for row in np.flatnonzero(suspect.to_numpy(zero_copy_only=False)):
         if not os.path.normpath(full[row].as_py()).startswith(roots):
             image = path[row].as_py()[:200]
             problems[start + int(row)] = BadSample(

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from data.batch import UserError
 from data.files import NotAFile, is_output
-from data.ledger import Account, Ledger
+from data.ledger import Account, Ledger, discard
 from data.shards.index import expand_braces
 from data.sources import img2dataset
 from data.sources.csv_tables import read_csv
@@ -34,39 +34,35 @@ def _refuse(pattern: str) -> NoReturn:
     raise UserError(f"{pattern}: only local files are read here; download them and pass their folder")
 
 
-def _silent(_: object) -> None:
-    pass
-
-
-def load_splits(dataset: str, columns: Columns = DETECT, ledger: Ledger = _silent,
-                download: Download = _refuse, tell: Callable[[str], None] = _silent) -> dict[str, Rows]:
+def load_splits(dataset: str, columns: Columns = DETECT, ledger: Ledger = discard,
+                download: Download = _refuse, log: Callable[[str], None] = discard) -> dict[str, Rows]:
     """Read a dataset's splits: `train`, `valid`, `test` in this order, then others under the names they have.
 
     `dataset`: a folder with {train,valid,test} as .csv .tsv .jsonl .parquet, as -*.tar shards or as folders; a folder
     that is one table, shards, or images with KEY.txt and KEY.json; one such file; a pattern `train-{000..009}.tar`,
     also as an address, whose files `download` brings; or a hub name OWNER/NAME, with several configurations
-    OWNER/NAME:CONFIGURATION. A lone split, unless it is called valid or test, is called train: `divide_lone_split` makes it three.
-    `ledger` is told of each row that cannot be read (see data/ledger.py); every other row is kept, also without image
-    or title. `tell` hears what was not used or read otherwise than it is written. Raises UserError.
+    OWNER/NAME:CONFIGURATION. A lone split, unless it is called valid or test, is called train: `divide_lone_split`
+    makes it three. `ledger` gets an entry for each row that cannot be read (see data/ledger.py); every other row is
+    kept, also without image or title. `log` gets a line for what was not used or was changed. Raises UserError.
     """
-    account = Account(ledger, tell)
+    account = Account(ledger, log)
     path = Path(dataset).expanduser()
     try:
         if "://" in dataset:
-            found = _in_splits(download(dataset))
+            files = _in_splits(download(dataset))
         elif path.is_dir():
-            found = _find(path, columns, account)
+            files = _find(path, columns, account)
         elif path.is_file():
-            found = {"all": [path]}
+            files = {"all": [path]}
         elif path.exists():
             raise NotAFile(path, "a pipe or a device")
         elif "{" in dataset or "*" in dataset:
-            found = _in_splits(list(_expand(str(path))))
+            files = _in_splits(list(_expand(str(path))))
         elif re.fullmatch(r"[\w.-]*\w/[\w.-]+(:[\w.-]+)?", dataset) and path.suffix.lower() not in TABLES | {".tar"}:
-            found = None
+            files = None
         else:
             raise UserError(f"{dataset}: there is no such file or folder, and a hub dataset's name is OWNER/NAME")
-        splits = _hub(dataset, columns, account) if found is None else _local(found, columns, account)
+        splits = _hub(dataset, columns, account) if files is None else _local(files, columns, account)
     except OSError as error:
         raise UserError(f"{error.filename or dataset}: {error.strerror or error}") from error
     account.close(dataset)
@@ -78,8 +74,8 @@ def load_splits(dataset: str, columns: Columns = DETECT, ledger: Ledger = _silen
 def _find(folder: Path, columns: Columns, account: Account) -> dict[str, list[Path]]:
     """The files of each split of a folder; a folder in their place stands for the images in it."""
     entries = _entries(folder)
-    if found := _by_split(entries):
-        return found
+    if splits := _by_split(entries):
+        return splits
     named = [entry for entry in entries if entry.name.lower() in SPLITS and entry.is_dir()]
     folders = [entry for entry in named if not is_output(entry)]
     for entry in named if folders else ():
@@ -96,7 +92,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _unsplit(folder: Path, columns: Columns, account: Account) -> list[Path]:
-    """What a folder that names no splits consists of: shards, else one table, else images.
+    """The files of a folder that names no splits: shards, else one table, else the folder itself for its images.
 
     Images with sidecars come before tables that hold their addresses; what img2dataset wrote as parts is one table.
     """
@@ -128,14 +124,15 @@ def _by_split(entries: Sequence[Path]) -> dict[str, list[Path]]:
 
 def _in_splits(files: Sequence[Path]) -> dict[str, list[Path]]:
     """The files that a pattern names, by split if all of them are called after one."""
-    found = _by_split(files)
-    return found if sum(map(len, found.values())) == len(files) else {"all": list(files)}
+    splits = _by_split(files)
+    named = sum(map(len, splits.values()))
+    return splits if named == len(files) else {"all": list(files)}
 
 
-def _one_kind(found: Iterable[tuple[str, str, list[Path]]]) -> dict[str, list[Path]]:
-    """(split, what it is called, files) by split. Raises UserError where a split is there under two names."""
+def _one_kind(named: Iterable[tuple[str, str, list[Path]]]) -> dict[str, list[Path]]:
+    """The files by split, from (split, its name there, files). Raises UserError for a split under two names."""
     splits: dict[str, tuple[str, list[Path]]] = {}
-    for split, kind, files in found:
+    for split, kind, files in named:
         if split in splits:
             raise UserError(f"split {split!r} is there twice, as {splits[split][0]} and {kind}; keep one")
         splits[split] = kind, files
@@ -151,16 +148,19 @@ def _expand(pattern: str) -> Iterator[Path]:
         yield from map(Path, files)
 
 
-def _local(found: Mapping[str, Sequence[Path]], columns: Columns, account: Account) -> dict[str, Rows]:
-    splits = {}
-    for name, files in found.items():
+def _local(splits: Mapping[str, Sequence[Path]], columns: Columns, account: Account) -> dict[str, Rows]:
+    rows = {}
+    for name, files in splits.items():
         account.begin(None if name == "all" else name)
         tables = []
         for file in files:
-            folder, table = file if file.is_dir() else file.parent, read_table(file, columns, account)
-            tables.append(to_row_columns(table, str(file), (os.path.abspath(folder), os.path.realpath(folder)), account))
-        splits[name] = join_tables(name, tables, str(files[0] if len(files) == 1 else files[0].parent), account)
-    return splits
+            table = read_table(file, columns, account)
+            folder = file if file.is_dir() else file.parent
+            folders = os.path.abspath(folder), os.path.realpath(folder)
+            tables.append(to_row_columns(table, str(file), folders, account))
+        label = files[0] if len(files) == 1 else files[0].parent
+        rows[name] = join_tables(name, tables, str(label), account)
+    return rows
 
 
 def _hub(name: str, columns: Columns, account: Account) -> dict[str, Rows]:
@@ -173,7 +173,8 @@ def _hub(name: str, columns: Columns, account: Account) -> dict[str, Rows]:
     try:
         builder = datasets.load_dataset_builder(repository, configuration or None)
         files = builder.config.data_files or {}
-        as_text = bool(files) and {Path(file).suffix for some in files.values() for file in some} <= TEXT_TABLES
+        suffixes = {Path(file).suffix for paths in files.values() for file in paths}
+        as_text = bool(files) and suffixes <= TEXT_TABLES
         separator = getattr(builder.config, "sep", None)
         read = partial(read_csv, delimiter=separator) if separator else read_table
         if as_text:
@@ -181,20 +182,20 @@ def _hub(name: str, columns: Columns, account: Account) -> dict[str, Rows]:
         else:
             builder.download_and_prepare()
             prepared = builder.as_dataset()
-    except Exception as error:  # of many kinds, from several libraries; all of them are about this name
+    except Exception as error:  # of many kinds, from several libraries; all concern this name
         raise UserError(_hub_advice(name, error)) from error
     cached = os.path.join(HF_HUB_CACHE, "datasets--" + repository.replace("/", "--"))
     folders = cached, str(datasets.config.DOWNLOADED_DATASETS_PATH)  # where image folders and archives come to lie
     splits: dict[str, Rows] = {}
-    for found in files if as_text else prepared:
-        label = f"{name}, split {found}"
-        split = SPLITS.get(str(found).lower(), str(found))
-        split = str(found) if split in splits else split
+    for hub_split in files if as_text else prepared:
+        label = f"{name}, split {hub_split}"
+        split = SPLITS.get(str(hub_split).lower(), str(hub_split))
+        split = str(hub_split) if split in splits else split
         account.begin(split)
         if as_text:
-            tables = [read(Path(file), columns, account) for file in files[found]]
+            tables = [read(Path(file), columns, account) for file in files[hub_split]]
         else:
-            table = prepared[found].data.table  # mapped from disk; taken from here, images are never decoded
+            table = prepared[hub_split].data.table  # mapped from disk; taken from here, images are never decoded
             embedded = {field.name for field in table.schema if holds_bytes(field.type)}
             tables = [rename_to_roles(table, detect_columns(table.column_names, columns, label, embedded))]
         tables = [to_row_columns(table, label, folders, account, relative=False) for table in tables]

@@ -1,4 +1,4 @@
-"""One split made three, rows that share a title or an image kept together.
+"""Dividing one split into three; rows that share a title or an image stay together.
 
 Dimension key: N rows, M image references, K bytes of a key.
 """
@@ -27,40 +27,40 @@ WHOLE = "train"  # the name of a lone split, which is to be made three
 HELD_OUT = 0.15  # share of valid, and of test, when a dataset has one split only
 
 
-def divide_lone_split(splits: Mapping[str, Rows], reader: Reader, cache: Path, seed: int, tell: Callable[[str], None],
-           titles: TitleIds | None = None, team: Team = ALONE) -> dict[str, Rows]:
+def divide_lone_split(splits: Mapping[str, Rows], reader: Reader, cache: Path, seed: int, log: Callable[[str], None],
+                      titles: TitleIds | None = None, team: Team = ALONE) -> dict[str, Rows]:
     """The splits of a dataset: those it has, or train, valid and test of the one it has, 70/15/15 by `seed`.
 
     Rows with the same image or the same title stay together, by content: all images are read (fetched, if they are
-    URLs) but not decoded, ranks sharing the work, files unchanged since the last look left alone. Rows that cannot be
+    URLs) but not decoded, ranks sharing the work, files unchanged since the last run skipped. Rows that cannot be
     used take part, so that the split does not depend on what decodes. The same rows, content and seed give the same
     split with any model and with none; but a model's `titles` also keep titles together that are the same only because
     they are cut, see `clip_words`.
     """
     if list(splits) != [WHOLE]:
         return dict(splits)
-    rows, found = splits[WHOLE], build_catalogue(splits, replace(clip_words(), cache=cache / "seen"))
-    key_MK = _content_keys(found, reader, cache, team, tell)
-    codes = [_codes(distinct(key_MK)[0][found.image_N[WHOLE]], _has_no_image(found)),
-             _codes(found.title_N[WHOLE], is_blank(found.titles)[found.title_N[WHOLE]])]
+    rows = splits[WHOLE]
+    inputs = build_catalogue(splits, replace(clip_words(), cache=cache / "seen"))
+    key_MK = _content_keys(inputs, reader, cache, team, log)
+    image_N = distinct(key_MK)[0][inputs.image_N[WHOLE]]
+    codes = [_codes(image_N, _has_no_image(inputs)), _title_codes(inputs)]
     if titles is not None:
-        read = build_catalogue(splits, titles)
-        codes.append(_codes(read.title_N[WHOLE], is_blank(read.titles)[read.title_N[WHOLE]]))
+        codes.append(_title_codes(build_catalogue(splits, titles)))
     return {name: replace(rows.take(part), name=name) for name, part in three_way_split(seed, *codes).items()}
 
 
-def _content_keys(found: Catalogue, reader: Reader, cache: Path, team: Team,
-                  tell: Callable[[str], None]) -> np.ndarray:
+def _content_keys(inputs: Catalogue, reader: Reader, cache: Path, team: Team,
+                  log: Callable[[str], None]) -> np.ndarray:
     """The content key of each reference, uint8 [M, K]; one that cannot be read has a key of its own."""
-    own = np.arange(*share(len(found.references), team.rank, team.size))
-    seen = StatCache(cache / "seen", found.references.path.to_pylist(), reader.folder)
+    own = np.arange(*share(len(inputs.references), team.rank, team.size))
+    seen = StatCache(cache / "seen", inputs.references.path.to_pylist(), reader.folder)
     verdicts = DecodeResults()
-    for verdict in decode_distinct(found, reader, own[~seen.known[own]].tolist(), lambda key: True, tell):
+    for verdict in decode_distinct(inputs, reader, own[~seen.known[own]].tolist(), lambda key: True, log):
         verdicts.add(verdict)
     for reference in own[seen.known[own]].tolist():
         verdicts.add(DecodeResult(reference, seen.keys[reference].tobytes(), None))
     answers = team.exchange((verdicts, bool(seen.known[own].all())))
-    key_MK, good_M = keys_and_usable([each for each, _ in answers], len(found.references))
+    key_MK, good_M = keys_and_usable([each for each, _ in answers], len(inputs.references))
     if team.rank == 0 and not all(nothing_new for _, nothing_new in answers):
         seen.remember(key_MK, good_M)
     for reference in np.flatnonzero(~good_M):
@@ -68,13 +68,18 @@ def _content_keys(found: Catalogue, reader: Reader, cache: Path, team: Team,
     return key_MK
 
 
-def _has_no_image(found: Catalogue) -> np.ndarray:
-    """Which rows of the one split name no image at all, bool [N]."""
+def _has_no_image(inputs: Catalogue) -> np.ndarray:
+    """The rows of the one split that name no image, bool [N]."""
     import pyarrow.compute as pc
 
-    images = found.splits[WHOLE].image
+    images = inputs.splits[WHOLE].image
     path, data = (pc.is_null(pc.struct_field(images, field)) for field in ("path", "bytes"))
     return pc.and_(path, data).to_numpy()
+
+
+def _title_codes(inputs: Catalogue) -> np.ndarray:
+    title_N = inputs.title_N[WHOLE]
+    return _codes(title_N, is_blank(inputs.titles)[title_N])
 
 
 def _codes(code_N: np.ndarray, alone_N: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """One file, or one folder of images -> a table of the columns in use, under the names of their roles.
 
-Titles are read as they are written: no reader here guesses types. A row that cannot be used is told to the `Account`
-with its number (from 0, in its file) and left out.
+Titles are read as they are written: no reader here guesses types. A row that cannot be used is left out and reported
+to the `Account` with its number (from 0, in its file).
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def _jsonl(path: Path, columns: Columns, account: Account) -> pa.Table:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
+                where = f"line {number}"
                 try:
-                    yield Record(row, where := f"line {number}", parse_json(line, where))
+                    yield Record(row, where, parse_json(line, where))
                 except BadSample as problem:
                     account.drop(str(path), row, problem)
                 row += 1
@@ -98,7 +99,7 @@ def _shard(path: Path, columns: Columns, account: Account) -> pa.Table:
 
 
 def holds_addresses(path: Path, columns: Columns) -> bool:
-    """Does the first row of a table name its image by URL? False where it cannot be read."""
+    """True if the first row of a table names its image by URL; False where it cannot be read."""
     account = Account()
     try:
         image = read_table(path, columns, account)["image"]

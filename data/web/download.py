@@ -1,6 +1,6 @@
-"""One large body -> a file: streamed to disk, bounded, gone on with where a cut connection or a killed run left it.
+"""Download one large body to a file: streamed, bounded, resumed where a cut connection or a killed run left it.
 
-Small bodies, which are held in memory until they are whole, are `data.web.fetch`'s.
+`data.web.fetch` fetches small bodies, which are held in memory until they are whole.
 """
 
 from __future__ import annotations
@@ -16,63 +16,52 @@ from yarl import URL
 from data.batch import BadSample
 from data.progress import DownloadProgress
 from data.shards.tar import BLOCK, END, is_header
-from data.web.fetch import PASSING, FetchPolicy, disk_errors_as_user_errors, retry_delay
-from data.web.guard import BadStatus, Sessions, as_bad_sample, redirect_target
+from data.web.fetch import disk_errors_as_user_errors
+from data.web.guard import BadStatus, Sessions, redirect_target
+from data.web.policy import FetchPolicy, follow_redirects, with_retries
 
-LEAST_BYTES = 1 << 20  # a try that brings fewer in `policy.timeout` seconds is over: a server that drips holds nobody
+LEAST_BYTES = 1 << 20  # a try that brings fewer in `policy.timeout` seconds ends, for servers that drip bytes
 PIECE = 1 << 18
 
 
 class Downloader:
-    """What all downloads of a process share."""
+    """Downloads files over shared sessions, under one policy, with one progress display."""
 
     def __init__(self, sessions: Sessions, policy: FetchPolicy, progress: DownloadProgress) -> None:
         self.sessions, self.policy, self.progress = sessions, policy, progress
 
     async def persist(self, url: URL, part: Path, most: int, is_tar: bool = False) -> None:
-        """Bring the file at a URL to `part`, which may hold the beginning of it. Raises BadSample, UserError.
+        """Download the file at a URL to `part`, which may hold its beginning. Raises BadSample, UserError.
 
         Tried until it is whole; only tries in a row that bring less than LEAST_BYTES count against `retries`.
         """
-        tried = 0
-        while True:
-            before = part.stat().st_size if part.exists() else 0
-            try:
-                return await self._follow(url, part, most, is_tar)
-            except BadSample as bad:
-                if part.exists() and part.stat().st_size >= before + LEAST_BYTES:
-                    tried = 0
-                if tried == self.policy.retries or not PASSING.fullmatch(bad.reason):
-                    raise
-                await asyncio.sleep(retry_delay(tried, bad, self.policy))
-            tried += 1
+        before = 0  # bytes there when the current try began
 
-    async def _follow(self, url: URL, part: Path, most: int, is_tar: bool) -> None:
-        """One try, over all its hops."""
-        for _ in range(self.policy.redirects + 1):
-            try:
-                async with asyncio.timeout(self.policy.timeout) as limit:
-                    elsewhere = await self._get(url, part, most, is_tar, limit)
-            except (aiohttp.ClientError, OSError, ValueError) as error:
-                raise as_bad_sample(error) from error
-            if elsewhere is None:
-                return
-            url = elsewhere
-        raise BadSample("redirects", f"more than {self.policy.redirects}")
+        async def request(url: URL) -> URL | None:
+            async with asyncio.timeout(self.policy.timeout) as limit:
+                return await self._get(url, part, most, is_tar, limit)
+
+        async def attempt() -> None:
+            nonlocal before
+            before = _size(part)
+            await follow_redirects(request, url, self.policy)
+
+        await with_retries(attempt, self.policy, lambda: _size(part) >= before + LEAST_BYTES)
 
     async def _get(self, url: URL, part: Path, most: int, is_tar: bool, limit: asyncio.Timeout) -> URL | None:
-        """One answer, put behind what is there already; or where it redirects to."""
-        begin, seal = _begun(part)
-        wanted = {"Range": f"bytes={begin}-", "If-Range": seal} if begin else {}
-        async with self.sessions.of(url).get(url, allow_redirects=False, headers=wanted) as response:
+        """Append one answer to the bytes in `part`; or return the URL it redirects to."""
+        begin, version = _begun(part)
+        headers = {"Range": f"bytes={begin}-", "If-Range": version} if begin else {}
+        async with self.sessions.of(url).get(url, allow_redirects=False, headers=headers) as response:
             if (elsewhere := redirect_target(response)) is not None:
                 return elsewhere
             if response.status not in (200, 206, 416):  # whatever the body
                 raise BadStatus(response)
             if begin and response.status == 416 and response.headers.get("Content-Range") == f"bytes */{begin}":
                 return None  # nothing was left to fetch
-            if response.status != 200 and not (_validator(response) == seal and response.headers.get(
-                    "Content-Range", "").startswith(f"bytes {begin}-")):  # a part of something else: start afresh
+            content_range = response.headers.get("Content-Range", "")
+            is_rest = _validator(response) == version and content_range.startswith(f"bytes {begin}-")
+            if response.status != 200 and not is_rest:  # a part of something else: start afresh
                 part.unlink(missing_ok=True)
                 raise BadSample("short-body", "the server answers with another part than was asked for")
             begin = begin if response.status == 206 else 0
@@ -90,8 +79,9 @@ class Downloader:
 
     async def _save(self, response: aiohttp.ClientResponse, file: FileIO, size: int, most: int, is_tar: bool,
                     limit: asyncio.Timeout) -> None:
-        """The body of an answer into a file; `limit` moves on with every LEAST_BYTES."""
-        milestone, last = size + LEAST_BYTES, b""
+        """Write the body of an answer to a file of `size` bytes; `limit` is extended with every LEAST_BYTES."""
+        milestone = size + LEAST_BYTES
+        last = b""
         async for piece in _pieces(response, is_tar and not size):
             last = (last + piece)[-len(END):]
             size += len(piece)
@@ -107,7 +97,7 @@ class Downloader:
 
 
 async def _pieces(response: aiohttp.ClientResponse, is_tar: bool) -> AsyncIterator[bytes]:
-    """The body; before anything is stored of what `is_tar`, its first header is judged. Raises BadSample."""
+    """The body in pieces; `is_tar` checks its first header before anything is stored. Raises BadSample."""
     if is_tar:
         head = b""
         while len(head) < BLOCK and (more := await response.content.read(BLOCK - len(head))):
@@ -120,21 +110,25 @@ async def _pieces(response: aiohttp.ClientResponse, is_tar: bool) -> AsyncIterat
 
 
 def validator_path(part: Path) -> Path:
-    """Where it says which version of a file a part is of."""
+    """The file that holds the version (see `_validator`) of which a part is."""
     return part.with_name(part.name + ".seal")
 
 
 def _begun(part: Path) -> tuple[int, str]:
-    """How many bytes are there to go on behind, and of which version; 0 where that cannot be told."""
+    """The number of bytes to resume behind, and their version; 0 and "" where the version is unknown."""
     try:
-        seal = validator_path(part).read_text()
-        return (part.stat().st_size if seal else 0), seal
+        version = validator_path(part).read_text()
+        return (part.stat().st_size if version else 0), version
     except OSError:
         return 0, ""
 
 
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
 def _validator(response: aiohttp.ClientResponse) -> str:
-    """What If-Range takes (RFC 9110, 13.1.5): a strong ETag or else a date; "" for none."""
+    """The version of an answer as If-Range takes it (RFC 9110, 13.1.5): a strong ETag, else a date, else ""."""
     tag = response.headers.get("ETag", "W/")
     return response.headers.get("Last-Modified", "") if tag.startswith("W/") else tag
 

@@ -1,7 +1,7 @@
-"""One guarded request: no address but a public one, no body but a whole one below the limit.
+"""Guarded requests: only to public addresses, only whole bodies below the limit.
 
-Through a proxy the address that is dialled is the proxy's, so a host is judged by its name alone: literal addresses and
-local names are refused as without one, what other names resolve to is for the proxy to judge.
+With a proxy the address that is dialled is the proxy's, so a host is checked by its name alone: literal private
+addresses and local names are refused as without one; the proxy decides about what other names resolve to.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ NAT64, IPV6_GLOBAL = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network(
 # Cloud metadata services and dead relays that Python, or some version of it, calls global.
 SPECIAL = [ipaddress.ip_network(each) for each in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")]
 
-UNSAFE = re.compile(rb"%(?![0-9A-Fa-f]{2})|[^A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]")  # what RFC 3986 has no place for
+UNSAFE = re.compile(rb"%(?![0-9A-Fa-f]{2})|[^A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]")  # bytes that RFC 3986 forbids
 LOCAL_NAME = re.compile(r"[^.:]+|.*\.(localhost|local|internal|home\.arpa)\.?")
 
 
 class _ForbiddenAddress(OSError):
-    """The guard's refusal; always with the same words, as aiohttp merges the differing errors of a host's addresses."""
+    """A refused address; the message never varies, as aiohttp merges differing ones of a host."""
 
     def __init__(self) -> None:
         super().__init__(errno.EACCES, "not a public address; --allow-host HOST opens it")
@@ -59,11 +59,11 @@ ERRORS: tuple[tuple[type[Exception], str], ...] = (
     (TimeoutError, "timeout"),
     (ValueError, "bad-url"),
     (Exception, "connection"),
-)  # the first that fits
+)  # the first that matches counts
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is on the public internet; IPv6 that carries an IPv4 address is judged by that one."""
+    """True for an IP address on the public internet; IPv6 that embeds an IPv4 address is checked by that one."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped or ip in NAT64:
@@ -76,7 +76,7 @@ def is_public(address: str) -> bool:
 
 
 def _public_socket(info: tuple[Any, ...]) -> socket.socket:
-    """A socket for one (family, type, protocol, name, address) about to be dialled, whatever name led to it."""
+    """A socket for one (family, type, protocol, name, address) about to be dialled. Raises _ForbiddenAddress."""
     family, kind, protocol, _, address = info
     if not is_public(address[0]):
         raise _ForbiddenAddress
@@ -84,7 +84,7 @@ def _public_socket(info: tuple[Any, ...]) -> socket.socket:
 
 
 def check_proxy(proxy: str) -> str:
-    """Return `proxy`. Raises UserError unless it is an http(s) address."""
+    """Return `proxy` if it is an http(s) address. Raises UserError."""
     try:
         url = URL(proxy)
         usable = url.scheme in ("http", "https") and bool(url.host)
@@ -96,13 +96,13 @@ def check_proxy(proxy: str) -> str:
 
 
 def unused_proxy() -> str:
-    """The proxy variable that is set and that fetching does not use, "" for none."""
+    """The name of a proxy variable that is set, and that fetching ignores; "" for none."""
     names = ("https_proxy", "http_proxy", "all_proxy")
     return next((name for name in (*map(str.upper, names), *names) if os.environ.get(name)), "")
 
 
 def is_local_name(host: str) -> bool:
-    """Whether a host is an address that is not public, in any spelling, or a name of the local network."""
+    """True if a host is a private address, in any spelling, or a name of the local network."""
     with suppress(OSError):  # 127.1 and 0x7f.1 are addresses too
         host = socket.inet_ntoa(socket.inet_aton(host))
     try:
@@ -131,7 +131,7 @@ class Sessions:
         await self._unguarded.close()
 
     def of(self, url: URL) -> aiohttp.ClientSession:
-        """The session that may ask this host. Raises BadSample for one that a proxy must not be asked for."""
+        """The session for requests to this host. Raises BadSample for a host that must not be requested by proxy."""
         if url.host in self._names:
             return self._unguarded
         if self._proxy and is_local_name(url.host or ""):
@@ -141,7 +141,7 @@ class Sessions:
 
 def _open_session(guarded: bool, proxy: str) -> aiohttp.ClientSession:
     """A session that keeps no cookie, trusts no proxy variable, inflates nothing and always checks TLS."""
-    # The limits are the client's. Idle connections go early: a list of many hosts would eat up the descriptors.
+    # The client limits connections. Idle ones close early: a list of many hosts would use up the descriptors.
     factory = _public_socket if guarded else None
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0, socket_factory=factory)
     return aiohttp.ClientSession(
@@ -156,18 +156,20 @@ def _open_session(guarded: bool, proxy: str) -> aiohttp.ClientSession:
 
 
 def web_url(text: str, base: URL | None = None) -> URL:
-    """The URL to ask for, byte for byte as it is written; only what no URL may hold is percent-encoded.
+    """The URL to request, byte for byte as it is written; only bytes that no URL may hold are percent-encoded.
 
-    Signed and thumbor addresses are valid in one spelling alone. `base` is what a redirect starts from. Raises
+    Signed and thumbor addresses are valid in one spelling alone. `base` is the URL that redirects. Raises
     BadSample.
     """
     try:
-        found = re.match(r"(https?:)?//([^/?#]*)", text, re.IGNORECASE)
-        if found:
+        match = re.match(r"(https?:)?//([^/?#]*)", text, re.IGNORECASE)
+        if match:
             # Only here is normalising right: host names fold case, and other alphabets than ASCII become punycode.
-            start = URL(f"{found[1] or (base.scheme + ':' if base else '')}//{found[2]}")
-            rest = _percent_encode(text[found.end():])
-            url = URL(f"{start.scheme}://{start.raw_authority}{rest if rest[:1] == '/' else '/' + rest}", encoded=True)
+            scheme = match[1] or (f"{base.scheme}:" if base else "")
+            start = URL(f"{scheme}//{match[2]}")
+            rest = _percent_encode(text[match.end():])
+            path = rest if rest.startswith("/") else f"/{rest}"
+            url = URL(f"{start.scheme}://{start.raw_authority}{path}", encoded=True)
         else:
             url = URL(_percent_encode(text), encoded=True)
             url = base.join(url) if base else url
@@ -183,7 +185,7 @@ def web_url(text: str, base: URL | None = None) -> URL:
 
 def _percent_encode(text: str) -> str:
     """The same text with every byte that a URL may not hold percent-encoded. Raises ValueError for lone surrogates."""
-    return UNSAFE.sub(lambda found: b"%%%02X" % found[0][0], text.encode(errors="surrogateescape")).decode("ascii")
+    return UNSAFE.sub(lambda match: b"%%%02X" % match[0][0], text.encode(errors="surrogateescape")).decode("ascii")
 
 
 def variants_of(url: URL) -> list[URL]:
@@ -195,14 +197,14 @@ def variants_of(url: URL) -> list[URL]:
 
 
 def redirect_target(response: aiohttp.ClientResponse) -> URL | None:
-    """Where an answer redirects to, if it does; raises `BadSample`."""
+    """The URL that an answer redirects to, None if it does not. Raises BadSample."""
     if response.status in (301, 302, 303, 307, 308) and "Location" in response.headers:
         return web_url(response.headers["Location"], response.url)
     return None
 
 
 async def get(session: aiohttp.ClientSession, url: URL, max_bytes: int) -> bytes | URL:
-    """The body of one answer, or where it redirects to; raises `BadSample` and what aiohttp raises."""
+    """The body of one answer, or the URL it redirects to. Raises BadSample and aiohttp's errors."""
     async with session.get(url, allow_redirects=False) as response:
         if (elsewhere := redirect_target(response)) is not None:
             return elsewhere
@@ -225,7 +227,9 @@ async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
         raise BadSample("bad-encoding", repr(encoding))
     if (response.content_length or 0) > max_bytes:
         raise BadSample("too-large", f"{response.content_length} bytes announced, {max_bytes} allowed")
-    body, taken, inflater = bytearray(), 0, None
+    body = bytearray()
+    taken = 0
+    inflater = None
     async for chunk in response.content.iter_any():
         taken += len(chunk)
         if encoding != "identity":
@@ -245,7 +249,7 @@ async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
 
 
 def _is_placeholder(url: URL, body: bytes) -> bool:
-    """Whether a YouTube name that promises more holds 120x90 pixels; the picture itself is not looked at."""
+    """True if a YouTube name of a larger picture holds 120x90 pixels; the picture itself is not decoded."""
     if url.name.partition(".")[0].removesuffix("_live") in ("default", "1", "2", "3"):
         return False  # these are that small by nature
     try:
@@ -256,9 +260,9 @@ def _is_placeholder(url: URL, body: bytes) -> bool:
 
 
 def as_bad_sample(error: Exception) -> BadSample:
-    """An error as a row of the ledger; what aiohttp wraps (`os_error`) counts too."""
+    """A network error as a BadSample; the cause that aiohttp wraps (`os_error`) counts too."""
     causes = error, getattr(error, "os_error", None)
-    reason = next(word for kind, word in ERRORS if any(isinstance(cause, kind) for cause in causes))
+    reason = next(name for kind, name in ERRORS if any(isinstance(cause, kind) for cause in causes))
     return BadSample(reason, f"{type(error).__name__} {error}".strip()[:200])
 
 

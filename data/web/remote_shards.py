@@ -1,7 +1,7 @@
-"""Shards at http(s) addresses -> local files, each fetched once, whatever the number of ranks and runs.
+"""Shards at http(s) addresses to local files, each fetched once, whatever the number of ranks and runs.
 
-A shard streams to disk, so memory stays flat; it goes on where a cut connection or a killed run left it, and appears
-under its name when it is whole. The guard of addresses is that of thumbnails (`data.web.guard`).
+A shard streams to disk, so memory stays flat; it is resumed where a cut connection or a killed run left it, and gets
+its name when it is whole. Addresses are checked as those of thumbnails are (`data.web.guard`).
 """
 
 from __future__ import annotations
@@ -20,33 +20,35 @@ from data.progress import DownloadProgress
 from data.shards.index import MAX_INDEX, expand_braces, indexed, sidecar, tar_digest
 from data.shards.tar import open_tar
 from data.web.download import Downloader, validator_path
-from data.web.fetch import FetchPolicy, disk_errors_as_user_errors
+from data.web.fetch import disk_errors_as_user_errors
 from data.web.guard import Sessions, unused_proxy, web_url
+from data.web.policy import FetchPolicy
 
-MAX_SHARD = 1 << 36  # bytes; such a shard would not be one
+MAX_SHARD = 1 << 36  # bytes; larger files are refused
 AT_ONCE = 4  # shards under way in one process
-POLL_S = 0.2  # between looks at a shard that another process is fetching
+POLL_S = 0.2  # between checks of a shard that another process is fetching
 
 
-def fetch_shards(pattern: str, folder: Path, policy: FetchPolicy, tell: Callable[[str], None]) -> list[Path]:
-    """Local paths, in order, of the shards at http://HOST/{train,valid}-{000..009}.tar; those in `folder` are not
-    asked for again, and those that another process is fetching are waited for.
+def fetch_shards(pattern: str, folder: Path, policy: FetchPolicy, log: Callable[[str], None]) -> list[Path]:
+    """The local paths, in order, of the shards at http://HOST/{train,valid}-{000..009}.tar, fetched if need be.
 
-    Raises UserError at the first that cannot be had; what was fetched until then stays.
+    Those in `folder` are not requested again; those that another process is fetching are waited for. Raises UserError
+    at the first that cannot be fetched; the others stay.
     """
     if "*" in pattern:
         raise UserError(f"{pattern}: a server cannot be asked what * stands for; write a range such as {{000..009}}")
     urls = list(dict.fromkeys(expand_braces(pattern)))
-    names = [web_name(url) for url in urls]
-    places = [folder / hashlib.sha256(url.encode()).hexdigest()[:32] / name
-              for url, name in zip(urls, names, strict=True)]
-    missing = [(url, path) for url, path in zip(urls, places, strict=True) if not path.exists()]
+    paths = {}
+    for url in urls:
+        name = web_name(url)
+        paths[url] = folder / hashlib.sha256(url.encode()).hexdigest()[:32] / name
+    missing = [(url, path) for url, path in paths.items() if not path.exists()]
     random.shuffle(missing)  # an order of its own for every rank, so that they share the work and seldom wait
-    if missing and not policy.proxy and (name := unused_proxy()):
-        tell(f"{name} is set and not used: shards are fetched directly; --proxy URL fetches them through a proxy")
+    if missing and not policy.proxy and (variable := unused_proxy()):
+        log(f"{variable} is set and not used: shards are fetched directly; --proxy URL fetches them through a proxy")
     if missing:
-        asyncio.run(_fetch_all(missing, folder, policy, tell))
-    return places
+        asyncio.run(_fetch_all(missing, folder, policy, log))
+    return [*paths.values()]
 
 
 def web_name(url: str) -> str:
@@ -61,34 +63,34 @@ def web_name(url: str) -> str:
 
 
 async def _fetch_all(missing: Sequence[tuple[str, Path]], folder: Path, policy: FetchPolicy,
-                     tell: Callable[[str], None]) -> None:
-    progress = DownloadProgress("shards fetched", len(missing), tell)
+                     log: Callable[[str], None]) -> None:
+    progress = DownloadProgress("shards fetched", len(missing), log)
     slots = asyncio.Semaphore(AT_ONCE)
     async with Sessions(policy.allow_hosts, policy.proxy) as sessions:
-        loader = Downloader(sessions, policy, progress)
+        downloader = Downloader(sessions, policy, progress)
 
-        async def one(url: str, path: Path) -> None:
+        async def fetch_one(url: str, path: Path) -> None:
             async with slots:
-                await _Shard(url, path, loader).obtain()
+                await _Shard(url, path, downloader).obtain()
                 progress()
 
         try:
             async with asyncio.TaskGroup() as group:
                 for url, path in missing:
-                    group.create_task(one(url, path))
+                    group.create_task(fetch_one(url, path))
         except BaseExceptionGroup as problems:  # the first failure has cancelled the others
             raise problems.exceptions[0] from None
 
 
 class _Shard:
-    """One shard on its way into its place: NAME.tar.part, and beside it which version it is of."""
+    """One shard being downloaded, to NAME.tar.part, with its version (`validator_path`) beside it."""
 
-    def __init__(self, url: str, path: Path, loader: Downloader) -> None:
-        self.url, self.path, self.loader = url, path, loader
+    def __init__(self, url: str, path: Path, downloader: Downloader) -> None:
+        self.url, self.path, self.downloader = url, path, downloader
         self.part = path.with_name(path.name + ".part")
 
     async def obtain(self) -> None:
-        """Fetch it under a lock, or wait for the process that does; the kernel frees the lock of a killed one."""
+        """Fetch the shard under a lock, or wait for the process that does; the kernel frees a killed process's lock."""
         with disk_errors_as_user_errors(self.path.parent):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock = open(f"{self.path}.lock", "ab")
@@ -104,7 +106,7 @@ class _Shard:
 
     async def _fetch(self) -> None:
         try:
-            await self.loader.persist(web_url(self.url), self.part, MAX_SHARD, is_tar=True)
+            await self.downloader.persist(web_url(self.url), self.part, MAX_SHARD, is_tar=True)
             await self._index()
         except BadSample as bad:
             raise UserError(f"{self.url} cannot be fetched ({bad}); run again to go on where it stopped, or leave the "
@@ -115,14 +117,14 @@ class _Shard:
             validator_path(self.part).unlink(missing_ok=True)
 
     async def _index(self) -> None:
-        """The index beside the shard, where the server has one that fits: it spares every run a walk over the tar.
+        """Fetch the index of the shard, if the server has one that fits, so that no run has to scan the tar.
 
-        A shard written by `run.py shards` is then known to be, byte for byte, what was written. Raises BadSample.
+        The index also holds the digest of the tar, which is checked. Raises BadSample.
         """
-        place, part = sidecar(self.path), sidecar(self.part)
+        part = sidecar(self.part)
         url = web_url(self.url)
         try:
-            await self.loader.persist(url.with_path(url.path + ".index.json", keep_query=True), part, MAX_INDEX)
+            await self.downloader.persist(url.with_path(url.path + ".index.json", keep_query=True), part, MAX_INDEX)
             with open_tar(self.part) as file:
                 index = indexed(self.part, file)
         except BadSample:
@@ -135,4 +137,4 @@ class _Shard:
             if hashlib.file_digest(whole, "sha256").hexdigest() != tar_digest(index):
                 self.part.unlink()
                 raise BadSample("bad-digest", "its bytes are not those that its index was written with")
-        part.replace(place)
+        part.replace(sidecar(self.path))

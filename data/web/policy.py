@@ -1,0 +1,75 @@
+"""Limits of HTTP requests, and the retries and redirects that small and large bodies share."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import aiohttp
+from yarl import URL
+
+from data.batch import BadSample
+from data.web.guard import BadStatus, as_bad_sample
+
+BACKOFF = 0.5  # seconds before the second try; doubled for each further one, times a random 0.5 to 1.5
+TRANSIENT = re.compile(r"timeout|connection|dns|short-body|http-(408|425|429|5..)")  # tried again, also by later runs
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class FetchPolicy:
+    """How hard, how long and how far to try; the defaults suit a list of thumbnails on one large host."""
+
+    connections: int = 64  # requests under way at once
+    per_host: int = 64  # of these, to one host name
+    timeout: float = 30.0  # seconds for one try, redirects and body included; also the longest Retry-After obeyed
+    max_bytes: int = 20_000_000  # largest body, as sent and after inflation; held in memory until it is whole
+    retries: int = 4  # further tries after a transient failure: with 30 % faults 99.8 % get through
+    redirects: int = 5  # hops followed before giving up
+    allow_hosts: tuple[str, ...] = ()  # host names, as they stand in the URL, that may have a private address
+    variants: bool = False  # YouTube: try maxresdefault, sddefault and hqdefault before the name given
+    proxy: str = ""  # address of an HTTP proxy that all requests go through
+
+
+async def with_retries(attempt: Callable[[], Awaitable[Answer]], policy: FetchPolicy,
+                       has_advanced: Callable[[], bool] = lambda: False) -> Answer:
+    """The answer of `attempt`, called again after transient failures, `policy.retries` times in a row at most.
+
+    A failed attempt after which `has_advanced()` does not count. Raises BadSample.
+    """
+    tried = 0
+    while True:
+        try:
+            return await attempt()
+        except BadSample as bad:
+            if has_advanced():
+                tried = 0
+            if tried == policy.retries or not TRANSIENT.fullmatch(bad.reason):
+                raise
+            await asyncio.sleep(_retry_delay(tried, bad, policy))
+        tried += 1
+
+
+async def follow_redirects(request: Callable[[URL], Awaitable[Answer | URL]], url: URL, policy: FetchPolicy) -> Answer:
+    """The answer of `request(url)`, or that of the URL it redirects to. Raises BadSample, also for network errors."""
+    for _ in range(policy.redirects + 1):
+        try:
+            answer = await request(url)
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise as_bad_sample(error) from error
+        if not isinstance(answer, URL):
+            return answer
+        url = answer
+    raise BadSample("redirects", f"more than {policy.redirects}")
+
+
+def _retry_delay(tried: int, bad: BadSample, policy: FetchPolicy) -> float:
+    """Seconds to wait after failure number `tried` (from 0): the server's Retry-After, plus backoff with jitter."""
+    pause = BACKOFF * 2**tried * random.uniform(0.5, 1.5)
+    if isinstance(bad, BadStatus):
+        pause += bad.wait
+    return min(pause, policy.timeout)

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from data.batch import UserError, share
+from data.files import write_mark
 from data.prefetch import EpochBatches, epoch_order
 from data.store import features as module
 from data.store.feature_split import FeatureSplit, StoredTable
@@ -157,6 +158,7 @@ def test_a_kill_loses_nothing_acknowledged(tmp_path: Path) -> None:
 
 
 def append_and_die(_: Connection, folder: Path) -> None:
+    write_mark(folder, "features")
     os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
     FeatureStore(folder, WIDTH).append(keys_of(range(9)), values_of(range(9)))
 
@@ -203,6 +205,7 @@ def test_data_reach_the_disk_before_the_name_and_the_name_before_the_answer(
         calls.append("rename")
         real_replace(source, target)
 
+    write_mark(tmp_path, "features")
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", rename)
     FeatureStore(tmp_path, WIDTH).append(keys_of(range(9)), values_of(range(9)))

@@ -49,7 +49,7 @@ def mine_negatives(split: Split, title_PT: Tensor, rule: str, known_splits: Sequ
 
 
 class _TitlesOfImages:
-    """The titles, of `used_U` (ascending), that some row of `splits` pairs with an image."""
+    """The titles, of `used_U` (ascending), that rows of `splits` pair with each image."""
 
     def __init__(self, splits: Sequence[Split], used_U: Tensor) -> None:
         image_A = torch.cat([split.image_N for split in splits])

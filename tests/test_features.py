@@ -382,7 +382,8 @@ def test_ranks_share_each_global_batch_in_order(tmp_path: Path, mapped: bool, ne
         order = torch.randperm(101, generator=torch.Generator().manual_seed(42 + epoch))
         steps = -(-101 // batch)
         ranks = [[split.features(rows) for rows in islice(
-            EpochBatches(101, batch, 42, rank, size).from_step(epoch * steps + first), steps - first)] for rank in range(size)]
+            EpochBatches(101, batch, 42, rank, size).from_step(epoch * steps + first),
+            steps - first)] for rank in range(size)]
         for step, parts in enumerate(zip(*ranks, strict=True), first):
             rows = order[step * batch : (step + 1) * batch]
             image, title, negative, image_id, title_id, negative_id = (

@@ -33,7 +33,7 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def key_of(data: bytes) -> bytes:
-    """Return the 16-byte key of some content."""
+    """Return the 16-byte key of a content."""
     return hashlib.blake2b(data, digest_size=KEY).digest()
 
 

@@ -221,7 +221,7 @@ def check_bad_share(rows: int, ledger: Sequence[Mapping[str, Any]], max_bad: flo
     """Raise UserError, with the reasons, when more than a share `max_bad` of all rows is in the ledger."""
     dropped = dropped_rows(ledger)
     if dropped > max_bad * rows:
-        raise UserError(f"{dropped:,} of {rows:,} rows cannot be used ({describe_reasons(ledger)}); fix them or raise "
+        raise UserError(f"{dropped:,} of {rows:,} rows cannot be used ({describe_reasons(ledger)}); mend them or raise "
                         f"--max-bad (now {100 * max_bad:.3g}%)")
 
 

@@ -110,7 +110,7 @@ class Encoders:
         return TitleIds(self.tokenizer, self.max_tokens, self.text_space, cache / "seen")
 
     def tokenize(self, titles: pa.StringArray) -> list[list[int]]:
-        """Return the token ids of some titles."""
+        """Return the token ids of titles."""
         return tokenize(self.tokenizer, titles.to_pylist(), self.max_tokens)
 
     def image_store(self, cache: Path) -> FeatureStore:

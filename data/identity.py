@@ -1,4 +1,4 @@
-"""When two images, and when two titles, are the same: the one answer that losses, metrics, splits and store use.
+"""Identity of images and titles: the one definition that losses, metrics, splits and the feature store use.
 
 Images are the same when their bytes are equal. Titles are the same when the model's tokenizer makes equal token ids of
 them, truncated to what its text tower reads: CLIP's folds case and white space and composes accents (NFC).
@@ -15,12 +15,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from data.images.decode import tokenize
+from data.images.decode import FastTokenizer, tokenize
 from data.store.segments import KEY, key_of
 from data.titles import CHUNK, TokenLists, title_chunks
 
@@ -42,33 +43,33 @@ class Contents(NamedTuple):
 
 @dataclass(frozen=True)
 class TitleIds:
-    """Titles as a tokenizer reads them, cut to `max_tokens`. `name` is unique to the two.
+    """Identity of titles under a tokenizer, cut to `max_tokens`. `name` is unique to the two.
 
-    With a folder `cache` the keys of many titles are kept there: tokenizing a million takes a core some 45 seconds.
+    With a folder `cache` the keys of many titles are kept there: tokenizing a million takes a core about 45 seconds.
     """
 
-    tokenizer: Any  # has a `backend_tokenizer` of the tokenizers library
+    tokenizer: FastTokenizer
     max_tokens: int
     name: str = ""
     cache: Path | None = None
 
     def tokens(self, titles: pa.StringArray) -> TokenLists:
-        """The token ids of all titles."""
-        return TokenLists.of(ids for some in title_chunks(titles)
-                             for ids in tokenize(self.tokenizer, some, self.max_tokens))
+        """Return the token ids of all titles."""
+        chunks = (tokenize(self.tokenizer, chunk, self.max_tokens) for chunk in title_chunks(titles))
+        return TokenLists.of(chain.from_iterable(chunks))
 
     def keys(self, titles: pa.StringArray) -> np.ndarray:
-        """The content keys [P, K] uint8 of all titles: equal exactly where token ids are."""
+        """Return the content keys [P, K] uint8 of all titles: equal exactly where token ids are."""
         if self.cache is None or len(titles) < CHUNK:
             return keys_of_tokens(self.tokens(titles))
         file = self.cache / f"titles-{_digest(titles, self.name)}.npz"
-        with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(file, allow_pickle=False) as kept:
-            keys_PK = kept["keys"]
+        with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(file, allow_pickle=False) as stored:
+            keys_PK = stored["keys"]
             if keys_PK.shape == (len(titles), KEY) and keys_PK.dtype == np.uint8:
                 return keys_PK
         keys_PK = keys_of_tokens(self.tokens(titles))
         temporary = file.with_name(f".{secrets.token_hex(8)}.npz")
-        with suppress(OSError):  # a cache that cannot be written costs time and nothing else
+        with suppress(OSError):  # without the cache titles are only tokenized again
             file.parent.mkdir(parents=True, exist_ok=True)
             try:
                 np.savez(temporary, keys=keys_PK)
@@ -84,12 +85,12 @@ class _Backend(NamedTuple):
 
 @cache
 def clip_words() -> TitleIds:
-    """What is known of titles without a model: token ids before truncation, under any CLIP tokenizer.
+    """Return the identity of titles without a model: token ids before truncation, under any CLIP tokenizer.
 
-    CLIP tokenizers differ in their vocabulary alone. They normalise alike, cut words alike, and each spells every word
-    in pieces of its bytes, the last of which ends the word: so titles get equal ids from one exactly when they get
-    equal ids from another, and the small vocabulary that ships with the demo serves. Where a title ends for a model of
-    77 tokens only its own vocabulary tells: longer titles that differ behind that place count as different here.
+    CLIP tokenizers differ only in their vocabulary. They normalise and split words in the same way, and each spells
+    every word in pieces of its bytes, the last of which ends the word: so titles get equal ids from one exactly when
+    they get equal ids from another, and the demo's small vocabulary serves. The place where a model truncates depends
+    on its own vocabulary: titles that differ only behind that place count as different here.
     """
     from tokenizers import Tokenizer
 
@@ -97,15 +98,15 @@ def clip_words() -> TitleIds:
 
 
 def keys_of_tokens(tokens: TokenLists) -> np.ndarray:
-    """The content keys [P, K] uint8 of titles, given their token ids."""
+    """Return the content keys [P, K] uint8 of titles, given their token ids."""
     joined = b"".join(key_of(tokens.raw(index)) for index in range(len(tokens)))
     return np.frombuffer(joined, np.uint8).reshape(-1, KEY)
 
 
 def distinct(keys_nK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number distinct keys in the order they come: the number of each key [n], and where each first stands [D]."""
-    _, first, same_n = np.unique(np.ascontiguousarray(keys_nK).view(f"S{KEY}")[:, 0], return_index=True,
-                                 return_inverse=True)
+    """Number distinct keys in order of appearance; return the number of each key [n], and first positions [D]."""
+    keys_n = np.ascontiguousarray(keys_nK).view(f"S{KEY}")[:, 0]
+    _, first, same_n = np.unique(keys_n, return_index=True, return_inverse=True)
     order = np.argsort(first)
     number = np.empty(len(order), np.int64)
     number[order] = np.arange(len(order))
@@ -113,7 +114,7 @@ def distinct(keys_nK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def overlap(splits: Mapping[str, Contents]) -> Overlap:
-    """Rows of each split whose image, title, or pair of both is also in an earlier split; only what overlaps."""
+    """Count the rows of each split whose image, title, or pair of both is also in an earlier split; omit zeros."""
     if not splits:
         return {}
     ends = np.cumsum([len(contents.image_NK) for contents in splits.values()])[:-1]
@@ -123,24 +124,26 @@ def overlap(splits: Mapping[str, Contents]) -> Overlap:
     numbers = {kind: dict(zip(splits, np.split(number, ends), strict=True)) for kind, number in kinds.items()}
     shared: Overlap = {}
     names = list(splits)
-    for place, name in enumerate(names):
-        for other in names[:place]:
-            counts = {kind: int(np.isin(of[name], of[other]).sum()) for kind, of in numbers.items()}
+    for position, name in enumerate(names):
+        for other in names[:position]:
+            counts = {kind: int(np.isin(by_split[name], by_split[other]).sum()) for kind, by_split in numbers.items()}
             if any(counts.values()):
                 shared.setdefault(name, {})[other] = counts
     return shared
 
 
 def describe_overlap(shared: Overlap, rows: Mapping[str, int]) -> str:
-    """The overlap in one line, "" where there is none; `rows` by split."""
-    parts = [f"of {rows[name]:,} {name} rows {counts['images']:,} have an image of {other}, {counts['titles']:,} a "
-             f"title, {counts['rows']:,} are whole rows of it"
-             for name, others in shared.items() for other, counts in others.items()]
+    """Return the overlap in one line, "" where there is none; `rows` are the numbers of rows by split."""
+    parts = []
+    for name, others in shared.items():
+        for other, counts in others.items():
+            parts.append(f"of {rows[name]:,} {name} rows {counts['images']:,} have an image of {other}, "
+                         f"{counts['titles']:,} a title, {counts['rows']:,} are whole rows of it")
     return f"overlap: {'; '.join(parts)}" if parts else ""
 
 
 def _digest(titles: pa.StringArray, name: str) -> str:
-    """A digest of all titles in order, and of `name`."""
+    """Return a digest of all titles in order, and of `name`."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

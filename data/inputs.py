@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Batches, CachedBatches, Team, Tokens, share
+from data.batch import Batch, CachedBatches, Team, Tokens, share
 from data.catalogue import Catalogue, Split
 from data.cold import Pipeline, encode_images, encode_titles
 from data.identity import TitleIds
@@ -29,13 +29,6 @@ class FeatureSource(Protocol):
 
     def feature_splits(self) -> Mapping[str, FeatureSplit]:
         """Return every split's features, by its name."""
-
-
-class BatchSource(Protocol):
-    """Batches of every split of a dataset."""
-
-    def batches(self, split: str, batch_size: int, seed: int) -> Batches:
-        """Return this rank's inputs of a training run; `batch_size` is that of all ranks together."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Hard negatives for rows that have none, from the text features of their own split.
+"""Mine hard negatives for rows that have none, by the text features of their own split.
 
 Dimension key: P distinct titles of all splits, U of a split, N its rows, T text feature width, R a chunk of rows,
 A pairs of an image and a title.
@@ -18,12 +18,12 @@ from data.catalogue import Split
 CHUNK = 1024  # rows of similarities at a time
 
 
-def mine_negatives(split: Split, title_PT: Tensor, how: str, among: Sequence[Split] = ()) -> Split:
-    """The split with a negative for every row that lacks one, or whose own reads like its title: the title of another
-    row, never one that any row of the split, or of the splits `among`, pairs with the row's image.
+def mine_negatives(split: Split, title_PT: Tensor, rule: str, known_splits: Sequence[Split] = ()) -> Split:
+    """Return the split with a negative for every row that lacks one, or whose own equals its title.
 
-    `how` is `hard`, the most similar title by cosine of the text features, or `far`, the original's rule: rows in
-    order, each takes the least similar title that no row before it took. A row without any such title gets none.
+    A negative is another row's title that no row of the split, or of `known_splits`, pairs with the row's image. `rule`
+    "hard" takes the most similar title by cosine of the text features; "far" is the original's rule: rows in order,
+    each takes the least similar title that no earlier row took. A row without any such title gets none.
     """
     used_U, row_title_N = split.title_N.unique(return_inverse=True)
     given_N = torch.full_like(split.title_N, -1) if split.negative_N is None else split.negative_N
@@ -31,13 +31,14 @@ def mine_negatives(split: Split, title_PT: Tensor, how: str, among: Sequence[Spl
     if len(used_U) < 2 or bool((given_N >= 0).all()):
         return split
     unit_UT = F.normalize(title_PT[used_U].float(), dim=-1)
-    titles = _TitlesOfImages([split, *among], used_U)
+    titles = _TitlesOfImages([split, *known_splits], used_U)
     taken_U = torch.zeros(len(used_U), dtype=torch.bool)
     chosen_N = given_N.clone()
     for start in range(0, len(chosen_N), CHUNK):
         chunk = slice(start, start + CHUNK)
-        similarity_RU, own_RU = unit_UT[row_title_N[chunk]] @ unit_UT.T, titles.mask(split.image_N[chunk])
-        if how == "hard":
+        similarity_RU = unit_UT[row_title_N[chunk]] @ unit_UT.T
+        own_RU = titles.mask(split.image_N[chunk])
+        if rule == "hard":
             best_R, picks_R = similarity_RU.masked_fill_(own_RU, -torch.inf).max(1)
             picks_R = picks_R.masked_fill(best_R.isinf(), -1)
         else:
@@ -48,10 +49,11 @@ def mine_negatives(split: Split, title_PT: Tensor, how: str, among: Sequence[Spl
 
 
 class _TitlesOfImages:
-    """Which of the titles `used_U` (ascending) some row of `splits` pairs with an image."""
+    """The titles, of `used_U` (ascending), that rows of `splits` pair with each image."""
 
     def __init__(self, splits: Sequence[Split], used_U: Tensor) -> None:
-        image_A, title_A = (torch.cat(column) for column in zip(*((s.image_N, s.title_N) for s in splits), strict=True))
+        image_A = torch.cat([split.image_N for split in splits])
+        title_A = torch.cat([split.title_N for split in splits])
         is_used_A = torch.isin(title_A, used_U)
         pairs_A2 = torch.stack([image_A[is_used_A], title_A[is_used_A]], 1).unique(dim=0)  # by image
         self._image_A = pairs_A2[:, 0].contiguous()
@@ -59,18 +61,18 @@ class _TitlesOfImages:
         self._titles = len(used_U)
 
     def mask(self, image_R: Tensor) -> Tensor:
-        """Which titles are paired with each image, bool [R, U]."""
+        """Return which titles are paired with each image, bool [R, U]."""
         mask_RU = torch.zeros(len(image_R), self._titles, dtype=torch.bool)
         first_R = torch.searchsorted(self._image_A, image_R)
         count_R = torch.searchsorted(self._image_A, image_R, right=True) - first_R
         row = torch.arange(len(image_R)).repeat_interleave(count_R)
-        place = torch.arange(len(row)) - (count_R.cumsum(0) - count_R).repeat_interleave(count_R)
-        mask_RU[row, self._title_A[first_R.repeat_interleave(count_R) + place]] = True
+        offset = torch.arange(len(row)) - (count_R.cumsum(0) - count_R).repeat_interleave(count_R)
+        mask_RU[row, self._title_A[first_R.repeat_interleave(count_R) + offset]] = True
         return mask_RU
 
 
 def _far(similarity_RU: Tensor, taken_U: Tensor) -> Tensor:
-    """Least similar titles not yet in `taken_U`, which is brought up to date; once all are taken it starts afresh.
+    """Return the least similar titles that are not in `taken_U`, and add them to it; once all are taken, clear it.
 
     A similarity of infinity is never picked; -1 where there is no other.
     """

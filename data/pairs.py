@@ -29,7 +29,7 @@ from data.catalogue import (
 from data.cold import Pipeline, encode_missing_images, encode_missing_titles
 from data.identity import Contents
 from data.images.album import RowPreviews
-from data.inputs import BatchSource, CachedPairs, FeatureSource, StreamedPairs, make_feature_splits
+from data.inputs import CachedPairs, FeatureSource, StreamedPairs, make_feature_splits
 from data.ledger import dropped_rows
 from data.mine import mine_negatives
 from data.sources.source import Rows
@@ -48,7 +48,7 @@ class Pairs:
     identity: Mapping[str, str]  # digests of each split's kept rows and of the base model's towers
     contents: Mapping[str, Contents]  # each split's content keys
     features: FeatureSource
-    inputs: BatchSource
+    inputs: CachedPairs | StreamedPairs
     album: RowPreviews
     store_report: str = ""  # what the cold pass added to the feature store
 

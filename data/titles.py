@@ -1,4 +1,4 @@
-"""Many titles without a Python object for each: their tokens in two arrays, and which of them are blank.
+"""Many titles without a Python object for each: their token ids in two arrays, and a mask of blank ones.
 
 Dimension key: P titles.
 """
@@ -29,9 +29,9 @@ class TokenLists(Sequence[Sequence[int]]):
     def of(cls, lists: Iterator[Sequence[int]]) -> TokenLists:
         """Pack lists, a CHUNK of them at a time."""
         parts, lengths = [np.empty(0, np.int32)], [np.zeros(1, np.int64)]
-        for some in batched(lists, CHUNK):
-            parts.append(np.fromiter(chain.from_iterable(some), np.int32))
-            lengths.append(np.fromiter(map(len, some), np.int64))
+        for chunk in batched(lists, CHUNK):
+            parts.append(np.fromiter(chain.from_iterable(chunk), np.int32))
+            lengths.append(np.fromiter(map(len, chunk), np.int64))
         return cls(np.concatenate(parts), np.cumsum(np.concatenate(lengths)))
 
     def __len__(self) -> int:
@@ -45,20 +45,21 @@ class TokenLists(Sequence[Sequence[int]]):
         if isinstance(index, slice):
             start, stop, _ = index.indices(len(self))
             return TokenLists(self._ids, self._bound[start : max(start, stop) + 1])
-        at = range(len(self))[index]
-        return self._ids[self._bound[at] : self._bound[at + 1]].tolist()
+        index = range(len(self))[index]
+        return self._ids[self._bound[index] : self._bound[index + 1]].tolist()
 
     def raw(self, index: int) -> bytes:
-        """The ids of list `index` (0 or more) as bytes, four each."""
+        """Return the ids of list `index` (0 or more) as bytes, four each."""
         return self._ids[self._bound[index] : self._bound[index + 1]].tobytes()
 
 
 def title_chunks(titles: pa.StringArray) -> Iterator[list[str]]:
-    """The titles, a CHUNK of them at a time."""
+    """Yield the titles, a CHUNK of them at a time."""
     for start in range(0, len(titles), CHUNK):
         yield titles.slice(start, CHUNK).to_pylist()
 
 
 def is_blank(titles: pa.StringArray) -> np.ndarray:
-    """Which titles hold nothing but white space; bool [P]."""
-    return np.array([not title.strip() for some in title_chunks(titles) for title in some], bool)
+    """Return which titles hold nothing but white space, bool [P]."""
+    blank = [not title.strip() for title in chain.from_iterable(title_chunks(titles))]
+    return np.array(blank, bool)

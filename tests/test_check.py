@@ -154,7 +154,7 @@ def test_rows_are_counted_and_five_shown(tmp_path: Path) -> None:
             train.rows[row]["title"] = train.rows[2]["title"]
     entry = {"shard": "/a/train-0.tar", "reason": "truncated", "detail": "cut\x1b[2J"}
     lost = [{**entry, "key": "k7"}, {**entry, "key": ""}]
-    damage, repeats = look_over(pairs, tmp_path / "cache", unread=lost)
+    damage, repeats = look_over(pairs, tmp_path / "cache", lost=lost)
     assert damage == Finding("train-0.tar", "truncated", "error", 2,
                              ("k7: cut [2J", "(unknown sample): cut [2J"))
     assert repeats[:4] == ("train", "repeated-title", "warning", 9)

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from data.batch import UserError, share
+from data.files import write_mark
 from data.prefetch import EpochBatches, epoch_order
 from data.store import features as module
 from data.store.feature_split import FeatureSplit, StoredTable
@@ -157,6 +158,7 @@ def test_a_kill_loses_nothing_acknowledged(tmp_path: Path) -> None:
 
 
 def append_and_die(_: Connection, folder: Path) -> None:
+    write_mark(folder, "features")
     os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
     FeatureStore(folder, WIDTH).append(keys_of(range(9)), values_of(range(9)))
 
@@ -203,6 +205,7 @@ def test_data_reach_the_disk_before_the_name_and_the_name_before_the_answer(
         calls.append("rename")
         real_replace(source, target)
 
+    write_mark(tmp_path, "features")
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", rename)
     FeatureStore(tmp_path, WIDTH).append(keys_of(range(9)), values_of(range(9)))
@@ -380,7 +383,8 @@ def test_ranks_share_each_global_batch_in_order(tmp_path: Path, mapped: bool, ne
         order = torch.randperm(101, generator=torch.Generator().manual_seed(42 + epoch))
         steps = -(-101 // batch)
         ranks = [[split.features(rows) for rows in islice(
-            EpochBatches(101, batch, 42, rank, size).from_step(epoch * steps + first), steps - first)] for rank in range(size)]
+            EpochBatches(101, batch, 42, rank, size).from_step(epoch * steps + first),
+            steps - first)] for rank in range(size)]
         for step, parts in enumerate(zip(*ranks, strict=True), first):
             rows = order[step * batch : (step + 1) * batch]
             image, title, negative, image_id, title_id, negative_id = (

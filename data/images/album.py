@@ -1,4 +1,4 @@
-"""Titles and small pictures of kept rows, for the few that people look at; the store holds features, not pictures.
+"""Titles and small pictures of kept rows, for reports; pictures are read anew, since the store holds features only.
 
 Dimension key: D distinct images by content.
 """
@@ -22,29 +22,29 @@ QUALITY = 78
 
 @dataclass(frozen=True)
 class RowPreviews:
-    """What a row of a split looks like; `row` counts the kept rows."""
+    """Title and picture of any row of a split; `row` counts the kept rows."""
 
-    found: Catalogue
+    catalogue: Catalogue
     splits: Mapping[str, Split]
-    example: np.ndarray  # [D] a reference of each distinct image
+    example_D: np.ndarray  # a reference of each distinct image
     reader: Reader
 
     def title(self, split: str, row: int) -> str:
-        """The row's own title."""
-        return self.found.title(split, int(self.splits[split].row_N[row]))
+        """Return the row's own title."""
+        return self.catalogue.title(split, int(self.splits[split].row_N[row]))
 
     def picture(self, split: str, row: int, side: int = 160) -> bytes:
-        """The row's image as a JPEG whose longer side has `side` pixels; empty when its bytes went away meanwhile."""
+        """Return the image as a JPEG whose longer side has `side` pixels; empty when it can no longer be read."""
         image = int(self.splits[split].image_N[row])
         try:
-            data = self.reader.read(self.found.references[int(self.example[image])].as_py())
+            data = self.reader.read(self.catalogue.references[int(self.example_D[image])].as_py())
             return small_jpeg(data, side, self.reader.max_pixels)
         except BadSample:
             return b""
 
 
 def small_jpeg(data: bytes, side: int, max_pixels: int) -> bytes:
-    """Image bytes -> an upright JPEG, whole and in proportion, at most `side` pixels long. Raises BadSample."""
+    """Return an upright JPEG of image bytes, whole and in proportion, at most `side` pixels long. Raises BadSample."""
     pixels_HWC = decode_whole(data, side, max_pixels).transpose(1, 2, 0)
     out = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels_HWC)).save(out, "JPEG", quality=QUALITY)

@@ -1,4 +1,4 @@
-"""Random crops for `--augment`, as the field trains: where to cut is a pure function of (seed, epoch, row)."""
+"""Random crops for `--augment`: a pure function of (seed, epoch, row)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Region = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 def random_region(seed: int, epoch: int, row: int, width: int, height: int) -> Region:
-    """The part of a `width` x `height` image that `row` shows in `epoch`; it is then resized to the model's square.
+    """Return the crop of a `width` x `height` image for `row` in `epoch`; it is then resized to the model's side.
 
     RandomResizedCrop (Szegedy et al. 2014, arXiv 1409.4842, section 6) as torchvision draws it: an area and a log-even
-    ratio, up to TRIES times until it fits, else the largest centred part whose ratio is within bounds. Neither a resume
-    nor another number of ranks changes it.
+    ratio, up to TRIES times until it fits, else the largest centred part whose ratio is within bounds. It depends on
+    neither resuming nor the number of ranks.
     """
     rng = np.random.default_rng([seed, epoch, row])
     for _ in range(TRIES):

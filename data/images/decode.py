@@ -1,6 +1,6 @@
 """Image bytes to the uint8 pixels CLIP's processor would make, and titles to tokens.
 
-Bytes are hostile until shown otherwise: whatever they hold, the answer is pixels or a `BadSample` with a stable reason.
+Bytes may be hostile: whatever they hold, the result is pixels or a `BadSample` with a stable reason.
 Dimension key: B batch, C colour channels, S crop side in pixels (height, width), L tokens.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,24 +25,27 @@ from PIL import ExifTags, Image, UnidentifiedImageError, __version__
 from data.batch import BadSample, Tokens, UserError
 from data.images.augment import Region
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 PIXELS_VERSION = 2  # part of every image fingerprint: raise it whenever the pixels of some input change
-TOKENS_VERSION = 1  # likewise of titles
+TOKENS_VERSION = 1  # part of every title fingerprint: raise it whenever the tokens of some title change
 MAX_PIXELS = 25_000_000
 MAX_TEXT_CHUNKS = 16  # of a PNG; Pillow inflates each to 1 MiB at most
 MAX_SCANS = 100  # of a JPEG; each costs a pass over the whole image, and a file needs no more than about fifteen
-# Raster formats decoded inside this process. Pillow tries all it knows unless told: EPS, for one, starts Ghostscript.
+# Raster formats decoded inside this process. By default Pillow tries all it knows: EPS, for one, starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM")
-# What `interpolate` calls; these take a scale and a size, so that what lies behind the crop need not be computed.
+# Called by `interpolate`; these take a scale and a size, so that pixels behind the crop need not be computed.
 _TORCH_FILTER = {int(Image.Resampling.BILINEAR): torch.ops.aten._upsample_bilinear2d_aa,
                  int(Image.Resampling.BICUBIC): torch.ops.aten._upsample_bicubic2d_aa}
 _SIMD = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # without it Pillow is the faster of the two
 _TOKENIZING = threading.Lock()
-TURNS = {  # EXIF orientation -> what turns the stored picture upright
+TURNS = {  # EXIF orientation -> transposition that turns the stored picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90}
 
-# Pillow warns about odd metadata and big sizes, where the verdict says all a user needs; torch about read-only pixels,
+# Pillow warns about odd metadata and big sizes, which BadSample reports where it matters; torch about read-only pixels,
 # which are only read here. Set once: `warnings.catch_warnings` around each image would race between decoding threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -50,7 +53,7 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What a model's image processor does to an image; sizes in pixels, (height, width)."""
+    """The settings of a model's image processor; sizes in pixels, (height, width)."""
 
     resize: int | tuple[int, int]  # of the shortest edge, or of both
     crop: tuple[int, int]
@@ -61,7 +64,7 @@ class ImageSpec:
 
     @classmethod
     def from_processor(cls, image_processor: Any) -> ImageSpec:
-        """Read transformers' CLIPImageProcessor or CLIPImageProcessorPil; UserError names a setting that cannot be."""
+        """Read transformers' CLIPImageProcessor or CLIPImageProcessorPil; UserError names an unsupported setting."""
         switches = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
         others = ("do_pad", "size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
         has: dict[str, Any] = {name: getattr(image_processor, name, None) for name in switches + others}
@@ -81,11 +84,11 @@ class ImageSpec:
 
     @classmethod
     def clip(cls, side: int = 224) -> ImageSpec:
-        """CLIP's own preprocessing, for work without a model."""
+        """Return CLIP's own preprocessing, for work without a model."""
         return cls(side, (side, side), int(Image.Resampling.BICUBIC), 1 / 255, (0.0,) * 3, (1.0,) * 3)
 
     def fingerprint(self) -> str:
-        """SHA-256 in hex of everything that decides what a tower sees of given image bytes."""
+        """Return the SHA-256 in hex of everything that decides the pixels of given image bytes."""
         return hashlib.sha256(json.dumps([PIXELS_VERSION, asdict(self)]).encode()).hexdigest()
 
 
@@ -93,15 +96,15 @@ def decode_image(data: bytes, spec: ImageSpec, max_pixels: int = MAX_PIXELS,
                  region: Callable[[int, int], Region] | None = None) -> np.ndarray:
     """Decode the first frame, turned upright, as the transformers PIL processor would, to 2/255: uint8 [3, H, W].
 
-    `region`, given the upright width and height, names a part (left, top, right, bottom) that is resized to the whole
-    crop instead. Raises BadSample: empty, not-image, too-many-pixels (by the header, before decoding; Pillow's own
-    limit of 179 million holds too), truncated, undecodable.
+    `region`, given the upright width and height, returns the part (left, top, right, bottom) that is resized to
+    the whole crop instead. Raises BadSample: empty, not-image, too-many-pixels (by the header, before decoding;
+    Pillow's own limit of 179 million holds too), truncated, undecodable.
     """
     with _as_bad_sample(data):
-        image, see_through = _load(data, max_pixels)
+        image, has_alpha = _load(data, max_pixels)
         if region is not None:
             image, spec = image.crop(region(*image.size)), replace(spec, resize=spec.crop)
-        return _fit(image, see_through, spec)
+        return _fit(image, has_alpha, spec)
 
 
 def decode_whole(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -110,10 +113,10 @@ def decode_whole(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> np.nda
     Raises BadSample as `decode_image`.
     """
     with _as_bad_sample(data):
-        image, see_through = _load(data, max_pixels)
+        image, has_alpha = _load(data, max_pixels)
         shrink = min(1.0, side / max(image.size))
         size = max(1, round(image.height * shrink)), max(1, round(image.width * shrink))
-        return _fit(image, see_through, replace(ImageSpec.clip(), resize=size, crop=size))
+        return _fit(image, has_alpha, replace(ImageSpec.clip(), resize=size, crop=size))
 
 
 @contextmanager
@@ -132,20 +135,20 @@ def _as_bad_sample(data: bytes) -> Iterator[None]:
 
 
 def _load(data: bytes, max_pixels: int) -> tuple[Image.Image, bool]:
-    """The upright first frame, and whether parts of it may be transparent."""
+    """Return the upright first frame, and whether parts of it may be transparent."""
     if not data:
         raise BadSample("empty", "zero bytes")
     image = _open(data, max_pixels)
-    see_through = "A" in image.getbands() or image.info.get("transparency") is not None
+    has_alpha = "A" in image.getbands() or image.info.get("transparency") is not None
     image.load()
     turn = TURNS.get(_orientation(image))
-    return image if turn is None else image.transpose(turn), see_through
+    return image if turn is None else image.transpose(turn), has_alpha
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF (or XMP) orientation of a loaded image, as `ImageOps.exif_transpose` reads it; 1 is upright.
+    """Return the EXIF (or XMP) orientation of a loaded image, as `ImageOps.exif_transpose` reads it; 1 is upright.
 
-    A TIFF has been turned by Pillow when it was loaded. Viewers show a picture whose EXIF is damaged as it is stored.
+    Pillow turns a TIFF when it loads it. A picture with damaged EXIF is shown as it is stored, as viewers do.
     """
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -157,7 +160,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
-    """Parse the header only, and refuse what would cost memory or time out of all proportion to its pixels."""
+    """Parse the header only, and refuse files whose decoding would take far more memory or time than their pixels."""
     if data.startswith(b"\x89PNG") and data.count(b"zTXt") + data.count(b"iTXt") > MAX_TEXT_CHUNKS:
         raise BadSample("undecodable", f"more than {MAX_TEXT_CHUNKS} compressed text chunks")
     image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -176,7 +179,7 @@ class _Axis(NamedTuple):
     after: int
     start: int
     stop: int
-    pad: int  # zeros ahead of them, where the crop is larger
+    pad: int  # zeros before them, where the crop is larger
 
     @classmethod
     def of(cls, before: int, after: int, crop: int) -> _Axis:
@@ -184,17 +187,17 @@ class _Axis(NamedTuple):
         return cls(before, after, max(0, offset), min(after, offset + crop), max(0, -offset))
 
     def source(self) -> tuple[float, float]:
-        """Where the kept part lies in the original; not in whole pixels."""
+        """Return the bounds of the kept part in the original, in fractional pixels."""
         return self.start * self.before / self.after, self.stop * self.before / self.after
 
     def cut(self) -> tuple[int, int]:
-        """Every original pixel that the kept part depends on: a bicubic filter reaches two (scaled) pixels away."""
+        """Return the bounds of all original pixels that it depends on: a bicubic filter reaches two (scaled) pixels."""
         first, last = self.source()
         reach = 2 * max(self.before / self.after, 1) + 1
         return max(0, math.floor(first - reach)), min(self.before, math.ceil(last + reach))
 
 
-def _fit(image: Image.Image, see_through: bool, spec: ImageSpec) -> np.ndarray:
+def _fit(image: Image.Image, has_alpha: bool, spec: ImageSpec) -> np.ndarray:
     """Resize and centre-crop, zeros where the crop is larger than the resized image: uint8 [3, H, W]."""
     if isinstance(spec.resize, int):  # the long edge is rounded down, as transformers does
         short = min(image.size)
@@ -204,22 +207,22 @@ def _fit(image: Image.Image, see_through: bool, spec: ImageSpec) -> np.ndarray:
     x, y = _Axis.of(image.width, width, spec.crop[1]), _Axis.of(image.height, height, spec.crop[0])
     mostly_kept = x.after * y.after <= 4 * math.prod(spec.crop)
     if _SIMD and mostly_kept and not _height_first(x, y):
-        pixels_HWC = _resize_then_crop(_rgb(image, see_through), x, y, spec.resample)
+        pixels_HWC = _resize_then_crop(_rgb(image, has_alpha), x, y, spec.resample)
     else:
-        pixels_HWC = _resize_cropped(image, see_through, x, y, spec.resample)
+        pixels_HWC = _resize_cropped(image, has_alpha, x, y, spec.resample)
     out_CHW = np.zeros((3, *spec.crop), np.uint8)
     out_CHW[:, y.pad:y.pad + y.stop - y.start, x.pad:x.pad + x.stop - x.start] = pixels_HWC.transpose(2, 0, 1)
     return out_CHW
 
 
 def _height_first(x: _Axis, y: _Axis) -> bool:
-    """Does Pillow, from version 13 on, shrink the height first? The 8-bit values in between depend on it."""
+    """Return whether Pillow shrinks the height first (13 and later may): the 8-bit values in between depend on it."""
     return int(__version__.split(".")[0]) >= 13 and y.before - y.after > max(0, 2 * (x.before - x.after))
 
 
-def _rgb(image: Image.Image, see_through: bool) -> Image.Image:
-    """Convert as transformers does: whatever is transparent lies on white."""
-    if see_through:
+def _rgb(image: Image.Image, has_alpha: bool) -> Image.Image:
+    """Convert as transformers does: composite transparent parts on white."""
+    if has_alpha:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -240,7 +243,7 @@ def _resize_then_crop(image: Image.Image, x: _Axis, y: _Axis, resample: int) -> 
     return kept_1CHW[0, :3, y.start:y.stop, x.start:x.stop].permute(1, 2, 0).numpy()
 
 
-def _resize_cropped(image: Image.Image, see_through: bool, x: _Axis, y: _Axis, resample: int) -> np.ndarray:
+def _resize_cropped(image: Image.Image, has_alpha: bool, x: _Axis, y: _Axis, resample: int) -> np.ndarray:
     """Compute the crop alone, in Pillow's order of passes: memory stays small however long the image is.
 
     Pillow keeps boxes in 32-bit floats, hence the cut to the part that matters first: coordinates stay small and exact.
@@ -253,15 +256,23 @@ def _resize_cropped(image: Image.Image, see_through: bool, x: _Axis, y: _Axis, r
     def down(part: Image.Image) -> Image.Image:
         return part.resize((part.width, y.stop - y.start), resample, (0, y0 - top, part.width, y1 - top))
 
-    part = _rgb(image.crop((left, top, right, bottom)), see_through)
+    part = _rgb(image.crop((left, top, right, bottom)), has_alpha)
     return np.asarray(across(down(part)) if _height_first(x, y) else down(across(part)))
 
 
-def tokenize(tokenizer: Any, titles: Sequence[str], max_length: int) -> list[list[int]]:
+class FastTokenizer(Protocol):
+    """A transformers tokenizer that is backed by the tokenizers library."""
+
+    @property
+    def backend_tokenizer(self) -> Tokenizer:
+        """The tokenizers object."""
+
+
+def tokenize(tokenizer: FastTokenizer, titles: Sequence[str], max_length: int) -> list[list[int]]:
     """Encode titles with BOS and EOS, cut on the right to `max_length` tokens with EOS kept, without padding.
 
-    Truncation and padding stored with a (transformers) tokenizer are set aside meanwhile and put back. Halves of
-    surrogate pairs, which UTF-8 cannot hold, become "?".
+    Truncation and padding stored with the tokenizer are switched off meanwhile. Halves of surrogate pairs, which UTF-8
+    cannot hold, become "?".
     """
     backend = tokenizer.backend_tokenizer
     texts = [title.encode("utf-8", "replace").decode("utf-8") for title in titles]
@@ -285,7 +296,7 @@ def collate_tokens(ids: Sequence[Sequence[int]], pad_id: int) -> Tokens:
     return Tokens(torch.from_numpy(ids_BL), torch.from_numpy(mask_BL.astype(np.int64)))
 
 
-def tokenizer_fingerprint(tokenizer: Any, max_length: int) -> str:
-    """SHA-256 in hex of everything that decides a title's tokens; stored truncation and padding do not."""
+def tokenizer_fingerprint(tokenizer: FastTokenizer, max_length: int) -> str:
+    """Return the SHA-256 in hex of everything that decides a title's tokens; stored truncation and padding do not."""
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": max_length, "padding": None}
     return hashlib.sha256(json.dumps([TOKENS_VERSION, state], sort_keys=True).encode()).hexdigest()

@@ -1,1 +1,1 @@
-"""The feature store and the views training has of it."""
+"""The feature store, and the feature tables that training reads from it."""

@@ -1,4 +1,4 @@
-"""The feature store: what the towers said about each image and title, kept by content, encoded once ever."""
+"""The feature store: the towers' outputs for each image and title, kept by content, so that each is encoded once."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PIECE = 256  # rows copied at a time: few enough to stay in the processor's cach
 
 
 class FeatureStore:
-    """One space: append-only, shared by any number of processes, no byte of it used before it was verified.
+    """One space: append-only, shared by any number of processes; every byte is verified before it is used.
 
     Opening verifies everything but the values (size, header, keys, sums); `locate` verifies the blocks of values it
     points into, once per process, so `gather` only copies. A damaged segment is renamed `*.damaged`, warned about,
-    listed in `damaged` and forgotten: its rows are missing again, and get encoded again. Row numbers stay good as long
-    as the object lives; each process numbers rows its own way. Raises UserError when the folder cannot be read.
+    listed in `damaged` and ignored: its rows count as missing, and are encoded again. Row numbers stay valid as long as
+    the object lives; each process numbers rows on its own. Raises UserError when the folder cannot be read.
     """
 
     def __init__(self, folder: Path, width: int, dtype: torch.dtype = torch.float32) -> None:
@@ -40,12 +40,12 @@ class FeatureStore:
         self._opened_with = len(self)
 
     def __len__(self) -> int:
-        """Rows held; content that several ranks wrote counts as often as it was written."""
+        """Return the number of rows; content that several ranks wrote counts as often as it was written."""
         return sum(len(segment.keys) for segment in self._live())
 
     @property
     def grown(self) -> int:
-        """Rows more than when it was opened, whoever wrote them."""
+        """Rows added since this store was opened, by any process."""
         return len(self) - self._opened_with
 
     @property
@@ -54,9 +54,10 @@ class FeatureStore:
         return sum(self._layout.header(len(segment.keys))[1] for segment in self._live())
 
     def refresh(self) -> None:
-        """See what other processes wrote. Those that see the same segments pick the same copy of repeated content."""
+        """Load what other processes wrote. Processes with equal segments choose equal copies of repeated content."""
         try:
-            for name in sorted(os.listdir(self.folder)) if self.folder.exists() else []:
+            names = os.listdir(self.folder) if self.folder.exists() else []
+            for name in sorted(names):
                 if name.endswith(SUFFIX) and name not in self._known:
                     self._load(self.folder / name)
         except OSError as error:
@@ -65,7 +66,7 @@ class FeatureStore:
         self._rebuild()
 
     def locate(self, keys: np.ndarray) -> np.ndarray:
-        """Row numbers [n] int64 of keys [n, 16] uint8, -1 where missing; every row named has been verified."""
+        """Return row numbers [n] int64 of keys [n, 16] uint8, -1 where missing; every row returned is verified."""
         while True:
             rows = self._find(np.ascontiguousarray(keys, np.uint8).reshape(-1).view(f"S{KEY}"))
             wanted = np.zeros(len(self._verified), bool)
@@ -74,7 +75,7 @@ class FeatureStore:
                 return rows
 
     def gather(self, rows: np.ndarray) -> Tensor:
-        """Values [n, width] of row numbers that `locate` gave, in a fresh CPU tensor; IndexError for any others."""
+        """Return values [n, width] of row numbers from `locate`, in a new CPU tensor; IndexError for any others."""
         out = torch.empty(len(rows), self.width, dtype=self.dtype)
         target = out.view(torch.uint8).numpy()
         starts = np.array([segment.start for segment in self._segments], np.int64)
@@ -92,7 +93,7 @@ class FeatureStore:
         return out
 
     def append(self, keys: np.ndarray, values: Tensor) -> None:
-        """Write keys [n, 16] uint8 and values [n, width] as one segment, on disk for good when this returns.
+        """Write keys [n, 16] uint8 and values [n, width] as one segment, synced to disk when this returns.
 
         Raises UserError, with the store as it was, when the disk is full or the folder cannot be written.
         """
@@ -110,7 +111,7 @@ class FeatureStore:
             self._add(segment.keys, np.arange(len(keys)) + segment.start)
 
     def verify(self) -> list[str]:
-        """Read every byte again; names of all segments found damaged or gone since this store was opened."""
+        """Read every byte again; return the names of all segments found damaged or gone since this store was opened."""
         for segment in self._live():
             try:
                 open_segment(segment.path, segment.start, self._layout)
@@ -137,7 +138,7 @@ class FeatureStore:
         return segment
 
     def _set_aside(self, path: Path, reason: str) -> None:
-        with suppress(OSError):  # another rank was first, or the folder is read-only: forgetting it is enough
+        with suppress(OSError):  # another rank was first, or the folder is read-only: ignoring the segment is enough
             os.replace(path, path.with_name(path.name + ".damaged"))
         self.damaged.append(path.name)
         warnings.warn(f"feature segment {path} is damaged ({reason}); its rows will be encoded again", stacklevel=2)
@@ -146,11 +147,12 @@ class FeatureStore:
         """Index all live segments anew, in an order that is the same in every process."""
         live, self._index = sorted(self._live()), []
         if live:
-            self._add(np.concatenate([segment.keys for segment in live]),
-                      np.concatenate([np.arange(len(segment.keys)) + segment.start for segment in live]))
+            keys = np.concatenate([segment.keys for segment in live])
+            rows = np.concatenate([segment.start + np.arange(len(segment.keys)) for segment in live])
+            self._add(keys, rows)
 
     def _add(self, keys: np.ndarray, rows: np.ndarray) -> None:
-        """Index these rows; parts of like size are merged, so a row is sorted few times however many appends come."""
+        """Index these rows; parts of similar size are merged, so that a row is sorted few times in many appends."""
         while self._index and len(self._index[-1][0]) <= 2 * len(keys):
             older_keys, older_rows = self._index.pop()
             keys, rows = np.concatenate([older_keys, keys]), np.concatenate([older_rows, rows])
@@ -158,22 +160,23 @@ class FeatureStore:
         self._index.append((keys[order], rows[order]))
 
     def _find(self, keys: np.ndarray) -> np.ndarray:
-        found, order = np.full(len(keys), -1), np.argsort(keys)  # sorted queries share cache lines: twice as fast
+        result = np.full(len(keys), -1)
+        order = np.argsort(keys)  # sorted queries share cache lines: twice as fast
         for known, rows in self._index:
-            spots = np.minimum(np.searchsorted(known, keys[order]), len(known) - 1)
-            hits = known[spots] == keys[order]
-            found[order[hits]] = rows[spots[hits]]
-        return found
+            position = np.minimum(np.searchsorted(known, keys[order]), len(known) - 1)
+            is_hit = known[position] == keys[order]
+            result[order[is_hit]] = rows[position[is_hit]]
+        return result
 
     def _verify(self, wanted: np.ndarray) -> bool:
-        """Read these blocks (bool [blocks]) and set aside the segments that are damaged; True when none is."""
+        """Read these blocks (bool [blocks]) and set aside damaged segments; return whether there were none."""
         before = len(self.damaged)
         for segment in self._live() if wanted.any() else []:
-            ours = slice(segment.start // BLOCK, segment.start // BLOCK + len(segment.sums))
-            bad = segment.first_bad(np.flatnonzero(wanted[ours]))
+            blocks = slice(segment.start // BLOCK, segment.start // BLOCK + len(segment.sums))
+            bad = segment.first_bad(np.flatnonzero(wanted[blocks]))
             if bad is not None:
                 self._set_aside(segment.path, f"values of rows {bad * BLOCK} and on")
-            self._verified[ours] |= wanted[ours]
+            self._verified[blocks] |= wanted[blocks]
         if len(self.damaged) > before:
             self._rebuild()
         return len(self.damaged) == before

@@ -1,4 +1,4 @@
-"""Files of the feature store: written whole, verified when opened, mapped; and the folders they lie in.
+"""Files of the feature store, written atomically, verified when opened, memory-mapped; and their folders.
 
 A space (tower and preprocessing fingerprint) is a folder of immutable segments. A segment is a safetensors file: keys
 [n, 16] u8, sums [1 + blocks] u32, values [n, width], rows in the order they came. Its header is a pure function of its
@@ -33,12 +33,12 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def key_of(data: bytes) -> bytes:
-    """The 16-byte key of some content."""
+    """Return the 16-byte key of a content."""
     return hashlib.blake2b(data, digest_size=KEY).digest()
 
 
 class Layout(NamedTuple):
-    """What all segments of a space have in common."""
+    """Properties that all segments of a space share."""
 
     space: str
     width: int
@@ -50,14 +50,16 @@ class Layout(NamedTuple):
         return self.width * self.dtype.itemsize
 
     def header(self, rows: int) -> tuple[bytes, int]:
-        """The header of a segment of `rows` rows, and the size of the whole file."""
+        """Return the header of a segment of `rows` rows, and the size of the whole file."""
         blocks = -(-rows // BLOCK)
         fields: dict[str, object] = {"__metadata__": {
             "format": FORMAT, "space": self.space, "block_rows": str(BLOCK)}}
+        tensors = (
+            ("keys", "U8", [rows, KEY], rows * KEY),
+            ("sums", "U32", [1 + blocks], 4 * (1 + blocks)),
+            ("values", DTYPES[self.dtype], [rows, self.width], rows * self.row_bytes))
         end = 0
-        for name, dtype, shape, size in (
-                ("keys", "U8", [rows, KEY], rows * KEY), ("sums", "U32", [1 + blocks], 4 * (1 + blocks)),
-                ("values", DTYPES[self.dtype], [rows, self.width], rows * self.row_bytes)):
+        for name, dtype, shape, size in tensors:
             fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
             end += size
         text = json.dumps(fields).encode().ljust(HEADER - 8)
@@ -65,7 +67,7 @@ class Layout(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """One file, mapped."""
+    """One memory-mapped file."""
 
     path: Path
     start: int  # number of its first row in the store: a multiple of BLOCK, so that row // BLOCK is the block
@@ -74,13 +76,13 @@ class Segment(NamedTuple):
     values: np.ndarray  # [n, row bytes] uint8
 
     def take(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """Copy these of the store's rows (ascending) to `out` [n, row bytes]; IndexError when they are not all here."""
+        """Copy these rows of the store (ascending) to `out` [n, row bytes]; IndexError when one is not in this file."""
         if rows[-1] >= self.start + len(self.keys):
             raise IndexError(f"no row {rows[-1]}")
         np.take(self.values, rows - self.start, 0, out, "clip")  # "clip": unlike "raise" it needs no buffer
 
     def first_bad(self, blocks: np.ndarray) -> int | None:
-        """The first of `blocks` whose values are not those that were written, or None."""
+        """Return the first of `blocks` whose values are not those that were written, or None."""
         for block in blocks.tolist():
             if zlib.crc32(self.values[block * BLOCK : (block + 1) * BLOCK].data) != self.sums[block]:
                 return int(block)
@@ -88,7 +90,7 @@ class Segment(NamedTuple):
 
 
 def open_segment(path: Path, start: int, layout: Layout) -> Segment:
-    """Map a segment and verify all of it but the values. Nothing in the file is parsed, only compared.
+    """Map a segment and verify all of it but the values; its bytes are only compared, never parsed.
 
     Raises ValueError with the reason when it is not a whole segment of this space, FileNotFoundError when it is gone.
     """
@@ -102,25 +104,27 @@ def open_segment(path: Path, start: int, layout: Layout) -> Segment:
         raw = torch.from_file(f"/dev/fd/{file.fileno()}", shared=False, size=size, dtype=torch.uint8).numpy()
     if raw[:HEADER].tobytes() != header:
         raise ValueError("header damaged, or of another space")
-    at_sums, at_values = HEADER + rows * KEY, size - rows * layout.row_bytes
-    keys, sums, values = raw[HEADER:at_sums], raw[at_sums:at_values].view("<u4"), raw[at_values:]
+    sums_start, values_start = HEADER + rows * KEY, size - rows * layout.row_bytes
+    keys, values = raw[HEADER:sums_start], raw[values_start:]
+    sums = raw[sums_start:values_start].view("<u4")
     if zlib.crc32(sums[1:].data, zlib.crc32(keys.data)) != sums[0]:
         raise ValueError("keys or checksums damaged")
     return Segment(path, start, keys.view(f"S{KEY}"), sums[1:], values.reshape(rows, layout.row_bytes))
 
 
 def write_segment(folder: Path, layout: Layout, keys: np.ndarray, values: Tensor) -> Path:
-    """Write a segment whole or not at all: temporary file, fsync, rename, fsync of the folder. Raises OSError."""
+    """Write a segment atomically: temporary file, fsync, rename, fsync of the folder. Raises OSError."""
     flat = values.detach().to("cpu", layout.dtype).contiguous().view(torch.uint8).numpy()
     keys = np.ascontiguousarray(keys, np.uint8)
-    sums = np.array([0] + [zlib.crc32(flat[low : low + BLOCK].data) for low in range(0, len(flat), BLOCK)], "<u4")
+    block_sums = [zlib.crc32(flat[low : low + BLOCK].data) for low in range(0, len(flat), BLOCK)]
+    sums = np.array([0, *block_sums], "<u4")
     sums[0] = zlib.crc32(sums[1:].data, zlib.crc32(keys.data))
     path = folder / (secrets.token_hex(16) + SUFFIX)
     temporary = path.with_name(path.name + ".tmp")
     folder.mkdir(parents=True, exist_ok=True)
     directory = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without locks: nothing there is ever taken for stale
+        with suppress(OSError):  # a file system without locks: `remove_stale` deletes nothing there
             fcntl.flock(directory, fcntl.LOCK_SH)
         with open(temporary, "xb") as file:
             file.writelines((layout.header(len(keys))[0], keys.data, sums.data, flat.data))
@@ -135,7 +139,7 @@ def write_segment(folder: Path, layout: Layout, keys: np.ndarray, values: Tensor
 
 
 def remove_stale(folder: Path) -> None:
-    """Delete what killed writers left: a live one holds a shared lock on the folder, which its death releases."""
+    """Delete what killed writers left: a live one holds a shared lock on the folder, released when it ends."""
     with suppress(OSError):
         directory = os.open(folder, os.O_RDONLY)
         try:
@@ -147,7 +151,7 @@ def remove_stale(folder: Path) -> None:
 
 
 def spaces(cache_dir: Path) -> dict[str, int]:
-    """Bytes on disk of every space in `cache_dir`, by the name of its folder; a folder that is not ours is none."""
+    """Return the bytes on disk of every space in `cache_dir`, by its folder's name; other folders are left out."""
     sizes: dict[str, int] = {}
     for folder in sorted(cache_dir.glob("*")):
         paths = sorted(folder.glob(f"*{SUFFIX}*"))
@@ -160,7 +164,7 @@ def spaces(cache_dir: Path) -> dict[str, int]:
 
 
 def _is_ours(path: Path) -> bool:
-    """Did `write_segment` write it? Its header says so, or its name where the header is damaged."""
+    """Return whether `write_segment` wrote it: by its header, or by its name where the header is damaged."""
     if NAME.match(path.name):
         return True
     with suppress(OSError), path.open("rb") as file:
@@ -169,7 +173,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def prune(cache_dir: Path, keep: Collection[str]) -> int:
-    """Delete the spaces not named in `keep`, and damaged segments everywhere; returns the bytes freed.
+    """Delete the spaces not named in `keep`, and damaged segments everywhere; return the bytes freed.
 
     Files that this program did not write stay where they are.
     """
@@ -179,6 +183,6 @@ def prune(cache_dir: Path, keep: Collection[str]) -> int:
         for path in folder.glob(f"*{SUFFIX}.damaged" if name in keep else f"*{SUFFIX}*"):
             if path.suffix == ".damaged" or _is_ours(path):  # in a space of ours, only we call anything damaged
                 path.unlink(missing_ok=True)
-        with suppress(OSError):  # not empty: kept, or somebody's own files are in it
+        with suppress(OSError):  # not empty: kept, or other files are in it
             folder.rmdir()
     return sum(before.values()) - sum(spaces(cache_dir).values())

@@ -1,19 +1,20 @@
-"""Keeping the feature store in order: how large its spaces are, whether their bytes are what was written, pruning."""
+"""Maintenance of the feature store: sizes of its spaces, verification, pruning."""
 
 from __future__ import annotations
 
 import json
 import warnings
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from data.store.features import FeatureStore
-from data.store.segments import DTYPES, HEADER, SUFFIX, prune, spaces
+from data.store.segments import DTYPES, HEADER, SUFFIX, Layout, prune, spaces
 
 
 class Space(NamedTuple):
-    """One space of the store: its folder's name, bytes on disk, rows, and the segments that are damaged."""
+    """One space of the store: its folder's name, bytes on disk, rows, and names of damaged segments."""
 
     name: str
     nbytes: int
@@ -26,36 +27,42 @@ def verify_spaces(cache: Path) -> list[Space]:
 
     Raises UserError when a folder cannot be read.
     """
-    return [_look_over(cache / "features" / name, size) for name, size in spaces(cache / "features").items()]
+    return [_verify_space(cache / "features" / name, size) for name, size in spaces(cache / "features").items()]
 
 
-def _look_over(folder: Path, nbytes: int) -> Space:
-    damaged = sorted(path.name.removesuffix(".damaged") for path in folder.glob(f"*{SUFFIX}.damaged"))
-    for path in sorted(folder.glob(f"*{SUFFIX}")):
-        try:  # the space's shape is in the header of any whole segment
-            with path.open("rb") as file:
-                values = json.loads(file.read(HEADER)[8:])["values"]
-            width, dtype = int(values["shape"][1]), next(t for t, name in DTYPES.items() if name == values["dtype"])
-            break
-        except (ValueError, KeyError, TypeError, IndexError, StopIteration):
-            continue
-    else:
-        return Space(folder.name, nbytes, 0, damaged + sorted(path.name for path in folder.glob(f"*{SUFFIX}")))
+def _verify_space(folder: Path, nbytes: int) -> Space:
+    damaged = {path.name.removesuffix(".damaged") for path in folder.glob(f"*{SUFFIX}.damaged")}
+    layout = _read_layout(folder)
+    if layout is None:
+        damaged |= {path.name for path in folder.glob(f"*{SUFFIX}")}
+        return Space(folder.name, nbytes, 0, sorted(damaged))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is damaged is in the answer
-        store = FeatureStore(folder, width, dtype)
-        found = store.verify()
-    return Space(folder.name, nbytes, len(store), sorted({*damaged, *found}))
+        warnings.simplefilter("ignore")  # damaged segments are returned
+        store = FeatureStore(folder, layout.width, layout.dtype)
+        damaged.update(store.verify())
+    return Space(folder.name, nbytes, len(store), sorted(damaged))
+
+
+def _read_layout(folder: Path) -> Layout | None:
+    """Return the layout of a space by the header of its first whole segment; None when there is none."""
+    dtypes = {name: dtype for dtype, name in DTYPES.items()}
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        with suppress(ValueError, KeyError, TypeError, IndexError), path.open("rb") as file:
+            values = json.loads(file.read(HEADER)[8:])["values"]
+            return Layout(folder.name, int(values["shape"][1]), dtypes[values["dtype"]])
+    return None
 
 
 def delete_spaces(cache: Path, keep: Collection[str]) -> int:
-    """Delete the spaces of a --cache-dir that are not named in `keep`, and damaged segments; the bytes freed."""
+    """Delete the spaces of a --cache-dir that are not named in `keep`, and damaged segments; return the bytes freed."""
     return prune(cache / "features", keep)
 
 
-def describe_spaces(found: Collection[Space]) -> str:
-    """One line a space, then one for each damaged segment."""
-    lines = [f"{space.name}  {space.nbytes / 1e6:12,.1f} MB  {space.rows:12,} rows  "
-             f"{'FAILED' if space.damaged else 'ok'}" for space in found]
-    lines += [f"{space.name}/{name} is damaged" for space in found for name in space.damaged]
-    return "\n".join([*lines, f"{len(found)} spaces, {sum(space.nbytes for space in found) / 1e6:,.1f} MB"])
+def describe_spaces(spaces: Collection[Space]) -> str:
+    """Return one line for each space, then one for each damaged segment, then the total."""
+    lines = []
+    for space in spaces:
+        verdict = "FAILED" if space.damaged else "ok"
+        lines.append(f"{space.name}  {space.nbytes / 1e6:12,.1f} MB  {space.rows:12,} rows  {verdict}")
+    lines += [f"{space.name}/{name} is damaged" for space in spaces for name in space.damaged]
+    return "\n".join([*lines, f"{len(spaces)} spaces, {sum(space.nbytes for space in spaces) / 1e6:,.1f} MB"])

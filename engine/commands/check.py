@@ -1,10 +1,10 @@
-"""`run.py check`: look at all images and titles before any GPU time."""
+"""`run.py check`: examine all images and titles before any GPU time."""
 
 from __future__ import annotations
 
 import json
 
-from data.check.checks import check as look_over
+from data.check.checks import check as find_problems
 from data.check.findings import as_json, table
 from data.images.decode import ImageSpec
 from data.ledger import dropped_rows
@@ -15,13 +15,17 @@ from engine.ranks.world import World
 
 
 def check(cfg: Config, world: World, stop: StopSignal) -> int:
-    """A look at all images and titles before any GPU time: one process."""
+    """Print the problems of a dataset; the exit code is 1 for errors with --strict. One process does it."""
     if not world.is_main:
         return 0
-    (rows, lost), look = read_rows(cfg, world.say), make_reader(cfg, ImageSpec.clip())
-    rows = divide_source(cfg, world, rows, look)
-    findings, usable = look_over(rows, look, world.say, lost)
+    source = read_rows(cfg, world.say)
+    reader = make_reader(cfg, ImageSpec.clip())
+    rows = divide_source(cfg, world, source.rows, reader)
+    findings, usable = find_problems(rows, reader, world.say, source.unreadable)
     counts = {name: len(split) for name, split in rows.items()}
-    print(json.dumps(as_json(findings, counts, usable), indent=2) if cfg.json
-          else table(findings, counts, usable, dropped_rows(lost)))
-    return int(cfg.strict and any(finding.severity == "error" for finding in findings))
+    if cfg.json:
+        print(json.dumps(as_json(findings, counts, usable), indent=2))
+    else:
+        print(table(findings, counts, usable, dropped_rows(source.unreadable)))
+    has_errors = any(finding.severity == "error" for finding in findings)
+    return int(cfg.strict and has_errors)

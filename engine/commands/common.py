@@ -1,11 +1,11 @@
-"""How commands open a model, its rows and its pairs, and measure them."""
+"""Shared steps of the commands, in the order of a run: folder, rows, model, pairs, evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,64 +32,51 @@ from eval.metrics import Retrieval
 from eval.retrieval import measure_split
 
 
-def load_model(cfg: Config, world: World) -> LoadedModel:
-    """The CLIPModel taken apart, frozen by name, on this rank's device."""
-    parts = open_model(cfg.model, cfg.trainable, cfg.mode, cfg.scale, cfg.precision, world.device, cfg.augment,
-                       cfg.gradient_checkpointing)
-    world.say(parts.describe())
-    return parts
+class Source(NamedTuple):
+    """The rows of a dataset by split, and ledger entries of what could not be read as a row."""
+
+    rows: dict[str, Rows]
+    unreadable: list[dict[str, Any]]
 
 
-def read_rows(cfg: Config, tell: Callable[[str], None] = lambda text: None) -> tuple[
-        dict[str, Rows], list[dict[str, Any]]]:
-    """The splits of --dataset, and ledger entries of what became no row; shards at an address are fetched first.
+def open_run(cfg: Config, world: World) -> tuple[Path, bool]:
+    """Return the run folder and whether it holds a run to go on with. Raises UserError.
 
-    A lone split is whole, under the name train; see `divide_source`.
+    First it is checked that the hub would take the model: hours later would be too late.
+    """
+    if cfg.push_to_hub and world.is_main:
+        check_push(cfg.push_to_hub, world.say)
+    return open_folder(cfg, world)
+
+
+def read_rows(cfg: Config, log: Callable[[str], None]) -> Source:
+    """Read the splits of --dataset; shards at an address are fetched first. Raises UserError.
+
+    A lone split comes whole, under the name train; see `divide_source`.
     """
     def download(pattern: str) -> list[Path]:
-        return fetch_shards(pattern, Path(cfg.cache_dir).expanduser() / "shards", fetch_policy(cfg), tell)
+        return fetch_shards(pattern, cache_folder(cfg) / "shards", fetch_policy(cfg), log)
 
     columns = Columns(cfg.image_column or None, cfg.title_column or None, cfg.negative_column or None)
-    lost: list[dict[str, Any]] = []
-    return load_splits(cfg.dataset, columns, lost.append, download, tell), lost
-
-
-def divide_source(cfg: Config, world: World, rows: Mapping[str, Rows], look: Reader, towers: Encoders | None = None,
-            team: Team = ALONE) -> dict[str, Rows]:
-    """The splits of `read_rows`, a lone one made three by content, which `look` reads; see `divide_lone_split`."""
-    cache = Path(cfg.cache_dir).expanduser()
-    splits = divide_lone_split(rows, look, cache, cfg.seed, world.live,
-                    None if towers is None else towers.title_ids(cache), team)
-    if splits.keys() != rows.keys():
-        sizes = ", ".join(f"{name} {len(split):,}" for name, split in splits.items())
-        world.say(f"one split of {sum(map(len, rows.values())):,} rows, made three by --seed {cfg.seed}: {sizes}")
-    return splits
-
-
-def fetch_policy(cfg: Config) -> FetchPolicy:
-    """What may be asked for over the network, and how."""
-    return FetchPolicy(allow_hosts=cfg.allow_host, variants=cfg.variants, proxy=cfg.proxy and check_proxy(cfg.proxy))
-
-
-def make_reader(cfg: Config, spec: ImageSpec) -> Reader:
-    """How this run turns an image reference into pixels."""
-    folder = Path(cfg.cache_dir).expanduser() / "fetched"
-    return Reader(folder, spec, fetch_policy(cfg), cfg.max_pixels, cfg.workers, cfg.retry_failed, cfg.augment)
-
-
-Source = tuple[dict[str, Rows], list[dict[str, Any]]]  # rows by split, ledger entries of what became no row
+    unreadable: list[dict[str, Any]] = []
+    rows = load_splits(cfg.dataset, columns, unreadable.append, download, log)
+    return Source(rows, unreadable)
 
 
 def open_source(cfg: Config, world: World, split: str = "train") -> Source:
-    """Read the rows before anything slow or written. Raises UserError, also where `split` or an --eval-splits is not.
+    """Read the rows, before anything slow or written.
 
-    A lone split is whole, under the name train, and counts as the three that it will be.
+    Raises UserError where `split` or a split of --eval-splits is missing. A lone split is whole, under the name
+    train, and counts as the three that it will be.
     """
     source = read_rows(cfg, world.say)
-    names = [*(ORDER if list(source[0]) == [WHOLE] else source[0]), *(["probe"] if cfg.probe else [])]
+    names = list(ORDER) if list(source.rows) == [WHOLE] else list(source.rows)
+    if cfg.probe:
+        names.append("probe")
     require_split(cfg, split, names)
-    if wrong := [name for name in cfg.eval_splits if name not in names]:
-        raise UserError(f"--eval-splits {wrong[0]}: there is {', '.join(names)}")
+    for name in cfg.eval_splits:
+        if name not in names:
+            raise UserError(f"--eval-splits {name}: there is {', '.join(names)}")
     return source
 
 
@@ -99,25 +86,30 @@ def require_split(cfg: Config, split: str, names: Collection[str]) -> None:
         raise UserError(f"--dataset {cfg.dataset} has no split {split!r}; it has {', '.join(names)}")
 
 
-def open_data(cfg: Config, world: World, parts: LoadedModel, source: Source, only: str = "") -> Pairs:
-    """Run the cold pass over the rows of `source` with the towers' help, account for every row."""
-    mark_cache(cfg, world)
-    spec = ImageSpec.from_processor(parts.clip.image_processor)
-    team, look = Team(world.rank, world.size, world.meet), make_reader(cfg, spec)
-    towers = make_encoders(parts, spec.fingerprint(), world.device, cfg.compile)
-    rows, lost = divide_source(cfg, world, source[0], look, towers, team), source[1]
-    require_split(cfg, only or "train", rows)
-    if only:
-        lost = [entry for entry in lost if entry.get("split", only) == only]
-    pipeline = Pipeline(look, towers, team, Path(cfg.cache_dir).expanduser(), world.device, world.live)
-    pairs = open_pairs({only: rows[only]} if only else rows, lost, pipeline, cfg.max_bad, cfg.mine_negatives)
-    world.say(pairs.describe())
-    return pairs
+def divide_source(cfg: Config, world: World, rows: Mapping[str, Rows], reader: Reader, encoders: Encoders | None = None,
+                  team: Team = ALONE) -> dict[str, Rows]:
+    """Return the splits of `read_rows`, a lone one made three by the content of its images and titles.
+
+    See `divide_lone_split`; several ranks of a `team` share the reading.
+    """
+    cache = cache_folder(cfg)
+    title_ids = None if encoders is None else encoders.title_ids(cache)
+    splits = divide_lone_split(rows, reader, cache, cfg.seed, world.live, title_ids, team)
+    if splits.keys() != rows.keys():
+        total = sum(len(split) for split in rows.values())
+        sizes = ", ".join(f"{name} {len(split):,}" for name, split in splits.items())
+        world.say(f"one split of {total:,} rows, made three by --seed {cfg.seed}: {sizes}")
+    return splits
+
+
+def cache_folder(cfg: Config) -> Path:
+    """Return the folder of the feature store and of what was fetched."""
+    return Path(cfg.cache_dir).expanduser()
 
 
 def mark_cache(cfg: Config, world: World) -> None:
     """Mark a --cache-dir that is new or empty as ours, so that it is not read as data. Raises UserError."""
-    folder = Path(cfg.cache_dir).expanduser()
+    folder = cache_folder(cfg)
     try:
         if world.is_main and not (folder.exists() and any(folder.iterdir())):
             folder.mkdir(parents=True, exist_ok=True)
@@ -126,57 +118,95 @@ def mark_cache(cfg: Config, world: World) -> None:
         raise UserError(f"--cache-dir {folder} cannot be used: {error.strerror}; choose another folder") from None
 
 
-def make_encoders(parts: LoadedModel, image_preprocessing: str, device: torch.device,
-             compiled: str = "off") -> Encoders:
-    """Lend the towers to the data room: without autograd, in the run's precision, named by what they are."""
-    towers, clip = parts.towers, parts.clip
+def fetch_policy(cfg: Config) -> FetchPolicy:
+    """Return which hosts may be asked over the network, and how."""
+    proxy = cfg.proxy and check_proxy(cfg.proxy)
+    return FetchPolicy(allow_hosts=cfg.allow_host, variants=cfg.variants, proxy=proxy)
+
+
+def make_reader(cfg: Config, spec: ImageSpec) -> Reader:
+    """Return the reader that turns an image reference into the pixels `spec` describes."""
+    fetched = cache_folder(cfg) / "fetched"
+    return Reader(fetched, spec, fetch_policy(cfg), cfg.max_pixels, cfg.workers, cfg.retry_failed, cfg.augment)
+
+
+def load_model(cfg: Config, world: World) -> LoadedModel:
+    """Load --model onto this rank's device, all frozen but the parameters that --trainable names."""
+    model = open_model(cfg.model, cfg.trainable, cfg.mode, cfg.scale, cfg.precision, world.device, cfg.augment,
+                       cfg.gradient_checkpointing)
+    world.say(model.describe())
+    return model
+
+
+def make_encoders(model: LoadedModel, image_preprocessing: str, device: torch.device,
+                  compile_image_tower: str = "off") -> Encoders:
+    """Return the towers as the encoders that data/ works with: no autograd, the run's precision, a name by content."""
+    clip, precision = model.clip, model.precision
     title_preprocessing = tokenizer_fingerprint(clip.tokenizer, clip.max_tokens)
-    image, text = clip.config.vision_config, clip.config.text_config
     return Encoders(
-        image=BatchedEncoder(towers.image, device, parts.precision, compiled), image_width=image.hidden_size,
-        text=BatchedEncoder(towers.text, device, parts.precision, cpu_batch=CPU_TITLES), text_width=text.hidden_size,
-        image_space=fingerprint(clip, "vision_model", image_preprocessing, parts.precision),
-        text_space=fingerprint(clip, "text_model", title_preprocessing, parts.precision),
-        stored=parts.stored, tokenizer=clip.tokenizer, max_tokens=clip.max_tokens)
+        image=BatchedEncoder(model.towers.image, device, precision, compile_image_tower),
+        image_width=clip.config.vision_config.hidden_size,
+        image_space=fingerprint(clip, "vision_model", image_preprocessing, precision),
+        text=BatchedEncoder(model.towers.text, device, precision, cpu_batch=CPU_TITLES),
+        text_width=clip.config.text_config.hidden_size,
+        text_space=fingerprint(clip, "text_model", title_preprocessing, precision),
+        stored=model.stored, tokenizer=clip.tokenizer, max_tokens=clip.max_tokens)
 
 
-def evaluate_splits(residents: Mapping[str, FeatureSplit], head: Head, names: Collection[str],
-            world: World | None = None) -> dict[str, Retrieval]:
-    """Ranks and triplets of the named splits with the head as it is now; all ranks of a `world` share the work."""
-    return {name: evaluate_split(head, split, world) for name, split in residents.items() if name in names}
+def open_data(cfg: Config, world: World, model: LoadedModel, source: Source, only: str = "") -> Pairs:
+    """Return the pairs of `source`: every image and title read and, where features are stored, encoded once.
 
-
-def evaluate_split(head: Head, split: FeatureSplit, world: World | None = None) -> Retrieval:
-    """Ranks and triplets of some rows."""
-    team = ((world.rank, world.size), world.sum) if world else ()
-    return measure_split(head.image, head.text, split.parts(), *team)
+    Rows that cannot be used are dropped and counted. `only` names the one split that is opened.
+    """
+    mark_cache(cfg, world)
+    spec = ImageSpec.from_processor(model.clip.image_processor)
+    team = Team(world.rank, world.size, world.meet)
+    reader = make_reader(cfg, spec)
+    encoders = make_encoders(model, spec.fingerprint(), world.device, cfg.compile)
+    rows = divide_source(cfg, world, source.rows, reader, encoders, team)
+    require_split(cfg, only or "train", rows)
+    unreadable = source.unreadable
+    if only:
+        rows = {only: rows[only]}
+        unreadable = [entry for entry in unreadable if entry.get("split", only) == only]
+    pipeline = Pipeline(reader, encoders, team, cache_folder(cfg), world.device, world.live)
+    pairs = open_pairs(rows, unreadable, pipeline, cfg.max_bad, cfg.mine_negatives)
+    world.say(pairs.describe())
+    return pairs
 
 
 def open_probe(cfg: Config, world: World) -> Source | None:
-    """The rows of --probe, None without one. Raises UserError."""
+    """Return the rows of --probe, None without one. Raises UserError."""
     return open_source(_probe_settings(cfg), world, "test") if cfg.probe else None
 
 
-def _probe_settings(cfg: Config) -> Config:
-    return replace(cfg, dataset=cfg.probe, probe="", eval_splits=(), image_column="", title_column="",
-                   negative_column="", mine_negatives="off")
-
-
-def with_probe(cfg: Config, world: World, parts: LoadedModel, pairs: Pairs, source: Source | None) -> Pairs:
-    """The pairs, and the test split of --probe beside them as a split of its own, only ever measured."""
+def with_probe(cfg: Config, world: World, model: LoadedModel, pairs: Pairs, source: Source | None) -> Pairs:
+    """Return `pairs` with the test split of --probe beside them, as a split of its own that is only measured."""
     if source is None:
         return pairs
-    probe = open_data(_probe_settings(cfg), world, parts, source, only="test")
+    probe = open_data(_probe_settings(cfg), world, model, source, only="test")
     return replace(
-        pairs, splits={**pairs.splits, "probe": probe.splits["test"]},
+        pairs,
+        splits={**pairs.splits, "probe": probe.splits["test"]},
         ledger=[*pairs.ledger, *({**entry, "split": "probe"} for entry in probe.ledger)],
         identity={**pairs.identity, data_key("probe"): probe.identity[data_key("test")]},
         contents={**pairs.contents, "probe": probe.contents["test"]},
         features=AddedSplit(pairs, "probe", probe, "test"))
 
 
-def open_run(cfg: Config, world: World) -> tuple[Path, bool]:
-    """The run folder and whether it holds a run to go on with; first of all, whether the hub would take the model."""
-    if cfg.push_to_hub and world.is_main:
-        check_push(cfg.push_to_hub, world.say)
-    return open_folder(cfg, world)
+def _probe_settings(cfg: Config) -> Config:
+    """Return the settings that read --probe as a dataset of its own."""
+    return replace(cfg, dataset=cfg.probe, probe="", eval_splits=(), image_column="", title_column="",
+                   negative_column="", mine_negatives="off")
+
+
+def evaluate_splits(residents: Mapping[str, FeatureSplit], head: Head, names: Collection[str],
+                    world: World | None = None) -> dict[str, Retrieval]:
+    """Return ranks and triplets of the splits `names` with the head as it is now; ranks of a `world` share the work."""
+    return {name: evaluate_split(head, split, world) for name, split in residents.items() if name in names}
+
+
+def evaluate_split(head: Head, split: FeatureSplit, world: World | None = None) -> Retrieval:
+    """Return ranks and triplets of one split."""
+    sharing = ((world.rank, world.size), world.sum) if world else ()
+    return measure_split(head.image, head.text, split.parts(), *sharing)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from data.batch import UserError
 from data.demo.demo import write_demo
 from data.files import first_foreign, is_whole, replaced_folder
+from engine.commands.common import cache_folder
 from engine.commands.train import train
 from engine.config.fields import Config
 from engine.ranks.signals import StopSignal
@@ -15,8 +15,8 @@ from engine.ranks.world import World
 
 
 def demo(cfg: Config, world: World, stop: StopSignal) -> int:
-    """Draw thumbnails and titles, then tune the small model that ships with the project on them."""
-    folder = Path(cfg.cache_dir).expanduser() / "demo"
+    """Draw the dataset once, then train on it; the preset of `demo` names the model."""
+    folder = cache_folder(cfg) / "demo"
     if world.is_main and not is_whole(folder, "demo"):
         if obstacle := first_foreign(folder):
             raise UserError(f"--cache-dir {cfg.cache_dir}: {obstacle} was not made by thumbtune; move it away or "

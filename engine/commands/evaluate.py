@@ -15,19 +15,19 @@ from eval.report.table import metrics_table
 
 
 def evaluate(cfg: Config, world: World, stop: StopSignal) -> int:
-    """The metrics alone, for any CLIPModel; the exit code is 1 for one that has collapsed."""
+    """Print the metrics of a model, and write them to --out; the exit code is 1 for a model that has collapsed."""
     out = open_evaluation(cfg.out, cfg.dataset) if cfg.out and world.is_main else None
     source = open_source(cfg, world, cfg.split)
-    parts = load_model(cfg, world)
-    pairs = open_data(cfg, world, parts, source, only=cfg.split)
-    found = evaluate_splits(pairs.feature_splits(), parts.head, [cfg.split], world)[cfg.split]
-    scores = {cfg.split: found.summarise()}
+    model = load_model(cfg, world)
+    pairs = open_data(cfg, world, model, source, only=cfg.split)
+    retrieval = evaluate_splits(pairs.feature_splits(), model.head, [cfg.split], world)[cfg.split]
+    scores = {cfg.split: retrieval.summarise()}
     if world.is_main:
-        world.say(metrics_table({parts.clip.name: scores}))
+        world.say(metrics_table({model.clip.name: scores}))
         print(json.dumps(scores, indent=2))
         if out:
             folder.write_json(out / "metrics.json", scores)
             folder.write_ledger(out / "ledger.jsonl", pairs.ledger)
-        if found.collapsed:
-            print(f"run.py eval: {cfg.split}: {found.collapsed}", file=sys.stderr, flush=True)
-    return 1 if found.collapsed else 0
+        if retrieval.collapsed:
+            print(f"run.py eval: {cfg.split}: {retrieval.collapsed}", file=sys.stderr, flush=True)
+    return 1 if retrieval.collapsed else 0

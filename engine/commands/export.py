@@ -1,4 +1,4 @@
-"""`run.py export`: a run as a Hugging Face folder, or pushed to the hub."""
+"""`run.py export`: write a run as a Hugging Face folder, or push it to the hub."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from eval.report.table import metrics_table
 
 
 def export(cfg: Config, world: World, stop: StopSignal) -> int:
-    """A run, or its projections alone, as a Hugging Face folder, and to the hub: one process."""
+    """Write a run, or its projections alone, as a Hugging Face folder, or push it to the hub. One process does it."""
     if world.is_main:
         export_run(cfg, metrics_table, world.say)
     return 0

@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from data import gallery
-from data.cold import Reader
 from data.images.decode import ImageSpec
-from data.sources.source import Rows
 from engine.clip.model import open_model
-from engine.commands.common import divide_source, make_encoders, make_reader, read_rows
+from engine.commands.common import cache_folder, divide_source, make_encoders, make_reader, read_rows
 from engine.config.fields import Config
 from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
@@ -25,36 +24,45 @@ from eval.search import QueryResult, as_json, as_text, collect_results, top_k
 
 
 def search(cfg: Config, world: World, stop: StopSignal) -> int:
-    """The best thumbnails for titles, or the best titles for a picture: one process, from stored features."""
+    """Print the best answers to each query, and write them as a page to --html. One process does it."""
     if not world.is_main:
         return 0
     if cfg.html:
         refuse_foreign_page(cfg.html)
     titles = gallery.read_queries(cfg.query, cfg.queries, cfg.image)
-    splits, results, look = find_answers(cfg, world, titles)
-    place = os.path.abspath(cfg.dataset)
+
+    # Without titles the query is --image; read_queries has seen to it that there is one of the two.
+    rows = read_rows(cfg, world.say).rows
+    model = open_model(cfg.model, cfg.trainable, "cached", cfg.scale, cfg.precision, world.device)
+    spec = ImageSpec.from_processor(model.clip.image_processor)
+    reader = make_reader(cfg, spec)
+    encoders = make_encoders(model, spec.fingerprint(), world.device)
+    splits = gallery.select_splits(divide_source(cfg, world, rows, reader, encoders), cfg.split, cfg.dataset)
+    cache = cache_folder(cfg)
+    head = model.head
+    with torch.no_grad():
+        if titles:
+            query_QE = head.text(gallery.title_features(titles, encoders).to(world.device))
+            images = gallery.open_images(splits, reader, encoders, cache, world.say)
+            results = rank_items(cfg, titles, query_QE, images, head.image)
+        else:
+            query_QE = head.image(gallery.image_features(cfg.image, reader, encoders).to(world.device))
+            results = rank_items(cfg, titles, query_QE, gallery.open_titles(splits, encoders, cache), head.text)
+
+    dataset = os.path.abspath(cfg.dataset)
     if cfg.html:
-        shown = {(answer.split, answer.row) for found in results for answer in found.answers}
-        previews = gallery.preview_pictures(splits, shown, cfg.image, look)
-        write_text(Path(cfg.html).expanduser(), page(place, results, previews))
-    print(json.dumps(as_json(results), indent=2) if cfg.json else as_text(results, place), flush=True)
+        shown = {(answer.split, answer.row) for result in results for answer in result.answers}
+        previews = gallery.preview_pictures(splits, shown, cfg.image, reader)
+        write_text(Path(cfg.html).expanduser(), page(dataset, results, previews))
+    print(json.dumps(as_json(results), indent=2) if cfg.json else as_text(results, dataset), flush=True)
     return 0
 
 
-def find_answers(cfg: Config, world: World, titles: Sequence[str]) -> tuple[dict[str, Rows], list[QueryResult], Reader]:
-    """Answers to `titles`, or to --image where there are none."""
-    rows, _ = read_rows(cfg, world.say)
-    parts = open_model(cfg.model, cfg.trainable, "cached", cfg.scale, cfg.precision, world.device)
-    spec, cache, head = ImageSpec.from_processor(parts.clip.image_processor), Path(cfg.cache_dir), parts.head
-    look, towers = make_reader(cfg, spec), make_encoders(parts, spec.fingerprint(), world.device)
-    splits = gallery.select_splits(divide_source(cfg, world, rows, look, towers), cfg.split, cfg.dataset)
-    project: Callable[[torch.Tensor], torch.Tensor]
-    with torch.no_grad():
-        if titles:
-            asked = head.text(gallery.title_features(titles, towers).to(world.device))
-            shelf, project = gallery.open_images(splits, look, towers, cache.expanduser(), world.say), head.image
-        else:
-            asked = head.image(gallery.image_features(cfg.image, look, towers).to(world.device))
-            shelf, project = gallery.open_titles(splits, towers, cache.expanduser()), head.text
-        best = top_k(asked, lambda start, stop: project(shelf.chunk(start, stop).to(world.device)), len(shelf), cfg.top)
-    return splits, collect_results(titles, cfg.image, *best, shelf.item), look
+def rank_items(cfg: Config, titles: Sequence[str], query_QE: Tensor, items: gallery.Gallery,
+               project: Callable[[Tensor], Tensor]) -> list[QueryResult]:
+    """Return the --top items for each query; `project` takes their features to embeddings."""
+    def embed(start: int, stop: int) -> Tensor:
+        return project(items.chunk(start, stop).to(query_QE.device))
+
+    scores_QK, items_QK = top_k(query_QE, embed, len(items), cfg.top)
+    return collect_results(titles, cfg.image, scores_QK, items_QK, items.item)

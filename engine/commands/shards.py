@@ -1,4 +1,4 @@
-"""`run.py shards`: any dataset as tar shards."""
+"""`run.py shards`: write any dataset as tar shards."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from engine.run_folder.ownership import open_shards, refuse_foreign_shards
 
 
 def shards(cfg: Config, world: World, stop: StopSignal) -> int:
-    """Any dataset as tar shards: one process, resumable."""
+    """Write the dataset as tar shards into --out; shards that are there already are kept. One process does it."""
     if not world.is_main:
         return 0
     if not cfg.out:
         raise UserError("shards needs a folder to write to: --out DIR")
     refuse_foreign_shards(cfg.out, cfg.dataset)
-    rows, lost = read_rows(cfg, world.say)
-    look, out = make_reader(cfg, ImageSpec.clip()), open_shards(cfg.out)
-    rows = divide_source(cfg, world, rows, look)
-    ledger = lost + pack(rows, look, out, cfg.resize, world.say)
+    source = read_rows(cfg, world.say)
+    reader = make_reader(cfg, ImageSpec.clip())
+    out = open_shards(cfg.out)
+    rows = divide_source(cfg, world, source.rows, reader)
+    ledger = source.unreadable + pack(rows, reader, out, cfg.resize, world.say)
     folder.write_ledger(out / "ledger.jsonl", ledger)
-    check_bad_share(sum(map(len, rows.values())) + dropped_rows(lost), ledger, cfg.max_bad)
+    row_count = sum(len(split) for split in rows.values()) + dropped_rows(source.unreadable)
+    check_bad_share(row_count, ledger, cfg.max_bad)
     return 0

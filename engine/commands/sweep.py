@@ -1,4 +1,4 @@
-"""`run.py sweep`: settings tried by cross-validation; the best one trained on all rows and tested once."""
+"""`run.py sweep`: try settings by cross-validation, retrain the best one on all rows and test it once."""
 
 from __future__ import annotations
 
@@ -25,63 +25,86 @@ from eval.leaderboard import leaderboard, score_configuration, to_host
 from eval.metrics import Retrieval
 from eval.retrieval import differences, measure_if_finite
 
+SEARCHED = ("train", "valid")  # splits that trials train on and hold out; test is measured once, at the end
+
 
 def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
     """Try settings by cross-validation over all rows but test's; retrain the best on them, and test that once."""
+    # Open everything that a typo could break before anything slow.
     tried = configurations(cfg)
-    out, begun = open_run(cfg, world)
+    out, resuming = open_run(cfg, world)
     source = open_source(cfg, world)
-    parts = load_model(cfg, world)
-    if not parts.cached:
+    model = load_model(cfg, world)
+    if not model.cached:
         raise UserError("sweep trains from stored features: only projections and logit_scale can be --trainable")
-    pairs = open_data(cfg, world, parts, source)
-    rows = concatenate([split for name, split in pairs.feature_splits().items() if name in ("train", "valid")])
-    runs = [Run(seed, *fold) for seed in range(cfg.seed, cfg.seed + cfg.seeds * REPEAT, REPEAT)
-            for fold in folds(rows, cfg.folds, seed)]
+    pairs = open_data(cfg, world, model, source)
+    rows = concatenate([split for name, split in pairs.feature_splits().items() if name in SEARCHED])
+    runs = cross_validation_runs(cfg, rows)
+    smallest = min(len(run.train) for run in runs)
     for settings in tried:  # a batch too large for a fold is better said now
-        Plan(min(len(run.train) for run in runs), replace(cfg, **settings).batch_size, 1)
-    folder.write_run_header(out, as_dict(cfg, "sweep"), world, parts.precision, pairs.ledger)
-    # what trials depend on; test is measured at the end alone, base and tuned together
-    identity = {key: value for key, value in pairs.identity.items()
-                if key not in {data_key(name) for name in pairs.splits if name not in ("train", "valid")}}
-    journal = Journal(out, world, identity, cfg.best_metric, begun)
-    todo = [settings for settings in tried if not journal.known(settings)]
-    tuner = Tuner(parts, FeatureSplit.batches)
+        Plan(smallest, replace(cfg, **settings).batch_size, 1)
+    folder.write_run_header(out, as_dict(cfg, "sweep"), world, model.precision, pairs.ledger)
+
+    # Trials depend on train and valid alone: a test split that changed does not discard them.
+    unused = {data_key(name) for name in pairs.splits if name not in SEARCHED}
+    identity = {key: value for key, value in pairs.identity.items() if key not in unused}
+    journal = Journal(out, world, identity, cfg.best_metric, resuming)
+    remaining = [settings for settings in tried if not journal.known(settings)]
+    tuner = Tuner(model, FeatureSplit.batches)
 
     def held_out(rows: FeatureSplit) -> Retrieval | None:
-        return to_host(measure_if_finite(partial(evaluate_split, parts.head, rows)))
+        return to_host(measure_if_finite(partial(evaluate_split, model.head, rows)))
 
-    base, began = tuner.cross_validate(None, runs, held_out, world), time.monotonic()
+    base = tuner.cross_validate(None, runs, held_out, world)
+    began = time.monotonic()
     with stop.gracefully():
-        for done, settings in enumerate(todo, start=1):
-            found = tuner.cross_validate(replace(cfg, **settings), runs, held_out, world)
-            score = journal.add(settings, score_configuration(found, base, len(rows), cfg.best_metric))
+        for done, settings in enumerate(remaining, start=1):
+            results = tuner.cross_validate(replace(cfg, **settings), runs, held_out, world)
+            score = journal.add(settings, score_configuration(results, base, len(rows), cfg.best_metric))
             speed = done * len(runs) / (time.monotonic() - began) * 60
-            world.say(f"{done}/{len(todo)}  {cfg.best_metric} {score:.4f}  ({describe_settings(settings)})  {speed:,.0f} runs/min")
+            world.say(f"{done}/{len(remaining)}  {cfg.best_metric} {score:.4f}  ({describe_settings(settings)})  "
+                      f"{speed:,.0f} runs/min")
             if stop.agreed(world, done):
                 world.say(f"stopped; run.py sweep --resume --out {out} goes on from what sweep.jsonl holds")
                 break
-    return finish_sweep(cfg, world, tuner, pairs, rows, journal, out)
 
-
-def finish_sweep(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: FeatureSplit, journal: Journal,
-             out: Path) -> int:
-    """Retrain the winner on all rows but test's, measure it there once; leaderboard, recipe and model."""
-    lines = journal.ranked()
-    if "collapsed" in lines[0]:
-        raise RunFailed(f"every configuration has collapsed ({lines[0]['collapsed']}); try a smaller lr in --space")
-    best = replace(cfg, **lines[0]["settings"])
-    tuner.reset()
-    before = evaluate_splits(pairs.feature_splits(), tuner.parts.head, ["test"])
-    tuner.tune(best, rows)
-    after = evaluate_splits(pairs.feature_splits(), tuner.parts.head, ["test"])
-    metrics: dict[str, Any] = {when: {name: one.summarise() for name, one in found.items()}
-                               for when, found in (("base", before), ("tuned", after))}
-    metrics["difference"] = differences(before, after)
+    best, metrics = retrain_best(cfg, tuner, pairs, rows, journal)
     metrics |= find_overlap(pairs, world)
     folder.write_metrics(out, metrics, world)
     if world.is_main:
         journal.conclude(out, cfg)
-        print(leaderboard(lines[:10], [describe_settings(line["settings"]) for line in lines[:10]], cfg.best_metric) + "\n")
-        world.say(f"winner: {describe_settings(lines[0]['settings'])}  (run.py --config {out / 'recipe.toml'})")
-    return write_results(best, world, tuner.parts, out, metrics)
+        print_winner(cfg, world, journal, out)
+    return write_results(best, world, model, out, metrics)
+
+
+def cross_validation_runs(cfg: Config, rows: FeatureSplit) -> list[Run]:
+    """Return one run a fold for each of --seeds seeds."""
+    runs: list[Run] = []
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds * REPEAT, REPEAT):
+        runs += [Run(seed, *fold) for fold in folds(rows, cfg.folds, seed)]
+    return runs
+
+
+def retrain_best(cfg: Config, tuner: Tuner, pairs: Pairs, rows: FeatureSplit,
+                 journal: Journal) -> tuple[Config, dict[str, Any]]:
+    """Retrain the best configuration on all `rows`; return its settings, and the metrics of test before and after."""
+    winner = journal.ranked()[0]
+    if "collapsed" in winner:
+        raise RunFailed(f"every configuration has collapsed ({winner['collapsed']}); try a smaller lr in --space")
+    best = replace(cfg, **winner["settings"])
+    head = tuner.parts.head
+    tuner.reset()
+    base = evaluate_splits(pairs.feature_splits(), head, ["test"])
+    tuner.tune(best, rows)
+    tuned = evaluate_splits(pairs.feature_splits(), head, ["test"])
+    return best, {"base": {name: retrieval.summarise() for name, retrieval in base.items()},
+                  "tuned": {name: retrieval.summarise() for name, retrieval in tuned.items()},
+                  "difference": differences(base, tuned)}
+
+
+def print_winner(cfg: Config, world: World, journal: Journal, out: Path) -> None:
+    """Print the best configurations, and the command that trains with the winner."""
+    lines = journal.ranked()[:10]
+    described = [describe_settings(line["settings"]) for line in lines]
+    print(leaderboard(lines, described, cfg.best_metric) + "\n")
+    world.say(f"winner: {described[0]}  (run.py --config {out / 'recipe.toml'})")

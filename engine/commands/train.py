@@ -25,7 +25,7 @@ from engine.publish.export import Origin, Tuned, export
 from engine.publish.hub import push
 from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
-from engine.run_folder import checkpoint, folder
+from engine.run_folder import folder
 from engine.run_folder.board import WeightDrift, comparable_settings
 from engine.run_folder.checkpoint import Saver, State
 from engine.run_folder.log import Log
@@ -41,114 +41,145 @@ from eval.retrieval import differences, embed_split
 
 
 def train(cfg: Config, world: World, stop: StopSignal) -> int:
-    """Base metrics, the loop, tuned metrics, the exported model."""
-    out, begun = open_run(cfg, world)
-    source, probe = open_source(cfg, world), open_probe(cfg, world)  # a typo is said before a model loads
-    parts = load_model(cfg, world)
-    trained = parts.trained_model(cfg.micro_batch)
-    pairs = with_probe(cfg, world, parts, open_data(cfg, world, parts, source), probe)
-    cfg = fit_to_data(cfg, len(pairs.splits["train"]))
-    names, plan = evaluated_splits(cfg, pairs), Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
-    saved = make_saver(cfg, world, out, parts, pairs, names)
-    start, drift = snapshot(parts.trainable) if cfg.interpolate else {}, WeightDrift(parts.trainable)
-    base = evaluate_splits(pairs.feature_splits(), parts.head, names, world) if begun else {}  # before tuned weights return
-    state = saved.resume(world.say) if begun else checkpoint.State()
+    """Measure the base model, run the loop, measure the tuned model, export it."""
+    # Open everything, what a typo breaks first: a misspelt split is an error before a model is loaded.
+    out, resuming = open_run(cfg, world)
+    source = open_source(cfg, world)
+    probe = open_probe(cfg, world)
+    model = load_model(cfg, world)
+    trained = model.trained_model(cfg.micro_batch)
+    pairs = open_data(cfg, world, model, source)
+    pairs = with_probe(cfg, world, model, pairs, probe)
+    rows = len(pairs.splits["train"])
+    cfg = fit_to_data(cfg, rows)
+    plan = Plan(rows, cfg.batch_size, cfg.epochs)
+    names = evaluated_splits(cfg, pairs)
+    saver = make_saver(cfg, world, out, model, pairs, names)
+
+    # The order at resume matters:
+    # 1. Take what is compared with the base model while the base weights are still loaded.
+    base_weights = snapshot(model.trainable) if cfg.interpolate else {}
+    drift = WeightDrift(model.trainable)
+    base = evaluate_splits(pairs.feature_splits(), model.head, names, world) if resuming else {}
+    # 2. Load weights, optimizer moments and step of the newest valid checkpoint; other data or settings end here.
+    state = saver.resume(world.say) if resuming else State()
+    # 3. Replace config.json and ledger.jsonl: from here on the run folder is this run's.
     shared = find_overlap(pairs, world)
-    folder.write_run_header(out, as_dict(cfg, "train"), world, parts.precision, pairs.ledger)
-    metrics = (folder.read_json(out / "metrics.json") if state.step else {}) | shared
-    log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, comparable_settings(cfg), metrics.get("base"))
-    show = make_answer_log(out, pairs, names, resumed=state.step > 0)
-    judge = Evaluator(pairs, names, parts, plan, state, saved, log, show, world, metrics, base)
+    folder.write_run_header(out, as_dict(cfg, "train"), world, model.precision, pairs.ledger)
+    # 4. Read the metrics of before; with no step to go on from they are measured anew.
+    metrics = folder.read_json(out / "metrics.json") if state.step else {}
+    metrics |= shared
+    # 5. Cut the log after the checkpoint's step; the loop writes the later steps again.
+    log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, comparable_settings(cfg),
+              metrics.get("base"))
+    answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture, resumed=state.step > 0)
+    evaluator = Evaluator(pairs, names, model, plan, state, saver, log, answers, world, metrics, base)
+    # 6. `fit` asks for the inputs from `state.step` on: the order of pairs is a function of seed and epoch.
     batches = pairs.batches("train", cfg.batch_size, cfg.seed)
     guard = nonfinite_guard(cfg, world, out, pairs, trained)
-    replica = Replica(distribute(trained, world.size), saved.optimizer, world, parts.precision)
+    replica = Replica(distribute(trained, world.size), saver.optimizer, world, model.precision)
+
     with closing(log), stop.gracefully(), profiler(cfg.profile, out / "profile", world.rank, log) as trace:
-        evaluate = stop.at_once()(judge)  # what was trained is on the disk by then
-        if not state.step or (state.evaluated < state.step and plan.due(state.step, cfg.eval_every)):
-            evaluate()  # the base model; or what a signal or a crash has cut off
-        callbacks = Callbacks(log, trace, evaluate, saved.save, partial(stop.agreed, world), guard.check)
-        fit(replica, batches, plan, state, cfg, callbacks)
-        if taken := saved.take_best(state, world.say):
-            evaluate(taken)
+        evaluate = stop.at_once()(evaluator)  # a signal may cut it off: the trained weights are saved before
+        was_cut_off = state.evaluated < state.step and plan.due(state.step, cfg.eval_every)
+        if state.step == 0 or was_cut_off:
+            evaluate()
+        stop_signal = partial(stop.agreed, world)
+        fit(replica, batches, plan, state, cfg, Callbacks(log, trace, evaluate, saver.save, stop_signal, guard.check))
+        best_step = saver.take_best(state, world.say)
+        if best_step:
+            evaluate(best_step)
         if cfg.interpolate and not state.stopped:
-            apply_interpolation(cfg, judge, start)
-            evaluate(taken or state.step)
-    return write_results(cfg, world, parts, out, metrics, partial(write_run_report, out, pairs, show))
+            apply_interpolation(cfg, evaluator, base_weights)
+            evaluate(best_step or state.step)
+    return write_results(cfg, world, model, out, metrics, partial(write_run_report, out, pairs, answers))
+
+
+def evaluated_splits(cfg: Config, pairs: Pairs) -> list[str]:
+    """Return the splits that --eval-splits names and the probe, else all there are."""
+    if not cfg.eval_splits:
+        return list(pairs.splits)
+    return [name for name in pairs.splits if name in (*cfg.eval_splits, "probe")]
+
+
+def make_saver(cfg: Config, world: World, out: Path, model: LoadedModel, pairs: Pairs, names: Sequence[str]) -> Saver:
+    """Return the Saver of this run, with a new optimizer.
+
+    Its checkpoints belong to the base model, to the rows of train and of the measured splits `names`, and to every
+    setting that may not change on resume.
+    """
+    rows = len(pairs.splits["train"])
+    unused = {data_key(name) for name in pairs.splits if name not in ("train", *names)}
+    identity = {key: value for key, value in pairs.identity.items() if key not in unused}
+    identity |= {"the precision": str(model.precision), "the number of pairs": str(rows)}
+    known = config_fields()
+    recipe = {name: value for name, value in as_dict(cfg, "train").items() if not known[name].resumable}
+    optimizer = adamw(model.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp)
+    order = OrderDigest(rows, cfg.batch_size, cfg.seed)
+    return Saver(out, model.trainable, optimizer, identity, recipe, order, cfg.keep, cfg.best_metric, cfg.patience,
+                 world)
+
+
+def find_overlap(pairs: Pairs, world: World) -> dict[str, Overlap]:
+    """Return the entry of metrics.json for splits that share images or titles, {} where none do; also print it."""
+    shared = overlap(pairs.contents)
+    if not shared:
+        return {}
+    world.say(describe_overlap(shared, {name: len(split) for name, split in pairs.splits.items()}))
+    return {"overlap": shared}
 
 
 @dataclass
 class Evaluator:
-    """Measures the head and tells all who want to know: at both ends everything, between them only what is watched."""
+    """Evaluates the model, logs the metrics and tracks the best checkpoint.
+
+    Before the first step and after the last one all splits are measured, with intervals, differences and answers to
+    show; between them only train and valid.
+    """
 
     pairs: Pairs
-    names: Sequence[str]  # of the splits to measure
-    parts: LoadedModel
+    names: Sequence[str]  # splits to measure
+    model: LoadedModel
     plan: Plan
     state: State
-    saved: Saver
+    saver: Saver
     log: Log
-    show: AnswerLog
+    answers: AnswerLog
     world: World
-    metrics: dict[str, Any]  # what metrics.json holds
+    metrics: dict[str, Any]  # content of metrics.json
     base: Mapping[str, Retrieval]  # row by row, of the model that the run began with
 
-    def __call__(self, taken: int = 0) -> None:
-        """`taken` is the step whose weights have been put in place of the last ones, if any have."""
+    def __call__(self, restored_step: int = 0) -> None:
+        """Evaluate now. `restored_step` is the step whose weights replaced the last ones, 0 if none did."""
         step = self.state.step
-        ends = bool(taken) or step in (0, self.plan.steps)
-        residents = self.pairs.feature_splits()
-        watched = [name for name in self.names if name in ("train", "valid")]
-        found = evaluate_splits(residents, self.parts.head, self.names if ends or not watched else watched, self.world)
-        scores = {name: one.summarise() if ends else one.values() for name, one in found.items()}
-        self.log.metrics(scores, taken or step)
-        for name, one in found.items():
-            if one.collapsed:
-                self.log.say(f"warning: {name}: {one.collapsed}")
-        self.saved.note(self.state, scores)
-        if ends:
-            self._keep(found, scores, residents[self.show.split])
+        at_end = bool(restored_step) or step in (0, self.plan.steps)
+        names = self.names
+        if not at_end:
+            names = [name for name in self.names if name in ("train", "valid")] or self.names
+        splits = self.pairs.feature_splits()
+        results = evaluate_splits(splits, self.model.head, names, self.world)
+        scores = {name: result.summarise() if at_end else result.values() for name, result in results.items()}
+        self.log.metrics(scores, restored_step or step)
+        for name, result in results.items():
+            if result.collapsed:
+                self.log.say(f"warning: {name}: {result.collapsed}")
+        self.saver.note(self.state, scores)
+        if at_end:
+            self._record_end(results, scores, splits[self.answers.split])
 
-    def _keep(self, found: Mapping[str, Retrieval], scores: dict[str, Any], shown: FeatureSplit) -> None:
-        """What the run folder says of one end."""
+    def _record_end(self, results: Mapping[str, Retrieval], scores: dict[str, Any], shown: FeatureSplit) -> None:
+        """Write metrics.json, and the answers that people are shown, before the first step or after the last."""
         when = "tuned" if self.state.step else "base"
         self.metrics[when] = scores
         if when == "tuned":
-            self.metrics["difference"] = differences(self.base, found)
+            self.metrics["difference"] = differences(self.base, results)
         else:
-            self.base = found
-        folder.write_metrics(self.saved.run, self.metrics, self.world)
+            self.base = results
+        folder.write_metrics(self.saver.run, self.metrics, self.world)
         if self.world.is_main:
-            head = self.parts.head
+            head = self.model.head
             space, _ = embed_split(head.image, head.text, shown.parts())
-            self.show.record(when, space, found[self.show.split], self.log.board, self.state.step)
-
-
-def evaluated_splits(cfg: Config, pairs: Pairs) -> list[str]:
-    """The splits that --eval-splits names and the probe, else all there are."""
-    return [name for name in pairs.splits if name in (*cfg.eval_splits, "probe") or not cfg.eval_splits]
-
-
-def find_overlap(pairs: Pairs, world: World) -> dict[str, Overlap]:
-    """What metrics.json says of splits that share images or titles, nothing where none do; also said in one line."""
-    shared = overlap(pairs.contents)
-    if shared:
-        world.say(describe_overlap(shared, {name: len(split) for name, split in pairs.splits.items()}))
-    return {"overlap": shared} if shared else {}
-
-
-def apply_interpolation(cfg: Config, judge: Evaluator, base: Mapping[str, torch.Tensor]) -> None:
-    """Leave the parameters between base and tuned as --interpolate says; how valid (else train) and probe take it."""
-    parts, names = judge.parts, judge.names
-    watched = list(dict.fromkeys([next(name for name in ("valid", "train", *names) if name in names),
-                                  *({"probe"} & set(names))]))
-
-    def score() -> dict[str, dict[str, float]]:
-        found = evaluate_splits(judge.pairs.feature_splits(), parts.head, watched, judge.world)
-        return {name: found[name].values() for name in watched}
-
-    curve = interpolate(parts.trainable, base, cfg.interpolate, score, cfg.best_metric)
-    judge.metrics["interpolation"] = curve
-    judge.log.curve("interpolation", curve["curve"])
+            self.answers.record(when, space, results[self.answers.split], self.log.board, self.state.step)
 
 
 def nonfinite_guard(cfg: Config, world: World, out: Path, pairs: Pairs, trained: nn.Module) -> NonfiniteGuard:
@@ -161,37 +192,27 @@ def nonfinite_guard(cfg: Config, world: World, out: Path, pairs: Pairs, trained:
     return NonfiniteGuard(out, trained, batches, rows, world)
 
 
-def make_answer_log(out: Path, pairs: Pairs, names: Sequence[str], resumed: bool) -> AnswerLog:
-    """What people are shown of the model: answers about test, else valid."""
-    return AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture, resumed)
+def apply_interpolation(cfg: Config, evaluator: Evaluator, base_weights: Mapping[str, torch.Tensor]) -> None:
+    """Leave the parameters between base and tuned as --interpolate says; write the curve of valid (else train)."""
+    names = evaluator.names
+    chosen = next(name for name in ("valid", "train", *names) if name in names)
+    measured = [chosen, "probe"] if "probe" in names and chosen != "probe" else [chosen]
+
+    def score() -> dict[str, dict[str, float]]:
+        results = evaluate_splits(evaluator.pairs.feature_splits(), evaluator.model.head, measured, evaluator.world)
+        return {name: results[name].values() for name in measured}
+
+    curve = interpolate(evaluator.model.trainable, base_weights, cfg.interpolate, score, cfg.best_metric)
+    evaluator.metrics["interpolation"] = curve
+    evaluator.log.curve("interpolation", curve["curve"])
 
 
-def write_run_report(out: Path, pairs: Pairs, show: AnswerLog) -> Path:
-    """The before/after page of a run."""
-    sizes = {name: len(split) for name, split in pairs.splits.items()}
-    return write_report(out, show.split, sizes, show.answers, show.title, show.picture)
-
-
-def make_saver(cfg: Config, world: World, out: Path, parts: LoadedModel, pairs: Pairs, names: Sequence[str]) -> Saver:
-    """The optimizer, and what saves and resumes this run and knows what its checkpoints belong to: the rows of train
-    and of the splits `names`, which are measured, among it.
-    """
-    rows = len(pairs.splits["train"])
-    unused = {data_key(name) for name in pairs.splits if name not in ("train", *names)}
-    known = {key: value for key, value in pairs.identity.items() if key not in unused}
-    identity = {**known, "the precision": str(parts.precision), "the number of pairs": str(rows)}
-    recipe = {name: value for name, value in as_dict(cfg, "train").items() if not config_fields()[name].resumable}
-    optimizer = adamw(parts.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp)
-    return Saver(out, parts.trainable, optimizer, identity, recipe,
-                 OrderDigest(rows, cfg.batch_size, cfg.seed), cfg.keep, cfg.best_metric, cfg.patience, world)
-
-
-def write_results(cfg: Config, world: World, parts: LoadedModel, out: Path, metrics: dict[str, Any],
-           write_page: Callable[[], Path] | None = None) -> int:
-    """What a finished run leaves behind: the model folder, the page, the table, the digests of it all."""
+def write_results(cfg: Config, world: World, model: LoadedModel, out: Path, metrics: dict[str, Any],
+                  write_page: Callable[[], Path] | None = None) -> int:
+    """Write the model folder, the page and the digests of a finished run, print its table; return the exit code."""
     if world.is_main:
-        tuned = Tuned(parts.trainable, Origin.of(cfg, parts.clip, parts.trainable, metrics))
-        export(parts.clip, out / "model", tuned, metrics_table(metrics), cfg.license)
+        tuned = Tuned(model.trainable, Origin.of(cfg, model.clip, model.trainable, metrics))
+        export(model.clip, out / "model", tuned, metrics_table(metrics), cfg.license)
         page = f"report      {write_page()}\n" if write_page else ""
         folder.write_manifest(out)
         print(metrics_table(metrics), flush=True)
@@ -200,3 +221,9 @@ def write_results(cfg: Config, world: World, parts: LoadedModel, out: Path, metr
         if cfg.push_to_hub:
             push(out / "model", cfg, str(out), ["push_to_hub", "private"], world.say)
     return 0
+
+
+def write_run_report(out: Path, pairs: Pairs, answers: AnswerLog) -> Path:
+    """Write the before/after page of a run; return its path."""
+    sizes = {name: len(split) for name, split in pairs.splits.items()}
+    return write_report(out, answers.split, sizes, answers.answers, answers.title, answers.picture)

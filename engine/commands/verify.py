@@ -1,4 +1,4 @@
-"""`run.py verify`: prove a run again, or check the feature store."""
+"""`run.py verify`: compute parts of a run again and compare, or check the feature store."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from data.batch import UserError
 from data.images.decode import ImageSpec
 from data.store.upkeep import delete_spaces, describe_spaces, verify_spaces
 from engine.commands.common import (
+    cache_folder,
     evaluate_splits,
     load_model,
     make_encoders,
@@ -22,68 +23,80 @@ from engine.commands.train import evaluated_splits, make_saver
 from engine.config.fields import Config
 from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
-from engine.run_folder import verification as again
+from engine.run_folder import verification
 from engine.run_folder.folder import read_json, settings_of
 from engine.run_folder.replay import replay_steps
 from engine.run_folder.verification import Finding
 from engine.train import Plan
 
+# Settings of the machine that verifies, not of the run.
+MACHINE = ("cache_dir", "device", "workers", "allow_host", "proxy", "max_pixels")
+
 
 def verify(cfg: Config, world: World, stop: StopSignal) -> int:
-    """Check a run folder again, or the feature store; exit 1 when something is not what it was."""
+    """Print what of a run folder, or of the feature store, is not as it was; then the exit code is 1."""
     if not cfg.run:
         return verify_store(cfg, world)
     run = Path(cfg.run).expanduser()
     if (run / "sweep.jsonl").exists():
         raise UserError(f"--run {run} is a sweep's folder and has no steps; train with --config {run}/recipe.toml and "
                         "verify that run")
-    machine = ("device", "workers", "allow_host", "proxy", "max_pixels")  # of this machine, not of the run's
-    mine = {name: getattr(cfg, name) for name in machine}
-    given = {name: getattr(cfg, name) for name in ("dataset", "model") if getattr(cfg, name)}
-    old = replace(settings_of(run), cache_dir=cfg.cache_dir, **mine, **given)
-    findings, whole = again.files(run)
-    findings.append(again.exported(run, whole))
+    settings = {name: getattr(cfg, name) for name in MACHINE}
+    for name in ("dataset", "model"):
+        if getattr(cfg, name):  # it has moved since
+            settings[name] = getattr(cfg, name)
+    run_cfg = replace(settings_of(run), **settings)
+    findings, checkpoints = verification.files(run)
+    findings.append(verification.exported(run, checkpoints))
     try:
-        findings += rerun(old, world, run, whole)
+        findings += rerun(run_cfg, world, run, checkpoints)
     except UserError as error:  # data or base model gone
-        findings.append(again.Finding("replay and metrics", again.UNCHECKED, str(error)))
+        findings.append(Finding("replay and metrics", verification.UNCHECKED, str(error)))
     if world.is_main:
-        print(again.table(findings), flush=True)
-    return int(again.failed(findings))
+        print(verification.table(findings), flush=True)
+    return int(verification.failed(findings))
 
 
-def rerun(cfg: Config, world: World, run: Path, whole: Sequence[Path]) -> list[Finding]:
-    """Train a few steps again, and measure the exported model again."""
+def rerun(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path]) -> list[Finding]:
+    """Train some steps of the run in `run` again, and measure its exported model again."""
+    # Open the run as `train` does, from the base model.
     source = open_source(cfg, world)
-    parts = load_model(cfg, world)
-    pairs = with_probe(cfg, world, parts, open_data(cfg, world, parts, source), open_probe(cfg, world))
+    model = load_model(cfg, world)
+    pairs = open_data(cfg, world, model, source)
+    pairs = with_probe(cfg, world, model, pairs, open_probe(cfg, world))
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
-    saved = make_saver(cfg, world, run, parts, pairs, evaluated_splits(cfg, pairs))
-    findings = replay_steps(cfg, world, run, whole, parts, saved, plan, pairs.ledger,
-                       pairs.batches("train", cfg.batch_size, cfg.seed))
+    saver = make_saver(cfg, world, run, model, pairs, evaluated_splits(cfg, pairs))
+    batches = pairs.batches("train", cfg.batch_size, cfg.seed)
+    findings = replay_steps(cfg, world, run, checkpoints, model, saver, plan, pairs.ledger, batches)
     if not (run / "model").exists():
         return findings
-    written, tuned = read_json(run / "metrics.json").get("tuned", {}), replace(cfg, model=str(run / "model"))
-    parts, probe = load_model(tuned, world), open_probe(tuned, world)
-    again_pairs = with_probe(tuned, world, parts, open_data(tuned, world, parts, source), probe)
-    found = evaluate_splits(again_pairs.feature_splits(), parts.head, written)
-    scores = {name: one.summarise() for name, one in found.items()}
-    exact = again.same_machine(run, world) and not any(finding.apart for finding in findings)
-    return [*findings, again.metrics(scores, written, exact)]
+
+    # Open the same pairs with the exported model.
+    tuned_cfg = replace(cfg, model=str(run / "model"))
+    tuned = load_model(tuned_cfg, world)
+    probe = open_probe(tuned_cfg, world)
+    pairs = with_probe(tuned_cfg, world, tuned, open_data(tuned_cfg, world, tuned, source), probe)
+    recorded = read_json(run / "metrics.json").get("tuned", {})
+    retrieval = evaluate_splits(pairs.feature_splits(), tuned.head, recorded)
+    scores = {name: split.summarise() for name, split in retrieval.items()}
+    exact = verification.same_machine(run, world) and not any(finding.apart for finding in findings)
+    return [*findings, verification.metrics(scores, recorded, exact)]
 
 
 def verify_store(cfg: Config, world: World) -> int:
-    """Read the feature store again; with --prune, delete what is not --model's."""
+    """Print which stored features are damaged; with --prune, delete those of all models but --model."""
     if not world.is_main:
         return 0
-    cache, keep = Path(cfg.cache_dir).expanduser(), set[str]()
-    found = verify_spaces(cache)
-    print(describe_spaces(found))
-    if cfg.prune and cfg.model:
-        parts = load_model(cfg, world)
-        towers = make_encoders(parts, ImageSpec.from_processor(parts.clip.image_processor).fingerprint(), world.device)
-        keep = {towers.image_space, towers.text_space}
+    cache = cache_folder(cfg)
+    spaces = verify_spaces(cache)
+    print(describe_spaces(spaces))
     if cfg.prune:
-        kept = sorted(keep & {space.name for space in found})
+        keep: set[str] = set()
+        if cfg.model:
+            model = load_model(cfg, world)
+            spec = ImageSpec.from_processor(model.clip.image_processor)
+            encoders = make_encoders(model, spec.fingerprint(), world.device)
+            keep = {encoders.image_space, encoders.text_space}
+        kept = sorted(keep & {space.name for space in spaces})
         print(f"pruned {delete_spaces(cache, keep) / 1e6:,.1f} MB; kept {', '.join(kept) or 'nothing'}")
-    return int(any(space.damaged for space in found))
+    return int(any(space.damaged for space in spaces))

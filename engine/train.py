@@ -22,7 +22,7 @@ from engine.loss import Candidates, Objective
 from engine.optim import AdamWL2SP, learning_rate, update
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import State
-from engine.run_folder.log import Log, Silent
+from engine.run_folder.log import Log, NullLog
 from engine.run_folder.profiler import Profiler
 
 Inputs = TypeVar("Inputs")
@@ -77,7 +77,7 @@ class Replica:
 class Callbacks:
     """What the loop calls on its way; by default nothing happens."""
 
-    log: Log = field(default_factory=Silent)
+    log: Log = field(default_factory=NullLog)
     profiler: Profiler = field(default_factory=Profiler)
     evaluate: Callable[[], None] = lambda: None
     save_checkpoint: Callable[[State], None] = lambda state: None
@@ -122,10 +122,10 @@ def loop(step: Callable[[Inputs, int, float], tuple[Tensor, Tensor]], stream: It
             grad_norms = log.flush(plan.steps)  # the only host sync, besides stop_signal's about once a second
             callbacks.check_gradients(state.step, grad_norms)
         if save_now:  # before the evaluation, which a signal may cut off
-            with log.aside("checkpoint"):
+            with log.pause_step_clock("checkpoint"):
                 callbacks.save_checkpoint(state)
         if evaluate_now:
-            with log.aside("evaluate"):
+            with log.pause_step_clock("evaluate"):
                 callbacks.evaluate()
 
 

@@ -101,13 +101,13 @@ class Endless:
     def __init__(self, end: int) -> None:
         self.end = end
 
-    def gracefully(self) -> AbstractContextManager[None]:
+    def graceful_exit(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def at_once(self) -> Any:
+    def immediate_exit(self) -> Any:
         return lambda function: function
 
-    def agreed(self, world: World, step: int) -> int:
+    def agreed_signal(self, world: World, step: int) -> int:
         return 15 * (step == self.end)
 
 

@@ -102,7 +102,7 @@ def open_data(cfg: Config, world: World, parts: LoadedModel, source: Source, onl
     """Run the cold pass over the rows of `source` with the towers' help, account for every row."""
     mark_cache(cfg, world)
     spec = ImageSpec.from_processor(parts.clip.image_processor)
-    team, look = Team(world.rank, world.size, world.meet), make_reader(cfg, spec)
+    team, look = Team(world.rank, world.size, world.monitored_exchange), make_reader(cfg, spec)
     towers = make_encoders(parts, spec.fingerprint(), world.device, cfg.compile)
     rows, lost = divide_source(cfg, world, source[0], look, towers, team), source[1]
     require_split(cfg, only or "train", rows)

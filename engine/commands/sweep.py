@@ -19,7 +19,7 @@ from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
 from engine.run_folder import folder
 from engine.sweep.space import configurations, describe_settings
-from engine.sweep.trials import REPEAT, Journal, Run, Tuner
+from engine.sweep.trials import SEED_STRIDE, Journal, Run, Tuner
 from engine.train import Plan
 from eval.leaderboard import leaderboard, score_configuration, to_host
 from eval.metrics import Retrieval
@@ -36,7 +36,7 @@ def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
         raise UserError("sweep trains from stored features: only projections and logit_scale can be --trainable")
     pairs = open_data(cfg, world, parts, source)
     rows = concatenate([split for name, split in pairs.residents().items() if name in ("train", "valid")])
-    runs = [Run(seed, *fold) for seed in range(cfg.seed, cfg.seed + cfg.seeds * REPEAT, REPEAT)
+    runs = [Run(seed, *fold) for seed in range(cfg.seed, cfg.seed + cfg.seeds * SEED_STRIDE, SEED_STRIDE)
             for fold in folds(rows, cfg.folds, seed)]
     for settings in tried:  # a batch too large for a fold is better said now
         Plan(min(len(run.train) for run in runs), replace(cfg, **settings).batch_size, 1)
@@ -45,20 +45,20 @@ def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
     identity = {key: value for key, value in pairs.identity.items()
                 if key not in {data_key(name) for name in pairs.splits if name not in ("train", "valid")}}
     journal = Journal(out, world, identity, cfg.best_metric, begun)
-    todo = [settings for settings in tried if not journal.known(settings)]
+    todo = [settings for settings in tried if not journal.is_finished(settings)]
     tuner = Tuner(parts, FeatureSplit.batches)
 
     def held_out(rows: FeatureSplit) -> Retrieval | None:
         return to_host(measure_if_finite(partial(evaluate_split, parts.head, rows)))
 
     base, began = tuner.cross_validate(None, runs, held_out, world), time.monotonic()
-    with stop.gracefully():
+    with stop.graceful_exit():
         for done, settings in enumerate(todo, start=1):
             found = tuner.cross_validate(replace(cfg, **settings), runs, held_out, world)
             score = journal.add(settings, score_configuration(found, base, len(rows), cfg.best_metric))
             speed = done * len(runs) / (time.monotonic() - began) * 60
             world.say(f"{done}/{len(todo)}  {cfg.best_metric} {score:.4f}  ({describe_settings(settings)})  {speed:,.0f} runs/min")
-            if stop.agreed(world, done):
+            if stop.agreed_signal(world, done):
                 world.say(f"stopped; run.py sweep --resume --out {out} goes on from what sweep.jsonl holds")
                 break
     return finish_sweep(cfg, world, tuner, pairs, rows, journal, out)
@@ -67,7 +67,7 @@ def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
 def finish_sweep(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: FeatureSplit, journal: Journal,
              out: Path) -> int:
     """Retrain the winner on all rows but test's, measure it there once; leaderboard, recipe and model."""
-    lines = journal.ranked()
+    lines = journal.best_first()
     if "collapsed" in lines[0]:
         raise RunFailed(f"every configuration has collapsed ({lines[0]['collapsed']}); try a smaller lr in --space")
     best = replace(cfg, **lines[0]["settings"])
@@ -81,7 +81,7 @@ def finish_sweep(cfg: Config, world: World, tuner: Tuner, pairs: Pairs, rows: Fe
     metrics |= find_overlap(pairs, world)
     folder.write_metrics(out, metrics, world)
     if world.is_main:
-        journal.conclude(out, cfg)
+        journal.write_summary(out, cfg)
         print(leaderboard(lines[:10], [describe_settings(line["settings"]) for line in lines[:10]], cfg.best_metric) + "\n")
         world.say(f"winner: {describe_settings(lines[0]['settings'])}  (run.py --config {out / 'recipe.toml'})")
     return write_results(best, world, tuner.parts, out, metrics)

@@ -62,13 +62,13 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
     guard = nonfinite_guard(cfg, world, out, pairs, trained)
     replica = Replica(distribute(trained, world.size), saved.optimizer, world, parts.precision)
-    with closing(log), stop.gracefully(), profiler(cfg.profile, out / "profile", world.rank, log) as trace:
-        evaluate = stop.at_once()(judge)  # what was trained is on the disk by then
+    with closing(log), stop.graceful_exit(), profiler(cfg.profile, out / "profile", world.rank, log) as trace:
+        evaluate = stop.immediate_exit()(judge)  # what was trained is on the disk by then
         if not state.step or (state.evaluated < state.step and plan.due(state.step, cfg.eval_every)):
             evaluate()  # the base model; or what a signal or a crash has cut off
-        callbacks = Callbacks(log, trace, evaluate, saved.save, partial(stop.agreed, world), guard.check)
+        callbacks = Callbacks(log, trace, evaluate, saved.save, partial(stop.agreed_signal, world), guard.check)
         fit(replica, batches, plan, state, cfg, callbacks)
-        if taken := saved.take_best(state, world.say):
+        if taken := saved.load_best_weights(state, world.say):
             evaluate(taken)
         if cfg.interpolate and not state.stopped:
             apply_interpolation(cfg, judge, start)
@@ -104,7 +104,7 @@ class Evaluator:
         for name, one in found.items():
             if one.collapsed:
                 self.log.say(f"warning: {name}: {one.collapsed}")
-        self.saved.note(self.state, scores)
+        self.saved.record_evaluation(self.state, scores)
         if ends:
             self._keep(found, scores, residents[self.show.split])
 

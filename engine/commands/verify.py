@@ -24,7 +24,7 @@ from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
 from engine.run_folder import verification as again
 from engine.run_folder.folder import read_json, settings_of
-from engine.run_folder.replay import replay_steps
+from engine.run_folder.replay import ReopenedRun, replay_steps
 from engine.run_folder.verification import Finding
 from engine.train import Plan
 
@@ -41,15 +41,15 @@ def verify(cfg: Config, world: World, stop: StopSignal) -> int:
     mine = {name: getattr(cfg, name) for name in machine}
     given = {name: getattr(cfg, name) for name in ("dataset", "model") if getattr(cfg, name)}
     old = replace(settings_of(run), cache_dir=cfg.cache_dir, **mine, **given)
-    findings, whole = again.files(run)
-    findings.append(again.exported(run, whole))
+    findings, whole = again.check_files(run)
+    findings.append(again.check_exported_weights(run, whole))
     try:
         findings += rerun(old, world, run, whole)
     except UserError as error:  # data or base model gone
         findings.append(again.Finding("replay and metrics", again.UNCHECKED, str(error)))
     if world.is_main:
-        print(again.table(findings), flush=True)
-    return int(again.failed(findings))
+        print(again.format_findings(findings), flush=True)
+    return int(again.any_failed(findings))
 
 
 def rerun(cfg: Config, world: World, run: Path, whole: Sequence[Path]) -> list[Finding]:
@@ -59,8 +59,8 @@ def rerun(cfg: Config, world: World, run: Path, whole: Sequence[Path]) -> list[F
     pairs = with_probe(cfg, world, parts, open_data(cfg, world, parts, source), open_probe(cfg, world))
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     saved = make_saver(cfg, world, run, parts, pairs, evaluated_splits(cfg, pairs))
-    findings = replay_steps(cfg, world, run, whole, parts, saved, plan, pairs.ledger,
-                       pairs.batches("train", cfg.batch_size, cfg.seed, world.device))
+    batches = pairs.batches("train", cfg.batch_size, cfg.seed, world.device)
+    findings = replay_steps(cfg, world, ReopenedRun(run, whole, parts, saved, plan, pairs.ledger, batches))
     if not (run / "model").exists():
         return findings
     written, tuned = read_json(run / "metrics.json").get("tuned", {}), replace(cfg, model=str(run / "model"))
@@ -68,8 +68,8 @@ def rerun(cfg: Config, world: World, run: Path, whole: Sequence[Path]) -> list[F
     again_pairs = with_probe(tuned, world, parts, open_data(tuned, world, parts, source), probe)
     found = evaluate_splits(again_pairs.residents(), parts.head, written)
     scores = {name: one.summarise() for name, one in found.items()}
-    exact = again.same_machine(run, world) and not any(finding.apart for finding in findings)
-    return [*findings, again.metrics(scores, written, exact)]
+    exact = again.same_machine(run, world) and not any(finding.difference for finding in findings)
+    return [*findings, again.check_metrics(scores, written, exact)]
 
 
 def verify_store(cfg: Config, world: World) -> int:

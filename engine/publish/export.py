@@ -27,7 +27,7 @@ from engine.publish.card import write_card
 from engine.run_folder import checkpoint
 from engine.run_folder.folder import read_json
 
-ALONE = "projections.safetensors"
+PROJECTIONS_FILE = "projections.safetensors"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -85,7 +85,7 @@ def export(clip: Clip, folder: Path, tuned: Tuned, table: str, licence: str = "o
     """
     with replaced_folder(folder, "model") as new:
         save_file({name: value.detach().cpu().float().contiguous() for name, value in tuned.tensors.items()},
-                  new / ALONE, metadata={"thumbtune": json.dumps(asdict(tuned.origin))})
+                  new / PROJECTIONS_FILE, metadata={"thumbtune": json.dumps(asdict(tuned.origin))})
         nn.Module.to(clip.model, DTYPES[dtype])
         if overflown := non_finite(clip.model):
             raise UserError(f"--dtype {dtype} cannot hold {overflown}; use --dtype bf16 or fp32")
@@ -94,10 +94,10 @@ def export(clip: Clip, folder: Path, tuned: Tuned, table: str, licence: str = "o
         write_card(new / "README.md", asdict(tuned.origin), table, licence)
 
 
-def finished_folder(run: str) -> Path | None:
+def finished_model(run: str) -> Path | None:
     """The whole model folder in a run, or `run` itself where it is one; None: there is none."""
     path = Path(run).expanduser()
-    return next((place for place in (path / "model", path) if (place / ALONE).is_file()
+    return next((place for place in (path / "model", path) if (place / PROJECTIONS_FILE).is_file()
                  and any(place.glob("model*.safetensors*"))), None)
 
 
@@ -121,12 +121,12 @@ def read_tuned(run: str, which: str = "") -> Tuned:
     Without `which`, a run's finished model, or else its newest checkpoint that verifies. Raises UserError.
     """
     path = Path(run).expanduser()
-    alone = next((place for place in (path, path / ALONE, path / "model" / ALONE) if place.is_file()), None)
+    alone = next((place for place in (path, path / PROJECTIONS_FILE, path / "model" / PROJECTIONS_FILE) if place.is_file()), None)
     if alone is not None and not which:
         return _read_alone(alone)
     if not (path / "checkpoints").is_dir():
         raise UserError(f"--run {run} holds no {'checkpoints' if which else 'trained model'}; give a run folder"
-                        + ("" if which else f", or a folder or file with {ALONE}"))
+                        + ("" if which else f", or a folder or file with {PROJECTIONS_FILE}"))
     found = _checkpoint(path, which)
     origin = _origin_of_unfinished(path) if alone is None else _read_alone(alone).origin
     measured = {when: scores for when, scores in origin.metrics.items() if when == "base"}  # not what is exported here
@@ -135,17 +135,17 @@ def read_tuned(run: str, which: str = "") -> Tuned:
 
 def _checkpoint(path: Path, which: str) -> Mapping[str, Tensor]:
     if not which:
-        newest = checkpoint.newest_valid(path, lambda _: None)
+        newest = checkpoint.newest_valid(path, lambda line: None)
         if newest is None:
             raise UserError(f"--run {path} has no checkpoint that is whole; nothing of it can be exported")
-        return newest[1][0]
+        return newest[1].weights
     folders = sorted(folder.name for folder in (path / "checkpoints").glob("step-*"))
     number = which.removeprefix("step-")
     name = f"step-{int(number):08d}" if number.isdecimal() and number.isascii() else which
     if name not in [*folders, "last", "best"] or not (path / "checkpoints" / name).is_dir():
         raise UserError(f"--checkpoint {which}: {path} has {', '.join(folders) or 'none'}, last and best")
     try:
-        return checkpoint.load((path / "checkpoints" / name).resolve())[0]
+        return checkpoint.load((path / "checkpoints" / name).resolve()).weights
     except checkpoint.DamagedCheckpoint as error:
         raise UserError(f"--checkpoint {which}: {error}; choose another one") from None
 
@@ -170,7 +170,7 @@ def _read_alone(path: Path) -> Tuned:
                 raise TypeError("its origin is not text")
             return Tuned({name: file.get_tensor(name) for name in file.keys()}, origin)  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--run {path} is no {ALONE} of thumbtune's ({error or type(error).__name__})") from None
+        raise UserError(f"--run {path} is no {PROJECTIONS_FILE} of thumbtune's ({error or type(error).__name__})") from None
 
 
 def portable(path: Path) -> bytes:

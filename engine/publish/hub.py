@@ -10,7 +10,7 @@ from pathlib import Path
 from data.batch import RunFailed, UserError
 from engine.config.fields import Config, config_fields
 from engine.publish.card import card_on_hub
-from engine.publish.export import ALONE, portable
+from engine.publish.export import PROJECTIONS_FILE, portable
 
 REPO = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -48,7 +48,7 @@ def push(folder: Path, cfg: Config, run: str, again: Sequence[str], tell: Callab
     try:
         repo = api.create_repo(name, private=cfg.private, exist_ok=True)
         files: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.iterdir())}
-        files[ALONE] = portable(folder / ALONE)
+        files[PROJECTIONS_FILE] = portable(folder / PROJECTIONS_FILE)
         files["README.md"] = card_on_hub(folder / "README.md", repo.repo_id, cfg.license).encode()
         api.create_commit(repo.repo_id, [CommitOperationAdd(path, what) for path, what in files.items()],
                           commit_message="Upload a model tuned with thumbtune")

@@ -10,10 +10,10 @@ from typing import Any
 from data.batch import UserError
 from engine.clip.loading import load_clip
 from engine.config.fields import Config
-from engine.publish.export import export, finished_folder, new_folder, read_tuned, restore
+from engine.publish.export import export, finished_model, new_folder, read_tuned, restore
 from engine.publish.hub import check_push, push
 
-AGAIN = ["push_to_hub", "private", "checkpoint", "model", "dtype", "license"]  # what a later push has to be told
+PUSH_SETTINGS = ["push_to_hub", "private", "checkpoint", "model", "dtype", "license"]  # what a later push has to be told
 
 
 def export_run(cfg: Config, table: Callable[[Mapping[str, Any]], str], tell: Callable[[str], None]) -> None:
@@ -26,13 +26,13 @@ def export_run(cfg: Config, table: Callable[[Mapping[str, Any]], str], tell: Cal
     if cfg.push_to_hub:
         check_push(cfg.push_to_hub, tell)
     with TemporaryDirectory() as scratch:
-        ready = None if cfg.to or cfg.checkpoint or cfg.model or cfg.dtype != "fp32" else finished_folder(cfg.run)
+        ready = None if cfg.to or cfg.checkpoint or cfg.model or cfg.dtype != "fp32" else finished_model(cfg.run)
         folder = ready or (new_folder(cfg.to) if cfg.to else Path(scratch) / "model")
         if ready is None:
             rebuild(cfg, folder, table)
             tell(f"model {folder}")
         if cfg.push_to_hub:
-            push(folder, cfg, cfg.run, AGAIN, tell)
+            push(folder, cfg, cfg.run, PUSH_SETTINGS, tell)
 
 
 def rebuild(cfg: Config, folder: Path, table: Callable[[Mapping[str, Any]], str]) -> None:

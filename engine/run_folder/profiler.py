@@ -54,7 +54,7 @@ class Trace(Profiler):
 
     def _ready(self, trace: profile) -> None:
         self._write(trace)
-        self._log.spent(f"{RECORD} recorded steps", region_seconds(trace))
+        self._log.report_time(f"{RECORD} recorded steps", region_seconds(trace))
 
     def __enter__(self) -> Profiler:
         self._profile.__enter__()
@@ -63,7 +63,7 @@ class Trace(Profiler):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         self._profile.__exit__(kind, error, trace)
-        self._log.spent("the run", self._log.seconds())
+        self._log.report_time("the run", self._log.seconds())
 
     def region(self, name: str) -> AbstractContextManager[Any]:
         """A named part of the step, as the trace shows it."""

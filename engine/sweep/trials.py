@@ -25,7 +25,7 @@ from engine.sweep.interpolate import blend, snapshot
 from engine.sweep.space import RECIPE, Settings
 from engine.train import Callbacks, Plan, Replica, fit
 
-REPEAT = 1_000  # between the seeds of repeats, so that their epochs share no order
+SEED_STRIDE = 1_000  # between the seeds of repeats, so that their epochs share no order
 
 
 class Run(NamedTuple):
@@ -102,7 +102,7 @@ class Journal:
                 continue
         return [line for line in lines if line["identity"] == self.identity]
 
-    def known(self, settings: Settings) -> bool:
+    def is_finished(self, settings: Settings) -> bool:
         """Was this configuration finished before, on the same data and base model?"""
         return any(line["settings"] == settings for line in self.lines)
 
@@ -115,15 +115,15 @@ class Journal:
         self.lines.append(line)
         return result["scores"][self.metric]
 
-    def ranked(self) -> list[dict[str, Any]]:
+    def best_first(self) -> list[dict[str, Any]]:
         """The lines, best first, of equal ones the earlier; those that have collapsed last."""
         return sorted(self.lines, key=lambda line: ("collapsed" in line, -line["scores"][self.metric]))
 
-    def conclude(self, folder: Path, cfg: Config) -> None:
+    def write_summary(self, folder: Path, cfg: Config) -> None:
         """sweep.json, the winner's recipe.toml, and all configurations with their scores for TensorBoard's hparams."""
         from torch.utils.tensorboard import SummaryWriter
 
-        lines = self.ranked()
+        lines = self.best_first()
         write_json(folder / "sweep.json", {"metric": self.metric, "configurations": lines})
         recipe = to_toml(replace(cfg, **lines[0]["settings"]), RECIPE)
         (folder / "recipe.toml").write_text(recipe, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The training loop: `fit` picks the step, `loop` runs it. The same lines for cached or streamed inputs, any ranks.
+"""The training loop: `fit` picks the step, `loop` runs it, for cached or streamed inputs and any number of ranks.
 
 Dimension key: B rows of this rank, G rows of all ranks, X texts (titles, then negatives), K texts of a row (1 or 2), C
 candidates, E embedding.
@@ -75,7 +75,7 @@ class Replica:
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What the loop calls on its way; by default nothing happens."""
+    """Functions and objects that the loop calls; the defaults do nothing."""
 
     log: Log = field(default_factory=NullLog)
     profiler: Profiler = field(default_factory=Profiler)
@@ -87,7 +87,7 @@ class Callbacks:
 
 def fit(replica: Replica, batches: Callable[[int], Iterator[Batch | Features]], plan: Plan, state: State,
         cfg: Config, callbacks: Callbacks) -> None:
-    """Train from `state.step` to the end of the plan, or until a signal asks all ranks to stop.
+    """Train from `state.step` to the end of the plan, or until a rank receives a signal.
 
     `batches(step)` yields this rank's inputs of every step from there on.
     """

@@ -19,7 +19,7 @@ from importlib import import_module
 
 from engine.config.cli import parse
 from engine.config.fields import Config
-from engine.run_folder.crash import BEGUN, explain_crash
+from engine.run_folder.crash import CURRENT_RUN, explain_crash
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -68,7 +68,7 @@ def run(command: str, cfg: Config) -> int:
         say_error(explain_crash(command, error, rank_said()))
         return leave(1)
     finally:
-        BEGUN.discard()
+        CURRENT_RUN.discard()
         world.close()
 
 
@@ -76,8 +76,8 @@ def leave(code: int) -> int:
     """The exit code, after a run folder in which nothing was begun is gone; with other ranks this ends the process."""
     from engine.ranks import world
 
-    BEGUN.discard()
-    return world.leave(code)
+    CURRENT_RUN.discard()
+    return world.exit_process(code)
 
 
 def say_error(text: str) -> None:

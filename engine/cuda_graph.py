@@ -63,14 +63,14 @@ class CudaCapture:
 class GraphedStep:
     """A step on row numbers; full batches of `rows` rows are replayed from a graph.
 
-    `look_up` returns the features of row numbers; `tell` says once why there is no graph.
+    `look_up` returns the features of row numbers; `log` gets one line where there is no graph.
     """
 
     def __init__(self, step: EagerStep, look_up: Callable[[Tensor], Features], optimizer: torch.optim.Optimizer,
-                 rows: int, tell: Callable[[str], None],
+                 rows: int, log: Callable[[str], None],
                  region: Callable[[str], AbstractContextManager[object]]) -> None:
         self.step, self.look_up, self.optimizer, self.rows = step, look_up, optimizer, rows
-        self.tell, self.region = tell, region
+        self.log, self.region = log, region
         self._cuda, self._warmup_steps, self._disabled = CudaCapture(), 0, False
         self._replay: Callable[[], None] | None = None
         self._index_B: Tensor
@@ -124,7 +124,7 @@ class GraphedStep:
 
     def _disable(self, reason: str) -> None:
         self._disabled = True
-        self.tell(f"no CUDA graph of the step: {reason}; --cuda-graph off does not try")
+        self.log(f"no CUDA graph of the step: {reason}; --cuda-graph off does not try")
 
     def _state(self) -> list[Tensor]:
         """Return every tensor that a step changes: the parameters and the optimizer's state."""

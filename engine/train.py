@@ -1,4 +1,4 @@
-"""The training loop: `fit` picks the step, `loop` runs it. The same lines for cached or streamed inputs, any ranks.
+"""The training loop: `fit` picks the step, `loop` runs it, for cached or streamed inputs and any number of ranks.
 
 Dimension key: B rows of this rank, G rows of all ranks, X texts (titles, then negatives), K texts of a row (1 or 2), C
 candidates, E embedding.
@@ -22,7 +22,7 @@ from engine.loss import Candidates, Objective
 from engine.optim import AdamWL2SP, learning_rate, update
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import State
-from engine.run_folder.log import Log, Silent
+from engine.run_folder.log import Log, NullLog
 from engine.run_folder.profiler import Profiler
 
 Inputs = TypeVar("Inputs")
@@ -75,9 +75,9 @@ class Replica:
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What the loop calls on its way; by default nothing happens."""
+    """Functions and objects that the loop calls; the defaults do nothing."""
 
-    log: Log = field(default_factory=Silent)
+    log: Log = field(default_factory=NullLog)
     profiler: Profiler = field(default_factory=Profiler)
     evaluate: Callable[[], None] = lambda: None
     save_checkpoint: Callable[[State], None] = lambda state: None
@@ -86,7 +86,7 @@ class Callbacks:
 
 
 def fit(replica: Replica, batches: Batches, plan: Plan, state: State, cfg: Config, callbacks: Callbacks) -> None:
-    """Train from `state.step` to the end of the plan, or until a signal asks all ranks to stop."""
+    """Train from `state.step` to the end of the plan, or until a rank receives a signal."""
     objective = Objective(cfg.loss, cfg.duplicates, cfg.hardness)
     step = Step(replica, objective, cfg.clip_norm, callbacks.profiler)
     if cfg.cuda_graph == "auto" and should_capture(batches, plan.steps - state.step, replica.world):
@@ -118,10 +118,10 @@ def loop(step: Callable[[Inputs, int, float], tuple[Tensor, Tensor]], stream: It
             grad_norms = log.flush(plan.steps)  # the only host sync, besides stop_signal's about once a second
             callbacks.check_gradients(state.step, grad_norms)
         if save_now:  # before the evaluation, which a signal may cut off
-            with log.aside("checkpoint"):
+            with log.pause_step_clock("checkpoint"):
                 callbacks.save_checkpoint(state)
         if evaluate_now:
-            with log.aside("evaluate"):
+            with log.pause_step_clock("evaluate"):
                 callbacks.evaluate()
 
 

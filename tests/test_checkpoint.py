@@ -195,7 +195,7 @@ def test_resume_takes_back_everything_and_sets_damaged_ones_aside(tmp_path: Path
             parameter.grad = torch.ones_like(parameter) * state.step
         ours.optimizer.step()
         ours.save(state)
-        ours.note(state, {"valid": {"mrr": [0.5, 0.6, 0.4][state.step - 1]}})
+        ours.record_evaluation(state, {"valid": {"mrr": [0.5, 0.6, 0.4][state.step - 1]}})
     assert (state.best_step, state.worse) == (2, 1)
     (run / "checkpoints" / "step-00000003" / "state.json").write_text("{}")
     again, said = saver(run, patience=2), list[str]()
@@ -210,9 +210,9 @@ def test_resume_takes_back_everything_and_sets_damaged_ones_aside(tmp_path: Path
                for name, value in again.named.items())
     # step 2 was saved before it was measured: measured again it decides as it did
     for state.step, mrr in ((2, 0.6), (3, 0.4), (4, 0.3)):
-        again.note(state, {"valid": {"mrr": mrr}})
+        again.record_evaluation(state, {"valid": {"mrr": mrr}})
     assert (state.best_step, state.worse, state.enough) == (2, 2, True)
-    assert again.take_best(state, said.append) == 2
+    assert again.load_best_weights(state, said.append) == 2
 
 
 @pytest.mark.parametrize("name, changes", {
@@ -231,12 +231,12 @@ def test_best_means_what_was_asked_for(tmp_path: Path) -> None:
     ranks = saver(run_folder(tmp_path), metric="median_rank")
     state = State()
     for state.step, value in ((1, 9.0), (2, 4.0), (3, 4.0), (4, 7.0)):  # small is good, a tie is no gain
-        ranks.note(state, {"valid": {"median_rank": value, "mrr": 0.1}})
+        ranks.record_evaluation(state, {"valid": {"median_rank": value, "mrr": 0.1}})
     state.step = 5
-    ranks.note(state, {"valid": {"median_rank": 1.0, "collapsed": True}})  # its figures mean nothing
+    ranks.record_evaluation(state, {"valid": {"median_rank": 1.0, "collapsed": True}})  # its figures mean nothing
     assert state.best_step == 2 and (tmp_path / "checkpoints" / "best").resolve().name == "step-00000002"
     with pytest.raises(UserError, match="--best-metric rank is not measured here; there is mrr"):
-        saver(tmp_path, metric="rank").note(state, {"valid": {"mrr": 0.1, "mrr_ci95": [0, 1], "pairs": 9}})
+        saver(tmp_path, metric="rank").record_evaluation(state, {"valid": {"mrr": 0.1, "mrr_ci95": [0, 1], "pairs": 9}})
 
 
 def test_the_digest_follows_what_ranks_are_given() -> None:

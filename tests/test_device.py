@@ -105,14 +105,14 @@ class Endless(StopSignal):
         self.end = end
 
     @contextmanager
-    def gracefully(self) -> Iterator[None]:
+    def graceful_exit(self) -> Iterator[None]:
         yield
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
+    def immediate_exit(self) -> Iterator[None]:
         yield
 
-    def agreed(self, world: World, step: int) -> int:
+    def agreed_signal(self, world: World, step: int) -> int:
         return 15 * (step == self.end)
 
 

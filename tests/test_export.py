@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from data.batch import UserError
 from engine.publish.card import HERE, write_card
-from engine.publish.export import ALONE, Origin, read_tuned
+from engine.publish.export import PROJECTIONS_FILE, Origin, read_tuned
 
 TITLES = ["3 red circles", "a title that is longer than the other", "NA", "café 🎬 مرحبا", "many words " * 200]
 
@@ -79,13 +79,13 @@ def test_other_libraries_give_the_same_embeddings(tuned: Path, pairs: Path) -> N
 
 def test_projections_alone_go_back_on_their_base(tuned: Path, tiny_st_model: Path, tmp_path: Path,
                                                  capsys: pytest.CaptureFixture[str]) -> None:
-    alone = load_file(tuned / "model" / ALONE)
+    alone = load_file(tuned / "model" / PROJECTIONS_FILE)
     assert set(alone) == {"visual_projection.weight", "text_projection.weight"}
     assert all(torch.equal(weights(tuned / "model")[name], value) for name, value in alone.items())
     (tmp_path / "mail").mkdir()
-    shutil.copy(tuned / "model" / ALONE, tmp_path / "mail")
+    shutil.copy(tuned / "model" / PROJECTIONS_FILE, tmp_path / "mail")
     moved = shutil.copytree(tiny_st_model, tmp_path / "base")
-    for number, flags in enumerate((["--run", tmp_path / "mail"], ["--run", tmp_path / "mail" / ALONE],
+    for number, flags in enumerate((["--run", tmp_path / "mail"], ["--run", tmp_path / "mail" / PROJECTIONS_FILE],
                                     ["--run", tmp_path / "mail", "--model", moved], ["--run", tuned])):
         assert call("export", *flags, "--to", tmp_path / str(number)) == 0
         assert same(tmp_path / str(number), tuned / "model")
@@ -108,7 +108,7 @@ def test_any_checkpoint_and_an_unfinished_run(tuned: Path, tmp_path: Path) -> No
         held, got = load_file(tuned / "checkpoints" / step / "trainable.safetensors"), weights(to)
         assert all(torch.equal(got[name], value) for name, value in held.items())
     assert same(tmp_path / "of-last", tuned / "model") and not same(tmp_path / "of-step-2", tuned / "model")
-    assert "tuned" not in json.loads(metadata(tmp_path / "of-step-2" / ALONE))["metrics"]  # it was not measured
+    assert "tuned" not in json.loads(metadata(tmp_path / "of-step-2" / PROJECTIONS_FILE))["metrics"]  # not measured
     cut = shutil.copytree(tuned, tmp_path / "cut", symlinks=True)
     shutil.rmtree(cut / "model")
     damaged = cut / "checkpoints" / steps[-1] / "trainable.safetensors"
@@ -128,8 +128,8 @@ def test_half_precision_is_half_the_size_and_nearly_the_same(tuned: Path, tmp_pa
     assert {value.dtype for name, value in half.items() if "position_ids" not in name} == {torch.float16}
     for name, value in half.items():
         torch.testing.assert_close(value.float(), full[name].float(), atol=1e-3, rtol=1e-3)
-    assert all(torch.equal(value, load_file(tuned / "model" / ALONE)[name])
-               for name, value in load_file(tmp_path / "half" / ALONE).items())
+    assert all(torch.equal(value, load_file(tuned / "model" / PROJECTIONS_FILE)[name])
+               for name, value in load_file(tmp_path / "half" / PROJECTIONS_FILE).items())
 
 
 def test_weights_that_overflow_fp16_are_not_exported_as_fp16(tiny_model: Path, tmp_path: Path) -> None:
@@ -171,10 +171,10 @@ def test_a_push_arrives_and_the_card_says_from_where_to_load(tuned: Path, hub: H
     assert done.returncode == 0 and f"pushed to {hub.url}/me/clip" in done.stderr, done.stderr
     files = hub.repos["models", "me/clip"].files
     assert files == {path.name: path.read_bytes() for path in (tuned / "model").iterdir()} | {
-        name: files[name] for name in ("README.md", ALONE)}
+        name: files[name] for name in ("README.md", PROJECTIONS_FILE)}
     assert not any(str(tuned.parent).encode() in content for content in files.values())  # nobody's business
-    (tmp_path / ALONE).write_bytes(files[ALONE])
-    theirs, ours = read_tuned(str(tmp_path / ALONE)), read_tuned(str(tuned))
+    (tmp_path / PROJECTIONS_FILE).write_bytes(files[PROJECTIONS_FILE])
+    theirs, ours = read_tuned(str(tmp_path / PROJECTIONS_FILE)), read_tuned(str(tuned))
     assert theirs.origin == replace(ours.origin, base=Path(ours.origin.base).name)
     assert all(tensor.equal(ours.tensors[name]) for name, tensor in theirs.tensors.items())
     card, local = files["README.md"].decode(), (copy / "model" / "README.md").read_bytes()

@@ -16,7 +16,7 @@ from engine.config.fields import Config
 from engine.optim import adamw
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import State
-from engine.run_folder.log import Silent
+from engine.run_folder.log import NullLog
 from engine.run_folder.nonfinite import NonfiniteGuard
 from engine.train import Callbacks, Plan, Replica, fit
 
@@ -34,7 +34,7 @@ class Linears(nn.Module):
         return Embeddings(l2_normalize(image), l2_normalize(text), torch.tensor(20.0))
 
 
-class Norms(Silent):
+class Norms(NullLog):
     """A log that keeps the gradient norms, as the real one does until it flushes."""
 
     def __init__(self) -> None:

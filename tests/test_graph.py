@@ -30,7 +30,7 @@ from engine.cuda_graph import MIN_STEPS, Outputs, should_capture
 from engine.optim import adamw
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import State
-from engine.run_folder.log import Silent
+from engine.run_folder.log import NullLog
 from engine.train import Callbacks, Plan, Replica, fit
 
 ROWS, BATCH, EPOCHS, STEPS = 28, 8, 4, 16  # four steps an epoch, the last one short
@@ -101,7 +101,7 @@ class Taped:
         return outputs, tape.replay
 
 
-class Steps(Silent):
+class Steps(NullLog):
     """Notes loss and gradient norm of every step, and what is said."""
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ from helpers import ROOT, Loopback, family, full, kill, last_flags, on_ranks, st
 
 import run
 from data.batch import RunFailed
-from engine.ranks.signals import GRACE_S, HEEDED, StopSignal
+from engine.ranks.signals import GRACE_S, HANDLED_SIGNALS, StopSignal
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import newest_valid
 
@@ -47,7 +47,7 @@ sys.exit(run.main(sys.argv[1:]))
 """
 PHASES = {  # what is made slow, how slow, and from which call on; when it says NOW, it is time for the signal
     "training": ("engine.train", "learning_rate", 0.05, 20),
-    "evaluation": ("engine.run_folder.checkpoint", "Saver.note", 60, 1),  # the base model has been measured
+    "evaluation": ("engine.run_folder.checkpoint", "Saver.record_evaluation", 60, 1),  # after the base model's
     "saving": ("engine.run_folder.checkpoint", "save_file", 1, 0),
     "decoding": ("data.cold", "decode_image", 1, 0),
 }
@@ -246,7 +246,7 @@ def test_a_signal_while_fetching_waits_for_no_server(tiny_model: Path, tmp_path:
 @pytest.fixture
 def handlers() -> Iterator[None]:
     """The signal handlers of before."""
-    before = {number: signal.getsignal(number) for number in HEEDED}
+    before = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -260,7 +260,7 @@ def test_a_repeated_request_to_end_is_no_second_wish(handlers: None, monkeypatch
     ended: list[int] = []
     monkeypatch.setattr(os, "_exit", ended.append)
     stop = StopSignal()
-    with pytest.raises(SystemExit) as end, stop.gracefully():
+    with pytest.raises(SystemExit) as end, stop.graceful_exit():
         for number in (HUP, TERM, TERM, USR1, signal.SIGUSR2):
             os.kill(os.getpid(), number)
         assert not ended
@@ -336,10 +336,10 @@ def _late() -> list[Any]:
     for _ in range(30 * rank):  # all in all longer than the silence that is borne, each time a twentieth of it
         time.sleep(0.2)
         world.say("on the way")
-    answers: list[Any] = [world.meet(rank)]
+    answers: list[Any] = [world.monitored_exchange(rank)]
     stop, step = StopSignal(), 0
-    with stop.gracefully():
-        while not (number := stop.agreed(world, step := step + 1)) and step < 400:
+    with stop.graceful_exit():
+        while not (number := stop.agreed_signal(world, step := step + 1)) and step < 400:
             time.sleep(0.01)
             if rank == 1 and step == 150:
                 os.kill(os.getpid(), TERM)
@@ -347,7 +347,7 @@ def _late() -> list[Any]:
         stop._received = 0
     if rank == 0:
         with pytest.raises(RunFailed) as silence:
-            world.meet(rank)
+            world.monitored_exchange(rank)
         answers.append(str(silence.value))
     return answers
 

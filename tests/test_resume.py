@@ -33,10 +33,10 @@ class StopAt(StopSignal):
     def __init__(self, step: int) -> None:
         self._received, self._graceful, self._step = 0, False, step
 
-    def _leave(self) -> None:
+    def _exit(self) -> None:
         raise SystemExit(128 + self._received)
 
-    def agreed(self, world: World, step: int) -> int:
+    def agreed_signal(self, world: World, step: int) -> int:
         self._received = signal.SIGTERM if step == self._step else 0
         return self._received
 

@@ -112,7 +112,7 @@ def test_a_configuration_that_collapsed_in_a_run_is_listed_and_never_first(tmp_p
         1.0: [(rows, good), (rows, flat)], 2.0: [(rows, good), (rows, None)], 3.0: [(rows, good), (rows, good)]}
     for lr, held in runs.items():
         journal.add({"lr": lr}, score_configuration(held, runs[3.0], 2, "image_to_text_mrr"))
-    lines = journal.ranked()
+    lines = journal.best_first()
     assert [line["settings"]["lr"] for line in lines] == [3.0, 1.0, 2.0]
     assert "all alike" in lines[1]["collapsed"] and "NaN" in lines[2]["collapsed"]
     table = leaderboard(lines, ["c", "a", "b"], "image_to_text_mrr")

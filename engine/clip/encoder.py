@@ -1,4 +1,4 @@
-"""How frozen towers run: without autograd, in batches that fit, compiled where that pays.
+"""Run frozen towers without autograd, in batches that fit into memory, compiled where that is worth it.
 
 Dimension key: B batch.
 """
@@ -13,18 +13,19 @@ from torch import Tensor, nn
 
 from data.batch import UserError, map_tensors
 
-CPU_BATCH = 32  # measured best: what 64 leave between two layers is past the caches, and allocated anew each time
-CPU_TITLES = 96  # of titles likewise: one has some 14 tokens where an image has 50
-GPU_BATCH = 512  # a GPU is busy from here on
-FILLED = 64  # compiled lots are filled up to multiples of this, which is what the cold pass hands over at once
-COMPILE_AFTER = 20_000  # inputs: sooner a compilation, about a minute, costs more than it saves
+CPU_BATCH = 32  # measured best: the activations of 64 exceed the caches, and are allocated anew each time
+CPU_TITLES = 96  # batch of titles, likewise: a title has some 14 tokens where an image has 50
+GPU_BATCH = 512  # enough to keep a GPU busy
+PADDED_TO = 64  # compiled batches are padded to multiples of this, the batch of the cold pass
+COMPILE_AFTER = 20_000  # inputs; below, a compilation of about a minute costs more than it saves
 
 
 class BatchedEncoder:
-    """`encode` (Towers.image or Towers.text) as a function of any number of inputs, a tensor or a tuple of them.
+    """Applies `encode` (Towers.image or Towers.text) to any number of inputs, a tensor or a tuple of tensors.
 
-    `batch` inputs go through at a time; where a GPU has no room for them, it is halved for good. `compiled` is auto, on
-    or off: auto compiles on a GPU once COMPILE_AFTER inputs have come. It is for inputs of one shape, not for titles.
+    `batch` inputs are encoded at a time; where a GPU runs out of memory, `batch` is halved from then on. `compiled` is
+    auto, on or off: auto compiles on a GPU after COMPILE_AFTER inputs. Only inputs of one shape can be compiled, not
+    titles.
     """
 
     def __init__(self, encode: Callable[[Any], Tensor], device: torch.device, precision: torch.dtype,
@@ -35,14 +36,14 @@ class BatchedEncoder:
         self._fast: Callable[[Any], Tensor] | None = None
 
     def __call__(self, inputs: Any) -> Tensor:
-        """Features of all inputs, on the device."""
+        """Return the features of all inputs, on the device."""
         count = len(inputs) if isinstance(inputs, Tensor) else len(inputs[0])
-        done: list[Tensor] = []
+        features: list[Tensor] = []
         low = 0
-        while low < count or not done:
+        while low < count or not features:
             part = _slice(inputs, low, low + self.batch)
             try:
-                done.append(self._run(part))
+                features.append(self._run(part))
             except torch.OutOfMemoryError as error:
                 if self.batch == 1:
                     raise UserError("the device has no room for one input of the towers; use --device cpu or a smaller "
@@ -52,10 +53,13 @@ class BatchedEncoder:
                 continue
             low += self.batch
         self._seen += count
-        return done[0] if len(done) == 1 else torch.cat(done)
+        return features[0] if len(features) == 1 else torch.cat(features)
 
     def _run(self, part: Any) -> Tensor:
-        moved = part.to(self.device) if isinstance(part, Tensor) else map_tensors(part, lambda one: one.to(self.device))
+        if isinstance(part, Tensor):
+            moved = part.to(self.device)
+        else:
+            moved = map_tensors(part, lambda tensor: tensor.to(self.device))
         with torch.no_grad(), torch.autocast(self.device.type, self.precision, enabled=self.precision.itemsize < 4):
             if self.compiled == "on" or (self.compiled == "auto" and self.device.type == "cuda"
                                          and self._seen >= COMPILE_AFTER):
@@ -63,26 +67,26 @@ class BatchedEncoder:
             return self.encode(moved)
 
     def _run_compiled(self, pixels: Tensor) -> Tensor:
-        """Short lots are filled up, so that there are few shapes to compile for: one for the lots of the cold pass."""
+        """Encode a padded batch, so that there are few shapes to compile: one for the batches of the cold pass."""
         try:
             self._fast = self._fast or torch.compile(self.encode, dynamic=False)
-            short = min(self.batch - len(pixels), -len(pixels) % FILLED)
-            whole = torch.cat([pixels, pixels.new_zeros(short, *pixels.shape[1:])]) if short else pixels
-            return self._fast(whole)[: len(pixels)]
+            short = min(self.batch - len(pixels), -len(pixels) % PADDED_TO)
+            padded = torch.cat([pixels, pixels.new_zeros(short, *pixels.shape[1:])]) if short else pixels
+            return self._fast(padded)[: len(pixels)]
         except torch._dynamo.exc.BackendCompilerFailed as error:
             raise UserError(f"the towers do not compile here ({str(error).splitlines()[0]}); use --compile off"
                             ) from error
 
 
 class QuickGelu(nn.Module):
-    """x * sigmoid(1.702 x), CLIP's activation, to the bit as transformers has it.
+    """x * sigmoid(1.702 x), CLIP's activation, equal to transformers' to the bit.
 
-    Where nothing trains on a CPU it works in place on a few rows at a time, which then stay in the cache between its
-    three passes: 6 % of an image tower's time.
+    On a CPU without autograd it works in place on a few rows at a time, which stay in the cache between its three
+    passes; that saves 6 % of an image tower's time.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape."""
+        """Return a tensor of the same shape."""
         if x.device.type != "cpu" or torch.is_grad_enabled() or not x.is_contiguous():
             return x * torch.sigmoid(1.702 * x)
         for rows in x.view(-1, x.shape[-1]).split(32):
@@ -91,11 +95,11 @@ class QuickGelu(nn.Module):
 
 
 def use_quick_gelu(tower: Any) -> None:
-    """Put QuickGelu in place of transformers' own, where a tower has that."""
+    """Replace transformers' QuickGELU by the one here, in a tower that uses it."""
     if tower.config.hidden_act == "quick_gelu":
         for layer in tower.encoder.layers:
             layer.mlp.activation_fn = QuickGelu()
 
 
 def _slice(inputs: Any, low: int, high: int) -> Any:
-    return inputs[low:high] if isinstance(inputs, Tensor) else map_tensors(inputs, lambda one: one[low:high])
+    return inputs[low:high] if isinstance(inputs, Tensor) else map_tensors(inputs, lambda tensor: tensor[low:high])

@@ -8,20 +8,19 @@ runs: `auto_map` is refused, and pickled weights are read with `weights_only`.
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from data.batch import UserError
 from data.images.decode import ImageSpec, tokenize
+from engine.clip.model_files import ModelFiles
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 # In the order in which transformers looks for them.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-LFS_POINTER = b"version https://git-lfs"
 HISTORIC_EOS = 2  # configs from before transformers had EOS right say so; it means: pool at the highest token id
 HISTORIC_BOS = 0
 
@@ -45,11 +43,8 @@ class Clip:
 
     @cached_property
     def digests(self) -> Mapping[str, str]:
-        """BLAKE2b of every tensor as it was loaded, by name; read once, as gigabytes take seconds."""
-        def digest(tensor: Tensor) -> str:
-            plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            return hashlib.blake2b(plain, digest_size=32, person=str(tuple(tensor.shape)).encode()[:16]).hexdigest()
-        return {name: digest(tensor) for name, tensor in self.model.state_dict().items()}
+        """BLAKE2b of every tensor as it was loaded, by name; computed once, as gigabytes take seconds."""
+        return {name: _digest(tensor) for name, tensor in self.model.state_dict().items()}
 
     @property
     def image_processor(self) -> Any:
@@ -72,77 +67,10 @@ class Clip:
         return self.model.config
 
 
-class ModelFiles:
-    """The files of a model folder, or of a hub repository at a commit, by their names."""
-
-    def __init__(self, name: str, commit: str | None) -> None:
-        path = Path(name).expanduser()
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--model {name} is a file; give the folder that holds config.json")
-        if path.is_symlink() and not path.exists():
-            raise UserError(f"--model {name} is a link that leads nowhere; give the folder itself")
-        self.name, self.is_local = name, path.is_dir()
-        self.source = str(path) if self.is_local else name
-        self.where: dict[str, Any] = {"revision": commit, "subfolder": ""}
-        self.where["subfolder"] = self._subfolder()
-
-    def refuse(self, problem: str) -> NoReturn:
-        """Raise UserError: the model's name, then `problem`, which names a file and the fix."""
-        raise UserError(f"--model {self.name}: {problem}")
-
-    def path(self, name: str) -> Path | None:
-        """Where a file lies; None where there is none."""
-        from transformers.utils import cached_file
-
-        place = cached_file(self.source, name, **self.where, _raise_exceptions_for_missing_entries=False,
-                            _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False)
-        if place is None:
-            return None
-        with Path(place).open("rb") as file:
-            start = file.read(len(LFS_POINTER))
-        if start == LFS_POINTER:
-            self.refuse(f"{name} is a Git LFS pointer, not the file itself; run `git lfs pull` in the folder")
-        if not start:
-            self.refuse(f"{name} is empty; copy it again from where the model came from")
-        return Path(place)
-
-    def read(self, name: str) -> Any:
-        """The content of a JSON file; {} where there is none."""
-        path = self.path(name)
-        if path is None:
-            return {}
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            self.refuse(f"{name} is cut off or no JSON ({error}); copy it again from where the model came from")
-
-    def config(self, name: str) -> dict[str, Any]:
-        """The content of a JSON file that holds settings; {} where there is none."""
-        content = self.read(name)
-        if not isinstance(content, dict):
-            self.refuse(f"{name} holds no settings; copy it again from where the model came from")
-        return content
-
-    def commit(self) -> str | None:
-        """The commit of a hub repository; None for a folder."""
-        found = re.search(r"/snapshots/([0-9a-f]{40})/", str(self.path("config.json")))
-        return found[1] if found else None
-
-    def _subfolder(self) -> str:
-        """Where a sentence-transformers folder keeps its CLIPModel; '' for a plain one."""
-        modules = self.read("modules.json")
-        if not modules:
-            return ""
-        try:
-            folder, kinds = str(modules[0]["path"]), [str(module["type"]).rpartition(".")[2] for module in modules]
-        except (KeyError, TypeError):
-            self.refuse("modules.json is no list of sentence-transformers modules; copy it again")
-        if kinds[0] not in ("CLIPModel", "Transformer") or set(kinds[1:]) - {"Normalize"}:
-            self.refuse(f"modules.json lists {', '.join(kinds)}, of which thumbtune would run a CLIPModel alone; give "
-                        "a plain CLIPModel")
-        if not re.fullmatch(r"[\w-][\w.-]*|", folder):
-            self.refuse(f"modules.json looks for its CLIPModel in {folder!r}; it has to be a folder beside it")
-        return folder
+def _digest(tensor: Tensor) -> str:
+    shape = str(tuple(tensor.shape)).encode()[:16]
+    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(content.data, digest_size=32, person=shape).hexdigest()
 
 
 def load_clip(name: str, commit: str | None = None) -> Clip:
@@ -165,7 +93,7 @@ def load_clip(name: str, commit: str | None = None) -> Clip:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Silence warnings, which become errors here, and bars, which would cross the run's own lines on every rank."""
+    """Silence transformers' progress bars, which every rank prints, and its warnings, which are errors here."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -177,20 +105,20 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _in_a_line(error: Exception) -> str:
-    """What an error says, on one line and not at length."""
+def _one_line(error: Exception) -> str:
+    """Return the message of an error on one line, cut to 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _load_failure(name: str, error: Exception) -> str:
     if Path(name).expanduser().is_dir():
-        return f"--model {name} does not load as a CLIPModel folder: {_in_a_line(error)}"
-    return (f"--model {name}: no such folder, and the hub did not give it ({_in_a_line(error)}); check the name and "
+        return f"--model {name} does not load as a CLIPModel folder: {_one_line(error)}"
+    return (f"--model {name}: no such folder, and the hub did not give it ({_one_line(error)}); check the name and "
             "the network, or `hf auth login` for a private model")
 
 
 def _load_config(files: ModelFiles) -> CLIPConfig:
-    """config.json, after a look at what would load something else than a plain CLIPModel."""
+    """Load config.json; refuse whatever would load something else than a plain CLIPModel."""
     from transformers import CLIPConfig
     from transformers.utils import cached_file
 
@@ -213,11 +141,11 @@ def _load_config(files: ModelFiles) -> CLIPConfig:
     try:
         return CLIPConfig.from_pretrained(files.source, **files.where)
     except Exception as error:  # of many kinds; all of them are about this file
-        files.refuse(f"config.json holds no CLIPConfig ({_in_a_line(error)}); copy it again from the base model")
+        files.refuse(f"config.json holds no CLIPConfig ({_one_line(error)}); copy it again from the base model")
 
 
 def _has_key(content: Any, key: str) -> bool:
-    """Does a dictionary, or one anywhere inside it, have this key?"""
+    """Return whether a dictionary, or one anywhere inside it, has this key."""
     return isinstance(content, dict) and (key in content or any(_has_key(part, key) for part in content.values()))
 
 
@@ -234,7 +162,7 @@ def _refuse_variants(files: ModelFiles, config: Mapping[str, Any]) -> None:
 
 
 def _load_processor(files: ModelFiles, config: CLIPConfig) -> Any:
-    """The CLIPProcessor, after its two halves have been compared with the config."""
+    """Load the CLIPProcessor and compare its image processor and tokenizer with the config."""
     from transformers import CLIPProcessor
 
     tables = _tokenizer_files(files)
@@ -273,7 +201,7 @@ def _check_images(files: ModelFiles, source: str, settings: Mapping[str, Any], i
 
 
 def _tokenizer_files(files: ModelFiles) -> list[str]:
-    """The JSON files that hold the tokenizer. Refused where there are none: transformers would make an empty one."""
+    """Return the tokenizer's JSON files. Refuses a folder without: transformers would make an empty tokenizer."""
     present = [name for name in ("tokenizer.json", "vocab.json", "merges.txt") if files.path(name)]
     if "tokenizer.json" not in present and len(present) < 2:
         missing = [name for name in ("vocab.json", "merges.txt") if name not in present]
@@ -315,7 +243,7 @@ def _check_tokenizer(files: ModelFiles, tokenizer: Any, text: Any) -> None:
 
 
 def _set_lengths(tokenizer: Any, max_tokens: int) -> None:
-    """Make other libraries cut and pad titles as `tokenize` does, once an export has written the tokenizer."""
+    """Make other libraries that load the exported tokenizer cut and pad titles as `tokenize` does."""
     tokenizer.model_max_length = max_tokens
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     tokenizer.backend_tokenizer.no_truncation()
@@ -325,7 +253,7 @@ def _set_lengths(tokenizer: Any, max_tokens: int) -> None:
 
 
 def _load_model(files: ModelFiles, config: CLIPConfig) -> CLIPModel:
-    """The CLIPModel in fp32, all of its weights read from the files and finite."""
+    """Load the CLIPModel in fp32; refuse weights that are missing, unexpected, of another shape or not finite."""
     from pickle import UnpicklingError
 
     from safetensors import SafetensorError
@@ -341,13 +269,14 @@ def _load_model(files: ModelFiles, config: CLIPConfig) -> CLIPModel:
         raise UserError(f"--model {files.name}: {weights}: its weights are damaged, or hold code, which is never run; "
                         "give them as safetensors") from error
     model, report = loaded
-    for name, found, wanted in sorted(report["mismatched_keys"]):
-        files.refuse(f"{weights} has {name} as {_shape(found)}, but config.json asks for {_shape(wanted)}; copy both "
-                     "from the same model")
+    for name, stored, expected in sorted(report["mismatched_keys"]):
+        files.refuse(f"{weights} has {name} as {_shape(stored)}, but config.json asks for {_shape(expected)}; copy "
+                     "both from the same model")
     missing, unexpected = report["missing_keys"], report["unexpected_keys"]
     if missing or unexpected:
-        files.refuse(f"{weights} is not this CLIPModel: {len(missing)} weights are missing{_some(missing)}, "
-                     f"{len(unexpected)} unexpected{_some(unexpected)}; give one saved by CLIPModel.save_pretrained")
+        files.refuse(f"{weights} is not this CLIPModel: {len(missing)} weights are missing{_first_name(missing)}, "
+                     f"{len(unexpected)} unexpected{_first_name(unexpected)}; "
+                     "give one saved by CLIPModel.save_pretrained")
     if bad := non_finite(model):
         files.refuse(f"{weights} holds NaN or infinity in {bad}; give another checkpoint (a cast to fp16 may have "
                      "overflowed)")
@@ -358,22 +287,23 @@ def _shape(size: Collection[int]) -> str:
     return "x".join(map(str, size))
 
 
-def _some(names: Collection[str]) -> str:
-    """The first of some names in brackets."""
+def _first_name(names: Collection[str]) -> str:
+    """Return the first of `names` in brackets, for a message; nothing where there are none."""
     return f" ({min(names)}{', …' if len(names) > 1 else ''})" if names else ""
 
 
 def non_finite(model: nn.Module) -> str | None:
-    """The name of a parameter that holds NaN or infinity; None where all are finite.
-
-    A sum is the one pass over the memory that both reach.
-    """
-    return next((name for name, value in model.named_parameters() if not value.detach().sum().isfinite()
-                 and not value.detach().isfinite().all()), None)
+    """Return the name of a parameter that holds NaN or infinity; None where all are finite."""
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        # The sum is cheaper than a mask, and not finite where a value is not; it may overflow where all are finite.
+        if not value.sum().isfinite() and not value.isfinite().all():
+            return name
+    return None
 
 
 def _check_weight_files(files: ModelFiles) -> str:
-    """Look at the files of a local folder that transformers will take the weights from; the first one's name."""
+    """Check the files of a local folder that transformers reads the weights from; return the first one's name."""
     from safetensors import SafetensorError, safe_open
 
     first = next((name for name in WEIGHTS if files.path(name)), None)

@@ -1,6 +1,6 @@
-"""The tuned side: the two projections, and with the towers before them when those train too.
+"""The model that trains: the two projections, and the towers before them when layers inside those train too.
 
-The Linear layers are the CLIPModel's own, so what trains here is at once part of the model that is exported.
+The layers are the CLIPModel's own, so training changes the model that is exported.
 Dimension key: B batch, X texts (titles, then negatives), V/T image/text feature width, E embedding.
 """
 
@@ -21,14 +21,14 @@ from engine.clip.loading import Clip, load_clip
 from engine.clip.towers import Towers, describe_trainable, freeze, pick_mode, pick_precision
 
 PROBE_TITLES = ("a red bicycle in the rain", "how to bake bread at home")
-SAME = 16 * torch.finfo(torch.float32).eps  # what rounding leaves between the entries of two equal unit vectors
+SAME = 16 * torch.finfo(torch.float32).eps  # bound on rounding between the entries of two equal unit vectors
 MAX_SCALE = 100.0  # CLIP clamps its learned inverse temperature here (Radford et al. 2021, section 2.5)
 
 
 class Embeddings(NamedTuple):
-    """L2-normalised fp32 embeddings of a batch, and the scale its similarities are multiplied with.
+    """L2-normalised fp32 embeddings of a batch, and the scale of its similarities.
 
-    `text_XE` holds the titles, and where there are explicit negatives those behind them (X is B or 2B).
+    `text_XE` holds the titles, followed by explicit negatives where there are some (X is B or 2B).
     """
 
     image_BE: Tensor
@@ -37,7 +37,7 @@ class Embeddings(NamedTuple):
 
 
 class _L2Normalize(torch.autograd.Function):
-    """x / |x| along the last dimension; its gradient in three kernels where autograd's takes a dozen."""
+    """x / |x| along the last dimension, with a gradient of three kernels instead of autograd's dozen."""
 
     @staticmethod
     def forward(ctx: Any, rows_XE: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class _L2Normalize(torch.autograd.Function):
 
 
 def l2_normalize(rows_XE: Tensor) -> Tensor:
-    """The same rows at unit length, as `F.normalize` makes them."""
+    """Return the rows at unit length, as `F.normalize` does."""
     return _L2Normalize.apply(rows_XE)
 
 
@@ -80,7 +80,7 @@ class Head(nn.Module):
         return l2_normalize(self.text_projection(features_BT).float())
 
     def forward(self, features: Features) -> Embeddings:
-        """The scale is the recipe's constant, or CLIP's own `logit_scale` when that trains."""
+        """Return embeddings with the recipe's constant scale, or CLIP's own `logit_scale` when that trains."""
         learned = self.logit_scale.requires_grad
         title_BT, negative_BT = features.title_BT, features.negative_BT
         return Embeddings(
@@ -101,20 +101,20 @@ class StreamingModel(nn.Module):
     def forward(self, batch: Batch) -> Embeddings:
         """Tower inputs of one step -> Embeddings.
 
-        Without rows a blank one passes in their place and is cut off: its gradient is 0 but reaches every parameter, as
-        ranks that add gradients up expect of each other.
+        An empty rank runs one dummy row and cuts it off: its gradient is 0 but reaches every parameter, so that DDP
+        can all-reduce.
         """
         if len(batch.image_id_B):
             with record_function("towers"):
                 features = self.towers(batch)
             return self.head(features)
-        blank = map_tensors(batch, lambda part: part.new_ones(1, *(max(1, size) for size in part.shape[1:])))
-        image_BE, text_XE, scale = self.head(self.towers(blank))
+        dummy = map_tensors(batch, lambda part: part.new_ones(1, *(max(1, size) for size in part.shape[1:])))
+        image_BE, text_XE, scale = self.head(self.towers(dummy))
         return Embeddings(image_BE[:0], text_XE[:0], scale)
 
 
 class MicroBatched(nn.Module):
-    """The same embeddings made `rows` at a time, their graphs not kept: backward runs each part again, one at a time.
+    """Computes embeddings `rows` at a time without keeping activations; backward runs each part again.
 
     GradCache (Gao et al. 2021, arXiv 2101.06983): the loss sees the embeddings of the whole batch, so every negative
     counts, while memory holds the activations of one part. One more forward pass is the price.
@@ -130,31 +130,32 @@ class MicroBatched(nn.Module):
         slices = [slice(low, low + self.rows) for low in range(0, max(1, count), self.rows)]
         parts = [checkpoint(self.model, map_tensors(batch, itemgetter(rows)), use_reentrant=False) for rows in slices]
         texts = [part.text_XE.chunk(1 if batch.negative is None else 2) for part in parts]
-        return Embeddings(torch.cat([part.image_BE for part in parts]),
-                          torch.cat([text for kind in zip(*texts, strict=True) for text in kind]), parts[0].scale)
+        titles_then_negatives = [torch.cat(kind) for kind in zip(*texts, strict=True)]
+        return Embeddings(torch.cat([part.image_BE for part in parts]), torch.cat(titles_then_negatives),
+                          parts[0].scale)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A loaded model taken apart: what stays frozen, what is tuned, and how they run."""
+    """A loaded CLIPModel, its towers and head as modules, and its trainable parameters."""
 
     clip: Clip
     towers: Towers
     head: Head
     trainable: dict[str, nn.Parameter]
     cached: bool
-    stored: bool  # features are constants, so measuring takes them from the store also where training streams
+    stored: bool  # the towers are frozen: evaluation uses stored features even where training streams
     precision: torch.dtype
 
     def describe(self) -> str:
-        """One line: what trains and how."""
-        how = "cached features" if self.cached else "streaming through the towers"
-        return f"{describe_trainable(self.clip.model, self.trainable)}; {how}, {str(self.precision)[6:]}"
+        """Return one line: trainable parameters, mode and precision."""
+        mode = "cached features" if self.cached else "streaming through the towers"
+        return f"{describe_trainable(self.clip.model, self.trainable)}; {mode}, {str(self.precision)[6:]}"
 
     def trained_model(self, micro_batch: int = 0) -> nn.Module:
-        """What the loop calls: with Features when cached; with a Batch when streaming, `micro_batch` rows at once.
+        """Return the module to train: it takes Features if cached, a Batch if streaming, `micro_batch` rows at once.
 
-        Raises UserError for micro-batches of cached features, of which a step keeps too little to be worth it.
+        Raises UserError for micro-batches of cached features, where no tower runs.
         """
         if self.cached:
             if micro_batch:
@@ -167,7 +168,7 @@ class LoadedModel:
 
 def open_model(name: str, trainable: Sequence[str], mode: str, scale: float, precision: str,
                device: torch.device, augment: bool = False, recompute: bool = False) -> LoadedModel:
-    """Load a CLIPModel, freeze it by name, put it on the device. Raises UserError for what cannot be.
+    """Load a CLIPModel, freeze it by name, put it on the device. Raises UserError for settings that contradict.
 
     `augment` streams, as images differ in every epoch; `recompute` checkpoints the layers of the towers.
     """
@@ -181,16 +182,16 @@ def open_model(name: str, trainable: Sequence[str], mode: str, scale: float, pre
 
 
 def build_model(clip: Clip, trainable: Sequence[str], mode: str, scale: float, precision: str,
-               device: torch.device) -> LoadedModel:
-    """The same of a CLIPModel that is loaded already."""
+                device: torch.device) -> LoadedModel:
+    """Freeze a loaded CLIPModel by name and put it on the device."""
     tuned = freeze(clip.model, trainable)
     cached = pick_mode(mode, tuned)
     return LoadedModel(clip, Towers(clip).to(device), Head(clip, scale).to(device), tuned, cached, cached,
-                 pick_precision(precision, device))
+                       pick_precision(precision, device))
 
 
 def refuse_collapse(parts: LoadedModel, device: torch.device) -> None:
-    """Embed two titles and two drawn pictures in fp32; UserError where both embeddings of a kind are equal, or NaN."""
+    """Embed two titles and two gradients in fp32; UserError where both embeddings of a kind are equal, or NaN."""
     clip, side = parts.clip, ImageSpec.from_processor(parts.clip.image_processor).crop
     ramp_HW = torch.linspace(0, 255, side[0]).byte()[:, None].expand(side)
     pixels_BCSS = torch.stack([ramp_HW, ramp_HW.flip(0)])[:, None].expand(2, 3, *side).contiguous()

@@ -1,9 +1,9 @@
-"""Frozen towers as far as the pooled row needs them: no padding, and of the last layer that row alone.
+"""Forward pass of frozen towers that computes only the pooled output: no padding, one row of the last layer.
 
-CLIP pools one token of each input, and nothing reads what the last layer makes of the others: there they only give
-their keys and values. Layers are transformers' own modules; the hidden states of all inputs lie one after another, so
-no product sees padding, and attention goes by groups of equal length. Equal to transformers' pooled output up to
-rounding (5e-6 in fp32).
+CLIP pools one token of each input, so the last layer needs the other tokens only as keys and values. Layers are
+transformers' own modules; the hidden states of all inputs are packed one after another, so that no product computes
+padding, and attention runs in groups of equal length. Equal to transformers' pooled output up to rounding (5e-6 in
+fp32).
 Dimension key: B inputs, L tokens of the longest, R tokens of all inputs, D width of a head, E width.
 """
 
@@ -22,16 +22,17 @@ Groups = Sequence[tuple[int, int]]  # (inputs, tokens of each), in the order of 
 
 
 def can_pool(tower: Any) -> bool:
-    """Is every part of this tower of the class whose forward pass is written out here?"""
+    """Return whether every part of this tower is of the class whose forward pass is reimplemented here."""
     from transformers.models.clip import modeling_clip as clip
 
+    if type(tower.embeddings) not in (clip.CLIPTextEmbeddings, clip.CLIPVisionEmbeddings):
+        return False
     known = clip.CLIPEncoderLayer, clip.CLIPAttention, clip.CLIPMLP
-    return type(tower.embeddings) in (clip.CLIPTextEmbeddings, clip.CLIPVisionEmbeddings) and all(
-        (type(layer), type(layer.self_attn), type(layer.mlp)) == known for layer in tower.encoder.layers)
+    return all((type(layer), type(layer.self_attn), type(layer.mlp)) == known for layer in tower.encoder.layers)
 
 
 def pool_images(tower: Any, pixels_BCSS: Tensor, patches: int | None = None) -> Tensor:
-    """Normalised pixels -> pooled [B, E] of a CLIP vision tower: the class token, which sees the first `patches`."""
+    """Normalised pixels -> pooled [B, E] of a CLIP vision tower: the class token, over the first `patches` alone."""
     tokens = None if patches is None else 1 + patches
     hidden_BLE = tower.pre_layrnorm(tower.embeddings(pixels_BCSS)[:, :tokens])
     count, length, width = hidden_BLE.shape
@@ -40,15 +41,15 @@ def pool_images(tower: Any, pixels_BCSS: Tensor, patches: int | None = None) -> 
 
 
 def pool_texts(tower: Any, tokens: Tokens) -> Tensor:
-    """Tokens -> pooled [B, E] of a CLIP text tower: the first EOS, as transformers finds it; none after it is read."""
+    """Tokens -> pooled [B, E] of a CLIP text tower: the first EOS; tokens after it are left out."""
     ids_BL = tokens.ids_BL
-    # Configs from before transformers had EOS right say 2: the highest id is meant.
-    found_BL = ids_BL if tower.eos_token_id == 2 else (ids_BL == tower.eos_token_id).int()
-    length_B, order_B = (found_BL.argmax(-1) + 1).sort()
-    place_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL)
-    kept_BL = place_BL < length_B[:, None]
+    # Old configs have the wrong EOS 2; transformers then pools at the highest id.
+    score_BL = ids_BL if tower.eos_token_id == 2 else (ids_BL == tower.eos_token_id).int()
+    length_B, order_B = (score_BL.argmax(-1) + 1).sort()
+    position_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL)
+    kept_BL = position_BL < length_B[:, None]
     hidden_RE = (tower.embeddings.token_embedding(ids_BL[order_B][kept_BL])
-                 + tower.embeddings.position_embedding(place_BL[kept_BL]))
+                 + tower.embeddings.position_embedding(position_BL[kept_BL]))
     lengths, counts = torch.unique_consecutive(length_B, return_counts=True)
     groups = list(zip(counts.tolist(), lengths.tolist(), strict=True))
     last_BE = tower.final_layer_norm(_encode(tower, hidden_RE, groups, length_B.cumsum(0) - 1, True))
@@ -56,7 +57,7 @@ def pool_texts(tower: Any, tokens: Tokens) -> Tensor:
 
 
 def _encode(tower: Any, hidden_RE: Tensor, groups: Groups, pooled_B: Tensor, causal: bool) -> Tensor:
-    """All layers, the last for the rows `pooled_B`: [B, E]. With `causal` these are the last of their inputs."""
+    """Run all layers, the last for the rows `pooled_B` only: [B, E]. With `causal` these are each input's last rows."""
     *layers, last = tower.encoder.layers
     for layer in layers:
         hidden_RE = _layer(layer, hidden_RE, groups, causal, None)
@@ -64,23 +65,23 @@ def _encode(tower: Any, hidden_RE: Tensor, groups: Groups, pooled_B: Tensor, cau
 
 
 def _layer(layer: Any, hidden_RE: Tensor, groups: Groups, causal: bool, pooled_B: Tensor | None) -> Tensor:
-    """One CLIPEncoderLayer; with `pooled_B` only these rows ask and come out, and each sees the whole of its input."""
-    seen_RE = _attend(layer.self_attn, layer.layer_norm1(hidden_RE), groups, causal, pooled_B)
-    hidden_RE = (hidden_RE if pooled_B is None else hidden_RE[pooled_B]) + seen_RE
-    del seen_RE  # what is done with leaves the cache to the products that follow
+    """Run one CLIPEncoderLayer; with `pooled_B` only these rows are queries, each attending to its whole input."""
+    attended_RE = _attend(layer.self_attn, layer.layer_norm1(hidden_RE), groups, causal, pooled_B)
+    hidden_RE = (hidden_RE if pooled_B is None else hidden_RE[pooled_B]) + attended_RE
+    del attended_RE  # frees memory, and cache, for the products that follow
     return hidden_RE + layer.mlp(layer.layer_norm2(hidden_RE))
 
 
 def _attend(attention: Any, rows_RE: Tensor, groups: Groups, causal: bool, pooled_B: Tensor | None) -> Tensor:
-    """Attention within each input."""
+    """Compute attention within each input."""
     sizes = [count * length for count, length in groups]
-    asking = sizes if pooled_B is None else [count for count, _ in groups]
+    query_sizes = sizes if pooled_B is None else [count for count, _ in groups]
     queries_RE = attention.q_proj(rows_RE if pooled_B is None else rows_RE[pooled_B])
     keys_RE, values_RE = attention.k_proj(rows_RE), attention.v_proj(rows_RE)
     parts = []
-    for (count, _), *rows in zip(groups, queries_RE.split(asking), keys_RE.split(sizes), values_RE.split(sizes),
+    for (count, _), *rows in zip(groups, queries_RE.split(query_sizes), keys_RE.split(sizes), values_RE.split(sizes),
                                  strict=True):
         q, k, v = (part.view(count, -1, attention.num_heads, attention.head_dim).transpose(1, 2) for part in rows)
-        seen = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=attention.scale)
-        parts.append(seen.transpose(1, 2).reshape(-1, queries_RE.shape[1]))
+        attended = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=attention.scale)
+        parts.append(attended.transpose(1, 2).reshape(-1, queries_RE.shape[1]))
     return attention.out_proj(parts[0] if len(parts) == 1 else torch.cat(parts))

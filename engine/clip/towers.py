@@ -1,4 +1,4 @@
-"""The frozen side: freeze a CLIPModel by name, find the frozen cut, and run the towers.
+"""Freeze a CLIPModel by parameter name, choose between cached and streaming, and run the towers.
 
 Dimension key: B batch, V/T image/text feature width, L tokens, C colour channels, S image side.
 """
@@ -47,7 +47,7 @@ def freeze(model: CLIPModel, trainable: Sequence[str]) -> dict[str, nn.Parameter
 
 
 def pick_mode(wanted: str, trainable: dict[str, nn.Parameter]) -> bool:
-    """True for cached: everything that trains lies after the towers, so that their features are constants.
+    """Return True for cached: all trainable parameters come after the towers, whose features are then constants.
 
     Raises UserError when `cached` is asked for although a layer inside a tower trains.
     """
@@ -58,7 +58,7 @@ def pick_mode(wanted: str, trainable: dict[str, nn.Parameter]) -> bool:
 
 
 def describe_trainable(model: CLIPModel, trainable: dict[str, nn.Parameter]) -> str:
-    """One line: what trains and how much, e.g. `1,376,256 of 427,616,513 (0.32 %)`."""
+    """Return one line with the number of trainable parameters, e.g. `1,376,256 of 427,616,513 (0.32 %)`, and names."""
     # logit_scale is a scalar of the loss; the reference counts it, so the totals are comparable.
     total = sum(p.numel() for p in model.parameters())
     count = sum(p.numel() for p in trainable.values())
@@ -67,7 +67,7 @@ def describe_trainable(model: CLIPModel, trainable: dict[str, nn.Parameter]) -> 
 
 
 class Towers(nn.Module):
-    """Both towers up to their pooled outputs; pixels come as uint8 and are normalised here, on the device."""
+    """Both towers up to their pooled outputs; uint8 pixels are normalised here, on the device."""
 
     gain_C11: Tensor
     shift_C11: Tensor
@@ -93,9 +93,9 @@ class Towers(nn.Module):
         return self._image(pixels_BCSS)
 
     def probe(self, pixels_BCSS: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Features of a few inputs, for a check of the model; of a picture the first PROBE_PATCHES alone count.
+        """Return features of a few inputs, to check the model; images are cut to their first PROBE_PATCHES patches.
 
-        On a CPU whole pictures would cost a ViT-L/14 seconds in every run.
+        On a CPU whole images would cost a ViT-L/14 seconds in every run.
         """
         return self._image(pixels_BCSS, PROBE_PATCHES), self._text(tokens)
 
@@ -114,12 +114,12 @@ class Towers(nn.Module):
     def _text(self, tokens: Tokens) -> Tensor:
         if self.pools and not torch.is_grad_enabled():
             return pool_texts(self.text_model, tokens).float()
-        # Without the mask: attention is causal, so no padding reaches the EOS before it; but transformers asks a mask
-        # for its values, and the host would wait for them.
+        # Without the mask: attention is causal, so padding does not reach the EOS before it, and transformers would
+        # read the values of a mask on the host, a sync.
         return self.text_model(input_ids=tokens.ids_BL).pooler_output.float()
 
     def recompute(self) -> None:
-        """Keep only what enters each layer, and compute the rest again when its gradient is due: memory for time."""
+        """Checkpoint each layer: keep its input alone and compute its activations again in the backward pass."""
         for tower in (self.vision_model, self.text_model):
             for layer in tower.encoder.layers:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
@@ -134,7 +134,7 @@ class Towers(nn.Module):
 
 
 def pick_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 exactly where the hardware has bf16 units; elsewhere it would be slower than fp32.
+    """Return the dtype of autocast; `auto` is bf16 only on hardware with bf16 units, as it is slower elsewhere.
 
     Measured: a CPU without such units runs bf16 autocast 4.3x slower than fp32, one with them 1.8x faster.
     """
@@ -142,12 +142,12 @@ def pick_precision(wanted: str, device: torch.device) -> torch.dtype:
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
-    units = torch.cpu.get_capabilities()
-    return torch.bfloat16 if units.get("avx512_bf16") or units.get("amx_bf16") else torch.float32
+    capabilities = torch.cpu.get_capabilities()
+    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
 
 
 def fingerprint(clip: Clip, tower: str, preprocessing: str, precision: torch.dtype) -> str:
-    """Names the feature space: a digest of the tower's config and weights, its preprocessing and its precision.
+    """Return the id of a feature space: a digest of the tower's config, weights, preprocessing and precision.
 
     `tower` is vision_model or text_model.
     """

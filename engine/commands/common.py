@@ -160,7 +160,7 @@ def open_data(cfg: Config, world: World, model: LoadedModel, source: Source, onl
     """
     mark_cache(cfg, world)
     spec = ImageSpec.from_processor(model.clip.image_processor)
-    team = Team(world.rank, world.size, world.meet)
+    team = Team(world.rank, world.size, world.monitored_exchange)
     reader = make_reader(cfg, spec)
     encoders = make_encoders(model, spec.fingerprint(), world.device, cfg.compile)
     rows = divide_source(cfg, world, source.rows, reader, encoders, team)

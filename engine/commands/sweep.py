@@ -19,7 +19,7 @@ from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
 from engine.run_folder import folder
 from engine.sweep.space import configurations, describe_settings
-from engine.sweep.trials import REPEAT, Journal, Run, Tuner
+from engine.sweep.trials import SEED_STRIDE, Journal, Run, Tuner
 from engine.train import Plan
 from eval.leaderboard import leaderboard, score_configuration, to_host
 from eval.metrics import Retrieval
@@ -49,7 +49,7 @@ def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
     unused = {data_key(name) for name in pairs.splits if name not in SEARCHED}
     identity = {key: value for key, value in pairs.identity.items() if key not in unused}
     journal = Journal(out, world, identity, cfg.best_metric, resuming)
-    remaining = [settings for settings in tried if not journal.known(settings)]
+    remaining = [settings for settings in tried if not journal.is_finished(settings)]
     tuner = Tuner(model, FeatureSplit.batches)
 
     def held_out(rows: FeatureSplit) -> Retrieval | None:
@@ -57,14 +57,14 @@ def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
 
     base = tuner.cross_validate(None, runs, held_out, world)
     began = time.monotonic()
-    with stop.gracefully():
+    with stop.graceful_exit():
         for done, settings in enumerate(remaining, start=1):
             results = tuner.cross_validate(replace(cfg, **settings), runs, held_out, world)
             score = journal.add(settings, score_configuration(results, base, len(rows), cfg.best_metric))
             speed = done * len(runs) / (time.monotonic() - began) * 60
             world.say(f"{done}/{len(remaining)}  {cfg.best_metric} {score:.4f}  ({describe_settings(settings)})  "
                       f"{speed:,.0f} runs/min")
-            if stop.agreed(world, done):
+            if stop.agreed_signal(world, done):
                 world.say(f"stopped; run.py sweep --resume --out {out} goes on from what sweep.jsonl holds")
                 break
 
@@ -72,7 +72,7 @@ def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
     metrics |= find_overlap(pairs, world)
     folder.write_metrics(out, metrics, world)
     if world.is_main:
-        journal.conclude(out, cfg)
+        journal.write_summary(out, cfg)
         print_winner(cfg, world, journal, out)
     return write_results(best, world, model, out, metrics)
 
@@ -80,7 +80,7 @@ def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
 def cross_validation_runs(cfg: Config, rows: FeatureSplit) -> list[Run]:
     """Return one run a fold for each of --seeds seeds."""
     runs: list[Run] = []
-    for seed in range(cfg.seed, cfg.seed + cfg.seeds * REPEAT, REPEAT):
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds * SEED_STRIDE, SEED_STRIDE):
         runs += [Run(seed, *fold) for fold in folds(rows, cfg.folds, seed)]
     return runs
 
@@ -88,7 +88,7 @@ def cross_validation_runs(cfg: Config, rows: FeatureSplit) -> list[Run]:
 def retrain_best(cfg: Config, tuner: Tuner, pairs: Pairs, rows: FeatureSplit,
                  journal: Journal) -> tuple[Config, dict[str, Any]]:
     """Retrain the best configuration on all `rows`; return its settings, and the metrics of test before and after."""
-    winner = journal.ranked()[0]
+    winner = journal.best_first()[0]
     if "collapsed" in winner:
         raise RunFailed(f"every configuration has collapsed ({winner['collapsed']}); try a smaller lr in --space")
     best = replace(cfg, **winner["settings"])
@@ -104,7 +104,7 @@ def retrain_best(cfg: Config, tuner: Tuner, pairs: Pairs, rows: FeatureSplit,
 
 def print_winner(cfg: Config, world: World, journal: Journal, out: Path) -> None:
     """Print the best configurations, and the command that trains with the winner."""
-    lines = journal.ranked()[:10]
+    lines = journal.best_first()[:10]
     described = [describe_settings(line["settings"]) for line in lines]
     print(leaderboard(lines, described, cfg.best_metric) + "\n")
     world.say(f"winner: {described[0]}  (run.py --config {out / 'recipe.toml'})")

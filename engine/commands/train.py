@@ -79,14 +79,14 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     guard = nonfinite_guard(cfg, world, out, pairs, trained)
     replica = Replica(distribute(trained, world.size), saver.optimizer, world, model.precision)
 
-    with closing(log), stop.gracefully(), profiler(cfg.profile, out / "profile", world.rank, log) as trace:
-        evaluate = stop.at_once()(evaluator)  # a signal may cut it off: the trained weights are saved before
+    with closing(log), stop.graceful_exit(), profiler(cfg.profile, out / "profile", world.rank, log) as trace:
+        evaluate = stop.immediate_exit()(evaluator)  # a signal may cut it off: the trained weights are saved before
         was_cut_off = state.evaluated < state.step and plan.due(state.step, cfg.eval_every)
         if state.step == 0 or was_cut_off:
             evaluate()
-        stop_signal = partial(stop.agreed, world)
+        stop_signal = partial(stop.agreed_signal, world)
         fit(replica, batches, plan, state, cfg, Callbacks(log, trace, evaluate, saver.save, stop_signal, guard.check))
-        best_step = saver.take_best(state, world.say)
+        best_step = saver.load_best_weights(state, world.say)
         if best_step:
             evaluate(best_step)
         if cfg.interpolate and not state.stopped:
@@ -163,7 +163,7 @@ class Evaluator:
         for name, result in results.items():
             if result.collapsed:
                 self.log.say(f"warning: {name}: {result.collapsed}")
-        self.saver.note(self.state, scores)
+        self.saver.record_evaluation(self.state, scores)
         if at_end:
             self._record_end(results, scores, splits[self.answers.split])
 

@@ -25,7 +25,7 @@ from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
 from engine.run_folder import verification
 from engine.run_folder.folder import read_json, settings_of
-from engine.run_folder.replay import replay_steps
+from engine.run_folder.replay import ReopenedRun, replay_steps
 from engine.run_folder.verification import Finding
 from engine.train import Plan
 
@@ -46,15 +46,15 @@ def verify(cfg: Config, world: World, stop: StopSignal) -> int:
         if getattr(cfg, name):  # it has moved since
             settings[name] = getattr(cfg, name)
     run_cfg = replace(settings_of(run), **settings)
-    findings, checkpoints = verification.files(run)
-    findings.append(verification.exported(run, checkpoints))
+    findings, checkpoints = verification.check_files(run)
+    findings.append(verification.check_exported_weights(run, checkpoints))
     try:
         findings += rerun(run_cfg, world, run, checkpoints)
     except UserError as error:  # data or base model gone
         findings.append(Finding("replay and metrics", verification.UNCHECKED, str(error)))
     if world.is_main:
-        print(verification.table(findings), flush=True)
-    return int(verification.failed(findings))
+        print(verification.format_findings(findings), flush=True)
+    return int(verification.any_failed(findings))
 
 
 def rerun(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path]) -> list[Finding]:
@@ -67,7 +67,7 @@ def rerun(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path]) -> 
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     saver = make_saver(cfg, world, run, model, pairs, evaluated_splits(cfg, pairs))
     batches = pairs.batches("train", cfg.batch_size, cfg.seed)
-    findings = replay_steps(cfg, world, run, checkpoints, model, saver, plan, pairs.ledger, batches)
+    findings = replay_steps(cfg, world, ReopenedRun(run, checkpoints, model, saver, plan, pairs.ledger, batches))
     if not (run / "model").exists():
         return findings
 
@@ -79,8 +79,8 @@ def rerun(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path]) -> 
     recorded = read_json(run / "metrics.json").get("tuned", {})
     retrieval = evaluate_splits(pairs.feature_splits(), tuned.head, recorded)
     scores = {name: split.summarise() for name, split in retrieval.items()}
-    exact = verification.same_machine(run, world) and not any(finding.apart for finding in findings)
-    return [*findings, verification.metrics(scores, recorded, exact)]
+    exact = verification.same_machine(run, world) and not any(finding.difference for finding in findings)
+    return [*findings, verification.check_metrics(scores, recorded, exact)]
 
 
 def verify_store(cfg: Config, world: World) -> int:

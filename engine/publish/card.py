@@ -1,4 +1,4 @@
-"""The model card: front matter for the hub, and what people need to know of a tuned model."""
+"""The model card: front matter for the hub, results, recipe, how to load, limits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.config.settings import toml_value
 
-HERE = "path/to/this/folder"  # becomes the hub's name when the folder is pushed
+HERE = "path/to/this/folder"  # replaced by the repository's name when the folder is pushed
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?", re.ASCII)  # : configuration
 REPORTED = ("image_to_text_R@1", "image_to_text_R@10", "image_to_text_mrr", "text_to_image_R@1", "text_to_image_R@10",
             "text_to_image_mrr", "triplet_accuracy")  # shares: the hub lists single numbers, without their unit
@@ -71,7 +71,7 @@ Whatever limits and biases the base model has, this one has too. The licences of
 
 
 def write_card(path: Path, origin: Mapping[str, Any], table: str, licence: str) -> None:
-    """Write README.md: front matter that the hub accepts, whatever names there are, and text for people.
+    """Write README.md: front matter that the hub accepts whatever the names are, then text.
 
     `origin` is an `export.Origin` as a dictionary.
     """
@@ -95,7 +95,7 @@ def write_card(path: Path, origin: Mapping[str, Any], table: str, licence: str) 
 
 
 def card_on_hub(path: Path, name: str, licence: str) -> str:
-    """The text of a card as repository `name` has it, naming another licence unless that is `other`."""
+    """Return the text of a card for the repository `name`, with `licence` in place of the old one unless `other`."""
     from huggingface_hub import ModelCard
 
     card = ModelCard(path.read_text(encoding="utf-8").replace(HERE, name))
@@ -105,26 +105,31 @@ def card_on_hub(path: Path, name: str, licence: str) -> str:
 
 
 def _results(origin: Mapping[str, Any]) -> list[Any] | None:
-    """The tuned model's shares on the test split, or the last one there is, as the hub's model-index has them."""
+    """Return the tuned model's metrics on the test split, else on the last split, as the hub's model-index has them."""
     from huggingface_hub import EvalResult
 
     splits = origin["metrics"].get("tuned") or {}
     split = "test" if "test" in splits else next(reversed(splits), None)
     dataset = origin["dataset"]
     name_on_hub, _, configuration = dataset.partition(":") if HUB_NAME.fullmatch(dataset) else ("custom", "", "")
-    return [EvalResult(task_type="zero-shot-image-classification", task_name="image-text retrieval",
-                       dataset_type=name_on_hub, dataset_name=_shown(dataset), dataset_config=configuration or None,
-                       dataset_split=split, metric_type=name, metric_name=name.replace("_", " "),
-                       metric_value=round(float(splits[split][name]), 4))
-            for name in REPORTED if name in splits.get(split, {})] or None
+    results = []
+    for name in REPORTED:
+        if name in splits.get(split, {}):
+            results.append(EvalResult(
+                task_type="zero-shot-image-classification", task_name="image-text retrieval",
+                dataset_type=name_on_hub, dataset_name=_shown(dataset), dataset_config=configuration or None,
+                dataset_split=split, metric_type=name, metric_name=name.replace("_", " "),
+                metric_value=round(float(splits[split][name]), 4)))
+    return results or None
 
 
 def _shown(name: str) -> str:
-    """A name for people: of a path the last part, since the others are nobody's business."""
+    """Return a name to publish: of a path only the last part, as the rest is private."""
     return _line(name if HUB_NAME.fullmatch(name) else Path(name).name) or "pairs"
 
 
 def _line(text: str) -> str:
+    """Return `text` on one line, without characters that Markdown would interpret."""
     return "".join(char if char.isprintable() and char not in "`[]<>" else " " for char in text)
 
 

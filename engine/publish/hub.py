@@ -1,4 +1,4 @@
-"""The way to the hub: what would refuse a push is said before the work, and a failed push loses nothing."""
+"""Push to the hub: whether it can work is checked before a run, and a failed push names the command to repeat it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from data.batch import RunFailed, UserError
 from engine.config.fields import Config, config_fields
 from engine.publish.card import card_on_hub
-from engine.publish.export import ALONE, portable
+from engine.publish.export import PROJECTIONS_FILE, portable
 
 REPO = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
-def check_push(name: str, tell: Callable[[str], None]) -> None:
-    """Raises UserError where a push to `name` cannot work: a bad name, offline, no token or one the hub refuses."""
+def check_push(name: str, log: Callable[[str], None]) -> None:
+    """Raise UserError where a push to `name` cannot work: a bad name, offline, no token or one the hub refuses."""
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -31,16 +31,16 @@ def check_push(name: str, tell: Callable[[str], None]) -> None:
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise UserError("--push-to-hub: the hub refuses this token; run `hf auth login` or mend HF_TOKEN") from None
-        tell(f"the hub answers {error.response.status_code} now; the push is tried at the end all the same")
+        log(f"the hub answers {error.response.status_code} now; the push is tried at the end all the same")
     except Exception as error:  # of many kinds; the network may be back when there is something to push
-        tell(f"the hub is not reached now ({type(error).__name__}); the push is tried at the end all the same")
+        log(f"the hub is not reached now ({type(error).__name__}); the push is tried at the end all the same")
 
 
-def push(folder: Path, cfg: Config, run: str, again: Sequence[str], tell: Callable[[str], None]) -> None:
-    """Upload a model folder in one commit and tell its URL; the card on the hub says how to load it from there.
+def push(folder: Path, cfg: Config, run: str, settings: Sequence[str], log: Callable[[str], None]) -> None:
+    """Upload a model folder in one commit and log its URL; the card on the hub says how to load it from there.
 
-    The folder stays as it is; no path of this machine goes along. Raises RunFailed naming the command that pushes `run`
-    later, with the settings `again`.
+    The folder stays as it is; no path of this machine is uploaded. Raises RunFailed with the command that pushes `run`
+    later, which repeats `settings`.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -48,19 +48,19 @@ def push(folder: Path, cfg: Config, run: str, again: Sequence[str], tell: Callab
     try:
         repo = api.create_repo(name, private=cfg.private, exist_ok=True)
         files: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.iterdir())}
-        files[ALONE] = portable(folder / ALONE)
+        files[PROJECTIONS_FILE] = portable(folder / PROJECTIONS_FILE)
         files["README.md"] = card_on_hub(folder / "README.md", repo.repo_id, cfg.license).encode()
-        api.create_commit(repo.repo_id, [CommitOperationAdd(path, what) for path, what in files.items()],
-                          commit_message="Upload a model tuned with thumbtune")
+        operations = [CommitOperationAdd(path, content) for path, content in files.items()]
+        api.create_commit(repo.repo_id, operations, commit_message="Upload a model tuned with thumbtune")
     except Exception as error:  # of many kinds, from several libraries; all of them are about this push
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise RunFailed(f"the push to {name} failed ({reason}); nothing is lost, push later with\n"
-                        + push_command(cfg, run, again)) from error
-    tell(f"pushed to {repo}")
+                        + push_command(cfg, run, settings)) from error
+    log(f"pushed to {repo}")
 
 
 def push_command(cfg: Config, run: str, names: Sequence[str]) -> str:
-    """The command line that pushes `run` with the settings `names` as they are here."""
+    """Return the command line that pushes `run`, with those of the settings `names` that are not defaults."""
     flags = ["--run", run]
     for name in names:
         value, flag = getattr(cfg, name), "--" + name.replace("_", "-")

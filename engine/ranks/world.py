@@ -1,6 +1,6 @@
-"""Ranks: who am I, gather with gradient, agree. Without torchrun the world is one process and nothing is sent.
+"""Ranks and their collectives, gathering with gradient among them. Without torchrun the world is one process.
 
-What is asked of another rank has an end: a rank that died or stalled is a RunFailed that names the operation.
+Every collective has a timeout: a rank that died or stalled raises RunFailed, which names the operation.
 Dimension key: B rows of this rank, G rows of all ranks.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,11 +27,12 @@ from torch import Tensor
 from data.batch import RunFailed, UserError
 from engine.ranks.rendezvous import POLL_S, agree_session_id
 
-CLEAR = "\x1b[2K"  # what a live line has left on this line of a terminal
+Value = TypeVar("Value")
+CLEAR = "\x1b[2K"  # erases the progress line of a terminal
 
 
 def whole_fields(line: str, width: int) -> str:
-    """The fields of a line, two blanks apart, that fit into `width` columns: a number cut short is another number."""
+    """Return the fields of a line, two blanks apart, that fit into `width` columns; no number is cut in half."""
     if len(line) <= width:
         return line
     return line[: width + 2].rpartition("  ")[0] or line[:width]
@@ -39,7 +40,7 @@ def whole_fields(line: str, width: int) -> str:
 
 @dataclass(frozen=True)
 class World:
-    """This process among its equals, named as torchrun names them."""
+    """This process among all ranks; rank, local_rank and size as torchrun names them."""
 
     rank: int
     local_rank: int
@@ -48,7 +49,7 @@ class World:
     timeout_s: float = 600.0
     store: dist.Store | None = None
     quiet: bool = False
-    _meetings: Iterator[int] = field(default_factory=count, init=False, compare=False, repr=False)
+    _barriers: Iterator[int] = field(default_factory=count, init=False, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -56,33 +57,34 @@ class World:
         return self.rank == 0
 
     def say(self, text: str) -> None:
-        """One line for people on stderr, from rank 0; said by any rank it tells those who wait in `meet` to go on."""
-        self._alive()
+        """Print a line on stderr from rank 0; from any rank it counts as progress for `monitored_exchange`."""
+        self._count_progress()
         if self.is_main and not self.quiet:
             _print(CLEAR + text if _on_terminal() else text)
 
     def live(self, text: str) -> None:
-        """Progress: on a terminal a line that the next one replaces, elsewhere a line like any other."""
-        self._alive()
+        """Print progress: on a terminal a line that the next one replaces, elsewhere a line like any other."""
+        self._count_progress()
         if not _on_terminal():
-            self.say(text) if text else None
+            if text:
+                self.say(text)
         elif self.is_main and not self.quiet:
             line = whole_fields(text, shutil.get_terminal_size().columns - 1)
             _print(CLEAR + line, end="\r")
 
-    def _alive(self) -> None:
+    def _count_progress(self) -> None:
         if self.store is not None:
             self.store.add(f"progress/{self.rank}", 1)
 
     def gather(self, rows_BX: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Rows of all ranks in rank order, [G, ...]; the gradient flows back to the rank that owns a row.
+        """Return the rows of all ranks in rank order, [G, ...]; the gradient flows back to the rank that owns a row.
 
-        `sizes[r]` is how many rows rank r holds (it may be 0), known to all beforehand, so nothing is negotiated.
+        `sizes[r]` is how many rows rank r holds; it may be 0.
         """
         return rows_BX if self.size == 1 else _Gather.apply(rows_BX, tuple(sizes), self.rank)
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of `value` over all ranks (a new tensor, the same on every rank)."""
+        """Return the sum of `value` over all ranks; with several ranks a new tensor."""
         if self.size == 1:
             return value
         total = value.clone()
@@ -90,40 +92,41 @@ class World:
             dist.all_reduce(total)
         return total
 
-    def exchange(self, value: Any) -> list[Any]:
-        """What every rank said, in rank order."""
+    def exchange(self, value: Value) -> list[Value]:
+        """Return the values of all ranks in rank order; they are pickled."""
         if self.size == 1:
             return [value]
-        answers: list[Any] = [None] * self.size
+        values = [value] * self.size
         with explain_collective_errors("exchanging results"):
-            dist.all_gather_object(answers, value)
-        return answers
+            dist.all_gather_object(values, value)
+        return values
 
-    def meet(self, value: Any) -> list[Any]:
-        """`exchange` after work that takes ranks unlike times: waits as long as those who are late report progress.
+    def monitored_exchange(self, value: Value) -> list[Value]:
+        """Do `exchange` after work that takes ranks unequal times: wait as long as late ranks report progress.
 
         Raises RunFailed naming a rank that reported none for `timeout_s` seconds.
         """
         if self.store is not None:
-            self._await_all(self.store, next(self._meetings))
+            self._monitored_barrier(self.store, next(self._barriers))
         return self.exchange(value)
 
-    def _await_all(self, store: dist.Store, meeting: int) -> None:
-        store.set(f"arrived/{meeting}/{self.rank}", "")
+    def _monitored_barrier(self, store: dist.Store, number: int) -> None:
+        store.set(f"arrived/{number}/{self.rank}", "")
         late = set(range(self.size))
-        heard = {rank: (-1, time.monotonic()) for rank in late}
-        while late := {rank for rank in late if not store.check([f"arrived/{meeting}/{rank}"])}:
+        progress = dict.fromkeys(late, -1)
+        changed_at = dict.fromkeys(late, time.monotonic())
+        while late := {rank for rank in late if not store.check([f"arrived/{number}/{rank}"])}:
             for rank in late:
-                progress, (last, since) = store.add(f"progress/{rank}", 0), heard[rank]
-                if progress != last:
-                    heard[rank] = progress, time.monotonic()
-                elif time.monotonic() - since > self.timeout_s:
+                now, count = time.monotonic(), store.add(f"progress/{rank}", 0)
+                if count != progress[rank]:
+                    progress[rank], changed_at[rank] = count, now
+                elif now - changed_at[rank] > self.timeout_s:
                     raise RunFailed(f"rank {self.rank} has heard nothing of rank {rank} for {self.timeout_s:g} s while "
                                     "reading the data; --dist-timeout sets how long to wait")
             time.sleep(POLL_S)
 
     def on_main(self, action: Callable[[], None]) -> None:
-        """Rank 0 acts while the others wait. Raises RunFailed on every rank when the disk refuses."""
+        """Call `action` on rank 0 while the others wait. Raises RunFailed on every rank when it raises OSError."""
         problem = None
         if self.is_main:
             try:
@@ -145,33 +148,36 @@ def _on_terminal() -> bool:
 
 
 def _print(text: str, end: str = "\n") -> None:
-    """To stderr. A closed terminal or a `tee` that is gone takes the line, not the run."""
+    """Print to stderr; where the terminal or a `tee` is gone, the line is lost and the run continues."""
     with suppress(OSError, ValueError):
         print(text, end=end, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def explain_collective_errors(operation: str) -> Iterator[None]:
-    """Inside, ranks talk to one another: a failure of that is a RunFailed that names this rank and the operation."""
+    """Inside, a failure to communicate with other ranks becomes a RunFailed that names this rank and the operation."""
     try:
         yield
     except RuntimeError as error:
-        explain(error, operation)
+        if not _is_collective_error(error):
+            raise
+        first_line = str(error).splitlines()[0][:200]
+        cause = "a rank is lost"
+        if re.search("[Tt]imed out|timeout", str(error)):
+            cause = "a rank did not answer in time (--dist-timeout)"
+        raise RunFailed(f"rank {os.environ.get('RANK', 0)}, {operation}: {cause}; {first_line}") from error
 
 
-def explain(error: RuntimeError, operation: str) -> NoReturn:
-    """Raise RunFailed if a rank did not answer, else `error` again: gloo throws plain RuntimeErrors."""
-    text = str(error)
-    spoken = re.search("gloo|Connection|Timed out|NCCL", text) and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if not isinstance(error, dist.DistError) and not spoken:
-        raise error
-    stalled = re.search("[Tt]imed out|timeout", text)
-    what = "a rank did not answer in time (--dist-timeout)" if stalled else "a rank is lost"
-    raise RunFailed(f"rank {os.environ.get('RANK', 0)}, {operation}: {what}; {text.splitlines()[0][:200]}") from error
+def _is_collective_error(error: RuntimeError) -> bool:
+    """Return whether communication failed; gloo raises plain RuntimeErrors, recognised by their text."""
+    if isinstance(error, dist.DistError):
+        return True
+    named = re.search("gloo|Connection|Timed out|NCCL", str(error))
+    return named is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 class _Gather(torch.autograd.Function):
-    """Forward: all_gather. Backward: sum what every rank wants of each row, keep one's own. Any sizes."""
+    """Forward: all_gather of any numbers of rows. Backward: sum the gradient over ranks, keep this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, rows_BX: Tensor, sizes: tuple[int, ...], rank: int) -> Tensor:
@@ -194,7 +200,7 @@ class _Gather(torch.autograd.Function):
 
 
 def pick_device(wanted: str, local_rank: int) -> torch.device:
-    """`auto` takes this rank's GPU where there is one. Raises UserError when `cuda` is asked for in vain."""
+    """Return this rank's GPU, or the CPU for `cpu` or for `auto` without a GPU. Raises UserError for `cuda` without."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is visible; use --device cpu")
     if wanted == "cpu" or not torch.cuda.is_available():
@@ -205,10 +211,10 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def launched_as() -> tuple[int, int, int]:
-    """Rank, local rank and world size as torchrun's environment says them; 0, 0, 1 without one.
+def read_launch_environment() -> tuple[int, int, int]:
+    """Return rank, local rank and world size from torchrun's environment variables; 0, 0, 1 without them.
 
-    Raises UserError for what is no number or does not go together.
+    Raises UserError where one is no number or the rank is not below the world size.
     """
     values = {}
     for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)):
@@ -226,8 +232,8 @@ def launched_as() -> tuple[int, int, int]:
 
 
 def init(wanted: str, timeout_s: float, quiet: bool = False) -> World:
-    """Join the process group that torchrun's environment describes, or be alone without one. Raises UserError."""
-    rank, local_rank, size = launched_as()
+    """Join the process group of torchrun's environment; without one, return a world of one. Raises UserError."""
+    rank, local_rank, size = read_launch_environment()
     device = pick_device(wanted, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -235,17 +241,17 @@ def init(wanted: str, timeout_s: float, quiet: bool = False) -> World:
         return World(rank, local_rank, size, device, timeout_s, quiet=quiet)
     timeout = datetime.timedelta(seconds=timeout_s)
     with explain_collective_errors("joining"):
-        store = _meeting_place(rank, size, timeout)
+        store = _rendezvous_store(rank, size, timeout)
         store.set_timeout(timeout)
         store = dist.PrefixStore(agree_session_id(store, rank, size, timeout_s), store)
-        # What is no tensor of a GPU goes over gloo also there: it waits for no kernel, and who stalls is a RunFailed.
+        # Objects go over gloo on a GPU too: it waits for no kernel, and a stalled rank raises instead of aborting.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(rank, local_rank, size, device, timeout_s, dist.PrefixStore("thumbtune", store), quiet)
 
 
-def _meeting_place(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:
-    """Where torchrun's environment says that the ranks meet. Raises UserError when it says nothing or it is taken."""
+def _rendezvous_store(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:
+    """Return the store at torchrun's MASTER_ADDR and MASTER_PORT. Raises UserError where they are unset or in use."""
     try:
         return next(dist.rendezvous("env://", rank, size, timeout=timeout))[0]
     except ValueError as error:  # an environment variable is missing
@@ -264,8 +270,8 @@ def close() -> None:
         dist.destroy_process_group()
 
 
-def leave(code: int) -> int:
-    """After a failure or a signal: end this process at once if there are other ranks, which may never answer."""
+def exit_process(code: int) -> int:
+    """End this process immediately if there are other ranks, which may never answer again; else return `code`."""
     if dist.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,8 +1,8 @@
-"""TensorBoard: what is written, under which tags, and how much of it.
+"""TensorBoard: the scalars, pictures and layout of a run, and their tags.
 
-The groups of the first page sort as they should be read: `eval` (the few metrics that matter, of the splits watched on
-the way), `fit` (the loop), `machine`, then pictures and all other metrics by split. The base model's metrics are a run
-of their own beside it, `base`, so each metric's card shows them as a second, level line.
+Tags sort in reading order: `eval` (the main metrics of train and valid), `fit` (the loop), `machine`, then pictures and
+all other metrics by split. The base model's metrics are a run of their own, `base`, so that each chart shows them as a
+second, level line.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from engine.config.fields import Config, as_dict, config_fields
 
-POINTS = 5_000  # of any curve: a million steps leave this many; steps.jsonl has them all
+POINTS = 5_000  # of any curve at most; steps.jsonl has every step
 HEADLINE = ("image_to_text_R@10", "text_to_image_R@10", "triplet_accuracy")
-WATCHED = ("train", "valid")  # splits measured on the way, not only at both ends
+WATCHED = ("train", "valid")  # splits evaluated during training too, not only before and after
 LAYOUT = {"at a glance": {
     "loss": ["Multiline", ["fit/loss"]],
     "Recall@10, thumbnail to title": ["Multiline", ["eval/image_to_text_R@10.*"]],
@@ -32,20 +32,20 @@ LAYOUT = {"at a glance": {
 }}
 
 
-class _Nothing:
-    """Takes every call and does nothing: the writer of ranks that do not write."""
+class _NullWriter:
+    """A SummaryWriter that does nothing, for ranks other than 0."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None
 
 
 class TensorBoardWriter:
-    """The event files of one run. Cheap to call, silent on all ranks but the first (`folder` None)."""
+    """The event files of one run; `folder` None, on all ranks but the first, writes nothing."""
 
     def __init__(self, folder: Path | None, first_step: int, steps: int) -> None:
         self.steps, self.stride = steps, max(1, steps // POINTS)
-        self._main: Any = _Nothing()
-        self._base: Any = _Nothing()
+        self._main: Any = _NullWriter()
+        self._base: Any = _NullWriter()
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -54,27 +54,27 @@ class TensorBoardWriter:
             self._base = SummaryWriter(str(folder / "base"), purge_step=purge)
             if not first_step:
                 self._main.add_custom_scalars(LAYOUT)
-        self._shown: dict[str, int] = {}  # what was written last, and at which step
+        self._last_step: dict[str, int] = {}  # kind -> step it was last written at
 
-    def due(self, what: str, step: int) -> bool:
-        """Is it time to write `what` again? At every step of a short run, at each POINTS-th part of a long one.
+    def due(self, kind: str, step: int) -> bool:
+        """Return whether to write `kind` now: every step of a short run, every `stride` steps of a long one.
 
-        Never for a step before the last one written: best weights taken back are measured at the step they are of.
+        Never for a step before the last one written, as when the best weights are loaded and evaluated at the end.
         """
-        last = self._shown.get(what, -self.stride)
+        last = self._last_step.get(kind, -self.stride)
         if step < last + self.stride and not step == self.steps > last:
             return False
-        self._shown[what] = step
+        self._last_step[kind] = step
         return True
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """One point a tag."""
+        """Write one point for each tag."""
         for tag, value in values.items():
             self._main.add_scalar(tag, value, step)
 
     def metrics(self, scores: Mapping[str, Mapping[str, Any]], base: Mapping[str, Mapping[str, Any]],
                 step: int) -> None:
-        """The metrics of an evaluation, and those of the base model as a level line beside them."""
+        """Write the metrics of an evaluation, and those of the base model as a level line beside them."""
         splits = [split for split in scores if self.due(f"metrics of {split}", step)]
         for writer, source in ((self._main, scores), (self._base, base)):
             for split in splits:
@@ -83,23 +83,23 @@ class TensorBoardWriter:
                         writer.add_scalar(tag(split, name), value, step)
 
     def picture(self, name: str, pixels_HWC: np.ndarray, step: int) -> None:
-        """A uint8 RGB picture."""
+        """Write a uint8 RGB picture."""
         self._main.add_image(name, pixels_HWC, step, dataformats="HWC")
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
-        """How values are spread; nothing where none is finite, as with a single title, which has no wrong answer."""
+        """Write a histogram of the finite values; none is finite for a single title, which has no wrong answer."""
         finite = values[values.isfinite()]
         if len(finite):
             self._main.add_histogram(name, finite, step)
 
     def embedding(self, name: str, vectors: Tensor, labels: Sequence[Sequence[str]], sprite_NCSS: Tensor,
                   step: int) -> None:
-        """Points for the projector, each with its title, its kind and a small picture."""
+        """Write points for the projector, each with its title, its kind and a small picture."""
         self._main.add_embedding(vectors, [list(label) for label in labels], sprite_NCSS, step, name,
                                  metadata_header=["title", "kind"])
 
     def hparams(self, recipe: Mapping[str, Any], splits: Sequence[str], done: bool) -> None:
-        """The recipe beside its results, in this run's own event file (`add_hparams` would open a run of its own)."""
+        """Write the recipe and its results to this run's event file (`add_hparams` would open another run)."""
         from torch.utils.tensorboard.summary import hparams
 
         plain = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in recipe.items()}
@@ -109,7 +109,7 @@ class TensorBoardWriter:
             self._main.file_writer.add_summary(summary)
 
     def flush(self) -> None:
-        """Let others see what was written."""
+        """Flush the event files to disk."""
         self._main.flush()
         self._base.flush()
 
@@ -120,18 +120,18 @@ class TensorBoardWriter:
 
 
 def tag(split: str, name: str) -> str:
-    """Where a metric of a split is shown."""
+    """Return the tag of a metric of a split."""
     return f"eval/{name} {split}" if name in HEADLINE and split in WATCHED else f"{split}/{name}"
 
 
 def comparable_settings(cfg: Config) -> dict[str, Any]:
-    """The settings to compare runs by: what is computed, on what."""
+    """Return the settings to compare runs by: model, dataset and recipe."""
     return {name: value for name, value in as_dict(cfg, "train").items()
             if name in ("model", "dataset") or config_fields()[name].group == "recipe"}
 
 
 class WeightDrift:
-    """How far the projections are from where they began: ||W - W0|| / ||W0||, [] each, on their device."""
+    """Relative change of the projections since the start: ||W - W0|| / ||W0||, for each by name."""
 
     def __init__(self, trainable: Mapping[str, nn.Parameter]) -> None:
         self.now = {name.split(".")[-2]: weight for name, weight in trainable.items()
@@ -140,16 +140,17 @@ class WeightDrift:
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
-        """Waits for the device: call it where one waits anyway, at an evaluation."""
+        """Return the changes; a host sync, so call it at an evaluation, which syncs anyway."""
         return {f"fit/drift {name}": float((weight - self.base[name]).norm() / self.base[name].norm())
                 for name, weight in self.now.items()}
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """GiB this process holds on the host now, and at most on its GPU; nothing waits for the device."""
-    found, statm = {}, Path("/proc/self/statm")
+    """Return GiB of host memory in use and the peak of GPU memory, without a host sync."""
+    scalars = {}
+    statm = Path("/proc/self/statm")
     if statm.exists():  # Linux
-        found["machine/host_GiB"] = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+        scalars["machine/host_GiB"] = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
     if device.type == "cuda":
-        found["machine/gpu_peak_GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
-    return found
+        scalars["machine/gpu_peak_GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return scalars

@@ -1,17 +1,25 @@
-"""Checkpoints that are whole or absent: written beside, manifest with sha256 last, synced, renamed. No pickle.
+"""Checkpoints, complete or absent: a temporary folder, its manifest with sha256 written last, is synced and renamed.
 
-There is no random state to keep: the order of pairs is a function of (seed, epoch), and the loop draws no other number.
+No file is a pickle. There is no random state to keep: the order of pairs is a function of (seed, epoch), and the loop
+draws no other number.
+
+The order of events when `run.py train --resume` continues a run:
+1. `open_folder` (folder.py) locks the run folder and removes what a killed process left half written.
+2. `train` (engine/commands/train.py) opens data and base model and measures the base model, while its weights are still
+   the base model's; the optimizer is made from them too, as L2-SP needs the pretrained weights.
+3. `Saver.resume` (here) finds the newest undamaged checkpoint, renames damaged newer ones, refuses changed data or
+   settings, and loads weights and moments.
+4. `Log` (log.py) cuts steps.jsonl, evaluations.jsonl and TensorBoard back to the step of that checkpoint.
+5. `train` repeats the evaluation of that step where it was cut off, then `fit` continues with the next step.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -26,16 +34,22 @@ from engine.ranks.world import World
 from engine.run_folder.folder import require_run_dir
 from engine.run_folder.ownership import FILES, MANIFEST
 
-Content = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]  # weights, moments, state.json
+
+class Content(NamedTuple):
+    """A checkpoint as it is read."""
+
+    weights: dict[str, Tensor]  # by parameter name
+    moments: dict[str, Tensor]  # the optimizer's state, by parameter name and field
+    saved: dict[str, Any]  # state.json
 
 
 @dataclass
 class State:
-    """What a checkpoint remembers beside the tensors."""
+    """Progress of a run; checkpoints keep it beside the tensors."""
 
     step: int = 0
-    evaluated: int = 0  # the last step whose evaluation has counted
-    best: float | None = None  # value of the watched metric
+    evaluated: int = 0  # the last step whose evaluation was recorded
+    best: float | None = None  # value of --best-metric
     best_step: int = 0
     worse: int = 0  # evaluations since the best one
     enough: bool = False  # patience ran out: no further step
@@ -43,14 +57,14 @@ class State:
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint folder whose files are not what its manifest says."""
+    """A checkpoint folder whose files do not match its manifest."""
 
 
 def save(run: Path, step: int, tensors: Mapping[str, Tensor], optimizer: Mapping[str, Tensor],
          state: Mapping[str, Any], keep: int) -> None:
-    """Write `checkpoints/step-N`, point `last` at it, delete what is over `keep`; a step saved already stays as it is.
+    """Write `checkpoints/step-N` unless it exists, point `last` at it, delete all but the newest `keep`.
 
-    Raises OSError when the disk refuses; what was saved before is then untouched.
+    Raises OSError when writing fails; earlier checkpoints are then untouched.
     """
     root = require_run_dir(run) / "checkpoints"
     root.mkdir(exist_ok=True)
@@ -58,8 +72,8 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], optimizer: Mapping
     if not (root / name).exists():
         remove_stale(root)
         with replaced_folder(root / name, "checkpoint") as folder:
-            for file, named in zip(FILES, (tensors, optimizer), strict=False):
-                save_file({key: value.detach().cpu().contiguous() for key, value in named.items()}, folder / file)
+            save_file(_on_host(tensors), folder / FILES[0])
+            save_file(_on_host(optimizer), folder / FILES[1])
             (folder / "state.json").write_text(json.dumps(dict(state), indent=2) + "\n", encoding="utf-8")
             digests = {file: sha256(folder / file) for file in FILES}
             (folder / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
@@ -67,8 +81,12 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], optimizer: Mapping
     delete_old(root, keep)
 
 
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
 def remove_stale(root: Path) -> None:
-    """Delete what killed writers left half written or half deleted; a run folder has one writer at a time."""
+    """Delete what killed processes left half written or half deleted; a run folder has one writer at a time."""
     recover_folders(root, locked=True)
     for link in root.glob(".*-link"):
         if link.is_symlink():
@@ -88,41 +106,44 @@ def load(folder: Path) -> Content:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if folder.name != f"step-{state['state']['step']:08d}":
             raise DamagedCheckpoint(f"{folder.name} holds step {state['state']['step']}")
-        return load_file(folder / FILES[0]), load_file(folder / FILES[1]), state
+        return Content(load_file(folder / FILES[0]), load_file(folder / FILES[1]), state)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DamagedCheckpoint(f"{folder.name} is incomplete: {error}") from error
 
 
-def newest_valid(run: Path, tell: Callable[[str], None]) -> tuple[Path, Content] | None:
-    """The newest checkpoint that verifies, with its content; `tell` hears of each newer one that does not."""
+def newest_valid(run: Path, log: Callable[[str], None]) -> tuple[Path, Content] | None:
+    """Return the newest undamaged checkpoint and its content; `log` gets one line for each newer, damaged one."""
     for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
         try:
             return folder, load(folder)
         except DamagedCheckpoint as error:
-            tell(f"damaged checkpoint: {error}")
+            log(f"damaged checkpoint: {error}")
     return None
 
 
 @dataclass(frozen=True)
 class Saver:
-    """Saves, resumes and watches one run; `identity` and `recipe` are what its state belongs to."""
+    """Saves and resumes one run, and keeps its best checkpoint.
+
+    A checkpoint is resumed only with the same `identity`, `recipe` and order of pairs.
+    """
 
     run: Path
-    named: Mapping[str, nn.Parameter]
+    named: Mapping[str, nn.Parameter]  # the trainable parameters
     optimizer: AdamWL2SP
     identity: Mapping[str, str]  # digests of the data and of the towers
-    recipe: Mapping[str, Any]  # the settings that say what is computed
+    recipe: Mapping[str, Any]  # the settings that determine the result
     order: OrderDigest
-    keep: int
+    keep: int  # checkpoints
     metric: str  # what `best` means
-    patience: int  # evaluations without a better one before the run has had enough; 0: no limit
+    patience: int  # evaluations without a better one before the run ends; 0: no limit
     world: World
 
-    def note(self, state: State, scores: Mapping[str, Mapping[str, Any]]) -> None:
-        """Count an evaluation, on all ranks alike; the best one (valid split, else train) has a checkpoint.
+    def record_evaluation(self, state: State, scores: Mapping[str, Mapping[str, Any]]) -> None:
+        """Update `state` on all ranks; save a checkpoint if --best-metric improved on the valid split (else train).
 
-        One in which the model has collapsed on any split is never the best. Raises UserError when the metric is not
-        among what is measured.
+        An evaluation in which the model has collapsed on any split is never the best. Raises UserError when the metric
+        is not among the scores.
         """
         values = next(scores[name] for name in ("valid", "train", *scores) if name in scores)
         if not isinstance(values.get(self.metric), float):
@@ -132,8 +153,9 @@ class Saver:
         if state.step <= state.evaluated:
             return
         sign = -1 if self.metric.endswith("_rank") else 1  # a small rank is a good one
-        state.evaluated, state.worse = state.step, state.worse + 1
-        collapsed = any(one.get("collapsed") for one in scores.values())
+        state.evaluated = state.step
+        state.worse += 1
+        collapsed = any(values.get("collapsed") for values in scores.values())
         if not collapsed and (state.best is None or sign * value > sign * state.best):
             state.best, state.best_step, state.worse = value, state.step, 0
             self.save(state)
@@ -141,90 +163,114 @@ class Saver:
         state.enough = 0 < self.patience <= state.worse
 
     def save(self, state: State) -> None:
-        """Checkpoint now; rank 0 writes, all wait. Raises RunFailed on all ranks when the disk refuses."""
+        """Write a checkpoint from rank 0 while the others wait. Raises RunFailed on all ranks when writing fails."""
         def write() -> None:
-            moments = {f"{name}.{field}": value for name, parameter in self.named.items()
-                       for field, value in self.optimizer.state[parameter].items()}
             content = {"state": asdict(state), "identity": dict(self.identity), "recipe": dict(self.recipe),
                        "order": self.order.at_step(state.step)}
-            save(self.run, state.step, self.named, moments, content, self.keep)
+            save(self.run, state.step, self.named, self._moments(), content, self.keep)
         self.world.on_main(write)
 
-    def resume(self, tell: Callable[[str], None]) -> State:
-        """Go on from the newest valid checkpoint, telling which newer ones were damaged; UserError names a change."""
-        found = newest_valid(self.run, tell)
-        self.world.on_main(lambda: _set_aside(self.run / "checkpoints", found[0].name if found else ""))
-        if found is None:
-            tell("no checkpoint to resume from: starting at step 0")
+    def _moments(self) -> dict[str, Tensor]:
+        moments: dict[str, Tensor] = {}
+        for name, parameter in self.named.items():
+            for field, value in self.optimizer.state[parameter].items():
+                moments[f"{name}.{field}"] = value
+        return moments
+
+    def resume(self, log: Callable[[str], None]) -> State:
+        """Continue from the newest undamaged checkpoint, logging damaged ones; UserError names what has changed.
+
+        This is the third event of a resumed run; the docstring of this module lists them all.
+        """
+        # a) The newest checkpoint whose files match its manifest.
+        newest = newest_valid(self.run, log)
+        # b) Damaged newer ones get another name, `last` and `best` point at undamaged ones.
+        self.world.on_main(lambda: _rename_newer(self.run / "checkpoints", newest[0].name if newest else ""))
+        if newest is None:
+            log("no checkpoint to resume from: starting at step 0")
             return State()
-        if missing := unrecorded(found[1][2], self.identity):
-            raise UserError(f"--resume: {found[0]} does not record {', '.join(missing)} (an older version wrote it, or "
+        folder, content = newest
+        # c) Refuse a checkpoint that does not record all of this run's identity.
+        if missing := missing_identity(content.saved, self.identity):
+            raise UserError(f"--resume: {folder} does not record {', '.join(missing)} (an older version wrote it, or "
                             "that split was not measured then); start a new run with another --out")
-        if changed := self.restore(found[1]):
-            raise UserError(f"--resume: {'; '.join(changed)} since {found[0]}; start a new run with another --out")
-        tell(f"resumed from {found[0]}")
-        return state_of(found[1][2])
+        # d) Weights into the model, moments into the optimizer, unless data, settings or order have changed.
+        if changed := self.restore(content):
+            raise UserError(f"--resume: {'; '.join(changed)} since {folder}; start a new run with another --out")
+        log(f"resumed from {folder}")
+        # e) Step number and best evaluation so far.
+        return parse_state(content.saved)
 
     def restore(self, content: Content) -> list[str]:
-        """Put the weights and moments of a checkpoint back; or, and then do nothing, say what is not as it was."""
-        tensors, moments, saved = content
-        changed = differences(saved, self.identity, self.recipe)
-        if not changed and saved.get("order") != self.order.at_step(state_of(saved).step):
+        """Load weights and moments of a checkpoint and return []; or change nothing and return what differs from it."""
+        changed = changes_since(content.saved, self.identity, self.recipe)
+        if not changed and content.saved.get("order") != self.order.at_step(parse_state(content.saved).step):
             changed = ["the order of the pairs changed"]
-        if _shapes(tensors) != _shapes(self.named):
+        if _shapes(content.weights) != _shapes(self.named):
             changed.append("the trainable parameters changed")
-        if not changed:
-            _restore(tensors, self.named)
-            for name, parameter in self.named.items():
-                self.optimizer.state[parameter] = {
-                    key.removeprefix(f"{name}."): value.to(parameter.device)
-                    for key, value in moments.items() if key.rpartition(".")[0] == name}
-        return changed
+        if changed:
+            return changed
+        _copy_weights(content.weights, self.named)
+        for parameter in self.named.values():
+            self.optimizer.state[parameter] = {}
+        for key, value in content.moments.items():
+            name, _, field = key.rpartition(".")
+            if name in self.named:
+                parameter = self.named[name]
+                self.optimizer.state[parameter][field] = value.to(parameter.device)
+        return []
 
-    def take_best(self, state: State, tell: Callable[[str], None]) -> int:
-        """With patience, put the weights of the best evaluation in place of later ones; its step, 0 if nothing changed.
+    def load_best_weights(self, state: State, log: Callable[[str], None]) -> int:
+        """With --patience, replace the weights by those of the best evaluation; return its step, 0 if nothing changed.
 
-        Tells when they are damaged.
+        Logs when that checkpoint is damaged.
         """
         if not self.patience or state.best_step in (0, state.step) or state.stopped:
             return 0
         try:
-            _restore(load(self.run / "checkpoints" / f"step-{state.best_step:08d}")[0], self.named)
+            best = load(self.run / "checkpoints" / f"step-{state.best_step:08d}")
         except DamagedCheckpoint as error:
-            tell(f"damaged checkpoint: {error}; the exported model is that of the last step")
+            log(f"damaged checkpoint: {error}; the exported model is that of the last step")
             return 0
+        _copy_weights(best.weights, self.named)
         return state.best_step
 
 
-def state_of(content: Mapping[str, Any]) -> State:
-    """The State in a state.json, ready to go on from."""
+def parse_state(saved: Mapping[str, Any]) -> State:
+    """Return the State in a state.json, ready to continue from; fields of other versions are left out."""
     known = {field.name for field in fields(State)}
-    return State(**{**{key: value for key, value in content["state"].items() if key in known}, "stopped": 0})
+    values = {key: value for key, value in saved["state"].items() if key in known}
+    return State(**{**values, "stopped": 0})
 
 
-def differences(content: Mapping[str, Any], identity: Mapping[str, str], recipe: Mapping[str, Any]) -> list[str]:
-    """What is not as it was when a checkpoint was written, one phrase each."""
-    saved = {key: tuple(value) if isinstance(value, list) else value for key, value in content["recipe"].items()}
-    changed = [f"--{key.replace('_', '-')} changed from {saved[key]} to {value}" for key, value in recipe.items()
-               if key in saved and saved[key] != (tuple(value) if isinstance(value, list) else value)]
-    return changed + [f"{key} changed" for key, value in identity.items()
-                      if content["identity"].get(key, value) != value]
+def changes_since(saved: Mapping[str, Any], identity: Mapping[str, str], recipe: Mapping[str, Any]) -> list[str]:
+    """Return what differs from the time a checkpoint was written, one phrase each; `saved` is its state.json."""
+    changed = []
+    for key, value in recipe.items():
+        before = saved["recipe"].get(key, value)
+        before = tuple(before) if isinstance(before, list) else before  # JSON has no tuples
+        if before != (tuple(value) if isinstance(value, list) else value):
+            changed.append(f"--{key.replace('_', '-')} changed from {before} to {value}")
+    for key, digest in identity.items():
+        if saved["identity"].get(key, digest) != digest:
+            changed.append(f"{key} changed")
+    return changed
 
 
-def unrecorded(content: Mapping[str, Any], identity: Mapping[str, str]) -> list[str]:
-    """What of the identity a checkpoint says nothing of, written by an older version or before it was measured."""
-    return [key for key in identity if key not in content["identity"]]
+def missing_identity(saved: Mapping[str, Any], identity: Mapping[str, str]) -> list[str]:
+    """Return the keys of `identity` that a state.json lacks: an older version wrote it, or before that was measured."""
+    return [key for key in identity if key not in saved["identity"]]
 
 
 def delete_old(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, those that `last` and `best` point to, and what is not ours."""
+    """Delete checkpoints except the newest `keep`, the targets of `last` and `best`, and other programs' folders."""
     pointed = {(root / name).resolve().name for name in ("last", "best") if (root / name).is_symlink()}
     for folder in sorted(root.glob("step-*"), reverse=True)[keep:]:
         if folder.name not in pointed:
             delete_folder(folder)
 
 
-def _restore(tensors: Mapping[str, Tensor], named: Mapping[str, nn.Parameter]) -> None:
+def _copy_weights(tensors: Mapping[str, Tensor], named: Mapping[str, nn.Parameter]) -> None:
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(tensors[name])
@@ -234,20 +280,22 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _free_name(path: Path) -> Path:
-    """`path`, or with the first number behind it that makes it a name not in use."""
-    names = chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2)))
-    return next(name for name in names if not name.exists())
+def _unused_name(path: Path) -> Path:
+    """Return `path`, or where that exists `path` with the first free number appended."""
+    free, number = path, 2
+    while free.exists():
+        free = path.with_name(f"{path.name}-{number}")
+        number += 1
+    return free
 
 
-def _set_aside(root: Path, newest_valid: str) -> None:
-    """Rename what is newer than the checkpoint gone on from: damaged, but somebody may want to look at it."""
+def _rename_newer(root: Path, newest_valid: str) -> None:
+    """Rename checkpoints newer than `newest_valid` to damaged-*, kept for inspection, and repair `last` and `best`."""
     remove_stale(root)
     for folder in root.glob("step-*"):
         if folder.name > newest_valid:
-            folder.replace(_free_name(folder.with_name(f"damaged-{folder.name}")))
-    with suppress(FileNotFoundError):
-        if not (root / "best").exists():
-            (root / "best").unlink()  # it pointed at one of these
+            folder.replace(_unused_name(folder.with_name(f"damaged-{folder.name}")))
+    if not (root / "best").exists():  # absent, or its target was renamed just now
+        (root / "best").unlink(missing_ok=True)
     if newest_valid:
         replace_link(root / "last", newest_valid)

@@ -1,4 +1,4 @@
-"""What this process has begun in its run folder, and what it leaves there when it ends badly. Imports nothing heavy."""
+"""The run folder of this process, removed again if unused, and tracebacks of crashes. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from data.files import MARK, kind_of, write_mark
 
 @dataclass
 class NewRunFolder:
-    """The run folder of this process, None before there is one, and the folders that were made for it."""
+    """The run folder of this process, None before it is opened, and the folders created for it."""
 
     folder: Path | None = None
     made: list[Path] = field(default_factory=list)  # innermost first
-    marked: bool = False
+    marked: bool = False  # by this process
 
     def make(self, folder: Path, holds_run: bool) -> None:
-        """Make a folder and mark it as a run's, unless others' files are in it; remember what was not there before.
+        """Make a folder and mark it as a run's, unless it holds other files; note which folders were created.
 
         Raises OSError.
         """
@@ -34,7 +34,7 @@ class NewRunFolder:
             self.marked = True
 
     def discard(self) -> None:
-        """Take back `make` where nothing has been written into the folder since: a run that never began."""
+        """Undo `make` if nothing has been written into the folder since."""
         with suppress(OSError):
             if self.marked and self.folder is not None and os.listdir(self.folder) == [MARK]:
                 (self.folder / MARK).unlink()
@@ -43,19 +43,19 @@ class NewRunFolder:
         self.folder, self.made, self.marked = None, [], False
 
 
-BEGUN = NewRunFolder()
+CURRENT_RUN = NewRunFolder()
 
 
 def explain_crash(command: str, error: BaseException, rank: int) -> str:
-    """One line about an error that nobody foresaw, and where its traceback is now: in the run folder, else beside."""
+    """Return one line about an unexpected error; write its traceback to the run folder, else to a temporary folder."""
     text = "".join(traceback.format_exception(error))
-    what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    summary = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     name = f"error-rank-{rank}-{os.getpid()}.txt"
-    for folder in (BEGUN.folder, Path(tempfile.gettempdir()), Path.cwd()):
+    for folder in (CURRENT_RUN.folder, Path(tempfile.gettempdir()), Path.cwd()):
         if folder is None or not folder.is_dir():
             continue
         with suppress(OSError):
-            path = folder / (name if folder == BEGUN.folder else f"thumbtune-{name}")
+            path = folder / (name if folder == CURRENT_RUN.folder else f"thumbtune-{name}")
             path.write_text(f"{sys.argv}\n{text}", encoding="utf-8", errors="backslashreplace")
-            return f"run.py {command} failed: {what} (not foreseen; the traceback is in {path})"
-    return f"run.py {command} failed: {what} (not foreseen, and the traceback could not be written)"
+            return f"run.py {command} failed: {summary} (not foreseen; the traceback is in {path})"
+    return f"run.py {command} failed: {summary} (not foreseen, and the traceback could not be written)"

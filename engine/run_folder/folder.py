@@ -1,4 +1,4 @@
-"""The run folder: made once, never mixed with another run, and able to say how it came to be."""
+"""The run folder: opened by one run at a time, with its settings, versions, dropped rows and manifest in JSON files."""
 
 from __future__ import annotations
 
@@ -23,51 +23,51 @@ from data.batch import UserError
 from data.files import changed_files, lock_folder, recover_folders, replace_text, sha256
 from engine.config.fields import Config, config_fields
 from engine.ranks.world import World
-from engine.run_folder.crash import BEGUN
+from engine.run_folder.crash import CURRENT_RUN
 from engine.run_folder.ownership import RUN_FILES, is_run, refuse_foreign_parts, refuse_out
 
-SEAL = "manifest.json"
+RUN_MANIFEST = "manifest.json"
 PACKAGES = ("torch", "transformers", "datasets", "pillow", "aiohttp", "numpy", "tensorboard")
 
 
 def open_folder(cfg: Config, world: World) -> tuple[Path, bool]:
-    """The run folder, the same on every rank, and whether it holds a run to go on with.
+    """Return the run folder, the same on every rank, and whether it holds a run to resume.
 
-    It is `--out`, or one named after the time and the dataset; after a restart by torchrun, the one begun before.
-    Raises UserError when it holds a run already or something that is not ours and a run would replace, cannot be made,
+    It is `--out`, or a new one named after the time and the dataset; after a restart by torchrun, the one used before.
+    Raises UserError when it holds a run already or another program's files that a run would replace, cannot be made,
     is in use, or holds nothing to resume.
     """
-    problem, found = "", None
+    problem, opened = "", None
     if world.is_main:
         try:
-            found = _open(cfg)
+            opened = _open(cfg)
         except UserError as error:
             problem = str(error)
-    problem, found = world.exchange((problem, found))[0]
-    if problem or found is None:
+    problem, opened = world.exchange((problem, opened))[0]
+    if problem or opened is None:
         raise UserError(problem)
-    BEGUN.folder = found[0]
-    return found
+    CURRENT_RUN.folder = opened[0]
+    return opened
 
 
 def _open(cfg: Config) -> tuple[Path, bool]:
     dataset = re.sub(r"[^\w.-]+", "-", Path(cfg.dataset.rstrip("/")).name) or "pairs"
-    fresh = Path(cfg.out or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}-{dataset}").expanduser()
-    begun = _begun([fresh] if cfg.out else sorted(Path("runs").glob("*"), reverse=True))
-    folder = begun or fresh
+    wanted = Path(cfg.out or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}-{dataset}").expanduser()
+    restarted = _folder_before_restart([wanted] if cfg.out else sorted(Path("runs").glob("*"), reverse=True))
+    folder = restarted or wanted
     holds_run = is_run(folder)
-    if holds_run and cfg.resume == "off" and not begun:
+    if holds_run and cfg.resume == "off" and not restarted:
         raise UserError(f"--out {folder} already holds a run; choose another folder or carry on with --resume")
     if cfg.resume == "on" and not holds_run:
         raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
     if not holds_run:
         refuse_out(folder, RUN_FILES, cfg.dataset)
     try:
-        BEGUN.make(folder, holds_run)
-        free = lock_folder(folder)
+        CURRENT_RUN.make(folder, holds_run)
+        locked = lock_folder(folder)
     except OSError as error:
         raise UserError(f"--out {folder} cannot be made: {error.strerror}") from None
-    if not free:
+    if not locked:
         raise UserError(f"--out {folder} is being written by another run; wait for its end or choose another folder")
     recover_folders(folder, locked=True)
     if holds_run:
@@ -75,36 +75,39 @@ def _open(cfg: Config) -> tuple[Path, bool]:
     return folder, holds_run
 
 
-def _begun(folders: Iterable[Path]) -> Path | None:
-    """The folder that this very torchrun began before it restarted its ranks, if it did.
+def _folder_before_restart(folders: Iterable[Path]) -> Path | None:
+    """Return the folder that this launch of torchrun used before it restarted its ranks; None if it did not restart.
 
-    Its restart count does not tell: it is that of one node, and stays 0 where the lost rank was another node's.
+    TORCHELASTIC_RESTART_COUNT is no help: it counts per node, and stays 0 where the lost rank was on another node.
     """
     for folder in folders:
         with suppress(OSError, ValueError, AttributeError):  # no run there, or not a whole one
             launch = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("launch")
-            if launch and launch == _launch():
+            if launch and launch == _launch_id():
                 return folder
     return None
 
 
-def _launch() -> str | None:
-    """A name of the torchrun this process is a rank of: the same after a restart, another for another launch."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    return name and f"{name} {platform.node()} {os.getppid()}"
+def _launch_id() -> str | None:
+    """Return an id of the launch by torchrun, the same after it restarts its ranks; None without torchrun."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    return run_id and f"{run_id} {platform.node()} {os.getppid()}"
 
 
 def settings_of(folder: Path) -> Config:
-    """The Config that the run in `folder` was started with. Raises UserError when there is none."""
+    """Return the Config that the run in `folder` was started with. Raises UserError when there is none."""
     saved = read_json(folder / "config.json").get("config")
     if not isinstance(saved, dict):
         raise UserError(f"--run {folder} holds no run with a readable config.json")
-    return replace(Config(), **{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()
-                                if key in config_fields()})
+    known: dict[str, Any] = {}
+    for key in saved.keys() & config_fields().keys():
+        value = saved[key]
+        known[key] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+    return replace(Config(), **known)
 
 
 def require_run_dir(folder: Path) -> Path:
-    """`folder`; raises FileNotFoundError when somebody has deleted the run meanwhile, so that nobody makes it anew."""
+    """Return `folder`. Raises FileNotFoundError when the run was deleted meanwhile, so that it is not created again."""
     if not (folder / "config.json").exists():
         raise FileNotFoundError(errno.ENOENT, "the run folder was deleted", str(folder))
     return folder
@@ -120,7 +123,7 @@ def write_run_header(folder: Path, settings: Mapping[str, Any], world: World, pr
 
 
 def _provenance(settings: Mapping[str, Any], world: World, precision: torch.dtype) -> dict[str, Any]:
-    """The content of config.json: resolved settings, versions, commit, host, devices."""
+    """Return the content of config.json: resolved settings, versions, commit, host, devices."""
     device = world.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
@@ -131,13 +134,13 @@ def _provenance(settings: Mapping[str, Any], world: World, precision: torch.dtyp
         "git_commit": _commit(),
         "host": platform.node(),
         "devices": {"kind": device.type, "name": name, "ranks": world.size},
-        "launch": _launch(),
+        "launch": _launch_id(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file, {} when there is none. Raises UserError when it is damaged."""
+    """Return the content of a JSON file, {} when there is none. Raises UserError when it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -147,36 +150,36 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file in one step, so that a reader sees the old or the new one."""
+    """Replace a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_metrics(folder: Path, metrics: Mapping[str, Any], world: World) -> None:
-    """metrics.json, from rank 0. Raises RunFailed on every rank when the disk refuses."""
+    """Write metrics.json from rank 0. Raises RunFailed on every rank when writing fails."""
     world.on_main(lambda: write_json(require_run_dir(folder) / "metrics.json", metrics))
 
 
 def write_ledger(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    """One line for every dropped row."""
+    """Write ledger.jsonl, one line for every dropped row."""
     write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
 
 
 def write_manifest(folder: Path) -> None:
-    """Write manifest.json: the sha256 of what a finished run leaves behind. Raises OSError."""
+    """Write manifest.json: the sha256 of every file of a finished run. Raises OSError."""
     names = ["config.json", "ledger.jsonl", "metrics.json", "steps.jsonl", "sweep.jsonl"]
     paths = [folder / name for name in names if (folder / name).exists()]
     paths += sorted(path for path in (folder / "model").rglob("*") if path.is_file())
-    write_json(folder / SEAL, {str(path.relative_to(folder)): sha256(path) for path in paths})
+    write_json(folder / RUN_MANIFEST, {str(path.relative_to(folder)): sha256(path) for path in paths})
 
 
 def manifest_problems(folder: Path) -> list[str] | None:
-    """What changed in a finished run since `write_manifest`; None when it was never sealed. Raises UserError if damaged."""
-    digests = read_json(folder / SEAL)
+    """Return what changed since `write_manifest`; None without manifest.json. Raises UserError if that is damaged."""
+    digests = read_json(folder / RUN_MANIFEST)
     return changed_files(folder, digests) if digests else None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step."""
+    """Replace a text file atomically; its folder is made where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, text)
 
@@ -189,7 +192,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of this checkout, with `+` when its files differ from it."""
+    """Return the commit of this checkout, with `+` when its files differ from it; None outside of one."""
     here = Path(__file__).resolve().parent
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True,

@@ -1,4 +1,4 @@
-"""What a run says: on-device meters, steps.jsonl, evaluations.jsonl, TensorBoard, one live console line. Rank 0 writes.
+"""The log of a run: steps.jsonl, evaluations.jsonl, TensorBoard, one progress line on the console. Rank 0 writes.
 
 Nothing here waits for the device except `flush` and `metrics`.
 """
@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from torch import Tensor
@@ -24,100 +24,119 @@ HEADLINE = {"image_to_text_R@1": "R@1", "image_to_text_R@5": "R@5", "image_to_te
             "image_to_text_median_rank": "median rank", "triplet_accuracy": "triplet"}
 
 
+class LoggedStep(NamedTuple):
+    """A step that the next flush writes."""
+
+    step: int
+    loss: Tensor  # this rank's part, on the device
+    grad_norm: Tensor  # on the device
+    lr: float
+    rows: int
+
+
 class Log:
     """Collects steps on the device and writes them out at every flush.
 
-    `recipe` are the settings worth comparing runs by; `base` are the base model's metrics if this run, resumed, has
-    measured them before.
+    `first_step` is the step of the checkpoint resumed from; later lines of an earlier process are cut off. `recipe` are
+    the settings to compare runs by; `base` are the base model's metrics if a resumed run has them already.
     """
 
     def __init__(self, folder: Path, world: World, steps_per_epoch: int, steps: int, first_step: int,
                  drift: WeightDrift, recipe: Mapping[str, Any] | None = None, base: Metrics | None = None) -> None:
-        self.world, self.steps_per_epoch = world, steps_per_epoch
-        self._pending: list[tuple[int, Tensor, Tensor, float, int]] = []
-        self._clock, self._waited, self._recall = time.perf_counter(), 0.0, ""
-        self._began = self._clock
-        self._whole = dict.fromkeys(("waiting for data", "evaluate", "checkpoint"), 0.0)
-        self._base, self._drift, self._recipe, self.steps = base or {}, drift, recipe or {}, steps
-        self._files = [_carry_on(folder / name, first_step) for name in ("steps.jsonl", "evaluations.jsonl")
-                       if world.is_main]
+        self.world, self.steps_per_epoch, self.steps = world, steps_per_epoch, steps
+        self._pending: list[LoggedStep] = []
+        self._began = time.perf_counter()
+        self._flushed_at = self._began  # moved on by the time that is not spent on steps
+        self._waited = 0.0  # for data since the last flush
+        self._recall = ""  # of the last evaluation, for the progress line
+        self._seconds = dict.fromkeys(("waiting for data", "evaluate", "checkpoint"), 0.0)
+        self._base, self._drift, self._recipe = base or {}, drift, recipe or {}
+        self._files: list[TextIO] = []
+        if world.is_main:
+            self._files = [_open_for_append(folder / name, first_step) for name in ("steps.jsonl", "evaluations.jsonl")]
         self.board = TensorBoardWriter(folder / "tensorboard" if world.is_main else None, first_step, steps)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Times the wait for data apart from the step."""
+        """Time the wait for data apart from the step."""
         start = time.perf_counter()
         with record_function("load"):
             yield
-        self._waited += time.perf_counter() - start
-        self._whole["waiting for data"] += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self._waited += seconds
+        self._seconds["waiting for data"] += seconds
 
     @contextmanager
-    def aside(self, name: str) -> Iterator[None]:
-        """What is not a step (evaluation, saving): named in the trace, and the clock of the steps stands still."""
+    def pause_step_clock(self, name: str) -> Iterator[None]:
+        """Leave an evaluation or a checkpoint out of the pairs per second; `name` is its region in the trace."""
         start = time.perf_counter()
         with record_function(name):
             yield
-        self._clock += time.perf_counter() - start
-        self._whole[name] += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self._flushed_at += seconds
+        self._seconds[name] += seconds
 
     def seconds(self) -> dict[str, float]:
-        """Where the time since the beginning went; the steps are what is left."""
-        rest = time.perf_counter() - self._began - sum(self._whole.values())
-        return {"steps": rest, **self._whole}
+        """Return the seconds since the log was opened, by what they were spent on; the rest are steps."""
+        rest = time.perf_counter() - self._began - sum(self._seconds.values())
+        return {"steps": rest, **self._seconds}
 
-    def spent(self, what: str, seconds: Mapping[str, float]) -> None:
-        """Say where the time of `what` went, and show it in TensorBoard."""
-        whole = sum(seconds.values()) or 1.0
-        shares = {name: value / whole for name, value in sorted(seconds.items(), key=lambda pair: -pair[1])}
-        self.world.say(f"time of {what}, {whole:.3g} s:  " + "  ".join(f"{k} {v:.0%}" for k, v in shares.items()))
-        self.board.scalars({f"profile/{what}: {name}": share for name, share in shares.items()}, 0)
+    def report_time(self, period: str, seconds: Mapping[str, float]) -> None:
+        """Print the shares of the time of `period`, largest first, and write them to TensorBoard."""
+        total = sum(seconds.values()) or 1.0
+        shares = {name: seconds[name] / total for name in sorted(seconds, key=seconds.__getitem__, reverse=True)}
+        text = "  ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        self.world.say(f"time of {period}, {total:.3g} s:  {text}")
+        self.board.scalars({f"profile/{period}: {name}": share for name, share in shares.items()}, 0)
 
     def say(self, text: str) -> None:
-        """One line for people."""
+        """Print one line."""
         self.world.say(text)
 
     def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, rows: int) -> None:
-        """Remember one step; `loss` is this rank's part, both tensors stay on the device."""
-        self._pending.append((step, loss, grad_norm, lr, rows))
+        """Keep one step until the next flush; `loss` is this rank's part, both tensors stay on the device."""
+        self._pending.append(LoggedStep(step, loss, grad_norm, lr, rows))
 
     def flush(self, total_steps: int) -> list[float]:
-        """Sum the losses over ranks, fetch everything in one copy, write it; the gradient norms since the last one."""
+        """Sum the losses over ranks, copy everything to the host at once, write it; return the new gradient norms."""
         if not self._pending:
             return []
-        losses = self.world.sum(torch.stack([entry[1] for entry in self._pending]))
-        norms = torch.stack([entry[2] for entry in self._pending])
-        values = torch.stack([losses, norms]).tolist()
-        seconds = time.perf_counter() - self._clock
+        losses = self.world.sum(torch.stack([entry.loss for entry in self._pending]))
+        norms = torch.stack([entry.grad_norm for entry in self._pending])
+        loss_values, norm_values = torch.stack([losses, norms]).tolist()
+        seconds = time.perf_counter() - self._flushed_at
         if self.world.is_main:
-            self._write(values[0], values[1])
-            self._tell(values[0][-1], seconds, total_steps)
+            self._write(loss_values, norm_values)
+            self._report_progress(loss_values[-1], seconds, total_steps)
         self._pending.clear()
-        self._clock, self._waited = time.perf_counter(), 0.0
-        return values[1]
+        self._flushed_at, self._waited = time.perf_counter(), 0.0
+        return norm_values
 
     def _write(self, losses: list[float], norms: list[float]) -> None:
-        for (step, _, _, lr, rows), loss, norm in zip(self._pending, losses, norms, strict=True):
-            line = {"step": step, "epoch": self._epoch(step), "loss": loss, "lr": lr, "grad_norm": norm, "rows": rows}
+        for entry, loss, norm in zip(self._pending, losses, norms, strict=True):
+            step, lr = entry.step, entry.lr
+            line = {"step": step, "epoch": self._epoch(step), "loss": loss, "lr": lr, "grad_norm": norm,
+                    "rows": entry.rows}
             self._files[0].write(json.dumps(line) + "\n")
             if self.board.due("steps", step):
                 self.board.scalars({"fit/loss": loss, "fit/lr": lr, "fit/grad_norm": norm}, step)
         self._files[0].flush()
 
-    def _tell(self, loss: float, seconds: float, total_steps: int) -> None:
-        """How fast it goes, to TensorBoard and the console; the last line stays on the screen."""
-        step, pairs = self._pending[-1][0], sum(entry[4] for entry in self._pending)
+    def _report_progress(self, loss: float, seconds: float, total_steps: int) -> None:
+        """Write speed and memory to TensorBoard, and the progress line; that of the last step stays on the terminal."""
+        step, lr = self._pending[-1].step, self._pending[-1].lr
+        pairs = sum(entry.rows for entry in self._pending)
         speed, wait = pairs / seconds, self._waited / seconds
         if self.board.due("speed", step):
             self.board.scalars({"machine/pairs_per_second": speed, "machine/data_wait_share": wait,
                                 **memory(self.world.device)}, step)
         eta = (total_steps - step) * seconds / len(self._pending)
-        tell = self.world.say if step == total_steps else self.world.live
-        tell(f"step {step}/{total_steps}  epoch {step / self.steps_per_epoch:.2f}  loss {loss:.4f}{self._recall}  "
-             f"lr {self._pending[-1][3]:.2e}  {speed:,.0f} pairs/s  wait {wait:.0%}  eta {_duration(eta)}")
+        show = self.world.say if step == total_steps else self.world.live
+        show(f"step {step}/{total_steps}  epoch {step / self.steps_per_epoch:.2f}  loss {loss:.4f}{self._recall}  "
+             f"lr {lr:.2e}  {speed:,.0f} pairs/s  wait {wait:.0%}  eta {_duration(eta)}")
 
     def metrics(self, scores: Metrics, step: int) -> None:
-        """Write an evaluation; the one at step 0 is the base model's, the reference of all later ones."""
+        """Write an evaluation; that of step 0 is the base model's, which TensorBoard shows beside all later ones."""
         if step == 0:
             self._base = scores
         if self.world.is_main:
@@ -142,45 +161,47 @@ class Log:
         return round(step / self.steps_per_epoch, 6)
 
     def curve(self, name: str, points: Sequence[Mapping[str, Any]]) -> None:
-        """Write what is no time series: `alpha` of each point, in hundredths, takes the place of the step."""
-        for point in points if self.world.is_main else ():
+        """Write metrics over alpha to TensorBoard; 100 * alpha takes the place of the step."""
+        if not self.world.is_main:
+            return
+        for point in points:
             for split in point.keys() - {"alpha"}:
-                found = {f"{name}/{split}/{metric}": value for metric, value in point[split].items()
+                scalars = {f"{name}/{split}/{metric}": value for metric, value in point[split].items()
                          if isinstance(value, float)}
-                self.board.scalars(found, round(100 * point["alpha"]))
+                self.board.scalars(scalars, round(100 * point["alpha"]))
 
     def close(self) -> None:
-        """Flush and close the files; nothing half-written stays on the screen."""
+        """Flush and close the files, and erase the progress line."""
         self.world.live("")
         for file in self._files:
             file.close()
         self.board.close()
 
 
-class Silent(Log):
-    """A log that says and keeps nothing."""
+class NullLog(Log):
+    """The null object: nothing is printed or kept."""
 
     def __init__(self) -> None:
         pass
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Not timed."""
+        """Do not time it."""
         yield
 
     @contextmanager
-    def aside(self, name: str) -> Iterator[None]:
-        """Not timed."""
+    def pause_step_clock(self, name: str) -> Iterator[None]:
+        """Do not time it."""
         yield
 
     def say(self, text: str) -> None:
-        """Unsaid."""
+        """Print nothing."""
 
     def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, rows: int) -> None:
-        """Forgotten."""
+        """Keep nothing."""
 
     def flush(self, total_steps: int) -> list[float]:
-        """Nothing to write."""
+        """Write nothing; return no gradient norms."""
         return []
 
 
@@ -189,7 +210,7 @@ def _headline(values: Mapping[str, Any]) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 7:05, 3:07:05."""
+    """Format seconds as 42 s, 7:05 or 3:07:05."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -197,8 +218,8 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
 
 
-def _carry_on(path: Path, first_step: int) -> Any:
-    """Open a file of one line a step for appending, without those after `first_step` (a torn last one included)."""
+def _open_for_append(path: Path, first_step: int) -> TextIO:
+    """Open a file of one line a step for appending, without lines after `first_step` and a half-written last one."""
     kept = []
     if first_step and path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():

@@ -1,62 +1,89 @@
-"""Some steps of a run trained again, from the base model and from a checkpoint: what `run.py verify` compares."""
+"""Some steps of a run trained again, from the base model and from a checkpoint, for `run.py verify`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.batch import Batches
 from engine.clip.model import LoadedModel, distribute
 from engine.config.fields import Config
 from engine.ranks.world import World
-from engine.run_folder.checkpoint import Saver, State, differences, load, state_of, unrecorded
-from engine.run_folder.log import Silent
-from engine.run_folder.verification import FAILED, UNCHECKED, Finding, ledger, orders, read_steps, replay, steps
+from engine.run_folder.checkpoint import Saver, State, changes_since, load, missing_identity, parse_state
+from engine.run_folder.log import NullLog
+from engine.run_folder.verification import (
+    FAILED,
+    UNCHECKED,
+    Finding,
+    check_ledger,
+    check_order,
+    check_steps,
+    compare_losses,
+    read_steps,
+)
 from engine.train import Callbacks, Plan, Replica, fit
 
 REPLAYED = 5  # steps trained again from each place
 
 
-def replay_steps(cfg: Config, world: World, run: Path, whole: Sequence[Path], parts: LoadedModel, saved: Saver, plan: Plan,
-            dropped: Sequence[Mapping[str, Any]], batches: Batches) -> list[Finding]:
-    """Steps, ledger, order and losses of the run in `run` against the same computed again; nothing is written.
+@dataclass(frozen=True)
+class ReopenedRun:
+    """A run folder, and the run opened again from its settings: nothing in it is written."""
 
-    `whole` are its undamaged checkpoints, oldest first; the other arguments are the run opened again: model, optimizer
-    at the base model, plan, ledger, batches.
-    """
-    def again(state: State) -> Finding:
-        recorder, start, end = Recorder(world), state.step, state.step + REPLAYED
-        callbacks = Callbacks(log=recorder, stop_signal=lambda step: int(step >= end))
-        fit(Replica(model, saved.optimizer, world, parts.precision), batches, plan, state, cfg, callbacks)
-        return replay(start, recorder.losses, logged, parts.precision)
+    folder: Path
+    checkpoints: Sequence[Path]  # the undamaged ones, oldest first
+    model: LoadedModel
+    saver: Saver  # its optimizer is at the base model
+    plan: Plan
+    ledger: Sequence[Mapping[str, Any]]  # the rows dropped now
+    batches: Batches
 
-    model, logged = distribute(parts.trained_model(cfg.micro_batch), world.size), read_steps(run)
-    findings = [steps(logged, plan.rows_at), ledger(run, dropped), orders(whole, saved.order), again(State())]
-    remembered = load(whole[-1])[2] if whole else {"identity": saved.identity, "recipe": saved.recipe}
-    if missing := unrecorded(remembered, saved.identity):
+
+def replay_steps(cfg: Config, world: World, run: ReopenedRun) -> list[Finding]:
+    """Compare steps, ledger, order and losses of the run with the same computed again."""
+    saver, logged = run.saver, read_steps(run.folder)
+    model = distribute(run.model.trained_model(cfg.micro_batch), world.size)
+    findings = [check_steps(logged, run.plan.rows_at), check_ledger(run.folder, run.ledger),
+                check_order(run.checkpoints, saver.order), _replay_from(State(), cfg, world, run, model)]
+    newest = load(run.checkpoints[-1]).saved if run.checkpoints else {
+        "identity": saver.identity, "recipe": saver.recipe}
+    if missing := missing_identity(newest, saver.identity):
         findings.append(Finding("data, model, recipe", UNCHECKED, f"not recorded: {', '.join(missing)}"))
-    earlier = [folder for folder in whole if int(folder.name[5:]) < max(logged, default=0)]
-    changed, state = differences(remembered, saved.identity, saved.recipe), State()
+    last_step = max(logged, default=0)
+    earlier = [folder for folder in run.checkpoints if int(folder.name.removeprefix("step-")) < last_step]
+    changed = changes_since(newest, saver.identity, saver.recipe)
     if not changed and earlier:
         content = load(earlier[-1])
-        changed, state = saved.restore(content), state_of(content[2])
+        changed = saver.restore(content)
+        if not changed:
+            findings.append(_replay_from(parse_state(content.saved), cfg, world, run, model))
     if changed:
         findings.append(Finding("data, model, recipe", FAILED, "; ".join(changed)))
-    elif earlier:
-        findings.append(again(state))
     return findings
 
 
-class Recorder(Silent):
-    """Takes the place of the Log in a replay: keeps the losses, writes nothing."""
+def _replay_from(state: State, cfg: Config, world: World, run: ReopenedRun, model: nn.Module) -> Finding:
+    """Train REPLAYED steps from `state` on and compare their losses with those in steps.jsonl."""
+    recorder = Recorder(world)
+    start, end = state.step, state.step + REPLAYED
+    callbacks = Callbacks(log=recorder, stop_signal=lambda step: int(step >= end))
+    replica = Replica(model, run.saver.optimizer, world, run.model.precision)
+    fit(replica, run.batches, run.plan, state, cfg, callbacks)
+    return compare_losses(start, recorder.losses, read_steps(run.folder), run.model.precision)
+
+
+class Recorder(NullLog):
+    """A log that keeps the losses and writes nothing."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
-        self.world, self.losses = world, dict[int, float]()
+        self.world = world
+        self.losses: dict[int, float] = {}
 
     def step(self, step: int, loss: Tensor, *_: Any) -> None:
-        """Note the loss of a step, summed over ranks."""
+        """Keep the loss of a step, summed over ranks."""
         self.losses[step] = float(self.world.sum(loss))

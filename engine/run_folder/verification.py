@@ -1,4 +1,4 @@
-"""What a run folder claims, checked again: each finding says what was compared, or why it could not be."""
+"""Checks of a finished run for `run.py verify`; each returns a Finding for its table."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ OK, FAILED, UNCHECKED = "ok", "FAILED", "not checked"
 
 
 class Finding(NamedTuple):
-    """One thing looked at: a verdict (OK, FAILED or UNCHECKED) and one phrase for people."""
+    """The result of one check: a verdict (OK, FAILED or UNCHECKED) and one phrase of detail."""
 
-    what: str
+    subject: str
     verdict: str
     detail: str
-    apart: float = 0.0  # how far figures computed again are from those written
+    difference: float = 0.0  # of losses computed again from those written
 
 
-def files(run: Path) -> tuple[list[Finding], list[Path]]:
-    """Every manifest in the folder against the bytes; and the checkpoints that are whole, oldest first."""
+def check_files(run: Path) -> tuple[list[Finding], list[Path]]:
+    """Compare every file with its manifest; return the undamaged checkpoints too, oldest first."""
     findings: list[Finding] = []
     whole: list[Path] = []
     for folder in sorted((run / "checkpoints").glob("step-*")):
@@ -49,14 +49,16 @@ def files(run: Path) -> tuple[list[Finding], list[Path]]:
     broken = manifest_problems(run)
     if broken is None:
         findings.append(Finding("model, metrics, steps", UNCHECKED, "no manifest.json: the run has not finished"))
+    elif broken:
+        findings += [Finding("finished run", FAILED, problem) for problem in broken]
     else:
-        findings += [Finding("finished run", FAILED, one) for one in broken] or [
-            Finding("finished run", OK, "model, metrics, steps, ledger and settings are what was written")]
+        detail = "model, metrics, steps, ledger and settings are what was written"
+        findings.append(Finding("finished run", OK, detail))
     return findings, whole
 
 
 def read_steps(run: Path) -> dict[int, dict[str, Any]]:
-    """The lines of steps.jsonl by step, in the order they stand there; {} when one is damaged."""
+    """Return rows and loss of each line of steps.jsonl by step, in the order of lines; {} when one is damaged."""
     try:
         lines = (run / "steps.jsonl").read_text(encoding="utf-8").splitlines()
         return {int(line["step"]): {"rows": line["rows"], "loss": line["loss"]} for line in map(json.loads, lines)}
@@ -64,98 +66,112 @@ def read_steps(run: Path) -> dict[int, dict[str, Any]]:
         return {}
 
 
-def steps(logged: Mapping[int, Mapping[str, Any]], rows_at: Callable[[int], int]) -> Finding:
-    """Is there one line for every step, in order, with the rows its batch has?"""
+def check_steps(logged: Mapping[int, Mapping[str, Any]], rows_at: Callable[[int], int]) -> Finding:
+    """Check that steps.jsonl has one line for every step, in order, with the rows of its batch."""
     if not logged or list(logged) != list(range(1, len(logged) + 1)):
         return Finding("steps.jsonl", FAILED, "it cannot be read, or steps are missing or out of order")
     wrong = [step for step, line in logged.items() if line["rows"] != rows_at(step - 1)]
-    return Finding("steps.jsonl", FAILED if wrong else OK, f"step {wrong[0]} has another number of rows" if wrong else
-                   f"steps 1 to {len(logged)}, none missing")
+    if wrong:
+        return Finding("steps.jsonl", FAILED, f"step {wrong[0]} has another number of rows")
+    return Finding("steps.jsonl", OK, f"steps 1 to {len(logged)}, none missing")
 
 
-def replay(start: int, losses: Mapping[int, float], logged: Mapping[int, Mapping[str, Any]],
-           precision: torch.dtype) -> Finding:
-    """Losses of steps trained again from step `start` against those logged then."""
+def compare_losses(start: int, losses: Mapping[int, float], logged: Mapping[int, Mapping[str, Any]],
+                   precision: torch.dtype) -> Finding:
+    """Compare the losses of steps trained again from step `start` on with those logged."""
     shared = [step for step in losses if step in logged]
-    what = f"replay from {f'step {start}' if start else 'the base model'}"
+    subject = f"replay from step {start}" if start else "replay from the base model"
     if not shared:
-        return Finding(what, UNCHECKED, f"steps.jsonl has no step after {start}")
-    apart = max(_apart(losses[step], logged[step]["loss"]) for step in shared)
-    close = apart <= (1e-5 if precision == torch.float32 else 1e-2)
-    return Finding(what, OK if close else FAILED,
-                   f"losses of steps {shared[0]} to {shared[-1]}: largest difference {apart:.2g}", apart)
+        return Finding(subject, UNCHECKED, f"steps.jsonl has no step after {start}")
+    difference = max(_difference(losses[step], logged[step]["loss"]) for step in shared)
+    close = difference <= (1e-5 if precision == torch.float32 else 1e-2)
+    detail = f"losses of steps {shared[0]} to {shared[-1]}: largest difference {difference:.2g}"
+    return Finding(subject, OK if close else FAILED, detail, difference)
 
 
-def ledger(run: Path, dropped: Sequence[Mapping[str, Any]]) -> Finding:
-    """The rows dropped now against those dropped then."""
+def check_ledger(run: Path, dropped: Sequence[Mapping[str, Any]]) -> Finding:
+    """Compare the rows dropped now with those in ledger.jsonl."""
     try:
         lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         return Finding("ledger.jsonl", FAILED, str(error))
-    same = lines == json.loads(json.dumps(list(dropped)))
-    return Finding("ledger.jsonl", OK if same else FAILED,
-                   f"{len(lines)} rows dropped, the same ones" if same else
-                   f"{len(lines)} rows were dropped, {len(dropped)} are now")
+    if lines == json.loads(json.dumps(list(dropped))):
+        return Finding("ledger.jsonl", OK, f"{len(lines)} rows dropped, the same ones")
+    return Finding("ledger.jsonl", FAILED, f"{len(lines)} rows were dropped, {len(dropped)} are now")
 
 
 def same_machine(run: Path, world: World) -> bool:
-    """Is this the kind of device and the torch that the run had?"""
-    then = read_json(run / "config.json")
-    return (then.get("devices", {}).get("kind") == world.device.type == "cpu"
-            and then.get("versions", {}).get("torch") == torch.__version__)
+    """Return whether the run used this version of torch and a CPU, as this process does: results are then exact."""
+    saved = read_json(run / "config.json")
+    return (saved.get("devices", {}).get("kind") == world.device.type == "cpu"
+            and saved.get("versions", {}).get("torch") == torch.__version__)
 
 
-def orders(whole: Sequence[Path], digest: OrderDigest) -> Finding:
-    """The order of pairs up to each checkpoint, computed again, against the digest in it."""
-    states = {folder.name: load(folder)[2] for folder in whole}
-    wrong = [name for name, state in states.items() if state.get("order") != digest.at_step(state["state"]["step"])]
-    return Finding("order of pairs", FAILED if wrong else OK,
-                   f"differs in {', '.join(wrong)}" if wrong else f"{len(whole)} digests computed again are the same")
+def check_order(whole: Sequence[Path], digest: OrderDigest) -> Finding:
+    """Compare the order of pairs up to each checkpoint, computed again, with the digest stored in it."""
+    wrong = []
+    for folder in whole:
+        saved = load(folder).saved
+        if saved.get("order") != digest.at_step(saved["state"]["step"]):
+            wrong.append(folder.name)
+    if wrong:
+        return Finding("order of pairs", FAILED, f"differs in {', '.join(wrong)}")
+    return Finding("order of pairs", OK, f"{len(whole)} digests computed again are the same")
 
 
-def exported(run: Path, whole: Sequence[Path]) -> Finding:
-    """Are the exported weights those of a checkpoint, to the bit?"""
+def check_exported_weights(run: Path, whole: Sequence[Path]) -> Finding:
+    """Check that the exported weights equal those of a checkpoint, to the bit."""
     try:
-        ours = load_file(run / "model" / "projections.safetensors")
+        exported = load_file(run / "model" / "projections.safetensors")
     except (OSError, SafetensorError) as error:
         return Finding("exported weights", UNCHECKED, str(error))
     for folder in reversed(whole):
-        theirs = load(folder)[0]
-        if theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours):
+        weights = load(folder).weights
+        if weights.keys() == exported.keys() and all(torch.equal(weights[name], exported[name]) for name in weights):
             return Finding("exported weights", OK, f"equal those of {folder.name}")
     if "interpolation" in read_json(run / "metrics.json"):
         return Finding("exported weights", UNCHECKED, "they lie between the base model and a checkpoint")
     return Finding("exported weights", FAILED, "those of no checkpoint that is whole")
 
 
-def metrics(found: Mapping[str, Mapping[str, Any]], written: Mapping[str, Mapping[str, Any]],
-            exact: bool) -> Finding:
-    """The exported model measured again against metrics.json; where losses are not `exact` to the bit (other hardware,
-    features encoded anew in other company) close calls may fall otherwise.
+def check_metrics(measured: Mapping[str, Mapping[str, Any]], written: Mapping[str, Mapping[str, Any]],
+                  exact: bool) -> Finding:
+    """Compare metrics of the exported model, measured again, with those in metrics.json; both by split.
+
+    Without `exact` (other hardware, or features encoded in other batches) close calls may be ranked differently.
     """
-    pairs = [(value, found.get(split, {}).get(name, math.nan)) for split, values in written.items()
-             for name, value in values.items() if isinstance(value, (int, float))]
-    if not pairs:
+    differences = []
+    for split, values in written.items():
+        for name, before in values.items():
+            if isinstance(before, (int, float)):
+                now = measured.get(split, {}).get(name, math.nan)
+                differences.append(math.inf if now != now else abs(before - now) / max(1.0, abs(before)))
+    if not differences:
         return Finding("metrics.json", UNCHECKED, "it holds no metrics of a tuned model yet")
-    apart = max(abs(then - now) / max(1.0, abs(then)) if now == now else math.inf for then, now in pairs)
-    return Finding("metrics.json", OK if apart <= (1e-6 if exact else 0.02) else FAILED,
-                   f"{len(pairs)} figures measured again: largest relative difference {apart:.2g}")
+    largest = max(differences)
+    return Finding("metrics.json", OK if largest <= (1e-6 if exact else 0.02) else FAILED,
+                   f"{len(differences)} figures measured again: largest relative difference {largest:.2g}")
 
 
-def table(findings: Sequence[Finding]) -> str:
-    """The findings for people, the failed ones counted below."""
-    wide = [max(len(finding[i]) for finding in findings) for i in (0, 1)]
-    lines = [f"{one.what:{wide[0]}}  {one.verdict:{wide[1]}}  {one.detail}" for one in findings]
-    counts = {verdict: sum(one.verdict == verdict for one in findings) for verdict in (OK, FAILED, UNCHECKED)}
-    return "\n".join([*lines, ", ".join(f"{count} {verdict}" for verdict, count in counts.items())])
+def format_findings(findings: Sequence[Finding]) -> str:
+    """Return the findings as a table in plain text, with the number of each verdict below."""
+    subject_width = max(len(finding.subject) for finding in findings)
+    verdict_width = max(len(finding.verdict) for finding in findings)
+    lines = [f"{finding.subject:{subject_width}}  {finding.verdict:{verdict_width}}  {finding.detail}"
+             for finding in findings]
+    verdicts = [finding.verdict for finding in findings]
+    counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in (OK, FAILED, UNCHECKED)]
+    return "\n".join([*lines, ", ".join(counts)])
 
 
-def failed(findings: Sequence[Finding]) -> bool:
-    """Did any check fail?"""
+def any_failed(findings: Sequence[Finding]) -> bool:
+    """Return whether a check failed."""
     return any(finding.verdict == FAILED for finding in findings)
 
 
-def _apart(one: float, other: float | None) -> float:
-    if other is None or one != one or other != other:
-        return 0.0 if (other is None or other != other) and one != one else math.inf
-    return abs(one - other)
+def _difference(loss: float, logged: float | None) -> float:
+    """Return the absolute difference; 0 where both are NaN (written as null or NaN), infinity where one is."""
+    logged = math.nan if logged is None else logged
+    if math.isnan(loss) or math.isnan(logged):
+        return 0.0 if math.isnan(loss) and math.isnan(logged) else math.inf
+    return abs(loss - logged)

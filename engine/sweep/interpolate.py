@@ -1,4 +1,4 @@
-"""Weights between base and tuned: what tuning has won is often kept half-way, and less of the rest is forgotten.
+"""Weights between base and tuned, which often keep the gain of tuning and lose less of the base model's abilities.
 
 Source: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models" (WiSE-FT, arXiv 2109.01903).
 """
@@ -17,7 +17,7 @@ Scores = Mapping[str, Mapping[str, Any]]  # split -> metric -> value
 
 
 def snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The values as they are now."""
+    """Return a copy of the values."""
     return {name: value.detach().clone() for name, value in parameters.items()}
 
 
@@ -31,12 +31,13 @@ def blend(parameters: Mapping[str, nn.Parameter], base: Mapping[str, Tensor], tu
 
 def interpolate(parameters: Mapping[str, nn.Parameter], base: Mapping[str, Tensor], wanted: str,
                 score: Callable[[], Scores], metric: str) -> dict[str, Any]:
-    """Measure the way from base to tuned, and leave `parameters` at `wanted`: a number, or `auto`.
+    """Measure points between base and tuned, and leave `parameters` at `wanted`: a number, or `auto`.
 
-    `auto` takes the alpha whose first split of `score()` has the highest `metric`; of equal ones the nearest to base.
+    `auto` takes the alpha with the highest `metric` on the first split of `score()`; of equal ones the smallest.
     Returns {"alpha": the one taken, "chosen_on": split or None, "curve": [{"alpha": a, split: {metric: value}}]}.
     """
-    tuned, auto = snapshot(parameters), wanted == "auto"
+    tuned = snapshot(parameters)
+    auto = wanted == "auto"
     alphas = ALPHAS if auto else sorted({*ALPHAS, float(wanted)})
     curve: list[dict[str, Any]] = []
     for alpha in alphas:

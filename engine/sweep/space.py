@@ -1,4 +1,4 @@
-"""What a sweep tries: the space of settings, read and drawn from."""
+"""The search space of a sweep: read from --space, enumerated or drawn from at random."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from data.batch import UserError
 from engine.config.fields import Config, config_fields
 from engine.config.settings import check, suggest
 
-FIXED = ("mode", "trainable", "seed", "recipe")  # of the recipe, but not to be searched
+FIXED = ("mode", "trainable", "seed", "recipe")  # settings of the recipe that are not searched
 RECIPE = [name for name, spec in config_fields().items() if spec.group == "recipe"
           and name not in ("recipe", "mode")]
-PATIENCE = 1_000  # draws in a row that bring nothing new: the space is exhausted
+PATIENCE = 1_000  # draws in a row without a new combination: the space counts as exhausted
 
 Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`, evenly spread or evenly in the logarithm."""
+    """Numbers from `low` to `high`, uniform or log-uniform."""
 
     low: float
     high: float
@@ -31,14 +31,16 @@ class Range:
     whole: bool
 
     def draw(self, rng: random.Random) -> float | int:
-        """One number, of three digits so that a recipe can be read."""
-        value = (math.exp(rng.uniform(math.log(self.low), math.log(self.high))) if self.log
-                 else rng.uniform(self.low, self.high))
+        """Return one number; three significant digits keep a recipe readable."""
+        if self.log:
+            value = math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
+        else:
+            value = rng.uniform(self.low, self.high)
         return round(value) if self.whole else float(f"{value:.3g}")
 
 
 def read_space(text: str) -> dict[str, Range | list[Any]]:
-    """`lr=1e-4..1e-2:log epochs=2,10` -> for each setting its range or its values. Raises UserError."""
+    """Parse `lr=1e-4..1e-2:log epochs=2,10`; return for each setting its range or its values. Raises UserError."""
     known = {name: spec for name, spec in config_fields().items()
              if spec.group == "recipe" and name not in FIXED}
     space: dict[str, Range | list[Any]] = {}
@@ -65,14 +67,14 @@ def _values(text: str, kind: type) -> Range | list[Any]:
     high, colon, scale = high.partition(":")
     if kind not in (int, float):
         raise ValueError("only numbers have a range; list the values")
-    found = Range(kind(low), kind(high), scale == "log", kind is int)
-    if (colon and scale != "log") or not found.low < found.high or (found.log and found.low <= 0):
+    parsed = Range(kind(low), kind(high), scale == "log", kind is int)
+    if (colon and scale != "log") or not parsed.low < parsed.high or (parsed.log and parsed.low <= 0):
         raise ValueError("a range is LOW..HIGH or LOW..HIGH:log with LOW below HIGH, above 0 for log")
-    return found
+    return parsed
 
 
 def configurations(cfg: Config) -> list[Settings]:
-    """What to try: {} (the settings as given) first, then every combination, or --trials drawn by --seed.
+    """Return {} (the settings as given), then every combination of --space, or --trials drawn by --seed.
 
     More --trials extend fewer ones. Raises UserError for a combination that cannot work.
     """
@@ -80,11 +82,9 @@ def configurations(cfg: Config) -> list[Settings]:
     ranges = [name for name, values in space.items() if isinstance(values, Range)]
     if ranges and not cfg.trials:
         raise UserError(f"--space: {ranges[0]} is a range; say how many configurations to draw with --trials N")
-    grid = (dict(zip(space, values, strict=True)) for values in itertools.product(
-        *(values for values in space.values() if isinstance(values, list)))) if not ranges else iter(())
-    found: list[Settings] = [{}]
+    accepted: list[Settings] = [{}]
     seen = {cfg}
-    for settings in _drawn(space, cfg.trials, cfg.seed) if cfg.trials else grid:
+    for settings in _drawn(space, cfg.trials, cfg.seed) if cfg.trials else _grid(space):
         try:
             tried = replace(cfg, **settings)
             check(tried)
@@ -94,12 +94,19 @@ def configurations(cfg: Config) -> list[Settings]:
             raise UserError("sweep holds out no split to choose alpha on; try some: --space interpolate=0.5,0.7,1")
         if tried not in seen:
             seen.add(tried)
-            found.append(settings)
-    return found
+            accepted.append(settings)
+    return accepted
+
+
+def _grid(space: Mapping[str, Range | list[Any]]) -> Iterator[Settings]:
+    """Yield every combination; the space holds no range."""
+    values = [choices for choices in space.values() if isinstance(choices, list)]
+    for combination in itertools.product(*values):
+        yield dict(zip(space, combination, strict=True))
 
 
 def _drawn(space: Mapping[str, Range | list[Any]], trials: int, seed: int) -> Iterator[Settings]:
-    """`trials` distinct combinations, fewer when the space has fewer."""
+    """Yield `trials` distinct combinations, fewer when the space has fewer."""
     rng, stale = random.Random(seed), 0
     seen: set[tuple[Any, ...]] = set()
     while len(seen) < trials and stale < PATIENCE:
@@ -113,6 +120,8 @@ def _drawn(space: Mapping[str, Range | list[Any]], trials: int, seed: int) -> It
 
 
 def describe_settings(settings: Mapping[str, Any]) -> str:
-    """`lr 0.001, epochs 10`; what is as given by flags and defaults says so."""
-    return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-                     for name, value in settings.items()) or "as given"
+    """Return `lr 0.001, epochs 10`, or `as given` for no settings besides flags and defaults."""
+    parts = []
+    for name, value in settings.items():
+        parts.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+    return ", ".join(parts) or "as given"

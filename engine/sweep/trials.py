@@ -1,6 +1,6 @@
-"""The runs of a sweep: the head tuned again and again from stored features, and the journal of what came out.
+"""The runs of a sweep, which train the head from stored features, and the journal of their scores.
 
-A run costs milliseconds because features are constants, so every configuration is cross-validated and repeated.
+A run takes milliseconds because features are constants, so every configuration is cross-validated and repeated.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from data.batch import Batches
+from data.store.feature_split import FeatureSplit
 from engine.clip.model import LoadedModel
 from engine.config.fields import Config
 from engine.config.settings import to_toml
@@ -25,75 +26,79 @@ from engine.sweep.interpolate import blend, snapshot
 from engine.sweep.space import RECIPE, Settings
 from engine.train import Callbacks, Plan, Replica, fit
 
-REPEAT = 1_000  # between the seeds of repeats, so that their epochs share no order
+SEED_STRIDE = 1_000  # between the seeds of repeats, so that no two epochs share an order
+
+Measured = TypeVar("Measured")
 
 
 class Run(NamedTuple):
-    """One run of a cross-validation: its seed, the pairs it trains on, those it is measured on, and their row numbers.
-
-    Both are the data room's and only handed on; `train` has a length.
-    """
+    """One run of a cross-validation."""
 
     seed: int
-    train: Any
-    held: Any
-    row_N: Tensor
+    train: FeatureSplit
+    held_out: FeatureSplit
+    row_N: Tensor  # row numbers of the held-out pairs
 
 
 class Tuner:
-    """Tunes the head over and over, each time from the base weights and in this process alone.
+    """Trains the head any number of times, each time from the base weights and without other ranks.
 
-    `batches(pairs, batch size, seed)` is what a run of this seed trains on.
+    `batches(pairs, batch size, seed)` makes the batches of a run.
     """
 
-    def __init__(self, parts: LoadedModel, batches: Callable[[Any, int, int], Batches]) -> None:
+    def __init__(self, parts: LoadedModel, batches: Callable[[FeatureSplit, int, int], Batches]) -> None:
         self.parts, self.batches, self.base = parts, batches, snapshot(parts.trainable)
         self.world = World(0, 0, 1, next(parts.head.parameters()).device)
 
     def reset(self) -> None:
-        """Back to the base model."""
+        """Restore the base weights."""
         blend(self.parts.trainable, self.base, self.base, 0.0)
 
-    def tune(self, cfg: Config, pairs: Any) -> None:
-        """The head as `cfg` trains it on `pairs`: the loop of a run, without log, evaluation and checkpoints."""
+    def tune(self, cfg: Config, pairs: FeatureSplit) -> None:
+        """Train the head on `pairs` as `cfg` says, without log, evaluation and checkpoints."""
         self.reset()
         self.parts.head.fixed_scale.fill_(cfg.scale)
         optimizer = adamw(self.parts.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp)
         replica = Replica(self.parts.head, optimizer, self.world, self.parts.precision)
-        fit(replica, self.batches(pairs, cfg.batch_size, cfg.seed), Plan(len(pairs), cfg.batch_size, cfg.epochs),
-            State(), cfg, Callbacks())
+        plan = Plan(len(pairs), cfg.batch_size, cfg.epochs)
+        fit(replica, self.batches(pairs, cfg.batch_size, cfg.seed), plan, State(), cfg, Callbacks())
         if cfg.interpolate:
             blend(self.parts.trainable, self.base, snapshot(self.parts.trainable), float(cfg.interpolate))
 
-    def cross_validate(self, cfg: Config | None, runs: Sequence[Run], measure: Callable[[Any], Any],
-                       world: World) -> list[tuple[Tensor, Any]]:
-        """The rows each run holds out and what `evaluate_splits` finds on them, in order, with `cfg` or (None) the base model.
+    def cross_validate(self, cfg: Config | None, runs: Sequence[Run], measure: Callable[[FeatureSplit], Measured],
+                       world: World) -> list[tuple[Tensor, Measured]]:
+        """Return for each run the row numbers it holds out and what `measure` returns for these pairs.
 
-        The ranks of `world` share the runs; each run is one process's, so their number changes no result.
+        `cfg` None measures the base model. The ranks of `world` share the runs; each run takes place in one process, so
+        the number of ranks changes no result.
         """
-        mine = []
+        own_runs = []
         for number in range(world.rank, len(runs), world.size):
             run = runs[number]
             if cfg is None:
                 self.reset()
             else:
                 self.tune(replace(cfg, seed=run.seed), run.train)
-            mine.append((number, run.row_N, measure(run.held)))
-        found = [run for part in world.exchange(mine) for run in part]
-        return [run[1:] for run in sorted(found, key=lambda run: run[0])]
+            own_runs.append((number, run.row_N, measure(run.held_out)))
+        results: dict[int, tuple[Tensor, Measured]] = {}
+        for runs_of_rank in world.exchange(own_runs):
+            for number, row_N, measured in runs_of_rank:
+                results[number] = row_N, measured
+        return [results[number] for number in range(len(runs))]
 
 
 class Journal:
-    """sweep.jsonl, one line a finished configuration, and its entry in TensorBoard's hparams; goes on after a kill."""
+    """sweep.jsonl: one line for each finished configuration; a resumed sweep continues after the last whole line."""
 
     def __init__(self, folder: Path, world: World, identity: Mapping[str, str], metric: str, keep: bool) -> None:
-        self.path, self.world, self.identity, self.metric = folder / "sweep.jsonl", world, dict(identity), metric
+        self.path, self.world = folder / "sweep.jsonl", world
+        self.identity, self.metric = dict(identity), metric
         self.lines: list[dict[str, Any]] = world.exchange(self._read() if keep else [])[0]
         if world.is_main:
             self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
 
     def _read(self) -> list[dict[str, Any]]:
-        """The lines of before; without one that a kill cut off, or that is of other data or another base model."""
+        """Return the earlier lines, without a half-written one and those of other data or another base model."""
         lines = []
         for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
             try:
@@ -102,12 +107,12 @@ class Journal:
                 continue
         return [line for line in lines if line["identity"] == self.identity]
 
-    def known(self, settings: Settings) -> bool:
-        """Was this configuration finished before, on the same data and base model?"""
+    def is_finished(self, settings: Settings) -> bool:
+        """Return whether this configuration is in the journal, with the same data and base model."""
         return any(line["settings"] == settings for line in self.lines)
 
     def add(self, settings: Settings, result: Mapping[str, Any]) -> float:
-        """Write one line; the score that decides."""
+        """Append one line; return the value of the metric that configurations are compared by."""
         line = {"settings": settings, **result, "identity": self.identity}
         if self.world.is_main:
             with self.path.open("a", encoding="utf-8") as file:
@@ -115,21 +120,23 @@ class Journal:
         self.lines.append(line)
         return result["scores"][self.metric]
 
-    def ranked(self) -> list[dict[str, Any]]:
-        """The lines, best first, of equal ones the earlier; those that have collapsed last."""
+    def best_first(self) -> list[dict[str, Any]]:
+        """Return the lines, best first, earlier ones first among equals; collapsed ones last."""
         return sorted(self.lines, key=lambda line: ("collapsed" in line, -line["scores"][self.metric]))
 
-    def conclude(self, folder: Path, cfg: Config) -> None:
-        """sweep.json, the winner's recipe.toml, and all configurations with their scores for TensorBoard's hparams."""
+    def write_summary(self, folder: Path, cfg: Config) -> None:
+        """Write sweep.json, the recipe.toml of the best configuration, and all of them to TensorBoard's hparams."""
         from torch.utils.tensorboard import SummaryWriter
 
-        lines = self.ranked()
+        lines = self.best_first()
         write_json(folder / "sweep.json", {"metric": self.metric, "configurations": lines})
         recipe = to_toml(replace(cfg, **lines[0]["settings"]), RECIPE)
         (folder / "recipe.toml").write_text(recipe, encoding="utf-8")
-        names: Sequence[str] = list(dict.fromkeys(name for line in self.lines for name in line["settings"]))
+        names: dict[str, None] = {}  # of all settings that were tried, in order
+        for line in self.lines:
+            names |= dict.fromkeys(line["settings"])
         with SummaryWriter(str(folder / "tensorboard")) as writer:
             for number, line in enumerate(self.lines):
                 settings = {name: line["settings"].get(name, getattr(cfg, name)) for name in names}
-                writer.add_hparams(settings, {f"folds/{name}": value for name, value in line["scores"].items()},
-                                   run_name=f"{number:04d}")
+                scores = {f"folds/{name}": value for name, value in line["scores"].items()}
+                writer.add_hparams(settings, scores, run_name=f"{number:04d}")

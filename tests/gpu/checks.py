@@ -36,7 +36,7 @@ from engine.optim import adamw
 from engine.ranks.world import World, _Gather, close
 from engine.run_folder.board import WeightDrift
 from engine.run_folder.checkpoint import State
-from engine.run_folder.log import Log, Silent
+from engine.run_folder.log import Log, NullLog
 from engine.run_folder.profiler import Profiler
 from engine.train import Callbacks, Plan, Replica, Step, fit
 
@@ -262,7 +262,7 @@ def after_the_run(variant: str, flags: list[str]) -> None:
 # Is it fast?
 
 
-class Heard(Silent):
+class Heard(NullLog):
     """A log that keeps what it is told to say, such as why there is no CUDA graph."""
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from helpers import tiny_tokenizer
 
 from data import identity
 from data.identity import Contents, TitleIds, clip_words, describe_overlap, distinct, overlap
-from data.images.decode import tokenize
+from data.images.decode import FastTokenizer, tokenize
 
 VOCABULARY = Path(__file__).resolve().parents[2] / "shared" / "clip-tokenizer"
 ALIKE = [  # titles that CLIP reads alike, a line each
@@ -47,7 +47,7 @@ def classes(ids: Sequence[object]) -> list[int]:
     return [ids.index(one) for one in ids]
 
 
-def test_titles_are_alike_without_a_model_where_they_are_with_one(tokenizer: object) -> None:
+def test_titles_are_alike_without_a_model_where_they_are_with_one(tokenizer: FastTokenizer) -> None:
     """Else `check`, `shards` and a run disagree about which titles are the same."""
     whole = distinct(clip_words().keys(pa.array(TITLES)))[0]
     ids = tokenize(tokenizer, TITLES, 1 << 20)

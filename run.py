@@ -51,7 +51,7 @@ def run(command: str, cfg: Config) -> int:
     name = {"eval": "evaluate"}.get(command, command)  # a module called eval would hide the builtin
     try:
         run_command = getattr(import_module(f"engine.commands.{name}"), name)
-        with world.explain_collective_errors("averaging gradients"):  # what else ranks ask of one another says so itself
+        with world.explain_collective_errors("averaging gradients"):  # the other collectives name themselves
             return run_command(cfg, world.init(cfg.device, cfg.dist_timeout, cfg.quiet), stop)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

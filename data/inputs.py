@@ -1,4 +1,4 @@
-"""Where the features and batches of opened pairs come from: the feature store, or the towers anew.
+"""Features and batches of opened pairs, from the feature store or from the towers anew.
 
 Dimension key: B rows of a batch, D distinct images by content, P distinct titles, V/T image/text feature width.
 """

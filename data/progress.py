@@ -1,4 +1,4 @@
-"""How far a long pass is: a line every few seconds with count, rate, remaining time and failures."""
+"""Progress of a long pass: a line every few seconds with count, rate, remaining time and failures."""
 
 from __future__ import annotations
 

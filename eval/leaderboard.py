@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from data.batch import UserError
+from data.text import markdown_table
 from eval.intervals import Units, mean_interval, paired_test
 from eval.metrics import Ranks, Retrieval, Triplets
-from eval.report.table import markdown_table
 
 NOT_FINITE = "the model has collapsed: its embeddings hold NaN or infinity"
 HeldOut = Sequence[tuple[Tensor, Retrieval | None]]  # per run: its held-out rows and their ranks; None: not finite

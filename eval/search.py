@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.batch import UserError
 from data.gallery import Item
+from data.text import printable
 
 CHUNK = 65_536  # gallery rows at a time
 QUERIES = 1024  # queries at a time
@@ -75,11 +76,6 @@ def as_text(results: Sequence[QueryResult], folder: str) -> str:
             lines.append(f"{answer.rank:4d}  {answer.score:6.3f}  {column}{answer.title}")
         blocks.append("\n".join(map(printable, lines)))
     return "\n\n".join(blocks)
-
-
-def printable(text: str) -> str:
-    """The text in one line, a space in place of each control character, lone surrogate and direction mark."""
-    return "".join(char if char.isprintable() else " " for char in text)
 
 
 def top_k(query_QE: Tensor, gallery: Callable[[int, int], Tensor], size: int, k: int,

@@ -29,7 +29,7 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Scene:
-    """What a thumbnail shows. Titles speak of the fields down to `ground`; the rest is clutter."""
+    """The content of a thumbnail. Titles name the fields down to `ground`; the rest is clutter."""
 
     count: int
     size: str

@@ -22,7 +22,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class FetchPolicy:
-    """How hard, how long and how far to try; the defaults suit a list of thumbnails on one large host."""
+    """Limits and retries of fetching; the defaults suit a list of thumbnails on one large host."""
 
     connections: int = 64  # requests under way at once
     per_host: int = 64  # of these, to one host name

@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from data.text import printable
 from eval.report.answers import TOP_K, Answers
 
 Title = Callable[[int], str]  # row of the split -> its title
@@ -116,7 +117,7 @@ def _rank(answers: Answers, place: int) -> str:
 
 
 def _clean(text: str) -> str:
-    return " ".join("".join(char if char.isprintable() else " " for char in text[:400]).split())
+    return " ".join(printable(text[:400]).split())
 
 
 def _clip(text: str, length: int) -> str:

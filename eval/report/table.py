@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data.text import markdown_table
+
 SHOWN = {
     "image_to_text_R@1": "image to text R@1", "image_to_text_R@5": "R@5", "image_to_text_R@10": "R@10",
     "image_to_text_median_rank": "median rank", "image_to_text_mrr": "MRR",
@@ -33,17 +35,6 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
                 change = difference_cells(difference.get(split, {}).get(metric), metric) if difference else ()
                 rows.append([*row, *change])
     return markdown_table(rows)
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns; the first row is its header."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
 
 
 def _header_rows(split: str, scores: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -247,7 +247,7 @@ def test_the_digest_follows_what_ranks_are_given() -> None:
 
 def test_one_run_has_one_writer(tmp_path: Path) -> None:
     assert durable.lock_folder(tmp_path)
-    code = f"from pathlib import Path; from data.files import lock; print(lock(Path({str(tmp_path)!r})))"
+    code = f"from pathlib import Path; from data.files import lock_folder; print(lock_folder(Path({str(tmp_path)!r})))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from data.files import open_regular
 from data.images.decode import tokenize
 from data.store.segments import KEY, key_of
 from data.titles import CHUNK, TokenLists, title_chunks
@@ -62,7 +63,7 @@ class TitleIds:
         if self.cache is None or len(titles) < CHUNK:
             return keys_of_tokens(self.tokens(titles))
         file = self.cache / f"titles-{_digest(titles, self.name)}.npz"
-        with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(file, allow_pickle=False) as kept:
+        with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), open_regular(file) as npz, np.load(npz) as kept:
             keys_PK = kept["keys"]
             if keys_PK.shape == (len(titles), KEY) and keys_PK.dtype == np.uint8:
                 return keys_PK

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.files import MARK, kind_of, write_mark
+from data.files import MARK, NotAFile, kind_of, open_regular, write_mark
 
 KEY = 16  # bytes of a key
 BLOCK = 256  # rows under one checksum
@@ -92,7 +92,11 @@ def open_segment(path: Path, start: int, layout: Layout) -> Segment:
 
     Raises ValueError with the reason when it is not a whole segment of this space, FileNotFoundError when it is gone.
     """
-    with open(path, "rb") as file:
+    try:
+        opened = open_regular(path)
+    except NotAFile as error:
+        raise ValueError(error.strerror) from None
+    with opened as file:
         size = os.fstat(file.fileno()).st_size
         rows = (size - HEADER - 4) * BLOCK // ((KEY + layout.row_bytes) * BLOCK + 4)
         header, expected = layout.header(rows)
@@ -163,7 +167,7 @@ def spaces(cache_dir: Path) -> dict[str, int]:
 
 def _is_ours(path: Path) -> bool:
     """Does the header say that this program wrote the segment? Spaces had no mark once."""
-    with suppress(OSError), path.open("rb") as file:
+    with suppress(OSError), open_regular(path) as file:
         return FORMAT.encode() in file.read(HEADER)
     return False
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from data.cold import is_url
+from data.files import open_regular
 from data.store.segments import KEY
 from data.web.fetch import cached_path
 
@@ -38,7 +39,7 @@ class StatCache:
         self._stamp_M3 = _stamps(paths, fetched)
         self.keys = np.zeros((len(paths), KEY), np.uint8)
         self.known = np.zeros(len(paths), bool)
-        with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(self._file, allow_pickle=False) as it:
+        with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), open_regular(self._file) as npz, np.load(npz) as it:
             stamp_M3, keys = it["stamps"], it["keys"]
             if stamp_M3.shape == self._stamp_M3.shape and keys.shape == self.keys.shape and keys.dtype == np.uint8:
                 self.known = (stamp_M3 == self._stamp_M3).all(1) & (self._stamp_M3[:, 0] >= 0)

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
+from data.files import open_regular
 from data.store.features import FeatureStore
 from data.store.segments import DTYPES, HEADER, SUFFIX, prune, spaces
 
@@ -33,7 +34,7 @@ def _look_over(folder: Path, nbytes: int) -> Space:
     damaged = sorted(path.name.removesuffix(".damaged") for path in folder.glob(f"*{SUFFIX}.damaged"))
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         try:  # the space's shape is in the header of any whole segment
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 values = json.loads(file.read(HEADER)[8:])["values"]
             width, dtype = int(values["shape"][1]), next(t for t, name in DTYPES.items() if name == values["dtype"])
             break

@@ -13,6 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from data.files import read_text
 from engine.config.fields import Config, config_fields
 from engine.config.recipes import RECIPES
 from engine.config.settings import check, comma_list, group_settings, parse_number, read_toml, suggest, to_toml
@@ -217,8 +218,8 @@ def _resumed(flags: dict[str, Any]) -> dict[str, Any]:
     if wanted == "off" or (wanted == "auto" and not (folder / "config.json").exists()):
         return {}
     try:
-        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
-    except (OSError, ValueError, KeyError, TypeError):
+        saved = json.loads(read_text(folder / "config.json"))["config"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"--resume: --out {folder} holds no run with a readable config.json") from None
     saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()
              if key in config_fields()}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from data.files import read_regular
 from engine.ranks.world import World
 from engine.run_folder.board import TensorBoardWriter, WeightDrift, memory
 
@@ -200,7 +201,7 @@ def _carry_on(path: Path, first_step: int) -> Any:
     """Open a file of one line a step for appending, without those after `first_step` (a torn last one included)."""
     kept = []
     if first_step and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in read_regular(path).decode("utf-8", "replace").splitlines():
             try:
                 if json.loads(line)["step"] <= first_step:
                     kept.append(line + "\n")

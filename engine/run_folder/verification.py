@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from data.files import read_text
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import DamagedCheckpoint, load
 from engine.run_folder.folder import manifest_problems, read_json
@@ -57,7 +58,7 @@ def files(run: Path) -> tuple[list[Finding], list[Path]]:
 def read_steps(run: Path) -> dict[int, dict[str, Any]]:
     """The lines of steps.jsonl by step, in the order they stand there; {} when one is damaged."""
     try:
-        lines = (run / "steps.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = read_text(run / "steps.jsonl").splitlines()
         return {int(line["step"]): {"rows": line["rows"], "loss": line["loss"]} for line in map(json.loads, lines)}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
@@ -88,7 +89,7 @@ def replay(start: int, losses: Mapping[int, float], logged: Mapping[int, Mapping
 def ledger(run: Path, dropped: Sequence[Mapping[str, Any]]) -> Finding:
     """The rows dropped now against those dropped then."""
     try:
-        lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in read_text(run / "ledger.jsonl").splitlines()]
     except (OSError, ValueError) as error:
         return Finding("ledger.jsonl", FAILED, str(error))
     same = lines == json.loads(json.dumps(list(dropped)))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from data.batch import Batches
+from data.files import read_text
 from engine.clip.model import LoadedModel
 from engine.config.fields import Config
 from engine.config.settings import to_toml
@@ -95,7 +96,7 @@ class Journal:
     def _read(self) -> list[dict[str, Any]]:
         """The lines of before; without one that a kill cut off, or that is of other data or another base model."""
         lines = []
-        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
+        for text in read_text(self.path).splitlines() if self.path.exists() else ():
             try:
                 lines.append(json.loads(text))
             except json.JSONDecodeError:

@@ -56,6 +56,8 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     shared = find_overlap(pairs, world)
     folder.write_run_header(out, cfg, world, parts.precision, pairs.ledger)
     metrics = (folder.read_json(out / "metrics.json") if state.step else {}) | shared
+    if state.step and "base" not in metrics:  # metrics.json was deleted
+        metrics["base"] = {name: one.summarise() for name, one in base.items()}
     log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, comparable_settings(cfg), metrics.get("base"))
     show = make_answer_log(out, pairs, names, resumed=state.step > 0)
     judge = Evaluator(pairs, names, parts, plan, state, saved, log, show, world, metrics, base)

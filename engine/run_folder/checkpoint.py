@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.batch import UserError
-from data.files import delete_folder, recover_folders, replace_link, replaced_folder, sha256
+from data.files import delete_folder, read_text, recover_folders, replace_link, replaced_folder, sha256
 from engine.optim import AdamWL2SP
 from engine.ranks.world import World
 from engine.run_folder.folder import require_run_dir
@@ -80,11 +80,11 @@ def load(folder: Path) -> Content:
     Raises DamagedCheckpoint naming the file that is missing or changed.
     """
     try:
-        digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        digests = json.loads(read_text(folder / MANIFEST))
         for name in FILES:
             if sha256(folder / name) != digests[name]:
                 raise DamagedCheckpoint(f"{folder.name}/{name} is not what was written (sha256 differs)")
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = json.loads(read_text(folder / "state.json"))
         if folder.name != f"step-{state['state']['step']:08d}":
             raise DamagedCheckpoint(f"{folder.name} holds step {state['state']['step']}")
         return load_file(folder / FILES[0]), load_file(folder / FILES[1]), state
@@ -206,8 +206,8 @@ def differences(content: Mapping[str, Any], identity: Mapping[str, str], recipe:
     saved = {key: tuple(value) if isinstance(value, list) else value for key, value in content["recipe"].items()}
     changed = [f"--{key.replace('_', '-')} changed from {saved[key]} to {value}" for key, value in recipe.items()
                if key in saved and saved[key] != (tuple(value) if isinstance(value, list) else value)]
-    return changed + [f"{key} changed" for key, value in identity.items()
-                      if content["identity"].get(key, value) != value]
+    changed += [f"{key} changed" for key, value in identity.items() if content["identity"].get(key, value) != value]
+    return changed + [f"{key} is gone" for key in content["identity"] if key not in identity]
 
 
 def unrecorded(content: Mapping[str, Any], identity: Mapping[str, str]) -> list[str]:

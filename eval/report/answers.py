@@ -7,6 +7,7 @@ Dimension key: Q queries asked, A all queries, C candidates, P distinct pairs, K
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.batch import UserError
+from data.files import open_regular
 from eval.metrics import Ranks, Retrieval
 from eval.retrieval import Space
 
@@ -109,12 +112,15 @@ def load_answers(path: Path) -> tuple[str, dict[str, dict[str, Answers]]]:
     if not path.exists():
         return "", {}
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
-    with np.load(path, allow_pickle=False) as arrays:
-        split = str(arrays["split"])
-        for key in arrays.files:
-            if key.count("/") == 2:
-                when, way, field = key.split("/")
-                found.setdefault(when, {}).setdefault(way, {})[field] = torch.from_numpy(arrays[key])
+    try:
+        with open_regular(path) as npz, np.load(npz) as arrays:
+            split = str(arrays["split"])
+            for key in arrays.files:
+                if key.count("/") == 2:
+                    when, way, field = key.split("/")
+                    found.setdefault(when, {}).setdefault(way, {})[field] = torch.from_numpy(arrays[key])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read ({error}); move it away") from None
     return split, {when: {way: Answers(**one) for way, one in both.items()} for when, both in found.items()}
 
 

@@ -95,10 +95,10 @@ def decode_distinct(found: Catalogue, reader: Reader, mine: Sequence[int], known
 
     def look(available: tuple[int, BadSample | None]) -> DecodeResult:
         index, problem = available
+        if problem is not None:
+            return DecodeResult(index, b"", problem)
+        reference = found.references[index].as_py()
         try:
-            if problem is not None:
-                raise problem
-            reference = found.references[index].as_py()
             data = reader.read(reference)
             key = key_of(data)
             return DecodeResult(index, key, None, None if known(key) else decode(data))

@@ -150,10 +150,10 @@ def decode_distinct(catalogue: Catalogue, reader: Reader, references: Sequence[i
 
     def read_and_decode(available: tuple[int, BadSample | None]) -> DecodeResult:
         index, problem = available
+        if problem is not None:
+            return DecodeResult(index, b"", problem)
+        reference = catalogue.references[index].as_py()
         try:
-            if problem is not None:
-                raise problem
-            reference = catalogue.references[index].as_py()
             data = reader.read(reference)
             key = key_of(data)
             return DecodeResult(index, key, None, None if known(key) else decode(data))

@@ -63,6 +63,11 @@ def read_regular(path: str | Path) -> bytes:
         return file.read()
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a regular file, which is UTF-8. Raises NotAFile, OSError, UnicodeDecodeError."""
+    return read_regular(path).decode("utf-8")
+
+
 def replace_text(path: Path, text: str) -> None:
     """Replace a file in one step, so that a reader, or a crash, sees the old or the new one. Raises OSError.
 
@@ -92,10 +97,8 @@ def write_mark(folder: Path, kind: str, files: Iterable[str] = ()) -> None:
 
 def _read_mark(folder: Path) -> tuple[str, list[str]]:
     """Kind and files of a marked folder; "" and none for one that is not ours."""
-    if not (folder / MARK).is_file():  # a named pipe would be waited for
-        return "", []
     try:
-        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        mark = json.loads(read_text(folder / MARK))
         if mark["made_by"] != "thumbtune":
             return "", []
         return str(mark["kind"]), list(map(str, mark["files"]))
@@ -249,7 +252,7 @@ def fsync(path: Path) -> Path:
 
 def sha256(path: Path) -> str:
     """Hexadecimal digest of a file's bytes. Raises OSError."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from data.files import open_regular
 from data.images.decode import FastTokenizer, tokenize
 from data.store.segments import KEY, key_of
 from data.titles import CHUNK, TokenLists, title_chunks
@@ -63,7 +64,8 @@ class TitleIds:
         if self.cache is None or len(titles) < CHUNK:
             return keys_of_tokens(self.tokens(titles))
         file = self.cache / f"titles-{_digest(titles, self.name)}.npz"
-        with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(file, allow_pickle=False) as stored:
+        unreadable = (OSError, ValueError, KeyError, zipfile.BadZipFile)
+        with suppress(*unreadable), open_regular(file) as npz, np.load(npz, allow_pickle=False) as stored:
             keys_PK = stored["keys"]
             if keys_PK.shape == (len(titles), KEY) and keys_PK.dtype == np.uint8:
                 return keys_PK

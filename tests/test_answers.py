@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.batch import UserError
 from eval.distinct import Distinct, first_rows
 from eval.metrics import Ranks, Retrieval, retrieval_ranks
 from eval.report.answers import (
@@ -100,3 +101,11 @@ def test_wins_and_losses_are_told_apart_and_the_file_keeps_them(tmp_path: Path) 
         for way, one in both.items():
             assert all(torch.equal(getattr(one, field.name), getattr(read[when][way], field.name))
                        for field in fields(one))
+
+
+def test_a_damaged_file_of_answers_is_named(tmp_path: Path) -> None:
+    """After a full disk `--resume` ends in one line that says which file to move."""
+    path = tmp_path / "answers.npz"
+    path.write_bytes(b"PK\3\4")
+    with pytest.raises(UserError, match=r"answers\.npz cannot be read .*; move it away"):
+        load_answers(path)

@@ -177,6 +177,7 @@ def append_slowly(pipe: Connection, folder: Path) -> None:
 
 
 def test_only_stale_temporary_files_are_removed(tmp_path: Path) -> None:
+    write_mark(tmp_path, "features")  # so that the first fsync is the segment's
     with child(append_and_die, tmp_path) as (process, _):
         process.join(300)
         assert len(files(tmp_path, ".tmp")) == 1
@@ -193,6 +194,7 @@ def test_only_stale_temporary_files_are_removed(tmp_path: Path) -> None:
 
 def test_data_reach_the_disk_before_the_name_and_the_name_before_the_answer(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_mark(tmp_path, "features")
     calls: list[object] = []
     real_fsync, real_replace = os.fsync, os.replace
 
@@ -233,6 +235,15 @@ def assert_noticed(folder: Path, content: bytes) -> None:
     assert store.damaged == [bad.name] and (rows[:300] == -1).all()
     assert store.gather(rows[300:]).equal(values_of(range(300, 350)))
     assert not bad.exists() and files(folder, ".damaged") == [folder / f"{bad.name}.damaged"]
+
+
+def test_a_named_pipe_is_no_segment(healthy: tuple[Path, bytes]) -> None:
+    """Waited for, it would hang every run that shares the cache."""
+    bad = healthy[0] / "pipe.features.safetensors"
+    os.mkfifo(bad)
+    with pytest.warns(UserWarning, match="a named pipe"):
+        store = FeatureStore(healthy[0], WIDTH)
+    assert store.damaged == [bad.name] and (store.locate(keys_of(range(300, 350))) >= 0).all()
 
 
 def test_every_flipped_bit_is_noticed(healthy: tuple[Path, bytes]) -> None:

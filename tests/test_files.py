@@ -11,16 +11,21 @@ from pathlib import Path
 
 import pytest
 
+from data.batch import UserError
 from data.files import (
     MARK,
+    NotAFile,
     delete_folder,
     first_foreign,
     is_output,
     kind_of,
+    read_text,
     recover_folders,
     replaced_folder,
+    sha256,
     write_mark,
 )
+from engine.run_folder.ownership import is_run, refuse_foreign_shards
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -113,3 +118,19 @@ def test_only_a_mark_of_ours_makes_an_output(tmp_path: Path) -> None:
     for text in ("", "[]", "{}", '{"kind": "run", "files": []}', "\0", "[" * 100_000):
         (tmp_path / "run" / MARK).write_text(text)
         assert kind_of(tmp_path / "run") == "", text
+
+
+def test_a_named_pipe_is_never_waited_for(tmp_path: Path) -> None:
+    """A pipe where a mark, a setting or a file to be hashed should be would hang a run and every later command."""
+    os.mkfifo(tmp_path / MARK)
+    os.mkfifo(tmp_path / "config.json")
+    assert kind_of(tmp_path) == "" and not is_run(tmp_path)
+    for read in (read_text, sha256):
+        with pytest.raises(NotAFile, match="a named pipe"):
+            read(tmp_path / "config.json")
+
+
+def test_the_index_of_somebody_elses_shard_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "train-000000.tar.index.json").write_text("theirs")
+    with pytest.raises(UserError, match="train-000000.tar.index.json, which is not thumbtune's"):
+        refuse_foreign_shards(str(tmp_path), "pairs.csv")

@@ -16,7 +16,7 @@ from data.identity import overlap
 from data.images.decode import ImageSpec
 from data.pairs import Pairs, open_pairs
 from data.sources.source import load_splits
-from data.web.fetch import FetchPolicy
+from data.web.fetch import Fetched, FetchPolicy
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest sets aside the filter for Pillow's
 
@@ -82,3 +82,17 @@ def test_only_new_and_changed_files_are_read(tmp_path: Path, monkeypatch: pytest
     assert changed.identity != first.identity and len(changed.ledger) == 2
     train = changed.splits["train"]
     assert train.image_N[train.row_N.tolist().index(4)] == train.image_N[train.row_N.tolist().index(5)]
+
+
+@pytest.mark.parametrize("reason", ["not-image", "empty"])
+def test_a_page_in_place_of_a_picture_is_a_dropped_row(reason: str, tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that answers 200 with a login page, or with nothing, ended the whole run."""
+    folder, address = make_pairs(tmp_path / "pairs", 3, 3, 3, negatives=False), "http://images.example/1.jpg"
+    tiny_clip(tmp_path / "cache/model")
+    with (folder / "train.csv").open("a") as file:
+        file.write(f"{address},a title\n")
+    monkeypatch.setattr("data.cold.fetch", lambda urls, *_: iter([Fetched(url, None, reason, "") for url in urls]))
+    pairs, _ = opened(folder, tmp_path / "cache", monkeypatch)
+    assert [(entry["image"], entry["reason"]) for entry in pairs.ledger] == [(address, reason)]
+    assert len(pairs.splits["train"]) == 3

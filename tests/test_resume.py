@@ -161,6 +161,14 @@ def change_picture(home: Path, data: str, split: str) -> None:
     file.write_bytes(file.read_bytes() + b"\0")
 
 
+def delete_split(home: Path, data: str, split: str) -> None:
+    (home / data / f"{split}.csv").unlink()
+
+
+def delete_metrics(home: Path, data: str, split: str) -> None:
+    (home / "out/metrics.json").unlink()
+
+
 def same_title_in_capitals(home: Path, data: str, split: str) -> None:
     path = home / data / f"{split}.csv"
     path.write_text(path.read_text().upper().replace("IMAGES/", "images/").replace(".JPG", ".jpg").replace(
@@ -171,8 +179,10 @@ def same_title_in_capitals(home: Path, data: str, split: str) -> None:
     ("pairs", "test", change_title, "the data of test changed since "),
     ("pairs", "valid", drop_row, "the data of valid changed since "),
     ("pairs", "test", change_picture, "the data of test changed since "),
+    ("pairs", "test", delete_split, "the data of test is gone since "),
     ("probe", "test", change_picture, "the data of probe changed since "),
-    ("probe", "train", drop_row, ""), ("pairs", "test", same_title_in_capitals, "")])
+    ("probe", "train", drop_row, ""), ("pairs", "test", same_title_in_capitals, ""),
+    ("pairs", "test", delete_metrics, "")])
 def test_a_measured_split_that_changed_is_refused_by_name(
         data: str, split: str, change: Callable[[Path, str, str], None], refused: str, tiny_model: Path,
         tmp_path: Path) -> None:

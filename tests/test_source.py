@@ -286,6 +286,15 @@ def test_a_parquet_row_that_is_not_utf8_is_dropped(tmp_path: Path) -> None:
     assert [(entry["row"], entry["reason"]) for entry in lost] == [(1, "not-utf8")]
 
 
+def test_pictures_are_bytes_in_any_encoding_of_arrow(tmp_path: Path) -> None:
+    """Pandas' categories and fixed widths are bytes too: taken for paths, every row of such a table was dropped."""
+    jpegs = pa.array([b"\xff\xd8a", b"\xff\xd8b", b"\xff\xd8a"], pa.binary())
+    for split, column in (("train", jpegs.dictionary_encode()), ("test", jpegs.cast(pa.binary(3)))):
+        write(tmp_path / f"{split}.parquet", {"image": column, "title": ["a", "b", "c"]})
+    for rows in load_splits(str(tmp_path)).values():
+        assert [image["bytes"] for image in rows.image.to_pylist()] == jpegs.to_pylist()
+
+
 @pytest.mark.parametrize("head", [("image", "title"), ("title", "image"), ("title", "image", "negative")])
 @pytest.mark.parametrize("closing", [17, 11, 30])
 def test_rows_that_a_stray_quote_has_joined_are_counted(

@@ -176,7 +176,10 @@ def holds_bytes(kind: pa.DataType) -> bool:
 
     if pa.types.is_struct(kind):
         return "bytes" in {field.name for field in kind}
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    if pa.types.is_dictionary(kind):
+        return holds_bytes(kind.value_type)
+    return (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+            or pa.types.is_fixed_size_binary(kind))
 
 
 def _is_text(kind: pa.DataType) -> bool:

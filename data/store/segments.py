@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.files import NotAFile, open_regular
+
 KEY = 16  # bytes of a key
 BLOCK = 256  # rows under one checksum
 HEADER = 1024  # bytes before the data
@@ -94,7 +96,11 @@ def open_segment(path: Path, start: int, layout: Layout) -> Segment:
 
     Raises ValueError with the reason when it is not a whole segment of this space, FileNotFoundError when it is gone.
     """
-    with open(path, "rb") as file:
+    try:
+        opened = open_regular(path)
+    except NotAFile as error:
+        raise ValueError(error.strerror) from None
+    with opened as file:
         size = os.fstat(file.fileno()).st_size
         rows = (size - HEADER - 4) * BLOCK // ((KEY + layout.row_bytes) * BLOCK + 4)
         header, expected = layout.header(rows)
@@ -167,7 +173,7 @@ def _is_ours(path: Path) -> bool:
     """Return whether `write_segment` wrote it: by its header, or by its name where the header is damaged."""
     if NAME.match(path.name):
         return True
-    with suppress(OSError), path.open("rb") as file:
+    with suppress(OSError), open_regular(path) as file:
         return FORMAT.encode() in file.read(HEADER)
     return False
 

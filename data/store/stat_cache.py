@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from data.cold import is_url
+from data.files import open_regular
 from data.store.segments import KEY
 from data.web.fetch import cached_path
 
@@ -39,7 +40,7 @@ class StatCache:
         self.keys = np.zeros((len(paths), KEY), np.uint8)
         self.known = np.zeros(len(paths), bool)
         unreadable = (OSError, ValueError, KeyError, zipfile.BadZipFile)
-        with suppress(*unreadable), np.load(self._file, allow_pickle=False) as file:
+        with suppress(*unreadable), open_regular(self._file) as npz, np.load(npz) as file:
             stamp_M3, keys = file["stamps"], file["keys"]
             if stamp_M3.shape == self._stamp_M3.shape and keys.shape == self.keys.shape and keys.dtype == np.uint8:
                 self.known = (stamp_M3 == self._stamp_M3).all(1) & (self._stamp_M3[:, 0] >= 0)

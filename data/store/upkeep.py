@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from data.files import open_regular
 from data.store.features import FeatureStore
 from data.store.segments import DTYPES, HEADER, SUFFIX, Layout, prune, spaces
 
@@ -47,7 +48,7 @@ def _read_layout(folder: Path) -> Layout | None:
     """Return the layout of a space by the header of its first whole segment; None when there is none."""
     dtypes = {name: dtype for dtype, name in DTYPES.items()}
     for path in sorted(folder.glob(f"*{SUFFIX}")):
-        with suppress(ValueError, KeyError, TypeError, IndexError), path.open("rb") as file:
+        with suppress(ValueError, KeyError, TypeError, IndexError), open_regular(path) as file:
             values = json.loads(file.read(HEADER)[8:])["values"]
             return Layout(folder.name, int(values["shape"][1]), dtypes[values["dtype"]])
     return None

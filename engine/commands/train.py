@@ -69,6 +69,8 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     # 4. Read the metrics of before; with no step to go on from they are measured anew.
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
     metrics |= shared
+    if state.step and "base" not in metrics:  # metrics.json was deleted
+        metrics["base"] = {name: result.summarise() for name, result in base.items()}
     # 5. Cut the log after the checkpoint's step; the loop writes the later steps again.
     log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, comparable_settings(cfg),
               metrics.get("base"))

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from data.files import read_text
 from engine.config.fields import Config, Setting, config_fields, flag_of
 
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -123,8 +124,8 @@ def resumed_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
     if mode == "off" or (mode == "auto" and not (folder / "config.json").exists()):
         return {}
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        content = json.loads(read_text(folder / "config.json"))["config"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"--resume: --out {folder} holds no run with a readable config.json") from None
     known = config_fields()
     saved = {name: tuple(value) if isinstance(value, list) else value for name, value in content if name in known}

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.batch import UserError
-from data.files import delete_folder, recover_folders, replace_link, replaced_folder, sha256
+from data.files import delete_folder, read_text, recover_folders, replace_link, replaced_folder, sha256
 from data.prefetch import OrderDigest
 from engine.optim import AdamWL2SP
 from engine.ranks.world import World
@@ -99,11 +99,11 @@ def load(folder: Path) -> Content:
     Raises DamagedCheckpoint naming the file that is missing or changed.
     """
     try:
-        digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        digests = json.loads(read_text(folder / MANIFEST))
         for name in FILES:
             if sha256(folder / name) != digests[name]:
                 raise DamagedCheckpoint(f"{folder.name}/{name} is not what was written (sha256 differs)")
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = json.loads(read_text(folder / "state.json"))
         if folder.name != f"step-{state['state']['step']:08d}":
             raise DamagedCheckpoint(f"{folder.name} holds step {state['state']['step']}")
         return Content(load_file(folder / FILES[0]), load_file(folder / FILES[1]), state)
@@ -254,6 +254,7 @@ def changes_since(saved: Mapping[str, Any], identity: Mapping[str, str], recipe:
     for key, digest in identity.items():
         if saved["identity"].get(key, digest) != digest:
             changed.append(f"{key} changed")
+    changed += [f"{key} is gone" for key in saved["identity"] if key not in identity]
     return changed
 
 

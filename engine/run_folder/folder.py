@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from data.batch import UserError
-from data.files import changed_files, lock_folder, recover_folders, replace_text, sha256
+from data.files import changed_files, lock_folder, read_text, recover_folders, replace_text, sha256
 from engine.config.fields import Config, config_fields
 from engine.ranks.world import World
 from engine.run_folder.crash import CURRENT_RUN
@@ -82,7 +82,7 @@ def _folder_before_restart(folders: Iterable[Path]) -> Path | None:
     """
     for folder in folders:
         with suppress(OSError, ValueError, AttributeError):  # no run there, or not a whole one
-            launch = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("launch")
+            launch = json.loads(read_text(folder / "config.json")).get("launch")
             if launch and launch == _launch_id():
                 return folder
     return None
@@ -142,11 +142,14 @@ def _provenance(settings: Mapping[str, Any], world: World, precision: torch.dtyp
 def read_json(path: Path) -> dict[str, Any]:
     """Return the content of a JSON file, {} when there is none. Raises UserError when it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); move it away to start afresh") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; move it away to start afresh")
+    return content
 
 
 def write_json(path: Path, value: Any) -> None:

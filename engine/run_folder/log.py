@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from data.files import read_regular
 from engine.ranks.world import World
 from engine.run_folder.board import TensorBoardWriter, WeightDrift, memory
 
@@ -222,7 +223,7 @@ def _open_for_append(path: Path, first_step: int) -> TextIO:
     """Open a file of one line a step for appending, without lines after `first_step` and a half-written last one."""
     kept = []
     if first_step and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in read_regular(path).decode("utf-8", "replace").splitlines():
             try:
                 if json.loads(line)["step"] <= first_step:
                     kept.append(line + "\n")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data.batch import UserError
-from data.files import first_foreign, is_foreign_page, kind_of, write_mark
+from data.files import first_foreign, is_foreign_page, kind_of, read_text, write_mark
 
 # Files of a run: a folder that holds one of these without a run's config.json is refused.
 RUN_FILES = ("config.json", "steps.jsonl", "evaluations.jsonl", "metrics.json", "ledger.jsonl", "tensorboard",
@@ -23,7 +23,7 @@ FILES = ("trainable.safetensors", "optimizer.safetensors", "state.json")
 def is_run(folder: Path) -> bool:
     """Return whether `folder` holds the config.json of a run."""
     try:
-        return isinstance(json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"], dict)
+        return isinstance(json.loads(read_text(folder / "config.json"))["config"], dict)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
@@ -91,7 +91,7 @@ def refuse_foreign_shards(out: str, dataset: str) -> None:
     """Raise UserError when --out of `shards` holds shards or a ledger of other programs."""
     folder = Path(out).expanduser()
     if kind_of(folder) != "shards":
-        refuse_out(folder, ["ledger.jsonl", *sorted(path.name for path in folder.glob("*.tar"))], dataset)
+        refuse_out(folder, ["ledger.jsonl", *sorted(path.name for path in folder.glob("*.tar*"))], dataset)
 
 
 def open_shards(out: str) -> Path:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from data.files import read_text
 from data.prefetch import OrderDigest
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import DamagedCheckpoint, load
@@ -60,7 +61,7 @@ def check_files(run: Path) -> tuple[list[Finding], list[Path]]:
 def read_steps(run: Path) -> dict[int, dict[str, Any]]:
     """Return rows and loss of each line of steps.jsonl by step, in the order of lines; {} when one is damaged."""
     try:
-        lines = (run / "steps.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = read_text(run / "steps.jsonl").splitlines()
         return {int(line["step"]): {"rows": line["rows"], "loss": line["loss"]} for line in map(json.loads, lines)}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
@@ -92,7 +93,7 @@ def compare_losses(start: int, losses: Mapping[int, float], logged: Mapping[int,
 def check_ledger(run: Path, dropped: Sequence[Mapping[str, Any]]) -> Finding:
     """Compare the rows dropped now with those in ledger.jsonl."""
     try:
-        lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in read_text(run / "ledger.jsonl").splitlines()]
     except (OSError, ValueError) as error:
         return Finding("ledger.jsonl", FAILED, str(error))
     if lines == json.loads(json.dumps(list(dropped))):

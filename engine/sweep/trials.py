@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from data.batch import Batches
+from data.files import read_text
 from data.store.feature_split import FeatureSplit
 from engine.clip.model import LoadedModel
 from engine.config.fields import Config
@@ -100,7 +101,7 @@ class Journal:
     def _read(self) -> list[dict[str, Any]]:
         """Return the earlier lines, without a half-written one and those of other data or another base model."""
         lines = []
-        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
+        for text in read_text(self.path).splitlines() if self.path.exists() else ():
             try:
                 lines.append(json.loads(text))
             except json.JSONDecodeError:

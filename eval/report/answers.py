@@ -8,6 +8,7 @@ E embedding.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.batch import UserError
+from data.files import open_regular
 from eval.metrics import Ranks, Retrieval
 from eval.retrieval import SplitEmbeddings
 
@@ -120,12 +123,15 @@ def load_answers(path: Path) -> tuple[str, dict[str, dict[str, Answers]]]:
     if not path.exists():
         return "", {}
     tensors: dict[str, dict[str, dict[str, Tensor]]] = {}
-    with np.load(path, allow_pickle=False) as arrays:
-        split = str(arrays["split"])
-        for key in arrays.files:
-            if key.count("/") == 2:
-                when, way, field = key.split("/")
-                tensors.setdefault(when, {}).setdefault(way, {})[field] = torch.from_numpy(arrays[key])
+    try:
+        with open_regular(path) as npz, np.load(npz) as arrays:
+            split = str(arrays["split"])
+            for key in arrays.files:
+                if key.count("/") == 2:
+                    when, way, field = key.split("/")
+                    tensors.setdefault(when, {}).setdefault(way, {})[field] = torch.from_numpy(arrays[key])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read ({error}); move it away") from None
     answers = {}
     for when, by_direction in tensors.items():
         answers[when] = {way: Answers(**columns) for way, columns in by_direction.items()}

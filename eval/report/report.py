@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from data.files import open_regular, read_text, replace_text
 from eval.report.answers import AnswersByDirection
 from eval.report.cases import case_sections
 from eval.report.figures import curves, files, ledger, metric_tables, overlap, recipe, summary_sentence
@@ -20,8 +21,8 @@ def write_report(out: Path, split: str, sizes: Mapping[str, int], answers: Mappi
 
     `sizes` are the pairs of each split; `title` and `picture` return title and small JPEG of a row of `split`.
     """
-    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    config = json.loads(read_text(out / "config.json"))
+    metrics = json.loads(read_text(out / "metrics.json"))
     losses = [float(line["loss"]) for line in _lines(out / "steps.jsonl")]
     history = list({line["step"]: line for line in _lines(out / "evaluations.jsonl")}.values())
     settings = config["config"]
@@ -44,12 +45,12 @@ def write_report(out: Path, split: str, sizes: Mapping[str, int], answers: Mappi
     main = "".join(f'<section aria-labelledby="{key}"><h2 id="{key}">{contents[key]}</h2>{html}</section>'
                    for key, html in body.items())
     foot = f'<p class="small">Written by thumbtune, commit {escape_text(commit)}.</p>'
-    temporary = out / ".report.html"
-    temporary.write_text(document(f"{name}: before and after", head, main, foot), encoding="utf-8", errors="replace")
-    return temporary.replace(out / "report.html")
+    page = out / "report.html"
+    replace_text(page, document(f"{name}: before and after", head, main, foot))
+    return page
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     if path.exists():
-        with path.open(encoding="utf-8") as file:
+        with open_regular(path) as file:
             yield from map(json.loads, file)

@@ -104,7 +104,7 @@ def caller() -> str:
     frame = sys._getframe(1)
     while frame.f_back is not None:
         folder, _, name = frame.f_code.co_filename.rpartition("/")
-        if folder.startswith(str(ROOT)) and not folder.endswith("tests"):
+        if folder.startswith(str(ROOT)) and not folder.startswith(str(ROOT / "tests")):
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return "the test"

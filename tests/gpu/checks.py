@@ -105,7 +105,7 @@ def draw(variant: str, flags: list[str]) -> None:
 def cuda_tests(variant: str, flags: list[str]) -> None:
     """The tests that only a GPU can run."""
     pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider"]
-    chosen = ["tests/test_graph.py", "tests/test_features.py", "-k", "real_graph or gpu_features"]
+    chosen = ["tests/engine/test_graph.py", "tests/data/store/test_features.py", "-k", "real_graph or gpu_features"]
     done = subprocess.run([*pytest, *chosen], capture_output=True, text=True, timeout=150, check=False)
     print(done.stdout, done.stderr)
     line = last_line(done)

@@ -25,7 +25,7 @@ from data.images.decode import ImageSpec
 from data.sources.source import load_splits
 from data.web.fetch import FetchPolicy
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = Path(__file__).resolve().parents[4] / "shared"
 LONG = "How I built it: " + "one part after the other, " * 16
 
 

@@ -15,7 +15,7 @@ from data import identity
 from data.identity import Contents, TitleIds, clip_words, describe_overlap, distinct, overlap
 from data.images.decode import FastTokenizer, tokenize
 
-VOCABULARY = Path(__file__).resolve().parents[2] / "shared" / "clip-tokenizer"
+VOCABULARY = Path(__file__).resolve().parents[3] / "shared" / "clip-tokenizer"
 ALIKE = [  # titles that CLIP reads alike, a line each
     ["A Cat", "a cat", " a \t CAT\n", "a\u00a0cat", "a\u3000cat", "A\u2028cat"],
     ["cat !", "cat!", "CAT  !"], ["caf\u00e9", "cafe\u0301", "CAFE\u0301"], ["", " ", "\u2003"],

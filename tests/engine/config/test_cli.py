@@ -155,7 +155,7 @@ def test_every_flag_of_a_command_is_a_setting() -> None:
 
 
 def test_recipes_in_the_readme_are_settings(tmp_path: Path) -> None:
-    readme = (Path(__file__).resolve().parents[1] / "engine" / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).resolve().parents[3] / "engine" / "README.md").read_text(encoding="utf-8")
     for recipe in re.findall(r"```toml\n(.*?)```", readme, re.DOTALL):
         (tmp_path / "recipe.toml").write_text(recipe, encoding="utf-8")
         assert parse("run.py", ["--config", str(tmp_path / "recipe.toml")])[0] == "train"

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import pytest
 from helpers import Loopback, inside, make_pairs, run
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = Path(__file__).resolve().parents[4] / "shared"
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from typing import Any
 import braceexpand
 import pytest
 import webdataset
-from helpers import full
+from helpers import full, picture
 
 import data.shards.index as module
 import data.shards.writer as writing
@@ -45,10 +45,6 @@ from data.shards.writer import ShardWriter
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 Files = Iterable[tuple[str, bytes]]
-
-
-def picture(number: int, size: int = 700) -> bytes:
-    return b"\xff\xd8\xff" + random.Random(number).randbytes(size)
 
 
 def pack(path: Path, files: Files, format: int = tarfile.PAX_FORMAT) -> Path:

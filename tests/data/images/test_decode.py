@@ -27,7 +27,7 @@ from data.batch import BadSample, UserError
 from data.images import decode
 from data.images.decode import ImageSpec, collate_tokens, decode_image, decode_whole, tokenize, tokenizer_fingerprint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 SHARED = ROOT.parent / "shared"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest sets aside the filter for Pillow's
 

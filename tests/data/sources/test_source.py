@@ -24,7 +24,7 @@ from data.ledger import Account
 from data.sources import csv_tables, records
 from data.sources.source import Columns, Rows, load_splits
 
-OPENSTAX = Path(__file__).resolve().parents[2] / "shared" / "data" / "openstax-titles"
+OPENSTAX = Path(__file__).resolve().parents[4] / "shared" / "data" / "openstax-titles"
 TITLES = ["NA", "None", "null", "NaN", "nan", "N/A", "#N/A", "", " ", " padded ", "1984", "007", "1e5", "1.0", "-0",
           "inf", "true", "2020-01-01", "2020-01-01T00:00:00Z", "\U0001f600\U0001f469\u200d\U0001f467", "مرحبا",
           "日本語", "e\u0301", "a,b", "a\tb", 'say "hi"', '"', '""', "two\nlines", "three\r\nlines\n", "trailing\n",

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Loopback, make_pairs, run, start
-from test_shards import picture
+from helpers import Loopback, make_pairs, picture, run, start
 
 import data.web.policy
 from data.batch import UserError

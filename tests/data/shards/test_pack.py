@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import noting
 from PIL import Image, ImageOps
-from test_fetch import PICTURE, Site, reply
+from site_server import PICTURE, Site, reply
 from test_shards import contents, scan
 
 from data import progress

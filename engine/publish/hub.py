@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data.batch import RunFailed, UserError
+from data.files import MARK
 from engine.config.fields import Config, config_fields
 from engine.publish.card import card_on_hub
 from engine.publish.export import PROJECTIONS_FILE, portable
@@ -47,7 +48,7 @@ def push(folder: Path, cfg: Config, run: str, settings: Sequence[str], log: Call
     api, name = HfApi(), cfg.push_to_hub
     try:
         repo = api.create_repo(name, private=cfg.private, exist_ok=True)
-        files: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.iterdir())}
+        files: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.iterdir()) if path.name != MARK}
         files[PROJECTIONS_FILE] = portable(folder / PROJECTIONS_FILE)
         files["README.md"] = card_on_hub(folder / "README.md", repo.repo_id, cfg.license).encode()
         operations = [CommitOperationAdd(path, content) for path, content in files.items()]

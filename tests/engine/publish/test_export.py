@@ -170,6 +170,7 @@ def test_a_push_arrives_and_the_card_says_from_where_to_load(tuned: Path, hub: H
                env={**hub.env, "HF_TOKEN": hub.token})
     assert done.returncode == 0 and f"pushed to {hub.url}/me/clip" in done.stderr, done.stderr
     files = hub.repos["models", "me/clip"].files
+    assert ".thumbtune" not in files  # the mark of a folder on this machine
     assert files == {path.name: path.read_bytes() for path in (tuned / "model").iterdir()} | {
         name: files[name] for name in ("README.md", PROJECTIONS_FILE)}
     assert not any(str(tuned.parent).encode() in content for content in files.values())  # nobody's business

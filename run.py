@@ -32,18 +32,18 @@ def main(arguments: Sequence[str]) -> int:
         command, cfg = parse("run.py", arguments)
         return run(command, cfg)
     except Exception as error:  # in the command line's own code, or an installation that is broken
-        say_error(explain_crash(command, error, rank_said()))
+        say_error(explain_crash(command, error, rank_from_environment()))
         return 1
 
 
 def run(command: str, cfg: Config) -> int:
-    """Run a command; an error that a user can mend, or that a disk or another rank has made, is one sentence."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our own threads call it
+    """Run a command and return its exit code; UserError, RunFailed and OSError are printed as one line."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of our own call the tokenizer
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's library writes to stderr otherwise
     from engine.ranks.signals import StopSignal
 
     stop = StopSignal()  # before torch is loaded, which takes a while
-    from safetensors import SafetensorError  # which stands for what the disk said as well
+    from safetensors import SafetensorError  # it wraps errors of the disk too
 
     from data.batch import RunFailed, UserError
     from engine.ranks import world
@@ -53,19 +53,19 @@ def run(command: str, cfg: Config) -> int:
         run_command = getattr(import_module(f"engine.commands.{name}"), name)
         with world.explain_collective_errors("averaging gradients"):  # the other collectives name themselves
             return run_command(cfg, world.init(cfg.device, cfg.dist_timeout, cfg.quiet), stop)
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # stdout was closed, as by `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return leave(141)
     except (UserError, RunFailed, OSError, SafetensorError) as error:  # the last two: a full disk, a folder gone
-        if rank_said():
-            time.sleep(2)  # rank 0 has most likely met the same and says it for all
+        if rank_from_environment():
+            time.sleep(2)  # let rank 0 print first: it has most likely met the same error
         mistake = isinstance(error, UserError)
         say_error(f"run.py {command}{'' if mistake else ' failed'}: {error}")
         return leave(2 if mistake else 1)
     except SystemExit as signalled:
         return leave(int(signalled.code or 0))
-    except Exception as error:  # the last handler: nobody foresaw it, and other ranks must not wait for this one
-        say_error(explain_crash(command, error, rank_said()))
+    except Exception as error:  # unforeseen: end here, so that other ranks do not wait for this one
+        say_error(explain_crash(command, error, rank_from_environment()))
         return leave(1)
     finally:
         CURRENT_RUN.discard()
@@ -73,7 +73,7 @@ def run(command: str, cfg: Config) -> int:
 
 
 def leave(code: int) -> int:
-    """The exit code, after a run folder in which nothing was begun is gone; with other ranks this ends the process."""
+    """Remove a new run folder that is unused and return the exit code; with several ranks this ends the process."""
     from engine.ranks import world
 
     CURRENT_RUN.discard()
@@ -81,13 +81,13 @@ def leave(code: int) -> int:
 
 
 def say_error(text: str) -> None:
-    """A line on stderr, if there is anybody to read it."""
+    """Print a line on stderr, if stderr is open."""
     with suppress(OSError, ValueError, AttributeError):
         print(text, file=sys.stderr, flush=True)
 
 
-def rank_said() -> int:
-    """The rank that the environment names; 0 where it names none."""
+def rank_from_environment() -> int:
+    """Return RANK of the environment, 0 where it is no number."""
     rank = os.environ.get("RANK", "")
     return int(rank) if rank.isascii() and rank.isdecimal() else 0
 

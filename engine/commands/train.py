@@ -56,17 +56,17 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     names = evaluated_splits(cfg, pairs)
     saver = make_saver(cfg, world, out, model, pairs, names)
 
-    # The order at resume matters:
+    # The order at resume matters; the docstring of engine/run_folder/checkpoint.py lists all its events.
     # 1. Take what is compared with the base model while the base weights are still loaded.
     base_weights = snapshot(model.trainable) if cfg.interpolate else {}
     drift = WeightDrift(model.trainable)
     base = evaluate_splits(pairs.feature_splits(), model.head, names, world) if resuming else {}
     # 2. Load weights, optimizer moments and step of the newest valid checkpoint; other data or settings end here.
     state = saver.resume(world.say) if resuming else State()
-    # 3. Replace config.json and ledger.jsonl: from here on the run folder is this run's.
+    # 3. Replace config.json and ledger.jsonl, after every refusal: a refused resume leaves both files as they were.
     shared = find_overlap(pairs, world)
     folder.write_run_header(out, as_dict(cfg, "train"), world, model.precision, pairs.ledger)
-    # 4. Read the metrics of before; with no step to go on from they are measured anew.
+    # 4. Keep the base metrics of the earlier process; at step 0 they are measured again.
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
     metrics |= shared
     if state.step and "base" not in metrics:  # metrics.json was deleted
@@ -83,8 +83,8 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
 
     with closing(log), stop.graceful_exit(), profiler(cfg.profile, out / "profile", world.rank, log) as trace:
         evaluate = stop.immediate_exit()(evaluator)  # a signal may cut it off: the trained weights are saved before
-        was_cut_off = state.evaluated < state.step and plan.due(state.step, cfg.eval_every)
-        if state.step == 0 or was_cut_off:
+        evaluation_missing = state.evaluated < state.step and plan.due(state.step, cfg.eval_every)
+        if state.step == 0 or evaluation_missing:
             evaluate()
         stop_signal = partial(stop.agreed_signal, world)
         fit(replica, batches, plan, state, cfg, Callbacks(log, trace, evaluate, saver.save, stop_signal, guard.check))

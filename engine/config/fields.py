@@ -30,7 +30,7 @@ class Setting:
     low: float = 0.0  # bounds of a number, both allowed
     high: float = math.inf
     range_text: str = ""  # names the bounds where "at least LOW" says too little
-    resumable: bool = False  # may change on --resume: only where, how fast or what is dropped differs then
+    resumable: bool = False  # may change on --resume; digests guard model and dataset
     advanced: bool = False  # shown by --help-all alone
 
 

@@ -1,16 +1,19 @@
-"""Checkpoints, complete or absent: a temporary folder, its manifest with sha256 written last, is synced and renamed.
+"""Checkpoints are complete or absent: written to a temporary folder, synced with a manifest of sha256, then renamed.
 
 No file is a pickle. There is no random state to keep: the order of pairs is a function of (seed, epoch), and the loop
 draws no other number.
 
 The order of events when `run.py train --resume` continues a run:
-1. `open_folder` (folder.py) locks the run folder and removes what a killed process left half written.
-2. `train` (engine/commands/train.py) opens data and base model and measures the base model, while its weights are still
+1. Every rank reads the settings in config.json (engine/config/settings.py); a flag that may not change is refused.
+2. Rank 0 locks the run folder (`open_folder` in folder.py), and puts back or deletes a model folder left half replaced.
+3. `train` (engine/commands/train.py) opens data and base model and measures the base model, while its weights are still
    the base model's; the optimizer is made from them too, as L2-SP needs the pretrained weights.
-3. `Saver.resume` (here) finds the newest undamaged checkpoint, renames damaged newer ones, refuses changed data or
+4. `Saver.resume` (here) finds the newest undamaged checkpoint, renames damaged newer ones, refuses changed data or
    settings, and loads weights and moments.
-4. `Log` (log.py) cuts steps.jsonl, evaluations.jsonl and TensorBoard back to the step of that checkpoint.
-5. `train` repeats the evaluation of that step where it was cut off, then `fit` continues with the next step.
+5. Rank 0 replaces config.json and ledger.jsonl, and the metrics of the base model are read from metrics.json.
+6. `Log` (log.py) cuts steps.jsonl and evaluations.jsonl back to the step of that checkpoint; TensorBoard hides later
+   steps (`purge_step`).
+7. `train` repeats the evaluation of that step unless the checkpoint records it; `fit` continues with the next step.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ class State:
     """Progress of a run; checkpoints keep it beside the tensors."""
 
     step: int = 0
-    evaluated: int = 0  # the last step whose evaluation was recorded
+    evaluated: int = 0  # the last step whose evaluation was recorded; a checkpoint is saved before its own evaluation
     best: float | None = None  # value of --best-metric
     best_step: int = 0
     worse: int = 0  # evaluations since the best one
@@ -140,7 +143,7 @@ class Saver:
     world: World
 
     def record_evaluation(self, state: State, scores: Mapping[str, Mapping[str, Any]]) -> None:
-        """Update `state` on all ranks; save a checkpoint if --best-metric improved on the valid split (else train).
+        """Update `state` on all ranks; point `best` at this step's checkpoint if --best-metric improved (valid, else train).
 
         An evaluation in which the model has collapsed on any split is never the best. Raises UserError when the metric
         is not among the scores.
@@ -180,11 +183,11 @@ class Saver:
     def resume(self, log: Callable[[str], None]) -> State:
         """Continue from the newest undamaged checkpoint, logging damaged ones; UserError names what has changed.
 
-        This is the third event of a resumed run; the docstring of this module lists them all.
+        This is the fourth event of a resumed run; the docstring of this module lists them all.
         """
         # a) The newest checkpoint whose files match its manifest.
         newest = newest_valid(self.run, log)
-        # b) Damaged newer ones get another name, `last` and `best` point at undamaged ones.
+        # b) Rename damaged newer ones, point `last` at the newest undamaged one, delete `best` if its target is gone.
         self.world.on_main(lambda: _rename_newer(self.run / "checkpoints", newest[0].name if newest else ""))
         if newest is None:
             log("no checkpoint to resume from: starting at step 0")
@@ -291,7 +294,7 @@ def _unused_name(path: Path) -> Path:
 
 
 def _rename_newer(root: Path, newest_valid: str) -> None:
-    """Rename checkpoints newer than `newest_valid` to damaged-*, kept for inspection, and repair `last` and `best`."""
+    """Rename checkpoints newer than `newest_valid` to damaged-*, kept for inspection; point `last` at it, delete `best` if its target is gone."""
     remove_stale(root)
     for folder in root.glob("step-*"):
         if folder.name > newest_valid:

@@ -143,10 +143,10 @@ class Saver:
     world: World
 
     def record_evaluation(self, state: State, scores: Mapping[str, Mapping[str, Any]]) -> None:
-        """Update `state` on all ranks; point `best` at this step's checkpoint if --best-metric improved (valid, else train).
+        """Update `state` on all ranks; point `best` at the checkpoint of this step if --best-metric improved.
 
-        An evaluation in which the model has collapsed on any split is never the best. Raises UserError when the metric
-        is not among the scores.
+        It is measured on valid, else on train. An evaluation in which the model has collapsed on any split
+        is never the best. Raises UserError when the metric is not among the scores.
         """
         values = next(scores[name] for name in ("valid", "train", *scores) if name in scores)
         if not isinstance(values.get(self.metric), float):

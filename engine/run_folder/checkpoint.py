@@ -294,7 +294,10 @@ def _unused_name(path: Path) -> Path:
 
 
 def _rename_newer(root: Path, newest_valid: str) -> None:
-    """Rename checkpoints newer than `newest_valid` to damaged-*, kept for inspection; point `last` at it, delete `best` if its target is gone."""
+    """Rename checkpoints newer than `newest_valid` to damaged-*, kept for inspection.
+
+    `last` then points at `newest_valid`; `best` is deleted if its target is gone.
+    """
     remove_stale(root)
     for folder in root.glob("step-*"):
         if folder.name > newest_valid:

@@ -1,7 +1,7 @@
 """Losses as plain PyTorch functions, and the wrapper that computes them a chunk of rows at a time.
 
-To add a loss, write a function like `info_nce` and name it in LOSSES; autograd differentiates it. Repeats, hard
-negatives, chunks and ranks are handled around it.
+To add a loss, write a function like `info_nce` and name it in LOSSES and in the choices of `loss` in config/fields.py;
+autograd differentiates it. Repeats, hard negatives, chunks and ranks are handled around it.
 
 Dimension key: B rows of this rank, R rows of a chunk, G rows of all ranks, C candidates (G titles, then G negatives;
 or G images), E embedding.
@@ -33,7 +33,7 @@ class Loss(Protocol):
 
         target_RC are the target probabilities, which sum to 1 in each row and are 0 for wrong answers; ignored_RC is
         True for candidates that do not count for a row. The logits of those are IGNORED_LOGIT already, so a loss that
-        vanishes where a wrong answer's logit is very small needs no mask.
+        is 0 for a wrong answer with a very negative logit needs no mask.
         """
         ...
 
@@ -92,7 +92,7 @@ class Objective:
         """
         def loss_of_chunk(logits_RC: Tensor, low: int) -> Tensor:
             target_RC, ignored_RC = self.targets(candidates, first_row + low, len(logits_RC))
-            with torch.no_grad():  # constants added to the logits change no gradient
+            with torch.no_grad():  # added without a gradient of their own; logits / scale is the cosine
                 if self.hardness:
                     logits_RC += logits_RC * (target_RC == 0) * (self.hardness / scale)
                 logits_RC.masked_fill_(ignored_RC, IGNORED_LOGIT)

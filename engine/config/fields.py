@@ -106,7 +106,7 @@ class Config:
                                advanced=True)
     scale: float = setting(20.0, "recipe", TRAINING, "inverse temperature of the loss", low=1e-9)
     # The loss: what is ranked against what, and what repeats mean.
-    loss: str = setting("image-to-text", "recipe", TRAINING, "softmax one way or both ways, or sigmoid: each pair alone",
+    loss: str = setting("image-to-text", "recipe", TRAINING, "softmax one way or both, or sigmoid: each pair alone",
                         choices=("image-to-text", "symmetric", "sigmoid"))
     duplicates: str = setting("mask", "recipe", TRAINING, "identical titles or images: mask: no negatives; multi: "
                               "right answers too; keep: negatives, as the reference", choices=("mask", "multi", "keep"),

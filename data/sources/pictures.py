@@ -12,7 +12,7 @@ from data.batch import BadSample
 from data.files import NotAFile, is_output, open_regular
 from data.ledger import Account
 from data.shards.samples import MAX_TEXT
-from data.sources.records import Record, parse_json
+from data.sources.records import Record, parse_json_object
 
 PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 SIDECARS = frozenset((".txt", ".json"))
@@ -106,7 +106,7 @@ def _fields(here: str, files: Mapping[str, str], path: str) -> dict[str, Any]:
         raise BadSample("bad-name", "the file's name is not UTF-8; rename it") from None
     fields: dict[str, Any] = {}
     if ".json" in files:
-        fields = parse_json(_content(os.path.join(here, files[".json"])), files[".json"])
+        fields = parse_json_object(_content(os.path.join(here, files[".json"])), files[".json"])
     if ".txt" in files:
         text = _content(os.path.join(here, files[".txt"]))
         try:

@@ -1,6 +1,6 @@
 """Rows that are read one at a time -> a table of the columns in use, under the names of their roles.
 
-No Python object outlives the RECORDS that it was read with.
+Records become Arrow columns RECORDS at a time, so that the memory of Python objects stays bounded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Record(NamedTuple):
     fields: dict[str, Any]
 
 
-def parse_json(text: bytes, where: str) -> dict[str, Any]:
+def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
     """The object that a line or a file holds. Raises BadSample: not-utf8, bad-json."""
     try:
         record = AS_WRITTEN.decode(text.decode().removeprefix("\ufeff"))
@@ -43,9 +43,9 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def from_records(records: Iterator[Record], columns: Columns, label: str, nothing: str, account: Account,
+def from_records(records: Iterator[Record], columns: Columns, label: str, message_if_empty: str, account: Account,
                  kind: str = "") -> pa.Table:
-    """Records as a table of the fields in use and ROW; `nothing` is the error where the file holds none.
+    """Records as a table of the fields in use and ROW; `message_if_empty` is the error where the file holds none.
 
     `label` names the file, `kind` describes it in errors. A bad field drops its row only if it is in use.
     """
@@ -66,7 +66,7 @@ def from_records(records: Iterator[Record], columns: Columns, label: str, nothin
     if not parts and account.dropped > before:
         return pa.table({name: pa.array([], pa.string()) for name in ("image", "title")})
     if not parts:
-        raise UserError(nothing)
+        raise UserError(message_if_empty)
     picked = detect_columns(list(names), columns, label + kind)
     table = rename_to_roles(pa.concat_tables(parts, promote_options="default"), {**picked, ROW: ""})
     bad = {place: problem for name in picked.values() for place, problem in problems[name].items()}

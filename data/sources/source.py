@@ -82,16 +82,16 @@ def _find(folder: Path, columns: Columns, account: Account) -> dict[str, list[Pa
         if entry not in folders:
             account.pass_over("own-output", str(entry))
     if folders:
-        return _one_kind((SPLITS[entry.name.lower()], entry.name, _unsplit(entry, columns, account))
+        return _one_kind((SPLITS[entry.name.lower()], entry.name, _files_without_splits(entry, columns, account))
                          for entry in folders)
-    return {"all": _unsplit(folder, columns, account)}
+    return {"all": _files_without_splits(folder, columns, account)}
 
 
 def _entries(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
-def _unsplit(folder: Path, columns: Columns, account: Account) -> list[Path]:
+def _files_without_splits(folder: Path, columns: Columns, account: Account) -> list[Path]:
     """The files of a folder that names no splits: shards, else one table, else the folder itself for its images.
 
     Images with sidecars come before tables that hold their addresses; what img2dataset wrote as parts is one table.

@@ -21,7 +21,7 @@ from data.shards.index import read_index
 from data.sources import img2dataset
 from data.sources.csv_tables import read_csv
 from data.sources.pictures import PICTURES, pictures
-from data.sources.records import Record, from_records, parse_json
+from data.sources.records import Record, from_records, parse_json_object
 from data.sources.rows import ROW, Columns, detect_columns, holds_bytes, rename_to_roles, without
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ TABLES = TEXT_TABLES | {".parquet"}
 def read_table(path: Path, columns: Columns, account: Account) -> pa.Table:
     """A file by its ending, or the images of a folder. Raises UserError."""
     if path.is_dir():
-        nothing = (f"{path}: found neither tables ({' '.join(sorted(TABLES))}), nor shards (.tar), nor train/ valid/ "
-                   f"test/, nor images ({' '.join(sorted(PICTURES))})")
-        return from_records(pictures(path, account), columns, str(path), nothing, account,
+        message_if_empty = (f"{path}: found neither tables ({' '.join(sorted(TABLES))}), nor shards (.tar), nor train/ "
+                            f"valid/ test/, nor images ({' '.join(sorted(PICTURES))})")
+        return from_records(pictures(path, account), columns, str(path), message_if_empty, account,
                             " (images with KEY.txt, KEY.json)")
     readers: dict[str, Callable[[Path, Columns, Account], pa.Table]] = {
         ".csv": partial(read_csv, delimiter=","), ".tsv": partial(read_csv, delimiter="\t"), ".jsonl": _jsonl,
@@ -56,7 +56,7 @@ def _jsonl(path: Path, columns: Columns, account: Account) -> pa.Table:
                     continue
                 where = f"line {number}"
                 try:
-                    yield Record(row, where, parse_json(line, where))
+                    yield Record(row, where, parse_json_object(line, where))
                 except BadSample as problem:
                     account.drop(str(path), row, problem)
                 row += 1

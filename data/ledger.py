@@ -1,6 +1,6 @@
 """The ledger of rows and files that reading a dataset leaves out: one entry a row, one console line a reason.
 
-An entry has a place, a "reason" and a "detail". The place of a row that cannot be read is "file" and "row", counted from
+An entry has a place, a "reason" and a "detail". The place of a row that cannot be read is "file" and "row", from
 0 in that file ("shard" and "key" in a tar); of a row whose image or title fails later it is "split" and "row", counted
 from 0 in that split after a lone one was divided. An entry stands for one row unless it has "rows": several rows, or 0
 for files that were not used.

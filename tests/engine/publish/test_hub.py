@@ -72,7 +72,8 @@ def told(hub: Hub, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     """What the client found, run once; it pushes the folder `tiny_model`."""
     out, asked_before = tmp_path_factory.mktemp("client") / "told", len(hub.requests)
     ran = subprocess.run([sys.executable, __file__, hub.token, str(tiny_model), str(out)], timeout=500, text=True,
-                         env={**os.environ, "OMP_NUM_THREADS": "1", **hub.env}, capture_output=True)
+                         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **hub.env},
+                         capture_output=True)
     assert ran.returncode == 0, ran.stderr
     return {**pickle.loads(out.read_bytes()), "requests": hub.requests[asked_before:]}
 

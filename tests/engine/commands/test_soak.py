@@ -10,7 +10,7 @@ import pytest
 from helpers import family, full, kill, start
 from PIL import Image
 
-ROWS, SECONDS, MB_A_MINUTE = full(4_000, 1_000_000), full(6, 600), full(40, 1)
+ROWS, SECONDS, MB_A_MINUTE = full(4_000, 1_000_000), full(20, 600), full(20, 1)
 READY_S = full(120, 1500)
 
 

@@ -20,7 +20,7 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differe
 
 from data.batch import UserError
 
-MAX_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 24}  # logits per chunk, by device; a batch with fewer is one chunk
+MAX_LOGITS = {"cpu": 3 << 19, "cuda": 1 << 24}  # logits per chunk, by device; a batch with fewer is one chunk
 IGNORED_LOGIT = -1e30  # exp of it is 0, as of -inf, but 0 times it is 0 and not NaN
 SIGMOID_BIAS = -10.0  # Zhai et al. 2023, section 3.2; constant, see `sigmoid`
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data.text import printable
 from engine.config.settings import toml_value
 
 HERE = "path/to/this/folder"  # replaced by the repository's name when the folder is pushed
@@ -130,7 +131,7 @@ def _shown(name: str) -> str:
 
 def _line(text: str) -> str:
     """Return `text` on one line, without characters that Markdown would interpret."""
-    return "".join(char if char.isprintable() and char not in "`[]<>" else " " for char in text)
+    return re.sub(r"[`\[\]<>]", " ", printable(text))
 
 
 def _toml(value: Any) -> str:

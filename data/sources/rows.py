@@ -25,12 +25,15 @@ if TYPE_CHECKING:
 
 KNOWN = {  # role -> column names that mean it; the first there is wins
     "image": ("image", "thumbnail", "thumbnail_url", "image_url", "url", "jpg", "jpeg", "png", "webp", "image_path",
-              "file_name", "filename", "path", "img"),
-    "title": ("title", "text", "caption", "txt"),
+              "file_name", "filename", "filepath", "path", "img", "image_name"),
+    "title": ("title", "text", "caption", "txt", "comment"),
     "title_neg": ("title_neg", "negative", "neg_title", "negative_title", "neg_text", "neg_caption"),
+    "split": ("split",),
 }
+OPTIONAL = ("title_neg", "split")  # roles that a dataset may lack
 ROW = "row"  # a column beside those of the roles: the row's number in its file, where some are left out already
-FLAGS = {"image": "--image-column", "title": "--title-column", "title_neg": "--negative-column"}
+FLAGS = {"image": "--image-column", "title": "--title-column", "title_neg": "--negative-column",
+         "split": "--split-column"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Columns:
     image: str | None = None
     title: str | None = None
     title_neg: str | None = None
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def detect_columns(names: list[str], columns: Columns, label: str, embedded: Col
         column = named or next(iter(usual), None)
         if column is not None:
             picked[role] = column
-        elif role != "title_neg":
+        elif role not in OPTIONAL:
             raise UserError(f"{label}: no {role} column ({', '.join(known)}); {existing}; name one with {FLAGS[role]}")
     for column in picked.values():
         if names.count(column) > 1:

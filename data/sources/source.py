@@ -17,6 +17,7 @@ from data.ledger import Account, Ledger, discard
 from data.shards.index import expand_braces
 from data.sources import img2dataset
 from data.sources.csv_tables import read_csv
+from data.sources.options import ReadOptions as ReadOptions
 from data.sources.pictures import holds_titled_pictures
 from data.sources.rows import Columns as Columns
 from data.sources.rows import Rows as Rows
@@ -26,7 +27,7 @@ from data.sources.tables import TABLES, TEXT_TABLES, holds_addresses, read_table
 
 SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test"}
 SPLIT_FILE = re.compile(rf"({'|'.join(SPLITS)})(-.*)?\.(tar|csv|tsv|jsonl|parquet)")
-DETECT = Columns()
+DETECT = ReadOptions()
 Download = Callable[[str], Sequence[Path]]
 
 
@@ -34,7 +35,7 @@ def _refuse(pattern: str) -> NoReturn:
     raise UserError(f"{pattern}: only local files are read here; download them and pass their folder")
 
 
-def load_splits(dataset: str, columns: Columns = DETECT, ledger: Ledger = discard,
+def load_splits(dataset: str, options: ReadOptions = DETECT, ledger: Ledger = discard,
                 download: Download = _refuse, log: Callable[[str], None] = discard) -> dict[str, Rows]:
     """Read a dataset's splits: `train`, `valid`, `test` in this order, then others under the names they have.
 
@@ -51,7 +52,7 @@ def load_splits(dataset: str, columns: Columns = DETECT, ledger: Ledger = discar
         if "://" in dataset:
             files = _in_splits(download(dataset))
         elif path.is_dir():
-            files = _find(path, columns, account)
+            files = _find(path, options, account)
         elif path.is_file():
             files = {"all": [path]}
         elif path.exists():
@@ -62,7 +63,7 @@ def load_splits(dataset: str, columns: Columns = DETECT, ledger: Ledger = discar
             files = None
         else:
             raise UserError(f"{dataset}: there is no such file or folder, and a hub dataset's name is OWNER/NAME")
-        splits = _hub(dataset, columns, account) if files is None else _local(files, columns, account)
+        splits = _hub(dataset, options, account) if files is None else _local(files, options, account)
     except OSError as error:
         raise UserError(f"{error.filename or dataset}: {error.strerror or error}") from error
     account.close(dataset)
@@ -71,7 +72,7 @@ def load_splits(dataset: str, columns: Columns = DETECT, ledger: Ledger = discar
     return dict(sorted(splits.items(), key=lambda item: (*ORDER, item[0]).index(item[0])))
 
 
-def _find(folder: Path, columns: Columns, account: Account) -> dict[str, list[Path]]:
+def _find(folder: Path, options: ReadOptions, account: Account) -> dict[str, list[Path]]:
     """The files of each split of a folder; a folder in their place stands for the images in it."""
     entries = _entries(folder)
     if splits := _by_split(entries):
@@ -82,16 +83,16 @@ def _find(folder: Path, columns: Columns, account: Account) -> dict[str, list[Pa
         if entry not in folders:
             account.pass_over("own-output", str(entry))
     if folders:
-        return _one_kind((SPLITS[entry.name.lower()], entry.name, _files_without_splits(entry, columns, account))
+        return _one_kind((SPLITS[entry.name.lower()], entry.name, _files_without_splits(entry, options, account))
                          for entry in folders)
-    return {"all": _files_without_splits(folder, columns, account)}
+    return {"all": _files_without_splits(folder, options, account)}
 
 
 def _entries(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
-def _files_without_splits(folder: Path, columns: Columns, account: Account) -> list[Path]:
+def _files_without_splits(folder: Path, options: ReadOptions, account: Account) -> list[Path]:
     """The files of a folder that names no splits: shards, else one table, else the folder itself for its images.
 
     Images with sidecars come before tables that hold their addresses; what img2dataset wrote as parts is one table.
@@ -102,7 +103,7 @@ def _files_without_splits(folder: Path, columns: Columns, account: Account) -> l
     if shards:
         img2dataset.report_failures(tables, account)
         return shards
-    if tables and holds_titled_pictures(folder) and all(holds_addresses(file, columns) for file in tables):
+    if tables and holds_titled_pictures(folder) and all(holds_addresses(file, options) for file in tables):
         account.note(f"{folder}: the images with sidecars are read, not the addresses in {tables[0].name}")
         img2dataset.report_failures(tables, account)
         return [folder]
@@ -148,13 +149,13 @@ def _expand(pattern: str) -> Iterator[Path]:
         yield from map(Path, files)
 
 
-def _local(splits: Mapping[str, Sequence[Path]], columns: Columns, account: Account) -> dict[str, Rows]:
+def _local(splits: Mapping[str, Sequence[Path]], options: ReadOptions, account: Account) -> dict[str, Rows]:
     rows = {}
     for name, files in splits.items():
         account.begin(None if name == "all" else name)
         tables = []
         for file in files:
-            table = read_table(file, columns, account)
+            table = read_table(file, options, account)
             folder = file if file.is_dir() else file.parent
             folders = os.path.abspath(folder), os.path.realpath(folder)
             tables.append(to_row_columns(table, str(file), folders, account))
@@ -163,7 +164,7 @@ def _local(splits: Mapping[str, Sequence[Path]], columns: Columns, account: Acco
     return rows
 
 
-def _hub(name: str, columns: Columns, account: Account) -> dict[str, Rows]:
+def _hub(name: str, options: ReadOptions, account: Account) -> dict[str, Rows]:
     """The splits of a hub dataset, images as uploaded. CSV and JSONL are read here: the library guesses their types."""
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -193,11 +194,11 @@ def _hub(name: str, columns: Columns, account: Account) -> dict[str, Rows]:
         split = str(hub_split) if split in splits else split
         account.begin(split)
         if as_text:
-            tables = [read(Path(file), columns, account) for file in files[hub_split]]
+            tables = [read(Path(file), options, account) for file in files[hub_split]]
         else:
             table = prepared[hub_split].data.table  # mapped from disk; taken from here, images are never decoded
             embedded = {field.name for field in table.schema if holds_bytes(field.type)}
-            tables = [rename_to_roles(table, detect_columns(table.column_names, columns, label, embedded))]
+            tables = [rename_to_roles(table, detect_columns(table.column_names, options.columns, label, embedded))]
         tables = [to_row_columns(table, label, folders, account, relative=False) for table in tables]
         splits[split] = join_tables(split, tables, label, account)
     return splits

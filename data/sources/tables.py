@@ -20,9 +20,10 @@ from data.ledger import Account
 from data.shards.index import read_index
 from data.sources import img2dataset
 from data.sources.csv_tables import read_csv
+from data.sources.options import ReadOptions
 from data.sources.pictures import PICTURES, pictures
 from data.sources.records import Record, from_records, parse_json_object
-from data.sources.rows import ROW, Columns, detect_columns, holds_bytes, rename_to_roles, without
+from data.sources.rows import ROW, detect_columns, holds_bytes, rename_to_roles, without
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,22 +33,23 @@ TEXT_TABLES = frozenset((".csv", ".tsv", ".jsonl"))
 TABLES = TEXT_TABLES | {".parquet"}
 
 
-def read_table(path: Path, columns: Columns, account: Account) -> pa.Table:
+def read_table(path: Path, options: ReadOptions, account: Account) -> pa.Table:
     """A file by its ending, or the images of a folder. Raises UserError."""
     if path.is_dir():
         message_if_empty = (f"{path}: found neither tables ({' '.join(sorted(TABLES))}), nor shards (.tar), nor train/ "
                             f"valid/ test/, nor images ({' '.join(sorted(PICTURES))})")
-        return from_records(pictures(path, account), columns, str(path), message_if_empty, account,
+        return from_records(pictures(path, account), options.columns, str(path), message_if_empty, account,
                             " (images with KEY.txt, KEY.json)")
-    readers: dict[str, Callable[[Path, Columns, Account], pa.Table]] = {
-        ".csv": partial(read_csv, delimiter=","), ".tsv": partial(read_csv, delimiter="\t"), ".jsonl": _jsonl,
+    readers: dict[str, Callable[[Path, ReadOptions, Account], pa.Table]] = {
+        ".csv": partial(read_csv, delimiter=","), ".tsv": partial(read_csv, delimiter="\t"),
+        ".txt": partial(read_csv, delimiter=","), ".jsonl": _jsonl,
         ".parquet": _parquet, ".tar": _shard}
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: not a known kind of dataset; known are {' '.join(readers)} and folders")
-    return readers[path.suffix.lower()](path, columns, account)
+    return readers[path.suffix.lower()](path, options, account)
 
 
-def _jsonl(path: Path, columns: Columns, account: Account) -> pa.Table:
+def _jsonl(path: Path, options: ReadOptions, account: Account) -> pa.Table:
     def records() -> Iterator[Record]:
         row = 0
         with open_regular(path) as file:
@@ -61,10 +63,10 @@ def _jsonl(path: Path, columns: Columns, account: Account) -> pa.Table:
                     account.drop(str(path), row, problem)
                 row += 1
 
-    return from_records(records(), columns, str(path), f"{path} holds no rows", account)
+    return from_records(records(), options.columns, str(path), f"{path} holds no rows", account)
 
 
-def _parquet(path: Path, columns: Columns, account: Account) -> pa.Table:
+def _parquet(path: Path, options: ReadOptions, account: Account) -> pa.Table:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -73,7 +75,7 @@ def _parquet(path: Path, columns: Columns, account: Account) -> pa.Table:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             embedded = {field.name for field in schema if holds_bytes(field.type)}
-            picked = detect_columns(schema.names, columns, str(path), embedded)
+            picked = detect_columns(schema.names, options.columns, str(path), embedded)
             failures = img2dataset.status_columns(schema.names) if picked["image"] in embedded else []
             whole = file.read(columns=[*{*picked.values(), *failures}])
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
@@ -87,7 +89,7 @@ def _parquet(path: Path, columns: Columns, account: Account) -> pa.Table:
     return without(table, bad, np.arange(len(table)), str(path), account)
 
 
-def _shard(path: Path, columns: Columns, account: Account) -> pa.Table:
+def _shard(path: Path, options: ReadOptions, account: Account) -> pa.Table:
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -95,14 +97,14 @@ def _shard(path: Path, columns: Columns, account: Account) -> pa.Table:
     at, size = (index[name].cast(pa.string()) for name in ("image_offset", "image_size"))
     image = pc.binary_join_element_wise(f"{path.absolute()}#", at, "+", size, "")
     table = pa.table({"image": image, "title": index["title"], "title_neg": index["title_neg"]})
-    return rename_to_roles(table, detect_columns(table.column_names, columns, str(path)))
+    return rename_to_roles(table, detect_columns(table.column_names, options.columns, str(path)))
 
 
-def holds_addresses(path: Path, columns: Columns) -> bool:
+def holds_addresses(path: Path, options: ReadOptions) -> bool:
     """True if the first row of a table names its image by URL; False where it cannot be read."""
     account = Account()
     try:
-        image = read_table(path, columns, account)["image"]
+        image = read_table(path, options, account)["image"]
     except (UserError, OSError):
         return False
     return len(image) > 0 and not holds_bytes(image.type) and ADDRESS.match(str(image[0].as_py())) is not None

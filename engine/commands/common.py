@@ -15,6 +15,7 @@ from data.files import write_mark
 from data.images.decode import ImageSpec, tokenizer_fingerprint
 from data.inputs import AddedSplit
 from data.pairs import Pairs, data_key, open_pairs
+from data.sources.options import ReadOptions, parse_delimiter, parse_encoding, parse_splits, parse_templates
 from data.sources.source import Columns, Rows, load_splits
 from data.sources.split import ORDER, WHOLE, divide_lone_split
 from data.store.feature_split import FeatureSplit
@@ -30,6 +31,10 @@ from engine.ranks.world import World
 from engine.run_folder.folder import open_folder
 from eval.metrics import Retrieval
 from eval.retrieval import measure_split
+
+# Settings that say how --dataset is read; --probe is another dataset.
+READING = ("image_column", "title_column", "negative_column", "split_column", "splits", "template", "image_root",
+           "image_template", "delimiter", "encoding")
 
 
 class Source(NamedTuple):
@@ -57,10 +62,17 @@ def read_rows(cfg: Config, log: Callable[[str], None]) -> Source:
     def download(pattern: str) -> list[Path]:
         return fetch_shards(pattern, cache_folder(cfg) / "shards", fetch_policy(cfg), log)
 
-    columns = Columns(cfg.image_column or None, cfg.title_column or None, cfg.negative_column or None)
     unreadable: list[dict[str, Any]] = []
-    rows = load_splits(cfg.dataset, columns, unreadable.append, download, log)
+    rows = load_splits(cfg.dataset, read_options(cfg), unreadable.append, download, log)
     return Source(rows, unreadable)
+
+
+def read_options(cfg: Config) -> ReadOptions:
+    """Return how --dataset is to be read. Raises UserError."""
+    columns = Columns(cfg.image_column or None, cfg.title_column or None, cfg.negative_column or None,
+                      cfg.split_column or None)
+    return ReadOptions(columns, parse_delimiter(cfg.delimiter), parse_encoding(cfg.encoding), parse_splits(cfg.splits),
+                       cfg.image_root, cfg.image_template, parse_templates(cfg.template))
 
 
 def open_source(cfg: Config, world: World, split: str = "train") -> Source:
@@ -196,8 +208,8 @@ def with_probe(cfg: Config, world: World, model: LoadedModel, pairs: Pairs, sour
 
 def _probe_settings(cfg: Config) -> Config:
     """Return the settings that read --probe as a dataset of its own."""
-    return replace(cfg, dataset=cfg.probe, probe="", eval_splits=(), image_column="", title_column="",
-                   negative_column="", mine_negatives="off")
+    reading = {name: getattr(Config, name) for name in READING}
+    return replace(cfg, dataset=cfg.probe, probe="", eval_splits=(), mine_negatives="off", **reading)
 
 
 def evaluate_splits(residents: Mapping[str, FeatureSplit], head: Head, names: Collection[str],

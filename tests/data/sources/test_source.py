@@ -22,6 +22,7 @@ from data.batch import UserError
 from data.files import write_mark
 from data.ledger import Account
 from data.sources import csv_tables, records
+from data.sources.options import ReadOptions
 from data.sources.source import Columns, Rows, load_splits
 
 OPENSTAX = Path(__file__).resolve().parents[4] / "shared" / "data" / "openstax-titles"
@@ -157,9 +158,9 @@ def test_columns_are_found_in_order_or_named(tmp_path: Path) -> None:
             write(folder / f"{split}.{ending}", both)
         assert pairs(load_splits(str(folder))["train"]) == [(f"{folder}/t.jpg", "t", "n")]
         named = Columns(image="url", title="caption", title_neg="extra")
-        assert pairs(load_splits(str(folder), named)["train"]) == [("http://h/u", "c", "e")]
+        assert pairs(load_splits(str(folder), ReadOptions(named))["train"]) == [("http://h/u", "c", "e")]
         with pytest.raises(UserError, match="'captoin'.*there are url, Thumb.*did you mean 'caption'"):
-            load_splits(str(folder), Columns(title="captoin"))
+            load_splits(str(folder), ReadOptions(Columns(title="captoin")))
 
 
 def test_splits_are_found_under_any_usual_name(tmp_path: Path) -> None:
@@ -190,7 +191,7 @@ def test_image_folders_with_sidecars(tmp_path: Path) -> None:
     assert pairs(splits["train"]) == [(f"{here}/0.JPG", "title, 0", None), (f"{here}/1.JPG", "title, 1", "none"),
                                       (f"{here}/2.JPG", "", None)]
     assert [row[1] for row in pairs(splits["valid"])] == ["title, 0"]
-    captions = load_splits(str(here), Columns(title="caption"))
+    captions = load_splits(str(here), ReadOptions(Columns(title="caption")))
     assert sorted(row[1] for rows in captions.values() for row in pairs(rows)) == ["", "", "12"]
 
 
@@ -230,7 +231,7 @@ def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("train.csv", b'image,title\na.jpg,one\nb.jpg,"two\nc.jpg,three\n', "line 3 opens a quote"),
-    ("train.csv", "image,title\na.jpg,one\n".encode("utf-16"), "line 1 is not UTF-8"),
+    ("train.csv", "image,title\na.jpg,one\n".encode("utf-16")[:-1], "not utf-16-le .*--encoding"),
     ("train.csv", b"image,title,title\na,b,c\n", "'title' is there 2 times"),
     ("train.csv", b"picture,title\na.jpg,one\n", "no image column.*there are picture, title.*--image-column"),
     ("train.csv", b"image,words\na.jpg,one\n", "no title column.*--title-column"),
@@ -442,7 +443,7 @@ def test_a_dataset_repository_runs_no_code(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "evil" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nimport datasets\n")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
     with pytest.raises(UserError, match=r"scripts are no longer supported, but found evil\.py"):
-        _hub(str(tmp_path / "evil"), Columns(), Account(print, print))
+        _hub(str(tmp_path / "evil"), ReadOptions(), Account(print, print))
     assert not (tmp_path / "ran").exists()
 
 

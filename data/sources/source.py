@@ -6,10 +6,10 @@ import glob
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from data.batch import UserError
 from data.files import NotAFile, is_output
@@ -23,12 +23,26 @@ from data.sources.rows import Columns as Columns
 from data.sources.rows import Rows as Rows
 from data.sources.rows import detect_columns, holds_bytes, join_tables, rename_to_roles, to_row_columns
 from data.sources.split import ORDER, WHOLE
+from data.sources.split_names import LONE, divide_by_column, select_groups, without_split_column
 from data.sources.tables import TABLES, TEXT_TABLES, holds_addresses, read_table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test"}
 SPLIT_FILE = re.compile(rf"({'|'.join(SPLITS)})(-.*)?\.(tar|csv|tsv|jsonl|parquet)")
 DETECT = ReadOptions()
 Download = Callable[[str], Sequence[Path]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One table of a dataset, read when its turn comes."""
+
+    label: str  # the file or folder, for the ledger and for errors
+    folders: Sequence[str]  # images lie below these; relative paths start at the first
+    read: Callable[[Account], pa.Table]  # columns under the names of their roles
+    relative: bool = True  # False: image paths without a folder name nothing
 
 
 def _refuse(pattern: str) -> NoReturn:
@@ -149,18 +163,36 @@ def _expand(pattern: str) -> Iterator[Path]:
         yield from map(Path, files)
 
 
-def _local(splits: Mapping[str, Sequence[Path]], options: ReadOptions, account: Account) -> dict[str, Rows]:
-    rows = {}
-    for name, files in splits.items():
-        account.begin(None if name == "all" else name)
-        tables = []
-        for file in files:
-            table = read_table(file, options, account)
-            folder = file if file.is_dir() else file.parent
+def _local(files: Mapping[str, Sequence[Path]], options: ReadOptions, account: Account) -> dict[str, Rows]:
+    groups: dict[str, list[Part]] = {}
+    for name, paths in files.items():
+        for path in paths:
+            folder = path if path.is_dir() else path.parent
             folders = os.path.abspath(folder), os.path.realpath(folder)
-            tables.append(to_row_columns(table, str(file), folders, account))
-        label = files[0] if len(files) == 1 else files[0].parent
-        rows[name] = join_tables(name, tables, str(label), account)
+            groups.setdefault(name, []).append(Part(str(path), folders, partial(read_table, path, options)))
+    return _read(groups, options, account)
+
+
+def _read(groups: Mapping[str, Sequence[Part]], options: ReadOptions, account: Account) -> dict[str, Rows]:
+    """The rows of each split, its parts one after the other; a lone group is divided by its column of splits."""
+    rows: dict[str, Rows] = {}
+    for name, parts in select_groups(groups, options, account).items():
+        account.begin(None if name == LONE else name)
+        tables = [part.read(account) for part in parts]
+        labels = [part.label for part in parts]
+        label = labels[0] if len({*labels}) == 1 else str(Path(labels[0]).parent)
+        if len(groups) > 1 and options.columns.split is None:
+            divided = {name: [*enumerate(without_split_column(name, tables, account))]}
+        else:
+            divided = divide_by_column(name, tables, labels, options, account)
+        for split, placed in divided.items():
+            if len(divided) > 1:
+                account.begin(split)
+            ready = []
+            for place, table in placed:
+                part = parts[place]
+                ready.append(to_row_columns(table, part.label, part.folders, account, part.relative))
+            rows[split] = join_tables(split, ready, label, account)
     return rows
 
 
@@ -187,21 +219,21 @@ def _hub(name: str, options: ReadOptions, account: Account) -> dict[str, Rows]:
         raise UserError(_hub_advice(name, error)) from error
     cached = os.path.join(HF_HUB_CACHE, "datasets--" + repository.replace("/", "--"))
     folders = cached, str(datasets.config.DOWNLOADED_DATASETS_PATH)  # where image folders and archives come to lie
-    splits: dict[str, Rows] = {}
-    for hub_split in files if as_text else prepared:
-        label = f"{name}, split {hub_split}"
-        split = SPLITS.get(str(hub_split).lower(), str(hub_split))
-        split = str(hub_split) if split in splits else split
-        account.begin(split)
+
+    def read_prepared(split: str, label: str, account: Account) -> pa.Table:
+        table = prepared[split].data.table  # mapped from disk; taken from here, images are never decoded
+        embedded = {field.name for field in table.schema if holds_bytes(field.type)}
+        return rename_to_roles(table, detect_columns(table.column_names, options.columns, label, embedded))
+
+    groups: dict[str, list[Part]] = {}
+    for split in map(str, files if as_text else prepared):
+        label = f"{name}, split {split}"
         if as_text:
-            tables = [read(Path(file), options, account) for file in files[hub_split]]
+            reads = [partial(read, Path(file), options) for file in files[split]]
         else:
-            table = prepared[hub_split].data.table  # mapped from disk; taken from here, images are never decoded
-            embedded = {field.name for field in table.schema if holds_bytes(field.type)}
-            tables = [rename_to_roles(table, detect_columns(table.column_names, options.columns, label, embedded))]
-        tables = [to_row_columns(table, label, folders, account, relative=False) for table in tables]
-        splits[split] = join_tables(split, tables, label, account)
-    return splits
+            reads = [partial(read_prepared, split, label)]
+        groups[split] = [Part(label, folders, each, relative=False) for each in reads]
+    return _read(groups, options, account)
 
 
 def _hub_advice(name: str, error: Exception) -> str:

@@ -93,9 +93,16 @@ def open_source(cfg: Config, world: World, split: str = "train") -> Source:
 
 
 def require_split(cfg: Config, split: str, names: Collection[str]) -> None:
-    """Raises UserError where `split` is not among the names."""
-    if split not in names:
-        raise UserError(f"--dataset {cfg.dataset} has no split {split!r}; it has {', '.join(names)}")
+    """Raises UserError where `split` is not among the names, with the flag that would name one."""
+    if split in names:
+        return
+    lone = [*names][0] if len(names) == 1 else ""
+    there = f"--dataset {cfg.dataset} has no split {split!r}; it has {', '.join(names)}"
+    if split == WHOLE:
+        fix = (f"--splits train={lone} trains on it, divided in three by --seed" if lone else
+               "--splits train=NAME,test=NAME says which to use")
+        raise UserError(f"{there}; {fix}")
+    raise UserError(f"{there}; --split {lone} takes it" if lone else there)
 
 
 def divide_source(cfg: Config, world: World, rows: Mapping[str, Rows], reader: Reader, encoders: Encoders | None = None,

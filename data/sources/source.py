@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from data.batch import UserError
 from data.files import NotAFile, is_output
@@ -17,12 +17,17 @@ from data.ledger import Account, Ledger, discard
 from data.shards.index import expand_braces
 from data.sources import img2dataset
 from data.sources.csv_tables import read_csv
+from data.sources.embedded import EmbeddedPictures
 from data.sources.pictures import holds_titled_pictures
 from data.sources.rows import Columns as Columns
 from data.sources.rows import Rows as Rows
 from data.sources.rows import detect_columns, holds_bytes, join_tables, rename_to_roles, to_row_columns
 from data.sources.split import ORDER, WHOLE
 from data.sources.tables import TABLES, TEXT_TABLES, holds_addresses, read_table
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
 
 SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test"}
 SPLIT_FILE = re.compile(rf"({'|'.join(SPLITS)})(-.*)?\.(tar|csv|tsv|jsonl|parquet)")
@@ -35,7 +40,8 @@ def _refuse(pattern: str) -> NoReturn:
 
 
 def load_splits(dataset: str, columns: Columns = DETECT, ledger: Ledger = discard,
-                download: Download = _refuse, log: Callable[[str], None] = discard) -> dict[str, Rows]:
+                download: Download = _refuse, log: Callable[[str], None] = discard,
+                embedded: Path | None = None) -> dict[str, Rows]:
     """Read a dataset's splits: `train`, `valid`, `test` in this order, then others under the names they have.
 
     `dataset`: a folder with {train,valid,test} as .csv .tsv .jsonl .parquet, as -*.tar shards or as folders; a folder
@@ -43,9 +49,10 @@ def load_splits(dataset: str, columns: Columns = DETECT, ledger: Ledger = discar
     also as an address, whose files `download` brings; or a hub name OWNER/NAME, with several configurations
     OWNER/NAME:CONFIGURATION. A lone split, unless it is called valid or test, is called train: `divide_lone_split`
     makes it three. `ledger` gets an entry for each row that cannot be read (see data/ledger.py); every other row is
-    kept, also without image or title. `log` gets a line for what was not used or was changed. Raises UserError.
+    kept, also without image or title. `log` gets a line for what was not used or was changed. Pictures that a Parquet
+    file holds are copied to the folder `embedded` (see data/sources/embedded.py). Raises UserError.
     """
-    account = Account(ledger, log)
+    account, pictures = Account(ledger, log), EmbeddedPictures(embedded, log)
     path = Path(dataset).expanduser()
     try:
         if "://" in dataset:
@@ -62,7 +69,10 @@ def load_splits(dataset: str, columns: Columns = DETECT, ledger: Ledger = discar
             files = None
         else:
             raise UserError(f"{dataset}: there is no such file or folder, and a hub dataset's name is OWNER/NAME")
-        splits = _hub(dataset, columns, account) if files is None else _local(files, columns, account)
+        if files is None:
+            splits = _hub(dataset, columns, account, pictures)
+        else:
+            splits = _local(files, columns, account, pictures)
     except OSError as error:
         raise UserError(f"{error.filename or dataset}: {error.strerror or error}") from error
     account.close(dataset)
@@ -148,22 +158,23 @@ def _expand(pattern: str) -> Iterator[Path]:
         yield from map(Path, files)
 
 
-def _local(splits: Mapping[str, Sequence[Path]], columns: Columns, account: Account) -> dict[str, Rows]:
+def _local(splits: Mapping[str, Sequence[Path]], columns: Columns, account: Account,
+           embedded: EmbeddedPictures) -> dict[str, Rows]:
     rows = {}
     for name, files in splits.items():
         account.begin(None if name == "all" else name)
         tables = []
         for file in files:
-            table = read_table(file, columns, account)
+            table = read_table(file, columns, account, embedded)
             folder = file if file.is_dir() else file.parent
             folders = os.path.abspath(folder), os.path.realpath(folder)
-            tables.append(to_row_columns(table, str(file), folders, account))
+            tables.append(to_row_columns(table, str(file), folders, account, embedded))
         label = files[0] if len(files) == 1 else files[0].parent
         rows[name] = join_tables(name, tables, str(label), account)
     return rows
 
 
-def _hub(name: str, columns: Columns, account: Account) -> dict[str, Rows]:
+def _hub(name: str, columns: Columns, account: Account, embedded: EmbeddedPictures) -> dict[str, Rows]:
     """The splits of a hub dataset, images as uploaded. CSV and JSONL are read here: the library guesses their types."""
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -176,7 +187,7 @@ def _hub(name: str, columns: Columns, account: Account) -> dict[str, Rows]:
         suffixes = {Path(file).suffix for paths in files.values() for file in paths}
         as_text = bool(files) and suffixes <= TEXT_TABLES
         separator = getattr(builder.config, "sep", None)
-        read = partial(read_csv, delimiter=separator) if separator else read_table
+        read = partial(read_csv, delimiter=separator) if separator else partial(read_table, embedded=embedded)
         if as_text:
             files = datasets.DownloadManager().download(files)
         else:
@@ -195,12 +206,23 @@ def _hub(name: str, columns: Columns, account: Account) -> dict[str, Rows]:
         if as_text:
             tables = [read(Path(file), columns, account) for file in files[hub_split]]
         else:
-            table = prepared[hub_split].data.table  # mapped from disk; taken from here, images are never decoded
-            embedded = {field.name for field in table.schema if holds_bytes(field.type)}
-            tables = [rename_to_roles(table, detect_columns(table.column_names, columns, label, embedded))]
-        tables = [to_row_columns(table, label, folders, account, relative=False) for table in tables]
+            table = mapped_table(prepared[hub_split], embedded)
+            with_bytes = {field.name for field in table.schema if holds_bytes(field.type)}
+            tables = [rename_to_roles(table, detect_columns(table.column_names, columns, label, with_bytes))]
+        tables = [to_row_columns(table, label, folders, account, embedded, relative=False) for table in tables]
         splits[split] = join_tables(split, tables, label, account)
     return splits
+
+
+def mapped_table(dataset: datasets.Dataset, embedded: EmbeddedPictures) -> pa.Table:
+    """The rows of a `datasets.Dataset` as Arrow, its cache files mapped where it is made of them; images undecoded."""
+    import pyarrow as pa
+
+    if dataset._indices is None and dataset.cache_files:  # neither shuffled nor filtered, and not made in memory
+        table = pa.concat_tables([embedded.open(Path(file["filename"])) for file in dataset.cache_files])
+        if len(table) == len(dataset):
+            return table
+    return dataset.with_format("arrow")[:]
 
 
 def _hub_advice(name: str, error: Exception) -> str:

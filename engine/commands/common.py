@@ -59,7 +59,7 @@ def read_rows(cfg: Config, log: Callable[[str], None]) -> Source:
 
     columns = Columns(cfg.image_column or None, cfg.title_column or None, cfg.negative_column or None)
     unreadable: list[dict[str, Any]] = []
-    rows = load_splits(cfg.dataset, columns, unreadable.append, download, log)
+    rows = load_splits(cfg.dataset, columns, unreadable.append, download, log, cache_folder(cfg) / "embedded")
     return Source(rows, unreadable)
 
 

@@ -113,7 +113,7 @@ def _decode_images(catalogue: Catalogue, images: FeatureStore | None, pipeline: 
     own = np.arange(*share(len(catalogue.references), team.rank, team.size))
     if images is None:
         return team.exchange(encode_missing_images(catalogue, reader, own.tolist(), None, encode, log))
-    stats = StatCache(pipeline.cache / "seen", catalogue.references.path.to_pylist(), reader.folder)
+    stats = StatCache(pipeline.cache / "seen", catalogue.references.to_pylist(), reader.folder)
     is_known = stats.known[own] & (images.locate(stats.keys[own]) >= 0)
     results = encode_missing_images(catalogue, reader, own[~is_known].tolist(), images, encode, log)
     for reference in own[is_known].tolist():

@@ -22,6 +22,7 @@ from data.check.similar import LOOK, first_similar, picture_signature
 from data.cold import Reader, decode_distinct, is_url
 from data.identity import distinct
 from data.ledger import dropped_rows
+from data.sources.embedded import shown_name
 from data.sources.rows import Rows
 from data.store.segments import KEY
 from data.text import printable
@@ -153,7 +154,7 @@ def _texts(inputs: Catalogue, name: str, flaw_P: np.ndarray, title_P: np.ndarray
 
 
 def _path(inputs: Catalogue, name: str, row: int) -> str:
-    path = inputs.references[inputs.image_N[name][row]]["path"].as_py() or ""
+    path = shown_name(inputs.references[inputs.image_N[name][row]].as_py())
     return printable(path if is_url(path) else "/".join(path.split("/")[-2:]))
 
 

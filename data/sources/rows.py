@@ -18,7 +18,7 @@ import numpy as np
 
 from data.batch import BadSample, UserError
 from data.ledger import Account
-from data.store.segments import key_of
+from data.sources.embedded import EmbeddedPictures, shown_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,6 +32,8 @@ KNOWN = {  # role -> column names that mean it; the first there is wins
 }
 OPTIONAL = ("title_neg", "split")  # roles that a dataset may lack
 ROW = "row"  # a column beside those of the roles: the row's number in its file, where some are left out already
+LABEL = "label"  # another one: the name of the row's class, where titles are made of it
+BESIDE = (ROW, "split", LABEL)  # columns that readers may give beside image, title and title_neg
 FLAGS = {"image": "--image-column", "title": "--title-column", "title_neg": "--negative-column",
          "split": "--split-column"}
 
@@ -48,10 +50,10 @@ class Columns:
 
 @dataclass(frozen=True)
 class Rows:
-    """One split, columnar. A row whose image has neither bytes nor path has no image; the title "" is no title."""
+    """One split, columnar. The image "" is no image, the title "" no title."""
 
     name: str
-    image: pa.ChunkedArray  # struct<bytes: large_binary, path: string>; path: absolute, http(s) URL or TAR#OFFSET+SIZE
+    image: pa.ChunkedArray  # string, no nulls: an absolute path, http(s) URL, or FILE#OFFSET+SIZE
     title: pa.ChunkedArray  # string, no nulls
     title_neg: pa.ChunkedArray | None  # string, null where a row has no negative; None without such a column
 
@@ -65,17 +67,15 @@ class Rows:
 
     def fingerprint(self) -> str:
         """A digest of all values in order, however chunked: one pass over the columns, no file is opened."""
-        import pyarrow.compute as pc
-
-        columns = pc.struct_field(self.image, "bytes"), pc.struct_field(self.image, "path"), self.title, self.title_neg
+        columns = self.image, self.title, self.title_neg
         digests = b"".join(b"none" if column is None else _digest(column) for column in columns)
         return hashlib.blake2b(digests, digest_size=16).hexdigest()
 
 
-def detect_columns(names: list[str], columns: Columns, label: str, embedded: Collection[str] = ()) -> dict[str, str]:
+def detect_columns(names: list[str], columns: Columns, label: str, with_bytes: Collection[str] = ()) -> dict[str, str]:
     """Role -> the column that plays it: the user's, else the first known name. Raises UserError naming the columns.
 
-    Of the known image columns those that hold pictures (`embedded`) come before those that hold paths or addresses.
+    Of the known image columns those that hold pictures (`with_bytes`) come before those that hold paths or addresses.
     """
     shown = [" ".join(name[:100].split()) for name in names[:20]]
     existing = f"there are {', '.join(shown) or 'none'}"
@@ -88,7 +88,7 @@ def detect_columns(names: list[str], columns: Columns, label: str, embedded: Col
             raise UserError(f"{label}: no column {named!r} for {FLAGS[role]}; {existing}"
                             + (f"; did you mean {close[0]!r}?" if close else ""))
         usual = [spelled[name] for name in known if name in spelled]
-        usual.sort(key=lambda name: role != "image" or name not in embedded)  # stable
+        usual.sort(key=lambda name: role != "image" or name not in with_bytes)  # stable
         column = named or next(iter(usual), None)
         if column is not None:
             picked[role] = column
@@ -106,7 +106,7 @@ def rename_to_roles(table: pa.Table, picked: Mapping[str, str]) -> pa.Table:
     return table.select([*picked.values()]).rename_columns([*picked])
 
 
-def to_row_columns(table: pa.Table, label: str, folders: Sequence[str], account: Account,
+def to_row_columns(table: pa.Table, label: str, folders: Sequence[str], account: Account, embedded: EmbeddedPictures,
                    relative: bool = True) -> pa.Table:
     """The columns of `rename_to_roles` as `Rows` has them; files only from `folders`, paths relative to the first.
 
@@ -116,7 +116,6 @@ def to_row_columns(table: pa.Table, label: str, folders: Sequence[str], account:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    kind = pa.struct({"bytes": pa.large_binary(), "path": pa.string()})
     problems: dict[int, BadSample] = {}  # by place in the table
     images, start = [], 0
     for chunk in table["image"].chunks:
@@ -124,15 +123,16 @@ def to_row_columns(table: pa.Table, label: str, folders: Sequence[str], account:
         path = pc.utf8_trim_whitespace(path)
         path = pc.if_else(pc.or_(pc.is_valid(data), pc.equal(path, "")), pa.scalar(None, pa.string()), path)
         path = _inside(_with_scheme(path, label, account), start, folders, relative, problems)
-        images.append(pa.StructArray.from_arrays([data, path], fields=[*kind]))
+        images.append(pc.coalesce(embedded.references(data, label), path, ""))
         start += len(chunk)
     title = _texts(table["title"], label, "title", problems)
-    columns = {"image": pa.chunked_array(images, kind), "title": pc.fill_null(title, "")}
+    columns = {"image": pa.chunked_array(images, pa.string()), "title": pc.fill_null(title, "")}
     if not _is_text(table["title"].type):
         account.note(f"{label}: the title column holds {table['title'].type}; its values are used as text")
     if "title_neg" in table.column_names:
         negative = _texts(table["title_neg"], label, "title_neg", problems)
         columns["title_neg"] = pc.if_else(pc.equal(negative, ""), pa.scalar(None, pa.string()), negative)
+    columns |= {name: table[name] for name in BESIDE if name in table.column_names}
     numbers = table[ROW].to_numpy() if ROW in table.column_names else np.arange(len(table))
     return without(pa.table(columns), problems, numbers, label, account)
 
@@ -146,7 +146,9 @@ def without(table: pa.Table, problems: Mapping[int, BadSample], numbers: np.ndar
         return table
     for place in sorted(problems):
         image, title = table["image"][place].as_py(), table["title"][place].as_py()
-        account.drop(label, int(numbers[place]), problems[place], image["path"] if isinstance(image, dict) else None,
+        image = image.get("path") if isinstance(image, dict) else image
+        account.drop(label, int(numbers[place]), problems[place],
+                     shown_name(image) or None if isinstance(image, str) else None,
                      title if isinstance(title, str) else None)
     keep = np.ones(len(table), bool)
     keep[[*problems]] = False
@@ -155,7 +157,7 @@ def without(table: pa.Table, problems: Mapping[int, BadSample], numbers: np.ndar
 
 def _bytes_and_path(chunk: pa.Array, label: str, start: int,
                     problems: dict[int, BadSample]) -> tuple[pa.Array, pa.Array]:
-    """Images of any kind as large_binary and string, null where an image is not of that kind."""
+    """Images of any kind as bytes and string, null where an image is not of that kind."""
     import pyarrow as pa
 
     kind = chunk.type
@@ -167,10 +169,8 @@ def _bytes_and_path(chunk: pa.Array, label: str, start: int,
         data = chunk
     else:
         path = chunk
-    try:
-        data = data.cast(pa.large_binary())
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
-        raise _unfit(label, "image", data.type) from None
+    if not holds_bytes(data.type) and not pa.types.is_null(data.type):
+        raise _unfit(label, "image", data.type)
     return data, _text_chunk(path, label, "image", start, problems)
 
 
@@ -312,18 +312,3 @@ def _digest(column: pa.ChunkedArray) -> bytes:
         first, last = np.frombuffer(ends, np.int64)[[chunk.offset, chunk.offset + len(chunk)]]
         content.update(memoryview(data or b"")[first:last])
     return lengths.digest() + content.digest()
-
-
-def image_names(images: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Strings that are equal for equal image references: the path, the digest of embedded bytes, "" for none."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    names = []
-    for chunk in images.chunks:
-        data, path = chunk.field("bytes"), chunk.field("path")
-        if data.null_count < len(data):
-            digests = [key_of(value.as_buffer()).hex() if value.is_valid else None for value in data]
-            path = pc.coalesce(pa.array(digests, pa.string()), path)
-        names.append(pc.fill_null(path, ""))
-    return pa.chunked_array(names, pa.string())

@@ -17,6 +17,7 @@ from data.ledger import Account, Ledger, discard
 from data.shards.index import expand_braces
 from data.sources import img2dataset
 from data.sources.csv_tables import read_csv
+from data.sources.embedded import EmbeddedPictures
 from data.sources.options import ReadOptions as ReadOptions
 from data.sources.pictures import holds_titled_pictures
 from data.sources.rows import Columns as Columns
@@ -27,6 +28,7 @@ from data.sources.split_names import LONE, divide_by_column, select_groups, with
 from data.sources.tables import TABLES, TEXT_TABLES, holds_addresses, read_table
 
 if TYPE_CHECKING:
+    import datasets
     import pyarrow as pa
 
 SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test"}
@@ -50,7 +52,8 @@ def _refuse(pattern: str) -> NoReturn:
 
 
 def load_splits(dataset: str, options: ReadOptions = DETECT, ledger: Ledger = discard,
-                download: Download = _refuse, log: Callable[[str], None] = discard) -> dict[str, Rows]:
+                download: Download = _refuse, log: Callable[[str], None] = discard,
+                embedded: Path | None = None) -> dict[str, Rows]:
     """Read a dataset's splits: `train`, `valid`, `test` in this order, then others under the names they have.
 
     `dataset`: a folder with {train,valid,test} as .csv .tsv .jsonl .parquet, as -*.tar shards or as folders; a folder
@@ -58,9 +61,10 @@ def load_splits(dataset: str, options: ReadOptions = DETECT, ledger: Ledger = di
     also as an address, whose files `download` brings; or a hub name OWNER/NAME, with several configurations
     OWNER/NAME:CONFIGURATION. A lone split, unless it is called valid or test, is called train: `divide_lone_split`
     makes it three. `ledger` gets an entry for each row that cannot be read (see data/ledger.py); every other row is
-    kept, also without image or title. `log` gets a line for what was not used or was changed. Raises UserError.
+    kept, also without image or title. `log` gets a line for what was not used or was changed. Pictures that a Parquet
+    file holds are copied to the folder `embedded` (see data/sources/embedded.py). Raises UserError.
     """
-    account = Account(ledger, log)
+    account, pictures = Account(ledger, log), EmbeddedPictures(embedded, log)
     path = Path(dataset).expanduser()
     try:
         if "://" in dataset:
@@ -77,7 +81,8 @@ def load_splits(dataset: str, options: ReadOptions = DETECT, ledger: Ledger = di
             files = None
         else:
             raise UserError(f"{dataset}: there is no such file or folder, and a hub dataset's name is OWNER/NAME")
-        splits = _hub(dataset, options, account) if files is None else _local(files, options, account)
+        groups = _hub(dataset, options, pictures) if files is None else _local(files, options, pictures)
+        splits = _read(groups, options, account, pictures)
     except OSError as error:
         raise UserError(f"{error.filename or dataset}: {error.strerror or error}") from error
     account.close(dataset)
@@ -163,40 +168,40 @@ def _expand(pattern: str) -> Iterator[Path]:
         yield from map(Path, files)
 
 
-def _local(files: Mapping[str, Sequence[Path]], options: ReadOptions, account: Account) -> dict[str, Rows]:
+def _local(files: Mapping[str, Sequence[Path]], options: ReadOptions,
+           embedded: EmbeddedPictures) -> dict[str, list[Part]]:
     groups: dict[str, list[Part]] = {}
     for name, paths in files.items():
         for path in paths:
             folder = path if path.is_dir() else path.parent
             folders = os.path.abspath(folder), os.path.realpath(folder)
-            groups.setdefault(name, []).append(Part(str(path), folders, partial(read_table, path, options)))
-    return _read(groups, options, account)
+            read = partial(read_table, path, options, embedded=embedded)
+            groups.setdefault(name, []).append(Part(str(path), folders, read))
+    return groups
 
 
-def _read(groups: Mapping[str, Sequence[Part]], options: ReadOptions, account: Account) -> dict[str, Rows]:
+def _read(groups: Mapping[str, Sequence[Part]], options: ReadOptions, account: Account,
+          embedded: EmbeddedPictures) -> dict[str, Rows]:
     """The rows of each split, its parts one after the other; a lone group is divided by its column of splits."""
     rows: dict[str, Rows] = {}
     for name, parts in select_groups(groups, options, account).items():
         account.begin(None if name == LONE else name)
-        tables = [part.read(account) for part in parts]
+        tables = []
+        for part in parts:
+            tables.append(to_row_columns(part.read(account), part.label, part.folders, account, embedded,
+                                         part.relative))
         labels = [part.label for part in parts]
-        label = labels[0] if len({*labels}) == 1 else str(Path(labels[0]).parent)
         if len(groups) > 1 and options.columns.split is None:
-            divided = {name: [*enumerate(without_split_column(name, tables, account))]}
+            divided = {name: without_split_column(name, tables, account)}
         else:
             divided = divide_by_column(name, tables, labels, options, account)
-        for split, placed in divided.items():
-            if len(divided) > 1:
-                account.begin(split)
-            ready = []
-            for place, table in placed:
-                part = parts[place]
-                ready.append(to_row_columns(table, part.label, part.folders, account, part.relative))
-            rows[split] = join_tables(split, ready, label, account)
+        label = labels[0] if len({*labels}) == 1 else str(Path(labels[0]).parent)
+        for split, each in divided.items():
+            rows[split] = join_tables(split, each, label, account)
     return rows
 
 
-def _hub(name: str, options: ReadOptions, account: Account) -> dict[str, Rows]:
+def _hub(name: str, options: ReadOptions, embedded: EmbeddedPictures) -> dict[str, list[Part]]:
     """The splits of a hub dataset, images as uploaded. CSV and JSONL are read here: the library guesses their types."""
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -209,7 +214,7 @@ def _hub(name: str, options: ReadOptions, account: Account) -> dict[str, Rows]:
         suffixes = {Path(file).suffix for paths in files.values() for file in paths}
         as_text = bool(files) and suffixes <= TEXT_TABLES
         separator = getattr(builder.config, "sep", None)
-        read = partial(read_csv, delimiter=separator) if separator else read_table
+        read = partial(read_csv, delimiter=separator) if separator else partial(read_table, embedded=embedded)
         if as_text:
             files = datasets.DownloadManager().download(files)
         else:
@@ -221,9 +226,9 @@ def _hub(name: str, options: ReadOptions, account: Account) -> dict[str, Rows]:
     folders = cached, str(datasets.config.DOWNLOADED_DATASETS_PATH)  # where image folders and archives come to lie
 
     def read_prepared(split: str, label: str, account: Account) -> pa.Table:
-        table = prepared[split].data.table  # mapped from disk; taken from here, images are never decoded
-        embedded = {field.name for field in table.schema if holds_bytes(field.type)}
-        return rename_to_roles(table, detect_columns(table.column_names, options.columns, label, embedded))
+        table = mapped_table(prepared[split], embedded)
+        with_bytes = {field.name for field in table.schema if holds_bytes(field.type)}
+        return rename_to_roles(table, detect_columns(table.column_names, options.columns, label, with_bytes))
 
     groups: dict[str, list[Part]] = {}
     for split in map(str, files if as_text else prepared):
@@ -233,7 +238,18 @@ def _hub(name: str, options: ReadOptions, account: Account) -> dict[str, Rows]:
         else:
             reads = [partial(read_prepared, split, label)]
         groups[split] = [Part(label, folders, each, relative=False) for each in reads]
-    return _read(groups, options, account)
+    return groups
+
+
+def mapped_table(dataset: datasets.Dataset, embedded: EmbeddedPictures) -> pa.Table:
+    """The rows of a `datasets.Dataset` as Arrow, its cache files mapped where it is made of them; images undecoded."""
+    import pyarrow as pa
+
+    if dataset._indices is None and dataset.cache_files:  # neither shuffled nor filtered, and not made in memory
+        table = pa.concat_tables([embedded.open(Path(file["filename"])) for file in dataset.cache_files])
+        if len(table) == len(dataset):
+            return table
+    return dataset.with_format("arrow")[:]
 
 
 def _hub_advice(name: str, error: Exception) -> str:

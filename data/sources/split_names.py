@@ -63,10 +63,10 @@ def without_split_column(name: str, tables: Sequence[pa.Table], account: Account
 
 
 def divide_by_column(name: str, tables: Sequence[pa.Table], labels: Sequence[str], options: ReadOptions,
-                     account: Account) -> dict[str, list[tuple[int, pa.Table]]]:
-    """Return the tables of the split `name`, with their places, by the split that their rows say.
+                     account: Account) -> dict[str, list[pa.Table]]:
+    """Return the tables of the split `name` by the split that their rows say.
 
-    Where they say none, `name` itself, as --splits has it. Rows that name no split are dropped. `labels` name the
+    Where they say none, by `name` itself, as --splits has it. Rows that name no split are dropped. `labels` name the
     tables. Raises UserError for names of --splits that are not there.
     """
     import pyarrow as pa
@@ -79,21 +79,16 @@ def divide_by_column(name: str, tables: Sequence[pa.Table], labels: Sequence[str
     blank = counts.pop("", 0)
     if not _says_splits(counts, options, labels, account):
         renamed = _ours([name], options).get(name, name) if options.splits else name
-        return {renamed: [(place, _without_column(table)) for place, table in enumerate(tables)]}
+        return {renamed: [_without_column(table) for table in tables]}
     ours = _ours(list(counts), options)
-    divided: dict[str, list[tuple[int, pa.Table]]] = {}
-    for place, (table, value_N) in enumerate(zip(tables, values, strict=True)):
+    divided: dict[str, list[pa.Table]] = {}
+    for label, table, value_N in zip(labels, tables, values, strict=True):
         number_N = table[ROW].to_numpy() if ROW in table.column_names else np.arange(len(table))
         problems = {int(row): BadSample("no-split", "the row names no split") for row in np.flatnonzero(value_N == "")}
-        without(table, problems, number_N, labels[place], account)
-        table = _without_column(table)
-        if ROW not in table.column_names:
-            table = table.append_column(ROW, pa.array(number_N))
+        without(table, problems, number_N, label, account)
         our_N = np.array([ours.get(str(value), "") for value in value_N], object)
         for split in dict.fromkeys(ours.values()):
-            rows = np.flatnonzero(our_N == split)
-            if len(rows):
-                divided.setdefault(split, []).append((place, table.take(pa.array(rows))))
+            divided.setdefault(split, []).append(_without_column(table).filter(pa.array(our_N == split)))
     account.note(_describe(labels[0], counts, blank, ours))
     return divided
 

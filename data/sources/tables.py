@@ -20,6 +20,7 @@ from data.ledger import Account
 from data.shards.index import read_index
 from data.sources import img2dataset
 from data.sources.csv_tables import read_csv
+from data.sources.embedded import EmbeddedPictures
 from data.sources.options import ReadOptions
 from data.sources.pictures import PICTURES, pictures
 from data.sources.records import Record, from_records, parse_json_object
@@ -33,7 +34,7 @@ TEXT_TABLES = frozenset((".csv", ".tsv", ".jsonl"))
 TABLES = TEXT_TABLES | {".parquet"}
 
 
-def read_table(path: Path, options: ReadOptions, account: Account) -> pa.Table:
+def read_table(path: Path, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
     """A file by its ending, or the images of a folder. Raises UserError."""
     if path.is_dir():
         message_if_empty = (f"{path}: found neither tables ({' '.join(sorted(TABLES))}), nor shards (.tar), nor train/ "
@@ -43,7 +44,7 @@ def read_table(path: Path, options: ReadOptions, account: Account) -> pa.Table:
     readers: dict[str, Callable[[Path, ReadOptions, Account], pa.Table]] = {
         ".csv": partial(read_csv, delimiter=","), ".tsv": partial(read_csv, delimiter="\t"),
         ".txt": partial(read_csv, delimiter=","), ".jsonl": _jsonl,
-        ".parquet": _parquet, ".tar": _shard}
+        ".parquet": partial(_parquet, embedded=embedded), ".tar": _shard}
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: not a known kind of dataset; known are {' '.join(readers)} and folders")
     return readers[path.suffix.lower()](path, options, account)
@@ -66,7 +67,7 @@ def _jsonl(path: Path, options: ReadOptions, account: Account) -> pa.Table:
     return from_records(records(), options.columns, str(path), f"{path} holds no rows", account)
 
 
-def _parquet(path: Path, options: ReadOptions, account: Account) -> pa.Table:
+def _parquet(path: Path, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -74,10 +75,14 @@ def _parquet(path: Path, options: ReadOptions, account: Account) -> pa.Table:
     try:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            embedded = {field.name for field in schema if holds_bytes(field.type)}
-            picked = detect_columns(schema.names, options.columns, str(path), embedded)
-            failures = img2dataset.status_columns(schema.names) if picked["image"] in embedded else []
-            whole = file.read(columns=[*{*picked.values(), *failures}])
+            with_bytes = {field.name for field in schema if holds_bytes(field.type)}
+            picked = detect_columns(schema.names, options.columns, str(path), with_bytes)
+            is_embedded = picked["image"] in with_bytes
+            failures = img2dataset.status_columns(schema.names) if is_embedded else []
+            used = {*picked.values(), *failures} - ({picked["image"]} if is_embedded else set())
+            whole = file.read(columns=[*used])
+        if is_embedded:
+            whole = whole.append_column(picked["image"], embedded.of_parquet(path, picked["image"]))
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         text = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: not a Parquet file that can be read ({text})") from error
@@ -104,7 +109,7 @@ def holds_addresses(path: Path, options: ReadOptions) -> bool:
     """True if the first row of a table names its image by URL; False where it cannot be read."""
     account = Account()
     try:
-        image = read_table(path, options, account)["image"]
+        image = read_table(path, options, account, EmbeddedPictures())["image"]
     except (UserError, OSError):
         return False
     return len(image) > 0 and not holds_bytes(image.type) and ADDRESS.match(str(image[0].as_py())) is not None

@@ -63,7 +63,8 @@ def read_rows(cfg: Config, log: Callable[[str], None]) -> Source:
         return fetch_shards(pattern, cache_folder(cfg) / "shards", fetch_policy(cfg), log)
 
     unreadable: list[dict[str, Any]] = []
-    rows = load_splits(cfg.dataset, read_options(cfg), unreadable.append, download, log)
+    rows = load_splits(cfg.dataset, read_options(cfg), unreadable.append, download, log,
+                       cache_folder(cfg) / "embedded")
     return Source(rows, unreadable)
 
 

@@ -203,8 +203,10 @@ def check_bad_share(rows: int, ledger: Sequence[Mapping[str, Any]], max_bad: flo
     """Raise UserError, with the reasons, when more than a share `max_bad` of all rows is in the ledger."""
     dropped = dropped_rows(ledger)
     if dropped > max_bad * rows:
-        raise UserError(f"{dropped:,} of {rows:,} rows cannot be used ({describe_reasons(ledger)}); mend them or raise "
-                        f"--max-bad (now {100 * max_bad:.3g}%)")
+        missing = any(entry["reason"] == "missing-file" for entry in ledger)
+        folder = ", name their folder with --image-root" if missing else ""
+        raise UserError(f"{dropped:,} of {rows:,} rows cannot be used ({describe_reasons(ledger)}); mend them{folder} "
+                        f"or raise --max-bad (now {100 * max_bad:.3g}%)")
 
 
 def describe_reasons(ledger: Sequence[Mapping[str, Any]]) -> str:

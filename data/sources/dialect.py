@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from data.files import open_regular
 from data.sources.options import ReadOptions, resolve_positions
-from data.sources.pictures import PICTURES
+from data.sources.paths import ENDINGS
 from data.sources.rows import FLAGS, KNOWN
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ SAMPLE_ROWS = 20
 SEPARATORS = (",", ";", "\t", "|")
 WRONG = 20  # lines that are no UTF-8 for each that is, from which on a file is taken for cp1252
 UTF8 = ("utf-8", "utf-8-sig")
-ENDINGS = "|".join(map(re.escape, sorted(PICTURES)))
 ADDRESS = re.compile(rf"\s*(https?://\S+|file://\S+|.*({ENDINGS})(#\d+)?)\s*", re.IGNORECASE)
 EXCEL_LINE = re.compile(r"sep=(.)\s*", re.IGNORECASE)  # Excel's first line, which names the separator
 

@@ -12,9 +12,9 @@ from data.batch import BadSample
 from data.files import NotAFile, is_output, open_regular
 from data.ledger import Account
 from data.shards.samples import MAX_TEXT
+from data.sources.paths import PICTURES as PICTURES
 from data.sources.records import Record, parse_json_object
 
-PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 SIDECARS = frozenset((".txt", ".json"))
 OTHER_DATA = frozenset((".csv", ".tsv", ".jsonl", ".parquet", ".tar"))
 

@@ -1,15 +1,14 @@
 """One split as columns: finding the columns by role, checking their values, taking and fingerprinting rows.
 
-What a dataset says is not trusted: a row may name a file below the dataset's own folder, a URL or a member of a shard,
-and nothing else on this machine. A row that cannot be used is left out and reported to the `Account`. Nothing here
-opens an image.
+What a dataset says is not trusted: unless the user named a table on this machine, a row may name a file below the
+dataset's own folder, a URL or a member of a shard, and nothing else here (see paths.py). A row that cannot be used is
+left out and reported to the `Account`. Nothing here opens an image.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ import numpy as np
 from data.batch import BadSample, UserError
 from data.ledger import Account
 from data.sources.embedded import EmbeddedPictures, shown_name
+from data.sources.paths import Places, absolute_paths
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,7 +33,7 @@ KNOWN = {  # role -> column names that mean it; the first there is wins
 OPTIONAL = ("title_neg", "split")  # roles that a dataset may lack
 ROW = "row"  # a column beside those of the roles: the row's number in its file, where some are left out already
 LABEL = "label"  # another one: the name of the row's class, where titles are made of it
-BESIDE = (ROW, "split", LABEL)  # columns that readers may give beside image, title and title_neg
+BESIDE = ("split", LABEL)  # columns that readers may give beside image, title and title_neg
 FLAGS = {"image": "--image-column", "title": "--title-column", "title_neg": "--negative-column",
          "split": "--split-column"}
 
@@ -106,9 +106,9 @@ def rename_to_roles(table: pa.Table, picked: Mapping[str, str]) -> pa.Table:
     return table.select([*picked.values()]).rename_columns([*picked])
 
 
-def to_row_columns(table: pa.Table, label: str, folders: Sequence[str], account: Account, embedded: EmbeddedPictures,
-                   relative: bool = True) -> pa.Table:
-    """The columns of `rename_to_roles` as `Rows` has them; files only from `folders`, paths relative to the first.
+def to_row_columns(table: pa.Table, label: str, places: Places, account: Account,
+                   embedded: EmbeddedPictures) -> pa.Table:
+    """The columns of `rename_to_roles` as `Rows` has them, with ROW and those of BESIDE; images lie in `places`.
 
     Blanks around paths and addresses go. A row whose text is not UTF-8 or whose image leaves the folders is dropped.
     Raises UserError on a column that cannot play its role.
@@ -117,14 +117,15 @@ def to_row_columns(table: pa.Table, label: str, folders: Sequence[str], account:
     import pyarrow.compute as pc
 
     problems: dict[int, BadSample] = {}  # by place in the table
-    images, start = [], 0
+    pictures, paths, start = [], [], 0
     for chunk in table["image"].chunks:
         data, path = _bytes_and_path(chunk, label, start, problems)
         path = pc.utf8_trim_whitespace(path)
-        path = pc.if_else(pc.or_(pc.is_valid(data), pc.equal(path, "")), pa.scalar(None, pa.string()), path)
-        path = _inside(_with_scheme(path, label, account), start, folders, relative, problems)
-        images.append(pc.coalesce(embedded.references(data, label), path, ""))
+        paths.append(pc.if_else(pc.or_(pc.is_valid(data), pc.equal(path, "")), pa.scalar(None, pa.string()), path))
+        pictures.append(embedded.references(data, label))
         start += len(chunk)
+    images = absolute_paths(pa.chunked_array(paths, pa.string()), places, label, account, problems).chunks
+    images = [pc.coalesce(picture, path, "") for picture, path in zip(pictures, images, strict=True)]
     title = _texts(table["title"], label, "title", problems)
     columns = {"image": pa.chunked_array(images, pa.string()), "title": pc.fill_null(title, "")}
     if not _is_text(table["title"].type):
@@ -134,6 +135,7 @@ def to_row_columns(table: pa.Table, label: str, folders: Sequence[str], account:
         columns["title_neg"] = pc.if_else(pc.equal(negative, ""), pa.scalar(None, pa.string()), negative)
     columns |= {name: table[name] for name in BESIDE if name in table.column_names}
     numbers = table[ROW].to_numpy() if ROW in table.column_names else np.arange(len(table))
+    columns[ROW] = pa.array(numbers)
     return without(pa.table(columns), problems, numbers, label, account)
 
 
@@ -234,42 +236,6 @@ def _text_chunk(chunk: pa.Array, label: str, role: str, start: int, problems: di
             texts.append(None)
             problems[row] = BadSample("not-utf8", f"the {role} is not UTF-8 text: {data[:80]!r}")
     return pa.array(texts, pa.string())
-
-
-def _with_scheme(path: pa.Array, label: str, account: Account) -> pa.Array:
-    """Add https: to addresses without a scheme (//host/x.jpg)."""
-    import pyarrow.compute as pc
-
-    bare = pc.fill_null(pc.starts_with(path, "//"), False)
-    if pc.any(bare).as_py():
-        account.note(f"{label}: image addresses that begin with // are read as https://")
-        path = pc.if_else(bare, pc.binary_join_element_wise("https:", path, ""), path)
-    return path
-
-
-def _inside(path: pa.Array, start: int, folders: Sequence[str], relative: bool,
-            problems: dict[int, BadSample]) -> pa.Array:
-    """URLs as they are, other paths absolute. One that leaves `folders` is a problem of its row; `..` by spelling."""
-    import pyarrow.compute as pc
-
-    url = pc.match_substring_regex(path, "^https?://", ignore_case=True)
-    absolute = pc.starts_with(path, "/")
-    roots = tuple(folder.rstrip("/") + "/" for folder in folders)
-    suspect = pc.match_substring_regex(path, r"(^|/)\.\.(/|$)")
-    if relative:
-        suspect = pc.or_(suspect, pc.and_not(absolute, pc.starts_with(path, roots[0])))
-        full = pc.if_else(pc.or_(url, absolute), path, pc.binary_join_element_wise(roots[0], path, ""))
-    else:
-        suspect, full = pc.or_(suspect, True), path
-    suspect = pc.fill_null(pc.and_not(suspect, url), False)
-    fix = ("move the images there" if relative else
-           "if it is a path in the repository, download that and pass its folder")
-    for row in np.flatnonzero(suspect.to_numpy(zero_copy_only=False)):
-        if not os.path.normpath(full[row].as_py()).startswith(roots):
-            image = path[row].as_py()[:200]
-            problems[start + int(row)] = BadSample(
-                "outside-folder", f"the image {image!r} is no URL and no file below {folders[0]}; {fix}")
-    return full
 
 
 def join_tables(name: str, tables: Sequence[pa.Table], label: str, account: Account) -> Rows:

@@ -19,6 +19,7 @@ from data.sources import img2dataset
 from data.sources.csv_tables import read_csv
 from data.sources.embedded import EmbeddedPictures
 from data.sources.options import ReadOptions as ReadOptions
+from data.sources.paths import Places
 from data.sources.pictures import holds_titled_pictures
 from data.sources.rows import Columns as Columns
 from data.sources.rows import Rows as Rows
@@ -45,6 +46,11 @@ class Part:
     folders: Sequence[str]  # images lie below these; relative paths start at the first
     read: Callable[[Account], pa.Table]  # columns under the names of their roles
     relative: bool = True  # False: image paths without a folder name nothing
+    anywhere: bool = True  # the user named a table on this machine, whose images may lie anywhere on it
+
+    def places(self, options: ReadOptions) -> Places:
+        """Return where its images lie. Raises UserError."""
+        return Places(self.folders, self.relative, self.anywhere, options.image_template).under(options.image_root)
 
 
 def _refuse(pattern: str) -> NoReturn:
@@ -81,7 +87,10 @@ def load_splits(dataset: str, options: ReadOptions = DETECT, ledger: Ledger = di
             files = None
         else:
             raise UserError(f"{dataset}: there is no such file or folder, and a hub dataset's name is OWNER/NAME")
-        groups = _hub(dataset, options, pictures) if files is None else _local(files, options, pictures)
+        if files is None:
+            groups = _hub(dataset, options, pictures)
+        else:
+            groups = _local(files, options, pictures, is_own="://" not in dataset)
         splits = _read(groups, options, account, pictures)
     except OSError as error:
         raise UserError(f"{error.filename or dataset}: {error.strerror or error}") from error
@@ -168,15 +177,16 @@ def _expand(pattern: str) -> Iterator[Path]:
         yield from map(Path, files)
 
 
-def _local(files: Mapping[str, Sequence[Path]], options: ReadOptions,
-           embedded: EmbeddedPictures) -> dict[str, list[Part]]:
+def _local(files: Mapping[str, Sequence[Path]], options: ReadOptions, embedded: EmbeddedPictures,
+           is_own: bool) -> dict[str, list[Part]]:
+    """The tables of each split; they are the user's own (`is_own`), or were brought from an address."""
     groups: dict[str, list[Part]] = {}
     for name, paths in files.items():
         for path in paths:
             folder = path if path.is_dir() else path.parent
             folders = os.path.abspath(folder), os.path.realpath(folder)
             read = partial(read_table, path, options, embedded=embedded)
-            groups.setdefault(name, []).append(Part(str(path), folders, read))
+            groups.setdefault(name, []).append(Part(str(path), folders, read, anywhere=is_own))
     return groups
 
 
@@ -188,8 +198,8 @@ def _read(groups: Mapping[str, Sequence[Part]], options: ReadOptions, account: A
         account.begin(None if name == LONE else name)
         tables = []
         for part in parts:
-            tables.append(to_row_columns(part.read(account), part.label, part.folders, account, embedded,
-                                         part.relative))
+            places = part.places(options)
+            tables.append(to_row_columns(part.read(account), part.label, places, account, embedded))
         labels = [part.label for part in parts]
         if len(groups) > 1 and options.columns.split is None:
             divided = {name: without_split_column(name, tables, account)}
@@ -237,7 +247,7 @@ def _hub(name: str, options: ReadOptions, embedded: EmbeddedPictures) -> dict[st
             reads = [partial(read, Path(file), options) for file in files[split]]
         else:
             reads = [partial(read_prepared, split, label)]
-        groups[split] = [Part(label, folders, each, relative=False) for each in reads]
+        groups[split] = [Part(label, folders, each, relative=False, anywhere=False) for each in reads]
     return groups
 
 

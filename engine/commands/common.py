@@ -16,6 +16,7 @@ from data.images.decode import ImageSpec, tokenizer_fingerprint
 from data.inputs import AddedSplit
 from data.pairs import Pairs, data_key, open_pairs
 from data.sources.options import ReadOptions, parse_delimiter, parse_encoding, parse_splits, parse_templates
+from data.sources.paths import parse_image_template
 from data.sources.source import Columns, Rows, load_splits
 from data.sources.split import ORDER, WHOLE, divide_lone_split
 from data.store.feature_split import FeatureSplit
@@ -73,7 +74,7 @@ def read_options(cfg: Config) -> ReadOptions:
     columns = Columns(cfg.image_column or None, cfg.title_column or None, cfg.negative_column or None,
                       cfg.split_column or None)
     return ReadOptions(columns, parse_delimiter(cfg.delimiter), parse_encoding(cfg.encoding), parse_splits(cfg.splits),
-                       cfg.image_root, cfg.image_template, parse_templates(cfg.template))
+                       cfg.image_root, parse_image_template(cfg.image_template), parse_templates(cfg.template))
 
 
 def open_source(cfg: Config, world: World, split: str = "train") -> Source:

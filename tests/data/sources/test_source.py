@@ -128,12 +128,15 @@ def test_images_are_bytes_or_absolute_paths_or_urls(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["/etc/passwd", "../x.jpg", "a/../../x.jpg", "..", "a/..", "{folder}/../x.jpg",
                                   "{folder}x/y", " /etc/passwd ", "../x.tar#0+100"])
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
-def test_no_row_reaches_a_file_outside_the_dataset(tmp_path: Path, path: str, ending: str) -> None:
+def test_no_row_of_a_fetched_table_reaches_a_file_outside_the_dataset(
+        tmp_path: Path, path: str, ending: str) -> None:
     folder = tmp_path / "set"
     hostile = path.format(folder=folder)
     write(folder / f"train.{ending}", {"image": ["ok.jpg", "http://h/../ok.jpg", hostile], "title": ["a", "b", "c"]})
     write(folder / "test.csv", table())
-    splits, lost = read(folder)
+    lost: list[dict[str, Any]] = []
+    splits = load_splits("https://h/set", ledger=lost.append,
+                         download=lambda _: [folder / f"train.{ending}", folder / "test.csv"])
     assert splits["train"].title.to_pylist() == ["a", "b"]
     assert [(entry["split"], entry["row"], entry["reason"], entry["title"]) for entry in lost] == [
         ("train", 2, "outside-folder", "c")]

@@ -1,7 +1,7 @@
 """Project the features of a split and measure retrieval between its images and titles.
 
-Dimension key: N rows of the split, B rows of a part, M rows with a hard negative, U distinct images, W distinct
-titles, Q queries, E embedding.
+Dimension key: N rows of the split, B rows of a part, H hard negatives of a row, M pairs of a row and a negative, U
+distinct images, W distinct titles, Q queries, E embedding.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def equal_rows(x_QE: Tensor, eps: float, chunk: int = 4096) -> bool:
 @torch.inference_mode()
 def embed_split(project_image: Project, project_text: Project,
                 parts: Iterable[Features]) -> tuple[SplitEmbeddings, Triplets | None]:
-    """Embed the distinct images and titles of a split, and compare titles with their hard negatives.
+    """Embed the distinct images and titles of a split, and compare titles with each of their hard negatives.
 
     `parts` are the features of consecutive rows of the split; only their embeddings are kept.
     """
@@ -61,14 +61,14 @@ def embed_split(project_image: Project, project_text: Project,
         image_BE, title_BE = project_image(part.image_BV), project_text(part.title_BT)
         embedded.append((image_BE, title_BE, part.image_id_B, part.title_id_B))
         eps = max(torch.finfo(x.dtype).eps for x in (image_BE, title_BE, part.image_BV, part.title_BT))
-        if part.negative_BT is not None and part.negative_id_B is not None:
-            with_negative = (part.negative_id_B >= 0).nonzero()[:, 0]
-            negative_ME = project_text(part.negative_BT[with_negative])
-            correct_M = triplet_correct(image_BE[with_negative], title_BE[with_negative], negative_ME)
+        if part.negative_BHT is not None and part.negative_id_BH is not None:
+            row_M, place_M = (part.negative_id_BH >= 0).nonzero(as_tuple=True)
+            negative_ME = project_text(part.negative_BHT[row_M, place_M])
+            correct_M = triplet_correct(image_BE[row_M], title_BE[row_M], negative_ME)
             # A negative equal to the row's own title is a tie; products of two shapes may round it to a win.
-            own_title_M = part.negative_id_B[with_negative] == part.title_id_B[with_negative]
+            own_title_M = part.negative_id_BH[row_M, place_M] == part.title_id_B[row_M]
             correct.append(correct_M & ~own_title_M)
-            rows.append(with_negative + start)
+            rows.append(row_M + start)
         start += len(image_BE)
     image_NE, title_NE, image_id_N, title_id_N = map(torch.cat, zip(*embedded, strict=True))
     distinct = Distinct.from_ids(image_id_N, title_id_N)
@@ -83,7 +83,7 @@ def embed_split(project_image: Project, project_text: Project,
 def measure_split(project_image: Project, project_text: Project, parts: Iterable[Features],
                   shard: tuple[int, int] = (0, 1),
                   all_reduce: Callable[[Tensor], Tensor] = lambda counts: counts) -> Retrieval:
-    """Ranks in both directions, and triplets for rows with a hard negative.
+    """Ranks in both directions, and triplets for rows with hard negatives.
 
     `shard` (rank, world size) and `all_reduce` (sum over ranks) share the score tiles among ranks; every rank returns
     the same. Raises NotFinite for embeddings with NaN or infinity, UserError for no rows.

@@ -31,8 +31,10 @@ class SplitEmbeddings:
 
     def collapse(self) -> str:
         """A sentence if all embeddings of a side are equal up to rounding, else ""."""
-        sides = [f"all {len(x_QE):,} {name} embeddings are equal to rounding"
-                 for name, x_QE in (("image", self.image_UE), ("title", self.title_WE)) if equal_rows(x_QE, self.eps)]
+        sides = []
+        for name, x_QE in (("image", self.image_UE), ("title", self.title_WE)):
+            if equal_rows(x_QE, self.eps):
+                sides.append(f"all {len(x_QE):,} {name} embeddings are equal to rounding")
         if not sides:
             return ""
         return f"the model has collapsed: {' and '.join(sides)}, so every answer is a tie and its figures mean nothing"
@@ -56,10 +58,15 @@ def embed_split(project_image: Project, project_text: Project,
 
     `parts` are the features of consecutive rows of the split; only their embeddings are kept.
     """
-    embedded, correct, rows, start, eps = [], [], [], 0, 0.0
+    images, titles, image_ids, title_ids = [], [], [], []
+    correct, rows = [], []
+    start, eps = 0, 0.0
     for part in parts:
         image_BE, title_BE = project_image(part.image_BV), project_text(part.title_BT)
-        embedded.append((image_BE, title_BE, part.image_id_B, part.title_id_B))
+        images.append(image_BE)
+        titles.append(title_BE)
+        image_ids.append(part.image_id_B)
+        title_ids.append(part.title_id_B)
         eps = max(torch.finfo(x.dtype).eps for x in (image_BE, title_BE, part.image_BV, part.title_BT))
         if part.negative_BHT is not None and part.negative_id_BH is not None:
             row_M, place_M = (part.negative_id_BH >= 0).nonzero(as_tuple=True)
@@ -70,8 +77,8 @@ def embed_split(project_image: Project, project_text: Project,
             correct.append(correct_M & ~own_title_M)
             rows.append(row_M + start)
         start += len(image_BE)
-    image_NE, title_NE, image_id_N, title_id_N = map(torch.cat, zip(*embedded, strict=True))
-    distinct = Distinct.from_ids(image_id_N, title_id_N)
+    image_NE, title_NE = torch.cat(images), torch.cat(titles)
+    distinct = Distinct.from_ids(torch.cat(image_ids), torch.cat(title_ids))
     embeddings = SplitEmbeddings(image_NE[distinct.image_row_U], title_NE[distinct.title_row_W], distinct, eps)
     row_M = torch.cat(rows) if rows else distinct.unit_N[:0]
     if not len(row_M):

@@ -8,10 +8,11 @@ E embedding.
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
@@ -40,16 +41,17 @@ class _L2Normalize(torch.autograd.Function):
     """x / |x| along the last dimension, with a gradient of three kernels instead of autograd's dozen."""
 
     @staticmethod
-    def forward(ctx: Any, rows_XE: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, rows_XE: Tensor) -> Tensor:
         length_X1 = torch.linalg.vector_norm(rows_XE, dim=-1, keepdim=True).clamp_(min=1e-12)
         unit_XE = rows_XE / length_X1
         ctx.save_for_backward(unit_XE, length_X1)
         return unit_XE
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_XE: Tensor) -> Tensor:
-        unit_XE, length_X1 = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx: BackwardCFunction, grad_XE: Tensor) -> Tensor:
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        unit_XE, length_X1 = saved
         along_X1 = torch.linalg.vecdot(unit_XE, grad_XE)[..., None]
         return torch.addcmul(grad_XE, unit_XE, along_X1, value=-1).div_(length_X1)
 

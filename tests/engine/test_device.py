@@ -166,7 +166,8 @@ def residents(folder: Path) -> tuple[FeatureSplit, FeatureSplit]:
     store = FeatureStore(folder, 24)
     store.append(keys, values)
     rows = torch.arange(40)
-    split = FeatureSplit(values, values, rows, rows // 2, torch.stack([rows - 1, rows // 3], 1))
+    negatives = torch.stack([rows - 1, rows // 3], 1)
+    split = FeatureSplit(values, values, rows, rows // 2, negatives, title_group_P=rows // 4)
     image, title = (StoredTable(store, store.locate(keys)) for _ in range(2))
     return split, replace(split, image_MV=image, title_PT=title)
 

@@ -38,6 +38,7 @@ class Catalogue:
     image_N: Mapping[str, np.ndarray]  # split -> indices into references
     title_N: Mapping[str, np.ndarray]  # split -> indices into titles
     negative_N: Mapping[str, np.ndarray | None]  # split -> indices into titles, -1 where a row has no negative
+    title_group_P: Tensor | None = None  # number of the first title of each title's class; None: all are on their own
 
     def title(self, split: str, row: int) -> str:
         """Return the title of a row in its own spelling."""
@@ -120,7 +121,7 @@ def build_catalogue(splits: Mapping[str, Rows], title_ids: TitleIds | None = Non
     start = int(ends[-1])
     for name, rows in splits.items():
         count = len(rows) if rows.title_neg is not None else 0
-        negative_N[name] = title_all[start : start + count] if count else None
+        negative_N[name] = title_all[start : start + count, None] if count else None
         start += count
     image_N = dict(zip(splits, np.split(image_all, ends[:-1]), strict=True))
     title_N = dict(zip(splits, np.split(title_all[: ends[-1]], ends[:-1]), strict=True))

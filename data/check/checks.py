@@ -147,9 +147,10 @@ def _texts(inputs: Catalogue, name: str, flaw_P: np.ndarray, title_P: np.ndarray
     findings += _finding(name, "na-title", "hint", flaw_N == "na-title", show)
     findings += _finding(name, "long-title", "hint", flaw_N == "long-title", show)
     if negative_N is not None:
-        negative_N = title_P[negative_N]
-        findings += _finding(name, "no-negative", "hint", negative_N < 0, show)
-        findings += _finding(name, "negative-is-title", "error", (negative_N == title_N) & (title_N >= 0), show)
+        negative_NH = title_P[negative_N]
+        is_title_NH = (negative_NH == title_N[:, None]) & (title_N[:, None] >= 0)
+        findings += _finding(name, "no-negative", "hint", (negative_NH < 0).all(1), show)
+        findings += _finding(name, "negative-is-title", "error", is_title_NH.any(1), show)
     return findings
 
 

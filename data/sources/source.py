@@ -18,6 +18,7 @@ from data.shards.index import expand_braces
 from data.sources import img2dataset
 from data.sources.csv_tables import read_csv
 from data.sources.embedded import EmbeddedPictures
+from data.sources.labels import class_titles
 from data.sources.options import ReadOptions as ReadOptions
 from data.sources.paths import Places
 from data.sources.pictures import holds_titled_pictures
@@ -199,7 +200,8 @@ def _read(groups: Mapping[str, Sequence[Part]], options: ReadOptions, account: A
         tables = []
         for part in parts:
             places = part.places(options)
-            tables.append(to_row_columns(part.read(account), part.label, places, account, embedded))
+            table = to_row_columns(part.read(account), part.label, places, account, embedded)
+            tables.append(class_titles(table, options.templates, part.label, account))
         labels = [part.label for part in parts]
         if len(groups) > 1 and options.columns.split is None:
             divided = {name: without_split_column(name, tables, account)}

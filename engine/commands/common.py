@@ -215,6 +215,7 @@ def with_probe(cfg: Config, world: World, model: LoadedModel, pairs: Pairs, sour
         ledger=[*pairs.ledger, *({**entry, "split": "probe"} for entry in probe.ledger)],
         identity={**pairs.identity, data_key("probe"): probe.identity[data_key("test")]},
         contents={**pairs.contents, "probe": probe.contents["test"]},
+        classes={**pairs.classes, **({"probe": probe.classes["test"]} if probe.classes else {})},
         features=AddedSplit(pairs, "probe", probe, "test"))
 
 

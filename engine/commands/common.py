@@ -170,7 +170,8 @@ def open_data(cfg: Config, world: World, model: LoadedModel, source: Source, onl
         rows = {only: rows[only]}
         unreadable = [entry for entry in unreadable if entry.get("split", only) == only]
     pipeline = Pipeline(reader, encoders, team, cache_folder(cfg), world.device, world.live)
-    pairs = open_pairs(rows, unreadable, pipeline, cfg.max_bad, cfg.mine_negatives)
+    measured = [name for name in rows if not cfg.eval_splits or name in cfg.eval_splits]
+    pairs = open_pairs(rows, unreadable, pipeline, cfg.max_bad, cfg.mine_negatives, measured)
     world.say(pairs.describe())
     return pairs
 
@@ -200,10 +201,10 @@ def _probe_settings(cfg: Config) -> Config:
                    negative_column="", mine_negatives="off")
 
 
-def evaluate_splits(residents: Mapping[str, FeatureSplit], head: Head, names: Collection[str],
+def evaluate_splits(splits: Mapping[str, FeatureSplit], head: Head,
                     world: World | None = None) -> dict[str, Retrieval]:
-    """Return ranks and triplets of the splits `names` with the head as it is now; ranks of a `world` share the work."""
-    return {name: evaluate_split(head, split, world) for name, split in residents.items() if name in names}
+    """Return ranks and triplets of splits with the head as it is now; ranks of a `world` share the work."""
+    return {name: evaluate_split(head, split, world) for name, split in splits.items()}
 
 
 def evaluate_split(head: Head, split: FeatureSplit, world: World | None = None) -> Retrieval:

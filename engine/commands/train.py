@@ -60,7 +60,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     # 1. Take what is compared with the base model while the base weights are still loaded.
     base_weights = snapshot(model.trainable) if cfg.interpolate else {}
     drift = WeightDrift(model.trainable)
-    base = evaluate_splits(pairs.feature_splits(), model.head, names, world) if resuming else {}
+    base = evaluate_splits(pairs.feature_splits(names), model.head, world) if resuming else {}
     # 2. Load weights, optimizer moments and step of the newest valid checkpoint; other data or settings end here.
     state = saver.resume(world.say) if resuming else State()
     # 3. Replace config.json and ledger.jsonl, after every refusal: a refused resume leaves both files as they were.
@@ -158,8 +158,8 @@ class Evaluator:
         names = self.names
         if not at_end:
             names = [name for name in self.names if name in ("train", "valid")] or self.names
-        splits = self.pairs.feature_splits()
-        results = evaluate_splits(splits, self.model.head, names, self.world)
+        splits = self.pairs.feature_splits(names)
+        results = evaluate_splits(splits, self.model.head, self.world)
         scores = {name: result.summarise() if at_end else result.values() for name, result in results.items()}
         self.log.metrics(scores, restored_step or step)
         for name, result in results.items():
@@ -201,7 +201,7 @@ def apply_interpolation(cfg: Config, evaluator: Evaluator, base_weights: Mapping
     measured = [chosen, "probe"] if "probe" in names and chosen != "probe" else [chosen]
 
     def score() -> dict[str, dict[str, float]]:
-        results = evaluate_splits(evaluator.pairs.feature_splits(), evaluator.model.head, measured, evaluator.world)
+        results = evaluate_splits(evaluator.pairs.feature_splits(measured), evaluator.model.head, evaluator.world)
         return {name: results[name].values() for name in measured}
 
     curve = interpolate(evaluator.model.trainable, base_weights, cfg.interpolate, score, cfg.best_metric)

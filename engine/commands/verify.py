@@ -77,7 +77,7 @@ def rerun(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path]) -> 
     probe = open_probe(tuned_cfg, world)
     pairs = with_probe(tuned_cfg, world, tuned, open_data(tuned_cfg, world, tuned, source), probe)
     recorded = read_json(run / "metrics.json").get("tuned", {})
-    retrieval = evaluate_splits(pairs.feature_splits(), tuned.head, recorded)
+    retrieval = evaluate_splits(pairs.feature_splits(recorded), tuned.head)
     scores = {name: split.summarise() for name, split in retrieval.items()}
     exact = verification.same_machine(run, world) and not any(finding.difference for finding in findings)
     return [*findings, verification.check_metrics(scores, recorded, exact)]

@@ -73,7 +73,8 @@ def open_source(cfg: Config, world: World, split: str = "train") -> Source:
     names = list(ORDER) if list(source.rows) == [WHOLE] else list(source.rows)
     if cfg.probe:
         names.append("probe")
-    require_split(cfg, split, names)
+    if not cfg.shuffle_buffer:  # else train is not among the rows
+        require_split(cfg, split, names)
     for name in cfg.eval_splits:
         if name not in names:
             raise UserError(f"--eval-splits {name}: there is {', '.join(names)}")
@@ -164,7 +165,8 @@ def open_data(cfg: Config, world: World, model: LoadedModel, source: Source, onl
     reader = make_reader(cfg, spec)
     encoders = make_encoders(model, spec.fingerprint(), world.device, cfg.compile)
     rows = divide_source(cfg, world, source.rows, reader, encoders, team)
-    require_split(cfg, only or "train", rows)
+    if only or not cfg.shuffle_buffer:
+        require_split(cfg, only or "train", rows)
     unreadable = source.unreadable
     if only:
         rows = {only: rows[only]}
@@ -197,7 +199,7 @@ def with_probe(cfg: Config, world: World, model: LoadedModel, pairs: Pairs, sour
 
 def _probe_settings(cfg: Config) -> Config:
     """Return the settings that read --probe as a dataset of its own."""
-    return replace(cfg, dataset=cfg.probe, probe="", eval_splits=(), image_column="", title_column="",
+    return replace(cfg, dataset=cfg.probe, probe="", shuffle_buffer=0, eval_splits=(), image_column="", title_column="",
                    negative_column="", mine_negatives="off")
 
 

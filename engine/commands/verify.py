@@ -20,6 +20,7 @@ from engine.commands.common import (
     with_probe,
 )
 from engine.commands.train import evaluated_splits, make_saver
+from engine.commands.training import RowTraining
 from engine.config.fields import Config
 from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
@@ -58,14 +59,16 @@ def verify(cfg: Config, world: World, stop: StopSignal) -> int:
 
 
 def rerun(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path]) -> list[Finding]:
-    """Train some steps of the run in `run` again, and measure its exported model again."""
+    """Train some steps of the run in `run` again, and measure its exported model again. Raises UserError."""
+    if cfg.shuffle_buffer:
+        raise UserError("a run with --shuffle-buffer is not trained again: resuming and ranks change its order")
     # Open the run as `train` does, from the base model.
     source = open_source(cfg, world)
     model = load_model(cfg, world)
     pairs = open_data(cfg, world, model, source)
     pairs = with_probe(cfg, world, model, pairs, open_probe(cfg, world))
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
-    saver = make_saver(cfg, world, run, model, pairs, evaluated_splits(cfg, pairs))
+    saver = make_saver(cfg, world, run, model, RowTraining(pairs), evaluated_splits(cfg, pairs))
     batches = pairs.batches("train", cfg.batch_size, cfg.seed)
     findings = replay_steps(cfg, world, ReopenedRun(run, checkpoints, model, saver, plan, pairs.ledger, batches))
     if not (run / "model").exists():

@@ -60,7 +60,7 @@ class Progress:
 class Problems:
     """Ledger entries of the samples of train that cannot be used, each once however often it is read."""
 
-    samples: int  # of all shards
+    samples: int  # of an epoch
     max_bad: float
     entries: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
 
@@ -74,10 +74,11 @@ class Problems:
         for entry in entries:
             self.entries.setdefault((entry["shard"], entry["key"], entry["detail"]), dict(entry))
 
-    def check(self) -> None:
-        """Raise UserError when more than `max_bad` of all samples cannot be used."""
-        if len(self.entries) > self.max_bad * self.samples:
-            check_bad_share(self.samples, [*self.entries.values()], self.max_bad)
+    def check(self, seen: int = 0) -> None:
+        """Raise UserError when more than `max_bad` of an epoch, or of more samples that are `seen`, cannot be used."""
+        rows = max(self.samples, seen)
+        if len(self.entries) > self.max_bad * rows:
+            check_bad_share(rows, [*self.entries.values()], self.max_bad)
 
 
 @dataclass

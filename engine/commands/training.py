@@ -1,4 +1,4 @@
-"""What a run trains on: the rows of a split in an exact random order, or shards as a stream with a shuffle buffer."""
+"""The training data of a run: rows in an exact random order, or shards as a stream with a shuffle buffer."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ class ShardTraining:
             self.told = True
             self.world.say(f"{unused:,} samples so far have more negatives than the first {LOOKED_AT} of the first "
                            f"shard ({stream.negatives}); those are not used")
-        stream.problems.check()
+        stream.problems.check(state.step * stream.batch_size)
 
     def guard(self, cfg: Config, world: World, out: Path, trained: nn.Module) -> NonfiniteGuard:
         """Return a guard that names the samples of a step; a stream is not read again to find which it was."""

@@ -34,7 +34,7 @@ class Training(Protocol):
 
     @property
     def pairs(self) -> Pairs:
-        """What is opened row by row; the measured splits are among it."""
+        """The splits that are opened row by row, the measured ones among them."""
 
     @property
     def rows(self) -> int:

@@ -107,6 +107,10 @@ def test_a_run_that_is_cut_off_goes_on_with_the_shards_that_are_left(ranks: int,
     lines = steps(out)
     assert [(line["step"], line["rows"]) for line in lines] == [(step, 8) for step in range(1, 9)]
     assert state(out)["step"] == 8 and state(out)["shards"] == []
+    if ranks == 1:
+        done = inside(["verify", "--run", out, "--cache-dir", home / "cache"])
+        assert done.returncode == 0 and "resuming changes the order" in done.stdout, done.stdout + done.stderr
+        assert any(line.startswith("metrics") and " ok " in line for line in done.stdout.splitlines()), done.stdout
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["base"].keys() == metrics["tuned"].keys() == {"valid", "test"}
 

@@ -6,7 +6,7 @@ Dimension key: V/T image/text feature width, B rows of a batch.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 CHUNK = 64  # images that the tower encodes at once
 TITLES = 512  # titles that the tower encodes at once
 SEGMENT = 4096  # features written at once
+PIXELS = 1 << 28  # bytes of decoded images that a rank keeps from the opening for the first evaluation
 NO_PICTURE = {"empty", "not-image", "truncated", "undecodable"}  # reasons of `decode_image` that are in the bytes
 URL_START = "^(?i)https?://"
 
@@ -192,27 +193,55 @@ def _available(catalogue: Catalogue, reader: Reader, references: np.ndarray,
         yield in_flight.pop(fetched.url), problem
 
 
-def encode_missing_images(catalogue: Catalogue, reader: Reader, references: Sequence[int], store: FeatureStore | None,
-                          encode: Callable[[Tensor], Tensor], log: Callable[[str], None]) -> DecodeResults:
-    """Read the given references; encode those that the store does not hold yet, in CHUNKs, and store the features.
+class DecodedImages:
+    """Pixels from the opening until the first evaluation takes them, so that no image is decoded twice for both.
 
-    Without a store images are only decoded, to know now which rows streaming can use.
+    Kept are those of the references `wanted`, as far as `room` bytes go; what is not kept is decoded again.
     """
+
+    def __init__(self, wanted: Collection[int] = (), room: int = PIXELS) -> None:
+        self._wanted, self._room = frozenset(wanted), room
+        self._pixels: dict[int, np.ndarray] = {}
+
+    def keep(self, reference: int, pixels_CSS: np.ndarray) -> None:
+        """Keep the pixels of a reference, if they are wanted and there is room."""
+        if reference in self._wanted and pixels_CSS.nbytes <= self._room:
+            self._pixels[reference] = pixels_CSS
+            self._room -= pixels_CSS.nbytes
+
+    def take(self) -> dict[int, np.ndarray]:
+        """Return what is kept, by reference, and keep nothing any more."""
+        self._wanted, pixels, self._pixels = frozenset(), self._pixels, {}
+        return pixels
+
+
+def check_images(catalogue: Catalogue, reader: Reader, references: Sequence[int], decoded: DecodedImages,
+                 log: Callable[[str], None]) -> DecodeResults:
+    """Read and decode the given references, to know before the first step which rows streaming can use."""
+    results = DecodeResults()
+    for result in decode_distinct(catalogue, reader, references, lambda key: False, log):
+        results.add(result)
+        if result.pixels is not None:
+            decoded.keep(result.reference, result.pixels)
+    return results
+
+
+def encode_missing_images(catalogue: Catalogue, reader: Reader, references: Sequence[int], store: FeatureStore,
+                          encode: Callable[[Tensor], Tensor], log: Callable[[str], None]) -> DecodeResults:
+    """Read the given references; encode those that the store does not hold yet, in CHUNKs, and store the features."""
     results = DecodeResults()
     unwritten: set[bytes] = set()  # keys that are encoded, and not yet in the store
     lock = threading.Lock()  # `known` is called from the decoding threads
 
     def known(key: bytes) -> bool:
         with lock:
-            return store is not None and (key in unwritten or store.locate(as_keys([key]))[0] >= 0)
+            return key in unwritten or store.locate(as_keys([key]))[0] >= 0
 
     keys: list[bytes] = []
     values: list[Tensor] = []
     for chunk in batched(decode_distinct(catalogue, reader, references, known, log), CHUNK):
         for result in chunk:
             results.add(result)
-        if store is None:
-            continue
         new = {result.key: result.pixels for result in chunk if result.pixels is not None and not known(result.key)}
         if new:
             keys += new
@@ -223,7 +252,7 @@ def encode_missing_images(catalogue: Catalogue, reader: Reader, references: Sequ
                 store.append(as_keys(keys), torch.cat(values))
                 unwritten.clear()
             keys, values = [], []
-    if store is not None and keys:
+    if keys:
         store.append(as_keys(keys), torch.cat(values))
     return results
 
@@ -251,12 +280,18 @@ def encode_titles(ids: Sequence[Sequence[int]], pad_id: int, encode: Callable[[T
     return torch.cat(parts)[torch.argsort(torch.tensor(order))]
 
 
-def encode_images(catalogue: Catalogue, references: np.ndarray, reader: Reader, encode: Callable[[Tensor], Tensor],
-                  width: int) -> Tensor:
-    """Return image features [len(references), V] on the CPU, in order, of references already known to decode."""
-    def pixels(index: int) -> np.ndarray:
-        return reader.pixels(catalogue.references[index].as_py())
+def encode_images(catalogue: Catalogue, references: np.ndarray, pipeline: Pipeline,
+                  decoded: dict[int, np.ndarray]) -> Tensor:
+    """Return image features [len(references), V] on the CPU, in order, of references already known to decode.
 
-    decoded = threaded_map(pixels, references.tolist(), reader.workers, 2 * CHUNK)
-    parts = [encode(torch.from_numpy(np.stack(chunk))).cpu() for chunk in batched(decoded, CHUNK)]
+    Those whose pixels are in `decoded` are not read again.
+    """
+    reader, encode, width = pipeline.reader, pipeline.encoders.image, pipeline.encoders.image_width
+
+    def pixels(index: int) -> np.ndarray:
+        kept = decoded.pop(index, None)
+        return reader.pixels(catalogue.references[index].as_py()) if kept is None else kept
+
+    images = threaded_map(pixels, references.tolist(), reader.workers, 2 * CHUNK)
+    parts = [encode(torch.from_numpy(np.stack(chunk))).cpu() for chunk in batched(images, CHUNK)]
     return torch.cat(parts) if parts else torch.empty(0, width)

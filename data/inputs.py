@@ -5,8 +5,8 @@ Dimension key: B rows of a batch, D distinct images by content, P distinct title
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.batch import Batch, CachedBatches, Team, Tokens, share
 from data.catalogue import Catalogue, Split
-from data.cold import Pipeline, encode_images, encode_titles
+from data.cold import DecodedImages, Pipeline, encode_images, encode_titles
 from data.identity import TitleIds
 from data.images.augment import random_region
 from data.images.decode import collate_tokens
@@ -27,8 +27,8 @@ from data.store.feature_split import FeatureSplit, StoredTable, loss_ids
 class FeatureSource(Protocol):
     """Features of every split of a dataset."""
 
-    def feature_splits(self) -> Mapping[str, FeatureSplit]:
-        """Return every split's features, by its name."""
+    def feature_splits(self, names: Collection[str]) -> Mapping[str, FeatureSplit]:
+        """Return the features of the splits `names`, as far as there are such splits."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class CachedPairs:
     splits: Mapping[str, FeatureSplit]
     team: Team
 
-    def feature_splits(self) -> Mapping[str, FeatureSplit]:
-        """Return every split's features."""
-        return self.splits
+    def feature_splits(self, names: Collection[str]) -> Mapping[str, FeatureSplit]:
+        """Return the features of these splits."""
+        return {name: split for name, split in self.splits.items() if name in names}
 
     def batches(self, split: str, batch_size: int, seed: int) -> CachedBatches:
         """Return this rank's batches of features."""
@@ -56,25 +56,32 @@ class StreamedPairs:
     example_D: np.ndarray  # a reference of each distinct image
     token_ids: Sequence[Sequence[int]]  # of each of the P titles
     pipeline: Pipeline
+    decoded: DecodedImages  # from the opening
 
     @classmethod
     def open(cls, catalogue: Catalogue, splits: Mapping[str, Split], example_D: np.ndarray,
-             pipeline: Pipeline) -> StreamedPairs:
+             pipeline: Pipeline, decoded: DecodedImages) -> StreamedPairs:
         """Tokenize all titles."""
         ids = TitleIds(pipeline.encoders.tokenizer, pipeline.encoders.max_tokens).tokens(catalogue.titles)
-        return cls(catalogue, splits, example_D, ids, pipeline)
+        return cls(catalogue, splits, example_D, ids, pipeline, decoded)
 
-    def feature_splits(self) -> Mapping[str, FeatureSplit]:
-        """Encode everything and return every split's features; ranks share the work."""
-        team, reader, encoders = self.pipeline.team, self.pipeline.reader, self.pipeline.encoders
-        references = self.example_D[slice(*share(len(self.example_D), team.rank, team.size))]
-        ids = self.token_ids[slice(*share(len(self.token_ids), team.rank, team.size))]
+    def feature_splits(self, names: Collection[str]) -> Mapping[str, FeatureSplit]:
+        """Encode what the splits `names` hold and return their features; ranks share the work."""
+        team, encoders = self.pipeline.team, self.pipeline.encoders
+        splits = [split for name, split in self.splits.items() if name in names]
+        splits, used_D, used_P = _keep_used(splits)
+        reference_D = self.example_D[used_D]
+        own_D = owned_references(reference_D, team)
+        ids = [self.token_ids[title] for title in used_P[slice(*share(len(used_P), team.rank, team.size))].tolist()]
         parts = team.exchange((
-            encode_images(self.catalogue, references, reader, encoders.image, encoders.image_width),
+            own_D, encode_images(self.catalogue, own_D, self.pipeline, self.decoded.take()),
             encode_titles(ids, encoders.pad_id, encoders.text, encoders.text_width)))
-        image_DV = torch.cat([image for image, _ in parts])
-        title_PT = torch.cat([title for _, title in parts])
-        return make_feature_splits(self.splits, image_DV, title_PT, self.pipeline.device, self.catalogue.title_group_P)
+        place_D = np.argsort(np.concatenate([own for own, _, _ in parts]))  # references ascend with D
+        image_DV = torch.cat([image for _, image, _ in parts])[torch.from_numpy(place_D)]
+        title_PT = torch.cat([title for _, _, title in parts])
+        group_P = self.catalogue.title_group_P
+        return make_feature_splits({split.name: split for split in splits}, image_DV, title_PT, self.pipeline.device,
+                                   None if group_P is None else group_P[torch.from_numpy(used_P)])
 
     def batches(self, split: str, batch_size: int, seed: int) -> StreamedBatches:
         """Return this rank's batches of pixels and tokens."""
@@ -137,9 +144,38 @@ class AddedSplit:
     other: FeatureSource
     other_name: str
 
-    def feature_splits(self) -> Mapping[str, FeatureSplit]:
-        """Return every split's features."""
-        return {**self.features.feature_splits(), self.name: self.other.feature_splits()[self.other_name]}
+    def feature_splits(self, names: Collection[str]) -> Mapping[str, FeatureSplit]:
+        """Return the features of these splits."""
+        splits = dict(self.features.feature_splits(names))
+        if self.name in names:
+            splits[self.name] = self.other.feature_splits([self.other_name])[self.other_name]
+        return splits
+
+
+def owned_references(references: np.ndarray, team: Team) -> np.ndarray:
+    """Return those of the image references that this rank decodes.
+
+    Each reference has one rank, whichever splits are measured: what that rank decoded at the opening it need not
+    decode again. Every second reference for two ranks, and so on, so that each split is shared out evenly.
+    """
+    return references[references % team.size == team.rank]
+
+
+def _keep_used(splits: Sequence[Split]) -> tuple[list[Split], np.ndarray, np.ndarray]:
+    """Return the splits as indices into the images and titles that they use, and which those are, ascending."""
+    titles = [split.title_N for split in splits]
+    titles += [split.negative_N for split in splits if split.negative_N is not None]
+    used_D = torch.cat([split.image_N for split in splits]).unique()
+    used_P = torch.cat([title.flatten() for title in titles]).unique()
+    used_P = used_P[used_P >= 0]  # -1: no negative
+    kept = []
+    for split in splits:
+        negative_N = split.negative_N
+        if negative_N is not None:
+            negative_N = torch.where(negative_N < 0, -1, torch.searchsorted(used_P, negative_N))
+        kept.append(replace(split, image_N=torch.searchsorted(used_D, split.image_N),
+                            title_N=torch.searchsorted(used_P, split.title_N), negative_N=negative_N))
+    return kept, used_D.numpy(), used_P.numpy()
 
 
 def make_feature_splits(splits: Mapping[str, Split], image_DV: Tensor | StoredTable, title_PT: Tensor | StoredTable,

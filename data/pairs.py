@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batches, UserError, share
+from data.batch import Batches, Team, UserError, share
 from data.catalogue import (
     Catalogue,
     DecodeResult,
@@ -26,10 +26,10 @@ from data.catalogue import (
     keep_usable_rows,
     keys_and_usable,
 )
-from data.cold import Pipeline, encode_missing_images, encode_missing_titles
+from data.cold import DecodedImages, Pipeline, check_images, encode_missing_images, encode_missing_titles
 from data.identity import Contents
 from data.images.album import RowPreviews
-from data.inputs import CachedPairs, FeatureSource, StreamedPairs, make_feature_splits
+from data.inputs import CachedPairs, FeatureSource, StreamedPairs, make_feature_splits, owned_references
 from data.ledger import dropped_rows
 from data.mine import mine_negatives
 from data.sources.labels import count_classes
@@ -54,9 +54,9 @@ class Pairs:
     store_report: str = ""  # what the cold pass added to the feature store
     classes: Mapping[str, int] = field(default_factory=dict)  # their number, of splits whose titles are class names
 
-    def feature_splits(self) -> Mapping[str, FeatureSplit]:
-        """Return every split's features; streaming encodes them anew on each call."""
-        return self.features.feature_splits()
+    def feature_splits(self, names: Collection[str]) -> Mapping[str, FeatureSplit]:
+        """Return the features of the splits `names` that there are; streaming encodes them anew on each call."""
+        return self.features.feature_splits(names)
 
     def batches(self, split: str, batch_size: int, seed: int) -> Batches:
         """Return this rank's inputs of a training run; `batch_size` is that of all ranks together."""
@@ -70,17 +70,23 @@ class Pairs:
 
 
 def open_pairs(rows: Mapping[str, Rows], unread: Sequence[Mapping[str, Any]], pipeline: Pipeline, max_bad: float,
-               mining: str) -> Pairs:
+               mining: str, measured: Collection[str] = ()) -> Pairs:
     """Read every image and title, encode them where features are constant, and account for dropped rows.
 
-    `unread` are ledger entries of what never became a row; `mining` is "off" or a rule of `mine_negatives`. Raises
-    UserError when more than `max_bad` of all rows are unusable or a split ends up empty.
+    `unread` are ledger entries of what never became a row; `mining` is "off" or a rule of `mine_negatives`; `measured`
+    are splits that are evaluated before the first step. Raises UserError when more than `max_bad` of all rows are
+    unusable or a split ends up empty.
     """
     began = time.monotonic()
     reader, encoders, cache, device = pipeline.reader, pipeline.encoders, pipeline.cache, pipeline.device
     catalogue = build_catalogue(rows, encoders.title_ids(cache))
     images = encoders.image_store(cache) if encoders.stored else None
-    results = _decode_images(catalogue, images, pipeline)
+    decoded = DecodedImages()
+    if images is None:
+        decoded = DecodedImages({image for name in measured for image in catalogue.image_N[name].tolist()})
+        results = _check_images(catalogue, decoded, pipeline)
+    else:
+        results = _decode_images(catalogue, images, pipeline)
     splits, image_keys, example_D, ledger = keep_usable_rows(catalogue, results, unread, max_bad)
     if mining != "off" or images is not None:
         titles = _encode_titles(catalogue, pipeline)
@@ -97,34 +103,49 @@ def open_pairs(rows: Mapping[str, Rows], unread: Sequence[Mapping[str, Any]], pi
     album = RowPreviews(catalogue, splits, example_D, reader)
 
     if images is None:
-        streamed = StreamedPairs.open(catalogue, splits, example_D, pipeline)
+        streamed = StreamedPairs.open(catalogue, splits, example_D, pipeline, decoded)
         return Pairs(splits, ledger, identity, contents, streamed, streamed, album, classes=count_classes(rows))
     image_table, seconds = _table(images, image_keys), time.monotonic() - began
     feature_splits = make_feature_splits(splits, image_table, title_table, device, catalogue.title_group_P)
     cached = CachedPairs(feature_splits, pipeline.team)
-    inputs = StreamedPairs.open(catalogue, splits, example_D, pipeline) if reader.augment else cached
+    inputs = StreamedPairs.open(catalogue, splits, example_D, pipeline, decoded) if reader.augment else cached
     report = _describe_store(cache, images, titles, seconds)
     return Pairs(splits, ledger, identity, contents, cached, inputs, album, report, count_classes(rows))
 
 
-def _decode_images(catalogue: Catalogue, images: FeatureStore | None, pipeline: Pipeline) -> list[DecodeResults]:
+def _check_images(catalogue: Catalogue, decoded: DecodedImages, pipeline: Pipeline) -> list[DecodeResults]:
+    """Return every rank's results of decoding its images; an unchanged file that decoded once is not read again."""
+    reader, team = pipeline.reader, pipeline.team
+    own = owned_references(np.arange(len(catalogue.references)), team)
+    folder = pipeline.cache / "seen" / f"decoded-{reader.max_pixels}"  # what --max-pixels refused may decode now
+    stats = StatCache(folder, catalogue.references.to_pylist(), reader.folder)
+    is_known = stats.known[own]
+    results = check_images(catalogue, reader, own[~is_known].tolist(), decoded, pipeline.log)
+    return _with_known(results, stats, own, is_known, team)
+
+
+def _decode_images(catalogue: Catalogue, images: FeatureStore, pipeline: Pipeline) -> list[DecodeResults]:
     """Return every rank's results for its share of the images.
 
-    With a store, an unchanged file whose features are stored is not read again.
+    An unchanged file whose features are stored is not read again.
     """
     reader, encode, team, log = pipeline.reader, pipeline.encoders.image, pipeline.team, pipeline.log
     own = np.arange(*share(len(catalogue.references), team.rank, team.size))
-    if images is None:
-        return team.exchange(encode_missing_images(catalogue, reader, own.tolist(), None, encode, log))
     stats = StatCache(pipeline.cache / "seen", catalogue.references.to_pylist(), reader.folder)
     is_known = stats.known[own] & (images.locate(stats.keys[own]) >= 0)
     results = encode_missing_images(catalogue, reader, own[~is_known].tolist(), images, encode, log)
+    return _with_known(results, stats, own, is_known, team)
+
+
+def _with_known(results: DecodeResults, stats: StatCache, own: np.ndarray, is_known: np.ndarray,
+                team: Team) -> list[DecodeResults]:
+    """Return the results of all ranks, those of the known files among this rank's `own` added; remember them all."""
     for reference in own[is_known].tolist():
         results.add(DecodeResult(reference, stats.keys[reference].tobytes(), None))
     answers = team.exchange((results, bool(is_known.all())))
     all_results = [rank_results for rank_results, _ in answers]
     if team.rank == 0 and not all(nothing_new for _, nothing_new in answers):
-        stats.remember(*keys_and_usable(all_results, len(catalogue.references)))
+        stats.remember(*keys_and_usable(all_results, len(stats.known)))
     return all_results
 
 

@@ -105,7 +105,7 @@ class Objective:
 
         They are those of the rows whose own answers are the candidates from `own` on.
         """
-        title_C, image_C = candidates.title_id_C.int(), candidates.image_id_C.int()  # half the bytes to compare
+        title_C, image_C = candidates.title_id_C, candidates.image_id_C  # a stream's ids need all of their 63 bits
         absent_C, chunk = title_C < 0, slice(own, own + rows)
         if self.duplicates != "keep":
             same_RC = (title_C[chunk, None] == title_C).logical_or_(image_C[chunk, None] == image_C)

@@ -46,7 +46,8 @@ def measured(model: str, dataset: str, cache: str, seeds: int) -> Iterator[tuple
     cfg = replace(Config(), model=model, dataset=dataset, cache_dir=cache, precision="fp32", device="cpu")
     world = dist.init("cpu", 60)
     parts = common.load_model(cfg, world)
-    residents = common.open_data(cfg, world, parts, common.open_source(cfg, world)).feature_splits()
+    pairs = common.open_data(cfg, world, parts, common.open_source(cfg, world))
+    residents = pairs.feature_splits(pairs.splits)
     train, tuner = residents["train"], Tuner(parts, FeatureSplit.batches)
 
     def ranks() -> tuple[Ranks, Ranks]:

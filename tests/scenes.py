@@ -9,6 +9,7 @@ import random
 from functools import lru_cache
 from pathlib import Path
 
+import pytest
 from PIL import Image, ImageDraw
 
 COLOURS = {"red": (220, 40, 40), "orange": (245, 140, 20), "yellow": (250, 225, 40), "green": (40, 160, 60),
@@ -99,6 +100,24 @@ def make_pairs(folder: Path, n_train: int, n_valid: int, n_test: int, seed: int 
                 scene_picture(scene, take=row).save(folder / name, quality=90)
                 writer.writerow([name, scene_title(scene), _negative(drawn, row)][: 3 if negatives else 2])
     return folder
+
+
+def jpeg(scene: int, take: int = 0) -> bytes:
+    """A scene's picture as a file."""
+    out = io.BytesIO()
+    scene_picture(scene, take=take).save(out, "JPEG")
+    return out.getvalue()
+
+
+def wds_shards(folder: Path, split: str, samples: int, per_shard: int, negatives: bool = True) -> list[str]:
+    """Write SPLIT-*.tar by webdataset's own writer; return their paths."""
+    webdataset = pytest.importorskip("webdataset")
+    folder.mkdir(parents=True, exist_ok=True)
+    with webdataset.ShardWriter(str(folder / f"{split}-%06d.tar"), maxcount=per_shard, verbose=0) as writer:
+        for number in range(samples):
+            sample = {"__key__": f"{split}{number:05d}", "jpg": jpeg(number), "txt": f"{number} {scene_title(number)}"}
+            writer.write({**sample, "json": {"title_neg": scene_title(number + 1)}} if negatives else sample)
+    return sorted(map(str, folder.glob(f"{split}-*.tar")))
 
 
 def youtube_pairs(folder: Path, base_url: str, n: tuple[int, int, int] = (53, 11, 12)) -> Path:

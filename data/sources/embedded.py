@@ -110,7 +110,7 @@ class EmbeddedPictures:
         values = values.cast(pa.large_binary())
         data, bounds = _content(values)
         digest = hashlib.blake2b(COPY.encode())
-        digest.update(np.diff(bounds))
+        digest.update(np.diff(bounds).tobytes())
         digest.update(values.is_valid().to_numpy(zero_copy_only=False))
         digest.update(memoryview(data)[bounds[0] : bounds[-1]])
         batch = pa.record_batch([values], ["image"])

@@ -88,7 +88,8 @@ def open_source(cfg: Config, world: World, split: str = "train") -> Source:
     names = list(ORDER) if list(source.rows) == [WHOLE] else list(source.rows)
     if cfg.probe:
         names.append("probe")
-    require_split(cfg, split, names)
+    if not cfg.shuffle_buffer:  # else train is not among the rows
+        require_split(cfg, split, names)
     for name in cfg.eval_splits:
         if name not in names:
             raise UserError(f"--eval-splits {name}: there is {', '.join(names)}")
@@ -188,13 +189,15 @@ def open_data(cfg: Config, world: World, model: LoadedModel, source: Source, onl
     reader = make_reader(cfg, spec)
     encoders = make_encoders(model, spec.fingerprint(), world.device, cfg.compile)
     rows = divide_source(cfg, world, source.rows, reader, encoders, team)
-    require_split(cfg, only or "train", rows)
+    if only or not cfg.shuffle_buffer:
+        require_split(cfg, only or "train", rows)
     unreadable = source.unreadable
     if only:
         rows = {only: rows[only]}
         unreadable = [entry for entry in unreadable if entry.get("split", only) == only]
     pipeline = Pipeline(reader, encoders, team, cache_folder(cfg), world.device, world.live)
-    pairs = open_pairs(rows, unreadable, pipeline, cfg.max_bad, cfg.mine_negatives)
+    measured = [name for name in rows if not cfg.eval_splits or name in cfg.eval_splits]
+    pairs = open_pairs(rows, unreadable, pipeline, cfg.max_bad, cfg.mine_negatives, measured)
     world.say(pairs.describe())
     return pairs
 
@@ -222,13 +225,13 @@ def with_probe(cfg: Config, world: World, model: LoadedModel, pairs: Pairs, sour
 def _probe_settings(cfg: Config) -> Config:
     """Return the settings that read --probe as a dataset of its own."""
     reading = {name: getattr(Config, name) for name in READING}
-    return replace(cfg, dataset=cfg.probe, probe="", eval_splits=(), mine_negatives="off", **reading)
+    return replace(cfg, dataset=cfg.probe, probe="", shuffle_buffer=0, eval_splits=(), mine_negatives="off", **reading)
 
 
-def evaluate_splits(residents: Mapping[str, FeatureSplit], head: Head, names: Collection[str],
+def evaluate_splits(splits: Mapping[str, FeatureSplit], head: Head,
                     world: World | None = None) -> dict[str, Retrieval]:
-    """Return ranks and triplets of the splits `names` with the head as it is now; ranks of a `world` share the work."""
-    return {name: evaluate_split(head, split, world) for name, split in residents.items() if name in names}
+    """Return ranks and triplets of splits with the head as it is now; ranks of a `world` share the work."""
+    return {name: evaluate_split(head, split, world) for name, split in splits.items()}
 
 
 def evaluate_split(head: Head, split: FeatureSplit, world: World | None = None) -> Retrieval:

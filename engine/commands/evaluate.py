@@ -20,7 +20,7 @@ def evaluate(cfg: Config, world: World, stop: StopSignal) -> int:
     source = open_source(cfg, world, cfg.split)
     model = load_model(cfg, world)
     pairs = open_data(cfg, world, model, source, only=cfg.split)
-    retrieval = evaluate_splits(pairs.feature_splits(), model.head, [cfg.split], world)[cfg.split]
+    retrieval = evaluate_splits(pairs.feature_splits([cfg.split]), model.head, world)[cfg.split]
     scores = {cfg.split: retrieval.summarise()}
     if world.is_main:
         world.say(metrics_table({model.clip.name: scores}, pairs.classes))

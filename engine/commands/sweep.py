@@ -38,7 +38,7 @@ def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
     if not model.cached:
         raise UserError("sweep trains from stored features: only projections and logit_scale can be --trainable")
     pairs = open_data(cfg, world, model, source)
-    rows = concatenate([split for name, split in pairs.feature_splits().items() if name in SEARCHED])
+    rows = concatenate([*pairs.feature_splits(SEARCHED).values()])
     runs = cross_validation_runs(cfg, rows)
     smallest = min(len(run.train) for run in runs)
     for settings in tried:  # a batch too large for a fold is better said now
@@ -94,9 +94,9 @@ def retrain_best(cfg: Config, tuner: Tuner, pairs: Pairs, rows: FeatureSplit,
     best = replace(cfg, **winner["settings"])
     head = tuner.parts.head
     tuner.reset()
-    base = evaluate_splits(pairs.feature_splits(), head, ["test"])
+    base = evaluate_splits(pairs.feature_splits(["test"]), head)
     tuner.tune(best, rows)
-    tuned = evaluate_splits(pairs.feature_splits(), head, ["test"])
+    tuned = evaluate_splits(pairs.feature_splits(["test"]), head)
     return best, {"base": {name: retrieval.summarise() for name, retrieval in base.items()},
                   "tuned": {name: retrieval.summarise() for name, retrieval in tuned.items()},
                   "difference": differences(base, tuned)}

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from data.identity import Overlap, describe_overlap, overlap
 from data.pairs import Pairs, data_key
-from data.prefetch import EpochBatches, OrderDigest
 from data.store.feature_split import FeatureSplit
 from engine.clip.model import LoadedModel, distribute
 from engine.commands.common import evaluate_splits, load_model, open_data, open_probe, open_run, open_source, with_probe
+from engine.commands.training import Training, open_training, refuse_cached, split_dataset
 from engine.config.fields import Config, as_dict, config_fields
 from engine.config.recipes import fit_to_data
 from engine.optim import adamw
@@ -29,7 +28,6 @@ from engine.run_folder import folder
 from engine.run_folder.board import WeightDrift, comparable_settings
 from engine.run_folder.checkpoint import Saver, State
 from engine.run_folder.log import Log
-from engine.run_folder.nonfinite import NonfiniteGuard
 from engine.run_folder.profiler import profiler
 from engine.sweep.interpolate import interpolate, snapshot
 from engine.train import Callbacks, Plan, Replica, fit
@@ -44,28 +42,30 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     """Measure the base model, run the loop, measure the tuned model, export it."""
     # Open everything, what a typo breaks first: a misspelt split is an error before a model is loaded.
     out, resuming = open_run(cfg, world)
-    source = open_source(cfg, world)
+    row_cfg, shards = split_dataset(cfg)
+    source = open_source(row_cfg, world)
     probe = open_probe(cfg, world)
     model = load_model(cfg, world)
+    refuse_cached(cfg, model)
     trained = model.trained_model(cfg.micro_batch)
-    pairs = open_data(cfg, world, model, source)
+    pairs = open_data(row_cfg, world, model, source)
     pairs = with_probe(cfg, world, model, pairs, probe)
-    rows = len(pairs.splits["train"])
-    cfg = fit_to_data(cfg, rows)
-    plan = Plan(rows, cfg.batch_size, cfg.epochs)
+    training = open_training(cfg, world, pairs, shards, out)
+    cfg = fit_to_data(cfg, training.rows)
+    plan = Plan(training.rows, cfg.batch_size, cfg.epochs)
     names = evaluated_splits(cfg, pairs)
-    saver = make_saver(cfg, world, out, model, pairs, names)
+    saver = make_saver(cfg, world, out, model, training, names)
 
     # The order at resume matters; the docstring of engine/run_folder/checkpoint.py lists all its events.
     # 1. Take what is compared with the base model while the base weights are still loaded.
     base_weights = snapshot(model.trainable) if cfg.interpolate else {}
     drift = WeightDrift(model.trainable)
-    base = evaluate_splits(pairs.feature_splits(), model.head, names, world) if resuming else {}
+    base = evaluate_splits(pairs.feature_splits(names), model.head, world) if resuming else {}
     # 2. Load weights, optimizer moments and step of the newest valid checkpoint; other data or settings end here.
     state = saver.resume(world.say) if resuming else State()
     # 3. Replace config.json and ledger.jsonl, after every refusal: a refused resume leaves both files as they were.
     shared = find_overlap(pairs, world)
-    folder.write_run_header(out, as_dict(cfg, "train"), world, model.precision, pairs.ledger)
+    folder.write_run_header(out, as_dict(cfg, "train"), world, model.precision, training.ledger(out))
     # 4. Keep the base metrics of the earlier process; at step 0 they are measured again.
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
     metrics |= shared | named_classes(pairs)
@@ -77,8 +77,8 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture, resumed=state.step > 0)
     evaluator = Evaluator(pairs, names, model, plan, state, saver, log, answers, world, metrics, base)
     # 6. `fit` asks for the inputs from `state.step` on: the order of pairs is a function of seed and epoch.
-    batches = pairs.batches("train", cfg.batch_size, cfg.seed)
-    guard = nonfinite_guard(cfg, world, out, pairs, trained)
+    batches = training.batches(cfg, state)
+    guard = training.guard(cfg, world, out, trained)
     replica = Replica(distribute(trained, world.size), saver.optimizer, world, model.precision)
 
     with closing(log), stop.graceful_exit(), profiler(cfg.profile, out / "profile", world.rank, log) as trace:
@@ -87,7 +87,8 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
         if state.step == 0 or evaluation_missing:
             evaluate()
         stop_signal = partial(stop.agreed_signal, world)
-        fit(replica, batches, plan, state, cfg, Callbacks(log, trace, evaluate, saver.save, stop_signal, guard.check))
+        save = partial(training.save, saver)
+        fit(replica, batches, plan, state, cfg, Callbacks(log, trace, evaluate, save, stop_signal, guard.check))
         best_step = saver.load_best_weights(state, world.say)
         if best_step:
             evaluate(best_step)
@@ -104,22 +105,21 @@ def evaluated_splits(cfg: Config, pairs: Pairs) -> list[str]:
     return [name for name in pairs.splits if name in (*cfg.eval_splits, "probe")]
 
 
-def make_saver(cfg: Config, world: World, out: Path, model: LoadedModel, pairs: Pairs, names: Sequence[str]) -> Saver:
+def make_saver(cfg: Config, world: World, out: Path, model: LoadedModel, training: Training,
+               names: Sequence[str]) -> Saver:
     """Return the Saver of this run, with a new optimizer.
 
     Its checkpoints belong to the base model, to the rows of train and of the measured splits `names`, and to every
     setting that may not change on resume.
     """
-    rows = len(pairs.splits["train"])
-    unused = {data_key(name) for name in pairs.splits if name not in ("train", *names)}
-    identity = {key: value for key, value in pairs.identity.items() if key not in unused}
-    identity |= {"the precision": str(model.precision), "the number of pairs": str(rows)}
+    unused = {data_key(name) for name in training.pairs.splits if name not in ("train", *names)}
+    identity = {key: value for key, value in training.identity.items() if key not in unused}
+    identity |= {"the precision": str(model.precision), "the number of pairs": str(training.rows)}
     known = config_fields()
     recipe = {name: value for name, value in as_dict(cfg, "train").items() if not known[name].resumable}
     optimizer = adamw(model.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp)
-    order = OrderDigest(rows, cfg.batch_size, cfg.seed)
-    return Saver(out, model.trainable, optimizer, identity, recipe, order, cfg.keep, cfg.best_metric, cfg.patience,
-                 world)
+    return Saver(out, model.trainable, optimizer, identity, recipe, training.order(cfg), cfg.keep, cfg.best_metric,
+                 cfg.patience, world)
 
 
 def find_overlap(pairs: Pairs, world: World) -> dict[str, Overlap]:
@@ -163,8 +163,8 @@ class Evaluator:
         names = self.names
         if not at_end:
             names = [name for name in self.names if name in ("train", "valid")] or self.names
-        splits = self.pairs.feature_splits()
-        results = evaluate_splits(splits, self.model.head, names, self.world)
+        splits = self.pairs.feature_splits(names)
+        results = evaluate_splits(splits, self.model.head, self.world)
         scores = {name: result.summarise() if at_end else result.values() for name, result in results.items()}
         self.log.metrics(scores, restored_step or step)
         for name, result in results.items():
@@ -189,16 +189,6 @@ class Evaluator:
             self.answers.record(when, space, results[self.answers.split], self.log.board, self.state.step)
 
 
-def nonfinite_guard(cfg: Config, world: World, out: Path, pairs: Pairs, trained: nn.Module) -> NonfiniteGuard:
-    """Return the guard that ends a run whose gradients stay not finite, and names the rows to blame."""
-    def rows(step: int) -> list[int]:
-        train = pairs.splits["train"]
-        return train.row_N[next(EpochBatches(len(train), cfg.batch_size, cfg.seed).from_step(step)).numpy()].tolist()
-
-    batches = pairs.batches("train", cfg.batch_size, cfg.seed)
-    return NonfiniteGuard(out, trained, batches, rows, world)
-
-
 def apply_interpolation(cfg: Config, evaluator: Evaluator, base_weights: Mapping[str, torch.Tensor]) -> None:
     """Leave the parameters between base and tuned as --interpolate says; write the curve of valid (else train)."""
     names = evaluator.names
@@ -206,7 +196,7 @@ def apply_interpolation(cfg: Config, evaluator: Evaluator, base_weights: Mapping
     measured = [chosen, "probe"] if "probe" in names and chosen != "probe" else [chosen]
 
     def score() -> dict[str, dict[str, float]]:
-        results = evaluate_splits(evaluator.pairs.feature_splits(), evaluator.model.head, measured, evaluator.world)
+        results = evaluate_splits(evaluator.pairs.feature_splits(measured), evaluator.model.head, evaluator.world)
         return {name: results[name].values() for name in measured}
 
     curve = interpolate(evaluator.model.trainable, base_weights, cfg.interpolate, score, cfg.best_metric)

@@ -10,6 +10,7 @@ from data.batch import UserError
 from data.images.decode import ImageSpec
 from data.store.upkeep import delete_spaces, describe_spaces, verify_spaces
 from engine.commands.common import (
+    Source,
     cache_folder,
     evaluate_splits,
     load_model,
@@ -20,6 +21,7 @@ from engine.commands.common import (
     with_probe,
 )
 from engine.commands.train import evaluated_splits, make_saver
+from engine.commands.training import RowTraining, split_dataset
 from engine.config.fields import Config
 from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
@@ -58,16 +60,13 @@ def verify(cfg: Config, world: World, stop: StopSignal) -> int:
 
 
 def rerun(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path]) -> list[Finding]:
-    """Train some steps of the run in `run` again, and measure its exported model again."""
-    # Open the run as `train` does, from the base model.
+    """Train some steps of the run in `run` again, and measure its exported model again. Raises UserError."""
+    cfg, shards = split_dataset(cfg)
     source = open_source(cfg, world)
-    model = load_model(cfg, world)
-    pairs = open_data(cfg, world, model, source)
-    pairs = with_probe(cfg, world, model, pairs, open_probe(cfg, world))
-    plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
-    saver = make_saver(cfg, world, run, model, pairs, evaluated_splits(cfg, pairs))
-    batches = pairs.batches("train", cfg.batch_size, cfg.seed)
-    findings = replay_steps(cfg, world, ReopenedRun(run, checkpoints, model, saver, plan, pairs.ledger, batches))
+    if shards:
+        findings = [Finding("replay", verification.UNCHECKED, "resuming changes the order of a stream of shards")]
+    else:
+        findings = replay(cfg, world, run, checkpoints, source)
     if not (run / "model").exists():
         return findings
 
@@ -77,10 +76,22 @@ def rerun(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path]) -> 
     probe = open_probe(tuned_cfg, world)
     pairs = with_probe(tuned_cfg, world, tuned, open_data(tuned_cfg, world, tuned, source), probe)
     recorded = read_json(run / "metrics.json").get("tuned", {})
-    retrieval = evaluate_splits(pairs.feature_splits(), tuned.head, recorded)
+    retrieval = evaluate_splits(pairs.feature_splits(recorded), tuned.head)
     scores = {name: split.summarise() for name, split in retrieval.items()}
     exact = verification.same_machine(run, world) and not any(finding.difference for finding in findings)
     return [*findings, verification.check_metrics(scores, recorded, exact)]
+
+
+def replay(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path], source: Source) -> list[Finding]:
+    """Train some steps of a run again."""
+    # Open the run as `train` does, from the base model.
+    model = load_model(cfg, world)
+    pairs = open_data(cfg, world, model, source)
+    pairs = with_probe(cfg, world, model, pairs, open_probe(cfg, world))
+    plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
+    saver = make_saver(cfg, world, run, model, RowTraining(pairs), evaluated_splits(cfg, pairs))
+    batches = pairs.batches("train", cfg.batch_size, cfg.seed)
+    return replay_steps(cfg, world, ReopenedRun(run, checkpoints, model, saver, plan, pairs.ledger, batches))
 
 
 def verify_store(cfg: Config, world: World) -> int:

@@ -129,6 +129,10 @@ class Config:
                                "streaming: rows a rank whose activations are held at once; 0: all", advanced=True)
     augment: bool = setting(False, "recipe", SINGLE_RUN,
                             "train on random crops (90 to 100 % of the area); towers run every step")
+    shuffle_buffer: int = setting(0, "recipe", ("train",), "streaming: read shards in sequence and draw from so many "
+                                  "samples; 0: exact random order")
+    train_samples: int = setting(0, "recipe", ("train",), "with --shuffle-buffer: samples of an epoch (default: as the "
+                                 "shards' indexes count)")
     seed: int = setting(42, "recipe", (*TRAINING, "check", "search"), "seeds the order of the pairs", high=2**32)
     interpolate: str = setting("", "recipe", TRAINING, "export a mix of base and tuned: a share of tuned within 0 and "
                                "1, or auto (best on valid)")

@@ -144,6 +144,11 @@ def check(config: Config) -> None:
     if config.loss == "sigmoid" and config.hardness:
         raise ValueError("--loss sigmoid judges each pair alone, --hardness needs a softmax; leave it out or use "
                          "--loss symmetric")
+    if config.train_samples and not config.shuffle_buffer:
+        raise ValueError("--train-samples counts the samples of a stream; leave it out or add --shuffle-buffer N")
+    if config.shuffle_buffer and config.mine_negatives != "off":
+        raise ValueError("--mine-negatives looks at all titles of train, --shuffle-buffer knows none before it reads "
+                         "it; leave one out")
     if config.interpolate not in ("", "auto") and not 0 <= _number(config.interpolate) <= 1:
         raise ValueError(f"--interpolate is a share of tuned within 0 and 1, or auto; not {config.interpolate}")
     if config.html and Path(config.html).expanduser().is_dir():

@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 from data.batch import UserError
 from data.files import delete_folder, read_text, recover_folders, replace_link, replaced_folder, sha256
-from data.prefetch import OrderDigest
 from engine.optim import AdamWL2SP
 from engine.ranks.world import World
 from engine.run_folder.folder import require_run_dir
@@ -57,6 +56,14 @@ class State:
     worse: int = 0  # evaluations since the best one
     enough: bool = False  # patience ran out: no further step
     stopped: int = 0  # the signal that ended the run early, else 0
+    shards: list[int] = field(default_factory=list)  # of a stream: those that are finished in the current epoch
+
+
+class Order(Protocol):
+    """The order of the training rows."""
+
+    def at_step(self, step: int) -> str:
+        """Return a digest of it up to a step."""
 
 
 class DamagedCheckpoint(Exception):
@@ -136,7 +143,7 @@ class Saver:
     optimizer: AdamWL2SP
     identity: Mapping[str, str]  # digests of the data and of the towers
     recipe: Mapping[str, Any]  # the settings that determine the result
-    order: OrderDigest
+    order: Order
     keep: int  # checkpoints
     metric: str  # what `best` means
     patience: int  # evaluations without a better one before the run ends; 0: no limit
@@ -176,8 +183,8 @@ class Saver:
     def _moments(self) -> dict[str, Tensor]:
         moments: dict[str, Tensor] = {}
         for name, parameter in self.named.items():
-            for field, value in self.optimizer.state[parameter].items():
-                moments[f"{name}.{field}"] = value
+            for kind, value in self.optimizer.state[parameter].items():
+                moments[f"{name}.{kind}"] = value
         return moments
 
     def resume(self, log: Callable[[str], None]) -> State:

@@ -20,11 +20,12 @@ IN_A_ROW = 3
 class NonfiniteGuard:
     """Ends a run whose gradient norms stay non-finite. The norms are the same on every rank, so all ranks end together.
 
-    `batches` are this rank's inputs; `rows(step)` returns the source's row numbers of the global batch.
+    `batches` are this rank's inputs, None where a step cannot be read again; `rows(step)` returns the numbers or names
+    of the rows of the global batch.
     """
 
-    def __init__(self, run: Path, model: nn.Module, batches: Batches,
-                 rows: Callable[[int], Sequence[int]], world: World) -> None:
+    def __init__(self, run: Path, model: nn.Module, batches: Batches | None,
+                 rows: Callable[[int], Sequence[int | str]], world: World) -> None:
         self.run, self.model, self.batches, self.rows, self.world = run, model, batches, rows, world
         self.skipped: list[int] = []  # the latest steps in a row (from 0) that were skipped
 
@@ -51,6 +52,8 @@ class NonfiniteGuard:
     @torch.no_grad()
     def _nonfinite_rows(self, step: int) -> list[dict[str, Any]]:
         """Return the rows of a step with non-finite embeddings and which; all rows if every embedding is finite."""
+        if self.batches is None:
+            return [{"row": row, "not_finite": []} for row in self.rows(step)]
         out = self.model(next(self.batches.from_step(step)))
         title_BE, *negatives = out.text_XE.split(max(1, len(out.image_BE)))
         local = {"image": _nonfinite(out.image_BE), "title": _nonfinite(title_BE)}
@@ -60,7 +63,7 @@ class NonfiniteGuard:
         flags = {name: [flag for part in parts for flag in part.get(name, [])] for name in parts[0]}
         entries = []
         for i, row in enumerate(self.rows(step)):
-            entries.append({"row": int(row), "not_finite": [name for name in flags if flags[name][i]]})
+            entries.append({"row": row, "not_finite": [name for name in flags if flags[name][i]]})
         return [entry for entry in entries if entry["not_finite"]] or entries
 
 

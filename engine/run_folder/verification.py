@@ -13,9 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from data.files import read_text
-from data.prefetch import OrderDigest
 from engine.ranks.world import World
-from engine.run_folder.checkpoint import DamagedCheckpoint, load
+from engine.run_folder.checkpoint import DamagedCheckpoint, Order, load
 from engine.run_folder.folder import manifest_problems, read_json
 
 OK, FAILED, UNCHECKED = "ok", "FAILED", "not checked"
@@ -108,7 +107,7 @@ def same_machine(run: Path, world: World) -> bool:
             and saved.get("versions", {}).get("torch") == torch.__version__)
 
 
-def check_order(whole: Sequence[Path], digest: OrderDigest) -> Finding:
+def check_order(whole: Sequence[Path], digest: Order) -> Finding:
     """Compare the order of pairs up to each checkpoint, computed again, with the digest stored in it."""
     wrong = []
     for folder in whole:

@@ -45,7 +45,7 @@ def open_streamed(folder: Path, cache: Path) -> StreamedPairs:
 def test_streamed_batches_with_several_negatives_are_the_cached_ones(tmp_path: Path) -> None:
     """A negative encoded for another row than its id trains on a pair that the data does not hold."""
     streamed = open_streamed(make_pairs(tmp_path / "pairs", 37, 3, 3), tmp_path / "cache")
-    split = streamed.feature_splits()["train"]
+    split = streamed.feature_splits(["train"])["train"]
     for rank, size in ((0, 1), (0, 2), (1, 2)):  # the last batch has one row, so the second rank gets none
         batches = StreamedBatches(streamed, streamed.splits["train"], EpochBatches(37, 12, 5, rank, size))
         features = split.batches(12, 5, rank, size).from_step(1)
@@ -62,7 +62,8 @@ def test_streamed_batches_with_several_negatives_are_the_cached_ones(tmp_path: P
 def test_classes_of_titles_are_met_in_training_and_not_in_an_evaluation(tmp_path: Path) -> None:
     """An evaluation by class would count every prompt of a class as one title."""
     streamed = open_streamed(make_pairs(tmp_path / "pairs", 37, 3, 3), tmp_path / "cache")
-    split, group_P = streamed.feature_splits()["train"], streamed.catalogue.title_group_P
+    split = streamed.feature_splits(["train"])["train"]
+    group_P = split.title_group_P
     (measured,), trained = split.parts(), next(split.batches(37, 0).from_step(0))
     assert group_P is not None and measured.title_id_B.equal(split.title_row_N)
     assert measured.negative_id_BH is not None and split.negative_row_NH is not None

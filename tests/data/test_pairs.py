@@ -11,7 +11,7 @@ import torch
 from helpers import make_pairs, noting, tiny_clip
 
 from data.batch import ALONE
-from data.cold import Encoders, Pipeline, Reader
+from data.cold import DecodedImages, Encoders, Pipeline, Reader
 from data.identity import overlap
 from data.images.decode import ImageSpec
 from data.pairs import Pairs, open_pairs
@@ -21,20 +21,20 @@ from data.web.fetch import Fetched, FetchPolicy
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest sets aside the filter for Pillow's
 
 
-def opened(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Pairs, set[str]]:
-    """The pairs of a folder, and which files were read for them."""
+def opened(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, stored: bool = True) -> tuple[Pairs, set[str]]:
+    """The pairs of a folder, and which files were read for them; without `stored` features they stream."""
     from transformers import CLIPProcessor
 
     taken = set[str]()
     with monkeypatch.context() as patch:
         note = noting(Reader.read, lambda self, reference: taken.add(Path(reference).name))
         patch.setattr(Reader, "read", note)
-        tokenizer = CLIPProcessor.from_pretrained(cache / "model").tokenizer
+        tokenizer = CLIPProcessor.from_pretrained(folder.parent / "cache/model").tokenizer
         encoders = Encoders(lambda pixels: pixels.float().mean((2, 3)), lambda tokens: tokens.ids_BL[:, :1].float(),
-                            3, 1, "images-" + "0" * 8, "titles-" + "0" * 8, True, tokenizer, 77)
+                            3, 1, "images-" + "0" * 8, "titles-" + "0" * 8, stored, tokenizer, 77)
         reader = Reader(cache / "fetched", ImageSpec.clip(32), FetchPolicy(), 25_000_000, 2)
         pipeline = Pipeline(reader, encoders, ALONE, cache, torch.device("cpu"), print)
-        pairs = open_pairs(load_splits(str(folder)), [], pipeline, 0.5, "off")
+        pairs = open_pairs(load_splits(str(folder)), [], pipeline, 0.5, "off", ["valid"])
     return pairs, taken
 
 
@@ -71,7 +71,7 @@ def test_only_new_and_changed_files_are_read(tmp_path: Path, monkeypatch: pytest
     again, taken = opened(folder, cache, monkeypatch)
     assert taken == {"train-0003.jpg"} and again.identity == first.identity and again.ledger == first.ledger
     for name in first.splits:
-        new, old = again.feature_splits()[name].image_MV, first.feature_splits()[name].image_MV
+        new, old = (pairs.feature_splits([name])[name].image_MV for pairs in (again, first))
         assert isinstance(new, torch.Tensor) and isinstance(old, torch.Tensor) and torch.equal(new, old)
         assert torch.equal(again.splits[name].image_N, first.splits[name].image_N)
     time.sleep(0.02)
@@ -82,6 +82,51 @@ def test_only_new_and_changed_files_are_read(tmp_path: Path, monkeypatch: pytest
     assert changed.identity != first.identity and len(changed.ledger) == 2
     train = changed.splits["train"]
     assert train.image_N[train.row_N.tolist().index(4)] == train.image_N[train.row_N.tolist().index(5)]
+
+
+def features_of(pairs: Pairs, name: str) -> list[torch.Tensor]:
+    """The features of a split, row by row."""
+    (rows,) = pairs.feature_splits([name])[name].parts()
+    return [rows.image_BV, rows.title_BT, torch.zeros(0) if rows.negative_BHT is None else rows.negative_BHT]
+
+
+def test_streaming_decodes_an_image_once_to_open_and_encodes_only_what_is_measured(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all images of a large train split are decoded three times before the first step, and at every evaluation."""
+    cache, folder = tmp_path / "cache", make_pairs(tmp_path / "pairs", 20, 5, 6)
+    tiny_clip(cache / "model")
+    for file in folder.rglob("*.jpg"):
+        os.utime(file, (1, 1))
+    monkeypatch.setattr("data.store.stat_cache.SETTLED", -60.0)  # change times cannot be set back
+    read: list[str] = []
+    monkeypatch.setattr(Reader, "read", noting(Reader.read, lambda self, reference: read.append(reference)))
+    first, _ = opened(folder, cache, monkeypatch, stored=False)
+    assert len(read) == len(set(read)) == 31
+    valid = features_of(first, "valid")
+    assert len(read) == 31  # kept from the opening
+    assert first.feature_splits(["valid"]).keys() == {"valid"} and len(read) == 31 + 5
+    read.clear()
+    again, _ = opened(folder, cache, monkeypatch, stored=False)
+    assert not read and again.identity == first.identity
+    stored, _ = opened(folder, cache, monkeypatch)
+    for name in ("valid", "train", "test"):
+        mine, theirs = features_of(again, name), features_of(stored, name)
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(valid, features_of(again, "valid"), strict=True))
+
+
+def test_more_decoded_images_than_there_is_room_for_are_decoded_again(tmp_path: Path,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory stays bounded, whatever a split holds, and the features are the same."""
+    cache, folder = tmp_path / "cache", make_pairs(tmp_path / "pairs", 4, 5, 6)
+    tiny_clip(cache / "model")
+    whole = features_of(opened(folder, cache, monkeypatch, stored=False)[0], "valid")
+    monkeypatch.setattr(DecodedImages.__init__, "__defaults__", ((), 2 * 3 * 32 * 32))
+    pairs, _ = opened(folder, tmp_path / "other", monkeypatch, stored=False)
+    read: list[str] = []
+    monkeypatch.setattr(Reader, "read", noting(Reader.read, lambda self, reference: read.append(reference)))
+    assert all(torch.equal(a, b) for a, b in zip(whole, features_of(pairs, "valid"), strict=True))
+    assert len(read) == 3
 
 
 @pytest.mark.parametrize("reason", ["not-image", "empty"])

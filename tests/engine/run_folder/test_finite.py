@@ -103,6 +103,14 @@ def test_three_in_a_row_end_the_run_and_name_the_rows(tmp_path: Path) -> None:
     check([train(tmp_path, BAD)], tmp_path)
 
 
+def test_a_stream_names_the_samples_of_the_steps(tmp_path: Path) -> None:
+    """Its batches cannot be read again; else the run would end with an error about that, or without a name."""
+    guard = NonfiniteGuard(tmp_path, Linears(), None, lambda step: [f"train-{step}.tar, a"],
+                           World(0, 0, 1, torch.device("cpu")))
+    with pytest.raises(RunFailed, match=r"rows train-0.tar, a, train-1.tar, a, train-2.tar, a of the training split"):
+        guard.check(3, [math.nan] * 3)
+
+
 def test_ranks_skip_and_stop_together(tmp_path: Path) -> None:
     check(on_ranks(2, train, tmp_path, BAD), tmp_path)
 

@@ -1,0 +1,192 @@
+"""The stages of a stream, each a generator over what the one before it yields.
+
+    shards ─▶ read_ahead ─▶ shuffle ─▶ decode ─▶ take batches ─▶ collate
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
+from functools import partial
+from itertools import islice
+from queue import Empty, Queue
+from typing import BinaryIO, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from data.batch import BadSample, Batch, UserError
+from data.cold import Encoders, Reader
+from data.images.augment import random_region
+from data.images.decode import collate_tokens, decode_image, tokenize
+from data.prefetch import threaded_map
+from data.shards.samples import row, samples
+from data.shards.tar import members, open_tar, read_at
+from data.store.segments import key_of
+
+OPEN = 3  # shards that are read at once
+AHEAD = 64  # samples of each of them that wait to be taken
+Report = Callable[[str, str, BadSample], None]  # shard, key, problem
+Item = TypeVar("Item")
+
+
+class Sample(NamedTuple):
+    """A sample as it is in its shard."""
+
+    shard: int  # its number
+    key: str
+    image: bytes
+    title: str
+    negatives: Sequence[str]
+
+
+class Decoded(NamedTuple):
+    """A sample whose picture is decoded; None: it cannot be."""
+
+    sample: Sample
+    image_id: int
+    pixels_CSS: np.ndarray | None
+
+
+def read_shard(number: int, address: str, open_shard: Callable[[str], BinaryIO] = open_tar,
+               report: Report = lambda shard, key, problem: None) -> Generator[Sample]:
+    """Yield the samples of one shard in order; what cannot be used is reported. Raises UserError."""
+    try:
+        with open_shard(address) as file:
+            for key, files in samples(members(file, partial(report, address))):
+                try:
+                    offset, size, title, negative = row(file, files)
+                    image = read_at(file, offset, size)
+                except BadSample as problem:
+                    report(address, key, problem)
+                    continue
+                yield Sample(number, key, image, title, [negative] if negative else [])
+    except OSError as error:
+        raise UserError(f"{address}: {error.strerror or error}") from error
+
+
+class _Reading:
+    """A thread that reads one iterator into a bounded queue."""
+
+    def __init__(self, items: Iterable[Sample]) -> None:
+        self._queue: Queue[Sample | BaseException | None] = Queue(AHEAD)
+        self._closed = False
+        self._thread = threading.Thread(target=self._read, args=(items,), daemon=True, name="read-shard")
+        self._thread.start()
+
+    def _read(self, items: Iterable[Sample]) -> None:
+        end: BaseException | None = None
+        try:
+            for item in items:
+                self._queue.put(item)
+                if self._closed:
+                    return
+        except BaseException as error:  # is raised where the samples are taken
+            end = error
+        self._queue.put(end)
+
+    def take(self) -> Iterator[Sample]:
+        """Yield what is read, until the end or the error that ended it."""
+        while isinstance(item := self._queue.get(), Sample):
+            yield item
+        if item is not None:
+            raise item
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closed = True
+        while self._thread.is_alive():
+            with suppress(Empty):
+                self._queue.get(timeout=0.01)
+        self._thread.join()
+
+
+def read_ahead(shards: Sequence[int], read: Callable[[int], Iterable[Sample]],
+               ended: Callable[[int], None]) -> Generator[Sample]:
+    """Yield the samples of the shards one after another while threads read the next ones, OPEN at once in all.
+
+    `ended` is called with each shard after its last sample. The order is that of the shards, however fast they come.
+    """
+    waiting = list(shards)
+    readings: list[tuple[int, _Reading]] = []
+    try:
+        while waiting or readings:
+            while waiting and len(readings) < OPEN:
+                shard = waiting.pop(0)
+                readings.append((shard, _Reading(read(shard))))
+            shard, reading = readings[0]
+            yield from reading.take()
+            ended(shard)
+            readings.pop(0)
+    finally:
+        for _, reading in readings:
+            reading.close()
+
+
+def shuffle(items: Iterable[Item], size: int, seed: str) -> Iterator[Item]:
+    """Yield the items in random order as far as a buffer of `size` allows: each time one that is drawn from it."""
+    draw, buffer = random.Random(seed), list[Item]()
+    for item in items:
+        buffer.append(item)
+        if len(buffer) > size:
+            place = draw.randrange(len(buffer))
+            buffer[place], buffer[-1] = buffer[-1], buffer[place]
+            yield buffer.pop()
+    draw.shuffle(buffer)
+    yield from buffer
+
+
+def decode(stream: Iterable[Sample], reader: Reader, crop_seed: tuple[int, int], report: Callable[[Sample, BadSample],
+           None], ahead: int) -> Generator[Decoded]:
+    """Decode in threads, in order, `ahead` samples before they are taken; with --augment a random crop of each.
+
+    `crop_seed` is seed and epoch; a crop is a function of both and of the image's content.
+    """
+    def decode_one(sample: Sample) -> Decoded:
+        image_id = content_id(sample.image)
+        region = partial(random_region, *crop_seed, image_id) if reader.augment else None
+        try:
+            return Decoded(sample, image_id, decode_image(sample.image, reader.spec, reader.max_pixels, region))
+        except BadSample as problem:
+            report(sample, problem)
+            return Decoded(sample, image_id, None)
+
+    yield from threaded_map(decode_one, stream, reader.workers, ahead)
+
+
+def collate(batch: Sequence[Decoded], encoders: Encoders, crop: tuple[int, int], negatives: int) -> Batch:
+    """Tokenise and stack a batch; a row has `negatives` hard negatives, those that it lacks with the id -1.
+
+    Equal ids mean equal bytes or token ids, as in every batch; they are digests, since nobody has numbered all rows.
+    """
+    pixels = [item.pixels_CSS for item in batch if item.pixels_CSS is not None]
+    pixels_BCSS = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 3, *crop, dtype=torch.uint8)
+    image_id_B = torch.tensor([item.image_id for item in batch], dtype=torch.int64)
+    texts = [item.sample.title for item in batch]
+    there = [True] * len(batch)
+    for place in range(negatives):  # negative 1 of all rows, then negative 2 of all rows, …
+        for item in batch:
+            there.append(place < len(item.sample.negatives))
+            texts.append(item.sample.negatives[place] if there[-1] else item.sample.title)
+    tokens = tokenize(encoders.tokenizer, texts, encoders.max_tokens)
+    ids = [content_id(np.array(row_ids, np.int32).tobytes()) for row_ids in tokens]
+    id_KB = torch.where(torch.tensor(there, dtype=torch.bool), torch.tensor(ids, dtype=torch.int64), -1)
+    id_KB = id_KB.reshape(1 + negatives, len(batch))
+    title = collate_tokens(tokens[: len(batch)], encoders.pad_id)
+    if not negatives:
+        return Batch(pixels_BCSS, title, None, image_id_B, id_KB[0], None)
+    negative = collate_tokens(tokens[len(batch) :], encoders.pad_id)
+    return Batch(pixels_BCSS, title, negative, image_id_B, id_KB[0], id_KB[1:].T)
+
+
+def content_id(data: bytes) -> int:
+    """Return a number of 63 bits for a content; two contents share one with a chance of 1e-19."""
+    return int.from_bytes(key_of(data)[:8], "little") >> 1
+
+
+def count_negatives(shard: Generator[Sample], looked_at: int) -> int:
+    """Return the most negatives that one of the first samples of a shard has."""
+    with closing(shard):
+        return max((len(sample.negatives) for sample in islice(shard, looked_at)), default=0)

@@ -1,0 +1,208 @@
+"""The training data of a run: rows in an exact random order, or shards as a stream with a shuffle buffer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from data.batch import Batches, UserError
+from data.files import read_text
+from data.inputs import StreamedPairs
+from data.pairs import Pairs, data_key
+from data.prefetch import EpochBatches, OrderDigest
+from data.stream.batches import Problems, ShardBatches
+from data.stream.shards import count_samples, divide_shards, shards_digest
+from data.stream.stages import count_negatives, read_shard
+from engine.clip.model import LoadedModel
+from engine.config.fields import Config
+from engine.ranks.world import World
+from engine.run_folder import folder
+from engine.run_folder.checkpoint import Order, Saver, State
+from engine.run_folder.nonfinite import NonfiniteGuard
+
+LOOKED_AT = 64  # samples of the first shard that tell whether there are negatives
+
+
+class Training(Protocol):
+    """The training data of a run."""
+
+    @property
+    def pairs(self) -> Pairs:
+        """The splits that are opened row by row, the measured ones among them."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of an epoch, over all ranks."""
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Digests of the data, train included."""
+
+    def order(self, cfg: Config) -> Order:
+        """Return the order of the rows, as checkpoints record it."""
+
+    def ledger(self, out: Path) -> Sequence[Mapping[str, Any]]:
+        """Return what is known to be dropped when the run begins or goes on."""
+
+    def batches(self, cfg: Config, state: State) -> Batches:
+        """Return this rank's inputs of a run that goes on from `state`."""
+
+    def save(self, saver: Saver, state: State) -> None:
+        """Write a checkpoint."""
+
+    def guard(self, cfg: Config, world: World, out: Path, trained: nn.Module) -> NonfiniteGuard:
+        """Return the guard that ends a run whose gradients stay not finite, and names the rows to blame."""
+
+
+@dataclass(frozen=True)
+class RowTraining:
+    """The kept rows of train."""
+
+    pairs: Pairs
+
+    @property
+    def rows(self) -> int:
+        """Rows of an epoch."""
+        return len(self.pairs.splits["train"])
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Digests of the data."""
+        return self.pairs.identity
+
+    def order(self, cfg: Config) -> Order:
+        """Return the digest of the order, a function of seed and epoch."""
+        return OrderDigest(self.rows, cfg.batch_size, cfg.seed)
+
+    def ledger(self, out: Path) -> Sequence[Mapping[str, Any]]:
+        """Return the rows that the opening dropped."""
+        return self.pairs.ledger
+
+    def batches(self, cfg: Config, state: State) -> Batches:
+        """Return this rank's inputs; any state has its place in the order."""
+        return self.pairs.batches("train", cfg.batch_size, cfg.seed)
+
+    def save(self, saver: Saver, state: State) -> None:
+        """Write a checkpoint."""
+        saver.save(state)
+
+    def guard(self, cfg: Config, world: World, out: Path, trained: nn.Module) -> NonfiniteGuard:
+        """Return a guard that embeds the rows of a step again to see which are not finite."""
+        train = self.pairs.splits["train"]
+
+        def rows(step: int) -> list[int]:
+            order = EpochBatches(len(train), cfg.batch_size, cfg.seed)
+            return train.row_N[next(order.from_step(step)).numpy()].tolist()
+
+        return NonfiniteGuard(out, trained, self.pairs.batches("train", cfg.batch_size, cfg.seed), rows, world)
+
+
+@dataclass
+class ShardTraining:
+    """The shards of train, read in sequence; no row of them is known before it is read."""
+
+    pairs: Pairs  # of the measured splits
+    stream: ShardBatches
+    world: World
+    out: Path
+    told: bool = False  # that some negatives are not used
+
+    @property
+    def rows(self) -> int:
+        """Samples of an epoch."""
+        return self.stream.samples
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Digests of the measured splits, and of names and sizes of the shards."""
+        return {**self.pairs.identity, data_key("train"): shards_digest(self.stream.shards)}
+
+    def order(self, cfg: Config) -> Order:
+        """Return a digest of the settings that decide the order; resuming and the number of ranks change it."""
+        return replace(self.stream, batch_size=cfg.batch_size)
+
+    def ledger(self, out: Path) -> Sequence[Mapping[str, Any]]:
+        """Return what the opening dropped, and what an earlier process of this run met in the shards."""
+        with suppress(OSError, ValueError, KeyError):
+            lines = [json.loads(line) for line in read_text(out / "ledger.jsonl").splitlines()]
+            self.stream.problems.add([line for line in lines if line.get("split") == "train"])
+        return [*self.pairs.ledger, *self.stream.problems.entries.values()]
+
+    def batches(self, cfg: Config, state: State) -> Batches:
+        """Return this rank's inputs: shards that are finished in the current epoch are not read again."""
+        self.stream = replace(self.stream, batch_size=cfg.batch_size, resumed=(state.step, state.shards))
+        return self.stream
+
+    def save(self, saver: Saver, state: State) -> None:
+        """Write a checkpoint with the shards that all ranks have finished; account for samples met as unusable.
+
+        Raises UserError on all ranks when those are more than --max-bad.
+        """
+        stream = self.stream
+        entries = [*stream.problems.entries.values()]
+        parts = self.world.exchange((stream.finished(state.step), entries, stream.unused_negatives))
+        state.shards = sorted({shard for finished, _, _ in parts for shard in finished})
+        for _, others, _ in parts:
+            stream.problems.add(others)
+        ledger = [*self.pairs.ledger, *stream.problems.entries.values()]
+        self.world.on_main(lambda: folder.write_ledger(self.out / "ledger.jsonl", ledger))
+        saver.save(state)
+        unused = sum(count for _, _, count in parts)
+        if unused and not self.told:
+            self.told = True
+            self.world.say(f"{unused:,} samples so far have more negatives than the first {LOOKED_AT} of the first "
+                           f"shard ({stream.negatives}); those are not used")
+        stream.problems.check(state.step * stream.batch_size)
+
+    def guard(self, cfg: Config, world: World, out: Path, trained: nn.Module) -> NonfiniteGuard:
+        """Return a guard that names the samples of a step; a stream is not read again to find which it was."""
+        def rows(step: int) -> list[str]:
+            return [key for keys in world.exchange(self.stream.keys.get(step, [])) for key in keys]
+
+        return NonfiniteGuard(out, trained, None, rows, world)
+
+
+def split_dataset(cfg: Config) -> tuple[Config, list[str]]:
+    """Return the settings that read what is opened row by row, and the shards of train that are streamed, if any.
+
+    Raises UserError where --shuffle-buffer has no shards to stream.
+    """
+    if not cfg.shuffle_buffer:
+        return cfg, []
+    shards, measured = divide_shards(cfg.dataset)
+    return replace(cfg, dataset=measured), shards
+
+
+def open_training(cfg: Config, world: World, pairs: Pairs, shards: Sequence[str],
+                  out: Path) -> RowTraining | ShardTraining:
+    """Return the training data: the rows of train, or a stream of `shards`. Raises UserError."""
+    if not shards:
+        return RowTraining(pairs)
+    if len(shards) < world.size:
+        raise UserError(f"train has {len(shards)} shards for {world.size} ranks, and each rank reads whole ones; write "
+                        "smaller shards or use fewer ranks")
+    samples = cfg.train_samples or count_samples(shards)
+    if not samples:
+        raise UserError("not every shard of train has an index that counts its samples; give --train-samples N, how "
+                        "many make an epoch, or write the shards with `run.py shards`")
+    assert isinstance(pairs.inputs, StreamedPairs)  # see `refuse_cached`
+    problems = Problems(samples, cfg.max_bad)
+    negatives = min(1, count_negatives(read_shard(0, shards[0]), LOOKED_AT))
+    stream = ShardBatches(shards, samples, cfg.batch_size, cfg.seed, cfg.shuffle_buffer, negatives,
+                          pairs.inputs.pipeline, problems)
+    world.say(f"stream: train {samples:,} samples an epoch from {len(shards):,} shards, shuffle buffer "
+              f"{cfg.shuffle_buffer:,} a rank; leaks of train into the measured splits are not looked for")
+    return ShardTraining(pairs, stream, world, out)
+
+
+def refuse_cached(cfg: Config, model: LoadedModel) -> None:
+    """Raise UserError for a shuffle buffer where training reads stored features."""
+    if cfg.shuffle_buffer and model.cached:
+        raise UserError("--shuffle-buffer streams pictures through the towers, and with cached features none are read; "
+                        "leave it out, or train towers (--trainable all), or add --augment")

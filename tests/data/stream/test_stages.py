@@ -1,0 +1,145 @@
+"""The stages of a stream: the samples that webdataset gives, each once, shuffled by a seed, with ids by content."""
+
+import threading
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import tiny_tokenizer
+from scenes import jpeg, wds_shards
+
+from data.batch import BadSample, UserError
+from data.cold import Encoders
+from data.shards.writer import ShardWriter
+from data.stream.shards import count_samples, divide_shards, shard_order, split_by_rank
+from data.stream.stages import AHEAD, Decoded, Sample, collate, content_id, read_ahead, read_shard, shuffle
+
+
+def ignore(shard: int) -> None:
+    """Take the end of a shard and do nothing with it."""
+
+
+def test_an_epoch_has_the_samples_that_webdataset_gives(tmp_path: Path) -> None:
+    """Else a user who comes from webdataset trains on other data."""
+    webdataset = pytest.importorskip("webdataset")
+    shards = wds_shards(tmp_path, "train", 23, 5)
+    theirs = Counter[tuple[str, bytes, str]]()
+    for sample in webdataset.WebDataset(shards, shardshuffle=False, empty_check=False):
+        theirs[sample["__key__"], sample["jpg"], sample["txt"].decode()] += 1
+    for size in (1, 2, 3):
+        order, ours = shard_order(len(shards), 1, 0), Counter[tuple[str, bytes, str]]()
+        for rank in range(size):
+            read = read_ahead(split_by_rank(order, rank, size), lambda shard: read_shard(shard, shards[shard]), ignore)
+            ours.update((sample.key, sample.image, sample.title) for sample in shuffle(read, 7, str(rank)))
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_ranks_read_disjoint_shards_and_together_all_that_are_left(size: int) -> None:
+    """Else a shard is trained on twice, or never."""
+    order = shard_order(11, 5, 3)
+    assert sorted(order) == list(range(11)) and order != shard_order(11, 5, 4)
+    parts = [split_by_rank(order, rank, size, finished=[2, 9]) for rank in range(size)]
+    assert sorted(shard for part in parts for shard in part) == [0, 1, 3, 4, 5, 6, 7, 8, 10]
+
+
+def test_shards_are_read_in_order_with_few_open_and_none_left_open(tmp_path: Path) -> None:
+    """Else the order depends on how fast a disk is, or a run with a thousand shards opens all of them."""
+    shards = wds_shards(tmp_path, "train", 40, 5)
+    started: list[int] = []
+
+    def read(shard: int):  # type: ignore[no-untyped-def]
+        started.append(shard)
+        return read_shard(shard, shards[shard])
+
+    stream = read_ahead([3, 1, 0, 2, 5, 7], read, ignore)
+    first = [next(stream).shard for _ in range(6)]
+    assert first == [3] * 5 + [1] and len(started) <= 4
+    stream.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "read-shard"]
+    endless = read_ahead([0], lambda shard: (Sample(0, "", b"", "", []) for _ in iter(int, 1)), ignore)
+    assert next(endless).shard == 0  # the thread waits after AHEAD samples; closing ends it
+    endless.close()
+    assert AHEAD and not [thread for thread in threading.enumerate() if thread.name == "read-shard"]
+
+
+def test_a_shard_that_is_no_tar_ends_the_run_by_name(tmp_path: Path) -> None:
+    """Else a download that broke off is passed over in silence, or ends in a traceback of a thread."""
+    (tmp_path / "train-0.tar").write_bytes(b"<html>" * 500)
+    for name, said in (("train-0.tar", "no tar file"), ("train-1.tar", "No such file")):
+        with pytest.raises(UserError, match=f"{name}.*{said}"):
+            list(read_ahead([0], partial(read_shard, address=str(tmp_path / name)), ignore))
+
+
+@pytest.mark.parametrize("size", [0, 1, 10, 1000])
+def test_shuffling_loses_nothing_and_depends_on_the_seed_alone(size: int) -> None:
+    """A buffer of 0 keeps the order of the shards; a large one is a permutation of all."""
+    items = list(range(100))
+    mixed = list(shuffle(items, size, "1 0 0 0"))
+    assert sorted(mixed) == items and mixed == list(shuffle(items, size, "1 0 0 0"))
+    assert (mixed == items) == (size == 0)
+    assert size == 0 or mixed != list(shuffle(items, size, "1 1 0 0"))
+    assert all(item <= place + size for place, item in enumerate(mixed))  # held back at most `size` behind
+
+
+def test_equal_pictures_and_titles_have_equal_ids_and_a_missing_negative_is_marked() -> None:
+    """Else a repeat in the batch is a negative of itself, or a row without a negative is pushed from its own title."""
+    tokenizer = tiny_tokenizer()
+    encoders = Encoders(lambda pixels: pixels, lambda tokens: tokens.ids_BL, 1, 1, "i", "t", False, tokenizer, 77)
+    pixels = np.zeros((3, 8, 8), np.uint8)
+    rows = [("a cat", ["a dog"], b"1"), ("A  Cat ", [], b"2"), ("a dog", ["a cat"], b"1")]
+    batch = collate([Decoded(Sample(0, "", image, title, negatives), content_id(image), pixels)
+                     for title, negatives, image in rows], encoders, (8, 8), 1)
+    title, image = batch.title_id_B.tolist(), batch.image_id_B.tolist()
+    assert title[0] == title[1] != title[2] and image[0] == image[2] != image[1] and min(title + image) >= 0
+    assert batch.negative_id_BH is not None and batch.negative_id_BH.tolist() == [[title[2]], [-1], [title[0]]]
+    assert batch.negative is not None and batch.negative.ids_BL.shape[0] == 3
+    empty = collate([], encoders, (8, 8), 1)
+    assert empty.pixels_BCSS.shape == (0, 3, 8, 8) and empty.negative_id_BH is not None
+    assert collate([], encoders, (8, 8), 0).negative is None
+
+
+def test_shards_are_divided_into_those_that_train_and_those_that_are_measured(tmp_path: Path) -> None:
+    """Else valid is trained on; and what cannot be streamed is refused with the way out."""
+    for name in ("train-0.tar", "train-1.tar", "valid-0.tar", "test-0.tar", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    train, measured = divide_shards(str(tmp_path))
+    assert [Path(shard).name for shard in train] == ["train-0.tar", "train-1.tar"]
+    assert measured == f"{{{tmp_path}/test-0.tar,{tmp_path}/valid-0.tar}}"
+    assert divide_shards(f"{tmp_path}/{{train-0,valid-0}}.tar") == ([f"{tmp_path}/train-0.tar"],
+                                                                    f"{tmp_path}/valid-0.tar")
+    for dataset, said in ((tmp_path / "train-{0..2}.tar", "train-2.tar: no such file"),
+                          (tmp_path / "train-{0..1}.tar", "no shards but train's"),
+                          (tmp_path / "valid-0.tar", "none called train")):
+        with pytest.raises(UserError, match=said):
+            divide_shards(str(dataset))
+
+
+def test_indexes_count_the_samples(tmp_path: Path) -> None:
+    """Else an epoch of our own shards has to be measured by hand."""
+    with ShardWriter(tmp_path, "train", max_samples=4) as writer:
+        for number in range(10):
+            writer.write(f"{number}", jpeg(number), "a title")
+    shards = sorted(map(str, tmp_path.glob("*.tar")))
+    assert len(shards) == 3 and count_samples(shards) == 10
+    Path(f"{shards[1]}.index.json").unlink()
+    assert count_samples(shards) is None
+
+
+def test_unusable_samples_are_reported_with_their_shard_and_key(tmp_path: Path) -> None:
+    """Nothing is lost in silence: what is left out has a line in the ledger."""
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.TarWriter(str(tmp_path / "train-0.tar")) as writer:
+        writer.write({"__key__": "a", "jpg": jpeg(1), "txt": "a title"})
+        writer.write({"__key__": "b", "txt": "no picture"})
+        writer.write({"__key__": "c", "jpg": jpeg(2), "txt": "  "})
+    problems: list[tuple[str, str]] = []
+
+    def report(shard: str, key: str, problem: BadSample) -> None:
+        problems.append((key, problem.reason))
+
+    shard = read_shard(0, str(tmp_path / "train-0.tar"), report=report)
+    assert [sample.key for sample in shard] == ["a"]
+    assert problems == [("b", "no-image"), ("c", "no-title")]

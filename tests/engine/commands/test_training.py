@@ -1,0 +1,140 @@
+"""A run that streams shards with a shuffle buffer: trained, cut off, resumed, on one rank and on two; its refusals."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import inside, on_ranks
+from scenes import make_pairs, wds_shards
+
+from data import files as durable
+from data.stream import batches as stream_batches
+from data.stream.stages import Sample
+from engine.commands.train import train as run_train
+from engine.config.cli import parse
+from engine.ranks.signals import StopSignal
+from engine.ranks.world import World
+
+FLAGS = ["--trainable", "all", "--shuffle-buffer", "4", "--train-samples", "32", "--batch-size", "8", "--epochs", "2",
+         "--precision", "fp32", "--lr", "1e-3", "--save-every", "1"]
+
+
+class StopAt(StopSignal):
+    """As if a signal had come during one step."""
+
+    def __init__(self, step: int) -> None:
+        self._received, self._graceful, self._step = 0, False, step
+
+    def _exit(self) -> None:
+        raise SystemExit(128 + self._received)
+
+    def agreed_signal(self, world: World, step: int) -> int:
+        self._received = signal.SIGTERM if step == self._step else 0
+        return self._received
+
+
+def train(home: Path, out: str, *flags: str, stop: int = 0) -> tuple[int, list[str]]:
+    """One run in this process, on all ranks there are; its exit code, and the shards it read, in order."""
+    size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    places = {"model": "tiny", "dataset": "shards", "cache-dir": "cache", "out": out}
+    cfg = parse("run.py", [*(f"--{name}={home / place}" for name, place in places.items()), *flags])[1]
+    world, read = World(rank, rank, size, torch.device("cpu")), list[str]()
+    original = stream_batches.read_shard
+
+    def noted(*args: object) -> Iterator[Sample]:
+        read.append(Path(str(args[1])).name)
+        return original(*args)  # type: ignore[arg-type]
+
+    try:
+        stream_batches.read_shard = noted  # type: ignore[assignment]
+        code = run_train(cfg, world, StopAt(stop))
+    except SystemExit as exit:
+        code = int(exit.code or 0)
+    finally:
+        stream_batches.read_shard = original
+        world.barrier()  # rank 0 has exported
+        while durable._locks:  # other ranks go on in this folder while this process lives
+            os.close(durable._locks.popitem()[1])
+    return code, read
+
+
+def steps(out: Path) -> list[dict[str, float]]:
+    """The lines of steps.jsonl."""
+    return [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
+
+
+def state(out: Path) -> dict[str, Any]:
+    """The state in the newest checkpoint."""
+    saved: dict[str, Any] = json.loads((out / "checkpoints/last/state.json").read_text())["state"]
+    return saved
+
+
+@pytest.fixture(scope="module")
+def home(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and eight shards of four samples to train on, beside valid and test."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "tiny").symlink_to(tiny_model)
+    for split, samples, size in (("train", 32, 4), ("valid", 8, 8), ("test", 8, 8)):
+        wds_shards(home / "shards", split, samples, size)
+    return home
+
+
+def cut_and_resumed(home: Path) -> tuple[list[str], list[str]]:
+    """Cut a run off in its first epoch and resume it; the shards finished before, and those that are read after."""
+    name = f"cut-{dist.get_world_size() if dist.is_initialized() else 1}"
+    assert train(home, name, *FLAGS, stop=3)[0] == 143
+    finished = [f"train-{shard:06d}.tar" for shard in state(home / name)["shards"]]
+    code, read = train(home, name, "--resume")
+    assert code == 0
+    return finished, read
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_is_cut_off_goes_on_with_the_shards_that_are_left(ranks: int, home: Path) -> None:
+    """Else whoever trains for days on a stream that does not fit the disk begins the epoch anew after each kill."""
+    out = home / f"cut-{ranks}"
+    results = [cut_and_resumed(home)] if ranks == 1 else on_ranks(ranks, cut_and_resumed, home)
+    for rank, (finished, read) in enumerate(results):
+        left = range(8 - len(finished))[rank::ranks]
+        assert finished
+        assert not set(read[: len(left)]) & set(finished)
+    lines = steps(out)
+    assert [(line["step"], line["rows"]) for line in lines] == [(step, 8) for step in range(1, 9)]
+    assert state(out)["step"] == 8 and state(out)["shards"] == []
+    if ranks == 1:
+        done = inside(["verify", "--run", out, "--cache-dir", home / "cache"])
+        assert done.returncode == 0 and "resuming changes the order" in done.stdout, done.stdout + done.stderr
+        assert any(line.startswith("metrics") and " ok " in line for line in done.stdout.splitlines()), done.stdout
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["base"].keys() == metrics["tuned"].keys() == {"valid", "test"}
+
+
+def test_the_same_command_gives_the_same_run(home: Path) -> None:
+    """Same seed, same ranks: the same losses to the bit; another seed: others. And the loss falls."""
+    for name in ("one", "two"):
+        assert train(home, name, *FLAGS)[0] == 0
+    assert steps(home / "one") == steps(home / "two")
+    assert train(home, "three", *FLAGS, "--seed", "7")[0] == 0
+    assert steps(home / "one") != steps(home / "three")
+    assert steps(home / "one")[-1]["loss"] < steps(home / "one")[0]["loss"]
+
+
+def test_a_stream_is_refused_where_it_cannot_be(home: Path, tmp_path: Path) -> None:
+    """Each answer names the flag that makes it work; nothing is trained on by other rules in silence."""
+    make_pairs(tmp_path / "pairs", 8, 4, 4)
+    base = ["--model", home / "tiny", "--cache-dir", tmp_path / "cache", "--out", tmp_path / "out", "--batch-size", "4"]
+    buffer, shards = ["--shuffle-buffer", "4", "--trainable", "all"], ["--dataset", home / "shards"]
+    for flags, said in (([*shards, "--shuffle-buffer", "4"], "--trainable all"),
+                        ([*shards, *buffer], "--train-samples N"),
+                        ([*shards, *buffer, "--mine-negatives", "hard"], "leave one out"),
+                        ([*shards, "--train-samples", "9"], "add --shuffle-buffer N"),
+                        ([*shards, *buffer, "--eval-splits", "train"], "--eval-splits train: there is valid, test"),
+                        (["--dataset", tmp_path / "pairs", *buffer], "`run.py shards` writes them")):
+        done = inside([*base, *flags])
+        assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) <= 3, done.stderr

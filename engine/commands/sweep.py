@@ -43,12 +43,12 @@ def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
     smallest = min(len(run.train) for run in runs)
     for settings in tried:  # a batch too large for a fold is better said now
         Plan(smallest, replace(cfg, **settings).batch_size, 1)
-    folder.write_run_header(out, as_dict(cfg, "sweep"), world, model.precision, pairs.ledger)
 
     # Trials depend on train and valid alone: a test split that changed does not discard them.
     unused = {data_key(name) for name in pairs.splits if name not in SEARCHED}
     identity = {key: value for key, value in pairs.identity.items() if key not in unused}
-    journal = Journal(out, world, identity, cfg.best_metric, resuming)
+    journal = Journal(out, world, identity, cfg.best_metric, resuming)  # a refused resume leaves config.json as it was
+    folder.write_run_header(out, as_dict(cfg, "sweep"), world, model.precision, pairs.ledger)
     remaining = [settings for settings in tried if not journal.is_finished(settings)]
     tuner = Tuner(model, FeatureSplit.batches)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from data.files import read_regular
+from data.files import keep_lines
 from engine.ranks.world import World
 from engine.run_folder.board import TensorBoardWriter, WeightDrift, memory
 
@@ -219,15 +219,13 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
 
 
-def _open_for_append(path: Path, first_step: int) -> TextIO:
-    """Open a file of one line a step for appending, without lines after `first_step` and a half-written last one."""
-    kept = []
-    if first_step and path.exists():
-        for line in read_regular(path).decode("utf-8", "replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= first_step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue
-    path.write_text("".join(kept), encoding="utf-8")
+def _open_for_append(path: Path, last_step: int) -> TextIO:
+    """Open a file of one line a step for appending, without lines after `last_step` and a half-written last one."""
+    def is_kept(line: str) -> bool:
+        try:
+            return last_step > 0 and json.loads(line)["step"] <= last_step
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return False
+
+    keep_lines(path, is_kept)
     return path.open("a", encoding="utf-8")

@@ -15,12 +15,12 @@ from data.store.feature_split import FeatureSplit
 from engine.commands.common import evaluate_split, evaluate_splits, load_model, open_data, open_run, open_source
 from engine.commands.train import find_overlap, write_results
 from engine.config.fields import Config, as_dict
+from engine.optim import Plan
 from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
 from engine.run_folder import folder
 from engine.sweep.space import configurations, describe_settings
 from engine.sweep.trials import SEED_STRIDE, Journal, Run, Tuner
-from engine.train import Plan
 from eval.leaderboard import leaderboard, score_configuration, to_host
 from eval.metrics import Retrieval
 from eval.retrieval import differences, measure_if_finite

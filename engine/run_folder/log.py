@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from data.files import keep_lines
+from engine.optim import Plan
 from engine.ranks.world import World
 from engine.run_folder.board import TensorBoardWriter, WeightDrift, memory
 
@@ -35,27 +36,36 @@ class LoggedStep(NamedTuple):
     rows: int
 
 
+class Reference(NamedTuple):
+    """The settings and metrics that TensorBoard compares a run by."""
+
+    recipe: Mapping[str, Any]
+    base: Metrics  # of the base model; {} until step 0 is evaluated
+
+
+NO_REFERENCE = Reference({}, {})
+
+
 class Log:
     """Collects steps on the device and writes them out at every flush.
 
-    `first_step` is the step of the checkpoint resumed from; later lines of an earlier process are cut off. `recipe` are
-    the settings to compare runs by; `base` are the base model's metrics if a resumed run has them already.
+    `first_step` is the step of the checkpoint resumed from; later lines of an earlier process are cut off.
     """
 
-    def __init__(self, folder: Path, world: World, steps_per_epoch: int, steps: int, first_step: int,
-                 drift: WeightDrift, recipe: Mapping[str, Any] | None = None, base: Metrics | None = None) -> None:
-        self.world, self.steps_per_epoch, self.steps = world, steps_per_epoch, steps
+    def __init__(self, folder: Path, world: World, plan: Plan, first_step: int, drift: WeightDrift,
+                 reference: Reference = NO_REFERENCE) -> None:
+        self.world, self.plan = world, plan
         self._pending: list[LoggedStep] = []
         self._began = time.perf_counter()
         self._flushed_at = self._began  # moved on by the time that is not spent on steps
         self._waited = 0.0  # for data since the last flush
         self._recall = ""  # of the last evaluation, for the progress line
         self._seconds = dict.fromkeys(("waiting for data", "evaluate", "checkpoint"), 0.0)
-        self._base, self._drift, self._recipe = base or {}, drift, recipe or {}
+        self._drift, self._recipe, self._base = drift, reference.recipe, reference.base
         self._files: list[TextIO] = []
         if world.is_main:
             self._files = [_open_for_append(folder / name, first_step) for name in ("steps.jsonl", "evaluations.jsonl")]
-        self.board = TensorBoardWriter(folder / "tensorboard" if world.is_main else None, first_step, steps)
+        self.board = TensorBoardWriter(folder / "tensorboard" if world.is_main else None, first_step, plan.steps)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -133,7 +143,7 @@ class Log:
                                 **memory(self.world.device)}, step)
         eta = (total_steps - step) * seconds / len(self._pending)
         show = self.world.say if step == total_steps else self.world.live
-        show(f"step {step}/{total_steps}  epoch {step / self.steps_per_epoch:.2f}  loss {loss:.4f}{self._recall}  "
+        show(f"step {step}/{total_steps}  epoch {step / self.plan.steps_per_epoch:.2f}  loss {loss:.4f}{self._recall}  "
              f"lr {lr:.2e}  {speed:,.0f} pairs/s  wait {wait:.0%}  eta {_duration(eta)}")
 
     def metrics(self, scores: Metrics, step: int) -> None:
@@ -150,7 +160,7 @@ class Log:
             self.board.metrics(plain, self._base, step)
             if self.board.due("drift", step):
                 self.board.scalars(drift, step)
-            if step in (0, self.steps):
+            if step in (0, self.plan.steps):
                 self.board.hparams(self._recipe, list(scores), done=step > 0)
             self.board.flush()
         for split, values in scores.items():
@@ -159,7 +169,7 @@ class Log:
         self._recall = f"  {split} R@10 {scores[split]['image_to_text_R@10']:.3f}"
 
     def _epoch(self, step: int) -> float:
-        return round(step / self.steps_per_epoch, 6)
+        return round(step / self.plan.steps_per_epoch, 6)
 
     def curve(self, name: str, points: Sequence[Mapping[str, Any]]) -> None:
         """Write metrics over alpha to TensorBoard; 100 * alpha takes the place of the step."""

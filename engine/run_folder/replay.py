@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from data.batch import Batches
 from engine.clip.model import LoadedModel, distribute
 from engine.config.fields import Config
+from engine.optim import Plan
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import Saver, State, changes_since, load, missing_identity, parse_state
 from engine.run_folder.log import NullLog
@@ -25,7 +26,7 @@ from engine.run_folder.verification import (
     compare_losses,
     read_steps,
 )
-from engine.train import Callbacks, Plan, Replica, fit
+from engine.train import Callbacks, Replica, fit
 
 REPLAYED = 5  # steps trained again from each place
 

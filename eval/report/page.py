@@ -111,19 +111,41 @@ th,td{padding-right:.5rem}.ci{display:block;font-size:.78em}.bars{display:none}t
 """
 
 
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+{generator}
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<a class="skip" href="#main">Skip to the content</a>
+<header>{header}</header>
+<main id="main">{main}</main>
+<footer>{footer}</footer>
+</body>
+</html>
+"""
+
+
 def document(title: str, header: str, main: str, footer: str) -> str:
-    """A whole page; `title` is plain text, the other parts are HTML."""
-    return (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-            f'{GENERATOR}\n<meta name="viewport" content="width=device-width,initial-scale=1">\n'
-            '<meta name="referrer" content="no-referrer">\n<link rel="icon" href="data:,">\n'
-            f'<title>{escape(clean(title))}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n'
-            f'<a class="skip" href="#main">Skip to the content</a>\n<header>{header}</header>\n'
-            f'<main id="main">{main}</main>\n<footer>{footer}</footer>\n</body>\n</html>\n')
+    """Return a whole page; `title` is plain text, the other parts are HTML."""
+    return PAGE.format(policy=POLICY, generator=GENERATOR, title=escape(clean(title)), style=STYLE, header=header,
+                       main=main, footer=footer)
+
+
+def template(text: str) -> str:
+    """Return a template for `str.format` without its line breaks, which are there for its readers alone."""
+    return text.replace("\n", "")
 
 
 def clean(value: object, limit: int = LIMIT) -> str:
-    """One line of at most `limit` characters, without control, surrogate and bidirectional formatting characters."""
+    """Return one line of at most `limit` characters, without control, surrogate and bidi formatting characters."""
     raw = BIDI.sub("", str(value)[:4 * limit])
     characters = []
     for char in raw:
@@ -134,18 +156,19 @@ def clean(value: object, limit: int = LIMIT) -> str:
 
 
 def escape_text(value: object, limit: int = LIMIT) -> str:
-    """Text from data for an element: escaped, clipped, isolated from the direction of the text around it."""
+    """Return text from data for an element: escaped, clipped, isolated from the direction of the text around it."""
     return f'<bdi dir="auto">{escape(clean(value, limit))}</bdi>'
 
 
 def escape_attribute(value: object, limit: int = LIMIT) -> str:
-    """Text from data for the inside of a quoted attribute."""
+    """Return text from data for the inside of a quoted attribute."""
     return escape(clean(value, limit), quote=True)
 
 
 def image_tag(jpeg: bytes, alt: str) -> str:
-    """An inline JPEG, a grey box for empty bytes; `alt` is plain text."""
+    """Return an inline JPEG, a grey box for empty bytes; `alt` is plain text."""
+    text = escape_attribute(alt)
     if not jpeg:
-        return f'<span class="gone" role="img" aria-label="{escape_attribute(alt)} (not available)">no picture</span>'
+        return f'<span class="gone" role="img" aria-label="{text} (not available)">no picture</span>'
     data = base64.b64encode(jpeg).decode()
-    return f'<img class="thumb" alt="{escape_attribute(alt)}" src="data:image/jpeg;base64,{data}">'
+    return f'<img class="thumb" alt="{text}" src="data:image/jpeg;base64,{data}">'

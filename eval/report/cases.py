@@ -11,9 +11,10 @@ Title = Callable[[int], str]
 Picture = Callable[[int], bytes]
 IMAGES, TITLES = 6, 2  # image queries and title queries of each kind
 KINDS = (
-    ("helped", "Helped most", "The right answer rose the farthest."),
-    ("hurt", "Hurt most", "The right answer fell the farthest: what the gain has cost."),
-    ("hardest", "Hardest now", "The right answer is the farthest down after training."),
+    ("helped", "Helped most", "The right answer rose the farthest.", improved),
+    ("hurt", "Hurt most", "The right answer fell the farthest: what the gain has cost.", worsened),
+    ("hardest", "Hardest now", "The right answer is the farthest down after training.",
+     lambda base, tuned, count: hardest(tuned, count)),
 )
 SECTION = template("""
 <section aria-labelledby="{kind}">
@@ -47,23 +48,15 @@ def case_sections(answers: Mapping[str, AnswersByDirection], title: Title, pictu
     html = (f'<p class="soft">Chosen by rank among {len(images[1].query_Q):,} images and '
             f'{len(titles[1].query_Q):,} titles, not by hand. Each list shows the five best answers with their '
             'cosine; <span class="right">✓ marks a right one</span>.</p>')
-    for kind, heading, explanation in KINDS:
+    for kind, heading, explanation, select in KINDS:
         cards = ""
-        for query in select_cases(kind, *images, IMAGES):
+        for query in select(*images, IMAGES):
             cards += _image_card(query, *images, title, picture_of)
-        for query in select_cases(kind, *titles, TITLES):
+        for query in select(*titles, TITLES):
             cards += _title_card(query, *titles, title, picture_of)
         body = f'<ul class="cases">{cards}</ul>' if cards else "<p>There are none.</p>"
         html += SECTION.format(kind=kind, heading=heading, explanation=explanation, body=body)
     return html
-
-
-def select_cases(kind: str, base: Answers, tuned: Answers, count: int) -> list[int]:
-    """Return the indices of at most `count` queries of one kind."""
-    if kind == "hardest":
-        return hardest(tuned, count)
-    select = improved if kind == "helped" else worsened
-    return select(base, tuned, count)
 
 
 def _rank_change(base: Answers, tuned: Answers, query: int) -> str:

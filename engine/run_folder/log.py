@@ -19,9 +19,8 @@ from torch.profiler import record_function
 from data.files import keep_lines
 from engine.optim import Plan
 from engine.ranks.world import World
-from engine.run_folder.board import TensorBoardWriter, WeightDrift, memory
+from engine.run_folder.board import Metrics, TensorBoardWriter, WeightDrift, memory
 
-Metrics = Mapping[str, Mapping[str, Any]]  # split -> name -> value or [lo, hi]
 HEADLINE = {"image_to_text_R@1": "R@1", "image_to_text_R@5": "R@5", "image_to_text_R@10": "R@10",
             "image_to_text_median_rank": "median rank", "triplet_accuracy": "triplet"}
 
@@ -39,7 +38,7 @@ class LoggedStep(NamedTuple):
 class Reference(NamedTuple):
     """The settings and metrics that TensorBoard compares a run by."""
 
-    recipe: Mapping[str, Any]
+    recipe: Mapping[str, object]
     base: Metrics  # of the base model; {} until step 0 is evaluated
 
 
@@ -95,10 +94,12 @@ class Log:
     def report_time(self, period: str, seconds: Mapping[str, float]) -> None:
         """Print the shares of the time of `period`, largest first, and write them to TensorBoard."""
         total = sum(seconds.values()) or 1.0
-        shares = {name: seconds[name] / total for name in sorted(seconds, key=seconds.__getitem__, reverse=True)}
-        text = "  ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        self.world.say(f"time of {period}, {total:.3g} s:  {text}")
-        self.board.scalars({f"profile/{period}: {name}": share for name, share in shares.items()}, 0)
+        text = ""
+        for name in sorted(seconds, key=seconds.__getitem__, reverse=True):
+            share = seconds[name] / total
+            text += f"  {name} {share:.0%}"
+            self.board.scalars({f"profile/{period}: {name}": share}, 0)
+        self.world.say(f"time of {period}, {total:.3g} s:{text}")
 
     def say(self, text: str) -> None:
         """Print one line."""
@@ -151,8 +152,7 @@ class Log:
         if step == 0:
             self._base = scores
         if self.world.is_main:
-            plain = {split: {name: value for name, value in values.items() if isinstance(value, float)}
-                     for split, values in scores.items()}  # without counts, intervals and `collapsed`
+            plain = {split: _floats(values) for split, values in scores.items()}
             drift = self._drift()
             line = {"step": step, "epoch": self._epoch(step), **plain}
             self._files[1].write(json.dumps(line) + "\n")
@@ -163,8 +163,10 @@ class Log:
             if step in (0, self.plan.steps):
                 self.board.hparams(self._recipe, list(scores), done=step > 0)
             self.board.flush()
+        model = f"step {step}" if step else "base"
         for split, values in scores.items():
-            self.world.say(f"{'base' if step == 0 else f'step {step}'}  {split}:  " + _headline(values))
+            headline = [f"{short} {values[name]:.3g}" for name, short in HEADLINE.items() if name in values]
+            self.world.say(f"{model}  {split}:  " + "  ".join(headline))
         split = "valid" if "valid" in scores else next(iter(scores))
         self._recall = f"  {split} R@10 {scores[split]['image_to_text_R@10']:.3f}"
 
@@ -177,9 +179,8 @@ class Log:
             return
         for point in points:
             for split in point.keys() - {"alpha"}:
-                scalars = {f"{name}/{split}/{metric}": value for metric, value in point[split].items()
-                         if isinstance(value, float)}
-                self.board.scalars(scalars, round(100 * point["alpha"]))
+                scores = {f"{name}/{split}/{metric}": value for metric, value in _floats(point[split]).items()}
+                self.board.scalars(scores, round(100 * point["alpha"]))
 
     def close(self) -> None:
         """Flush and close the files, and erase the progress line."""
@@ -216,8 +217,9 @@ class NullLog(Log):
         return []
 
 
-def _headline(values: Mapping[str, Any]) -> str:
-    return "  ".join(f"{short} {values[name]:.3g}" for name, short in HEADLINE.items() if name in values)
+def _floats(values: Mapping[str, object]) -> dict[str, float]:
+    """Return the metrics without counts, intervals and `collapsed`."""
+    return {name: value for name, value in values.items() if isinstance(value, float)}
 
 
 def _duration(seconds: float) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -40,7 +39,7 @@ class ReopenedRun:
     model: LoadedModel
     saver: Saver  # its optimizer is at the base model
     plan: Plan
-    ledger: Sequence[Mapping[str, Any]]  # the rows dropped now
+    ledger: Sequence[Mapping[str, object]]  # the rows dropped now
     batches: Batches
 
 
@@ -85,6 +84,6 @@ class Recorder(NullLog):
         self.world = world
         self.losses: dict[int, float] = {}
 
-    def step(self, step: int, loss: Tensor, *_: Any) -> None:
+    def step(self, step: int, loss: Tensor, *_: object) -> None:
         """Keep the loss of a step, summed over ranks."""
         self.losses[step] = float(self.world.sum(loss))

@@ -54,7 +54,7 @@ def verify(cfg: Config, world: World, stop: StopSignal) -> int:
         findings.append(Finding("replay and metrics", verification.UNCHECKED, str(error)))
     if world.is_main:
         print(verification.format_findings(findings), flush=True)
-    return int(verification.any_failed(findings))
+    return int(any(finding.verdict == verification.FAILED for finding in findings))
 
 
 def rerun(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path]) -> list[Finding]:

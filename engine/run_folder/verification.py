@@ -179,11 +179,6 @@ def format_findings(findings: Sequence[Finding]) -> str:
     return "\n".join([*lines, ", ".join(counts)])
 
 
-def any_failed(findings: Sequence[Finding]) -> bool:
-    """Return whether a check failed."""
-    return any(finding.verdict == FAILED for finding in findings)
-
-
 def _difference(loss: float, logged: float | None) -> float:
     """Return the absolute difference; 0 where both are NaN (written as null or NaN), infinity where one is."""
     if logged is None or math.isnan(logged):

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -79,6 +79,17 @@ def replace_text(path: Path, text: str) -> None:
         fsync(temporary).replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def keep_lines(path: Path, is_kept: Callable[[str], bool]) -> None:
+    """Remove the lines of a text file that are not kept, in one step; make the file where there is none.
+
+    A file that loses nothing is not written: a crash cannot harm it, and its digest stays. Raises OSError.
+    """
+    before = read_regular(path).decode("utf-8", "replace") if path.exists() else None
+    text = "".join(f"{line}\n" for line in (before or "").splitlines() if is_kept(line))
+    if text != before:
+        replace_text(path, text)
 
 
 def replace_link(link: Path, target: str) -> None:

@@ -1,12 +1,50 @@
-"""AdamW with L2-SP, learning-rate schedules, and an update that skips gradients that are not finite."""
+"""Steps of a run, learning-rate schedules, AdamW with L2-SP, an update that skips gradients that are not finite."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from data.batch import UserError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of steps, and of rows in each; the last batch of an epoch may be short.
+
+    Raises UserError for a batch larger than the data: each epoch would be one short step.
+    """
+
+    rows: int
+    batch_size: int
+    epochs: int
+
+    def __post_init__(self) -> None:
+        if self.batch_size > self.rows:
+            raise UserError(f"--batch-size {self.batch_size} is larger than the {self.rows} training pairs; "
+                            f"use at most --batch-size {self.rows}")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """ceil(rows / batch_size)."""
+        return -(-self.rows // self.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.epochs * self.steps_per_epoch
+
+    def rows_at(self, step: int) -> int:
+        """Rows of the global batch at `step` (from 0)."""
+        return min(self.batch_size, self.rows - step % self.steps_per_epoch * self.batch_size)
+
+    def due(self, step: int, every: int) -> bool:
+        """Return whether it is time after `step` steps. `every` 0 means each epoch; the last step is always due."""
+        return step % (every or self.steps_per_epoch) == 0 or step == self.steps
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str = "linear", warmup: float = 0.0) -> float:

@@ -14,53 +14,18 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from data.batch import Batch, Batches, Features, UserError, share
+from data.batch import Batch, Batches, Features, share
 from engine.clip.model import Embeddings
 from engine.config.fields import Config
 from engine.cuda_graph import GraphedStep, should_capture
 from engine.loss import Candidates, Objective
-from engine.optim import AdamWL2SP, learning_rate, update
+from engine.optim import AdamWL2SP, Plan, learning_rate, update
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import State
 from engine.run_folder.log import Log, NullLog
 from engine.run_folder.profiler import Profiler
 
 Inputs = TypeVar("Inputs")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Numbers of steps, and of rows in each; the last batch of an epoch may be short.
-
-    Raises UserError for a batch larger than the data: each epoch would be one short step.
-    """
-
-    rows: int
-    batch_size: int
-    epochs: int
-
-    def __post_init__(self) -> None:
-        if self.batch_size > self.rows:
-            raise UserError(f"--batch-size {self.batch_size} is larger than the {self.rows} training pairs; "
-                            f"use at most --batch-size {self.rows}")
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """ceil(rows / batch_size)."""
-        return -(-self.rows // self.batch_size)
-
-    @property
-    def steps(self) -> int:
-        """Steps of the whole run."""
-        return self.epochs * self.steps_per_epoch
-
-    def rows_at(self, step: int) -> int:
-        """Rows of the global batch at `step` (from 0)."""
-        return min(self.batch_size, self.rows - step % self.steps_per_epoch * self.batch_size)
-
-    def due(self, step: int, every: int) -> bool:
-        """Return whether it is time after `step` steps. `every` 0 means each epoch; the last step is always due."""
-        return step % (every or self.steps_per_epoch) == 0 or step == self.steps
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,8 @@ LONG_FUNCTIONS: dict[tuple[str, str], str] = {}
 
 # (file, function) -> the reason why it may take more than six parameters.
 MANY_PARAMETERS = {
-    ("data/demo/draw.py", "_stamp"): "one shape: canvas, kind, place, size, colour",
     ("data/sources/split.py", "divide_lone_split"): "reads all images: rows, reader, cache, team",
     ("engine/clip/model.py", "open_model"): "the settings of a model, passed as plain values",
-    ("engine/run_folder/log.py", "__init__"): "steps done before, and what the log compares with",
 }
 
 # file -> how many lines it may have, where that is not 400.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
-import string
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,44 +14,84 @@ from data.demo.draw import Scene, draw, random_scene
 
 COUNTS = {"train": 3000, "valid": 400, "test": 400}
 # Scenes fall into lots by their contents: no split, and no pretraining whatever its seed, shares them with another.
-LOTS = {"train": (0, 4), "valid": (4, 5), "test": (5, 6), "pretrain": (6, 12)}
+LOTS = {"train": range(4), "valid": range(4, 5), "test": range(5, 6), "pretrain": range(6, 12)}
+ALL_LOTS = 12
 # For each value its plain word, used in captions, then the words of titles.
-NUMBERS = {1: ("one", "1", "a single", "just one", "solo"), 2: ("two", "2", "a pair of", "double", "twin"),
-           3: ("three", "3", "a trio of", "triple"), 4: ("four", "4", "a quartet of", "quad"),
-           5: ("five", "5", "a squad of")}
-COLOURS = {"red": ("red", "crimson", "scarlet", "cherry"), "orange": ("orange", "tangerine", "pumpkin", "amber"),
-           "yellow": ("yellow", "golden", "lemon", "banana"), "green": ("green", "emerald", "lime", "slime"),
-           "blue": ("blue", "sapphire", "azure", "navy"), "purple": ("purple", "violet", "grape", "lavender"),
-           "pink": ("pink", "bubblegum", "rosy", "barbie"), "white": ("white", "snowy", "ivory", "ghost"),
-           "black": ("black", "midnight", "ebony", "goth")}
-THINGS = {"circle": ("circle", "ball", "dot", "orb"), "square": ("square", "box", "block", "cube"),
-          "triangle": ("triangle", "pyramid", "nacho", "spike"), "star": ("star", "superstar", "sparkle", "twinkle"),
-          "heart": ("heart", "valentine", "crush", "sweetheart"), "ring": ("ring", "donut", "hoop", "halo"),
-          "face": ("face", "smiley", "emoji", "grin"), "bolt": ("bolt", "zap", "flash", "thunder strike")}
-SIZE_WORDS = {"tiny": ("tiny", "micro", "teeny", "smol", "mini"),
-              "giant": ("giant", "HUGE", "MEGA", "monster", "XXL")}
-PLACE_WORDS = {"centre": ("in the middle", "DEAD CENTRE", "front and centre"),
-               "left": ("on the left", "on the WEST side", "hugging the left edge"),
-               "right": ("on the right", "on the EAST side", "hugging the right edge"),
-               "top": ("at the top", "up in the sky", "UPSTAIRS"),
-               "bottom": ("at the bottom", "on the floor", "down LOW"),
-               "row": ("in a row", "lined up", "in single file")}
-TITLES = ("I Drew {n} {COLOUR} {things} and THIS Happened", "Why nobody paints {colour} {things} on {ground}",
-          "{n} {size} {things} vs. {rival}", "DO NOT touch the {COLOUR} {thing}!!", "Who hid {n} {things} {place}?",
-          "Can you find {n} {colour} {things}? 99% FAIL", "24 Hours with {n} {size} {colour} {things}",
-          "They are BACK: {n} {colour} {things}", "{n} {things}, all {COLOUR}, and nobody knows why",
-          "Turning my {ground} room into {n} {colour} {things}", "POV: {n} {colour} {things} {place}",
-          "The truth about {SIZE} {colour} {things}", "{colour} {thing} or {rival}: which one WINS?",
-          "I bought {n} {colour} {things} so you don't have to", "{ground} wall, {n} {things}, zero budget",
-          "What {n} {colour} {things} look like on {ground}", "My {size} {colour} {thing} setup, {place}",
-          "Stop scrolling: {things} {place} in {COLOUR}", "Ranking {n} {colour} {things} from worst to best",
-          "How to draw {colour} {things} on {ground} like a pro", "{n} {size} {things} {place} changed my life",
-          "{rival} challenged {n} {colour} {things}", "This {colour} {thing} broke the internet",
-          "{n} {COLOUR} {things}. One winner. $10,000")
+NUMBERS = {
+    1: ("one", "1", "a single", "just one", "solo"),
+    2: ("two", "2", "a pair of", "double", "twin"),
+    3: ("three", "3", "a trio of", "triple"),
+    4: ("four", "4", "a quartet of", "quad"),
+    5: ("five", "5", "a squad of"),
+}
+COLOURS = {
+    "red": ("red", "crimson", "scarlet", "cherry"),
+    "orange": ("orange", "tangerine", "pumpkin", "amber"),
+    "yellow": ("yellow", "golden", "lemon", "banana"),
+    "green": ("green", "emerald", "lime", "slime"),
+    "blue": ("blue", "sapphire", "azure", "navy"),
+    "purple": ("purple", "violet", "grape", "lavender"),
+    "pink": ("pink", "bubblegum", "rosy", "barbie"),
+    "white": ("white", "snowy", "ivory", "ghost"),
+    "black": ("black", "midnight", "ebony", "goth"),
+}
+THINGS = {
+    "circle": ("circle", "ball", "dot", "orb"),
+    "square": ("square", "box", "block", "cube"),
+    "triangle": ("triangle", "pyramid", "nacho", "spike"),
+    "star": ("star", "superstar", "sparkle", "twinkle"),
+    "heart": ("heart", "valentine", "crush", "sweetheart"),
+    "ring": ("ring", "donut", "hoop", "halo"),
+    "face": ("face", "smiley", "emoji", "grin"),
+    "bolt": ("bolt", "zap", "flash", "thunder strike"),
+}
+SIZE_WORDS = {
+    "tiny": ("tiny", "micro", "teeny", "smol", "mini"),
+    "normal": ("",),
+    "giant": ("giant", "HUGE", "MEGA", "monster", "XXL"),
+}
+PLACE_WORDS = {
+    "centre": ("in the middle", "DEAD CENTRE", "front and centre"),
+    "left": ("on the left", "on the WEST side", "hugging the left edge"),
+    "right": ("on the right", "on the EAST side", "hugging the right edge"),
+    "top": ("at the top", "up in the sky", "UPSTAIRS"),
+    "bottom": ("at the bottom", "on the floor", "down LOW"),
+    "row": ("in a row", "lined up", "in single file"),
+}
+# Slot of a template -> the field of a scene that it names; in capitals it is written in capitals.
+SLOTS = {"n": "count", "colour": "colour", "thing": "shape", "things": "shape", "size": "size", "place": "place",
+         "ground": "ground", "rival": "rival"}
+TITLES = (
+    "I Drew {n} {COLOUR} {things} and THIS Happened",
+    "Why nobody paints {colour} {things} on {ground}",
+    "{n} {size} {things} vs. {rival}",
+    "DO NOT touch the {COLOUR} {thing}!!",
+    "Who hid {n} {things} {place}?",
+    "Can you find {n} {colour} {things}? 99% FAIL",
+    "24 Hours with {n} {size} {colour} {things}",
+    "They are BACK: {n} {colour} {things}",
+    "{n} {things}, all {COLOUR}, and nobody knows why",
+    "Turning my {ground} room into {n} {colour} {things}",
+    "POV: {n} {colour} {things} {place}",
+    "The truth about {SIZE} {colour} {things}",
+    "{colour} {thing} or {rival}: which one WINS?",
+    "I bought {n} {colour} {things} so you don't have to",
+    "{ground} wall, {n} {things}, zero budget",
+    "What {n} {colour} {things} look like on {ground}",
+    "My {size} {colour} {thing} setup, {place}",
+    "Stop scrolling: {things} {place} in {COLOUR}",
+    "Ranking {n} {colour} {things} from worst to best",
+    "How to draw {colour} {things} on {ground} like a pro",
+    "{n} {size} {things} {place} changed my life",
+    "{rival} challenged {n} {colour} {things}",
+    "This {colour} {thing} broke the internet",
+    "{n} {COLOUR} {things}. One winner. $10,000",
+)
 BEFORE = ("", "", "", "", "BREAKING: ", "MUST WATCH: ", "😱 ", "🔥 ", "[4K] ", "(not clickbait) ")
 AFTER = ("", "", "", "", " (part {k})",
          " | ep. {k}", " 😱", " #shorts", " - GONE WRONG", " (emotional)", " 🔥🔥", " ...again")
-PLAIN_CLUTTER, PLAIN_SLANG = 0.15, 0.3
+CLUTTER, PLAIN_CLUTTER = 0.5, 0.15  # of scenes with titles and with captions
+SLANG, PLAIN_SLANG = 0.8, 0.3  # chance that a word is not the plain one, in titles and in captions
 WRITTEN_ALIKE = 0.015  # share of rows whose title another row already has, as in real uploads
 
 
@@ -62,16 +102,12 @@ class Title(NamedTuple):
     claims: Mapping[str, Any]
 
     def shared(self, scene: Scene) -> int:
-        """How many of the claims are true of the scene."""
+        """Return how many of the claims are true of the scene."""
         return sum(getattr(scene, field) == value for field, value in self.claims.items())
 
     def fits(self, scene: Scene) -> bool:
-        """True when no claim is wrong of the scene."""
+        """Return whether no claim is wrong of the scene."""
         return self.shared(scene) == len(self.claims)
-
-
-FIELDS = {"n": "count", "colour": "colour", "COLOUR": "colour", "thing": "shape", "things": "shape", "size": "size",
-          "SIZE": "size", "place": "place", "ground": "ground", "rival": "rival"}
 
 
 def write_demo(folder: Path, counts: Mapping[str, int] = COUNTS, seed: int = 0) -> None:
@@ -83,66 +119,77 @@ def write_demo(folder: Path, counts: Mapping[str, int] = COUNTS, seed: int = 0) 
     rng = random.Random(f"demo {seed}")
     seen: set[str] = set()
     for split, count in counts.items():
-        rows = [*scene_rows(rng, split, count, TITLES, seen)]
-        negatives = [_negative(rng, scene, [title for _, title in rows]) for scene, _ in rows]
+        rows = list(scene_rows(rng, split, count, TITLES, seen))
+        titles = [title for _, title in rows]
+        negatives = [_negative(rng, scene, titles) for scene, _ in rows]
         write_split(folder, split, rows, negatives)
 
 
 def scene_rows(rng: random.Random, split: str, count: int, templates: tuple[str, ...],
                seen: set[str]) -> Iterator[tuple[Scene, Title]]:
-    """Yield `count` scenes of the lots of `split`, each with a title by one of `templates` and not in `seen`."""
+    """Yield `count` scenes of the lots of `split`, each with a text by one of `templates`.
+
+    TITLES give texts that are not in `seen`, but for a few repeated ones; other templates give plain captions.
+    """
     titled = templates is TITLES
-    written: list[tuple[Scene, Title]] = []
+    clutter, slang = (CLUTTER, SLANG) if titled else (PLAIN_CLUTTER, PLAIN_SLANG)
+    written: list[Title] = []
     while len(written) < count:
-        scene = random_scene(rng, clutter=0.5 if titled else PLAIN_CLUTTER)
-        again = rng.choice(written) if titled and written and rng.random() < WRITTEN_ALIKE else None
-        if again:
-            scene = replace(scene, **{field: getattr(again[0], field) for field in again[1].claims})
-        if scene.lot(LOTS["pretrain"][1]) not in range(*LOTS[split]):
+        scene = random_scene(rng, clutter)
+        repeated = None
+        if titled and written and rng.random() < WRITTEN_ALIKE:
+            repeated = rng.choice(written)
+            scene = replace(scene, **repeated.claims)
+        if scene.lot(ALL_LOTS) not in LOTS[split]:
             continue
-        title = again[1] if again else _title(rng, scene, templates, slang=0.8 if titled else PLAIN_SLANG)
-        if titled and not again and title.text in seen:
+        title = repeated or _title(rng, scene, templates, slang)
+        if titled and not repeated and title.text in seen:
             continue
         seen.add(title.text)
-        written.append((scene, title))
+        written.append(title)
         yield scene, title
 
 
 def some_titles(count: int, seed: int = 0) -> list[str]:
-    """Titles like those of the demo, a few of them repeated, without drawing their scenes."""
-    return [title.text for _, title in scene_rows(random.Random(seed), "train", count, TITLES, set())]
+    """Return titles like those of the demo, a few of them repeated, without drawing their scenes."""
+    rows = scene_rows(random.Random(seed), "train", count, TITLES, set())
+    return [title.text for _, title in rows]
 
 
 def _title(rng: random.Random, scene: Scene, templates: tuple[str, ...], slang: float) -> Title:
     """Fill a template that fits the scene; each word is the plain one, or with the chance `slang` any of its kind."""
-    slots: list[str] = []
-    while not slots or ("size" in slots and scene.size == "normal") or ("rival" in slots and not scene.rival):
+    while True:
         template = rng.choice(templates)
-        slots = [name.lower() for _, name, _, _ in string.Formatter().parse(template) if name]
+        slots = re.findall(r"{(\w+)}", template.lower())
+        missing = {"size"} if scene.size == "normal" else set()
+        missing |= set() if scene.rival else {"rival"}
+        if not missing & set(slots):
+            break
 
     def say(words: tuple[str, ...]) -> str:
         return rng.choice(words) if rng.random() < slang else words[0]
 
-    def things(shape: str, many: bool) -> str:
-        word = say(THINGS[shape])
-        return word + ("es" if word.endswith(("x", "sh")) else "s") if many else word
-
-    words = {
-        "n": say(NUMBERS[scene.count]), "colour": say(COLOURS[scene.colour]), "thing": things(scene.shape, False),
-        "things": things(scene.shape, scene.count > 1 or "n" not in slots), "ground": say(COLOURS[scene.ground]),
-        "size": say(SIZE_WORDS.get(scene.size, ("",))), "place": say(PLACE_WORDS[scene.place]),
-    }
+    words = {"n": say(NUMBERS[scene.count]), "colour": say(COLOURS[scene.colour]), "thing": say(THINGS[scene.shape])}
+    things = say(THINGS[scene.shape])
+    if scene.count > 1 or "n" not in slots:
+        things += "es" if things.endswith(("x", "sh")) else "s"
+    words["things"] = things
+    words["ground"] = say(COLOURS[scene.ground])
+    words["size"] = say(SIZE_WORDS[scene.size])
+    words["place"] = say(PLACE_WORDS[scene.place])
     if scene.rival:
-        words["rival"] = f"one {say(COLOURS[scene.rival[0]])} {things(scene.rival[1], False)}"
+        colour, shape = scene.rival
+        words["rival"] = f"one {say(COLOURS[colour])} {say(THINGS[shape])}"
     text = template.format(**words, COLOUR=words["colour"].upper(), SIZE=words["size"].upper())
     if templates is TITLES:
         text = rng.choice(BEFORE) + text + rng.choice(AFTER).format(k=rng.randint(2, 19))
-    return Title(text, {FIELDS[slot]: getattr(scene, FIELDS[slot]) for slot in slots})
+    return Title(text, {SLOTS[slot]: getattr(scene, SLOTS[slot]) for slot in slots})
 
 
 def _negative(rng: random.Random, scene: Scene, titles: list[Title]) -> Title:
-    """Of some other titles that are wrong about the scene, the one that is right about most."""
-    wrong = [title for title in rng.sample(titles, min(48, len(titles))) if not title.fits(scene)]
+    """Return, of some other titles that are wrong about the scene, the one that is right about most."""
+    drawn = rng.sample(titles, min(48, len(titles)))
+    wrong = [title for title in drawn if not title.fits(scene)]
     return max(wrong, key=lambda title: title.shared(scene))
 
 
@@ -151,8 +198,9 @@ def write_split(folder: Path, split: str, rows: list[tuple[Scene, Title]], negat
     (folder / "images").mkdir(parents=True, exist_ok=True)
     with open(folder / f"{split}.csv", "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["image", "title"] + (["title_neg"] if negatives else []))
-        for k, (scene, title) in enumerate(rows):
-            name = f"images/{split}-{k:05}.jpg"
+        table.writerow(["image", "title", "title_neg"] if negatives else ["image", "title"])
+        for number, (scene, title) in enumerate(rows):
+            name = f"images/{split}-{number:05}.jpg"
             draw(scene).save(folder / name, quality=85)
-            table.writerow([name, title.text] + ([negatives[k].text] if negatives else []))
+            texts = [title.text, negatives[number].text] if negatives else [title.text]
+            table.writerow([name, *texts])

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.batch import UserError, map_tensors
+from data.batch import Tokens, UserError, map_tensors
+
+Inputs = Tensor | Tokens
 
 CPU_BATCH = 32  # measured best: the activations of 64 exceed the caches, and are allocated anew each time
 CPU_TITLES = 96  # batch of titles, likewise: a title has some 14 tokens where an image has 50
@@ -21,7 +23,7 @@ COMPILE_AFTER = 20_000  # inputs; below, a compilation of about a minute costs m
 
 
 class BatchedEncoder:
-    """Applies `encode` (Towers.image or Towers.text) to any number of inputs, a tensor or a tuple of tensors.
+    """Applies `encode` (Towers.image or Towers.text) to any number of inputs, pixels or tokens.
 
     `batch` inputs are encoded at a time; where a GPU runs out of memory, `batch` is halved from then on. `compiled` is
     auto, on or off: auto compiles on a GPU after COMPILE_AFTER inputs. Only inputs of one shape can be compiled, not
@@ -33,15 +35,15 @@ class BatchedEncoder:
         self.encode, self.device, self.precision, self.compiled = encode, device, precision, compiled
         self.batch = (cpu_batch or CPU_BATCH) if device.type == "cpu" else GPU_BATCH
         self._seen = 0
-        self._fast: Callable[[Any], Tensor] | None = None
+        self._fast: Callable[[Tensor], Tensor] | None = None
 
-    def __call__(self, inputs: Any) -> Tensor:
+    def __call__(self, inputs: Inputs) -> Tensor:
         """Return the features of all inputs, on the device."""
         count = len(inputs) if isinstance(inputs, Tensor) else len(inputs[0])
         features: list[Tensor] = []
         low = 0
         while low < count or not features:
-            part = _slice(inputs, low, low + self.batch)
+            part = _apply(lambda tensor: tensor[low:low + self.batch], inputs)  # noqa: B023
             try:
                 features.append(self._run(part))
             except torch.OutOfMemoryError as error:
@@ -55,14 +57,11 @@ class BatchedEncoder:
         self._seen += count
         return features[0] if len(features) == 1 else torch.cat(features)
 
-    def _run(self, part: Any) -> Tensor:
-        if isinstance(part, Tensor):
-            moved = part.to(self.device)
-        else:
-            moved = map_tensors(part, lambda tensor: tensor.to(self.device))
+    def _run(self, part: Inputs) -> Tensor:
+        moved = _apply(lambda tensor: tensor.to(self.device), part)
         with torch.no_grad(), torch.autocast(self.device.type, self.precision, enabled=self.precision.itemsize < 4):
-            if self.compiled == "on" or (self.compiled == "auto" and self.device.type == "cuda"
-                                         and self._seen >= COMPILE_AFTER):
+            many = self.device.type == "cuda" and self._seen >= COMPILE_AFTER
+            if isinstance(moved, Tensor) and (self.compiled == "on" or (self.compiled == "auto" and many)):
                 return self._run_compiled(moved)
             return self.encode(moved)
 
@@ -101,5 +100,5 @@ def use_quick_gelu(tower: Any) -> None:
             layer.mlp.activation_fn = QuickGelu()
 
 
-def _slice(inputs: Any, low: int, high: int) -> Any:
-    return inputs[low:high] if isinstance(inputs, Tensor) else map_tensors(inputs, lambda tensor: tensor[low:high])
+def _apply(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
+    return function(inputs) if isinstance(inputs, Tensor) else map_tensors(inputs, function)

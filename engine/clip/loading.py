@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 # In the order in which transformers looks for them.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".h5", ".msgpack")
 HISTORIC_EOS = 2  # configs from before transformers had EOS right say so; it means: pool at the highest token id
 HISTORIC_BOS = 0
 
@@ -144,9 +145,11 @@ def _load_config(files: ModelFiles) -> CLIPConfig:
         files.refuse(f"config.json holds no CLIPConfig ({_one_line(error)}); copy it again from the base model")
 
 
-def _has_key(content: Any, key: str) -> bool:
+def _has_key(content: object, key: str) -> bool:
     """Return whether a dictionary, or one anywhere inside it, has this key."""
-    return isinstance(content, dict) and (key in content or any(_has_key(part, key) for part in content.values()))
+    if not isinstance(content, dict):
+        return False
+    return key in content or any(_has_key(part, key) for part in content.values())
 
 
 def _refuse_variants(files: ModelFiles, config: Mapping[str, Any]) -> None:
@@ -188,13 +191,13 @@ def _load_processor(files: ModelFiles, config: CLIPConfig) -> Any:
 def _check_images(files: ModelFiles, source: str, settings: Mapping[str, Any], image_processor: Any,
                   config: CLIPConfig) -> None:
     """Compare the image processor with the vision tower. `settings` are those in the file `source`."""
-    if settings.get("do_normalize", True):
-        for key in ("image_mean", "image_std"):
-            values = settings.get(key)
-            if not isinstance(values, list) or len(values) != 3 or (key == "image_std" and min(values) <= 0):
-                files.refuse(f"{source} has {key}={values}; write the three values the model was trained with")
+    for key in ("image_mean", "image_std") if settings.get("do_normalize", True) else ():
+        values = settings.get(key)
+        if not isinstance(values, list) or len(values) != 3 or (key == "image_std" and min(values) <= 0):
+            files.refuse(f"{source} has {key}={values}; write the three values the model was trained with")
     vision: Any = config.vision_config
-    crop, side = ImageSpec.from_processor(image_processor).crop, vision.image_size
+    side = vision.image_size
+    crop = ImageSpec.from_processor(image_processor).crop
     if list(crop) != (side if isinstance(side, list) else [side, side]):
         files.refuse(f"{source} crops to {crop[0]}x{crop[1]} pixels where vision_config.image_size in config.json is "
                      f"{side}; copy both from the same model")
@@ -216,7 +219,8 @@ def _check_tokenizer(files: ModelFiles, tokenizer: Any, text: Any) -> None:
     if not hasattr(tokenizer, "backend_tokenizer"):
         files.refuse(f"tokenizer_config.json names {type(tokenizer).__name__}, which has no fast version; give a model "
                      "with a tokenizer.json")
-    eos, bos, known = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.get_vocab()
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    known = tokenizer.get_vocab()
     highest = max(known, key=known.__getitem__)
     if not isinstance(text.eos_token_id, int):
         files.refuse(f"config.json has text_config.eos_token_id={text.eos_token_id}; write the one id that titles end "
@@ -262,9 +266,9 @@ def _load_model(files: ModelFiles, config: CLIPConfig) -> CLIPModel:
     weights = _check_weight_files(files) if files.is_local else "the checkpoint"
     loaded: Any  # declared as the model alone, without the report that output_loading_info adds
     try:
-        loaded = CLIPModel.from_pretrained(files.source, **files.where, config=config, dtype=torch.float32,
-                                           trust_remote_code=False, output_loading_info=True,
-                                           ignore_mismatched_sizes=True)
+        loaded = CLIPModel.from_pretrained(
+            files.source, **files.where, config=config, dtype=torch.float32, trust_remote_code=False,
+            output_loading_info=True, ignore_mismatched_sizes=True)
     except (UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
         raise UserError(f"--model {files.name}: {weights}: its weights are damaged, or hold code, which is never run; "
                         "give them as safetensors") from error
@@ -308,10 +312,11 @@ def _check_weight_files(files: ModelFiles) -> str:
 
     first = next((name for name in WEIGHTS if files.path(name)), None)
     if first is None:
-        others = [path.name for path in (Path(files.source) / files.where["subfolder"]).iterdir()
-                  if path.suffix in (".safetensors", ".bin", ".pt", ".h5", ".msgpack")]
-        files.refuse("there are no weights: no model.safetensors" + (f" (only {', '.join(sorted(others)[:3])})"
-                     if others else "") + "; save the model with CLIPModel.save_pretrained")
+        folder = Path(files.source) / files.where["subfolder"]
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in OTHER_WEIGHTS)
+        only = f" (only {', '.join(others[:3])})" if others else ""
+        files.refuse(f"there are no weights: no model.safetensors{only}; save the model with "
+                     "CLIPModel.save_pretrained")
     index = files.config(first).get("weight_map") if first.endswith(".index.json") else {}
     if not isinstance(index, dict):
         files.refuse(f"{first} has no weight_map; copy it again from where the model came from")

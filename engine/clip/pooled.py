@@ -10,7 +10,7 @@ Dimension key: B inputs, L tokens of the longest, R tokens of all inputs, D widt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,47 +18,56 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from data.batch import Tokens
 
+if TYPE_CHECKING:
+    from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoder, CLIPTextModel, CLIPVisionModel
+
 Groups = Sequence[tuple[int, int]]  # (inputs, tokens of each), in the order of their rows
 
 
-def can_pool(tower: Any) -> bool:
+def can_pool(tower: CLIPVisionModel | CLIPTextModel) -> bool:
     """Return whether every part of this tower is of the class whose forward pass is reimplemented here."""
     from transformers.models.clip import modeling_clip as clip
 
     if type(tower.embeddings) not in (clip.CLIPTextEmbeddings, clip.CLIPVisionEmbeddings):
         return False
-    known = clip.CLIPEncoderLayer, clip.CLIPAttention, clip.CLIPMLP
+    known = (clip.CLIPEncoderLayer, clip.CLIPAttention, clip.CLIPMLP)
     return all((type(layer), type(layer.self_attn), type(layer.mlp)) == known for layer in tower.encoder.layers)
 
 
-def pool_images(tower: Any, pixels_BCSS: Tensor, patches: int | None = None) -> Tensor:
+def pool_images(tower: CLIPVisionModel, pixels_BCSS: Tensor, patches: int | None = None) -> Tensor:
     """Normalised pixels -> pooled [B, E] of a CLIP vision tower: the class token, over the first `patches` alone."""
-    tokens = None if patches is None else 1 + patches
-    hidden_BLE = tower.pre_layrnorm(tower.embeddings(pixels_BCSS)[:, :tokens])
+    hidden_BLE = tower.embeddings(pixels_BCSS)
+    if patches is not None:
+        hidden_BLE = hidden_BLE[:, :1 + patches]
+    hidden_BLE = tower.pre_layrnorm(hidden_BLE)
     count, length, width = hidden_BLE.shape
     first_B = torch.arange(count, device=hidden_BLE.device) * length
-    return tower.post_layernorm(_encode(tower, hidden_BLE.reshape(-1, width), [(count, length)], first_B, False))
+    pooled_BE = _encode(tower.encoder, hidden_BLE.reshape(-1, width), [(count, length)], first_B, causal=False)
+    return tower.post_layernorm(pooled_BE)
 
 
-def pool_texts(tower: Any, tokens: Tokens) -> Tensor:
+def pool_texts(tower: CLIPTextModel, tokens: Tokens) -> Tensor:
     """Tokens -> pooled [B, E] of a CLIP text tower: the first EOS; tokens after it are left out."""
     ids_BL = tokens.ids_BL
     # Old configs have the wrong EOS 2; transformers then pools at the highest id.
-    score_BL = ids_BL if tower.eos_token_id == 2 else (ids_BL == tower.eos_token_id).int()
+    eos: Any = tower.eos_token_id  # declared as a list or None too, which loading refuses
+    score_BL = ids_BL if eos == 2 else ids_BL.eq(eos).int()
     length_B, order_B = (score_BL.argmax(-1) + 1).sort()
     position_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL)
     kept_BL = position_BL < length_B[:, None]
-    hidden_RE = (tower.embeddings.token_embedding(ids_BL[order_B][kept_BL])
-                 + tower.embeddings.position_embedding(position_BL[kept_BL]))
+    token_RE = tower.embeddings.token_embedding(ids_BL[order_B][kept_BL])
+    position_RE = tower.embeddings.position_embedding(position_BL[kept_BL])
     lengths, counts = torch.unique_consecutive(length_B, return_counts=True)
     groups = list(zip(counts.tolist(), lengths.tolist(), strict=True))
-    last_BE = tower.final_layer_norm(_encode(tower, hidden_RE, groups, length_B.cumsum(0) - 1, True))
-    return torch.empty_like(last_BE).index_copy_(0, order_B, last_BE)
+    last_B = length_B.cumsum(0) - 1
+    pooled_BE = _encode(tower.encoder, token_RE + position_RE, groups, last_B, causal=True)
+    pooled_BE = tower.final_layer_norm(pooled_BE)
+    return torch.empty_like(pooled_BE).index_copy_(0, order_B, pooled_BE)
 
 
-def _encode(tower: Any, hidden_RE: Tensor, groups: Groups, pooled_B: Tensor, causal: bool) -> Tensor:
+def _encode(encoder: CLIPEncoder, hidden_RE: Tensor, groups: Groups, pooled_B: Tensor, causal: bool) -> Tensor:
     """Run all layers, the last for the rows `pooled_B` only: [B, E]. With `causal` these are each input's last rows."""
-    *layers, last = tower.encoder.layers
+    *layers, last = encoder.layers
     for layer in layers:
         hidden_RE = _layer(layer, hidden_RE, groups, causal, None)
     return _layer(last, hidden_RE, groups, False, pooled_B)
@@ -72,15 +81,17 @@ def _layer(layer: Any, hidden_RE: Tensor, groups: Groups, causal: bool, pooled_B
     return hidden_RE + layer.mlp(layer.layer_norm2(hidden_RE))
 
 
-def _attend(attention: Any, rows_RE: Tensor, groups: Groups, causal: bool, pooled_B: Tensor | None) -> Tensor:
+def _attend(attention: CLIPAttention, rows_RE: Tensor, groups: Groups, causal: bool,
+            pooled_B: Tensor | None) -> Tensor:
     """Compute attention within each input."""
     sizes = [count * length for count, length in groups]
     query_sizes = sizes if pooled_B is None else [count for count, _ in groups]
     queries_RE = attention.q_proj(rows_RE if pooled_B is None else rows_RE[pooled_B])
-    keys_RE, values_RE = attention.k_proj(rows_RE), attention.v_proj(rows_RE)
+    queries = queries_RE.split(query_sizes)
+    keys = attention.k_proj(rows_RE).split(sizes)
+    values = attention.v_proj(rows_RE).split(sizes)
     parts = []
-    for (count, _), *rows in zip(groups, queries_RE.split(query_sizes), keys_RE.split(sizes), values_RE.split(sizes),
-                                 strict=True):
+    for (count, _), *rows in zip(groups, queries, keys, values, strict=True):
         q, k, v = (part.view(count, -1, attention.num_heads, attention.head_dim).transpose(1, 2) for part in rows)
         attended = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=attention.scale)
         parts.append(attended.transpose(1, 2).reshape(-1, queries_RE.shape[1]))

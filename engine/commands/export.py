@@ -2,15 +2,49 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from data.batch import UserError
+from engine.clip.loading import load_clip
 from engine.config.fields import Config
-from engine.publish.run_export import export_run
+from engine.publish import export as publish
+from engine.publish.hub import check_push, push
 from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
 from eval.report.table import metrics_table
 
+# Settings that the command of a later push repeats.
+PUSH_SETTINGS = ["push_to_hub", "private", "checkpoint", "model", "dtype", "license"]
+
 
 def export(cfg: Config, world: World, stop: StopSignal) -> int:
-    """Write a run, or its projections alone, as a Hugging Face folder, or push it to the hub. One process does it."""
-    if world.is_main:
-        export_run(cfg, metrics_table, world.say)
+    """Write --run to the folder --to, push it, or both. One process does it.
+
+    A finished model that no setting changes is pushed as it is. Raises UserError, or RunFailed for a push that failed.
+    """
+    if not world.is_main:
+        return 0
+    if not cfg.run or not (cfg.to or cfg.push_to_hub):
+        raise UserError("export what and where? --run DIR, and --to DIR or --push-to-hub NAME or both")
+    if cfg.push_to_hub:
+        check_push(cfg.push_to_hub, world.say)
+    with TemporaryDirectory() as scratch:
+        unchanged = not (cfg.to or cfg.checkpoint or cfg.model or cfg.dtype != "fp32")
+        folder = publish.finished_model(cfg.run) if unchanged else None
+        if folder is None:
+            folder = publish.new_folder(cfg.to) if cfg.to else Path(scratch) / "model"
+            rebuild(cfg, folder)
+            world.say(f"model {folder}")
+        if cfg.push_to_hub:
+            push(folder, cfg, cfg.run, PUSH_SETTINGS, world.say)
     return 0
+
+
+def rebuild(cfg: Config, folder: Path) -> None:
+    """Write a whole Hugging Face folder: the base model with the trained tensors of --run."""
+    tuned = publish.read_tuned(cfg.run, cfg.checkpoint)
+    clip = load_clip(cfg.model or tuned.origin.base, None if cfg.model else tuned.origin.commit or None)
+    publish.restore(clip, tuned)
+    metrics = tuned.origin.metrics
+    publish.export(clip, folder, tuned, metrics_table(metrics) if metrics else "", cfg.license, cfg.dtype)

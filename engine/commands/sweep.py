@@ -15,12 +15,12 @@ from data.store.feature_split import FeatureSplit
 from engine.commands.common import evaluate_split, evaluate_splits, load_model, open_data, open_run, open_source
 from engine.commands.train import find_overlap, named_classes, write_results
 from engine.config.fields import Config, as_dict
+from engine.optim import Plan
 from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
 from engine.run_folder import folder
 from engine.sweep.space import configurations, describe_settings
 from engine.sweep.trials import SEED_STRIDE, Journal, Run, Tuner
-from engine.train import Plan
 from eval.leaderboard import leaderboard, score_configuration, to_host
 from eval.metrics import Retrieval
 from eval.retrieval import differences, measure_if_finite
@@ -43,12 +43,12 @@ def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
     smallest = min(len(run.train) for run in runs)
     for settings in tried:  # a batch too large for a fold is better said now
         Plan(smallest, replace(cfg, **settings).batch_size, 1)
-    folder.write_run_header(out, as_dict(cfg, "sweep"), world, model.precision, pairs.ledger)
 
     # Trials depend on train and valid alone: a test split that changed does not discard them.
     unused = {data_key(name) for name in pairs.splits if name not in SEARCHED}
     identity = {key: value for key, value in pairs.identity.items() if key not in unused}
-    journal = Journal(out, world, identity, cfg.best_metric, resuming)
+    journal = Journal(out, world, identity, cfg.best_metric, resuming)  # a refused resume leaves config.json as it was
+    folder.write_run_header(out, as_dict(cfg, "sweep"), world, model.precision, pairs.ledger)
     remaining = [settings for settings in tried if not journal.is_finished(settings)]
     tuner = Tuner(model, FeatureSplit.batches)
 

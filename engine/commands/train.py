@@ -19,7 +19,7 @@ from engine.commands.common import evaluate_splits, load_model, open_data, open_
 from engine.commands.training import Training, open_training, refuse_cached, split_dataset
 from engine.config.fields import Config, as_dict, config_fields
 from engine.config.recipes import fit_to_data
-from engine.optim import adamw
+from engine.optim import Plan, adamw
 from engine.publish.export import Origin, Tuned, export
 from engine.publish.hub import push
 from engine.ranks.signals import StopSignal
@@ -27,10 +27,10 @@ from engine.ranks.world import World
 from engine.run_folder import folder
 from engine.run_folder.board import WeightDrift, comparable_settings
 from engine.run_folder.checkpoint import Saver, State
-from engine.run_folder.log import Log
+from engine.run_folder.log import Log, Reference
 from engine.run_folder.profiler import profiler
 from engine.sweep.interpolate import interpolate, snapshot
-from engine.train import Callbacks, Plan, Replica, fit
+from engine.train import Callbacks, Replica, fit
 from eval.metrics import Retrieval
 from eval.report.report import write_report
 from eval.report.show import AnswerLog, shown_split
@@ -72,8 +72,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     if state.step and "base" not in metrics:  # metrics.json was deleted
         metrics["base"] = {name: result.summarise() for name, result in base.items()}
     # 5. Cut the log after the checkpoint's step; the loop writes the later steps again.
-    log = Log(out, world, plan.steps_per_epoch, plan.steps, state.step, drift, comparable_settings(cfg),
-              metrics.get("base"))
+    log = Log(out, world, plan, state.step, drift, Reference(comparable_settings(cfg), metrics.get("base", {})))
     answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture, resumed=state.step > 0)
     evaluator = Evaluator(pairs, names, model, plan, state, saver, log, answers, world, metrics, base)
     # 6. `fit` asks for the inputs from `state.step` on: the order of pairs is a function of seed and epoch.

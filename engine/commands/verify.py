@@ -23,13 +23,13 @@ from engine.commands.common import (
 from engine.commands.train import evaluated_splits, make_saver
 from engine.commands.training import RowTraining, split_dataset
 from engine.config.fields import Config
+from engine.optim import Plan
 from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
 from engine.run_folder import verification
 from engine.run_folder.folder import read_json, settings_of
 from engine.run_folder.replay import ReopenedRun, replay_steps
 from engine.run_folder.verification import Finding
-from engine.train import Plan
 
 # Settings of the machine that verifies, not of the run.
 MACHINE = ("cache_dir", "device", "workers", "allow_host", "proxy", "max_pixels")
@@ -56,7 +56,7 @@ def verify(cfg: Config, world: World, stop: StopSignal) -> int:
         findings.append(Finding("replay and metrics", verification.UNCHECKED, str(error)))
     if world.is_main:
         print(verification.format_findings(findings), flush=True)
-    return int(verification.any_failed(findings))
+    return int(any(finding.verdict == verification.FAILED for finding in findings))
 
 
 def rerun(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path]) -> list[Finding]:

@@ -124,17 +124,25 @@ def resumed_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
     if mode == "off" or (mode == "auto" and not (folder / "config.json").exists()):
         return {}
     try:
-        content = json.loads(read_text(folder / "config.json"))["config"].items()
+        saved = known_settings(json.loads(read_text(folder / "config.json"))["config"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"--resume: --out {folder} holds no run with a readable config.json") from None
     known = config_fields()
-    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in content if name in known}
     for name, value in flags.items():
         before = saved.get(name, known[name].default)
         if value != before and not known[name].resumable:
             raise ValueError(f"--resume: the run was started with {flag_of(name)} {before}, not {value}; leave the "
                              "flag out or start a new run with another --out")
     return saved
+
+
+def known_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings in a run's config.json as Config holds them; those of other versions are left out."""
+    settings = {}
+    for name in config_fields().keys() & saved.keys():
+        value = saved[name]
+        settings[name] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+    return settings
 
 
 def check(config: Config) -> None:

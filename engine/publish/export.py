@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from data.batch import UserError
 from data.files import recover_folders, replaced_folder
 from engine.clip.loading import Clip, non_finite
-from engine.config.fields import Config, config_fields
+from engine.config.fields import Config, as_dict, config_fields
 from engine.publish.card import write_card
 from engine.run_folder import checkpoint
 from engine.run_folder.folder import read_json
@@ -46,8 +46,8 @@ class Origin:
     def of(cls, cfg: Config, clip: Clip, trained: Collection[str], metrics: Mapping[str, Any]) -> Origin:
         """Return the origin of the tensors that this run has trained."""
         base = clip.name if clip.commit else str(Path(clip.name).expanduser().absolute())
-        return cls(base, clip.commit or "", frozen_digest(clip, trained), _public(cfg.dataset), recipe_of(cfg),
-                   metrics)
+        recipe = recipe_of(as_dict(cfg, "train"))
+        return cls(base, clip.commit or "", frozen_digest(clip, trained), _public(cfg.dataset), recipe, metrics)
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,19 @@ def _public(dataset: str) -> str:
     return path.absolute().name if path.exists() or path.is_absolute() else dataset
 
 
-def recipe_of(cfg: Config) -> dict[str, Any]:
-    """Return the settings of the group `recipe` as plain JSON values."""
-    plain = asdict(cfg)
-    recipe = {}
-    for name, spec in config_fields().items():
-        if spec.group == "recipe":
-            recipe[name] = list(plain[name]) if isinstance(plain[name], tuple) else plain[name]
-    return recipe
+def recipe_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the group `recipe`, in the order of Config."""
+    names = [name for name, spec in config_fields().items() if spec.group == "recipe"]
+    return {name: settings[name] for name in names if name in settings}
 
 
 def frozen_digest(clip: Clip, trained: Collection[str]) -> str:
     """Return the SHA-256 of all parameters but the `trained` ones: equal for a base and the models tuned from it."""
-    frozen = sorted(name for name, _ in clip.model.named_parameters() if name not in trained)
-    return hashlib.sha256("".join(f"{name}={clip.digests[name]}\n" for name in frozen).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for name in sorted(name for name, _ in clip.model.named_parameters()):
+        if name not in trained:
+            digest.update(f"{name}={clip.digests[name]}\n".encode())
+    return digest.hexdigest()
 
 
 def export(clip: Clip, folder: Path, tuned: Tuned, table: str, licence: str = "other", dtype: str = "fp32") -> None:
@@ -87,14 +86,14 @@ def export(clip: Clip, folder: Path, tuned: Tuned, table: str, licence: str = "o
     overflows, OSError.
     """
     with replaced_folder(folder, "model") as new:
-        save_file({name: value.detach().cpu().float().contiguous() for name, value in tuned.tensors.items()},
-                  new / PROJECTIONS_FILE, metadata={"thumbtune": json.dumps(asdict(tuned.origin))})
+        tensors = {name: value.detach().cpu().float().contiguous() for name, value in tuned.tensors.items()}
+        save_file(tensors, new / PROJECTIONS_FILE, _header(tuned.origin))
         nn.Module.to(clip.model, DTYPES[dtype])
         if overflown := non_finite(clip.model):
             raise UserError(f"--dtype {dtype} cannot hold {overflown}; use --dtype bf16 or fp32")
         clip.model.save_pretrained(new)
         clip.processor.save_pretrained(new)
-        write_card(new / "README.md", asdict(tuned.origin), table, licence)
+        write_card(new / "README.md", tuned.origin, table, licence)
 
 
 def finished_model(run: str) -> Path | None:
@@ -112,7 +111,8 @@ def new_folder(wanted: str) -> Path:
     try:
         if folder.parent.is_dir():
             recover_folders(folder.parent)
-        if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        is_new = not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
+        if not is_new:
             raise UserError(f"--to {wanted} is there already; choose a new folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -126,16 +126,21 @@ def read_tuned(run: str, which: str = "") -> Tuned:
     Without `which`, from a run's finished model, or else its newest undamaged checkpoint. Raises UserError.
     """
     path = Path(run).expanduser()
-    places = (path, path / PROJECTIONS_FILE, path / "model" / PROJECTIONS_FILE)
-    file = next((place for place in places if place.is_file()), None)
-    if file is not None and not which:
-        return _read_projections(file)
+    finished = None
+    for file in (path, path / PROJECTIONS_FILE, path / "model" / PROJECTIONS_FILE):
+        if file.is_file():
+            finished = _read_projections(file)
+            break
+    if finished and not which:
+        return finished
     if not (path / "checkpoints").is_dir():
-        raise UserError(f"--run {run} holds no {'checkpoints' if which else 'trained model'}; give a run folder"
-                        + ("" if which else f", or a folder or file with {PROJECTIONS_FILE}"))
+        if which:
+            raise UserError(f"--run {run} holds no checkpoints; give a run folder")
+        raise UserError(f"--run {run} holds no trained model; give a run folder, or a folder or file with "
+                        f"{PROJECTIONS_FILE}")
     tensors = _checkpoint(path, which)
-    origin = _origin_of_unfinished(path) if file is None else _read_projections(file).origin
-    base = {when: scores for when, scores in origin.metrics.items() if when == "base"}  # this checkpoint has no others
+    origin = finished.origin if finished else _origin_of_unfinished(path)
+    base = {"base": origin.metrics["base"]} if "base" in origin.metrics else {}  # this checkpoint has no others
     return Tuned(tensors, replace(origin, metrics=base))
 
 
@@ -162,10 +167,8 @@ def _origin_of_unfinished(path: Path) -> Origin:
     known = read_json(path / "config.json").get("config", {})
     if not isinstance(known, dict) or not isinstance(known.get("model"), str):
         raise UserError(f"--run {path}: its config.json does not name the base model; this is no run of thumbtune")
-    recipe = {name: known[name] for name, spec in config_fields().items()
-              if spec.group == "recipe" and name in known}
-    return Origin(known["model"], "", "", _public(str(known.get("dataset", ""))), recipe,
-                  read_json(path / "metrics.json"))
+    dataset = _public(str(known.get("dataset", "")))
+    return Origin(known["model"], "", "", dataset, recipe_of(known), read_json(path / "metrics.json"))
 
 
 def _read_projections(path: Path) -> Tuned:
@@ -173,8 +176,9 @@ def _read_projections(path: Path) -> Tuned:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {})["thumbtune"])
             origin = Origin(**{name: header[name] for name in Origin.__dataclass_fields__})
-            if not all(isinstance(value, str) for value in (origin.base, origin.commit, origin.frozen, origin.dataset)):
-                raise TypeError("its origin is not text")
+            for value in (origin.base, origin.commit, origin.frozen, origin.dataset):
+                if not isinstance(value, str):
+                    raise TypeError("its origin is not text")
             return Tuned({name: file.get_tensor(name) for name in file.keys()}, origin)  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         reason = error or type(error).__name__
@@ -185,16 +189,20 @@ def portable(path: Path) -> bytes:
     """Return the content of a projections.safetensors to publish: of a local base's path only the last part."""
     tuned = _read_projections(path)
     origin = tuned.origin if tuned.origin.commit else replace(tuned.origin, base=Path(tuned.origin.base).name)
-    return save(dict(tuned.tensors), {"thumbtune": json.dumps(asdict(origin))})
+    return save(dict(tuned.tensors), _header(origin))
+
+
+def _header(origin: Origin) -> dict[str, str]:
+    return {"thumbtune": json.dumps(asdict(origin))}
 
 
 def restore(clip: Clip, tuned: Tuned) -> None:
     """Copy trained tensors into the base model. Raises UserError when they were trained on another base."""
     named = dict(clip.model.named_parameters())
-    wrong = [name for name, value in tuned.tensors.items() if name not in named or named[name].shape != value.shape]
-    if wrong:
-        raise UserError(f"--model {clip.name} is not the base of these tensors: {wrong[0]} does not fit; "
-                        f"they were trained on {tuned.origin.base}")
+    for name, value in tuned.tensors.items():
+        if name not in named or named[name].shape != value.shape:
+            raise UserError(f"--model {clip.name} is not the base of these tensors: {name} does not fit; "
+                            f"they were trained on {tuned.origin.base}")
     if tuned.origin.frozen and frozen_digest(clip, tuned.tensors.keys()) != tuned.origin.frozen:
         at = f" at commit {tuned.origin.commit}" if tuned.origin.commit else ""
         raise UserError(f"--model {clip.name} is not the base of these tensors: its frozen weights differ; "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data.batch import RunFailed, UserError
 from data.files import MARK
-from engine.config.fields import Config, config_fields
+from engine.config.fields import Config, config_fields, flag_of
 from engine.publish.card import card_on_hub
 from engine.publish.export import PROJECTIONS_FILE, portable
 
@@ -48,10 +48,15 @@ def push(folder: Path, cfg: Config, run: str, settings: Sequence[str], log: Call
     api, name = HfApi(), cfg.push_to_hub
     try:
         repo = api.create_repo(name, private=cfg.private, exist_ok=True)
-        files: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.iterdir()) if path.name != MARK}
-        files[PROJECTIONS_FILE] = portable(folder / PROJECTIONS_FILE)
-        files["README.md"] = card_on_hub(folder / "README.md", repo.repo_id, cfg.license).encode()
-        operations = [CommitOperationAdd(path, content) for path, content in files.items()]
+        operations = []
+        for path in sorted(folder.iterdir()):
+            content: Path | bytes = path
+            if path.name == PROJECTIONS_FILE:
+                content = portable(path)
+            elif path.name == "README.md":
+                content = card_on_hub(path, repo.repo_id, cfg.license).encode()
+            if path.name != MARK:
+                operations.append(CommitOperationAdd(path.name, content))
         api.create_commit(repo.repo_id, operations, commit_message="Upload a model tuned with thumbtune")
     except Exception as error:  # of many kinds, from several libraries; all of them are about this push
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -64,7 +69,9 @@ def push_command(cfg: Config, run: str, names: Sequence[str]) -> str:
     """Return the command line that pushes `run`, with those of the settings `names` that are not defaults."""
     flags = ["--run", run]
     for name in names:
-        value, flag = getattr(cfg, name), "--" + name.replace("_", "-")
+        value = getattr(cfg, name)
         if value and value != config_fields()[name].default:
-            flags += [flag] if value is True else [flag, str(value)]
+            flags.append(flag_of(name))
+            if value is not True:
+                flags.append(str(value))
     return shlex.join(["python", "run.py", "export", *flags])

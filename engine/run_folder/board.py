@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from engine.config.fields import Config, as_dict, config_fields
 
+Metrics = Mapping[str, Mapping[str, Any]]  # split -> name -> value or [lo, hi]
 POINTS = 5_000  # of any curve at most; steps.jsonl has every step
 HEADLINE = ("image_to_text_R@10", "text_to_image_R@10", "triplet_accuracy")
 WATCHED = ("train", "valid")  # splits evaluated during training too, not only before and after
@@ -72,8 +73,7 @@ class TensorBoardWriter:
         for tag, value in values.items():
             self._main.add_scalar(tag, value, step)
 
-    def metrics(self, scores: Mapping[str, Mapping[str, Any]], base: Mapping[str, Mapping[str, Any]],
-                step: int) -> None:
+    def metrics(self, scores: Metrics, base: Metrics, step: int) -> None:
         """Write the metrics of an evaluation, and those of the base model as a level line beside them."""
         splits = [split for split in scores if self.due(f"metrics of {split}", step)]
         for writer, source in ((self._main, scores), (self._base, base)):
@@ -98,12 +98,15 @@ class TensorBoardWriter:
         self._main.add_embedding(vectors, [list(label) for label in labels], sprite_NCSS, step, name,
                                  metadata_header=["title", "kind"])
 
-    def hparams(self, recipe: Mapping[str, Any], splits: Sequence[str], done: bool) -> None:
+    def hparams(self, recipe: Mapping[str, object], splits: Sequence[str], done: bool) -> None:
         """Write the recipe and its results to this run's event file (`add_hparams` would open another run)."""
         from torch.utils.tensorboard.summary import hparams
 
-        plain = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in recipe.items()}
-        results = {tag(split, name): 0.0 for split in splits if split != "train" for name in HEADLINE}
+        plain = {}
+        for key, value in recipe.items():
+            plain[key] = value if isinstance(value, (bool, int, float)) else str(value)
+        measured = [split for split in splits if split != "train"]
+        results = {tag(split, name): 0.0 for split in measured for name in HEADLINE}
         experiment, begin, end = hparams(plain, results)
         for summary in (end,) if done else (experiment, begin):
             self._main.file_writer.add_summary(summary)
@@ -124,25 +127,33 @@ def tag(split: str, name: str) -> str:
     return f"eval/{name} {split}" if name in HEADLINE and split in WATCHED else f"{split}/{name}"
 
 
-def comparable_settings(cfg: Config) -> dict[str, Any]:
+def comparable_settings(cfg: Config) -> dict[str, object]:
     """Return the settings to compare runs by: model, dataset and recipe."""
-    return {name: value for name, value in as_dict(cfg, "train").items()
-            if name in ("model", "dataset") or config_fields()[name].group == "recipe"}
+    comparable = {}
+    for name, value in as_dict(cfg, "train").items():
+        if name in ("model", "dataset") or config_fields()[name].group == "recipe":
+            comparable[name] = value
+    return comparable
 
 
 class WeightDrift:
     """Relative change of the projections since the start: ||W - W0|| / ||W0||, for each by name."""
 
     def __init__(self, trainable: Mapping[str, nn.Parameter]) -> None:
-        self.now = {name.split(".")[-2]: weight for name, weight in trainable.items()
-                    if name.endswith("projection.weight")}
-        self.base = {name: weight.detach().clone() for name, weight in self.now.items()}
+        self.now: dict[str, Tensor] = {}
+        self.base: dict[str, Tensor] = {}
+        for name, weight in trainable.items():
+            if name.endswith("projection.weight"):
+                projection = name.split(".")[-2]
+                self.now[projection], self.base[projection] = weight, weight.detach().clone()
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
         """Return the changes; a host sync, so call it at an evaluation, which syncs anyway."""
-        return {f"fit/drift {name}": float((weight - self.base[name]).norm() / self.base[name].norm())
-                for name, weight in self.now.items()}
+        drift = {}
+        for name, base in self.base.items():
+            drift[f"fit/drift {name}"] = float((self.now[name] - base).norm() / base.norm())
+        return drift
 
 
 def memory(device: torch.device) -> dict[str, float]:

@@ -33,6 +33,7 @@ from data.batch import UserError
 from data.files import delete_folder, read_text, recover_folders, replace_link, replaced_folder, sha256
 from engine.optim import AdamWL2SP
 from engine.ranks.world import World
+from engine.run_folder.board import Metrics
 from engine.run_folder.folder import require_run_dir
 from engine.run_folder.ownership import FILES, MANIFEST
 
@@ -71,7 +72,7 @@ class DamagedCheckpoint(Exception):
 
 
 def save(run: Path, step: int, tensors: Mapping[str, Tensor], optimizer: Mapping[str, Tensor],
-         state: Mapping[str, Any], keep: int) -> None:
+         state: Mapping[str, object], keep: int) -> None:
     """Write `checkpoints/step-N` unless it exists, point `last` at it, delete all but the newest `keep`.
 
     Raises OSError when writing fails; earlier checkpoints are then untouched.
@@ -142,14 +143,14 @@ class Saver:
     named: Mapping[str, nn.Parameter]  # the trainable parameters
     optimizer: AdamWL2SP
     identity: Mapping[str, str]  # digests of the data and of the towers
-    recipe: Mapping[str, Any]  # the settings that determine the result
+    recipe: Mapping[str, object]  # the settings that determine the result
     order: Order
     keep: int  # checkpoints
     metric: str  # what `best` means
     patience: int  # evaluations without a better one before the run ends; 0: no limit
     world: World
 
-    def record_evaluation(self, state: State, scores: Mapping[str, Mapping[str, Any]]) -> None:
+    def record_evaluation(self, state: State, scores: Metrics) -> None:
         """Update `state` on all ranks; point `best` at the checkpoint of this step if --best-metric improved.
 
         It is measured on valid, else on train. An evaluation in which the model has collapsed on any split
@@ -253,7 +254,7 @@ def parse_state(saved: Mapping[str, Any]) -> State:
     return State(**{**values, "stopped": 0})
 
 
-def changes_since(saved: Mapping[str, Any], identity: Mapping[str, str], recipe: Mapping[str, Any]) -> list[str]:
+def changes_since(saved: Mapping[str, Any], identity: Mapping[str, str], recipe: Mapping[str, object]) -> list[str]:
     """Return what differs from the time a checkpoint was written, one phrase each; `saved` is its state.json."""
     changed = []
     for key, value in recipe.items():

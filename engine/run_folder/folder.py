@@ -21,7 +21,8 @@ import torch
 
 from data.batch import UserError
 from data.files import changed_files, lock_folder, read_text, recover_folders, replace_text, sha256
-from engine.config.fields import Config, config_fields
+from engine.config.fields import Config
+from engine.config.settings import known_settings
 from engine.ranks.world import World
 from engine.run_folder.crash import CURRENT_RUN
 from engine.run_folder.ownership import RUN_FILES, is_run, refuse_foreign_parts, refuse_out
@@ -99,11 +100,7 @@ def settings_of(folder: Path) -> Config:
     saved = read_json(folder / "config.json").get("config")
     if not isinstance(saved, dict):
         raise UserError(f"--run {folder} holds no run with a readable config.json")
-    known: dict[str, Any] = {}
-    for key in saved.keys() & config_fields().keys():
-        value = saved[key]
-        known[key] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
-    return replace(Config(), **known)
+    return replace(Config(), **known_settings(saved))
 
 
 def require_run_dir(folder: Path) -> Path:
@@ -113,8 +110,8 @@ def require_run_dir(folder: Path) -> Path:
     return folder
 
 
-def write_run_header(folder: Path, settings: Mapping[str, Any], world: World, precision: torch.dtype,
-                     ledger: Iterable[Mapping[str, Any]]) -> None:
+def write_run_header(folder: Path, settings: Mapping[str, object], world: World, precision: torch.dtype,
+                     ledger: Iterable[Mapping[str, object]]) -> None:
     """Write config.json and ledger.jsonl, from rank 0."""
     def write() -> None:
         write_json(folder / "config.json", _provenance(settings, world, precision))
@@ -122,7 +119,7 @@ def write_run_header(folder: Path, settings: Mapping[str, Any], world: World, pr
     world.on_main(write)
 
 
-def _provenance(settings: Mapping[str, Any], world: World, precision: torch.dtype) -> dict[str, Any]:
+def _provenance(settings: Mapping[str, object], world: World, precision: torch.dtype) -> dict[str, object]:
     """Return the content of config.json: resolved settings, versions, commit, host, devices."""
     device = world.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
@@ -152,19 +149,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Replace a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_metrics(folder: Path, metrics: Mapping[str, Any], world: World) -> None:
+def write_metrics(folder: Path, metrics: Mapping[str, object], world: World) -> None:
     """Write metrics.json from rank 0. Raises RunFailed on every rank when writing fails."""
     world.on_main(lambda: write_json(require_run_dir(folder) / "metrics.json", metrics))
 
 
-def write_ledger(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+def write_ledger(path: Path, entries: Iterable[Mapping[str, object]]) -> None:
     """Write ledger.jsonl, one line for every dropped row."""
-    write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+    write_text(path, "".join(lines))
 
 
 def write_manifest(folder: Path) -> None:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from data.files import read_regular
+from data.files import keep_lines
+from engine.optim import Plan
 from engine.ranks.world import World
-from engine.run_folder.board import TensorBoardWriter, WeightDrift, memory
+from engine.run_folder.board import Metrics, TensorBoardWriter, WeightDrift, memory
 
-Metrics = Mapping[str, Mapping[str, Any]]  # split -> name -> value or [lo, hi]
 HEADLINE = {"image_to_text_R@1": "R@1", "image_to_text_R@5": "R@5", "image_to_text_R@10": "R@10",
             "image_to_text_median_rank": "median rank", "triplet_accuracy": "triplet"}
 
@@ -35,27 +35,36 @@ class LoggedStep(NamedTuple):
     rows: int
 
 
+class Reference(NamedTuple):
+    """The settings and metrics that TensorBoard compares a run by."""
+
+    recipe: Mapping[str, object]
+    base: Metrics  # of the base model; {} until step 0 is evaluated
+
+
+NO_REFERENCE = Reference({}, {})
+
+
 class Log:
     """Collects steps on the device and writes them out at every flush.
 
-    `first_step` is the step of the checkpoint resumed from; later lines of an earlier process are cut off. `recipe` are
-    the settings to compare runs by; `base` are the base model's metrics if a resumed run has them already.
+    `first_step` is the step of the checkpoint resumed from; later lines of an earlier process are cut off.
     """
 
-    def __init__(self, folder: Path, world: World, steps_per_epoch: int, steps: int, first_step: int,
-                 drift: WeightDrift, recipe: Mapping[str, Any] | None = None, base: Metrics | None = None) -> None:
-        self.world, self.steps_per_epoch, self.steps = world, steps_per_epoch, steps
+    def __init__(self, folder: Path, world: World, plan: Plan, first_step: int, drift: WeightDrift,
+                 reference: Reference = NO_REFERENCE) -> None:
+        self.world, self.plan = world, plan
         self._pending: list[LoggedStep] = []
         self._began = time.perf_counter()
         self._flushed_at = self._began  # moved on by the time that is not spent on steps
         self._waited = 0.0  # for data since the last flush
         self._recall = ""  # of the last evaluation, for the progress line
         self._seconds = dict.fromkeys(("waiting for data", "evaluate", "checkpoint"), 0.0)
-        self._base, self._drift, self._recipe = base or {}, drift, recipe or {}
+        self._drift, self._recipe, self._base = drift, reference.recipe, reference.base
         self._files: list[TextIO] = []
         if world.is_main:
             self._files = [_open_for_append(folder / name, first_step) for name in ("steps.jsonl", "evaluations.jsonl")]
-        self.board = TensorBoardWriter(folder / "tensorboard" if world.is_main else None, first_step, steps)
+        self.board = TensorBoardWriter(folder / "tensorboard" if world.is_main else None, first_step, plan.steps)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -85,10 +94,12 @@ class Log:
     def report_time(self, period: str, seconds: Mapping[str, float]) -> None:
         """Print the shares of the time of `period`, largest first, and write them to TensorBoard."""
         total = sum(seconds.values()) or 1.0
-        shares = {name: seconds[name] / total for name in sorted(seconds, key=seconds.__getitem__, reverse=True)}
-        text = "  ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        self.world.say(f"time of {period}, {total:.3g} s:  {text}")
-        self.board.scalars({f"profile/{period}: {name}": share for name, share in shares.items()}, 0)
+        text = ""
+        for name in sorted(seconds, key=seconds.__getitem__, reverse=True):
+            share = seconds[name] / total
+            text += f"  {name} {share:.0%}"
+            self.board.scalars({f"profile/{period}: {name}": share}, 0)
+        self.world.say(f"time of {period}, {total:.3g} s:{text}")
 
     def say(self, text: str) -> None:
         """Print one line."""
@@ -133,7 +144,7 @@ class Log:
                                 **memory(self.world.device)}, step)
         eta = (total_steps - step) * seconds / len(self._pending)
         show = self.world.say if step == total_steps else self.world.live
-        show(f"step {step}/{total_steps}  epoch {step / self.steps_per_epoch:.2f}  loss {loss:.4f}{self._recall}  "
+        show(f"step {step}/{total_steps}  epoch {step / self.plan.steps_per_epoch:.2f}  loss {loss:.4f}{self._recall}  "
              f"lr {lr:.2e}  {speed:,.0f} pairs/s  wait {wait:.0%}  eta {_duration(eta)}")
 
     def metrics(self, scores: Metrics, step: int) -> None:
@@ -141,8 +152,7 @@ class Log:
         if step == 0:
             self._base = scores
         if self.world.is_main:
-            plain = {split: {name: value for name, value in values.items() if isinstance(value, float)}
-                     for split, values in scores.items()}  # without counts, intervals and `collapsed`
+            plain = {split: _floats(values) for split, values in scores.items()}
             drift = self._drift()
             line = {"step": step, "epoch": self._epoch(step), **plain}
             self._files[1].write(json.dumps(line) + "\n")
@@ -150,16 +160,18 @@ class Log:
             self.board.metrics(plain, self._base, step)
             if self.board.due("drift", step):
                 self.board.scalars(drift, step)
-            if step in (0, self.steps):
+            if step in (0, self.plan.steps):
                 self.board.hparams(self._recipe, list(scores), done=step > 0)
             self.board.flush()
+        model = f"step {step}" if step else "base"
         for split, values in scores.items():
-            self.world.say(f"{'base' if step == 0 else f'step {step}'}  {split}:  " + _headline(values))
+            headline = [f"{short} {values[name]:.3g}" for name, short in HEADLINE.items() if name in values]
+            self.world.say(f"{model}  {split}:  " + "  ".join(headline))
         split = "valid" if "valid" in scores else next(iter(scores))
         self._recall = f"  {split} R@10 {scores[split]['image_to_text_R@10']:.3f}"
 
     def _epoch(self, step: int) -> float:
-        return round(step / self.steps_per_epoch, 6)
+        return round(step / self.plan.steps_per_epoch, 6)
 
     def curve(self, name: str, points: Sequence[Mapping[str, Any]]) -> None:
         """Write metrics over alpha to TensorBoard; 100 * alpha takes the place of the step."""
@@ -167,9 +179,8 @@ class Log:
             return
         for point in points:
             for split in point.keys() - {"alpha"}:
-                scalars = {f"{name}/{split}/{metric}": value for metric, value in point[split].items()
-                         if isinstance(value, float)}
-                self.board.scalars(scalars, round(100 * point["alpha"]))
+                scores = {f"{name}/{split}/{metric}": value for metric, value in _floats(point[split]).items()}
+                self.board.scalars(scores, round(100 * point["alpha"]))
 
     def close(self) -> None:
         """Flush and close the files, and erase the progress line."""
@@ -206,8 +217,9 @@ class NullLog(Log):
         return []
 
 
-def _headline(values: Mapping[str, Any]) -> str:
-    return "  ".join(f"{short} {values[name]:.3g}" for name, short in HEADLINE.items() if name in values)
+def _floats(values: Mapping[str, object]) -> dict[str, float]:
+    """Return the metrics without counts, intervals and `collapsed`."""
+    return {name: value for name, value in values.items() if isinstance(value, float)}
 
 
 def _duration(seconds: float) -> str:
@@ -219,15 +231,13 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
 
 
-def _open_for_append(path: Path, first_step: int) -> TextIO:
-    """Open a file of one line a step for appending, without lines after `first_step` and a half-written last one."""
-    kept = []
-    if first_step and path.exists():
-        for line in read_regular(path).decode("utf-8", "replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= first_step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue
-    path.write_text("".join(kept), encoding="utf-8")
+def _open_for_append(path: Path, last_step: int) -> TextIO:
+    """Open a file of one line a step for appending, without lines after `last_step` and a half-written last one."""
+    def is_kept(line: str) -> bool:
+        try:
+            return last_step > 0 and json.loads(line)["step"] <= last_step
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return False
+
+    keep_lines(path, is_kept)
     return path.open("a", encoding="utf-8")

@@ -6,15 +6,22 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data.batch import Batches, RunFailed
 from engine.ranks.world import World
 
 IN_A_ROW = 3
+
+
+class Culprit(TypedDict):
+    """A row whose gradient may be the cause, and its embeddings that are not finite."""
+
+    row: int | str  # its number, or the name of its sample
+    not_finite: list[str]
 
 
 class NonfiniteGuard:
@@ -42,30 +49,32 @@ class NonfiniteGuard:
         path = self.run / f"nan-step-{self.skipped[-1] + 1:08d}.json"
         if self.world.is_main:
             path.write_text(json.dumps({"skipped_steps": culprits}, indent=2) + "\n", encoding="utf-8")
-        rows = sorted({entry["row"] for entries in culprits.values() for entry in entries})
-        shown = ", ".join(map(str, rows[:10])) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
+        rows: set[int | str] = set()
+        for entries in culprits.values():
+            rows |= {entry["row"] for entry in entries}
+        shown = ", ".join(sorted(map(str, rows), key=lambda row: (len(row), row))[:10])
+        if len(rows) > 10:
+            shown += f" and {len(rows) - 10} more"
         last = self.run / "checkpoints" / "last"
         good = f"the last good checkpoint is {last.resolve()}" if last.exists() else "no checkpoint was written yet"
         return (f"{IN_A_ROW} steps in a row had a gradient that is not finite; rows {shown} of the training split "
                 f"(see {path}); {good}")
 
     @torch.no_grad()
-    def _nonfinite_rows(self, step: int) -> list[dict[str, Any]]:
+    def _nonfinite_rows(self, step: int) -> list[Culprit]:
         """Return the rows of a step with non-finite embeddings and which; all rows if every embedding is finite."""
         if self.batches is None:
             return [{"row": row, "not_finite": []} for row in self.rows(step)]
         out = self.model(next(self.batches.from_step(step)))
-        title_BE, *negatives = out.text_XE.split(max(1, len(out.image_BE)))
-        local = {"image": _nonfinite(out.image_BE), "title": _nonfinite(title_BE)}
-        if negatives:
-            local["title_neg"] = _nonfinite(torch.cat(negatives, 1))
-        parts = self.world.exchange(local)
-        flags = {name: [flag for part in parts for flag in part.get(name, [])] for name in parts[0]}
-        entries = []
-        for i, row in enumerate(self.rows(step)):
-            entries.append({"row": row, "not_finite": [name for name in flags if flags[name][i]]})
+        texts = out.text_XE.split(max(1, len(out.image_BE)))  # titles, then negatives 1, 2, ...
+        embeddings = [("image", out.image_BE), ("title", texts[0])]
+        embeddings += [("title_neg", negative_BE) for negative_BE in texts[1:]]
+        names_of_rows: list[dict[str, None]] = [{} for _ in out.image_BE]
+        for name, embedding_BE in embeddings:
+            for i in (~embedding_BE.isfinite().all(-1)).nonzero()[:, 0].tolist():
+                names_of_rows[i][name] = None
+        entries: list[Culprit] = []
+        names_of_all = [list(names) for part in self.world.exchange(names_of_rows) for names in part]
+        for row, names in zip(self.rows(step), names_of_all, strict=True):
+            entries.append({"row": row, "not_finite": names})
         return [entry for entry in entries if entry["not_finite"]] or entries
-
-
-def _nonfinite(embedding_BE: Tensor) -> list[bool]:
-    return (~embedding_BE.isfinite().all(-1)).tolist()

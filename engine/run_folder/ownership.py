@@ -39,8 +39,9 @@ def refuse_out(folder: Path, names: Iterable[str], dataset: str) -> None:
     if source.exists() and dataset_folder in place.parents and holds_others(folder):
         raise UserError(f"--out {folder} lies in --dataset and is not empty, so what it holds may be data; choose a "
                         "new folder, which may lie beside it")
-    if taken := next((name for name in names if os.path.lexists(folder / name)), None):
-        raise UserError(f"--out {folder} holds {taken}, which is not thumbtune's to replace; choose another folder")
+    for name in names:
+        if os.path.lexists(folder / name):
+            raise UserError(f"--out {folder} holds {name}, which is not thumbtune's to replace; choose another folder")
 
 
 def holds_others(folder: Path) -> bool:
@@ -51,8 +52,9 @@ def holds_others(folder: Path) -> bool:
 def refuse_foreign_parts(folder: Path) -> None:
     """Raise UserError for a model, checkpoint or page that a resumed run would replace and no run has written."""
     page = folder / "report.html"
-    obstacle = (first_foreign(folder / "model") or _foreign_checkpoint(folder / "checkpoints")
-                or (page if is_foreign_page(page) else None))
+    obstacle = first_foreign(folder / "model") or _foreign_checkpoint(folder / "checkpoints")
+    if obstacle is None and is_foreign_page(page):
+        obstacle = page
     if obstacle:
         raise UserError(f"--resume: {obstacle} was not made by thumbtune and would be replaced; move it elsewhere")
 
@@ -64,13 +66,7 @@ def open_evaluation(out: str, dataset: str) -> Path:
         raise UserError(f"--out {folder} holds a run, whose metrics would be replaced; choose another folder")
     if kind_of(folder) != "evaluation":
         refuse_out(folder, EVALUATION_FILES, dataset)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not holds_others(folder):
-            write_mark(folder, "evaluation")
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be made: {error.strerror}") from None
-    return folder
+    return _make_and_mark(folder, "" if holds_others(folder) else "evaluation")
 
 
 def _foreign_checkpoint(root: Path) -> Path | None:
@@ -96,10 +92,15 @@ def refuse_foreign_shards(out: str, dataset: str) -> None:
 
 def open_shards(out: str) -> Path:
     """Make and mark the folder --out of `shards`. Raises UserError."""
-    folder = Path(out).expanduser()
+    return _make_and_mark(Path(out).expanduser(), "shards")
+
+
+def _make_and_mark(folder: Path, kind: str) -> Path:
+    """Make a folder, mark it unless `kind` is empty, and return it. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_mark(folder, "shards")
+        if kind:
+            write_mark(folder, kind)
     except OSError as error:
         raise UserError(f"--out {folder} cannot be made: {error.strerror}") from None
     return folder

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from data.batch import Batches
 from engine.clip.model import LoadedModel, distribute
 from engine.config.fields import Config
+from engine.optim import Plan
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import Saver, State, changes_since, load, missing_identity, parse_state
 from engine.run_folder.log import NullLog
@@ -25,7 +25,7 @@ from engine.run_folder.verification import (
     compare_losses,
     read_steps,
 )
-from engine.train import Callbacks, Plan, Replica, fit
+from engine.train import Callbacks, Replica, fit
 
 REPLAYED = 5  # steps trained again from each place
 
@@ -39,7 +39,7 @@ class ReopenedRun:
     model: LoadedModel
     saver: Saver  # its optimizer is at the base model
     plan: Plan
-    ledger: Sequence[Mapping[str, Any]]  # the rows dropped now
+    ledger: Sequence[Mapping[str, object]]  # the rows dropped now
     batches: Batches
 
 
@@ -84,6 +84,6 @@ class Recorder(NullLog):
         self.world = world
         self.losses: dict[int, float] = {}
 
-    def step(self, step: int, loss: Tensor, *_: Any) -> None:
+    def step(self, step: int, loss: Tensor, *_: object) -> None:
         """Keep the loss of a step, summed over ranks."""
         self.losses[step] = float(self.world.sum(loss))

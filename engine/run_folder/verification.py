@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from data.files import read_text
 from engine.ranks.world import World
+from engine.run_folder.board import Metrics
 from engine.run_folder.checkpoint import DamagedCheckpoint, Order, load
 from engine.run_folder.folder import manifest_problems, read_json
 
@@ -57,39 +58,49 @@ def check_files(run: Path) -> tuple[list[Finding], list[Path]]:
     return findings, whole
 
 
-def read_steps(run: Path) -> dict[int, dict[str, Any]]:
-    """Return rows and loss of each line of steps.jsonl by step, in the order of lines; {} when one is damaged."""
+class StepLine(NamedTuple):
+    """A line of steps.jsonl."""
+
+    rows: int
+    loss: float | None  # null for NaN
+
+
+def read_steps(run: Path) -> dict[int, StepLine]:
+    """Return the lines of steps.jsonl by step, in their order; {} when one is damaged."""
+    steps = {}
     try:
-        lines = read_text(run / "steps.jsonl").splitlines()
-        return {int(line["step"]): {"rows": line["rows"], "loss": line["loss"]} for line in map(json.loads, lines)}
+        for text in read_text(run / "steps.jsonl").splitlines():
+            line = json.loads(text)
+            steps[int(line["step"])] = StepLine(line["rows"], line["loss"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+    return steps
 
 
-def check_steps(logged: Mapping[int, Mapping[str, Any]], rows_at: Callable[[int], int]) -> Finding:
+def check_steps(logged: Mapping[int, StepLine], rows_at: Callable[[int], int]) -> Finding:
     """Check that steps.jsonl has one line for every step, in order, with the rows of its batch."""
     if not logged or list(logged) != list(range(1, len(logged) + 1)):
         return Finding("steps.jsonl", FAILED, "it cannot be read, or steps are missing or out of order")
-    wrong = [step for step, line in logged.items() if line["rows"] != rows_at(step - 1)]
-    if wrong:
-        return Finding("steps.jsonl", FAILED, f"step {wrong[0]} has another number of rows")
+    for step, line in logged.items():
+        if line.rows != rows_at(step - 1):
+            return Finding("steps.jsonl", FAILED, f"step {step} has another number of rows")
     return Finding("steps.jsonl", OK, f"steps 1 to {len(logged)}, none missing")
 
 
-def compare_losses(start: int, losses: Mapping[int, float], logged: Mapping[int, Mapping[str, Any]],
+def compare_losses(start: int, losses: Mapping[int, float], logged: Mapping[int, StepLine],
                    precision: torch.dtype) -> Finding:
     """Compare the losses of steps trained again from step `start` on with those logged."""
     shared = [step for step in losses if step in logged]
     subject = f"replay from step {start}" if start else "replay from the base model"
     if not shared:
         return Finding(subject, UNCHECKED, f"steps.jsonl has no step after {start}")
-    difference = max(_difference(losses[step], logged[step]["loss"]) for step in shared)
-    close = difference <= (1e-5 if precision == torch.float32 else 1e-2)
+    difference = max(_difference(losses[step], logged[step].loss) for step in shared)
+    tolerance = 1e-5 if precision == torch.float32 else 1e-2
     detail = f"losses of steps {shared[0]} to {shared[-1]}: largest difference {difference:.2g}"
-    return Finding(subject, OK if close else FAILED, detail, difference)
+    return Finding(subject, OK if difference <= tolerance else FAILED, detail, difference)
 
 
-def check_ledger(run: Path, dropped: Sequence[Mapping[str, Any]]) -> Finding:
+def check_ledger(run: Path, dropped: Sequence[Mapping[str, object]]) -> Finding:
     """Compare the rows dropped now with those in ledger.jsonl."""
     try:
         lines = [json.loads(line) for line in read_text(run / "ledger.jsonl").splitlines()]
@@ -103,8 +114,8 @@ def check_ledger(run: Path, dropped: Sequence[Mapping[str, Any]]) -> Finding:
 def same_machine(run: Path, world: World) -> bool:
     """Return whether the run used this version of torch and a CPU, as this process does: results are then exact."""
     saved = read_json(run / "config.json")
-    return (saved.get("devices", {}).get("kind") == world.device.type == "cpu"
-            and saved.get("versions", {}).get("torch") == torch.__version__)
+    device, version = saved.get("devices", {}).get("kind"), saved.get("versions", {}).get("torch")
+    return device == world.device.type == "cpu" and version == torch.__version__
 
 
 def check_order(whole: Sequence[Path], digest: Order) -> Finding:
@@ -127,15 +138,15 @@ def check_exported_weights(run: Path, whole: Sequence[Path]) -> Finding:
         return Finding("exported weights", UNCHECKED, str(error))
     for folder in reversed(whole):
         weights = load(folder).weights
-        if weights.keys() == exported.keys() and all(torch.equal(weights[name], exported[name]) for name in weights):
+        same_names = weights.keys() == exported.keys()
+        if same_names and all(torch.equal(weights[name], exported[name]) for name in weights):
             return Finding("exported weights", OK, f"equal those of {folder.name}")
     if "interpolation" in read_json(run / "metrics.json"):
         return Finding("exported weights", UNCHECKED, "they lie between the base model and a checkpoint")
     return Finding("exported weights", FAILED, "those of no checkpoint that is whole")
 
 
-def check_metrics(measured: Mapping[str, Mapping[str, Any]], written: Mapping[str, Mapping[str, Any]],
-                  exact: bool) -> Finding:
+def check_metrics(measured: Metrics, written: Metrics, exact: bool) -> Finding:
     """Compare metrics of the exported model, measured again, with those in metrics.json; both by split.
 
     Without `exact` (other hardware, or features encoded in other batches) close calls may be ranked differently.
@@ -144,34 +155,31 @@ def check_metrics(measured: Mapping[str, Mapping[str, Any]], written: Mapping[st
     for split, values in written.items():
         for name, before in values.items():
             if isinstance(before, (int, float)):
-                now = measured.get(split, {}).get(name, math.nan)
-                differences.append(math.inf if now != now else abs(before - now) / max(1.0, abs(before)))
+                now = measured.get(split, {}).get(name, math.inf)
+                relative = abs(before - now) / max(1.0, abs(before))
+                differences.append(math.inf if math.isnan(relative) else relative)
     if not differences:
         return Finding("metrics.json", UNCHECKED, "it holds no metrics of a tuned model yet")
     largest = max(differences)
-    return Finding("metrics.json", OK if largest <= (1e-6 if exact else 0.02) else FAILED,
-                   f"{len(differences)} figures measured again: largest relative difference {largest:.2g}")
+    tolerance = 1e-6 if exact else 0.02
+    detail = f"{len(differences)} figures measured again: largest relative difference {largest:.2g}"
+    return Finding("metrics.json", OK if largest <= tolerance else FAILED, detail)
 
 
 def format_findings(findings: Sequence[Finding]) -> str:
     """Return the findings as a table in plain text, with the number of each verdict below."""
     subject_width = max(len(finding.subject) for finding in findings)
     verdict_width = max(len(finding.verdict) for finding in findings)
-    lines = [f"{finding.subject:{subject_width}}  {finding.verdict:{verdict_width}}  {finding.detail}"
-             for finding in findings]
+    lines = []
+    for subject, verdict, detail, _ in findings:
+        lines.append(f"{subject:{subject_width}}  {verdict:{verdict_width}}  {detail}")
     verdicts = [finding.verdict for finding in findings]
     counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in (OK, FAILED, UNCHECKED)]
     return "\n".join([*lines, ", ".join(counts)])
 
 
-def any_failed(findings: Sequence[Finding]) -> bool:
-    """Return whether a check failed."""
-    return any(finding.verdict == FAILED for finding in findings)
-
-
 def _difference(loss: float, logged: float | None) -> float:
     """Return the absolute difference; 0 where both are NaN (written as null or NaN), infinity where one is."""
-    logged = math.nan if logged is None else logged
-    if math.isnan(loss) or math.isnan(logged):
-        return 0.0 if math.isnan(loss) and math.isnan(logged) else math.inf
-    return abs(loss - logged)
+    if logged is None or math.isnan(logged):
+        return 0.0 if math.isnan(loss) else math.inf
+    return math.inf if math.isnan(loss) else abs(loss - logged)

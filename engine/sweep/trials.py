@@ -13,19 +13,19 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from data.batch import Batches
-from data.files import read_text
+from data.batch import Batches, UserError
+from data.files import keep_lines, read_text
 from data.store.feature_split import FeatureSplit
 from engine.clip.model import LoadedModel
 from engine.config.fields import Config
 from engine.config.settings import to_toml
-from engine.optim import adamw
+from engine.optim import Plan, adamw
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import State
 from engine.run_folder.folder import write_json
 from engine.sweep.interpolate import blend, snapshot
 from engine.sweep.space import RECIPE, Settings
-from engine.train import Callbacks, Plan, Replica, fit
+from engine.train import Callbacks, Replica, fit
 
 SEED_STRIDE = 1_000  # between the seeds of repeats, so that no two epochs share an order
 
@@ -89,24 +89,32 @@ class Tuner:
 
 
 class Journal:
-    """sweep.jsonl: one line for each finished configuration; a resumed sweep continues after the last whole line."""
+    """sweep.jsonl: one line for each finished configuration; a resumed sweep continues after the last whole line.
+
+    Raises UserError when the sweep to go on with had other data or another base model.
+    """
 
     def __init__(self, folder: Path, world: World, identity: Mapping[str, str], metric: str, keep: bool) -> None:
         self.path, self.world = folder / "sweep.jsonl", world
         self.identity, self.metric = dict(identity), metric
-        self.lines: list[dict[str, Any]] = world.exchange(self._read() if keep else [])[0]
         if world.is_main:
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+            keep_lines(self.path, lambda line: keep and self._parse(line) is not None)
+        whole = [self._parse(line) for line in read_text(self.path).splitlines()] if world.is_main else []
+        self.lines: list[dict[str, Any]] = world.exchange([line for line in whole if line is not None])[0]
+        for line in self.lines:
+            changed = [name for name, digest in self.identity.items() if line["identity"].get(name) != digest]
+            if changed:
+                raise UserError(f"{self.path} was written with other values of {', '.join(changed)}; resume it with "
+                                "the same --dataset and --model, or start a new sweep with another --out")
 
-    def _read(self) -> list[dict[str, Any]]:
-        """Return the earlier lines, without a half-written one and those of other data or another base model."""
-        lines = []
-        for text in read_text(self.path).splitlines() if self.path.exists() else ():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                continue
-        return [line for line in lines if line["identity"] == self.identity]
+    @staticmethod
+    def _parse(text: str) -> dict[str, Any] | None:
+        """Return a line's configuration; None for a half-written or damaged line."""
+        try:
+            line = json.loads(text)
+            return line if {"settings", "scores", "identity"} <= line.keys() else None
+        except (ValueError, AttributeError, RecursionError):
+            return None
 
     def is_finished(self, settings: Settings) -> bool:
         """Return whether this configuration is in the journal, with the same data and base model."""

@@ -5,14 +5,31 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from data.files import open_regular, read_text, replace_text
 from eval.report.answers import AnswersByDirection
 from eval.report.cases import case_sections
-from eval.report.figures import curves, files, ledger, metric_tables, overlap, recipe, summary_sentence
-from eval.report.page import document, escape_text
+from eval.report.figures import (
+    Record,
+    curves,
+    files,
+    ledger,
+    metric_tables,
+    overlap,
+    recipe,
+    summary_sentence,
+)
+from eval.report.page import document, escape_text, template
 from eval.report.table import WHEN
+
+CONTENTS = {"figures": "Before and after", "curves": "How it got there", "cases": "Row by row",
+            "recipe": "Recipe and data", "files": "Files"}
+HEADER = template("""
+<p class="soft small">thumbtune report · {started}</p>
+<h1>{name}</h1>
+{summary}
+<nav aria-label="On this page"><ul>{links}</ul></nav>
+""")
 
 
 def write_report(out: Path, split: str, sizes: Mapping[str, int], answers: Mapping[str, AnswersByDirection],
@@ -24,33 +41,32 @@ def write_report(out: Path, split: str, sizes: Mapping[str, int], answers: Mappi
     config = json.loads(read_text(out / "config.json"))
     metrics = json.loads(read_text(out / "metrics.json"))
     losses = [float(line["loss"]) for line in _lines(out / "steps.jsonl")]
-    history = list({line["step"]: line for line in _lines(out / "evaluations.jsonl")}.values())
-    settings = config["config"]
-    name = f"{Path(str(settings['model'])).name} on {Path(str(settings['dataset'])).name}"
-    contents = {"figures": "Before and after", "curves": "How it got there", "cases": "Row by row",
-                "recipe": "Recipe and data", "files": "Files"}
+    history = {line["step"]: line for line in _lines(out / "evaluations.jsonl")}  # the latest of each step
     body = {
         "figures": metric_tables(metrics, split),
-        "curves": curves(losses, history, answers, split, metrics.get("interpolation")),
+        "curves": curves(losses, list(history.values()), answers, split, metrics.get("interpolation")),
         "cases": case_sections(answers, title, picture) if set(answers) >= set(WHEN) else "<p>Not kept.</p>",
         "recipe": recipe(config, sizes, len(losses)) + overlap(metrics.get("overlap", {}), sizes)
         + ledger(_lines(out / "ledger.jsonl")),
         "files": files(out),
     }
-    links = "".join(f'<li><a href="#{key}">{label}</a></li>' for key, label in contents.items())
-    started, commit = config["started"][:10], (config.get("git_commit") or "unknown")[:12]
-    head = (f'<p class="soft small">thumbtune report · {escape_text(started)}</p><h1>{escape_text(name)}</h1>'
-            f'{summary_sentence(metrics, split, sizes.get(split, 0))}'
-            f'<nav aria-label="On this page"><ul>{links}</ul></nav>')
-    main = "".join(f'<section aria-labelledby="{key}"><h2 id="{key}">{contents[key]}</h2>{html}</section>'
-                   for key, html in body.items())
-    foot = f'<p class="small">Written by thumbtune, commit {escape_text(commit)}.</p>'
+    links = ""
+    main = ""
+    for key, heading in CONTENTS.items():
+        links += f'<li><a href="#{key}">{heading}</a></li>'
+        main += f'<section aria-labelledby="{key}"><h2 id="{key}">{heading}</h2>{body[key]}</section>'
+    settings = config["config"]
+    name = f"{Path(settings['model']).name} on {Path(settings['dataset']).name}"
+    header = HEADER.format(started=escape_text(config["started"][:10]), name=escape_text(name),
+                           summary=summary_sentence(metrics, split, sizes.get(split, 0)), links=links)
+    commit = (config.get("git_commit") or "unknown")[:12]
+    footer = f'<p class="small">Written by thumbtune, commit {escape_text(commit)}.</p>'
     page = out / "report.html"
-    replace_text(page, document(f"{name}: before and after", head, main, foot))
+    replace_text(page, document(f"{name}: before and after", header, main, footer))
     return page
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _lines(path: Path) -> Iterator[Record]:
     if path.exists():
         with open_regular(path) as file:
             yield from map(json.loads, file)

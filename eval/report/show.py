@@ -37,7 +37,7 @@ class Board(Protocol):
 
 def shown_split(names: Collection[str]) -> str:
     """Return the split whose answers are shown: test, else valid, else the first."""
-    return next((name for name in ("test", "valid") if name in names), next(iter(names)))
+    return next(name for name in ("test", "valid", *names) if name in names)
 
 
 class AnswerLog:
@@ -45,14 +45,18 @@ class AnswerLog:
 
     def __init__(self, out: Path, split: str, title: Callable[[str, int], str],
                  picture: Callable[[str, int], bytes], resumed: bool) -> None:
-        self.path, self.split = out / "answers.npz", split
+        self.path = out / "answers.npz"
+        self.split = split
         self.title = partial(title, split)
         self.picture = cache(partial(picture, split))
-        self.answers: dict[str, AnswersByDirection] = dict(load_answers(self.path)[1]) if resumed else {}
+        self.answers: dict[str, AnswersByDirection] = {}
+        if resumed:
+            self.answers |= load_answers(self.path)[1]
 
     def record(self, when: str, embeddings: SplitEmbeddings, result: Retrieval, board: Board, step: int) -> None:
         """Save and draw the answers; `when` is base or tuned, `result` was measured on these embeddings."""
-        self.answers[when] = by_direction = answer_queries(embeddings, result)
+        by_direction = answer_queries(embeddings, result)
+        self.answers[when] = by_direction
         save_answers(self.path, self.split, self.answers)
         for way, draw in (("image_to_text", draw_image_to_text), ("text_to_image", draw_text_to_image)):
             answers = by_direction[way]
@@ -60,19 +64,22 @@ class AnswerLog:
             places = torch.linspace(0, count - 1, min(SHEET, count)).long().tolist()
             board.picture(f"retrieval/{self.split} {way}", draw(answers, places, self.title, self.picture), step)
             board.histogram(f"margin/{self.split} {way}", answers.margin_Q, step)
-        self._draw_embeddings(when, embeddings, by_direction["image_to_text"].query_Q[:POINTS], board, step)
+        row_Q = by_direction["image_to_text"].query_Q[:POINTS]
+        self._draw_embeddings(when, embeddings, row_Q, board, step)
 
     def _draw_embeddings(self, when: str, embeddings: SplitEmbeddings, row_Q: Tensor, board: Board, step: int) -> None:
         """Write the heat map and the projector for images, given by their first rows, with one title each."""
         distinct = embeddings.distinct
         image_Q = torch.searchsorted(distinct.image_row_U, row_Q.to(distinct.image_row_U.device))
         title_Q = distinct.title_P[torch.searchsorted(distinct.image_P, image_Q)]
-        image_QE, title_QE = embeddings.image_UE[image_Q].float(), embeddings.title_WE[title_Q].float()
+        image_QE = embeddings.image_UE[image_Q].float()
+        title_QE = embeddings.title_WE[title_Q].float()
         board.picture(f"similarity/{self.split}", heat_map(image_QE[:MAP], title_QE[:MAP]), step)
         if len(row_Q) < 2:  # the projector needs two points
             return
-        titles = [self.title(row) for row in distinct.title_row_W[title_Q].tolist()]
+        titles = list(map(self.title, distinct.title_row_W[title_Q].tolist()))
+        pictures = list(map(self.picture, row_Q.tolist()))
         lines = [" ".join(text.split())[:120] for text in titles]  # a tab would start a new column
-        labels = [(text, kind) for kind in ("image", "title") for text in lines]
-        board.embedding(when, torch.cat([image_QE, title_QE]).cpu(), labels,
-                        sprites([self.picture(row) for row in row_Q.tolist()], titles), step)
+        labels = [(line, "image") for line in lines] + [(line, "title") for line in lines]
+        vectors = torch.cat([image_QE, title_QE]).cpu()
+        board.embedding(when, vectors, labels, sprites(pictures, titles), step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from data.text import markdown_table
 
@@ -17,89 +17,107 @@ SHOWN = {
 WHEN = ("base", "tuned")
 
 
-def metrics_table(metrics: Mapping[str, Any], classes: Mapping[str, int] | None = None) -> str:
-    """A Markdown table with a block of rows for each split: base and tuned (or any other models) and their difference.
+Scores = Mapping[str, Any]  # of a split in metrics.json: values, counts, flags; under "<metric>_ci95" [low, high]
+Metrics = Mapping[str, Any]  # metrics.json: "base" and "tuned" hold Scores by split, "difference" Differences
 
-    Each block begins with the numbers of pairs and queries and, if a model has collapsed, with that. A line below says
-    for which splits titles are names of `classes` (their numbers by split; default: those in `metrics`).
+
+class Difference(TypedDict):
+    """The difference of a metric in metrics.json; `p` is missing for a metric without a test."""
+
+    value: float
+    ci95: Sequence[float]
+    p: NotRequired[float | None]
+
+
+def metrics_table(metrics: Metrics, classes: Mapping[str, int] | None = None) -> str:
+    """Return a Markdown table with rows for each split: base and tuned (or any other models) and their difference.
+
+    The rows of a split begin with its numbers of pairs and queries and, if a model has collapsed, with that. A line
+    below says for which splits titles are names of `classes` (their numbers by split; default: those in `metrics`).
     """
     difference = metrics.get("difference", {})
-    columns = {name: metrics[name] for name in WHEN if name in metrics} or dict(metrics)
-    rows = [["split", "metric", *columns, *(["difference", "p"] if difference else [])]]
-    for split in dict.fromkeys(split for scores in columns.values() for split in scores):
-        blanks = ["", ""] if difference else []
+    columns = {name: metrics[name] for name in WHEN if name in metrics} or metrics
+    extra = ["difference", "p"] if difference else []
+    rows = [["split", "metric", *columns, *extra]]
+    splits: dict[str, None] = {}  # in order
+    for values in columns.values():
+        splits |= dict.fromkeys(values)
+    for split in splits:
         scores = [values.get(split, {}) for values in columns.values()]
-        rows += [row + blanks for row in _header_rows(split, scores)]
+        for row in _header_rows(split, scores):
+            rows.append(row + [""] * len(extra))
         for metric, label in SHOWN.items():
-            if any(metric in values for values in scores):
-                row = [split, label, *(cell(values, metric) for values in scores)]
-                change = difference_cells(difference.get(split, {}).get(metric), metric) if difference else ()
-                rows.append([*row, *change])
-    measured = dict.fromkeys(row[0] for row in rows)
+            if not any(metric in values for values in scores):
+                continue
+            row = [split, label, *(cell(values, metric) for values in scores)]
+            if difference:
+                row += difference_cells(difference.get(split, {}).get(metric), metric)
+            rows.append(row)
     classes = metrics.get("classes", {}) if classes is None else classes
-    return markdown_table(rows) + zero_shot_note({name: classes[name] for name in measured if name in classes})
+    return markdown_table(rows) + zero_shot_note({name: classes[name] for name in splits if name in classes})
 
 
 def zero_shot_note(classes: Mapping[str, int]) -> str:
-    """A line for splits whose titles are class names, "" where there are none."""
+    """Return a line for splits whose titles are class names, "" where there are none."""
     if not classes:
         return ""
     named = ", ".join(f"{name} ({count:,} classes)" for name, count in classes.items())
     return f"\n\nTitles are class names in {named}: image to text R@1 is the zero-shot accuracy."
 
 
-def _header_rows(split: str, scores: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The rows of a split above its metrics: numbers of pairs and queries, and which models have collapsed."""
-    rows = []
-    if any("units" in values for values in scores):
-        pairs, queries = [split, "pairs"], [split, "queries"]
-        for values in scores:
-            if "units" not in values:
-                pairs.append("-")
-                queries.append("-")
-                continue
+def _header_rows(split: str, scores: Sequence[Scores]) -> list[list[str]]:
+    """Return the rows above the metrics of a split: pairs and queries, and which models have collapsed."""
+    pairs, queries, collapsed = [split, "pairs"], [split, "queries"], [split, "collapsed"]
+    for values in scores:
+        collapsed.append("yes" if values.get("collapsed") else "no")
+        if "units" in values:
             pairs.append(f"{values['pairs']:,}, {values['units']:,} independent")
             queries.append(f"{values['image_to_text_queries']:,} images, {values['text_to_image_queries']:,} titles")
-        rows += [pairs, queries]
-    if any(values.get("collapsed") for values in scores):
-        rows.append([split, "collapsed", *("yes" if values.get("collapsed") else "no" for values in scores)])
-    return rows
+        else:
+            pairs.append("-")
+            queries.append("-")
+    rows = [pairs, queries] if any("units" in values for values in scores) else []
+    return [*rows, collapsed] if "yes" in collapsed else rows
 
 
-def collapse_warning(name: str, split: str, values: Mapping[str, Any]) -> str:
-    """A sentence about a model that has collapsed, "" for others."""
+def collapse_warning(name: str, split: str, values: Scores) -> str:
+    """Return a sentence about a model that has collapsed, "" for others."""
     if not values.get("collapsed"):
         return ""
     return (f"Warning: {name} has collapsed on {split}: all its image or all its title embeddings are equal to "
             "rounding, so every answer is a tie and its figures mean nothing.")
 
 
-def describe_sizes(values: Mapping[str, Any]) -> str:
-    """The numbers of pairs, distinct images and titles, and independent units of a split; "" if unknown."""
+def describe_sizes(values: Scores) -> str:
+    """Return the numbers of pairs, distinct images and titles, and independent units of a split; "" if unknown."""
     if "units" not in values:
         return ""
     return (f"{values['pairs']:,} pairs ({values['image_to_text_queries']:,} images, "
             f"{values['text_to_image_queries']:,} titles, {values['units']:,} independent)")
 
 
-def digits_of(metric: str) -> int:
-    """Decimals to print."""
+def _digits(metric: str) -> int:
+    """Return the number of decimals to print."""
     return 1 if metric.endswith("rank") else 3
 
 
-def cell(values: Mapping[str, Any], metric: str) -> str:
-    """A value with its interval, "-" if it was not measured."""
+def cell(values: Scores, metric: str) -> str:
+    """Return a value with its interval, "-" if it was not measured."""
     if metric not in values:
         return "-"
-    value, (low, high), digits = values[metric], values[f"{metric}_ci95"], digits_of(metric)
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    digits = _digits(metric)
+    low, high = values[f"{metric}_ci95"]
+    return f"{values[metric]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def difference_cells(difference: Mapping[str, Any] | None, metric: str) -> tuple[str, str]:
-    """A difference with its interval, and its p; "-" if unknown."""
+def difference_cells(difference: Difference | None, metric: str) -> tuple[str, str]:
+    """Return a difference with its interval, and its p; "-" if unknown."""
     if not difference:
         return "-", "-"
-    (low, high), digits = difference["ci95"], digits_of(metric)
+    digits = _digits(metric)
+    low, high = difference["ci95"]
+    change = f"{difference['value']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
     p = difference.get("p")
-    return (f"{difference['value']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]",
-            "-" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".lstrip("0"))
+    if p is None:
+        return change, "-"
+    return change, "<.001" if p < 0.001 else f"{p:.3f}".lstrip("0")

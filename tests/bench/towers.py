@@ -15,12 +15,12 @@ from data.demo.demo import some_titles
 from data.images.decode import collate_tokens, tokenize
 from engine.clip.model import Head, LoadedModel, StreamingModel
 from engine.config.fields import Config
-from engine.optim import adamw
+from engine.optim import Plan, adamw
 from engine.ranks.world import World
 from engine.run_folder.board import WeightDrift
 from engine.run_folder.checkpoint import State
 from engine.run_folder.log import Log
-from engine.train import Callbacks, Plan, Replica, fit
+from engine.train import Callbacks, Replica, fit
 
 from .harness import Bench, Figure, Race
 from .inputs import CPU, image_flops, noise_pixels, vit_b32, warm_batches
@@ -80,7 +80,7 @@ class TrainingRun:
         head = Head(self.parts.clip, config.scale).to(self.device)
         model = StreamingModel(self.parts.towers, head) if self.streamed else head
         silent = World(1, 0, 1, self.device)  # a log that writes nothing: the disk is not what is measured
-        log = Log(self.folder, silent, plan.steps_per_epoch, plan.steps, 0, WeightDrift({}), {})
+        log = Log(self.folder, silent, plan, 0, WeightDrift({}))
         replica = Replica(model, adamw(self.parts.trainable.values(), 1e-6, 0.0), world, self.parts.precision)
         fit(replica, self.batches, plan, State(), config, Callbacks(log))
 

@@ -18,6 +18,7 @@ from data.files import (
     delete_folder,
     first_foreign,
     is_output,
+    keep_lines,
     kind_of,
     read_text,
     recover_folders,
@@ -134,3 +135,23 @@ def test_the_index_of_somebody_elses_shard_is_not_replaced(tmp_path: Path) -> No
     (tmp_path / "train-000000.tar.index.json").write_text("theirs")
     with pytest.raises(UserError, match="train-000000.tar.index.json, which is not thumbtune's"):
         refuse_foreign_shards(str(tmp_path), "pairs.csv")
+
+
+def test_lines_are_removed_in_one_step_and_an_unchanged_file_is_not_written(tmp_path: Path,
+                                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill while a resume shortens steps.jsonl must not leave it empty."""
+    file = tmp_path / "steps.jsonl"
+    file.write_text("1\n2\n3\n4")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", None)  # a full disk or a kill before the new file is in place
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("no room")))
+        with pytest.raises(OSError, match="no room"):
+            keep_lines(file, lambda line: line < "3")
+    assert file.read_text() == "1\n2\n3\n4" and list(tmp_path.iterdir()) == [file]
+    keep_lines(file, lambda line: line < "3")
+    assert file.read_text() == "1\n2\n"
+    before = file.stat()
+    keep_lines(file, lambda line: True)
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    keep_lines(tmp_path / "new", lambda line: True)
+    assert (tmp_path / "new").read_text() == ""

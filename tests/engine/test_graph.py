@@ -27,11 +27,11 @@ from engine import train
 from engine.clip.model import LoadedModel, open_model
 from engine.config.fields import Config
 from engine.cuda_graph import MIN_STEPS, Outputs, should_capture
-from engine.optim import adamw
+from engine.optim import Plan, adamw
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import State
 from engine.run_folder.log import NullLog
-from engine.train import Callbacks, Plan, Replica, fit
+from engine.train import Callbacks, Replica, fit
 
 ROWS, BATCH, EPOCHS, STEPS = 28, 8, 4, 16  # four steps an epoch, the last one short
 LR = 2**-7  # and, falling to 0 in 16 steps, always a number that fp32 has: a graph's learning rate is fp32

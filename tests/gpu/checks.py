@@ -32,13 +32,13 @@ from engine.config.cli import DEMO_MODEL
 from engine.config.fields import Config
 from engine.cuda_graph import MIN_STEPS
 from engine.loss import Objective
-from engine.optim import adamw
+from engine.optim import Plan, adamw
 from engine.ranks.world import World, _Gather, close
 from engine.run_folder.board import WeightDrift
 from engine.run_folder.checkpoint import State
 from engine.run_folder.log import Log, NullLog
 from engine.run_folder.profiler import Profiler
-from engine.train import Callbacks, Plan, Replica, Step, fit
+from engine.train import Callbacks, Replica, Step, fit
 
 ROOT, WORK, OUT = Path.cwd(), Path(os.environ["WORK"]), Path(os.environ["OUT"])
 KIND = os.environ["CHECK_DEVICE"]
@@ -320,9 +320,8 @@ def log_and_memory(variant: str, flags: list[str]) -> None:
         for turn in range(2):  # the first warms up
             folder = WORK / f"log-{name}-{turn}"
             folder.mkdir()
-            steps = -(-rows // 1024)
             world = World(0 if name == "written" else 1, 0, 1, device(), quiet=True)
-            log = Log(folder, world, steps, steps, 0, WeightDrift({}), {})
+            log = Log(folder, world, Plan(rows, 1024, 1), 0, WeightDrift({}))
             with contextlib.redirect_stderr(io.StringIO()):
                 took[name] = seconds(lambda: train(parts, rows, 1024, log), device())  # noqa: B023
             log.close()

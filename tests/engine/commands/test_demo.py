@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 from helpers import run
+from make_demo_model import BACKDROPS, CAPTIONS, new_demo_model, write_pretraining
 from PIL import Image
 
 from data.demo.demo import TITLES, write_demo
-from data.demo.make_model import BACKDROPS, CAPTIONS, new_demo_model, write_pretraining
 
 COUNTS = {"train": 60, "valid": 20, "test": 20}
 

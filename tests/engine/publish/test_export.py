@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,14 +152,14 @@ def test_the_hub_accepts_the_card_whatever_things_are_called(name: str, tmp_path
     scores = {"image_to_text_R@1": 0.25, "image_to_text_R@1_ci95": [0.1, 0.4], "triplet_accuracy": 1.0}
     origin = Origin(f"/home/me/{name}", "", "", name, {"trainable": [name], "lr": 1e-05, "mode": "auto"},
                     {"base": {"test": scores}, "tuned": {"train": scores, "test": scores}})
-    write_card(tmp_path / "README.md", asdict(origin), "| table |", "mit")
+    write_card(tmp_path / "README.md", origin, "| table |", "mit")
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.license == "mit" and card.data.library_name == "transformers"
     assert card.data.get("datasets") == ([name] if name == "owner/name" else None) and not card.data.get("base_model")
     assert {(one.metric_type, one.metric_value, one.dataset_split) for one in card.data.eval_results} == {
         ("image_to_text_R@1", 0.25, "test"), ("triplet_accuracy", 1.0, "test")}
     assert "| table |" in card.text and "/home/me" not in card.content and "lr = 1e-05" in card.text
-    write_card(tmp_path / "README.md", {**asdict(origin), "base": "o/clip", "commit": "a" * 40}, "", "other")
+    write_card(tmp_path / "README.md", replace(origin, base="o/clip", commit="a" * 40), "", "other")
     assert ModelCard.load(tmp_path / "README.md").data.base_model == "o/clip"
 
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from data.batch import Features, RunFailed, share
 from engine.clip.model import Embeddings, distribute, l2_normalize
 from engine.config.fields import Config
-from engine.optim import adamw
+from engine.optim import Plan, adamw
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import State
 from engine.run_folder.log import NullLog
 from engine.run_folder.nonfinite import NonfiniteGuard
-from engine.train import Callbacks, Plan, Replica, fit
+from engine.train import Callbacks, Replica, fit
 
 ROWS, BATCH = 24, 6
 

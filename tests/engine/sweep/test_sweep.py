@@ -207,6 +207,24 @@ def test_ranks_share_the_runs_and_a_cut_off_sweep_goes_on(swept: tuple[Path, dic
     assert json.loads((cut / "metrics.json").read_text()) == found["metrics"]
 
 
+def test_a_sweep_resumed_with_other_data_is_refused_and_keeps_its_journal(
+        swept: tuple[Path, dict[str, Any]], pairs: Path, tiny_model: Path, tmp_path: Path,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """A mistyped --dataset deleted the results of a night."""
+    folder, other = tmp_path / "sweep", tmp_path / "other"
+    folder.mkdir()
+    shutil.copytree(pairs, other)
+    first, second, *_ = sorted((other / "images").glob("train-*"))
+    shutil.copy(first, second)
+    for name in ("config.json", "sweep.jsonl"):
+        shutil.copy(swept[0] / name, folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert command_line.main(["sweep", "--resume", "--out", str(folder), "--dataset", str(other), "--cache-dir",
+                              str(tmp_path / "cache")]) == 2
+    assert "other values of the data of train; resume it with" in capsys.readouterr().err
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
 def test_a_batch_too_large_for_a_fold_is_known_before_any_run(tiny_model: Path, tmp_path: Path,
                                                              capsys: pytest.CaptureFixture[str]) -> None:
     pairs = make_pairs(tmp_path / "pairs", 20, 6, 6)

@@ -1,4 +1,4 @@
-"""Data and the untrained model that the demo's model is trained from: `python -m data.demo.make_model FOLDER`.
+"""Data and the untrained model that the demo's model is trained from: `python -m tests.make_demo_model FOLDER`.
 
 Captions and titles describe the same scenes in different words: the features hold the answer, the projections adapt.
 """

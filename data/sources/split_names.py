@@ -100,12 +100,17 @@ def _values(table: pa.Table) -> np.ndarray:
 
     if COLUMN not in table.column_names:
         return np.array([], object)
-    texts = pc.fill_null(pc.utf8_trim_whitespace(table[COLUMN].cast(pa.string())), "")
-    return texts.to_numpy().astype(object)
+    try:
+        texts = pc.fill_null(pc.utf8_trim_whitespace(table[COLUMN].cast(pa.string())), "")
+        return texts.to_numpy().astype(object)
+    except pa.ArrowException:  # lists, or text that is not UTF-8
+        return np.full(len(table), "", object)
 
 
 def _says_splits(counts: Mapping[str, int], options: ReadOptions, labels: Sequence[str], account: Account) -> bool:
-    """True if a column is the user's or has one of the usual values, so that rows are divided by it."""
+    """True if a column is the user's or has one of the usual values, so that rows are divided by it. Raises UserError."""
+    if not counts and options.columns.split is not None:
+        raise UserError(f"{labels[0]}: --split-column {options.columns.split} holds no names of splits")
     if not counts:
         return False
     if options.columns.split is not None or any(value.lower() in NAMES for value in counts):

@@ -69,7 +69,8 @@ class Config:
     splits: tuple[str, ...] = setting((), "data", OWN_DATA,
                                       "the dataset's own splits or values to use, such as train=test,valid=val")
     template: tuple[str, ...] = setting((), "data", OWN_DATA, "makes titles of class names, such as 'a photo of a {}'")
-    image_root: str = setting("", "data", OWN_DATA, "folder of relative image paths (default: the table's)")
+    image_root: str = setting("", "data", OWN_DATA, "folder of relative image paths (default: the table's)",
+                              resumable=True)
     image_template: str = setting("", "data", OWN_DATA, "makes a path of an image id, such as '{}.jpg'", advanced=True)
     delimiter: str = setting("", "data", OWN_DATA, "separator of text tables, such as ';' or tab (default: found)",
                              advanced=True)

@@ -42,14 +42,14 @@ def read_csv(path: Path, columns: Columns, account: Account, delimiter: str) -> 
     from pyarrow import csv as arrow
 
     names = _header(path, delimiter)
-    picked = detect_columns(names, columns, str(path))
-    shape = _Shape(delimiter, len(names), names.index(picked["image"]))
+    picked = detect_columns(names, columns, str(path), account)
+    used = list(dict.fromkeys(name for role in picked for name in picked[role]))
+    shape = _Shape(delimiter, len(names), names.index(picked["image"][0]))
     try:
         table = arrow.read_csv(
             path, arrow.ReadOptions(block_size=BLOCK), arrow.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            arrow.ConvertOptions(include_columns=[*{*picked.values()}],
-                                 column_types=dict.fromkeys(picked.values(), pa.string())))
-        sound = not _may_join_rows(path, table, {name: names.index(name) for name in picked.values()}, shape)
+            arrow.ConvertOptions(include_columns=used, column_types=dict.fromkeys(used, pa.string())))
+        sound = not _may_join_rows(path, table, {name: names.index(name) for name in used}, shape)
     except (ValueError, KeyError):  # a row of another width, or one that is not UTF-8
         sound = False
     if sound:

@@ -208,7 +208,7 @@ def _hub(name: str, columns: Columns, account: Account, embedded: EmbeddedPictur
         else:
             table = mapped_table(prepared[hub_split], embedded)
             with_bytes = {field.name for field in table.schema if holds_bytes(field.type)}
-            tables = [rename_to_roles(table, detect_columns(table.column_names, columns, label, with_bytes))]
+            tables = [rename_to_roles(table, detect_columns(table.column_names, columns, label, account, with_bytes))]
         tables = [to_row_columns(table, label, folders, account, embedded, relative=False) for table in tables]
         splits[split] = join_tables(split, tables, label, account)
     return splits

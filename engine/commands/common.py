@@ -57,7 +57,7 @@ def read_rows(cfg: Config, log: Callable[[str], None]) -> Source:
     def download(pattern: str) -> list[Path]:
         return fetch_shards(pattern, cache_folder(cfg) / "shards", fetch_policy(cfg), log)
 
-    columns = Columns(cfg.image_column or None, cfg.title_column or None, cfg.negative_column or None)
+    columns = Columns(cfg.image_column or None, cfg.title_column, cfg.negative_column)
     unreadable: list[dict[str, Any]] = []
     rows = load_splits(cfg.dataset, columns, unreadable.append, download, log, cache_folder(cfg) / "embedded")
     return Source(rows, unreadable)
@@ -196,8 +196,8 @@ def with_probe(cfg: Config, world: World, model: LoadedModel, pairs: Pairs, sour
 
 def _probe_settings(cfg: Config) -> Config:
     """Return the settings that read --probe as a dataset of its own."""
-    return replace(cfg, dataset=cfg.probe, probe="", eval_splits=(), image_column="", title_column="",
-                   negative_column="", mine_negatives="off")
+    return replace(cfg, dataset=cfg.probe, probe="", eval_splits=(), image_column="", title_column=(),
+                   negative_column=(), mine_negatives="off")
 
 
 def evaluate_splits(residents: Mapping[str, FeatureSplit], head: Head, names: Collection[str],

@@ -63,8 +63,9 @@ class Config:
     dataset: str = setting("shawhin/yt-title-thumbnail-pairs", "data", IMAGES,
                            "hub name, folder or file of pairs, or shards (http(s) too)", resumable=True)
     image_column: str = setting("", "data", OWN_DATA, "column with the image or its URL (default: detected)")
-    title_column: str = setting("", "data", OWN_DATA, "column with the title (default: detected)")
-    negative_column: str = setting("", "data", OWN_DATA, "column with the hard negative title (default: detected)")
+    title_column: tuple[str, ...] = setting((), "data", OWN_DATA, "columns with titles, each a row (default: detected)")
+    negative_column: tuple[str, ...] = setting((), "data", OWN_DATA,
+                                               "columns with hard negative titles (default: detected)")
     split: str = setting("test", "data", ("eval", "search"),
                          "the split to measure or to search in; all: every split")
     probe: str = setting("", "data", SINGLE_RUN,

@@ -149,14 +149,18 @@ def _texts(inputs: Catalogue, name: str, flaw_P: np.ndarray, title_P: np.ndarray
     findings += _finding(name, "long-title", "hint", flaw_N == "long-title", show)
     if negative_N is not None:
         negative_NH = title_P[negative_N]
-        is_own_N = (negative_NH == title_N[:, None]).any(1) & (title_N >= 0)
+        is_title_NH = (negative_NH == title_N[:, None]) & (title_N[:, None] >= 0)
         findings += _finding(name, "no-negative", "hint", (negative_NH < 0).all(1), show)
-        findings += _finding(name, "negative-is-title", "error", is_own_N, show)
+        findings += _finding(name, "negative-is-title", "error", is_title_NH.any(1), show)
     return findings
 
 
 def _path(inputs: Catalogue, name: str, row: int) -> str:
-    path = shown_name(inputs.references[inputs.image_N[name][row]].as_py())
+    """The image of a row for people: its address, the end of its path; of a picture that has none, the row's title."""
+    reference = inputs.references[inputs.image_N[name][row]].as_py()
+    path = shown_name(reference)
+    if reference and not path:
+        return _title(inputs, name, row)
     return printable(path if is_url(path) else "/".join(path.split("/")[-2:]))
 
 

@@ -111,7 +111,7 @@ class EmbeddedPictures:
         data, bounds = _content(values)
         digest = hashlib.blake2b(COPY.encode())
         digest.update(np.diff(bounds).tobytes())
-        digest.update(values.is_valid().to_numpy(zero_copy_only=False))
+        digest.update(values.is_valid().to_numpy(zero_copy_only=False).tobytes())
         digest.update(memoryview(data)[bounds[0] : bounds[-1]])
         batch = pa.record_batch([values], ["image"])
         copy = self._copy_path(label, digest.digest())

@@ -240,7 +240,7 @@ def _hub(name: str, options: ReadOptions, embedded: EmbeddedPictures) -> dict[st
     def read_prepared(split: str, label: str, account: Account) -> pa.Table:
         table = mapped_table(prepared[split], embedded)
         with_bytes = {field.name for field in table.schema if holds_bytes(field.type)}
-        return rename_to_roles(table, detect_columns(table.column_names, options.columns, label, with_bytes))
+        return rename_to_roles(table, detect_columns(table.column_names, options.columns, label, account, with_bytes))
 
     groups: dict[str, list[Part]] = {}
     for split in map(str, files if as_text else prepared):

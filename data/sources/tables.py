@@ -76,13 +76,13 @@ def _parquet(path: Path, options: ReadOptions, account: Account, embedded: Embed
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             with_bytes = {field.name for field in schema if holds_bytes(field.type)}
-            picked = detect_columns(schema.names, options.columns, str(path), with_bytes)
-            is_embedded = picked["image"] in with_bytes
-            failures = img2dataset.status_columns(schema.names) if is_embedded else []
-            used = {*picked.values(), *failures} - ({picked["image"]} if is_embedded else set())
-            whole = file.read(columns=[*used])
-        if is_embedded:
-            whole = whole.append_column(picked["image"], embedded.of_parquet(path, picked["image"]))
+            picked = detect_columns(schema.names, options.columns, str(path), account, with_bytes)
+            (image,) = picked["image"]
+            failures = img2dataset.status_columns(schema.names) if image in with_bytes else []
+            used = {*failures, *(name for role in picked for name in picked[role])}
+            whole = file.read(columns=[*(used - {image} if image in with_bytes else used)])
+        if image in with_bytes:
+            whole = whole.append_column(image, embedded.of_parquet(path, image))
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         text = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: not a Parquet file that can be read ({text})") from error
@@ -102,7 +102,7 @@ def _shard(path: Path, options: ReadOptions, account: Account) -> pa.Table:
     at, size = (index[name].cast(pa.string()) for name in ("image_offset", "image_size"))
     image = pc.binary_join_element_wise(f"{path.absolute()}#", at, "+", size, "")
     table = pa.table({"image": image, "title": index["title"], "title_neg": index["title_neg"]})
-    return rename_to_roles(table, detect_columns(table.column_names, options.columns, str(path)))
+    return rename_to_roles(table, detect_columns(table.column_names, options.columns, str(path), account))
 
 
 def holds_addresses(path: Path, options: ReadOptions) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from data.images.decode import ImageSpec
 from data.pairs import Pairs, open_pairs
 from data.sources.source import load_splits
 from data.web.fetch import Fetched, FetchPolicy
+from engine.loss import Candidates, Objective
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest sets aside the filter for Pillow's
 
@@ -36,6 +38,25 @@ def opened(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, stored: b
         pipeline = Pipeline(reader, encoders, ALONE, cache, torch.device("cpu"), print)
         pairs = open_pairs(load_splits(str(folder)), [], pipeline, 0.5, "off", ["valid"])
     return pairs, taken
+
+
+def test_captions_of_one_picture_are_no_negatives_of_each_other(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else training pushes a picture away from four of its five right captions."""
+    cache, folder = tmp_path / "cache", make_pairs(tmp_path / "pairs", 4, 3, 3, negatives=False)
+    tiny_clip(cache / "model")
+    rows = [{"image": f"images/train-000{n}.jpg", "caption": [f"caption {k} of {n}" for k in range(5)]}
+            for n in range(4)]
+    (folder / "train.csv").unlink()
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs, _ = opened(folder, cache, monkeypatch)
+    assert pairs.splits["train"].image_N.tolist() == [n for n in range(4) for _ in range(5)]
+    features = pairs.feature_splits()["train"].features(torch.arange(20))
+    vectors = torch.nn.functional.normalize(torch.randn(20, 3), dim=-1)
+    candidates = Candidates(vectors, features.title_id_B, features.image_id_B)
+    target_RC, ignored_RC = Objective().targets(candidates, 0, 20)
+    sibling_RC = torch.arange(20)[:, None] // 5 == torch.arange(20) // 5
+    assert torch.equal(target_RC, torch.eye(20)) and torch.equal(ignored_RC, sibling_RC ^ torch.eye(20).bool())
 
 
 def test_equal_titles_and_pictures_have_one_number_and_one_feature(

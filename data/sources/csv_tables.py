@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from data.batch import BadSample, UserError
-from data.files import open_regular
+from data.files import open_unpacked
 from data.ledger import Account
 from data.sources.pictures import PICTURES
 from data.sources.records import Record, from_records
@@ -46,7 +46,8 @@ def read_csv(path: Path, columns: Columns, account: Account, delimiter: str) -> 
     shape = _Shape(delimiter, len(names), names.index(picked["image"]))
     try:
         table = arrow.read_csv(
-            path, arrow.ReadOptions(block_size=BLOCK), arrow.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            open_unpacked(path) if path.suffix.lower() == ".gz" else path, arrow.ReadOptions(block_size=BLOCK),
+            arrow.ParseOptions(delimiter=delimiter, newlines_in_values=True),
             arrow.ConvertOptions(include_columns=[*{*picked.values()}],
                                  column_types=dict.fromkeys(picked.values(), pa.string())))
         sound = not _may_join_rows(path, table, {name: names.index(name) for name in picked.values()}, shape)
@@ -60,7 +61,7 @@ def read_csv(path: Path, columns: Columns, account: Account, delimiter: str) -> 
 
 def _text(path: Path) -> io.TextIOWrapper:
     """A file as text with its own line ends; bytes that are not UTF-8 become halves of surrogate pairs."""
-    return io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
+    return io.TextIOWrapper(open_unpacked(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _header(path: Path, delimiter: str) -> list[str]:
@@ -86,7 +87,7 @@ def _may_join_rows(path: Path, table: pa.Table, columns: Mapping[str, int], shap
 
     quotes = newlines = returns = 0
     last = b"\n"
-    with open_regular(path) as file:
+    with open_unpacked(path) as file:
         for block in iter(partial(file.read, BLOCK), b""):
             quotes += block.count(b'"')
             newlines += block.count(b"\n")

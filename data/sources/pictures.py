@@ -6,17 +6,21 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from data.batch import BadSample
 from data.files import NotAFile, is_output, open_regular
 from data.ledger import Account
 from data.shards.samples import MAX_TEXT
 from data.sources.records import Record, parse_json_object
+from data.sources.rows import ROW
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 SIDECARS = frozenset((".txt", ".json"))
-OTHER_DATA = frozenset((".csv", ".tsv", ".jsonl", ".parquet", ".tar"))
+OTHER_DATA = frozenset((".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".gz", ".tar"))
 
 
 def pictures(folder: Path, account: Account) -> Iterator[Record]:
@@ -66,6 +70,49 @@ def holds_titled_pictures(folder: Path, most: int = 10_000) -> bool:
         if seen > most:
             break
     return False
+
+
+def holds_pictures(folder: Path) -> bool:
+    """True if there is a picture, or a text that may be the title of one, at any depth."""
+    return any(is_picture(name) or os.path.splitext(name)[1].lower() in SIDECARS
+               for _, names in _walk(folder, Account()) for name in names)
+
+
+def class_folders(folder: Path, most: int = 10_000) -> list[str]:
+    """The folders below `folder` that hold its pictures, if they tell the classes: two at least, and no titles.
+
+    Looks at the first `most` files for titles.
+    """
+    classes, seen = [], 0
+    for here, names in _walk(folder, Account()):
+        sidecars, _ = _by_stem(names)
+        stems = {os.path.splitext(name)[0] for name in names if is_picture(name)}
+        if stems and (Path(here) == folder or (seen < most and stems & sidecars.keys())):
+            return []
+        if stems:
+            classes.append(os.path.basename(here))
+        seen += len(names)
+    return sorted({*classes}) if len({*classes}) > 1 else []
+
+
+def read_class_folders(folder: Path, account: Account) -> pa.Table:
+    """The images below `folder`, the name of the folder that an image lies in being its title and its label."""
+    import pyarrow as pa
+
+    images, titles, numbers, row = [], [], [], -1
+    for here, names in _walk(folder, account):
+        for name in filter(is_picture, names):
+            path, row = os.path.abspath(os.path.join(here, name)), row + 1
+            try:
+                path.encode()
+            except UnicodeEncodeError:
+                account.drop(str(folder), row, BadSample("bad-name", "the file's name is not UTF-8; rename it"), path)
+                continue
+            images.append(path)
+            titles.append(os.path.basename(here))
+            numbers.append(row)
+    return pa.table({"image": pa.array(images, pa.string()), "title": pa.array(titles, pa.string()),
+                     "label": pa.array(titles, pa.string()), ROW: pa.array(numbers, pa.int64())})
 
 
 def _walk(folder: Path, account: Account) -> Iterator[tuple[str, list[str]]]:

@@ -100,3 +100,24 @@ def _field(where: str, name: str, value: Any) -> bytes | None:
     if isinstance(value, (dict, list)):
         raise BadSample("not-text", f"{where}: {name!r} is a {type(value).__name__}; it must be text")
     return None if value is None else json.dumps(value).encode()
+
+
+def explode(table: pa.Table) -> pa.Table:
+    """A table with one row for each title, where its titles are lists; the numbers of the rows in the file stay."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = table["title"].type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        return table
+    if ROW not in table.column_names:
+        table = table.append_column(ROW, pa.array(np.arange(len(table))))
+    title = table["title"].combine_chunks()
+    lengths = pc.fill_null(pc.list_value_length(title), 0).to_numpy(zero_copy_only=False)
+    rows = np.repeat(np.arange(len(table)), np.maximum(lengths, 1))
+    places = np.full(len(rows), -1)
+    places[(lengths > 0)[rows]] = np.arange(lengths.sum())
+    flat = pc.list_flatten(title).take(pa.array(places, mask=places < 0))
+    table = table.take(pa.array(rows))
+    return table.set_column(table.column_names.index("title"), "title", flat)

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import glob
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from data.batch import UserError
-from data.files import NotAFile, is_output
+from data.files import NotAFile
 from data.ledger import Account, Ledger, discard
-from data.shards.index import expand_braces
-from data.sources import img2dataset
-from data.sources.csv_tables import read_csv
-from data.sources.pictures import holds_titled_pictures
+from data.sources.captions import layout_of
+from data.sources.folders import Folder, folder_parts
+from data.sources.library import hub_parts
+from data.sources.parts import LONE, Part, expand, file_part, file_parts, in_splits
+from data.sources.records import explode
 from data.sources.rows import Columns as Columns
 from data.sources.rows import Rows as Rows
-from data.sources.rows import detect_columns, holds_bytes, join_tables, rename_to_roles, to_row_columns
+from data.sources.rows import join_tables, to_row_columns
 from data.sources.split import ORDER, WHOLE
-from data.sources.tables import TABLES, TEXT_TABLES, holds_addresses, read_table
+from data.sources.tables import TABLES, ending
 
-SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test"}
-SPLIT_FILE = re.compile(rf"({'|'.join(SPLITS)})(-.*)?\.(tar|csv|tsv|jsonl|parquet)")
 DETECT = Columns()
 Download = Callable[[str], Sequence[Path]]
 
@@ -46,23 +42,8 @@ def load_splits(dataset: str, columns: Columns = DETECT, ledger: Ledger = discar
     kept, also without image or title. `log` gets a line for what was not used or was changed. Raises UserError.
     """
     account = Account(ledger, log)
-    path = Path(dataset).expanduser()
     try:
-        if "://" in dataset:
-            files = _in_splits(download(dataset))
-        elif path.is_dir():
-            files = _find(path, columns, account)
-        elif path.is_file():
-            files = {"all": [path]}
-        elif path.exists():
-            raise NotAFile(path, "a pipe or a device")
-        elif "{" in dataset or "*" in dataset:
-            files = _in_splits(list(_expand(str(path))))
-        elif re.fullmatch(r"[\w.-]*\w/[\w.-]+(:[\w.-]+)?", dataset) and path.suffix.lower() not in TABLES | {".tar"}:
-            files = None
-        else:
-            raise UserError(f"{dataset}: there is no such file or folder, and a hub dataset's name is OWNER/NAME")
-        splits = _hub(dataset, columns, account) if files is None else _local(files, columns, account)
+        splits = _read(_parts(dataset, columns, download, account), account)
     except OSError as error:
         raise UserError(f"{error.filename or dataset}: {error.strerror or error}") from error
     account.close(dataset)
@@ -71,148 +52,39 @@ def load_splits(dataset: str, columns: Columns = DETECT, ledger: Ledger = discar
     return dict(sorted(splits.items(), key=lambda item: (*ORDER, item[0]).index(item[0])))
 
 
-def _find(folder: Path, columns: Columns, account: Account) -> dict[str, list[Path]]:
-    """The files of each split of a folder; a folder in their place stands for the images in it."""
-    entries = _entries(folder)
-    if splits := _by_split(entries):
-        return splits
-    named = [entry for entry in entries if entry.name.lower() in SPLITS and entry.is_dir()]
-    folders = [entry for entry in named if not is_output(entry)]
-    for entry in named if folders else ():
-        if entry not in folders:
-            account.pass_over("own-output", str(entry))
-    if folders:
-        return _one_kind((SPLITS[entry.name.lower()], entry.name, _files_without_splits(entry, columns, account))
-                         for entry in folders)
-    return {"all": _files_without_splits(folder, columns, account)}
+def _parts(dataset: str, columns: Columns, download: Download, account: Account) -> list[Part]:
+    """The parts of what the user named. Raises UserError, OSError."""
+    path = Path(dataset).expanduser()
+    folder, colon, configuration = dataset.rpartition(":")
+    if "://" in dataset:
+        return file_parts(in_splits(download(dataset)), columns)
+    if path.is_dir():
+        return folder_parts(Folder(path, "", columns, account))
+    if path.is_file():
+        layout = layout_of(path)
+        return layout.parts([path], account) if layout else [file_part(LONE, path, columns)]
+    if path.exists():
+        raise NotAFile(path, "a pipe or a device")
+    if colon and Path(folder).expanduser().is_dir():
+        return folder_parts(Folder(Path(folder).expanduser(), configuration, columns, account))
+    if "{" in dataset or "*" in dataset:
+        return file_parts(in_splits(list(expand(str(path)))), columns)
+    if re.fullmatch(r"[\w.-]*\w/[\w.-]+(:[\w.-]+)?", dataset) and ending(path) not in TABLES | {".tar"}:
+        return hub_parts(dataset, columns)
+    raise UserError(f"{dataset}: there is no such file or folder, and a hub dataset's name is OWNER/NAME")
 
 
-def _entries(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-
-
-def _files_without_splits(folder: Path, columns: Columns, account: Account) -> list[Path]:
-    """The files of a folder that names no splits: shards, else one table, else the folder itself for its images.
-
-    Images with sidecars come before tables that hold their addresses; what img2dataset wrote as parts is one table.
-    """
-    entries = _entries(folder)
-    shards = [file for file in entries if file.suffix.lower() == ".tar"]
-    tables = [file for file in entries if file.suffix.lower() in TABLES]
-    if shards:
-        img2dataset.report_failures(tables, account)
-        return shards
-    if tables and holds_titled_pictures(folder) and all(holds_addresses(file, columns) for file in tables):
-        account.note(f"{folder}: the images with sidecars are read, not the addresses in {tables[0].name}")
-        img2dataset.report_failures(tables, account)
-        return [folder]
-    if len(tables) > 1 and not all(img2dataset.PART.fullmatch(file.name) for file in tables):
-        raise UserError(f"{folder}: which of {', '.join(file.name for file in tables[:5])}? Pass one of them or a "
-                        "pattern, or call them train, valid and test")
-    return tables or [folder]
-
-
-def _by_split(entries: Sequence[Path]) -> dict[str, list[Path]]:
-    """Files called after a split (`train.csv`, `val-00001-of-00009.parquet`); where there are shards, shards alone."""
-    named = [(match, entry) for entry in entries if (match := SPLIT_FILE.fullmatch(entry.name.lower()))]
-    shards = [(match, entry) for match, entry in named if match[3] == "tar"]
-    kinds: dict[tuple[str, str], list[Path]] = {}
-    for match, entry in shards or named:
-        kinds.setdefault((SPLITS[match[1]], f"{match[1]}{'-*' if match[2] else ''}.{match[3]}"), []).append(entry)
-    return _one_kind((split, kind, files) for (split, kind), files in kinds.items())
-
-
-def _in_splits(files: Sequence[Path]) -> dict[str, list[Path]]:
-    """The files that a pattern names, by split if all of them are called after one."""
-    splits = _by_split(files)
-    named = sum(map(len, splits.values()))
-    return splits if named == len(files) else {"all": list(files)}
-
-
-def _one_kind(named: Iterable[tuple[str, str, list[Path]]]) -> dict[str, list[Path]]:
-    """The files by split, from (split, its name there, files). Raises UserError for a split under two names."""
-    splits: dict[str, tuple[str, list[Path]]] = {}
-    for split, kind, files in named:
-        if split in splits:
-            raise UserError(f"split {split!r} is there twice, as {splits[split][0]} and {kind}; keep one")
-        splits[split] = kind, files
-    return {split: files for split, (_, files) in splits.items()}
-
-
-def _expand(pattern: str) -> Iterator[Path]:
-    """The files of a pattern with {000..009}, {a,b} and *. Raises UserError at the first that is missing."""
-    for name in expand_braces(pattern):
-        files = sorted(glob.glob(name)) if "*" in name else [name] if os.path.isfile(name) else []
-        if not files:
-            raise UserError(f"{name}: no such file; the pattern asks for it")
-        yield from map(Path, files)
-
-
-def _local(splits: Mapping[str, Sequence[Path]], columns: Columns, account: Account) -> dict[str, Rows]:
+def _read(parts: Sequence[Part], account: Account) -> dict[str, Rows]:
+    """The rows of each split, its parts one after the other."""
+    splits: dict[str, list[Part]] = {}
+    for part in parts:
+        splits.setdefault(part.split, []).append(part)
     rows = {}
-    for name, files in splits.items():
-        account.begin(None if name == "all" else name)
-        tables = []
-        for file in files:
-            table = read_table(file, columns, account)
-            folder = file if file.is_dir() else file.parent
-            folders = os.path.abspath(folder), os.path.realpath(folder)
-            tables.append(to_row_columns(table, str(file), folders, account))
-        label = files[0] if len(files) == 1 else files[0].parent
-        rows[name] = join_tables(name, tables, str(label), account)
+    for name, tables in splits.items():
+        account.begin(None if name == LONE else name)
+        read = [to_row_columns(explode(part.read(account)), part.label, part.folders, account, part.relative)
+                for part in tables]
+        labels = {part.label: None for part in tables}
+        label = next(iter(labels)) if len(labels) == 1 else str(Path(tables[0].label).parent)
+        rows[name] = join_tables(name, read, label, account)
     return rows
-
-
-def _hub(name: str, columns: Columns, account: Account) -> dict[str, Rows]:
-    """The splits of a hub dataset, images as uploaded. CSV and JSONL are read here: the library guesses their types."""
-    import datasets
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    prepared: Mapping[str, Any] = {}
-    repository, _, configuration = name.partition(":")
-    try:
-        builder = datasets.load_dataset_builder(repository, configuration or None)
-        files = builder.config.data_files or {}
-        suffixes = {Path(file).suffix for paths in files.values() for file in paths}
-        as_text = bool(files) and suffixes <= TEXT_TABLES
-        separator = getattr(builder.config, "sep", None)
-        read = partial(read_csv, delimiter=separator) if separator else read_table
-        if as_text:
-            files = datasets.DownloadManager().download(files)
-        else:
-            builder.download_and_prepare()
-            prepared = builder.as_dataset()
-    except Exception as error:  # of many kinds, from several libraries; all concern this name
-        raise UserError(_hub_advice(name, error)) from error
-    cached = os.path.join(HF_HUB_CACHE, "datasets--" + repository.replace("/", "--"))
-    folders = cached, str(datasets.config.DOWNLOADED_DATASETS_PATH)  # where image folders and archives come to lie
-    splits: dict[str, Rows] = {}
-    for hub_split in files if as_text else prepared:
-        label = f"{name}, split {hub_split}"
-        split = SPLITS.get(str(hub_split).lower(), str(hub_split))
-        split = str(hub_split) if split in splits else split
-        account.begin(split)
-        if as_text:
-            tables = [read(Path(file), columns, account) for file in files[hub_split]]
-        else:
-            table = prepared[hub_split].data.table  # mapped from disk; taken from here, images are never decoded
-            embedded = {field.name for field in table.schema if holds_bytes(field.type)}
-            tables = [rename_to_roles(table, detect_columns(table.column_names, columns, label, embedded))]
-        tables = [to_row_columns(table, label, folders, account, relative=False) for table in tables]
-        splits[split] = join_tables(split, tables, label, account)
-    return splits
-
-
-def _hub_advice(name: str, error: Exception) -> str:
-    from datasets.exceptions import DatasetNotFoundError
-
-    text = " ".join(str(error).split())[:300]
-    if "Config name is missing" in text or "BuilderConfig" in text:
-        return f"{name}: its configuration is named as in {name.partition(':')[0]}:CONFIGURATION ({text})"
-    if "gated" in text:
-        return f"{name} is gated: accept its terms on its hub page, then run `hf auth login`"
-    if isinstance(error, DatasetNotFoundError):
-        return f"{name}: neither a local folder nor a dataset of the hub; check the name, or `hf auth login` if private"
-    if isinstance(error, (ConnectionError, TimeoutError)):
-        return f"{name} cannot be had from the hub ({text}); check the network, or pass a local folder"
-    return f"{name} cannot be loaded ({type(error).__name__}: {text}); download it and pass its folder"

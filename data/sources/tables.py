@@ -7,29 +7,50 @@ to the `Account` with its number (from 0, in its file).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from data.batch import BadSample, UserError
-from data.files import open_regular
+from data.batch import UserError
 from data.ledger import Account
 from data.shards.index import read_index
-from data.sources import img2dataset
+from data.sources.arrow_tables import read_arrow, read_parquet
 from data.sources.csv_tables import read_csv
-from data.sources.pictures import PICTURES, pictures
-from data.sources.records import Record, from_records, parse_json_object
-from data.sources.rows import ROW, Columns, detect_columns, holds_bytes, rename_to_roles, without
+from data.sources.json_tables import read_json, read_json_lines
+from data.sources.pictures import PICTURES, SIDECARS, is_picture, pictures
+from data.sources.records import from_records
+from data.sources.rows import Columns, detect_columns, holds_bytes, rename_to_roles
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 ADDRESS = re.compile(r"\s*(https?:)?//", re.IGNORECASE)
-TEXT_TABLES = frozenset((".csv", ".tsv", ".jsonl"))
-TABLES = TEXT_TABLES | {".parquet"}
+# ending -> its reader
+READERS: dict[str, Callable[[Path, Columns, Account], pa.Table]] = {
+    ".csv": partial(read_csv, delimiter=","), ".tsv": partial(read_csv, delimiter="\t"), ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines, ".json": read_json, ".parquet": read_parquet, ".arrow": read_arrow,
+    ".feather": read_arrow}
+TEXT_TABLES = frozenset((".csv", ".tsv", ".jsonl", ".ndjson", ".json"))  # also with .gz after it
+TABLES = frozenset(READERS)
+NO_ROWS = ("dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json")  # of the `datasets` library
+
+
+def ending(path: str | Path) -> str:
+    """The ending that tells how to read a file, in lower case: `.csv` also for x.csv.gz."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes[-2:]]
+    if suffixes[-1:] == [".gz"] and len(suffixes) == 2 and suffixes[0] in TEXT_TABLES:
+        return suffixes[0]
+    return suffixes[-1] if suffixes else ""
+
+
+def without_sidecars(files: Sequence[Path]) -> list[Path]:
+    """Files of one folder without the JSON files that are no tables: those of images, and those about a dataset."""
+    images = {file.stem for file in files if is_picture(file.name)}
+    has_sidecars = any(file.stem in images for file in files if file.suffix.lower() in SIDECARS)
+    return [file for file in files if file.suffix.lower() != ".json"
+            or not (has_sidecars or file.name in NO_ROWS or file.name.endswith("_stats.json"))]
 
 
 def read_table(path: Path, columns: Columns, account: Account) -> pa.Table:
@@ -39,52 +60,11 @@ def read_table(path: Path, columns: Columns, account: Account) -> pa.Table:
                             f"valid/ test/, nor images ({' '.join(sorted(PICTURES))})")
         return from_records(pictures(path, account), columns, str(path), message_if_empty, account,
                             " (images with KEY.txt, KEY.json)")
-    readers: dict[str, Callable[[Path, Columns, Account], pa.Table]] = {
-        ".csv": partial(read_csv, delimiter=","), ".tsv": partial(read_csv, delimiter="\t"), ".jsonl": _jsonl,
-        ".parquet": _parquet, ".tar": _shard}
-    if path.suffix.lower() not in readers:
-        raise UserError(f"{path}: not a known kind of dataset; known are {' '.join(readers)} and folders")
-    return readers[path.suffix.lower()](path, columns, account)
-
-
-def _jsonl(path: Path, columns: Columns, account: Account) -> pa.Table:
-    def records() -> Iterator[Record]:
-        row = 0
-        with open_regular(path) as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                where = f"line {number}"
-                try:
-                    yield Record(row, where, parse_json_object(line, where))
-                except BadSample as problem:
-                    account.drop(str(path), row, problem)
-                row += 1
-
-    return from_records(records(), columns, str(path), f"{path} holds no rows", account)
-
-
-def _parquet(path: Path, columns: Columns, account: Account) -> pa.Table:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    open_regular(path).close()
-    try:
-        with parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            embedded = {field.name for field in schema if holds_bytes(field.type)}
-            picked = detect_columns(schema.names, columns, str(path), embedded)
-            failures = img2dataset.status_columns(schema.names) if picked["image"] in embedded else []
-            whole = file.read(columns=[*{*picked.values(), *failures}])
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        text = " ".join(str(error).split())[:300]
-        raise UserError(f"{path}: not a Parquet file that can be read ({text})") from error
-    table = rename_to_roles(whole, picked)
-    if not failures:
-        return table
-    table = table.append_column(ROW, pa.array(np.arange(len(table))))
-    bad = img2dataset.failed(whole)
-    return without(table, bad, np.arange(len(table)), str(path), account)
+    if ending(path) == ".tar":
+        return _shard(path, columns, account)
+    if ending(path) not in READERS:
+        raise UserError(f"{path}: not a known kind of dataset; known are {' '.join(READERS)} .tar and folders")
+    return READERS[ending(path)](path, columns, account)
 
 
 def _shard(path: Path, columns: Columns, account: Account) -> pa.Table:
@@ -106,3 +86,10 @@ def holds_addresses(path: Path, columns: Columns) -> bool:
     except (UserError, OSError):
         return False
     return len(image) > 0 and not holds_bytes(image.type) and ADDRESS.match(str(image[0].as_py())) is not None
+
+
+def read_metadata(path: Path, columns: Columns, account: Account) -> pa.Table:
+    """A metadata file of images, whose column file_name names them whatever other columns there are."""
+    if columns.image is None:
+        columns = replace(columns, image="file_name")
+    return read_table(path, columns, account)

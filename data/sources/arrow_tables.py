@@ -1,0 +1,168 @@
+"""Parquet, Arrow IPC (feather) and tables of the `datasets` library -> columns under the names of their roles.
+
+Class labels of `datasets` are stored as numbers; their names are in the schema, and the names are the titles.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data.batch import UserError
+from data.files import open_regular
+from data.ledger import Account
+from data.sources import img2dataset
+from data.sources.rows import KNOWN, ROW, Columns, detect_columns, holds_bytes, rename_to_roles, without
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+LABEL = "label"  # a column beside those of the roles: the name of the row's class
+ClassNames = Mapping[str, Sequence[str]]  # column -> the names of its classes
+
+
+def read_parquet(path: Path, columns: Columns, account: Account) -> pa.Table:
+    """A Parquet file; of its columns, only those in use are read. Raises UserError."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    open_regular(path).close()
+    try:
+        with parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            columns = _with_labels(schema, class_names(schema), columns, str(path), account)
+            picked = _detect(schema, columns, str(path))
+            failures = img2dataset.status_columns(schema.names) if _holds(schema, picked["image"]) else []
+            whole = file.read(columns=[*{*picked.values(), *failures}])
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: not a Parquet file that can be read ({text})") from error
+    table = _to_roles(whole, picked, class_names(schema))
+    if not failures:
+        return table
+    table = table.append_column(ROW, pa.array(np.arange(len(table))))
+    bad = img2dataset.failed(whole)
+    return without(table, bad, np.arange(len(table)), str(path), account)
+
+
+def read_arrow(path: Path, columns: Columns, account: Account) -> pa.Table:
+    """An Arrow IPC file or stream (.arrow, .feather), mapped from the disk. Raises UserError."""
+    import pyarrow as pa
+
+    open_regular(path).close()
+    try:
+        source = pa.memory_map(str(path))
+        try:
+            table = pa.ipc.open_file(source).read_all()
+        except pa.ArrowInvalid:
+            source.seek(0)
+            table = pa.ipc.open_stream(source).read_all()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: not an Arrow file that can be read ({text}); "
+                        "write it with pyarrow.feather.write_feather, version 2") from error
+    return roles_of(table, columns, str(path), account)
+
+
+def roles_of(table: pa.Table, columns: Columns, label: str, account: Account,
+             classes: ClassNames | None = None) -> pa.Table:
+    """The columns of a table in use, under their roles. `classes`: names that the schema does not tell."""
+    named = {**class_names(table.schema), **(classes or {})}
+    columns = _with_labels(table.schema, named, columns, label, account)
+    return _to_roles(table, _detect(table.schema, columns, label), named)
+
+
+def column_names(path: Path) -> list[str] | None:
+    """The columns of a Parquet or Arrow file; None for another kind of file or one that cannot be read."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        open_regular(path).close()
+        if path.suffix.lower() == ".parquet":
+            return list(parquet.read_schema(path).names)
+        with pa.memory_map(str(path)) as source:
+            return list(pa.ipc.open_file(source).schema.names)
+    except (pa.ArrowException, OSError, ValueError):
+        return None
+
+
+def class_names(schema: pa.Schema) -> dict[str, Sequence[str]]:
+    """The names of the classes of each ClassLabel column, from what `datasets` writes into a schema."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: feature["names"] for name, feature in features.items()
+                if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _with_labels(schema: pa.Schema, classes: ClassNames, columns: Columns, label: str, account: Account) -> Columns:
+    """`columns` with the only column of class labels as the title, where nothing else is known to be one."""
+    labels = [name for name in schema.names if name in classes]
+    has_title = columns.title or {name.strip().lower() for name in schema.names} & {*KNOWN["title"]}
+    if has_title or len(labels) != 1:
+        return columns
+    account.note(f"{label}: the titles are the {len(classes[labels[0]])} class names of the column {labels[0]!r}")
+    return replace(columns, title=labels[0])
+
+
+def _holds(schema: pa.Schema, name: str) -> bool:
+    kind = schema.field(name).type
+    return holds_bytes(kind.value_type if _is_list(kind) else kind)
+
+
+def _detect(schema: pa.Schema, columns: Columns, label: str) -> dict[str, str]:
+    embedded = {field.name for field in schema if _holds(schema, field.name)} if len(set(schema.names)) == len(
+        schema.names) else set[str]()
+    return detect_columns(schema.names, columns, label, embedded)
+
+
+def _to_roles(table: pa.Table, picked: Mapping[str, str], classes: ClassNames) -> pa.Table:
+    """The picked columns by role; class names for their numbers, and one image a row for lists of one."""
+    roles = rename_to_roles(table, picked).replace_schema_metadata(None)
+    if picked["title"] in classes:
+        names = _names_of(roles["title"], classes[picked["title"]])
+        roles = roles.set_column(roles.column_names.index("title"), "title", names).append_column(LABEL, names)
+    if _is_list(roles["image"].type):
+        images = _only_items(roles["image"])
+        roles = roles.set_column(roles.column_names.index("image"), "image", images)
+    return roles
+
+
+def _names_of(column: pa.ChunkedArray, names: Sequence[str]) -> pa.ChunkedArray:
+    """Class names for class numbers; null for -1, which is no class, and for numbers that have no name."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not pa.types.is_integer(column.type):
+        return column
+    is_named = pc.and_(pc.greater_equal(column, 0), pc.less(column, len(names)))
+    numbers = pc.if_else(is_named, column, pa.scalar(None, column.type))
+    return pa.chunked_array([pa.array(names, pa.string()).take(chunk) for chunk in numbers.chunks], pa.string())
+
+
+def _only_items(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Lists of at most one item as items; a column with longer lists as it is."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    chunks = []
+    for chunk in column.chunks:
+        lengths = pc.fill_null(pc.list_value_length(chunk), 0).to_numpy()
+        if len(lengths) and lengths.max() > 1:
+            return column
+        places = pa.array(np.cumsum(lengths) - 1, mask=lengths == 0)
+        chunks.append(pc.list_flatten(chunk).take(places))
+    return pa.chunked_array(chunks, column.type.value_type)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)

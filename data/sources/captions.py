@@ -1,0 +1,340 @@
+"""Published layouts of captioned images: Karpathy's splits, COCO, Flickr8k and Flickr30k, Conceptual Captions.
+
+A layout is known by the names of its files and by their first bytes. Images lie in a folder that the layout does not
+name; the usual ones are tried.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from data.batch import BadSample, UserError
+from data.files import open_unpacked
+from data.ledger import Account
+from data.sources.csv_tables import read_csv
+from data.sources.json_tables import load_json
+from data.sources.parts import LONE, SPLITS, Part, by_word, folders_of, one_kind
+from data.sources.rows import ROW, Columns
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+HEAD = 1 << 16  # bytes by which a file is recognised
+IMAGE_FOLDERS = ("", "images", "Images", "train2014", "val2014", "train2017", "val2017", "flickr30k-images",
+                 "flickr30k_images", "flickr30k_images/flickr30k_images", "Flicker8k_Dataset", "Flickr8k_Dataset")
+CSV_COLUMNS = (Columns("image", "caption"), Columns("image_name", "comment"))  # of Kaggle's captions.txt
+
+
+class Layout(NamedTuple):
+    """A layout of files that is known by name."""
+
+    name: str
+    endings: tuple[str, ...]
+    pattern: re.Pattern[str]  # names of its files in a folder, in lower case
+    places: tuple[str, ...]  # where they lie in a dataset's folder
+    is_one: Callable[[bytes], bool]  # by the first bytes of a file
+    parts: Callable[[Sequence[Path], Account], list[Part]]
+
+
+class Captioned(NamedTuple):
+    """An image of a file of captions."""
+
+    row: int
+    split: str
+    folder: str  # below a folder of images, "" where the file names none
+    image: str
+    titles: list[str]
+    problem: BadSample | None = None
+
+
+class ImageFinder:
+    """Finds images by name in the folders where a dataset may have them."""
+
+    def __init__(self, file: Path, more: Sequence[str] = ()) -> None:
+        self.roots = [file.parent.absolute(), file.parent.parent.absolute()]
+        names = dict.fromkeys((*more, *IMAGE_FOLDERS))
+        self.folders = [str(root / name) for root in self.roots for name in names if (root / name).is_dir()]
+        self._files: dict[str, frozenset[str]] = {}
+        self.found = 0
+        self.example = self.missing = ""  # the first image that is there, the first that is nowhere
+        self._last = self.folders[0]
+
+    def __call__(self, name: str) -> str:
+        """The path of an image; one that is in no folder is named where the others are."""
+        for folder in (self._last, *self.folders):
+            path = os.path.join(folder, name)
+            here, base = os.path.split(path)
+            if here not in self._files:
+                self._files[here] = frozenset(os.listdir(here)) if os.path.isdir(here) else frozenset()
+            if base in self._files[here]:
+                self._last, self.found, self.example = folder, self.found + 1, self.example or path
+                return path
+        self.missing = self.missing or name
+        return os.path.join(self._last, name)
+
+    def check(self, file: Path) -> None:
+        """Raise UserError if no image was found."""
+        if not self.found and self.missing:
+            places = ", ".join(os.path.relpath(folder, file.parent) for folder in self.folders[:6])
+            raise UserError(f"{file}: its images (e.g. {self.missing[:100]!r}) are in none of {places}; put them into "
+                            f"{file.parent / 'images'}, or name their folder with --image-root")
+
+
+def layout_of(file: Path) -> Layout | None:
+    """The layout of a file by its first bytes, whatever the file is called."""
+    try:
+        with open_unpacked(file) as opened:
+            head = opened.read(HEAD)
+    except OSError:
+        return None
+    return next((each for each in LAYOUTS if file.suffix.lower() in each.endings and each.is_one(head)), None)
+
+
+def layouts_in(folder: Path) -> Iterator[tuple[Layout, list[Path]]]:
+    """The layouts that a folder holds, each with its files."""
+    for layout in LAYOUTS:
+        for place in layout.places:
+            here = folder / place
+            names = sorted(os.listdir(here)) if here.is_dir() else []
+            files = [here / name for name in names if layout.pattern.fullmatch(name.lower())]
+            files = [file for file in files if file.is_file() and layout_of(file) is layout]
+            if files:
+                yield layout, files
+                break
+
+
+def _karpathy(files: Sequence[Path], account: Account) -> list[Part]:
+    file = _only(files)
+    value = load_json(file)
+    if not isinstance(value, dict) or not isinstance(value.get("images"), list):
+        raise UserError(f"{file}: looks like Karpathy's splits and has no list of \"images\"")
+
+    def images() -> Iterator[Captioned]:
+        for row, entry in enumerate(value["images"]):
+            try:
+                split = str(entry.get("split", LONE))
+                split = {"restval": "train"}.get(split, SPLITS.get(split.lower(), split))
+                titles = [_text(sentence["raw"]) for sentence in entry["sentences"]]
+                yield Captioned(row, split, _text(entry.get("filepath", "")), _text(entry["filename"]), titles)
+            except (KeyError, TypeError, AttributeError) as error:
+                problem = BadSample("bad-json", f"image {row}: no filename, or sentences without raw ({error!r})")
+                yield Captioned(row, LONE, "", "", [], problem)
+            except BadSample as problem:
+                yield Captioned(row, LONE, "", "", [], problem)
+
+    return _parts(file, list(images()), "Karpathy's splits", account)
+
+
+def _coco(files: Sequence[Path], account: Account) -> list[Part]:
+    splits = by_word(files)
+    if len(files) > 1 and not splits:
+        raise UserError(f"{files[0].parent}: which of {', '.join(file.name for file in files[:5])}? Pass one of them")
+    splits = one_kind((split, file.name, [file]) for split, files in splits.items() for file in files)
+    splits = splits or {LONE: list(files)}
+    return [Part(split, str(file), folders_of(file.parent, file.parent.parent), partial(_read_coco, file))
+            for split, files in splits.items() for file in files]
+
+
+def _read_coco(file: Path, account: Account) -> pa.Table:
+    value = load_json(file)
+    captions: dict[Any, list[str]] = defaultdict(list)
+    problems: dict[Any, BadSample] = {}
+    try:
+        for annotation in value["annotations"]:
+            try:
+                captions[annotation["image_id"]].append(_text(annotation["caption"]))
+            except BadSample as problem:
+                problems[annotation["image_id"]] = problem
+        rows = [Captioned(row, "", "", _text(image["file_name"]), captions.pop(image["id"], []),
+                          problems.get(image["id"])) for row, image in enumerate(value["images"])]
+    except (KeyError, TypeError, BadSample) as error:
+        raise UserError(f"{file}: looks like COCO's and is not a file of captions (missing: {error}); those are called "
+                        "captions_*.json, with images[].file_name and annotations[].caption") from None
+    for row, (image, titles) in enumerate(captions.items(), len(rows)):
+        problem = BadSample("no-image", f"{len(titles)} captions of the image {image}, which is not among \"images\"")
+        rows.append(Captioned(row, "", "", "", titles, problem))
+    return _table(file, rows, "COCO's captions", account)
+
+
+def _kaggle(files: Sequence[Path], account: Account) -> list[Part]:
+    file = _only(files)
+    with open_unpacked(file) as opened:
+        names = opened.readline().decode("utf-8-sig", "replace").strip().split(",")
+    columns = next(each for each in CSV_COLUMNS if {each.image, each.title} <= {*names})
+
+    def read(account: Account) -> pa.Table:
+        import pyarrow as pa
+
+        table = read_csv(file, columns, account, ",")
+        finder = ImageFinder(file)
+        images = [finder(name or "") for chunk in table["image"].chunks for name in chunk.to_pylist()]
+        finder.check(file)
+        _say(file, "Kaggle's captions.txt", len(table), finder, account)
+        return table.set_column(table.column_names.index("image"), "image", pa.array(images, pa.string()))
+
+    return [Part(LONE, str(file), folders_of(file.parent, file.parent.parent), read)]
+
+
+def _lines(files: Sequence[Path], account: Account, name: str, parse: Callable[[str], tuple[str, str] | None],
+           header: bool) -> list[Part]:
+    """Parts of a text file with one caption a line, which `parse` takes apart."""
+    file = _only(files)
+    splits = _flickr8k_splits(file)
+
+    def rows() -> Iterator[Captioned]:
+        with open_unpacked(file) as opened:
+            for row, line in enumerate(opened, -header):
+                if row < 0 or not line.strip():
+                    continue
+                try:
+                    pair = parse(line.decode("utf-8-sig").rstrip("\r\n"))
+                except UnicodeDecodeError:
+                    yield Captioned(row, LONE, "", "", [], BadSample("not-utf8", f"line {row + header + 1}"))
+                    continue
+                problem = None if pair else BadSample("bad-row", f"line {row + header + 1} is not as in {name}")
+                image, title = pair or ("", "")
+                yield Captioned(row, splits.get(image, "other") if splits else LONE, "", image, [title], problem)
+
+    captions = list(rows())
+    unused = sum(each.split == "other" and not each.problem for each in captions)
+    if unused:
+        account.note(f"{file}: {unused:,} captions of images in no split of {file.parent} are not used")
+    captions = [each for each in captions if each.split != "other" or each.problem]
+    return _parts(file, captions, name, account)
+
+
+def _flickr8k_splits(file: Path) -> dict[str, str]:
+    """Image -> split, from the lists of Flickr8k beside a file of captions; empty without them."""
+    splits = {}
+    for split in ("train", "dev", "test"):
+        beside = file.with_name(f"Flickr_8k.{split}Images.txt")
+        if beside.is_file():
+            with open_unpacked(beside) as opened:
+                splits.update(dict.fromkeys(opened.read().decode("utf-8", "replace").split(), SPLITS[split]))
+    return splits
+
+
+def _parse_results(line: str) -> tuple[str, str] | None:
+    """`name.jpg| 0| caption` of Flickr30k; one line that is published lacks the second bar."""
+    name, _, rest = line.partition("|")
+    match = re.fullmatch(r"\s*\d+\s*(?:\||\s)\s*(.*)", rest)
+    return (name.strip(), match[1].strip()) if match and name.strip() else None
+
+
+def _parse_token(line: str) -> tuple[str, str] | None:
+    """`name.jpg#0<TAB>caption`."""
+    match = re.fullmatch(r"(.+)#\d+\t(.*)", line)
+    return (match[1], match[2].strip()) if match else None
+
+
+def _conceptual(files: Sequence[Path], account: Account) -> list[Part]:
+    splits = by_word(files) or {LONE: list(files)}
+
+    def read(file: Path, account: Account) -> pa.Table:
+        import pyarrow as pa
+
+        titles, urls, numbers = [], [], []
+        with open_unpacked(file) as opened:
+            for row, line in enumerate(opened):
+                fields = line.rstrip(b"\r\n").split(b"\t")
+                if len(fields) != 2:
+                    problem = BadSample("bad-row", f"line {row + 1} has {len(fields)} fields, not caption and address")
+                    account.drop(str(file), row, problem)
+                    continue
+                titles.append(fields[0])
+                urls.append(fields[1])
+                numbers.append(row)
+        account.note(f"{file}: no header; read as caption<TAB>address")
+        return pa.table({"image": pa.array(urls, pa.binary()).cast(pa.string(), safe=False),
+                         "title": pa.array(titles, pa.binary()).cast(pa.string(), safe=False), ROW: numbers})
+
+    return [Part(split, str(file), folders_of(file.parent), partial(read, file))
+            for split, files in splits.items() for file in files]
+
+
+def _only(files: Sequence[Path]) -> Path:
+    if len(files) > 1:
+        raise UserError(f"{files[0].parent}: which of {', '.join(file.name for file in files[:5])}? Pass one of them")
+    return files[0]
+
+
+def _text(value: Any) -> str:
+    """A value that must be text. Raises BadSample."""
+    if not isinstance(value, str):
+        raise BadSample("not-text", f"a {type(value).__name__}; it must be text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadSample("not-utf8", f"{value[:80]!a} is not valid Unicode") from None
+    return value
+
+
+def _parts(file: Path, rows: Iterable[Captioned], name: str, account: Account) -> list[Part]:
+    """The parts of one file by the splits of its rows."""
+    splits: dict[str, list[Captioned]] = defaultdict(list)
+    for row in rows:
+        splits[row.split].append(row)
+    if not splits:
+        raise UserError(f"{file}: holds no rows; fill it or remove it")
+    stray = splits.pop(LONE, []) if len(splits) > 1 else []
+    next(iter(splits.values())).extend(stray) if stray else None  # damaged rows are dropped with those of a split
+    return [Part(split, str(file), folders_of(file.parent, file.parent.parent),
+                 partial(_table, file, rows, name)) for split, rows in splits.items()]
+
+
+def _table(file: Path, rows: Sequence[Captioned], name: str, account: Account) -> pa.Table:
+    import pyarrow as pa
+
+    finder = ImageFinder(file)
+    images, titles, numbers = [], [], []
+    for row in rows:
+        if row.problem is not None:
+            account.drop(str(file), row.row, row.problem, row.image or None, row.titles[0] if row.titles else None)
+            continue
+        images.append(finder(os.path.join(row.folder, row.image)) if row.folder else finder(row.image))
+        titles.append(row.titles)
+        numbers.append(row.row)
+    finder.check(file)
+    _say(file, name, sum(map(len, titles)), finder, account)
+    return pa.table({"image": pa.array(images, pa.string()), "title": pa.array(titles, pa.list_(pa.string())),
+                     ROW: pa.array(numbers, pa.int64())})
+
+
+def _say(file: Path, name: str, captions: int, finder: ImageFinder, account: Account) -> None:
+    split = f", split {account.split}" if account.split else ""
+    account.note(f"{file}{split}: {name}; {captions:,} captions of images like {finder.example}")
+
+
+def _is_kaggle(head: bytes) -> bool:
+    names = {*head.partition(b"\n")[0].decode("utf-8-sig", "replace").strip().split(",")}
+    return any({columns.image, columns.title} <= names for columns in CSV_COLUMNS)
+
+
+def _is_conceptual(head: bytes) -> bool:
+    fields = head.partition(b"\n")[0].split(b"\t")
+    return len(fields) == 2 and re.match(rb"https?://", fields[1]) is not None
+
+
+def _is_coco(head: bytes) -> bool:
+    return b'"images"' in head and b'"file_name"' in head or b'"image_id"' in head and b'"caption"' in head
+
+
+LAYOUTS = (
+    Layout("Karpathy's splits", (".json",), re.compile(r"dataset_.*\.json"), ("", "annotations"),
+           lambda head: b'"sentences"' in head and b'"filename"' in head, _karpathy),
+    Layout("COCO's captions", (".json",), re.compile(r"captions_.*\.json"), ("", "annotations"), _is_coco, _coco),
+    Layout("Kaggle's captions.txt", (".txt",), re.compile(r"captions\.txt"), ("",), _is_kaggle, _kaggle),
+    Layout("Flickr30k's results.csv", (".csv",), re.compile(r"results\.csv"), ("", "flickr30k_images"),
+           lambda head: re.match(rb"\s*image_name\s*\|\s*comment_number\s*\|\s*comment", head) is not None,
+           partial(_lines, name="Flickr30k's results.csv", parse=_parse_results, header=True)),
+    Layout("Flickr's captions by token", (".txt", ".token"), re.compile(r".*\.token(\.txt)?"), ("", "Flickr8k_text"),
+           lambda head: re.match(rb"[^\n\t]+#\d+\t", head) is not None,
+           partial(_lines, name="Flickr's .token files", parse=_parse_token, header=False)),
+    Layout("Conceptual Captions", (".tsv",), re.compile(r".*\.tsv"), ("",), _is_conceptual, _conceptual),
+)

@@ -1,0 +1,243 @@
+"""A folder -> the parts of the dataset in it, by the first of KINDS that it is.
+
+To add a kind: a function that returns its parts, None for a folder that is another kind, and a line in KINDS.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from data.batch import UserError
+from data.files import is_output
+from data.ledger import Account
+from data.sources import img2dataset
+from data.sources.arrow_tables import column_names
+from data.sources.captions import layouts_in
+from data.sources.library import is_saved, local_parts, saved_parts
+from data.sources.parts import (
+    FOLDERS,
+    LONE,
+    SPLITS,
+    Part,
+    by_split,
+    by_word,
+    file_part,
+    file_parts,
+    folders_of,
+    one_kind,
+    tables_in,
+    visible,
+)
+from data.sources.pictures import PICTURES, class_folders, holds_pictures, holds_titled_pictures, read_class_folders
+from data.sources.rows import Columns
+from data.sources.tables import TABLES, ending, holds_addresses, read_metadata
+
+HIVE = re.compile(r"([^=]+)=([^=]*)")  # a folder of a partitioned table
+METADATA = re.compile(r"metadata\.(csv|jsonl|parquet)")  # of the `datasets` library, beside images
+CARD = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)  # the head of a README.md, YAML
+KNOWN_LAYOUTS = (f"tables ({' '.join(sorted(TABLES))}, also .csv.gz …), nor shards (.tar), nor train/ valid/ test/, nor "
+                 f"images ({' '.join(sorted(PICTURES))}) with KEY.txt or in a folder for each class, nor captions_*.json "
+                 "of COCO or dataset_*.json of Karpathy, nor what save_to_disk writes")
+
+
+class Folder(NamedTuple):
+    """A folder to find the parts of, and how."""
+
+    path: Path
+    configuration: str
+    columns: Columns
+    account: Account
+
+
+class Kind(NamedTuple):
+    """A kind of folder: its parts, None for a folder of another kind."""
+
+    name: str
+    parts: Callable[[Folder], list[Part] | None]
+
+
+def folder_parts(folder: Folder) -> list[Part]:
+    """The parts of the first kind that the folder is. Raises UserError naming what is there if it is none."""
+    if folder.configuration:
+        return local_parts(folder.path, folder.configuration, folder.columns)
+    for kind in KINDS:
+        parts = kind.parts(folder)
+        if parts is not None:
+            return parts
+    names = [entry.name + "/" * entry.is_dir() for entry in visible(folder.path)]
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
+    message = f"{folder.path} holds {shown}; found neither {KNOWN_LAYOUTS}"
+    try:
+        parts = local_parts(folder.path, "", folder.columns)
+    except UserError as error:
+        raise UserError(f"{message}; {str(error).removeprefix(f'{folder.path}: ')}") from error
+    folder.account.note(f"{folder.path}: read as the library `datasets` finds its files and splits")
+    return parts
+
+
+def _saved(folder: Folder) -> list[Part] | None:
+    return saved_parts(folder.path, folder.columns) if is_saved(folder.path) else None
+
+
+def _configured(folder: Folder) -> list[Part] | None:
+    """A clone of a hub dataset whose README.md says which files are which split."""
+    card = folder.path / "README.md"
+    head = CARD.match(card.read_text("utf-8", "replace")) if card.is_file() else None
+    if head is None or not re.search(r"^configs:", head[1], re.MULTILINE) or "data_files" not in head[1]:
+        return None
+    folder.account.note(f"{folder.path}: the splits are those of README.md")
+    return local_parts(folder.path, "", folder.columns)
+
+
+def _named_files(folder: Folder) -> list[Part] | None:
+    return file_parts(by_split(visible(folder.path)), folder.columns) or None
+
+
+def _captions(folder: Folder) -> list[Part] | None:
+    """Published layouts of captions; where there are several, the first, and that is said."""
+    layouts = list(layouts_in(folder.path))
+    if not layouts:
+        return None
+    (layout, files), *others = layouts
+    used = set(files)
+    unused = [file for _, other in others for file in other] + [
+        file for file in tables_in(folder.path) if file not in used and file.suffix.lower() != ".json"]
+    if unused:
+        names = ", ".join(dict.fromkeys(file.name for file in unused[:4]))
+        folder.account.note(f"{folder.path}: read as {layout.name} ({files[0].name}), not {names}; pass one of those "
+                            "files to read it instead")
+    return layout.parts(files, folder.account)
+
+
+def _named_folders(folder: Folder) -> list[Part] | None:
+    named = [entry for entry in visible(folder.path) if entry.name.lower() in FOLDERS and entry.is_dir()]
+    folders = [entry for entry in named if not is_output(entry)]
+    if not folders:
+        return None
+    for entry in named:
+        if entry not in folders:
+            folder.account.pass_over("own-output", str(entry))
+    splits = one_kind((SPLITS[entry.name.lower()], entry.name, [entry]) for entry in folders)
+    metadata = [file for file in tables_in(folder.path) if METADATA.fullmatch(file.name)]
+    if metadata:  # one for all splits, whose images are named from here
+        return [Part(split, str(metadata[0]), folders_of(folder.path),
+                     partial(_read_below, metadata[0], entry.name, folder.columns))
+                for split, (entry,) in splits.items()]
+    return [replace(part, split=split) for split, (entry,) in splits.items()
+            for part in _without_splits(folder._replace(path=entry))]
+
+
+def _read_below(metadata: Path, name: str, columns: Columns, account: Account) -> object:
+    """The rows of a metadata file whose images are below the folder `name`."""
+    import pyarrow.compute as pc
+
+    table = read_metadata(metadata, columns, account)
+    return table.filter(pc.starts_with(table["image"], f"{name}/"))
+
+
+def _hive(folder: Folder) -> list[Part] | None:
+    """A partitioned table: folders KEY=VALUE; `split=train` names a split."""
+    if not any(HIVE.fullmatch(entry.name) and entry.is_dir() for entry in visible(folder.path)):
+        return None
+    splits: dict[str, list[Path]] = {}
+    keys: dict[str, None] = {}
+    for file in sorted(path for path in folder.path.rglob("*") if ending(path) in TABLES and path.is_file()):
+        names = file.relative_to(folder.path).parts[:-1]
+        if any(name.startswith((".", "_")) for name in names):
+            continue
+        pairs = [match.groups() for name in names if (match := HIVE.fullmatch(name))]
+        keys.update(dict.fromkeys(key for key, _ in pairs))
+        split = next((SPLITS.get(value.lower(), value) for key, value in pairs if key.lower() == "split"), LONE)
+        splits.setdefault(split, []).append(file)
+    if not splits:
+        return None
+    folder.account.note(f"{folder.path}: a table partitioned by {', '.join(keys)}")
+    return file_parts(splits, folder.columns)
+
+
+def _data_folder(folder: Folder) -> list[Part] | None:
+    """A clone of a hub dataset without configurations: `data/train-00000-of-00001.parquet`."""
+    data = folder.path / "data"
+    has_files = data.is_dir() and not is_output(data) and bool(by_split(visible(data)))
+    return _named_files(folder._replace(path=data)) if has_files else None
+
+
+def _without_splits(folder: Folder) -> list[Part]:
+    return _rows(folder) or [file_part(LONE, folder.path, folder.columns)]
+
+
+def _rows(folder: Folder) -> list[Part] | None:
+    """The parts of a folder that names no splits: shards, tables, images."""
+    entries = visible(folder.path)
+    shards = [file for file in entries if file.suffix.lower() == ".tar"]
+    tables = tables_in(folder.path)
+    if shards:
+        img2dataset.report_failures(tables, folder.account)
+        return file_parts({LONE: shards}, folder.columns)
+    if tables and holds_titled_pictures(folder.path) and all(holds_addresses(each, folder.columns) for each in tables):
+        folder.account.note(f"{folder.path}: the images with sidecars are read, not the addresses in {tables[0].name}")
+        img2dataset.report_failures(tables, folder.account)
+        return [file_part(LONE, folder.path, folder.columns)]
+    if tables:
+        return _tables(folder, tables)
+    if classes := class_folders(folder.path):
+        shown = ", ".join(classes[:3])
+        folder.account.note(f"{folder.path}: images without titles; the names of their folders ({shown}, …) are the "
+                            "titles")
+        return [Part(LONE, str(folder.path), folders_of(folder.path), partial(read_class_folders, folder.path))]
+    if holds_pictures(folder.path):
+        return [file_part(LONE, folder.path, folder.columns)]
+    inner = [entry for entry in entries if entry.is_dir() and not is_output(entry)]
+    if len(inner) == 1 and not any(entry.name.endswith(".py") for entry in entries):
+        folder.account.note(f"{folder.path}: the dataset is in its folder {inner[0].name}")
+        return folder_parts(folder._replace(path=inner[0]))
+    return None
+
+
+def _tables(folder: Folder, tables: Sequence[Path]) -> list[Part]:
+    """The parts of several tables: splits by a word of their names, else parts of one table. Raises UserError."""
+    metadata = [file for file in tables if METADATA.fullmatch(file.name)]
+    if len(metadata) == 1:
+        others = [file.name for file in tables if file not in metadata]
+        if others:
+            folder.account.note(f"{folder.path}: {metadata[0].name} is read, not {', '.join(others[:4])}")
+        return [Part(LONE, str(metadata[0]), folders_of(folder.path), partial(read_metadata, metadata[0],
+                                                                               folder.columns))]
+    if len(tables) == 1 or all(img2dataset.PART.fullmatch(file.name) for file in tables):
+        return file_parts({LONE: tables}, folder.columns)
+    splits = by_word(tables)
+    if splits:
+        named = "; ".join(f"{split}: {', '.join(file.name for file in files[:3])}" for split, files in splits.items())
+        folder.account.note(f"{folder.path}: splits by the words of file names: {named}")
+        return file_parts(splits, folder.columns)
+    if _are_one_table(tables):
+        folder.account.note(f"{folder.path}: {len(tables)} numbered files ({tables[0].name}, …) are one table")
+        return file_parts({LONE: tables}, folder.columns)
+    raise UserError(f"{folder.path}: which of {', '.join(file.name for file in tables[:5])}? Pass one of them or a "
+                    "pattern, or call them train, valid and test")
+
+
+def _are_one_table(tables: Sequence[Path]) -> bool:
+    """True for files whose names differ by a number only and, where that is cheap to see, have the same columns."""
+    names = {re.sub(r"\d+", "#", file.name) for file in tables}
+    if len(names) > 1 or "#" not in names.pop():
+        return False
+    columns = [column_names(file) for file in tables if ending(file) in (".parquet", ".arrow", ".feather")]
+    return all(each == columns[0] for each in columns)
+
+
+KINDS = (
+    Kind("a dataset of save_to_disk", _saved),
+    Kind("a clone of a hub dataset with configurations", _configured),
+    Kind("files called after splits", _named_files),
+    Kind("a published layout of captions", _captions),
+    Kind("folders called after splits", _named_folders),
+    Kind("a clone of a hub dataset", _data_folder),
+    Kind("a partitioned table", _hive),
+    Kind("shards, tables or images", _rows),
+)

@@ -1,0 +1,148 @@
+"""What only the `datasets` library finds or reads: datasets of the hub, saved datasets, folders with configurations.
+
+The library finds the files and their splits. Files of the kinds that are read here are read here, since the library
+guesses types and drops nothing by name; the rest it prepares as Arrow files, from which images are taken undecoded.
+No code of a dataset is ever run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data.batch import UserError
+from data.ledger import Account
+from data.sources.arrow_tables import ClassNames, roles_of
+from data.sources.csv_tables import read_csv
+from data.sources.parts import LONE, SPLITS, Part, folders_of
+from data.sources.rows import Columns
+from data.sources.tables import TABLES, TEXT_TABLES, ending, read_table
+
+SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes beside the rows
+NOTHING_FOUND = ("DataFilesNotFoundError", "EmptyDatasetError")
+
+
+def is_saved(folder: Path) -> bool:
+    """True for a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` has written."""
+    return any((folder / name).is_file() for name in SAVED)
+
+
+def saved_parts(folder: Path, columns: Columns) -> list[Part]:
+    """The parts of a saved dataset. Raises UserError."""
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:  # of many kinds, from several libraries; all concern this folder
+        raise UserError(f"{folder}: was written by save_to_disk and cannot be loaded ({_line(error)}); save it again, "
+                        "or write it with to_parquet") from error
+    splits = {LONE: saved} if isinstance(saved, datasets.Dataset) else saved
+    return [Part(_our_split(name, splits), str(folder if name == LONE else folder / str(name)), folders_of(folder),
+                 partial(_read_prepared, split, str(folder), columns)) for name, split in splits.items()]
+
+
+def _read_prepared(split: Any, label: str, columns: Columns, account: Account) -> Any:
+    """A split of the library, as roles; taken from its Arrow table, so that images are not decoded."""
+    table = split.data.table
+    if split._indices is not None:  # a selection that was never written out
+        table = table.take(split._indices.column(0))
+    return roles_of(table, columns, label, account, _classes(split.features))
+
+
+def local_parts(folder: Path, configuration: str, columns: Columns) -> list[Part]:
+    """The parts of a folder as `datasets.load_dataset(folder)` finds them. Raises UserError."""
+    script = folder / f"{folder.name}.py"
+    if script.is_file():
+        raise UserError(f"{script}: a loading script; scripts are never run here. Convert the dataset once where you "
+                        "trust it (to_parquet, save_to_disk) and pass that folder")
+    return _parts(str(folder), configuration, columns, folders_of(folder))
+
+
+def hub_parts(name: str, columns: Columns) -> list[Part]:
+    """The parts of a hub dataset OWNER/NAME or OWNER/NAME:CONFIGURATION. Raises UserError."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    repository, _, configuration = name.partition(":")
+    cached = os.path.join(HF_HUB_CACHE, "datasets--" + repository.replace("/", "--"))
+    # where image folders and archives come to lie
+    folders = cached, str(datasets.config.DOWNLOADED_DATASETS_PATH)
+    return _parts(repository, configuration, columns, folders)
+
+
+def _parts(name: str, configuration: str, columns: Columns, folders: Sequence[str]) -> list[Part]:
+    """The parts of what the library calls `name`: a folder or a hub dataset."""
+    import datasets
+
+    is_local = os.path.isdir(name)
+    shown = f"{name}:{configuration}" if configuration else name
+    prepared: Mapping[str, Any] = {}
+    try:
+        builder = datasets.load_dataset_builder(name, configuration or None)
+        files = builder.config.data_files or {}
+        endings = {ending(file) for paths in files.values() for file in paths}
+        ours = endings <= ((TABLES | {".tar"}) if is_local else TEXT_TABLES)
+        read_here = bool(files) and ours
+        if read_here:
+            files = datasets.DownloadManager().download(files)
+        else:
+            builder.download_and_prepare()
+            prepared = builder.as_dataset()
+    except Exception as error:  # of many kinds, from several libraries; all concern this name
+        raise UserError(_local_advice(name, error) if is_local else _hub_advice(shown, error)) from error
+    separator = getattr(builder.config, "sep", None) or ","
+    parts = []
+    for split in files if read_here else prepared:
+        ours, label = _our_split(split, files if read_here else prepared), f"{shown}, split {split}"
+        if not read_here:
+            parts.append(Part(ours, label, folders, partial(_read_prepared, prepared[split], label, columns), False))
+        for file in map(Path, files[split] if read_here else ()):
+            read = partial(read_csv, file, columns, delimiter=separator) if ending(file) == ".csv" else partial(
+                read_table, file, columns)
+            parts.append(Part(ours, str(file) if is_local else label, folders_of(file.parent) if is_local else folders,
+                              read, is_local))
+    return parts
+
+
+def _our_split(name: object, splits: Mapping[Any, Any]) -> str:
+    """Our name of a split; its own where another split has that name."""
+    own = SPLITS.get(str(name).lower(), str(name))
+    return str(name) if own != name and own in map(str, splits) else own
+
+
+def _classes(features: Mapping[str, Any]) -> ClassNames:
+    """The class names of each column of class labels."""
+    import datasets
+
+    return {name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _local_advice(folder: str, error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    if "Config name is missing" in text or "BuilderConfig" in text:
+        return f"{folder}: its configuration is named as in {folder}:CONFIGURATION ({text})"
+    if type(error).__name__ in NOTHING_FOUND:
+        return f"{folder}: the library `datasets` finds no data there either"
+    return f"{folder}: the library `datasets` cannot load it either ({_line(error)})"
+
+
+def _hub_advice(name: str, error: Exception) -> str:
+    from datasets.exceptions import DatasetNotFoundError
+
+    text = " ".join(str(error).split())[:300]
+    if "Config name is missing" in text or "BuilderConfig" in text:
+        return f"{name}: its configuration is named as in {name.partition(':')[0]}:CONFIGURATION ({text})"
+    if "gated" in text:
+        return f"{name} is gated: accept its terms on its hub page, then run `hf auth login`"
+    if isinstance(error, DatasetNotFoundError):
+        return f"{name}: neither a local folder nor a dataset of the hub; check the name, or `hf auth login` if private"
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return f"{name} cannot be had from the hub ({text}); check the network, or pass a local folder"
+    return f"{name} cannot be loaded ({type(error).__name__}: {text}); download it and pass its folder"

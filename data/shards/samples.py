@@ -1,20 +1,25 @@
 """Group the files of a tar into samples, by WebDataset's convention.
 
 A sample is a run of files KEY.ENDING, KEY going up to the first dot of the base name: an image, its title (KEY.txt, or
-"title" or "caption" in KEY.json) and perhaps a negative ("title_neg" or "negative" in KEY.json).
+"title" or "caption" in KEY.json) and perhaps a negative ("title_neg" or "negative" in KEY.json). KEY.cls without KEY.txt
+is the number of a class, whose name is a line of a file beside the shards, or the name itself.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from data.batch import BadSample
+from data.files import read_text
 from data.shards.tar import Member, read_at
 
 MAX_TEXT = 1 << 20  # bytes of a title, of a JSON file
 MAX_IMAGE = 1 << 26
+CLASS_FILES = ("classnames.txt", "classes.txt", "labels.txt")  # the first is what CLIP_benchmark writes
 AS_WRITTEN = json.JSONDecoder(parse_int=str, parse_float=str)  # the title 1984 is text, and no number costs minutes
 IMAGES = {  # ending -> pattern of the first bytes, None where `ShardWriter` does not use the ending
     "jpg": rb"\xff\xd8\xff", "jpeg": None, "png": rb"\x89PNG\r\n\x1a\n", "webp": rb"RIFF....WEBP", "gif": rb"GIF8[79]a",
@@ -38,7 +43,8 @@ def samples(files_of_tar: Iterable[Member]) -> Iterator[tuple[str, dict[str, Mem
         yield current, files
 
 
-def row(file: BinaryIO, files: Mapping[str, Member]) -> tuple[int, int, str, str | None]:
+def row(file: BinaryIO, files: Mapping[str, Member],
+        classes: Sequence[str] = ()) -> tuple[int, int, str, str | None]:
     """Offset and size of the image, title, negative. Raises BadSample."""
     image = _choose(files, IMAGES)
     if image is None:
@@ -47,7 +53,29 @@ def row(file: BinaryIO, files: Mapping[str, Member]) -> tuple[int, int, str, str
         raise image.fault
     check_image(image.name, image.size)
     text, record = (_content(file, _choose(files, (ending,))) for ending in ("txt", "json"))
+    if text is None and "cls" in files:
+        text = class_name(_content(file, files["cls"]) or b"", classes)
     return image.offset, image.size, *pair(text, record)
+
+
+def class_name(content: bytes, classes: Sequence[str]) -> bytes:
+    """The name of the class that KEY.cls holds. Raises BadSample (no-class-names)."""
+    number = content.strip()
+    if not re.fullmatch(rb"-?\d{1,9}", number):
+        return content
+    if not 0 <= int(number) < len(classes):
+        raise BadSample("no-class-names", f"class {int(number)} of KEY.cls has no name; write the names, one a line, "
+                        f"into {CLASS_FILES[0]} beside the shards" + f" ({len(classes)} are there)" * bool(classes))
+    return classes[int(number)].encode()
+
+
+def class_names_beside(shard: Path) -> list[str]:
+    """The names of the classes of a shard, from a file in its folder or the one above; empty if there is none."""
+    for folder in (shard.absolute().parent, shard.absolute().parent.parent):
+        for name in CLASS_FILES:
+            if (folder / name).is_file():
+                return read_text(folder / name).removeprefix("\ufeff").splitlines()
+    return []
 
 
 def _choose(files: Mapping[str, Member], endings: Iterable[str]) -> Member | None:

@@ -129,7 +129,7 @@ def _to_roles(table: pa.Table, picked: Mapping[str, str], classes: ClassNames) -
     if picked["title"] in classes:
         names = _names_of(roles["title"], classes[picked["title"]])
         roles = roles.set_column(roles.column_names.index("title"), "title", names).append_column(LABEL, names)
-    if _is_list(roles["image"].type):
+    if _is_list(roles["image"].type) and _may_be_image(roles["image"].type.value_type):
         images = _only_items(roles["image"])
         roles = roles.set_column(roles.column_names.index("image"), "image", images)
     return roles
@@ -160,6 +160,12 @@ def _only_items(column: pa.ChunkedArray) -> pa.ChunkedArray:
         places = pa.array(np.cumsum(lengths) - 1, mask=lengths == 0)
         chunks.append(pc.list_flatten(chunk).take(places))
     return pa.chunked_array(chunks, column.type.value_type)
+
+
+def _may_be_image(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return holds_bytes(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -40,9 +40,9 @@ from data.sources.tables import TABLES, ending, holds_addresses, read_metadata
 HIVE = re.compile(r"([^=]+)=([^=]*)")  # a folder of a partitioned table
 METADATA = re.compile(r"metadata\.(csv|jsonl|parquet)")  # of the `datasets` library, beside images
 CARD = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)  # the head of a README.md, YAML
-KNOWN_LAYOUTS = (f"tables ({' '.join(sorted(TABLES))}, also .csv.gz …), nor shards (.tar), nor train/ valid/ test/, nor "
-                 f"images ({' '.join(sorted(PICTURES))}) with KEY.txt or in a folder for each class, nor captions_*.json "
-                 "of COCO or dataset_*.json of Karpathy, nor what save_to_disk writes")
+KNOWN_LAYOUTS = (f"tables ({' '.join(sorted(TABLES))}, also .csv.gz …), nor shards (.tar), nor train/ valid/ test/, "
+                 f"nor images ({' '.join(sorted(PICTURES))}) with KEY.txt or in a folder for each class, nor "
+                 "captions_*.json of COCO or dataset_*.json of Karpathy, nor what save_to_disk writes")
 
 
 class Folder(NamedTuple):
@@ -167,6 +167,20 @@ def _data_folder(folder: Folder) -> list[Part] | None:
     return _named_files(folder._replace(path=data)) if has_files else None
 
 
+def _inner(folder: Folder) -> list[Part] | None:
+    """A folder that holds nothing but another one with the dataset, as archives do when they are unpacked."""
+    inner = [entry for entry in visible(folder.path) if not entry.name.lower().startswith(("readme", "license"))]
+    if len(inner) != 1 or not inner[0].is_dir() or is_output(inner[0]):
+        return None
+    has_files = any(ending(entry) in TABLES | {".tar"} for entry in visible(inner[0]))
+    for kind in KINDS if has_files else KINDS[:-1]:
+        parts = kind.parts(folder._replace(path=inner[0]))
+        if parts is not None:
+            folder.account.note(f"{folder.path}: the dataset is in its folder {inner[0].name}")
+            return parts
+    return None
+
+
 def _without_splits(folder: Folder) -> list[Part]:
     return _rows(folder) or [file_part(LONE, folder.path, folder.columns)]
 
@@ -192,10 +206,6 @@ def _rows(folder: Folder) -> list[Part] | None:
         return [Part(LONE, str(folder.path), folders_of(folder.path), partial(read_class_folders, folder.path))]
     if holds_pictures(folder.path):
         return [file_part(LONE, folder.path, folder.columns)]
-    inner = [entry for entry in entries if entry.is_dir() and not is_output(entry)]
-    if len(inner) == 1 and not any(entry.name.endswith(".py") for entry in entries):
-        folder.account.note(f"{folder.path}: the dataset is in its folder {inner[0].name}")
-        return folder_parts(folder._replace(path=inner[0]))
     return None
 
 
@@ -239,5 +249,6 @@ KINDS = (
     Kind("folders called after splits", _named_folders),
     Kind("a clone of a hub dataset", _data_folder),
     Kind("a partitioned table", _hive),
+    Kind("a folder with one of these in it", _inner),
     Kind("shards, tables or images", _rows),
 )

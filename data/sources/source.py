@@ -62,7 +62,8 @@ def _parts(dataset: str, columns: Columns, download: Download, account: Account)
         return folder_parts(Folder(path, "", columns, account))
     if path.is_file():
         layout = layout_of(path)
-        return layout.parts([path], account) if layout else [file_part(LONE, path, columns)]
+        parts = layout.parts([path], account) if layout else [file_part(LONE, path, columns)]
+        return [replace(part, split=LONE) for part in parts] if len({part.split for part in parts}) == 1 else parts
     if path.exists():
         raise NotAFile(path, "a pipe or a device")
     if colon and Path(folder).expanduser().is_dir():

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from data.batch import UserError
 from data.ledger import Account
 from data.shards.index import read_index
-from data.sources.arrow_tables import read_arrow, read_parquet
+from data.shards.samples import class_names_beside
+from data.sources.arrow_tables import LABEL, read_arrow, read_parquet
 from data.sources.csv_tables import read_csv
 from data.sources.json_tables import read_json, read_json_lines
 from data.sources.pictures import PICTURES, SIDECARS, is_picture, pictures
@@ -75,7 +76,11 @@ def _shard(path: Path, columns: Columns, account: Account) -> pa.Table:
     at, size = (index[name].cast(pa.string()) for name in ("image_offset", "image_size"))
     image = pc.binary_join_element_wise(f"{path.absolute()}#", at, "+", size, "")
     table = pa.table({"image": image, "title": index["title"], "title_neg": index["title_neg"]})
-    return rename_to_roles(table, detect_columns(table.column_names, columns, str(path)))
+    table = rename_to_roles(table, detect_columns(table.column_names, columns, str(path)))
+    if classes := class_names_beside(path):
+        label = pc.if_else(pc.is_in(table["title"], pa.array(classes)), table["title"], pa.scalar(None, pa.string()))
+        table = table.append_column(LABEL, label)
+    return table
 
 
 def holds_addresses(path: Path, columns: Columns) -> bool:

@@ -1,8 +1,8 @@
 """Group the files of a tar into samples, by WebDataset's convention.
 
 A sample is a run of files KEY.ENDING, KEY going up to the first dot of the base name: an image, its title (KEY.txt, or
-"title" or "caption" in KEY.json) and perhaps a negative ("title_neg" or "negative" in KEY.json). KEY.cls without KEY.txt
-is the number of a class, whose name is a line of a file beside the shards, or the name itself.
+"title" or "caption" in KEY.json) and perhaps a negative ("title_neg" or "negative" in KEY.json). KEY.cls is the
+title where there is no other: the name of a class, or its number, the name being a line of a file beside the shards.
 """
 
 from __future__ import annotations
@@ -53,15 +53,22 @@ def row(file: BinaryIO, files: Mapping[str, Member],
         raise image.fault
     check_image(image.name, image.size)
     text, record = (_content(file, _choose(files, (ending,))) for ending in ("txt", "json"))
-    if text is None and "cls" in files:
-        text = class_name(_content(file, files["cls"]) or b"", classes)
-    return image.offset, image.size, *pair(text, record)
+    try:
+        return image.offset, image.size, *pair(text, record)
+    except BadSample as problem:
+        if problem.reason != "no-title" or "cls" not in files:
+            raise
+    return image.offset, image.size, *pair(class_name(_content(file, files["cls"]) or b"", classes), record)
 
 
 def class_name(content: bytes, classes: Sequence[str]) -> bytes:
-    """The name of the class that KEY.cls holds. Raises BadSample (no-class-names)."""
+    """The name of the class that KEY.cls holds. Raises BadSample (no-title, no-class-names)."""
     number = content.strip()
     if not re.fullmatch(rb"-?\d{1,9}", number):
+        try:
+            content.decode()
+        except UnicodeDecodeError:
+            raise BadSample("no-title", "KEY.cls is neither a number nor text") from None
         return content
     if not 0 <= int(number) < len(classes):
         raise BadSample("no-class-names", f"class {int(number)} of KEY.cls has no name; write the names, one a line, "

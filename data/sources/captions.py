@@ -65,18 +65,21 @@ class ImageFinder:
         self.example = self.missing = ""  # the first image that is there, the first that is nowhere
         self._last = self.folders[0]
 
-    def __call__(self, name: str) -> str:
-        """The path of an image; one that is in no folder is named where the others are."""
-        for folder in (self._last, *self.folders):
-            path = os.path.join(folder, name)
-            here, base = os.path.split(path)
-            if here not in self._files:
-                self._files[here] = frozenset(os.listdir(here)) if os.path.isdir(here) else frozenset()
-            if base in self._files[here]:
-                self._last, self.found, self.example = folder, self.found + 1, self.example or path
-                return path
+    def __call__(self, name: str, folder: str = "") -> str:
+        """The path of an image, whether its `folder` is there or not; one that is nowhere is named where others are."""
+        for root in (self._last, *self.folders):
+            for path in dict.fromkeys((os.path.join(root, folder, name), os.path.join(root, name))):
+                if self._is_file(path):
+                    self._last, self.found, self.example = root, self.found + 1, self.example or path
+                    return path
         self.missing = self.missing or name
-        return os.path.join(self._last, name)
+        return os.path.join(self._last, folder, name)
+
+    def _is_file(self, path: str) -> bool:
+        here, base = os.path.split(path)
+        if here not in self._files:
+            self._files[here] = frozenset(os.listdir(here)) if os.path.isdir(here) else frozenset()
+        return base in self._files[here]
 
     def check(self, file: Path) -> None:
         """Raise UserError if no image was found."""
@@ -125,8 +128,8 @@ def _karpathy(files: Sequence[Path], account: Account) -> list[Part]:
             except (KeyError, TypeError, AttributeError) as error:
                 problem = BadSample("bad-json", f"image {row}: no filename, or sentences without raw ({error!r})")
                 yield Captioned(row, LONE, "", "", [], problem)
-            except BadSample as problem:
-                yield Captioned(row, LONE, "", "", [], problem)
+            except BadSample as bad:
+                yield Captioned(row, LONE, "", "", [], bad)
 
     return _parts(file, list(images()), "Karpathy's splits", account)
 
@@ -149,8 +152,8 @@ def _read_coco(file: Path, account: Account) -> pa.Table:
         for annotation in value["annotations"]:
             try:
                 captions[annotation["image_id"]].append(_text(annotation["caption"]))
-            except BadSample as problem:
-                problems[annotation["image_id"]] = problem
+            except BadSample as bad:
+                problems[annotation["image_id"]] = bad
         rows = [Captioned(row, "", "", _text(image["file_name"]), captions.pop(image["id"], []),
                           problems.get(image["id"])) for row, image in enumerate(value["images"])]
     except (KeyError, TypeError, BadSample) as error:
@@ -297,7 +300,7 @@ def _table(file: Path, rows: Sequence[Captioned], name: str, account: Account) -
         if row.problem is not None:
             account.drop(str(file), row.row, row.problem, row.image or None, row.titles[0] if row.titles else None)
             continue
-        images.append(finder(os.path.join(row.folder, row.image)) if row.folder else finder(row.image))
+        images.append(finder(row.image, row.folder))
         titles.append(row.titles)
         numbers.append(row.row)
     finder.check(file)

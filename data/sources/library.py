@@ -1,4 +1,4 @@
-"""What only the `datasets` library finds or reads: datasets of the hub, saved datasets, folders with configurations.
+"""Datasets that the `datasets` library finds or reads: those of the hub, saved ones, folders with configurations.
 
 The library finds the files and their splits. Files of the kinds that are read here are read here, since the library
 guesses types and drops nothing by name; the rest it prepares as Arrow files, from which images are taken undecoded.
@@ -96,13 +96,13 @@ def _parts(name: str, configuration: str, columns: Columns, folders: Sequence[st
     separator = getattr(builder.config, "sep", None) or ","
     parts = []
     for split in files if read_here else prepared:
-        ours, label = _our_split(split, files if read_here else prepared), f"{shown}, split {split}"
+        own, label = _our_split(split, files if read_here else prepared), f"{shown}, split {split}"
         if not read_here:
-            parts.append(Part(ours, label, folders, partial(_read_prepared, prepared[split], label, columns), False))
+            parts.append(Part(own, label, folders, partial(_read_prepared, prepared[split], label, columns), False))
         for file in map(Path, files[split] if read_here else ()):
             read = partial(read_csv, file, columns, delimiter=separator) if ending(file) == ".csv" else partial(
                 read_table, file, columns)
-            parts.append(Part(ours, str(file) if is_local else label, folders_of(file.parent) if is_local else folders,
+            parts.append(Part(own, str(file) if is_local else label, folders_of(file.parent) if is_local else folders,
                               read, is_local))
     return parts
 

@@ -44,7 +44,7 @@ def jpeg(number: int, kind: str = "JPEG") -> bytes:
 
 def shown(content: bytes) -> int:
     with Image.open(io.BytesIO(content)) as image:
-        return round(image.convert("RGB").getpixel((4, 4))[0] / STEP)
+        return round(int(np.asarray(image.convert("RGB"))[4, 4, 0]) / STEP)
 
 
 def pictures(folder: Path, names: list[str]) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +20,7 @@ from data.files import open_unpacked
 from data.ledger import Account
 from data.sources.csv_tables import read_csv
 from data.sources.json_tables import load_json
-from data.sources.parts import LONE, SPLITS, Part, by_word, folders_of, one_kind
+from data.sources.parts import LONE, SPLITS, Part, by_word, file_part, folders_of, one_kind
 from data.sources.rows import ROW, Columns
 
 if TYPE_CHECKING:
@@ -87,6 +88,16 @@ class ImageFinder:
             places = ", ".join(os.path.relpath(folder, file.parent) for folder in self.folders[:6])
             raise UserError(f"{file}: its images (e.g. {self.missing[:100]!r}) are in none of {places}; put them into "
                             f"{file.parent / 'images'}, or name their folder with --image-root")
+
+
+def parts_of(split: str, file: Path, columns: Columns, account: Account) -> list[Part]:
+    """The parts of one file, whose own splits count only where `split` is LONE and there are several."""
+    layout = layout_of(file) if file.is_file() else None
+    if layout is None:
+        return [file_part(split, file, columns)]
+    parts = layout.parts([file], account)
+    has_splits = split == LONE and len({part.split for part in parts}) > 1
+    return parts if has_splits else [replace(part, split=split) for part in parts]
 
 
 def layout_of(file: Path) -> Layout | None:

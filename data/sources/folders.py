@@ -6,7 +6,7 @@ To add a kind: a function that returns its parts, None for a folder that is anot
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from data.files import is_output
 from data.ledger import Account
 from data.sources import img2dataset
 from data.sources.arrow_tables import column_names
-from data.sources.captions import layouts_in
+from data.sources.captions import layouts_in, parts_of
 from data.sources.library import is_saved, local_parts, saved_parts
 from data.sources.parts import (
     FOLDERS,
@@ -35,7 +35,7 @@ from data.sources.parts import (
 )
 from data.sources.pictures import PICTURES, class_folders, holds_pictures, holds_titled_pictures, read_class_folders
 from data.sources.rows import Columns
-from data.sources.tables import TABLES, ending, holds_addresses, read_metadata
+from data.sources.tables import ADVICE, TABLES, ending, holds_addresses, read_metadata
 
 HIVE = re.compile(r"([^=]+)=([^=]*)")  # a folder of a partitioned table
 METADATA = re.compile(r"metadata\.(csv|jsonl|parquet)")  # of the `datasets` library, beside images
@@ -71,7 +71,10 @@ def folder_parts(folder: Folder) -> list[Part]:
             return parts
     names = [entry.name + "/" * entry.is_dir() for entry in visible(folder.path)]
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
-    message = f"{folder.path} holds {shown}; found neither {KNOWN_LAYOUTS}"
+    advice = next((ADVICE[ending(name)] for name in names if ending(name) in ADVICE), "")
+    message = f"{folder.path} holds {shown}{advice}; found neither {KNOWN_LAYOUTS}"
+    if advice:
+        raise UserError(message)
     try:
         parts = local_parts(folder.path, "", folder.columns)
     except UserError as error:
@@ -95,7 +98,12 @@ def _configured(folder: Folder) -> list[Part] | None:
 
 
 def _named_files(folder: Folder) -> list[Part] | None:
-    return file_parts(by_split(visible(folder.path)), folder.columns) or None
+    return _parts(by_split(visible(folder.path)), folder) or None
+
+
+def _parts(splits: Mapping[str, Sequence[Path]], folder: Folder) -> list[Part]:
+    return [part for split, files in splits.items() for file in files
+            for part in parts_of(split, file, folder.columns, folder.account)]
 
 
 def _captions(folder: Folder) -> list[Part] | None:
@@ -219,12 +227,12 @@ def _tables(folder: Folder, tables: Sequence[Path]) -> list[Part]:
         return [Part(LONE, str(metadata[0]), folders_of(folder.path), partial(read_metadata, metadata[0],
                                                                                folder.columns))]
     if len(tables) == 1 or all(img2dataset.PART.fullmatch(file.name) for file in tables):
-        return file_parts({LONE: tables}, folder.columns)
+        return _parts({LONE: tables}, folder)
     splits = by_word(tables)
     if splits:
         named = "; ".join(f"{split}: {', '.join(file.name for file in files[:3])}" for split, files in splits.items())
         folder.account.note(f"{folder.path}: splits by the words of file names: {named}")
-        return file_parts(splits, folder.columns)
+        return _parts(splits, folder)
     if _are_one_table(tables):
         folder.account.note(f"{folder.path}: {len(tables)} numbered files ({tables[0].name}, …) are one table")
         return file_parts({LONE: tables}, folder.columns)

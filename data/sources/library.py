@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.batch import UserError
 from data.ledger import Account
@@ -20,6 +20,9 @@ from data.sources.csv_tables import read_csv
 from data.sources.parts import LONE, SPLITS, Part, folders_of
 from data.sources.rows import Columns
 from data.sources.tables import TABLES, TEXT_TABLES, ending, read_table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes beside the rows
 NOTHING_FOUND = ("DataFilesNotFoundError", "EmptyDatasetError")
@@ -44,12 +47,24 @@ def saved_parts(folder: Path, columns: Columns) -> list[Part]:
                  partial(_read_prepared, split, str(folder), columns)) for name, split in splits.items()]
 
 
-def _read_prepared(split: Any, label: str, columns: Columns, account: Account) -> Any:
+def _read_prepared(split: Any, label: str, columns: Columns, account: Account) -> pa.Table:
     """A split of the library, as roles; taken from its Arrow table, so that images are not decoded."""
     table = split.data.table
     if split._indices is not None:  # a selection that was never written out
         table = table.take(split._indices.column(0))
-    return roles_of(table, columns, label, account, _classes(split.features))
+    table = roles_of(table, columns, label, account, _classes(split.features))
+    _refuse_archives(table["image"], label)
+    return table
+
+
+def _refuse_archives(images: pa.ChunkedArray, label: str) -> None:
+    """Raise UserError for images that the library would read out of an archive: `zip://0.jpg::/data/train.zip`."""
+    import pyarrow as pa
+
+    first = images[0].as_py() if len(images) and pa.types.is_struct(images.type) else None
+    path = (first or {}).get("path") or ""
+    if "::" in path and not (first or {}).get("bytes"):
+        raise UserError(f"{label}: its images lie in {path.rpartition('::')[2]}; unpack that and pass the folder")
 
 
 def local_parts(folder: Path, configuration: str, columns: Columns) -> list[Part]:
@@ -63,14 +78,11 @@ def local_parts(folder: Path, configuration: str, columns: Columns) -> list[Part
 
 def hub_parts(name: str, columns: Columns) -> list[Part]:
     """The parts of a hub dataset OWNER/NAME or OWNER/NAME:CONFIGURATION. Raises UserError."""
-    import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
 
     repository, _, configuration = name.partition(":")
     cached = os.path.join(HF_HUB_CACHE, "datasets--" + repository.replace("/", "--"))
-    # where image folders and archives come to lie
-    folders = cached, str(datasets.config.DOWNLOADED_DATASETS_PATH)
-    return _parts(repository, configuration, columns, folders)
+    return _parts(repository, configuration, columns, [cached])
 
 
 def _parts(name: str, configuration: str, columns: Columns, folders: Sequence[str]) -> list[Part]:
@@ -78,6 +90,7 @@ def _parts(name: str, configuration: str, columns: Columns, folders: Sequence[st
     import datasets
 
     is_local = os.path.isdir(name)
+    folders = (*folders, str(datasets.config.DOWNLOADED_DATASETS_PATH))  # where the library unpacks archives
     shown = f"{name}:{configuration}" if configuration else name
     prepared: Mapping[str, Any] = {}
     try:
@@ -85,24 +98,24 @@ def _parts(name: str, configuration: str, columns: Columns, folders: Sequence[st
         files = builder.config.data_files or {}
         endings = {ending(file) for paths in files.values() for file in paths}
         ours = endings <= ((TABLES | {".tar"}) if is_local else TEXT_TABLES)
-        read_here = bool(files) and ours
+        read_here = bool(files) and ours and not getattr(builder.config, "field", None)
         if read_here:
             files = datasets.DownloadManager().download(files)
         else:
             builder.download_and_prepare()
             prepared = builder.as_dataset()
     except Exception as error:  # of many kinds, from several libraries; all concern this name
-        raise UserError(_local_advice(name, error) if is_local else _hub_advice(shown, error)) from error
+        raise UserError(_local_advice(shown, error) if is_local else _hub_advice(shown, error)) from error
     separator = getattr(builder.config, "sep", None) or ","
     parts = []
     for split in files if read_here else prepared:
         own, label = _our_split(split, files if read_here else prepared), f"{shown}, split {split}"
         if not read_here:
             parts.append(Part(own, label, folders, partial(_read_prepared, prepared[split], label, columns), False))
-        for file in map(Path, files[split] if read_here else ()):
-            read = partial(read_csv, file, columns, delimiter=separator) if ending(file) == ".csv" else partial(
-                read_table, file, columns)
-            parts.append(Part(own, str(file) if is_local else label, folders_of(file.parent) if is_local else folders,
+        for path in map(Path, files[split] if read_here else ()):
+            read = partial(read_csv, path, columns, delimiter=separator) if ending(path) == ".csv" else partial(
+                read_table, path, columns)
+            parts.append(Part(own, str(path) if is_local else label, folders_of(path.parent) if is_local else folders,
                               read, is_local))
     return parts
 
@@ -129,8 +142,8 @@ def _local_advice(folder: str, error: Exception) -> str:
     if "Config name is missing" in text or "BuilderConfig" in text:
         return f"{folder}: its configuration is named as in {folder}:CONFIGURATION ({text})"
     if type(error).__name__ in NOTHING_FOUND:
-        return f"{folder}: the library `datasets` finds no data there either"
-    return f"{folder}: the library `datasets` cannot load it either ({_line(error)})"
+        return f"{folder}: the library `datasets` finds no data there"
+    return f"{folder}: the library `datasets` cannot load it ({_line(error)})"
 
 
 def _hub_advice(name: str, error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
+STATISTICS = re.compile(r"\d+_stats\.json")  # what img2dataset writes beside its parts
 SIDECARS = frozenset((".txt", ".json"))
 OTHER_DATA = frozenset((".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".gz", ".tar"))
 
@@ -138,6 +140,8 @@ def _by_stem(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str,
     others: dict[str, str] = {}
     for name in names:
         stem, ending = os.path.splitext(name)
+        if STATISTICS.fullmatch(name):
+            continue
         if ending.lower() in SIDECARS:
             sidecars[stem][ending.lower()] = name
         elif ending.lower() not in PICTURES | OTHER_DATA:

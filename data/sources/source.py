@@ -11,10 +11,10 @@ from typing import NoReturn
 from data.batch import UserError
 from data.files import NotAFile
 from data.ledger import Account, Ledger, discard
-from data.sources.captions import layout_of
+from data.sources.captions import parts_of
 from data.sources.folders import Folder, folder_parts
 from data.sources.library import hub_parts
-from data.sources.parts import LONE, Part, expand, file_part, file_parts, in_splits
+from data.sources.parts import LONE, Part, expand, file_parts, in_splits
 from data.sources.records import explode
 from data.sources.rows import Columns as Columns
 from data.sources.rows import Rows as Rows
@@ -61,9 +61,7 @@ def _parts(dataset: str, columns: Columns, download: Download, account: Account)
     if path.is_dir():
         return folder_parts(Folder(path, "", columns, account))
     if path.is_file():
-        layout = layout_of(path)
-        parts = layout.parts([path], account) if layout else [file_part(LONE, path, columns)]
-        return [replace(part, split=LONE) for part in parts] if len({part.split for part in parts}) == 1 else parts
+        return parts_of(LONE, path, columns, account)
     if path.exists():
         raise NotAFile(path, "a pipe or a device")
     if colon and Path(folder).expanduser().is_dir():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.batch import UserError
+from data.files import open_regular
 from data.ledger import Account
 from data.shards.index import read_index
 from data.shards.samples import class_names_beside
@@ -35,6 +36,18 @@ READERS: dict[str, Callable[[Path, Columns, Account], pa.Table]] = {
     ".feather": read_arrow}
 TEXT_TABLES = frozenset((".csv", ".tsv", ".jsonl", ".ndjson", ".json"))  # also with .gz after it
 TABLES = frozenset(READERS)
+ADVICE = {  # ending of another kind of file -> how to convert it
+    ".xlsx": "; write a CSV: pandas.read_excel(FILE).to_csv(NEW, index=False)",
+    ".xls": "; write a CSV: pandas.read_excel(FILE).to_csv(NEW, index=False)",
+    ".pkl": "; a pickle runs code when it is read: write Parquet where you trust it, DataFrame.to_parquet(NEW)",
+    ".pickle": "; a pickle runs code when it is read: write Parquet where you trust it, DataFrame.to_parquet(NEW)",
+    ".txt": "; a table is called .csv or .tsv, a file of captions captions.txt",
+    **dict.fromkeys((".zip", ".rar", ".7z", ".tgz"), "; unpack it and pass the folder"),
+    **dict.fromkeys((".bz2", ".xz", ".zst", ".gz"), "; unpack it (a .csv, .tsv or .json may be packed as .gz)"),
+    ".mdb": "; write shards: webdataset.ShardWriter",
+    ".tfrecord": "; write shards: webdataset.ShardWriter", ".db": "; write Parquet: pandas.read_sql(…).to_parquet(NEW)",
+    ".sqlite": "; write Parquet: pandas.read_sql(…).to_parquet(NEW)"}
+POINTER = b"version https://git-lfs.github.com/spec/"
 NO_ROWS = ("dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json")  # of the `datasets` library
 
 
@@ -61,10 +74,14 @@ def read_table(path: Path, columns: Columns, account: Account) -> pa.Table:
                             f"valid/ test/, nor images ({' '.join(sorted(PICTURES))})")
         return from_records(pictures(path, account), columns, str(path), message_if_empty, account,
                             " (images with KEY.txt, KEY.json)")
+    if ending(path) not in READERS and ending(path) != ".tar":
+        advice = ADVICE.get(ending(path), "")
+        raise UserError(f"{path}: not a known kind of dataset; known are {' '.join(READERS)} .tar and folders{advice}")
+    with open_regular(path) as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise UserError(f"{path}: a pointer of Git LFS, not the file; run `git lfs pull` in its folder")
     if ending(path) == ".tar":
         return _shard(path, columns, account)
-    if ending(path) not in READERS:
-        raise UserError(f"{path}: not a known kind of dataset; known are {' '.join(READERS)} .tar and folders")
     return READERS[ending(path)](path, columns, account)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -426,6 +427,29 @@ def karpathy_coco(folder: Path) -> Expected:
 
 
 @case
+def coco_called_after_splits(folder: Path) -> Expected:
+    pictures(folder / "images", ["0.jpg", "1.jpg"])
+    (folder / "train.json").write_text(coco(0))
+    (folder / "val.json").write_text(coco(1))
+    return {"train": split(0, captions=2), "valid": split(1, captions=2)}
+
+
+@case
+def coco_under_another_name(folder: Path) -> Expected:
+    pictures(folder / "images", ["0.jpg", "1.jpg"])
+    (folder / "annotations.json").write_text(coco(0, 1))
+    return {"train": split(0, 1, captions=2)}
+
+
+def zipped_images(folder: Path) -> None:
+    frame(folder / "in").rename(columns={"image": "file_name", "title": "text"}).to_csv(
+        folder / "in/metadata.csv", index=False)
+    shutil.make_archive(str(folder / "train"), "zip", folder / "in")
+    shutil.rmtree(folder / "in")
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: train.zip\n---\n")
+
+
+@case
 def karpathy_flickr8k(folder: Path) -> Expected:
     pictures(folder / "Images", ["0.jpg", "1.jpg", "2.jpg"])
     (folder / "dataset_flickr8k.json").write_text(json.dumps(karpathy(["train", "val", "test"])))
@@ -548,7 +572,8 @@ def read(dataset: str, tmp_path: Path) -> tuple[Expected, list[str]]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder; the library's own copies go beside it."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "library"))
+    for name in ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH"):
+        monkeypatch.setattr(datasets.config, name, str(tmp_path / "library" / name))
     (tmp_path / "set").mkdir()
     return tmp_path / "set"
 
@@ -591,7 +616,12 @@ def test_one_configuration_of_several_is_named(folder: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("write", "message"), [
-    (lambda folder: (folder / "notes.xlsx").write_bytes(b"PK"), r"holds notes\.xlsx; found neither tables"),
+    (lambda folder: (folder / "a.txt2").write_bytes(b"x"), r"holds a\.txt2; found neither tables"),
+    (lambda folder: (folder / "a.xlsx").write_bytes(b"PK"), r"holds a\.xlsx; write a CSV: pandas\.read_excel"),
+    (lambda folder: (folder / "train.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+     "a pointer of Git LFS, not the file; run `git lfs pull`"),
+    (zipped_images, r"its images lie in .*train\.zip; unpack that and pass the folder"),
+    (lambda folder: (folder / "rows.zip").write_bytes(b"PK cut"), "holds rows.zip; unpack it and pass the folder"),
     (lambda folder: (folder / "dataset_coco.json").write_text(json.dumps(karpathy(["train"]))),
      r"its images \(e\.g\. '0\.jpg'\) are in none of .*images, or name their folder with --image-root"),
     (lambda folder: (folder / "captions_val.json").write_text('{"images": [{"id": 1, "file_name": "a.jpg"}], '

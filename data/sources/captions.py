@@ -95,9 +95,16 @@ def parts_of(split: str, file: Path, columns: Columns, account: Account) -> list
     layout = layout_of(file) if file.is_file() else None
     if layout is None:
         return [file_part(split, file, columns)]
-    parts = layout.parts([file], account)
+    parts = parts_of_layout(layout, [file], columns, account)
     has_splits = split == LONE and len({part.split for part in parts}) > 1
     return parts if has_splits else [replace(part, split=split) for part in parts]
+
+
+def parts_of_layout(layout: Layout, files: Sequence[Path], columns: Columns, account: Account) -> list[Part]:
+    """The parts of a layout, which knows its columns: names of others are not used, and that is said."""
+    if columns != Columns():
+        account.note(f"{files[0]}: {layout.name} have columns of their own; those given by name are not used")
+    return layout.parts(files, account)
 
 
 def layout_of(file: Path) -> Layout | None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from data.files import is_output
 from data.ledger import Account
 from data.sources import img2dataset
 from data.sources.arrow_tables import column_names
-from data.sources.captions import layouts_in, parts_of
+from data.sources.captions import layouts_in, parts_of, parts_of_layout
 from data.sources.library import is_saved, local_parts, saved_parts
 from data.sources.parts import (
     FOLDERS,
@@ -30,12 +30,10 @@ from data.sources.parts import (
     file_parts,
     folders_of,
     one_kind,
-    tables_in,
-    visible,
 )
 from data.sources.pictures import PICTURES, class_folders, holds_pictures, holds_titled_pictures, read_class_folders
 from data.sources.rows import Columns
-from data.sources.tables import ADVICE, TABLES, ending, holds_addresses, read_metadata
+from data.sources.tables import ADVICE, TABLES, ending, holds_addresses, read_metadata, without_sidecars
 
 HIVE = re.compile(r"([^=]+)=([^=]*)")  # a folder of a partitioned table
 METADATA = re.compile(r"metadata\.(csv|jsonl|parquet)")  # of the `datasets` library, beside images
@@ -45,13 +43,29 @@ KNOWN_LAYOUTS = (f"tables ({' '.join(sorted(TABLES))}, also .csv.gz …), nor sh
                  "captions_*.json of COCO or dataset_*.json of Karpathy, nor what save_to_disk writes")
 
 
-class Folder(NamedTuple):
+@dataclass(frozen=True)
+class Folder:
     """A folder to find the parts of, and how."""
 
     path: Path
     configuration: str
     columns: Columns
     account: Account
+
+    @cached_property
+    def entries(self) -> list[Path]:
+        """Its files and folders by name, without hidden ones (`.part-0.parquet.crc`)."""
+        return sorted(entry for entry in self.path.iterdir() if not entry.name.startswith("."))
+
+    @cached_property
+    def tables(self) -> list[Path]:
+        """Its files that are tables by their ending; JSON beside images is theirs."""
+        files = [entry for entry in without_sidecars(self.entries) if ending(entry) in TABLES]
+        return [file for file in files if not file.is_dir()]
+
+    def inner(self, path: Path) -> Folder:
+        """A folder in it."""
+        return replace(self, path=path)
 
 
 class Kind(NamedTuple):
@@ -69,7 +83,7 @@ def folder_parts(folder: Folder) -> list[Part]:
         parts = kind.parts(folder)
         if parts is not None:
             return parts
-    names = [entry.name + "/" * entry.is_dir() for entry in visible(folder.path)]
+    names = [entry.name + "/" * entry.is_dir() for entry in folder.entries]
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
     advice = next((ADVICE[ending(name)] for name in names if ending(name) in ADVICE), "")
     message = f"{folder.path} holds {shown}{advice}; found neither {KNOWN_LAYOUTS}"
@@ -98,7 +112,7 @@ def _configured(folder: Folder) -> list[Part] | None:
 
 
 def _named_files(folder: Folder) -> list[Part] | None:
-    return _parts(by_split(visible(folder.path)), folder) or None
+    return _parts(by_split(folder.entries), folder) or None
 
 
 def _parts(splits: Mapping[str, Sequence[Path]], folder: Folder) -> list[Part]:
@@ -113,17 +127,17 @@ def _captions(folder: Folder) -> list[Part] | None:
         return None
     (layout, files), *others = layouts
     used = set(files)
-    unused = [file for _, other in others for file in other] + [
-        file for file in tables_in(folder.path) if file not in used and file.suffix.lower() != ".json"]
+    unused = [file for _, other in others for file in other]
+    unused += [file for file in folder.tables if file not in used and ending(file) != ".json"]
     if unused:
         names = ", ".join(dict.fromkeys(file.name for file in unused[:4]))
         folder.account.note(f"{folder.path}: read as {layout.name} ({files[0].name}), not {names}; pass one of those "
                             "files to read it instead")
-    return layout.parts(files, folder.account)
+    return parts_of_layout(layout, files, folder.columns, folder.account)
 
 
 def _named_folders(folder: Folder) -> list[Part] | None:
-    named = [entry for entry in visible(folder.path) if entry.name.lower() in FOLDERS and entry.is_dir()]
+    named = [entry for entry in folder.entries if entry.name.lower() in FOLDERS and entry.is_dir()]
     folders = [entry for entry in named if not is_output(entry)]
     if not folders:
         return None
@@ -131,13 +145,13 @@ def _named_folders(folder: Folder) -> list[Part] | None:
         if entry not in folders:
             folder.account.pass_over("own-output", str(entry))
     splits = one_kind((SPLITS[entry.name.lower()], entry.name, [entry]) for entry in folders)
-    metadata = [file for file in tables_in(folder.path) if METADATA.fullmatch(file.name)]
+    metadata = [file for file in folder.tables if METADATA.fullmatch(file.name)]
     if metadata:  # one for all splits, whose images are named from here
         return [Part(split, str(metadata[0]), folders_of(folder.path),
                      partial(_read_below, metadata[0], entry.name, folder.columns))
                 for split, (entry,) in splits.items()]
     return [replace(part, split=split) for split, (entry,) in splits.items()
-            for part in _without_splits(folder._replace(path=entry))]
+            for part in _without_splits(folder.inner(entry))]
 
 
 def _read_below(metadata: Path, name: str, columns: Columns, account: Account) -> object:
@@ -150,7 +164,7 @@ def _read_below(metadata: Path, name: str, columns: Columns, account: Account) -
 
 def _hive(folder: Folder) -> list[Part] | None:
     """A partitioned table: folders KEY=VALUE; `split=train` names a split."""
-    if not any(HIVE.fullmatch(entry.name) and entry.is_dir() for entry in visible(folder.path)):
+    if not any(HIVE.fullmatch(entry.name) and entry.is_dir() for entry in folder.entries):
         return None
     splits: dict[str, list[Path]] = {}
     keys: dict[str, None] = {}
@@ -171,20 +185,20 @@ def _hive(folder: Folder) -> list[Part] | None:
 def _data_folder(folder: Folder) -> list[Part] | None:
     """A clone of a hub dataset without configurations: `data/train-00000-of-00001.parquet`."""
     data = folder.path / "data"
-    has_files = data.is_dir() and not is_output(data) and bool(by_split(visible(data)))
-    return _named_files(folder._replace(path=data)) if has_files else None
+    return _named_files(folder.inner(data)) if data.is_dir() and not is_output(data) else None
 
 
 def _inner(folder: Folder) -> list[Part] | None:
     """A folder that holds nothing but another one with the dataset, as archives do when they are unpacked."""
-    inner = [entry for entry in visible(folder.path) if not entry.name.lower().startswith(("readme", "license"))]
-    if len(inner) != 1 or not inner[0].is_dir() or is_output(inner[0]):
+    entries = [entry for entry in folder.entries if not entry.name.lower().startswith(("readme", "license"))]
+    if len(entries) != 1 or not entries[0].is_dir() or is_output(entries[0]):
         return None
-    has_files = any(ending(entry) in TABLES | {".tar"} for entry in visible(inner[0]))
+    inner = folder.inner(entries[0])
+    has_files = any(ending(entry) in TABLES | {".tar"} for entry in inner.entries)
     for kind in KINDS if has_files else KINDS[:-1]:
-        parts = kind.parts(folder._replace(path=inner[0]))
+        parts = kind.parts(inner)
         if parts is not None:
-            folder.account.note(f"{folder.path}: the dataset is in its folder {inner[0].name}")
+            folder.account.note(f"{folder.path}: the dataset is in its folder {inner.path.name}")
             return parts
     return None
 
@@ -195,14 +209,16 @@ def _without_splits(folder: Folder) -> list[Part]:
 
 def _rows(folder: Folder) -> list[Part] | None:
     """The parts of a folder that names no splits: shards, tables, images."""
-    entries = visible(folder.path)
-    shards = [file for file in entries if file.suffix.lower() == ".tar"]
-    tables = tables_in(folder.path)
+    shards = [file for file in folder.entries if file.suffix.lower() == ".tar"]
+    tables = folder.tables
     if shards:
         img2dataset.report_failures(tables, folder.account)
         return file_parts({LONE: shards}, folder.columns)
-    if tables and holds_titled_pictures(folder.path) and all(holds_addresses(each, folder.columns) for each in tables):
-        folder.account.note(f"{folder.path}: the images with sidecars are read, not the addresses in {tables[0].name}")
+    are_json = all(ending(file) == ".json" for file in tables)
+    if tables and holds_titled_pictures(folder.path) and (
+            are_json or all(holds_addresses(each, folder.columns) for each in tables)):
+        what = "" if are_json else "the addresses in "
+        folder.account.note(f"{folder.path}: the images with sidecars are read, not {what}{tables[0].name}")
         img2dataset.report_failures(tables, folder.account)
         return [file_part(LONE, folder.path, folder.columns)]
     if tables:

@@ -18,7 +18,7 @@ from data.batch import UserError
 from data.ledger import Account
 from data.shards.index import expand_braces
 from data.sources.rows import Columns
-from data.sources.tables import TABLES, ending, read_table, without_sidecars
+from data.sources.tables import TABLES, read_table, without_sidecars
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,16 +57,6 @@ def file_part(split: str, file: Path, columns: Columns) -> Part:
 def file_parts(splits: Mapping[str, Sequence[Path]], columns: Columns) -> list[Part]:
     """The parts of files by split."""
     return [file_part(split, file, columns) for split, files in splits.items() for file in files]
-
-
-def visible(folder: Path) -> list[Path]:
-    """The entries of a folder by name, without hidden ones (`.part-0.parquet.crc`)."""
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-
-
-def tables_in(folder: Path) -> list[Path]:
-    """The files of a folder that are tables by their ending; JSON beside images is theirs."""
-    return [entry for entry in without_sidecars(visible(folder)) if ending(entry) in TABLES and not entry.is_dir()]
 
 
 def by_split(entries: Sequence[Path]) -> dict[str, list[Path]]:

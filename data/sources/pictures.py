@@ -80,20 +80,16 @@ def holds_pictures(folder: Path) -> bool:
                for _, names in _walk(folder, Account()) for name in names)
 
 
-def class_folders(folder: Path, most: int = 10_000) -> list[str]:
-    """The folders below `folder` that hold its pictures, if they tell the classes: two at least, and no titles.
-
-    Looks at the first `most` files for titles.
-    """
-    classes, seen = [], 0
+def class_folders(folder: Path) -> list[str]:
+    """The folders below `folder` that hold its pictures, if they tell the classes: two at least, and no titles."""
+    classes = []
     for here, names in _walk(folder, Account()):
         sidecars, _ = _by_stem(names)
         stems = {os.path.splitext(name)[0] for name in names if is_picture(name)}
-        if stems and (Path(here) == folder or (seen < most and stems & sidecars.keys())):
+        if stems and (Path(here) == folder or stems & sidecars.keys()):
             return []
         if stems:
             classes.append(os.path.basename(here))
-        seen += len(names)
     return sorted({*classes}) if len({*classes}) > 1 else []
 
 

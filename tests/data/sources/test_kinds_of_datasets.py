@@ -399,6 +399,15 @@ def class_folders_in_split_folders(folder: Path) -> Expected:
 
 
 @case
+def images_with_texts_and_a_json_file(folder: Path) -> Expected:
+    for row in range(3):
+        pictures(folder / "deep", [f"{each}.jpg" for each in range(3)])
+        (folder / f"deep/{row}.txt").write_text(f"title {row}\n")
+    (folder / "about.json").write_text(json.dumps({"images": 3}))
+    return {"train": split(0, 1, 2)}
+
+
+@case
 def images_with_texts(folder: Path) -> Expected:
     for row in range(3):
         pictures(folder, [f"{each}.jpg" for each in range(3)])

@@ -1,6 +1,7 @@
 """The types that pass between data/, engine/ and eval/, with shapes; errors; how ranks divide rows.
 
-Dimension key: B local batch, V/T image/text feature width, L tokens, S image side in pixels.
+Dimension key: B local batch, H hard negatives of a row, V/T image/text feature width, L tokens, S image side in
+pixels.
 """
 
 from __future__ import annotations
@@ -41,25 +42,40 @@ class Tokens(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Tower inputs of one step: uint8 pixels (normalised on the device) and tokens."""
+    """Tower inputs of one step: uint8 pixels (normalised on the device) and tokens.
+
+    The ids are those of Features.
+    """
 
     pixels_BCSS: Tensor
     title: Tokens
-    negative: Tokens | None
+    negative: Tokens | None  # [H * B, L]: negative 1 of all rows, then negative 2 of all rows, …
     image_id_B: Tensor
     title_id_B: Tensor
-    negative_id_B: Tensor | None
+    negative_id_BH: Tensor | None
+
+    def take(self, rows: slice) -> Batch:
+        """Return the batch of some rows."""
+        kept = map_tensors(self._replace(negative=None), lambda part: part[rows])
+        if self.negative is None or self.negative_id_BH is None:
+            return kept
+        sizes = self.negative_id_BH.T.shape
+        return kept._replace(negative=map_tensors(
+            self.negative, lambda part: part.unflatten(0, sizes)[:, rows].flatten(0, 1)))
 
 
 class Features(NamedTuple):
-    """Pooled tower outputs before projection; equal int64 `*_id_B` mean identical bytes or title, -1 no negative."""
+    """Pooled tower outputs before projection.
+
+    Equal int64 ids mean identical bytes or titles. A row with fewer than H negatives is filled up with the id -1.
+    """
 
     image_BV: Tensor
     title_BT: Tensor
-    negative_BT: Tensor | None
+    negative_BHT: Tensor | None
     image_id_B: Tensor
     title_id_B: Tensor
-    negative_id_B: Tensor | None
+    negative_id_BH: Tensor | None
 
 
 class Batches(Protocol):

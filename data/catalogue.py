@@ -18,7 +18,8 @@ from torch import Tensor
 from data.batch import BadSample, UserError
 from data.identity import TitleIds, clip_words, distinct
 from data.ledger import dropped_rows, place_of
-from data.sources.rows import Rows, image_names
+from data.sources.embedded import shown_name
+from data.sources.rows import Rows
 from data.store.segments import KEY
 from data.titles import is_blank
 
@@ -26,36 +27,18 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-class References:
-    """M distinct images, each bytes or a path, read from the dataset's columns on access: embedded images of a dataset
-    that is mapped from disk take no memory.
-    """
-
-    def __init__(self, images: pa.ChunkedArray, row_M: np.ndarray) -> None:
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        self._images, self._row_M = images, row_M
-        self.path: pa.ChunkedArray = pc.struct_field(images, "path").take(pa.array(row_M))  # null where embedded
-
-    def __len__(self) -> int:
-        return len(self._row_M)
-
-    def __getitem__(self, index: int) -> pa.StructScalar:
-        return self._images[int(self._row_M[index])]
-
-
 @dataclass(frozen=True)
 class Catalogue:
     """The distinct inputs of all splits, and their indices for each row."""
 
     splits: Mapping[str, Rows]
-    references: References
+    references: pa.StringArray  # M distinct images: a path, URL or FILE#OFFSET+SIZE each, "" for none
     titles: pa.StringArray  # P distinct titles, negatives included, each in its first spelling
     title_keys: np.ndarray  # [P, 16] uint8
     image_N: Mapping[str, np.ndarray]  # split -> indices into references
     title_N: Mapping[str, np.ndarray]  # split -> indices into titles
     negative_N: Mapping[str, np.ndarray | None]  # split -> indices into titles, -1 where a row has no negative
+    title_group_P: Tensor | None = None  # number of the first title of each title's class; None: all are on their own
 
     def title(self, split: str, row: int) -> str:
         """Return the title of a row in its own spelling."""
@@ -124,12 +107,12 @@ def build_catalogue(splits: Mapping[str, Rows], title_ids: TitleIds | None = Non
     Titles are compared by `title_ids` of a model or, where none is loaded, as any CLIP model would (`clip_words`).
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     ends = np.cumsum([len(rows) for rows in splits.values()])
-    images = pa.chunked_array([chunk for rows in splits.values() for chunk in rows.image.chunks])
-    encoded = image_names(images).combine_chunks().dictionary_encode()
+    images = pa.chunked_array([chunk for rows in splits.values() for chunk in rows.image.chunks], pa.string())
+    encoded = pc.fill_null(images, "").combine_chunks().dictionary_encode()
     image_all = encoded.indices.to_numpy(zero_copy_only=False)
-    first_M = np.unique(image_all, return_index=True)[1]
 
     columns = [rows.title for rows in splits.values()]
     columns += [rows.title_neg for rows in splits.values() if rows.title_neg is not None]
@@ -138,11 +121,11 @@ def build_catalogue(splits: Mapping[str, Rows], title_ids: TitleIds | None = Non
     start = int(ends[-1])
     for name, rows in splits.items():
         count = len(rows) if rows.title_neg is not None else 0
-        negative_N[name] = title_all[start : start + count] if count else None
+        negative_N[name] = title_all[start : start + count, None] if count else None
         start += count
     image_N = dict(zip(splits, np.split(image_all, ends[:-1]), strict=True))
     title_N = dict(zip(splits, np.split(title_all[: ends[-1]], ends[:-1]), strict=True))
-    return Catalogue(splits, References(images, first_M), titles, title_keys, image_N, title_N, negative_N)
+    return Catalogue(splits, encoded.dictionary, titles, title_keys, image_N, title_N, negative_N)
 
 
 def _distinct_titles(columns: Sequence[pa.ChunkedArray], title_ids: TitleIds) -> tuple[
@@ -204,7 +187,7 @@ def _keep_usable_rows_of(catalogue: Catalogue, name: str, image_M: np.ndarray, p
     ledger = []
     for row in np.flatnonzero(~good_N).tolist():
         problem = BadSample("no-title") if untitled_N[row] else problems[int(image_N[row])]
-        path = catalogue.references[image_N[row]]["path"].as_py()
+        path = shown_name(catalogue.references[image_N[row]].as_py()) or None
         ledger.append({"split": name, "row": row, "image": path, "title": catalogue.title(name, row),
                        "reason": problem.reason, "detail": problem.detail})
     kept = np.flatnonzero(good_N)
@@ -221,8 +204,10 @@ def check_bad_share(rows: int, ledger: Sequence[Mapping[str, Any]], max_bad: flo
     """Raise UserError, with the reasons, when more than a share `max_bad` of all rows is in the ledger."""
     dropped = dropped_rows(ledger)
     if dropped > max_bad * rows:
-        raise UserError(f"{dropped:,} of {rows:,} rows cannot be used ({describe_reasons(ledger)}); mend them or raise "
-                        f"--max-bad (now {100 * max_bad:.3g}%)")
+        missing = any(entry["reason"] == "missing-file" for entry in ledger)
+        folder = ", name their folder with --image-root" if missing else ""
+        raise UserError(f"{dropped:,} of {rows:,} rows cannot be used ({describe_reasons(ledger)}); mend them{folder} "
+                        f"or raise --max-bad (now {100 * max_bad:.3g}%)")
 
 
 def describe_reasons(ledger: Sequence[Mapping[str, Any]]) -> str:

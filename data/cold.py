@@ -6,11 +6,11 @@ Dimension key: V/T image/text feature width, B rows of a batch.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from data.images.augment import Region
 from data.images.decode import ImageSpec, collate_tokens, decode_image, tokenize
 from data.prefetch import batched, threaded_map
 from data.progress import Progress
-from data.shards.index import read_member
+from data.shards.index import is_range, read_member
 from data.store.features import FeatureStore
 from data.store.segments import key_of
 from data.web.fetch import Fetched, FetchPolicy, cached_path, delete_fetched, fetch
@@ -43,7 +43,7 @@ URL_START = "^(?i)https?://"
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads image references: fetched bytes, files, members of shards, embedded bytes; and decodes them."""
+    """Reads image references: fetched bytes, files, and ranges of files (members of shards, embedded pictures)."""
 
     folder: Path  # of fetched bytes
     spec: ImageSpec
@@ -57,31 +57,27 @@ class Reader:
         """Fetch these URLs into the folder; yield the result of each as it arrives."""
         return fetch(urls, self.folder, self.policy, self.retry_failed)
 
-    def forget(self, reference: Mapping[str, Any]) -> None:
+    def forget(self, reference: str) -> None:
         """Delete the fetched bytes of a reference that are no picture, so that a later run fetches them again."""
-        if reference["bytes"] is None and is_url(reference["path"] or ""):
-            delete_fetched(reference["path"], self.folder)
+        if is_url(reference):
+            delete_fetched(reference, self.folder)
 
-    def read(self, reference: Mapping[str, Any]) -> bytes:
+    def read(self, reference: str) -> bytes:
         """Return the bytes of a reference. Raises BadSample when they are missing or cannot be read."""
-        data, path = reference["bytes"], reference["path"]
-        if data is not None:
-            return bytes(data)
         try:
-            if not path:
+            if not reference:
                 raise BadSample("no-image", "the row names no image")
-            if is_url(path):
-                return read_regular(cached_path(path, self.folder))
-            return read_member(path) if ".tar#" in path else read_regular(path)
+            if is_url(reference):
+                return read_regular(cached_path(reference, self.folder))
+            return read_member(reference) if is_range(reference) else read_regular(reference)
         except FileNotFoundError:
-            raise BadSample("missing-file", path) from None
+            raise BadSample("missing-file", reference) from None
         except NotAFile as error:
-            raise BadSample("not-a-file", f"{path}: {error.strerror}") from None
+            raise BadSample("not-a-file", f"{reference}: {error.strerror}") from None
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            raise BadSample("unreadable-file", f"{path}: {error}") from None
+            raise BadSample("unreadable-file", f"{reference}: {error}") from None
 
-    def pixels(self, reference: Mapping[str, Any],
-               region: Callable[[int, int], Region] | None = None) -> np.ndarray:
+    def pixels(self, reference: str, region: Callable[[int, int], Region] | None = None) -> np.ndarray:
         """Return uint8 pixels [3, S, S] of a reference, or of a region of it. Raises BadSample."""
         return decode_image(self.read(reference), self.spec, self.max_pixels, region)
 
@@ -174,8 +170,8 @@ def _available(catalogue: Catalogue, reader: Reader, references: np.ndarray,
     """Yield the references as their bytes become readable: local ones at once, URLs as the fetcher finishes them."""
     import pyarrow.compute as pc
 
-    path = catalogue.references.path  # null where the bytes are embedded
-    is_remote_R = pc.fill_null(pc.match_substring_regex(path, URL_START), False).to_numpy()[references]
+    matches = pc.match_substring_regex(catalogue.references, URL_START)
+    is_remote_R = matches.to_numpy(zero_copy_only=False)[references]
     for index in references[~is_remote_R]:
         yield int(index), None
     remote = references[is_remote_R]
@@ -183,7 +179,7 @@ def _available(catalogue: Catalogue, reader: Reader, references: np.ndarray,
 
     def urls() -> Iterator[str]:
         for index in remote:
-            url = path[index].as_py()
+            url = catalogue.references[index].as_py()
             in_flight[url] = int(index)
             yield url
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from data.cold import Encoders, Reader, encode_missing_images, encode_missing_ti
 from data.identity import distinct
 from data.images.album import small_jpeg
 from data.images.decode import decode_image, tokenize
+from data.sources.embedded import shown_name
 from data.sources.source import Rows
 from data.store.feature_split import StoredTable
 from data.store.features import FeatureStore
@@ -32,13 +33,13 @@ SIDE = 320  # pixels of the longer side of a preview
 
 
 class Item(NamedTuple):
-    """An item as its first row has it. `image` is a path or URL, "" where the row has bytes or no image."""
+    """An item as its first row has it. `image` is a path or URL, "" where the row holds the picture itself or none."""
 
     split: str
     row: int
     image: str
     title: str
-    reference: Mapping[str, Any]  # the image, for `Reader.read`
+    reference: str  # the image, for `Reader.read`
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Gallery:
         for split, rows in self.splits.items():
             if row < len(rows):
                 reference = rows.image[row].as_py()
-                return Item(split, row, reference["path"] or "", rows.title[row].as_py(), reference)
+                return Item(split, row, shown_name(reference), rows.title[row].as_py(), reference)
             row -= len(rows)
         raise IndexError(index)
 
@@ -75,7 +76,7 @@ def open_images(splits: Mapping[str, Rows], reader: Reader, encoders: Encoders, 
     """
     catalogue = build_catalogue(splits, encoders.title_ids(cache))
     store = encoders.image_store(cache)
-    stats = StatCache(cache / "seen", catalogue.references.path.to_pylist(), reader.folder)
+    stats = StatCache(cache / "seen", catalogue.references.to_pylist(), reader.folder)
     keys = stats.keys.copy()
     good = stats.known & (store.locate(stats.keys) >= 0)
     unread = np.flatnonzero(~good)
@@ -148,7 +149,7 @@ def read_image(image: str, reader: Reader) -> bytes:
         (fetched,) = reader.fetch([image])
         if fetched.reason is not None:
             raise BadSample(fetched.reason, fetched.detail)
-    return reader.read({"bytes": None, "path": image})
+    return reader.read(image)
 
 
 def read_queries(given: Sequence[str], file: str, image: str) -> list[str]:
@@ -178,10 +179,10 @@ def select_splits(splits: dict[str, Rows], wanted: str, dataset: str) -> dict[st
 def preview_pictures(splits: Mapping[str, Rows], places: Iterable[tuple[str, int]], image: str,
              reader: Reader) -> dict[tuple[str, int] | str, bytes]:
     """Return small JPEGs of rows (split, number) and of the query `image`, if any; unreadable ones are left out."""
-    wanted: dict[tuple[str, int] | str, Mapping[str, Any]] = {
+    wanted: dict[tuple[str, int] | str, str] = {
         (split, row): splits[split].image[row].as_py() for split, row in places}
     if image:
-        wanted[image] = {"bytes": None, "path": image}
+        wanted[image] = image
     previews = {}
     for name, reference in wanted.items():
         with suppress(BadSample):

@@ -21,7 +21,7 @@ from data.identity import TitleIds
 from data.images.augment import random_region
 from data.images.decode import collate_tokens
 from data.prefetch import EpochBatches, prefetch_to_device, threaded_map
-from data.store.feature_split import FeatureSplit, StoredTable
+from data.store.feature_split import FeatureSplit, StoredTable, loss_ids
 
 
 class FeatureSource(Protocol):
@@ -74,7 +74,7 @@ class StreamedPairs:
             encode_titles(ids, encoders.pad_id, encoders.text, encoders.text_width)))
         image_DV = torch.cat([image for image, _ in parts])
         title_PT = torch.cat([title for _, title in parts])
-        return make_feature_splits(self.splits, image_DV, title_PT, self.pipeline.device)
+        return make_feature_splits(self.splits, image_DV, title_PT, self.pipeline.device, self.catalogue.title_group_P)
 
     def batches(self, split: str, batch_size: int, seed: int) -> StreamedBatches:
         """Return this rank's batches of pixels and tokens."""
@@ -103,15 +103,19 @@ class StreamedBatches:
         step, rows_B = step_and_rows
         epoch = step // -(-len(self.split) // self.order.batch_size)
         image_B, title_B = self.split.image_N[rows_B], self.split.title_N[rows_B]
-        negative_B = None if self.split.negative_N is None else self.split.negative_N[rows_B]
         pixels = [self._pixels(epoch, row, image)
                   for row, image in zip(rows_B.tolist(), image_B.tolist(), strict=True)]
         if pixels:
             pixels_BCSS = torch.from_numpy(np.stack(pixels))
         else:
             pixels_BCSS = torch.empty(0, 3, *self.pairs.pipeline.reader.spec.crop, dtype=torch.uint8)
-        negative = None if negative_B is None else self._tokens(negative_B.clamp(min=0))
-        return Batch(pixels_BCSS, self._tokens(title_B), negative, image_B, title_B, negative_B)
+        title, group_P = self._tokens(title_B), self.pairs.catalogue.title_group_P
+        title_id_B = loss_ids(title_B, group_P)
+        if self.split.negative_N is None:
+            return Batch(pixels_BCSS, title, None, image_B, title_id_B, None)
+        negative_BH = self.split.negative_N[rows_B]
+        negative = self._tokens(negative_BH.clamp(min=0).T.flatten())
+        return Batch(pixels_BCSS, title, negative, image_B, title_id_B, loss_ids(negative_BH, group_P))
 
     def _pixels(self, epoch: int, row: int, image: int) -> np.ndarray:
         reader = self.pairs.pipeline.reader
@@ -139,11 +143,12 @@ class AddedSplit:
 
 
 def make_feature_splits(splits: Mapping[str, Split], image_DV: Tensor | StoredTable, title_PT: Tensor | StoredTable,
-                        device: torch.device) -> dict[str, FeatureSplit]:
+                        device: torch.device, title_group_P: Tensor | None = None) -> dict[str, FeatureSplit]:
     """Return the splits as indices into the two tables, with features on `device`."""
     feature_splits = {}
     for name, split in splits.items():
-        features = FeatureSplit(image_DV, title_PT, split.image_N, split.title_N, split.negative_N).to(device)
+        features = FeatureSplit(image_DV, title_PT, split.image_N, split.title_N, split.negative_N,
+                                title_group_P=title_group_P).to(device)
         image_DV, title_PT = features.image_MV, features.title_PT  # one copy serves all splits
         feature_splits[name] = features
     return feature_splits

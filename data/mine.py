@@ -1,7 +1,7 @@
 """Mine hard negatives for rows that have none, by the text features of their own split.
 
-Dimension key: P distinct titles of all splits, U of a split, N its rows, T text feature width, R a chunk of rows,
-A pairs of an image and a title.
+Dimension key: P distinct titles of all splits, U of a split, N its rows, H hard negatives of a row, T text feature
+width, R a chunk of rows, A pairs of an image and a title.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ CHUNK = 1024  # rows of similarities at a time
 
 
 def mine_negatives(split: Split, title_PT: Tensor, rule: str, known_splits: Sequence[Split] = ()) -> Split:
-    """Return the split with a negative for every row that lacks one, or whose own equals its title.
+    """Return the split with a negative for every row that has none but its own title; other rows keep theirs.
 
     A negative is another row's title that no row of the split, or of `known_splits`, pairs with the row's image. `rule`
     "hard" takes the most similar title by cosine of the text features; "far" is the original's rule: rows in order,
     each takes the least similar title that no earlier row took. A row without any such title gets none.
     """
     used_U, row_title_N = split.title_N.unique(return_inverse=True)
-    given_N = torch.full_like(split.title_N, -1) if split.negative_N is None else split.negative_N
-    given_N = given_N.masked_fill(given_N == split.title_N, -1)
-    if len(used_U) < 2 or bool((given_N >= 0).all()):
+    given_NH = torch.full_like(split.title_N, -1)[:, None] if split.negative_N is None else split.negative_N
+    missing_N = ((given_NH < 0) | (given_NH == split.title_N[:, None])).all(1)
+    if len(used_U) < 2 or not bool(missing_N.any()):
         return split
     unit_UT = F.normalize(title_PT[used_U].float(), dim=-1)
     titles = _TitlesOfImages([split, *known_splits], used_U)
     taken_U = torch.zeros(len(used_U), dtype=torch.bool)
-    chosen_N = given_N.clone()
-    for start in range(0, len(chosen_N), CHUNK):
+    chosen_NH = given_NH.masked_fill(missing_N[:, None], -1)
+    for start in range(0, len(chosen_NH), CHUNK):
         chunk = slice(start, start + CHUNK)
         similarity_RU = unit_UT[row_title_N[chunk]] @ unit_UT.T
         own_RU = titles.mask(split.image_N[chunk])
@@ -43,9 +43,9 @@ def mine_negatives(split: Split, title_PT: Tensor, rule: str, known_splits: Sequ
             picks_R = picks_R.masked_fill(best_R.isinf(), -1)
         else:
             picks_R = _far(similarity_RU.masked_fill_(own_RU, torch.inf), taken_U)
-        missing_R = given_N[chunk] < 0
-        chosen_N[chunk][missing_R] = torch.where(picks_R < 0, -1, used_U[picks_R])[missing_R]
-    return replace(split, negative_N=chosen_N if bool((chosen_N >= 0).any()) else None)
+        picked_R = torch.where(picks_R < 0, -1, used_U[picks_R])
+        chosen_NH[chunk, 0] = torch.where(missing_N[chunk], picked_R, chosen_NH[chunk, 0])
+    return replace(split, negative_N=chosen_NH if bool((chosen_NH >= 0).any()) else None)
 
 
 class _TitlesOfImages:

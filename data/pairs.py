@@ -98,7 +98,8 @@ def open_pairs(rows: Mapping[str, Rows], unread: Sequence[Mapping[str, Any]], pi
         streamed = StreamedPairs.open(catalogue, splits, example_D, pipeline)
         return Pairs(splits, ledger, identity, contents, streamed, streamed, album)
     image_table, seconds = _table(images, image_keys), time.monotonic() - began
-    cached = CachedPairs(make_feature_splits(splits, image_table, title_table, device), pipeline.team)
+    feature_splits = make_feature_splits(splits, image_table, title_table, device, catalogue.title_group_P)
+    cached = CachedPairs(feature_splits, pipeline.team)
     inputs = StreamedPairs.open(catalogue, splits, example_D, pipeline) if reader.augment else cached
     report = _describe_store(cache, images, titles, seconds)
     return Pairs(splits, ledger, identity, contents, cached, inputs, album, report)
@@ -113,7 +114,7 @@ def _decode_images(catalogue: Catalogue, images: FeatureStore | None, pipeline: 
     own = np.arange(*share(len(catalogue.references), team.rank, team.size))
     if images is None:
         return team.exchange(encode_missing_images(catalogue, reader, own.tolist(), None, encode, log))
-    stats = StatCache(pipeline.cache / "seen", catalogue.references.path.to_pylist(), reader.folder)
+    stats = StatCache(pipeline.cache / "seen", catalogue.references.to_pylist(), reader.folder)
     is_known = stats.known[own] & (images.locate(stats.keys[own]) >= 0)
     results = encode_missing_images(catalogue, reader, own[~is_known].tolist(), images, encode, log)
     for reference in own[is_known].tolist():

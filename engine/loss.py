@@ -3,8 +3,8 @@
 To add a loss, write a function like `info_nce` and name it in LOSSES and in the choices of `loss` in config/fields.py;
 autograd differentiates it. Repeats, hard negatives, chunks and ranks are handled around it.
 
-Dimension key: B rows of this rank, R rows of a chunk, G rows of all ranks, C candidates (G titles, then G negatives;
-or G images), E embedding.
+Dimension key: B rows of this rank, R rows of a chunk, G rows of all ranks, C candidates (G titles, then
+negative 1 of all G rows, negative 2 of all rows, …; or G images), E embedding.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The training loop: `fit` picks the step, `loop` runs it, for cached or streamed inputs and any number of ranks.
 
-Dimension key: B rows of this rank, G rows of all ranks, X texts (titles, then negatives), K texts of a row (1 or 2), C
-candidates, E embedding.
+Dimension key: B rows of this rank, G rows of all ranks, H hard negatives of a row, K = 1 + H texts of a row, X = K * B
+texts (titles, negative 1 of all rows, negative 2 of all rows, …), C candidates, E embedding.
 """
 
 from __future__ import annotations
@@ -171,10 +171,10 @@ def global_batch_loss(objective: Objective, world: World, out: Embeddings, input
 
 
 def gather_titles(world: World, text_XE: Tensor, inputs: Batch | Features, sizes: Sequence[int]) -> Candidates:
-    """Return the titles of all ranks, then their negatives, with gradient; rank r holds sizes[r] rows."""
+    """Return the titles of all ranks, then negative 1 of all rows, …, with gradient; rank r holds sizes[r] rows."""
     ids = [inputs.image_id_B, inputs.title_id_B]
-    if inputs.negative_id_B is not None:
-        ids.append(inputs.negative_id_B)
+    if inputs.negative_id_BH is not None:
+        ids += inputs.negative_id_BH.unbind(1)
     if world.size > 1:
         ids = list(world.gather(torch.stack(ids, 1), sizes).unbind(1))
         text_BKE = text_XE.unflatten(0, (len(ids) - 1, len(inputs.title_id_B))).transpose(0, 1)
@@ -182,8 +182,8 @@ def gather_titles(world: World, text_XE: Tensor, inputs: Batch | Features, sizes
     image_id_G, title_id_G, *negative_ids = ids
     if not negative_ids:
         return Candidates(text_XE, title_id_G, image_id_G)
-    no_image_G = torch.full_like(image_id_G, -1)
-    return Candidates(text_XE, torch.cat([title_id_G, *negative_ids]), torch.cat([image_id_G, no_image_G]))
+    no_images = [torch.full_like(image_id_G, -1)] * len(negative_ids)
+    return Candidates(text_XE, torch.cat([title_id_G, *negative_ids]), torch.cat([image_id_G, *no_images]))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Scores of a sweep: cross-validated runs combined, each query (a distinct image or title) held out once a repeat.
 
-Dimension key: N rows of the whole, Q queries.
+Dimension key: N rows of the whole, Q queries (distinct images or titles, or triplets).
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def to_host(result: Retrieval | None) -> Retrieval | None:
 def average_over_runs(runs: Sequence[tuple[Tensor, Retrieval]], rows: int, metric: str) -> tuple[Tensor, Tensor]:
     """Each query's `metric` averaged over the runs that held it out (float64), and its unit: [Q] each, by first row.
 
-    A fold holds all rows of a unit or none, so a query and its unit have the same first row in all runs. Runs without
-    the metric (no hard negative held out) are left out; raises UserError if it is missing in all.
+    A fold holds all rows of a unit or none, so a query and its unit have the same first row in all runs, and a row has
+    the same hard negatives in all: the j-th triplet of a row is one query. Runs without the metric (no hard negative
+    held out) are left out; raises UserError if it is missing in all.
     """
-    sum_N, runs_N = torch.zeros(2, rows, dtype=torch.float64)
-    unit_N = torch.zeros(rows, dtype=torch.int64)
+    values, queries, units = [], [], []
     known: dict[str, None] = {}
     for row_N, result in runs:
         means = {name: columns for name, *columns in result.means()}
@@ -51,13 +51,24 @@ def average_over_runs(runs: Sequence[tuple[Tensor, Retrieval]], rows: int, metri
         if metric not in means:
             continue
         value_Q, row_Q, unit_Q = (column.cpu() for column in means[metric])
-        sum_N[row_N[row_Q]] += value_Q.double()
-        runs_N[row_N[row_Q]] += 1
-        unit_N[row_N[row_Q]] = row_N[unit_Q]
+        values.append(value_Q.double())
+        queries.append(row_N[row_Q] + rows * _occurrence(row_Q))
+        units.append(row_N[unit_Q])
     if metric not in known:
         raise UserError(f"sweep cannot compare runs by {metric}; choose one of {', '.join(known)}")
-    measured_Q = runs_N.nonzero()[:, 0]
-    return sum_N[measured_Q] / runs_N[measured_Q], unit_N[measured_Q]
+    number_Q, query = torch.cat(queries).unique(return_inverse=True)
+    sum_Q, runs_Q = torch.zeros(2, len(number_Q), dtype=torch.float64)
+    sum_Q.index_add_(0, query, torch.cat(values))
+    runs_Q.index_add_(0, query, torch.ones(len(query), dtype=torch.float64))
+    unit_Q = torch.zeros_like(number_Q).index_copy_(0, query, torch.cat(units))
+    return sum_Q / runs_Q, unit_Q
+
+
+def _occurrence(row_Q: Tensor) -> Tensor:
+    """How often each row occurs before: [4, 4, 7, 4] -> [0, 1, 0, 2]."""
+    sorted_Q, order_Q = row_Q.sort(stable=True)
+    place_Q = torch.arange(len(row_Q)) - torch.searchsorted(sorted_Q, sorted_Q)
+    return torch.empty_like(row_Q).index_copy_(0, order_Q, place_Q)
 
 
 def score_configuration(tuned: HeldOut, base: HeldOut, rows: int, metric: str) -> dict[str, Any]:

@@ -189,10 +189,10 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Triplets:
-    """The rows with a hard negative: the row, its unit, and whether its title scores above the negative (bool)."""
+    """Every row with each of its hard negatives: whether the row's title scores above that negative (bool)."""
 
     correct_M: Tensor
-    row_M: Tensor  # the row of the split
+    row_M: Tensor  # the row of the split, ascending; a row with several negatives occurs as often
     unit_M: Tensor  # the first row of its independent unit
 
 

@@ -1,7 +1,7 @@
 """Project the features of a split and measure retrieval between its images and titles.
 
-Dimension key: N rows of the split, B rows of a part, M rows with a hard negative, U distinct images, W distinct
-titles, Q queries, E embedding.
+Dimension key: N rows of the split, B rows of a part, H hard negatives of a row, M pairs of a row and a negative, U
+distinct images, W distinct titles, Q queries, E embedding.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ class SplitEmbeddings:
 
     def collapse(self) -> str:
         """A sentence if all embeddings of a side are equal up to rounding, else ""."""
-        sides = [f"all {len(x_QE):,} {name} embeddings are equal to rounding"
-                 for name, x_QE in (("image", self.image_UE), ("title", self.title_WE)) if equal_rows(x_QE, self.eps)]
+        sides = []
+        for name, x_QE in (("image", self.image_UE), ("title", self.title_WE)):
+            if equal_rows(x_QE, self.eps):
+                sides.append(f"all {len(x_QE):,} {name} embeddings are equal to rounding")
         if not sides:
             return ""
         return f"the model has collapsed: {' and '.join(sides)}, so every answer is a tie and its figures mean nothing"
@@ -52,26 +54,31 @@ def equal_rows(x_QE: Tensor, eps: float, chunk: int = 4096) -> bool:
 @torch.inference_mode()
 def embed_split(project_image: Project, project_text: Project,
                 parts: Iterable[Features]) -> tuple[SplitEmbeddings, Triplets | None]:
-    """Embed the distinct images and titles of a split, and compare titles with their hard negatives.
+    """Embed the distinct images and titles of a split, and compare titles with each of their hard negatives.
 
     `parts` are the features of consecutive rows of the split; only their embeddings are kept.
     """
-    embedded, correct, rows, start, eps = [], [], [], 0, 0.0
+    images, titles, image_ids, title_ids = [], [], [], []
+    correct, rows = [], []
+    start, eps = 0, 0.0
     for part in parts:
         image_BE, title_BE = project_image(part.image_BV), project_text(part.title_BT)
-        embedded.append((image_BE, title_BE, part.image_id_B, part.title_id_B))
+        images.append(image_BE)
+        titles.append(title_BE)
+        image_ids.append(part.image_id_B)
+        title_ids.append(part.title_id_B)
         eps = max(torch.finfo(x.dtype).eps for x in (image_BE, title_BE, part.image_BV, part.title_BT))
-        if part.negative_BT is not None and part.negative_id_B is not None:
-            with_negative = (part.negative_id_B >= 0).nonzero()[:, 0]
-            negative_ME = project_text(part.negative_BT[with_negative])
-            correct_M = triplet_correct(image_BE[with_negative], title_BE[with_negative], negative_ME)
+        if part.negative_BHT is not None and part.negative_id_BH is not None:
+            row_M, place_M = (part.negative_id_BH >= 0).nonzero(as_tuple=True)
+            negative_ME = project_text(part.negative_BHT[row_M, place_M])
+            correct_M = triplet_correct(image_BE[row_M], title_BE[row_M], negative_ME)
             # A negative equal to the row's own title is a tie; products of two shapes may round it to a win.
-            own_title_M = part.negative_id_B[with_negative] == part.title_id_B[with_negative]
+            own_title_M = part.negative_id_BH[row_M, place_M] == part.title_id_B[row_M]
             correct.append(correct_M & ~own_title_M)
-            rows.append(with_negative + start)
+            rows.append(row_M + start)
         start += len(image_BE)
-    image_NE, title_NE, image_id_N, title_id_N = map(torch.cat, zip(*embedded, strict=True))
-    distinct = Distinct.from_ids(image_id_N, title_id_N)
+    image_NE, title_NE = torch.cat(images), torch.cat(titles)
+    distinct = Distinct.from_ids(torch.cat(image_ids), torch.cat(title_ids))
     embeddings = SplitEmbeddings(image_NE[distinct.image_row_U], title_NE[distinct.title_row_W], distinct, eps)
     row_M = torch.cat(rows) if rows else distinct.unit_N[:0]
     if not len(row_M):
@@ -83,7 +90,7 @@ def embed_split(project_image: Project, project_text: Project,
 def measure_split(project_image: Project, project_text: Project, parts: Iterable[Features],
                   shard: tuple[int, int] = (0, 1),
                   all_reduce: Callable[[Tensor], Tensor] = lambda counts: counts) -> Retrieval:
-    """Ranks in both directions, and triplets for rows with a hard negative.
+    """Ranks in both directions, and triplets for rows with hard negatives.
 
     `shard` (rank, world size) and `all_reduce` (sum over ranks) share the score tiles among ranks; every rank returns
     the same. Raises NotFinite for embeddings with NaN or infinity, UserError for no rows.

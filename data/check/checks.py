@@ -22,6 +22,7 @@ from data.check.similar import LOOK, first_similar, picture_signature
 from data.cold import Reader, decode_distinct, is_url
 from data.identity import distinct
 from data.ledger import dropped_rows
+from data.sources.embedded import shown_name
 from data.sources.rows import Rows
 from data.store.segments import KEY
 from data.text import printable
@@ -146,14 +147,15 @@ def _texts(inputs: Catalogue, name: str, flaw_P: np.ndarray, title_P: np.ndarray
     findings += _finding(name, "na-title", "hint", flaw_N == "na-title", show)
     findings += _finding(name, "long-title", "hint", flaw_N == "long-title", show)
     if negative_N is not None:
-        negative_N = title_P[negative_N]
-        findings += _finding(name, "no-negative", "hint", negative_N < 0, show)
-        findings += _finding(name, "negative-is-title", "error", (negative_N == title_N) & (title_N >= 0), show)
+        negative_NH = title_P[negative_N]
+        is_title_NH = (negative_NH == title_N[:, None]) & (title_N[:, None] >= 0)
+        findings += _finding(name, "no-negative", "hint", (negative_NH < 0).all(1), show)
+        findings += _finding(name, "negative-is-title", "error", is_title_NH.any(1), show)
     return findings
 
 
 def _path(inputs: Catalogue, name: str, row: int) -> str:
-    path = inputs.references[inputs.image_N[name][row]]["path"].as_py() or ""
+    path = shown_name(inputs.references[inputs.image_N[name][row]].as_py())
     return printable(path if is_url(path) else "/".join(path.split("/")[-2:]))
 
 

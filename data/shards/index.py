@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MAX_INDEX = 1 << 28
 MAX_SHARDS = 1_000_000  # that one pattern may name
-HANDLES = 64  # tars kept open
+HANDLES = 64  # files kept open
 REFERENCE = re.compile(r"([^\0]+)#([0-9]{1,18})\+([1-9][0-9]{0,17})")
 BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 COLUMNS = ("key", "image_offset", "image_size", "title", "title_neg")
@@ -49,20 +49,20 @@ def read_index(path: Path, ledger: Ledger | None = None) -> pa.Table:
 
 
 def read_member(reference: str) -> bytes:
-    """The bytes at FILE.tar#OFFSET+SIZE, in any thread.
+    """The bytes at FILE#OFFSET+SIZE, of a tar or any other regular file, in any thread.
 
     Raises BadSample (truncated, too-large, bad-reference), OSError.
     """
-    tar, offset, size = parse_reference(reference)
+    path, offset, size = parse_reference(reference)
     if size > MAX_IMAGE:
         raise BadSample("too-large", f"{size} bytes, {MAX_IMAGE} allowed")
-    status = os.stat(tar)
+    status = os.stat(path)
     data = b""
     if offset + size <= status.st_size:
-        handle = _handle(tar, status.st_dev, status.st_ino, status.st_mtime_ns)  # keeps it open while it is read
+        handle = _handle(path, status.st_dev, status.st_ino, status.st_mtime_ns)  # keeps it open while it is read
         data = os.pread(handle.descriptor, size, offset)
     if len(data) < size:
-        raise BadSample("truncated", f"{tar} ends before the {size} bytes at {offset} do")
+        raise BadSample("truncated", f"{path} ends before the {size} bytes at {offset} do")
     return data
 
 
@@ -81,16 +81,21 @@ def _handle(path: str, *_identity: int) -> _Handle:  # another file of that name
     return _Handle(open_descriptor(path))
 
 
-def format_reference(tar: str | Path, offset: int, size: int) -> str:
-    """FILE.tar#OFFSET+SIZE, which `read_member` reads."""
-    return f"{tar}#{offset}+{size}"
+def format_reference(path: str | Path, offset: int, size: int) -> str:
+    """FILE#OFFSET+SIZE, which `read_member` reads."""
+    return f"{path}#{offset}+{size}"
+
+
+def is_range(reference: str) -> bool:
+    """True if a reference names a range of a file rather than a whole one."""
+    return REFERENCE.fullmatch(reference) is not None
 
 
 def parse_reference(reference: str) -> tuple[str, int, int]:
     """The file, offset and size (at least 1) that a reference names. Raises BadSample (bad-reference)."""
     match = REFERENCE.fullmatch(reference)
     if match is None:
-        raise BadSample("bad-reference", f"{reference[:200]!r} is not FILE.tar#OFFSET+SIZE")
+        raise BadSample("bad-reference", f"{reference[:200]!r} is not FILE#OFFSET+SIZE")
     return match[1], int(match[2]), int(match[3])
 
 

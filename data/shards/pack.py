@@ -19,6 +19,7 @@ from data.images.decode import decode_image
 from data.prefetch import threaded_map
 from data.progress import Progress
 from data.shards.writer import ShardWriter
+from data.sources.embedded import shown_name
 from data.sources.source import Rows
 from data.web.fetch import Fetched
 
@@ -46,7 +47,7 @@ def pack(splits: Mapping[str, Rows], reader: Reader, out: Path, side: int,
                 problem = image if isinstance(image, BadSample) else _write(writer, rows, row, image)
                 progress(problem=problem)
                 if problem is not None:
-                    ledger.append({"split": name, "row": row, "image": rows.image[row]["path"].as_py(),
+                    ledger.append({"split": name, "row": row, "image": shown_name(rows.image[row].as_py()) or None,
                                    "title": rows.title[row].as_py(), "reason": problem.reason,
                                    "detail": problem.detail})
         log(f"{name}: {len(rows):,} rows, {len(ledger) - before:,} left out")
@@ -59,11 +60,11 @@ def _key(row: int) -> str:
 
 def _write(writer: ShardWriter, rows: Rows, row: int, image: bytes) -> BadSample | None:
     """Add a row; return the problem that keeps it out, None if it was written."""
-    path = rows.image[row]["path"].as_py()
+    image_name = rows.image[row].as_py()
     negative = None if rows.title_neg is None else rows.title_neg[row].as_py()
     try:
         writer.write(_key(row), image, rows.title[row].as_py(), negative,
-                     {"url": path} if path and is_url(path) else None)
+                     {"url": image_name} if is_url(image_name) else None)
     except BadSample as problem:
         return problem
     return None
@@ -76,15 +77,15 @@ def _available(rows: Rows, pending: np.ndarray, reader: Reader) -> Iterator[tupl
     """
     def urls() -> Iterator[str]:
         for row in pending.tolist():
-            path = rows.image[row]["path"].as_py()
-            if path and is_url(path):
+            path = rows.image[row].as_py()
+            if is_url(path):
                 yield path
 
     with closing(reader.fetch(urls())) as fetched:  # starts at the first `next`
         early: dict[str, list[Fetched]] = {}
         for row in pending.tolist():
-            path = rows.image[row]["path"].as_py()
-            if not path or not is_url(path):
+            path = rows.image[row].as_py()
+            if not is_url(path):
                 yield row, None
                 continue
             while path not in early:  # every row that names a URL gets a result, so it will come

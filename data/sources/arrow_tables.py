@@ -17,16 +17,17 @@ from data.batch import UserError
 from data.files import open_regular
 from data.ledger import Account
 from data.sources import img2dataset
-from data.sources.rows import KNOWN, ROW, Columns, detect_columns, holds_bytes, rename_to_roles, without
+from data.sources.embedded import EmbeddedPictures
+from data.sources.options import ReadOptions
+from data.sources.rows import KNOWN, LABEL, ROW, Columns, detect_columns, holds_bytes, rename_to_roles, without
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-LABEL = "label"  # a column beside those of the roles: the name of the row's class
 ClassNames = Mapping[str, Sequence[str]]  # column -> the names of its classes
 
 
-def read_parquet(path: Path, columns: Columns, account: Account) -> pa.Table:
+def read_parquet(path: Path, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
     """A Parquet file; of its columns, only those in use are read. Raises UserError."""
     import pyarrow as pa
     from pyarrow import parquet
@@ -35,10 +36,15 @@ def read_parquet(path: Path, columns: Columns, account: Account) -> pa.Table:
     try:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            columns = _with_labels(schema, class_names(schema), columns, str(path), account)
+            columns = _with_labels(schema, class_names(schema), options.columns, str(path), account)
             picked = _detect(schema, columns, str(path))
-            failures = img2dataset.status_columns(schema.names) if _holds(schema, picked["image"]) else []
-            whole = file.read(columns=[*{*picked.values(), *failures}])
+            image, is_embedded = picked["image"], _holds(schema, picked["image"])
+            failures = img2dataset.status_columns(schema.names) if is_embedded else []
+            is_copied = holds_bytes(schema.field(image).type)
+            used = {*picked.values(), *failures} - ({image} if is_copied else set())
+            whole = file.read(columns=[*used])
+        if is_copied:
+            whole = whole.append_column(image, embedded.of_parquet(path, image))
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         text = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: not a Parquet file that can be read ({text})") from error
@@ -50,23 +56,17 @@ def read_parquet(path: Path, columns: Columns, account: Account) -> pa.Table:
     return without(table, bad, np.arange(len(table)), str(path), account)
 
 
-def read_arrow(path: Path, columns: Columns, account: Account) -> pa.Table:
+def read_arrow(path: Path, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
     """An Arrow IPC file or stream (.arrow, .feather), mapped from the disk. Raises UserError."""
     import pyarrow as pa
 
-    open_regular(path).close()
     try:
-        source = pa.memory_map(str(path))
-        try:
-            table = pa.ipc.open_file(source).read_all()
-        except pa.ArrowInvalid:
-            source.seek(0)
-            table = pa.ipc.open_stream(source).read_all()
-    except (pa.ArrowException, OSError, ValueError) as error:
+        table = embedded.open(path)
+    except (pa.ArrowException, ValueError) as error:
         text = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: not an Arrow file that can be read ({text}); "
                         "write it with pyarrow.feather.write_feather, version 2") from error
-    return roles_of(table, columns, str(path), account)
+    return roles_of(table, options.columns, str(path), account)
 
 
 def roles_of(table: pa.Table, columns: Columns, label: str, account: Account,

@@ -20,8 +20,10 @@ from data.files import open_unpacked
 from data.ledger import Account
 from data.sources.csv_tables import read_csv
 from data.sources.json_tables import load_json
-from data.sources.parts import LONE, SPLITS, Part, by_word, file_part, folders_of, one_kind
+from data.sources.options import ReadOptions
+from data.sources.parts import Part, Reading, by_word, file_part, folders_of, one_kind
 from data.sources.rows import ROW, Columns
+from data.sources.split_names import LONE, our_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -90,19 +92,19 @@ class ImageFinder:
                             f"{file.parent / 'images'}, or name their folder with --image-root")
 
 
-def parts_of(split: str, file: Path, columns: Columns, account: Account) -> list[Part]:
+def parts_of(split: str, file: Path, reading: Reading, account: Account) -> list[Part]:
     """The parts of one file, whose own splits count only where `split` is LONE and there are several."""
     layout = layout_of(file) if file.is_file() else None
     if layout is None:
-        return [file_part(split, file, columns)]
-    parts = parts_of_layout(layout, [file], columns, account)
+        return [file_part(split, file, reading)]
+    parts = parts_of_layout(layout, [file], reading, account)
     has_splits = split == LONE and len({part.split for part in parts}) > 1
     return parts if has_splits else [replace(part, split=split) for part in parts]
 
 
-def parts_of_layout(layout: Layout, files: Sequence[Path], columns: Columns, account: Account) -> list[Part]:
+def parts_of_layout(layout: Layout, files: Sequence[Path], reading: Reading, account: Account) -> list[Part]:
     """The parts of a layout, which knows its columns: names of others are not used, and that is said."""
-    if columns != Columns():
+    if reading.options.columns != Columns():
         account.note(f"{files[0]}: {layout.name} have columns of their own; those given by name are not used")
     return layout.parts(files, account)
 
@@ -139,8 +141,7 @@ def _karpathy(files: Sequence[Path], account: Account) -> list[Part]:
     def images() -> Iterator[Captioned]:
         for row, entry in enumerate(value["images"]):
             try:
-                split = str(entry.get("split", LONE))
-                split = {"restval": "train"}.get(split, SPLITS.get(split.lower(), split))
+                split = our_name(str(entry.get("split", LONE)))
                 titles = [_text(sentence["raw"]) for sentence in entry["sentences"]]
                 yield Captioned(row, split, _text(entry.get("filepath", "")), _text(entry["filename"]), titles)
             except (KeyError, TypeError, AttributeError) as error:
@@ -192,7 +193,7 @@ def _kaggle(files: Sequence[Path], account: Account) -> list[Part]:
     def read(account: Account) -> pa.Table:
         import pyarrow as pa
 
-        table = read_csv(file, columns, account, ",")
+        table = read_csv(file, ReadOptions(columns), account, ",")
         finder = ImageFinder(file)
         images = [finder(name or "") for chunk in table["image"].chunks for name in chunk.to_pylist()]
         finder.check(file)
@@ -237,7 +238,7 @@ def _flickr8k_splits(file: Path) -> dict[str, str]:
         beside = file.with_name(f"Flickr_8k.{split}Images.txt")
         if beside.is_file():
             with open_unpacked(beside) as opened:
-                splits.update(dict.fromkeys(opened.read().decode("utf-8", "replace").split(), SPLITS[split]))
+                splits.update(dict.fromkeys(opened.read().decode("utf-8", "replace").split(), our_name(split)))
     return splits
 
 

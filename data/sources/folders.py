@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from data.batch import UserError
 from data.files import is_output
@@ -21,9 +21,8 @@ from data.sources.captions import layouts_in, parts_of, parts_of_layout
 from data.sources.library import is_saved, local_parts, saved_parts
 from data.sources.parts import (
     FOLDERS,
-    LONE,
-    SPLITS,
     Part,
+    Reading,
     by_split,
     by_word,
     file_part,
@@ -32,8 +31,11 @@ from data.sources.parts import (
     one_kind,
 )
 from data.sources.pictures import PICTURES, class_folders, holds_pictures, holds_titled_pictures, read_class_folders
-from data.sources.rows import Columns
+from data.sources.split_names import LONE, NAMES, our_name
 from data.sources.tables import ADVICE, TABLES, ending, holds_addresses, read_metadata, without_sidecars
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 HIVE = re.compile(r"([^=]+)=([^=]*)")  # a folder of a partitioned table
 METADATA = re.compile(r"metadata\.(csv|jsonl|parquet)")  # of the `datasets` library, beside images
@@ -49,7 +51,7 @@ class Folder:
 
     path: Path
     configuration: str
-    columns: Columns
+    reading: Reading
     account: Account
 
     @cached_property
@@ -78,7 +80,7 @@ class Kind(NamedTuple):
 def folder_parts(folder: Folder) -> list[Part]:
     """The parts of the first kind that the folder is. Raises UserError naming what is there if it is none."""
     if folder.configuration:
-        return local_parts(folder.path, folder.configuration, folder.columns)
+        return local_parts(folder.path, folder.configuration, folder.reading)
     for kind in KINDS:
         parts = kind.parts(folder)
         if parts is not None:
@@ -90,7 +92,7 @@ def folder_parts(folder: Folder) -> list[Part]:
     if advice:
         raise UserError(message)
     try:
-        parts = local_parts(folder.path, "", folder.columns)
+        parts = local_parts(folder.path, "", folder.reading)
     except UserError as error:
         raise UserError(f"{message}; {str(error).removeprefix(f'{folder.path}: ')}") from error
     folder.account.note(f"{folder.path}: read as the library `datasets` finds its files and splits")
@@ -98,7 +100,7 @@ def folder_parts(folder: Folder) -> list[Part]:
 
 
 def _saved(folder: Folder) -> list[Part] | None:
-    return saved_parts(folder.path, folder.columns) if is_saved(folder.path) else None
+    return saved_parts(folder.path, folder.reading) if is_saved(folder.path) else None
 
 
 def _configured(folder: Folder) -> list[Part] | None:
@@ -108,7 +110,7 @@ def _configured(folder: Folder) -> list[Part] | None:
     if head is None or not re.search(r"^configs:", head[1], re.MULTILINE) or "data_files" not in head[1]:
         return None
     folder.account.note(f"{folder.path}: the splits are those of README.md")
-    return local_parts(folder.path, "", folder.columns)
+    return local_parts(folder.path, "", folder.reading)
 
 
 def _named_files(folder: Folder) -> list[Part] | None:
@@ -117,7 +119,7 @@ def _named_files(folder: Folder) -> list[Part] | None:
 
 def _parts(splits: Mapping[str, Sequence[Path]], folder: Folder) -> list[Part]:
     return [part for split, files in splits.items() for file in files
-            for part in parts_of(split, file, folder.columns, folder.account)]
+            for part in parts_of(split, file, folder.reading, folder.account)]
 
 
 def _captions(folder: Folder) -> list[Part] | None:
@@ -133,7 +135,7 @@ def _captions(folder: Folder) -> list[Part] | None:
         names = ", ".join(dict.fromkeys(file.name for file in unused[:4]))
         folder.account.note(f"{folder.path}: read as {layout.name} ({files[0].name}), not {names}; pass one of those "
                             "files to read it instead")
-    return parts_of_layout(layout, files, folder.columns, folder.account)
+    return parts_of_layout(layout, files, folder.reading, folder.account)
 
 
 def _named_folders(folder: Folder) -> list[Part] | None:
@@ -144,21 +146,21 @@ def _named_folders(folder: Folder) -> list[Part] | None:
     for entry in named:
         if entry not in folders:
             folder.account.pass_over("own-output", str(entry))
-    splits = one_kind((SPLITS[entry.name.lower()], entry.name, [entry]) for entry in folders)
+    splits = one_kind((NAMES[entry.name.lower()], entry.name, [entry]) for entry in folders)
     metadata = [file for file in folder.tables if METADATA.fullmatch(file.name)]
     if metadata:  # one for all splits, whose images are named from here
         return [Part(split, str(metadata[0]), folders_of(folder.path),
-                     partial(_read_below, metadata[0], entry.name, folder.columns))
+                     partial(_read_below, metadata[0], entry.name, folder.reading))
                 for split, (entry,) in splits.items()]
     return [replace(part, split=split) for split, (entry,) in splits.items()
             for part in _without_splits(folder.inner(entry))]
 
 
-def _read_below(metadata: Path, name: str, columns: Columns, account: Account) -> object:
+def _read_below(metadata: Path, name: str, reading: Reading, account: Account) -> pa.Table:
     """The rows of a metadata file whose images are below the folder `name`."""
     import pyarrow.compute as pc
 
-    table = read_metadata(metadata, columns, account)
+    table = read_metadata(metadata, reading.options, account, reading.embedded)
     return table.filter(pc.starts_with(table["image"], f"{name}/"))
 
 
@@ -174,12 +176,12 @@ def _hive(folder: Folder) -> list[Part] | None:
             continue
         pairs = [match.groups() for name in names if (match := HIVE.fullmatch(name))]
         keys.update(dict.fromkeys(key for key, _ in pairs))
-        split = next((SPLITS.get(value.lower(), value) for key, value in pairs if key.lower() == "split"), LONE)
+        split = next((our_name(value) for key, value in pairs if key.lower() == "split"), LONE)
         splits.setdefault(split, []).append(file)
     if not splits:
         return None
     folder.account.note(f"{folder.path}: a table partitioned by {', '.join(keys)}")
-    return file_parts(splits, folder.columns)
+    return file_parts(splits, folder.reading)
 
 
 def _data_folder(folder: Folder) -> list[Part] | None:
@@ -204,7 +206,7 @@ def _inner(folder: Folder) -> list[Part] | None:
 
 
 def _without_splits(folder: Folder) -> list[Part]:
-    return _rows(folder) or [file_part(LONE, folder.path, folder.columns)]
+    return _rows(folder) or [file_part(LONE, folder.path, folder.reading)]
 
 
 def _rows(folder: Folder) -> list[Part] | None:
@@ -213,14 +215,14 @@ def _rows(folder: Folder) -> list[Part] | None:
     tables = folder.tables
     if shards:
         img2dataset.report_failures(tables, folder.account)
-        return file_parts({LONE: shards}, folder.columns)
+        return file_parts({LONE: shards}, folder.reading)
     are_json = all(ending(file) == ".json" for file in tables)
     if tables and holds_titled_pictures(folder.path) and (
-            are_json or all(holds_addresses(each, folder.columns) for each in tables)):
+            are_json or all(holds_addresses(each, folder.reading.options) for each in tables)):
         what = "" if are_json else "the addresses in "
         folder.account.note(f"{folder.path}: the images with sidecars are read, not {what}{tables[0].name}")
         img2dataset.report_failures(tables, folder.account)
-        return [file_part(LONE, folder.path, folder.columns)]
+        return [file_part(LONE, folder.path, folder.reading)]
     if tables:
         return _tables(folder, tables)
     if classes := class_folders(folder.path):
@@ -229,7 +231,7 @@ def _rows(folder: Folder) -> list[Part] | None:
                             "titles")
         return [Part(LONE, str(folder.path), folders_of(folder.path), partial(read_class_folders, folder.path))]
     if holds_pictures(folder.path):
-        return [file_part(LONE, folder.path, folder.columns)]
+        return [file_part(LONE, folder.path, folder.reading)]
     return None
 
 
@@ -240,8 +242,8 @@ def _tables(folder: Folder, tables: Sequence[Path]) -> list[Part]:
         others = [file.name for file in tables if file not in metadata]
         if others:
             folder.account.note(f"{folder.path}: {metadata[0].name} is read, not {', '.join(others[:4])}")
-        return [Part(LONE, str(metadata[0]), folders_of(folder.path), partial(read_metadata, metadata[0],
-                                                                               folder.columns))]
+        return [Part(LONE, str(metadata[0]), folders_of(folder.path), partial(
+            read_metadata, metadata[0], folder.reading.options, embedded=folder.reading.embedded))]
     if len(tables) == 1 or all(img2dataset.PART.fullmatch(file.name) for file in tables):
         return _parts({LONE: tables}, folder)
     splits = by_word(tables)
@@ -251,7 +253,7 @@ def _tables(folder: Folder, tables: Sequence[Path]) -> list[Part]:
         return _parts(splits, folder)
     if _are_one_table(tables):
         folder.account.note(f"{folder.path}: {len(tables)} numbered files ({tables[0].name}, …) are one table")
-        return file_parts({LONE: tables}, folder.columns)
+        return file_parts({LONE: tables}, folder.reading)
     raise UserError(f"{folder.path}: which of {', '.join(file.name for file in tables[:5])}? Pass one of them or a "
                     "pattern, or call them train, valid and test")
 

@@ -1,6 +1,6 @@
 """Cross-validation over pairs in which no title and no image of a held-out row occurs in training, in any role.
 
-Dimension key: N rows, K folds, V/T image/text feature width.
+Dimension key: N rows, H hard negatives of a row, K folds, V/T image/text feature width.
 """
 
 from __future__ import annotations
@@ -30,21 +30,23 @@ class Fold(NamedTuple):
 def concatenate(splits: Sequence[FeatureSplit]) -> FeatureSplit:
     """One split of the rows of several that share their tables, in order."""
     first = splits[0]
-    negatives = []
+    width = max(0 if split.negative_row_NH is None else split.negative_row_NH.shape[1] for split in splits)
+    negative_NH = first.image_row_N.new_full((sum(map(len, splits)), width), -1)
+    start = 0
     for split in splits:
-        missing_N = split.image_row_N.new_full((len(split),), -1)
-        negatives.append(missing_N if split.negative_row_N is None else split.negative_row_N)
-    negative_N = torch.cat(negatives)
+        if split.negative_row_NH is not None:
+            negative_NH[start : start + len(split), : split.negative_row_NH.shape[1]] = split.negative_row_NH
+        start += len(split)
     return replace(first, image_row_N=torch.cat([split.image_row_N for split in splits]),
                    title_row_N=torch.cat([split.title_row_N for split in splits]),
-                   negative_row_N=negative_N if bool((negative_N >= 0).any()) else None)
+                   negative_row_NH=negative_NH if bool((negative_NH >= 0).any()) else None)
 
 
 def take_rows(pairs: FeatureSplit, row_N: Tensor) -> FeatureSplit:
     """Some rows of a split, in this order."""
     row_N = row_N.to(pairs.image_row_N.device)
     return replace(pairs, image_row_N=pairs.image_row_N[row_N], title_row_N=pairs.title_row_N[row_N],
-                   negative_row_N=None if pairs.negative_row_N is None else pairs.negative_row_N[row_N])
+                   negative_row_NH=None if pairs.negative_row_NH is None else pairs.negative_row_NH[row_N])
 
 
 def fold_of(title_N: np.ndarray, image_N: np.ndarray, folds: int, seed: int) -> np.ndarray:
@@ -71,15 +73,15 @@ def fold_of(title_N: np.ndarray, image_N: np.ndarray, folds: int, seed: int) -> 
 
 
 def folds(pairs: FeatureSplit, count: int, seed: int) -> list[Fold]:
-    """`count` ways to hold a part out; a training row whose negative is a held-out title has no negative there."""
+    """`count` ways to hold a part out; a training row has no negative there that is a held-out title."""
     fold_N = torch.from_numpy(fold_of(pairs.title_row_N.cpu().numpy(), pairs.image_row_N.cpu().numpy(), count, seed))
     parts = []
     for fold in range(count):
         held_row_N = (fold_N == fold).nonzero()[:, 0]
         held = take_rows(pairs, held_row_N)
         train = take_rows(pairs, (fold_N != fold).nonzero()[:, 0])
-        if train.negative_row_N is not None:
-            leaks_N = torch.isin(train.negative_row_N, held.title_row_N)
-            train = replace(train, negative_row_N=train.negative_row_N.masked_fill(leaks_N, -1))
+        if train.negative_row_NH is not None:
+            leaks_NH = torch.isin(train.negative_row_NH, held.title_row_N)
+            train = replace(train, negative_row_NH=train.negative_row_NH.masked_fill(leaks_NH, -1))
         parts.append(Fold(train, held, held_row_N))
     return parts

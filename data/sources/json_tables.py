@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from data.batch import BadSample, UserError
 from data.files import open_unpacked
 from data.ledger import Account
+from data.sources.options import ReadOptions
 from data.sources.pictures import is_picture
 from data.sources.records import AS_WRITTEN, Record, from_records, parse_json_object
-from data.sources.rows import Columns
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,7 +23,7 @@ SHAPES = ('an array [{"image": …, "title": …}, …], an object with such an 
           '"title": […]}, or {"a.jpg": "title", …}')
 
 
-def read_json_lines(path: Path, columns: Columns, account: Account) -> pa.Table:
+def read_json_lines(path: Path, options: ReadOptions, account: Account) -> pa.Table:
     """One object a line. Raises UserError."""
     def records() -> Iterator[Record]:
         row = 0
@@ -38,13 +38,13 @@ def read_json_lines(path: Path, columns: Columns, account: Account) -> pa.Table:
                     account.drop(str(path), row, problem)
                 row += 1
 
-    return from_records(records(), columns, str(path), f"{path} holds no rows", account)
+    return from_records(records(), options.columns, str(path), f"{path} holds no rows", account)
 
 
-def read_json(path: Path, columns: Columns, account: Account) -> pa.Table:
+def read_json(path: Path, options: ReadOptions, account: Account) -> pa.Table:
     """A file called .json: one of SHAPES, or JSON lines, as `Dataset.to_json` writes them. Raises UserError."""
     if _is_lines(path):
-        return read_json_lines(path, columns, account)
+        return read_json_lines(path, options, account)
     value = load_json(path)
 
     def records() -> Iterator[Record]:
@@ -54,7 +54,7 @@ def read_json(path: Path, columns: Columns, account: Account) -> pa.Table:
             else:
                 account.drop(str(path), row, BadSample("bad-json", f"item {row} is a {type(item).__name__}, no object"))
 
-    return from_records(records(), columns, str(path), f"{path} holds no rows", account)
+    return from_records(records(), options.columns, str(path), f"{path} holds no rows", account)
 
 
 def load_json(path: Path) -> Any:

@@ -17,11 +17,13 @@ from data.batch import UserError
 from data.ledger import Account
 from data.sources.arrow_tables import ClassNames, roles_of
 from data.sources.csv_tables import read_csv
-from data.sources.parts import LONE, SPLITS, Part, folders_of
-from data.sources.rows import Columns
+from data.sources.embedded import EmbeddedPictures
+from data.sources.parts import Part, Reading, folders_of
+from data.sources.split_names import LONE
 from data.sources.tables import TABLES, TEXT_TABLES, ending, read_table
 
 if TYPE_CHECKING:
+    import datasets
     import pyarrow as pa
 
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes beside the rows
@@ -33,7 +35,7 @@ def is_saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in SAVED)
 
 
-def saved_parts(folder: Path, columns: Columns) -> list[Part]:
+def saved_parts(folder: Path, reading: Reading) -> list[Part]:
     """The parts of a saved dataset. Raises UserError."""
     import datasets
 
@@ -43,18 +45,27 @@ def saved_parts(folder: Path, columns: Columns) -> list[Part]:
         raise UserError(f"{folder}: was written by save_to_disk and cannot be loaded ({_line(error)}); save it again, "
                         "or write it with to_parquet") from error
     splits = {LONE: saved} if isinstance(saved, datasets.Dataset) else saved
-    return [Part(_our_split(name, splits), str(folder if name == LONE else folder / str(name)), folders_of(folder),
-                 partial(_read_prepared, split, str(folder), columns)) for name, split in splits.items()]
+    return [Part(str(name), str(folder if name == LONE else folder / str(name)), folders_of(folder),
+                 partial(_read_prepared, split, str(folder), reading)) for name, split in splits.items()]
 
 
-def _read_prepared(split: Any, label: str, columns: Columns, account: Account) -> pa.Table:
+def _read_prepared(split: datasets.Dataset, label: str, reading: Reading, account: Account) -> pa.Table:
     """A split of the library, as roles; taken from its Arrow table, so that images are not decoded."""
-    table = split.data.table
-    if split._indices is not None:  # a selection that was never written out
-        table = table.take(split._indices.column(0))
-    table = roles_of(table, columns, label, account, _classes(split.features))
+    table = mapped_table(split, reading.embedded)
+    table = roles_of(table, reading.options.columns, label, account, _classes(split.features))
     _refuse_archives(table["image"], label)
     return table
+
+
+def mapped_table(dataset: datasets.Dataset, embedded: EmbeddedPictures) -> pa.Table:
+    """The rows of a `datasets.Dataset` as Arrow, its cache files mapped where it is made of them; images undecoded."""
+    import pyarrow as pa
+
+    if dataset._indices is None and dataset.cache_files:  # neither shuffled nor filtered, and not made in memory
+        table = pa.concat_tables([embedded.open(Path(file["filename"])) for file in dataset.cache_files])
+        if len(table) == len(dataset):
+            return table
+    return dataset.with_format("arrow")[:]
 
 
 def _refuse_archives(images: pa.ChunkedArray, label: str) -> None:
@@ -67,25 +78,25 @@ def _refuse_archives(images: pa.ChunkedArray, label: str) -> None:
         raise UserError(f"{label}: its images lie in {path.rpartition('::')[2]}; unpack that and pass the folder")
 
 
-def local_parts(folder: Path, configuration: str, columns: Columns) -> list[Part]:
+def local_parts(folder: Path, configuration: str, reading: Reading) -> list[Part]:
     """The parts of a folder as `datasets.load_dataset(folder)` finds them. Raises UserError."""
     script = folder / f"{folder.name}.py"
     if script.is_file():
         raise UserError(f"{script}: a loading script; scripts are never run here. Convert the dataset once where you "
                         "trust it (to_parquet, save_to_disk) and pass that folder")
-    return _parts(str(folder), configuration, columns, folders_of(folder))
+    return _parts(str(folder), configuration, reading, folders_of(folder))
 
 
-def hub_parts(name: str, columns: Columns) -> list[Part]:
+def hub_parts(name: str, reading: Reading) -> list[Part]:
     """The parts of a hub dataset OWNER/NAME or OWNER/NAME:CONFIGURATION. Raises UserError."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     repository, _, configuration = name.partition(":")
     cached = os.path.join(HF_HUB_CACHE, "datasets--" + repository.replace("/", "--"))
-    return _parts(repository, configuration, columns, [cached])
+    return _parts(repository, configuration, reading, [cached])
 
 
-def _parts(name: str, configuration: str, columns: Columns, folders: Sequence[str]) -> list[Part]:
+def _parts(name: str, configuration: str, reading: Reading, folders: Sequence[str]) -> list[Part]:
     """The parts of what the library calls `name`: a folder or a hub dataset."""
     import datasets
 
@@ -108,22 +119,17 @@ def _parts(name: str, configuration: str, columns: Columns, folders: Sequence[st
         raise UserError(_local_advice(shown, error) if is_local else _hub_advice(shown, error)) from error
     separator = getattr(builder.config, "sep", None) or ","
     parts = []
-    for split in files if read_here else prepared:
-        own, label = _our_split(split, files if read_here else prepared), f"{shown}, split {split}"
+    for split in map(str, files if read_here else prepared):
+        label = f"{shown}, split {split}"
         if not read_here:
-            parts.append(Part(own, label, folders, partial(_read_prepared, prepared[split], label, columns), False))
+            read = partial(_read_prepared, prepared[split], label, reading)
+            parts.append(Part(split, label, folders, read, relative=False, anywhere=is_local))
         for path in map(Path, files[split] if read_here else ()):
-            read = partial(read_csv, path, columns, delimiter=separator) if ending(path) == ".csv" else partial(
-                read_table, path, columns)
-            parts.append(Part(own, str(path) if is_local else label, folders_of(path.parent) if is_local else folders,
-                              read, is_local))
+            read = partial(read_csv, path, reading.options, delimiter=separator) if ending(path) == ".csv" else partial(
+                read_table, path, reading.options, embedded=reading.embedded)
+            parts.append(Part(split, str(path) if is_local else label, folders_of(path.parent) if is_local else folders,
+                              read, relative=is_local, anywhere=is_local))
     return parts
-
-
-def _our_split(name: object, splits: Mapping[Any, Any]) -> str:
-    """Our name of a split; its own where another split has that name."""
-    own = SPLITS.get(str(name).lower(), str(name))
-    return str(name) if own != name and own in map(str, splits) else own
 
 
 def _classes(features: Mapping[str, Any]) -> ClassNames:

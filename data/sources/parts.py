@@ -11,25 +11,34 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from data.batch import UserError
 from data.ledger import Account
 from data.shards.index import expand_braces
-from data.sources.rows import Columns
+from data.sources.embedded import EmbeddedPictures
+from data.sources.options import ReadOptions
+from data.sources.paths import Places
+from data.sources.split_names import LONE, NAMES
 from data.sources.tables import TABLES, read_table, without_sidecars
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-LONE = "all"  # the split of parts whose dataset names none
-SPLITS = {"train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid",
-          "dev": "valid", "test": "test", "testing": "test"}
-FOLDERS = SPLITS.keys() - {"training", "testing"}
+FOLDERS = NAMES.keys() - {"training", "testing", "restval"}  # names of files and folders
 _ENDINGS = "|".join(re.escape(each[1:]) for each in sorted(TABLES | {".tar"}))
 SPLIT_FILE = re.compile(rf"({'|'.join(sorted(FOLDERS))})(-.*)?\.({_ENDINGS})(\.gz)?")
-WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")  # a split anywhere in a name, as `datasets` finds it
+WORD = re.compile(rf"(?<![a-z])({'|'.join(NAMES)})(?![a-z])")  # a split anywhere in a name, as `datasets` finds it
+
+
+class Reading(NamedTuple):
+    """How a dataset is read."""
+
+    options: ReadOptions
+    embedded: EmbeddedPictures
+    is_own: bool = True  # its tables are the user's own, whose images may lie anywhere on this machine
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,11 @@ class Part:
     folders: Sequence[str]  # images lie below these; relative paths start at the first
     read: Callable[[Account], pa.Table]  # columns under the names of their roles
     relative: bool = True  # False: image paths without a folder name nothing
+    anywhere: bool = True  # absolute paths and .. may leave the folders
+
+    def places(self, options: ReadOptions) -> Places:
+        """Return where its images lie. Raises UserError."""
+        return Places(self.folders, self.relative, self.anywhere, options.image_template).under(options.image_root)
 
 
 def folders_of(*folders: Path) -> tuple[str, ...]:
@@ -48,15 +62,16 @@ def folders_of(*folders: Path) -> tuple[str, ...]:
     return tuple(spell(folder) for folder in folders for spell in (os.path.abspath, os.path.realpath))
 
 
-def file_part(split: str, file: Path, columns: Columns) -> Part:
+def file_part(split: str, file: Path, reading: Reading) -> Part:
     """The part that a file of a known ending holds, or a folder of images."""
     folder = file if file.is_dir() else file.parent
-    return Part(split, str(file), folders_of(folder), lambda account: read_table(file, columns, account))
+    read = partial(read_table, file, reading.options, embedded=reading.embedded)
+    return Part(split, str(file), folders_of(folder), read, anywhere=reading.is_own)
 
 
-def file_parts(splits: Mapping[str, Sequence[Path]], columns: Columns) -> list[Part]:
+def file_parts(splits: Mapping[str, Sequence[Path]], reading: Reading) -> list[Part]:
     """The parts of files by split."""
-    return [file_part(split, file, columns) for split, files in splits.items() for file in files]
+    return [file_part(split, file, reading) for split, files in splits.items() for file in files]
 
 
 def by_split(entries: Sequence[Path]) -> dict[str, list[Path]]:
@@ -67,7 +82,7 @@ def by_split(entries: Sequence[Path]) -> dict[str, list[Path]]:
     kinds: dict[tuple[str, str], list[Path]] = {}
     for match, entry in shards or named:
         kind = f"{match[1]}{'-*' if match[2] else ''}.{match[3]}{match[4] or ''}"
-        kinds.setdefault((SPLITS[match[1]], kind), []).append(entry)
+        kinds.setdefault((NAMES[match[1]], kind), []).append(entry)
     return one_kind((split, kind, files) for (split, kind), files in kinds.items())
 
 
@@ -75,7 +90,7 @@ def by_word(files: Sequence[Path]) -> dict[str, list[Path]]:
     """Files by the split that is a word of their names (`coco_train_2017.csv`); empty unless each holds just one."""
     splits: dict[str, list[Path]] = {}
     for file in files:
-        words = {SPLITS[word] for word in WORD.findall(file.name.lower())}
+        words = {NAMES[word] for word in WORD.findall(file.name.lower())}
         if len(words) != 1:
             return {}
         splits.setdefault(words.pop(), []).append(file)

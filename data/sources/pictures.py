@@ -13,13 +13,13 @@ from data.batch import BadSample
 from data.files import NotAFile, is_output, open_regular
 from data.ledger import Account
 from data.shards.samples import MAX_TEXT
+from data.sources.paths import PICTURES as PICTURES
 from data.sources.records import Record, parse_json_object
-from data.sources.rows import ROW
+from data.sources.rows import LABEL, ROW
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 STATISTICS = re.compile(r"\d+_stats\.json")  # what img2dataset writes beside its parts
 SIDECARS = frozenset((".txt", ".json"))
 OTHER_DATA = frozenset((".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".gz", ".tar"))
@@ -110,7 +110,7 @@ def read_class_folders(folder: Path, account: Account) -> pa.Table:
             titles.append(os.path.basename(here))
             numbers.append(row)
     return pa.table({"image": pa.array(images, pa.string()), "title": pa.array(titles, pa.string()),
-                     "label": pa.array(titles, pa.string()), ROW: pa.array(numbers, pa.int64())})
+                     LABEL: pa.array(titles, pa.string()), ROW: pa.array(numbers, pa.int64())})
 
 
 def _walk(folder: Path, account: Account) -> Iterator[tuple[str, list[str]]]:

@@ -52,7 +52,7 @@ def from_records(records: Iterator[Record], columns: Columns, label: str, messag
     import pyarrow as pa
 
     known = {name for names in KNOWN.values() for name in names}
-    named = {columns.image, columns.title, columns.title_neg}
+    named = {columns.image, columns.title, columns.title_neg, columns.split}
     names: dict[str, None] = {}
     problems: dict[str, dict[int, BadSample]] = defaultdict(dict)  # by field, then by place in the table
     parts, start, before = [], 0, account.dropped

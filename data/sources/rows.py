@@ -1,15 +1,14 @@
 """One split as columns: finding the columns by role, checking their values, taking and fingerprinting rows.
 
-What a dataset says is not trusted: a row may name a file below the dataset's own folder, a URL or a member of a shard,
-and nothing else on this machine. A row that cannot be used is left out and reported to the `Account`. Nothing here
-opens an image.
+What a dataset says is not trusted: unless the user named a table on this machine, a row may name a file below the
+dataset's own folder, a URL or a member of a shard, and nothing else here (see paths.py). A row that cannot be used is
+left out and reported to the `Account`. Nothing here opens an image.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,19 +17,25 @@ import numpy as np
 
 from data.batch import BadSample, UserError
 from data.ledger import Account
-from data.store.segments import key_of
+from data.sources.embedded import EmbeddedPictures, shown_name
+from data.sources.paths import Places, absolute_paths
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 KNOWN = {  # role -> column names that mean it; the first there is wins
     "image": ("image", "thumbnail", "thumbnail_url", "image_url", "url", "jpg", "jpeg", "png", "webp", "image_path",
-              "file_name", "filename", "path", "img"),
-    "title": ("title", "text", "caption", "txt"),
+              "file_name", "filename", "filepath", "path", "img", "image_name"),
+    "title": ("title", "text", "caption", "txt", "comment"),
     "title_neg": ("title_neg", "negative", "neg_title", "negative_title", "neg_text", "neg_caption"),
+    "split": ("split",),
 }
+OPTIONAL = ("title_neg", "split")  # roles that a dataset may lack
 ROW = "row"  # a column beside those of the roles: the row's number in its file, where some are left out already
-FLAGS = {"image": "--image-column", "title": "--title-column", "title_neg": "--negative-column"}
+LABEL = "label"  # another one: the name of the row's class, where titles are made of it
+BESIDE = ("split", LABEL)  # columns that readers may give beside image, title and title_neg
+FLAGS = {"image": "--image-column", "title": "--title-column", "title_neg": "--negative-column",
+         "split": "--split-column"}
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,15 @@ class Columns:
     image: str | None = None
     title: str | None = None
     title_neg: str | None = None
+    split: str | None = None
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One split, columnar. A row whose image has neither bytes nor path has no image; the title "" is no title."""
+    """One split, columnar. The image "" is no image, the title "" no title."""
 
     name: str
-    image: pa.ChunkedArray  # struct<bytes: large_binary, path: string>; path: absolute, http(s) URL or TAR#OFFSET+SIZE
+    image: pa.ChunkedArray  # string, no nulls: an absolute path, http(s) URL, or FILE#OFFSET+SIZE
     title: pa.ChunkedArray  # string, no nulls
     title_neg: pa.ChunkedArray | None  # string, null where a row has no negative; None without such a column
 
@@ -61,17 +67,15 @@ class Rows:
 
     def fingerprint(self) -> str:
         """A digest of all values in order, however chunked: one pass over the columns, no file is opened."""
-        import pyarrow.compute as pc
-
-        columns = pc.struct_field(self.image, "bytes"), pc.struct_field(self.image, "path"), self.title, self.title_neg
+        columns = self.image, self.title, self.title_neg
         digests = b"".join(b"none" if column is None else _digest(column) for column in columns)
         return hashlib.blake2b(digests, digest_size=16).hexdigest()
 
 
-def detect_columns(names: list[str], columns: Columns, label: str, embedded: Collection[str] = ()) -> dict[str, str]:
+def detect_columns(names: list[str], columns: Columns, label: str, with_bytes: Collection[str] = ()) -> dict[str, str]:
     """Role -> the column that plays it: the user's, else the first known name. Raises UserError naming the columns.
 
-    Of the known image columns those that hold pictures (`embedded`) come before those that hold paths or addresses.
+    Of the known image columns those that hold pictures (`with_bytes`) come before those that hold paths or addresses.
     """
     shown = [" ".join(name[:100].split()) for name in names[:20]]
     existing = f"there are {', '.join(shown) or 'none'}"
@@ -84,11 +88,11 @@ def detect_columns(names: list[str], columns: Columns, label: str, embedded: Col
             raise UserError(f"{label}: no column {named!r} for {FLAGS[role]}; {existing}"
                             + (f"; did you mean {close[0]!r}?" if close else ""))
         usual = [spelled[name] for name in known if name in spelled]
-        usual.sort(key=lambda name: role != "image" or name not in embedded)  # stable
+        usual.sort(key=lambda name: role != "image" or name not in with_bytes)  # stable
         column = named or next(iter(usual), None)
         if column is not None:
             picked[role] = column
-        elif role != "title_neg":
+        elif role not in OPTIONAL:
             raise UserError(f"{label}: no {role} column ({', '.join(known)}); {existing}; name one with {FLAGS[role]}")
     for column in picked.values():
         if names.count(column) > 1:
@@ -102,9 +106,9 @@ def rename_to_roles(table: pa.Table, picked: Mapping[str, str]) -> pa.Table:
     return table.select([*picked.values()]).rename_columns([*picked])
 
 
-def to_row_columns(table: pa.Table, label: str, folders: Sequence[str], account: Account,
-                   relative: bool = True) -> pa.Table:
-    """The columns of `rename_to_roles` as `Rows` has them; files only from `folders`, paths relative to the first.
+def to_row_columns(table: pa.Table, label: str, places: Places, account: Account,
+                   embedded: EmbeddedPictures) -> pa.Table:
+    """The columns of `rename_to_roles` as `Rows` has them, with ROW and those of BESIDE; images lie in `places`.
 
     Blanks around paths and addresses go. A row whose text is not UTF-8 or whose image leaves the folders is dropped.
     Raises UserError on a column that cannot play its role.
@@ -112,24 +116,26 @@ def to_row_columns(table: pa.Table, label: str, folders: Sequence[str], account:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    kind = pa.struct({"bytes": pa.large_binary(), "path": pa.string()})
     problems: dict[int, BadSample] = {}  # by place in the table
-    images, start = [], 0
+    pictures, paths, start = [], [], 0
     for chunk in table["image"].chunks:
         data, path = _bytes_and_path(chunk, label, start, problems)
         path = pc.utf8_trim_whitespace(path)
-        path = pc.if_else(pc.or_(pc.is_valid(data), pc.equal(path, "")), pa.scalar(None, pa.string()), path)
-        path = _inside(_with_scheme(path, label, account), start, folders, relative, problems)
-        images.append(pa.StructArray.from_arrays([data, path], fields=[*kind]))
+        paths.append(pc.if_else(pc.or_(pc.is_valid(data), pc.equal(path, "")), pa.scalar(None, pa.string()), path))
+        pictures.append(embedded.references(data, label))
         start += len(chunk)
+    images = absolute_paths(pa.chunked_array(paths, pa.string()), places, label, account, problems).chunks
+    images = [pc.coalesce(picture, path, "") for picture, path in zip(pictures, images, strict=True)]
     title = _texts(table["title"], label, "title", problems)
-    columns = {"image": pa.chunked_array(images, kind), "title": pc.fill_null(title, "")}
+    columns = {"image": pa.chunked_array(images, pa.string()), "title": pc.fill_null(title, "")}
     if not _is_text(table["title"].type):
         account.note(f"{label}: the title column holds {table['title'].type}; its values are used as text")
     if "title_neg" in table.column_names:
         negative = _texts(table["title_neg"], label, "title_neg", problems)
         columns["title_neg"] = pc.if_else(pc.equal(negative, ""), pa.scalar(None, pa.string()), negative)
+    columns |= {name: table[name] for name in BESIDE if name in table.column_names}
     numbers = table[ROW].to_numpy() if ROW in table.column_names else np.arange(len(table))
+    columns[ROW] = pa.array(numbers)
     return without(pa.table(columns), problems, numbers, label, account)
 
 
@@ -142,7 +148,9 @@ def without(table: pa.Table, problems: Mapping[int, BadSample], numbers: np.ndar
         return table
     for place in sorted(problems):
         image, title = table["image"][place].as_py(), table["title"][place].as_py()
-        account.drop(label, int(numbers[place]), problems[place], image["path"] if isinstance(image, dict) else None,
+        image = image.get("path") if isinstance(image, dict) else image
+        account.drop(label, int(numbers[place]), problems[place],
+                     shown_name(image) or None if isinstance(image, str) else None,
                      title if isinstance(title, str) else None)
     keep = np.ones(len(table), bool)
     keep[[*problems]] = False
@@ -151,7 +159,7 @@ def without(table: pa.Table, problems: Mapping[int, BadSample], numbers: np.ndar
 
 def _bytes_and_path(chunk: pa.Array, label: str, start: int,
                     problems: dict[int, BadSample]) -> tuple[pa.Array, pa.Array]:
-    """Images of any kind as large_binary and string, null where an image is not of that kind."""
+    """Images of any kind as bytes and string, null where an image is not of that kind."""
     import pyarrow as pa
 
     kind = chunk.type
@@ -163,10 +171,8 @@ def _bytes_and_path(chunk: pa.Array, label: str, start: int,
         data = chunk
     else:
         path = chunk
-    try:
-        data = data.cast(pa.large_binary())
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
-        raise _unfit(label, "image", data.type) from None
+    if not holds_bytes(data.type) and not pa.types.is_null(data.type):
+        raise _unfit(label, "image", data.type)
     return data, _text_chunk(path, label, "image", start, problems)
 
 
@@ -232,42 +238,6 @@ def _text_chunk(chunk: pa.Array, label: str, role: str, start: int, problems: di
     return pa.array(texts, pa.string())
 
 
-def _with_scheme(path: pa.Array, label: str, account: Account) -> pa.Array:
-    """Add https: to addresses without a scheme (//host/x.jpg)."""
-    import pyarrow.compute as pc
-
-    bare = pc.fill_null(pc.starts_with(path, "//"), False)
-    if pc.any(bare).as_py():
-        account.note(f"{label}: image addresses that begin with // are read as https://")
-        path = pc.if_else(bare, pc.binary_join_element_wise("https:", path, ""), path)
-    return path
-
-
-def _inside(path: pa.Array, start: int, folders: Sequence[str], relative: bool,
-            problems: dict[int, BadSample]) -> pa.Array:
-    """URLs as they are, other paths absolute. One that leaves `folders` is a problem of its row; `..` by spelling."""
-    import pyarrow.compute as pc
-
-    url = pc.match_substring_regex(path, "^https?://", ignore_case=True)
-    absolute = pc.starts_with(path, "/")
-    roots = tuple(folder.rstrip("/") + "/" for folder in folders)
-    suspect = pc.match_substring_regex(path, r"(^|/)\.\.(/|$)")
-    if relative:
-        suspect = pc.or_(suspect, pc.and_not(absolute, pc.starts_with(path, roots[0])))
-        full = pc.if_else(pc.or_(url, absolute), path, pc.binary_join_element_wise(roots[0], path, ""))
-    else:
-        suspect, full = pc.or_(suspect, True), path
-    suspect = pc.fill_null(pc.and_not(suspect, url), False)
-    fix = ("move the images there" if relative else
-           "if it is a path in the repository, download that and pass its folder")
-    for row in np.flatnonzero(suspect.to_numpy(zero_copy_only=False)):
-        if not os.path.normpath(full[row].as_py()).startswith(roots):
-            image = path[row].as_py()[:200]
-            problems[start + int(row)] = BadSample(
-                "outside-folder", f"the image {image!r} is no URL and no file below {folders[0]}; {fix}")
-    return full
-
-
 def join_tables(name: str, tables: Sequence[pa.Table], label: str, account: Account) -> Rows:
     """The tables of `to_row_columns` one after the other. Raises UserError if they hold no row that can be used."""
     import pyarrow as pa
@@ -308,18 +278,3 @@ def _digest(column: pa.ChunkedArray) -> bytes:
         first, last = np.frombuffer(ends, np.int64)[[chunk.offset, chunk.offset + len(chunk)]]
         content.update(memoryview(data or b"")[first:last])
     return lengths.digest() + content.digest()
-
-
-def image_names(images: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Strings that are equal for equal image references: the path, the digest of embedded bytes, "" for none."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    names = []
-    for chunk in images.chunks:
-        data, path = chunk.field("bytes"), chunk.field("path")
-        if data.null_count < len(data):
-            digests = [key_of(value.as_buffer()).hex() if value.is_valid else None for value in data]
-            path = pc.coalesce(pa.array(digests, pa.string()), path)
-        names.append(pc.fill_null(path, ""))
-    return pa.chunked_array(names, pa.string())

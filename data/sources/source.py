@@ -12,17 +12,20 @@ from data.batch import UserError
 from data.files import NotAFile
 from data.ledger import Account, Ledger, discard
 from data.sources.captions import parts_of
+from data.sources.embedded import EmbeddedPictures
 from data.sources.folders import Folder, folder_parts
 from data.sources.library import hub_parts
-from data.sources.parts import LONE, Part, expand, file_parts, in_splits
+from data.sources.options import ReadOptions as ReadOptions
+from data.sources.parts import Part, Reading, expand, file_parts, in_splits
 from data.sources.records import explode
 from data.sources.rows import Columns as Columns
 from data.sources.rows import Rows as Rows
 from data.sources.rows import join_tables, to_row_columns
 from data.sources.split import ORDER, WHOLE
+from data.sources.split_names import LONE, divide_by_column, select_groups, without_split_column
 from data.sources.tables import TABLES, ending
 
-DETECT = Columns()
+DETECT = ReadOptions()
 Download = Callable[[str], Sequence[Path]]
 
 
@@ -30,8 +33,9 @@ def _refuse(pattern: str) -> NoReturn:
     raise UserError(f"{pattern}: only local files are read here; download them and pass their folder")
 
 
-def load_splits(dataset: str, columns: Columns = DETECT, ledger: Ledger = discard,
-                download: Download = _refuse, log: Callable[[str], None] = discard) -> dict[str, Rows]:
+def load_splits(dataset: str, options: ReadOptions = DETECT, ledger: Ledger = discard,
+                download: Download = _refuse, log: Callable[[str], None] = discard,
+                embedded: Path | None = None) -> dict[str, Rows]:
     """Read a dataset's splits: `train`, `valid`, `test` in this order, then others under the names they have.
 
     `dataset`: a folder with {train,valid,test} as .csv .tsv .jsonl .parquet, as -*.tar shards or as folders; a folder
@@ -39,11 +43,13 @@ def load_splits(dataset: str, columns: Columns = DETECT, ledger: Ledger = discar
     also as an address, whose files `download` brings; or a hub name OWNER/NAME, with several configurations
     OWNER/NAME:CONFIGURATION. A lone split, unless it is called valid or test, is called train: `divide_lone_split`
     makes it three. `ledger` gets an entry for each row that cannot be read (see data/ledger.py); every other row is
-    kept, also without image or title. `log` gets a line for what was not used or was changed. Raises UserError.
+    kept, also without image or title. `log` gets a line for what was not used or was changed. Pictures that a Parquet
+    file holds are copied to the folder `embedded` (see data/sources/embedded.py). Raises UserError.
     """
     account = Account(ledger, log)
+    reading = Reading(options, EmbeddedPictures(embedded, log), is_own="://" not in dataset)
     try:
-        splits = _read(_parts(dataset, columns, download, account), account)
+        splits = _read(_parts(dataset, reading, download, account), reading, account)
     except OSError as error:
         raise UserError(f"{error.filename or dataset}: {error.strerror or error}") from error
     account.close(dataset)
@@ -52,38 +58,47 @@ def load_splits(dataset: str, columns: Columns = DETECT, ledger: Ledger = discar
     return dict(sorted(splits.items(), key=lambda item: (*ORDER, item[0]).index(item[0])))
 
 
-def _parts(dataset: str, columns: Columns, download: Download, account: Account) -> list[Part]:
+def _parts(dataset: str, reading: Reading, download: Download, account: Account) -> list[Part]:
     """The parts of what the user named. Raises UserError, OSError."""
     path = Path(dataset).expanduser()
     folder, colon, configuration = dataset.rpartition(":")
     if "://" in dataset:
-        return file_parts(in_splits(download(dataset)), columns)
+        return file_parts(in_splits(download(dataset)), reading)
     if path.is_dir():
-        return folder_parts(Folder(path, "", columns, account))
+        return folder_parts(Folder(path, "", reading, account))
     if path.is_file():
-        return parts_of(LONE, path, columns, account)
+        return parts_of(LONE, path, reading, account)
     if path.exists():
         raise NotAFile(path, "a pipe or a device")
     if colon and Path(folder).expanduser().is_dir():
-        return folder_parts(Folder(Path(folder).expanduser(), configuration, columns, account))
+        return folder_parts(Folder(Path(folder).expanduser(), configuration, reading, account))
     if "{" in dataset or "*" in dataset:
-        return file_parts(in_splits(list(expand(str(path)))), columns)
+        return file_parts(in_splits(list(expand(str(path)))), reading)
     if re.fullmatch(r"[\w.-]*\w/[\w.-]+(:[\w.-]+)?", dataset) and ending(path) not in TABLES | {".tar"}:
-        return hub_parts(dataset, columns)
+        return hub_parts(dataset, reading)
     raise UserError(f"{dataset}: there is no such file or folder, and a hub dataset's name is OWNER/NAME")
 
 
-def _read(parts: Sequence[Part], account: Account) -> dict[str, Rows]:
-    """The rows of each split, its parts one after the other."""
-    splits: dict[str, list[Part]] = {}
+def _read(parts: Sequence[Part], reading: Reading, account: Account) -> dict[str, Rows]:
+    """The rows of each split, its parts one after the other; a lone group is divided by its column of splits."""
+    options = reading.options
+    groups: dict[str, list[Part]] = {}
     for part in parts:
-        splits.setdefault(part.split, []).append(part)
-    rows = {}
-    for name, tables in splits.items():
+        groups.setdefault(part.split, []).append(part)
+    rows: dict[str, Rows] = {}
+    for name, group in select_groups(groups, options, account).items():
         account.begin(None if name == LONE else name)
-        read = [to_row_columns(explode(part.read(account)), part.label, part.folders, account, part.relative)
-                for part in tables]
-        labels = {part.label: None for part in tables}
-        label = next(iter(labels)) if len(labels) == 1 else str(Path(tables[0].label).parent)
-        rows[name] = join_tables(name, read, label, account)
+        tables = []
+        for part in group:
+            places = part.places(options)
+            table = explode(part.read(account))
+            tables.append(to_row_columns(table, part.label, places, account, reading.embedded))
+        labels = [part.label for part in group]
+        if len(groups) > 1 and options.columns.split is None:
+            divided = {name: without_split_column(name, tables, account)}
+        else:
+            divided = divide_by_column(name, tables, labels, options, account)
+        label = labels[0] if len({*labels}) == 1 else str(Path(labels[0]).parent)
+        for split, each in divided.items():
+            rows[split] = join_tables(split, each, label, account)
     return rows

@@ -53,7 +53,7 @@ def _content_keys(inputs: Catalogue, reader: Reader, cache: Path, team: Team,
                   log: Callable[[str], None]) -> np.ndarray:
     """The content key of each reference, uint8 [M, K]; one that cannot be read has a key of its own."""
     own = np.arange(*share(len(inputs.references), team.rank, team.size))
-    seen = StatCache(cache / "seen", inputs.references.path.to_pylist(), reader.folder)
+    seen = StatCache(cache / "seen", inputs.references.to_pylist(), reader.folder)
     verdicts = DecodeResults()
     for verdict in decode_distinct(inputs, reader, own[~seen.known[own]].tolist(), lambda key: True, log):
         verdicts.add(verdict)
@@ -72,9 +72,7 @@ def _has_no_image(inputs: Catalogue) -> np.ndarray:
     """The rows of the one split that name no image, bool [N]."""
     import pyarrow.compute as pc
 
-    images = inputs.splits[WHOLE].image
-    path, data = (pc.is_null(pc.struct_field(images, field)) for field in ("path", "bytes"))
-    return pc.and_(path, data).to_numpy()
+    return pc.equal(inputs.references, "").to_numpy(zero_copy_only=False)[inputs.image_N[WHOLE]]
 
 
 def _title_codes(inputs: Catalogue) -> np.ndarray:

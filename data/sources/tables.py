@@ -18,30 +18,31 @@ from data.files import open_regular
 from data.ledger import Account
 from data.shards.index import read_index
 from data.shards.samples import class_names_beside
-from data.sources.arrow_tables import LABEL, read_arrow, read_parquet
+from data.sources.arrow_tables import read_arrow, read_parquet
 from data.sources.csv_tables import read_csv
+from data.sources.embedded import EmbeddedPictures
 from data.sources.json_tables import read_json, read_json_lines
+from data.sources.options import ReadOptions
 from data.sources.pictures import PICTURES, SIDECARS, is_picture, pictures
 from data.sources.records import from_records
-from data.sources.rows import Columns, detect_columns, holds_bytes, rename_to_roles
+from data.sources.rows import LABEL, detect_columns, holds_bytes, rename_to_roles
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 ADDRESS = re.compile(r"\s*(https?:)?//", re.IGNORECASE)
-# ending -> its reader
-READERS: dict[str, Callable[[Path, Columns, Account], pa.Table]] = {
+TEXT_READERS: dict[str, Callable[[Path, ReadOptions, Account], pa.Table]] = {  # also with .gz after the ending
     ".csv": partial(read_csv, delimiter=","), ".tsv": partial(read_csv, delimiter="\t"), ".jsonl": read_json_lines,
-    ".ndjson": read_json_lines, ".json": read_json, ".parquet": read_parquet, ".arrow": read_arrow,
-    ".feather": read_arrow}
-TEXT_TABLES = frozenset((".csv", ".tsv", ".jsonl", ".ndjson", ".json"))  # also with .gz after it
-TABLES = frozenset(READERS)
+    ".ndjson": read_json_lines, ".json": read_json}
+ARROW_READERS: dict[str, Callable[[Path, ReadOptions, Account, EmbeddedPictures], pa.Table]] = {
+    ".parquet": read_parquet, ".arrow": read_arrow, ".feather": read_arrow}
+TEXT_TABLES = frozenset(TEXT_READERS)
+TABLES = TEXT_TABLES | ARROW_READERS.keys()
 ADVICE = {  # ending of another kind of file -> how to convert it
     ".xlsx": "; write a CSV: pandas.read_excel(FILE).to_csv(NEW, index=False)",
     ".xls": "; write a CSV: pandas.read_excel(FILE).to_csv(NEW, index=False)",
     ".pkl": "; a pickle runs code when it is read: write Parquet where you trust it, DataFrame.to_parquet(NEW)",
     ".pickle": "; a pickle runs code when it is read: write Parquet where you trust it, DataFrame.to_parquet(NEW)",
-    ".txt": "; a table is called .csv or .tsv, a file of captions captions.txt",
     **dict.fromkeys((".zip", ".rar", ".7z", ".tgz"), "; unpack it and pass the folder"),
     **dict.fromkeys((".bz2", ".xz", ".zst", ".gz"), "; unpack it (a .csv, .tsv or .json may be packed as .gz)"),
     ".mdb": "; write shards: webdataset.ShardWriter",
@@ -67,25 +68,29 @@ def without_sidecars(files: Sequence[Path]) -> list[Path]:
             or not (has_sidecars or file.name in NO_ROWS or file.name.endswith("_stats.json"))]
 
 
-def read_table(path: Path, columns: Columns, account: Account) -> pa.Table:
+def read_table(path: Path, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
     """A file by its ending, or the images of a folder. Raises UserError."""
     if path.is_dir():
         message_if_empty = (f"{path}: found neither tables ({' '.join(sorted(TABLES))}), nor shards (.tar), nor train/ "
                             f"valid/ test/, nor images ({' '.join(sorted(PICTURES))})")
-        return from_records(pictures(path, account), columns, str(path), message_if_empty, account,
+        return from_records(pictures(path, account), options.columns, str(path), message_if_empty, account,
                             " (images with KEY.txt, KEY.json)")
-    if ending(path) not in READERS and ending(path) != ".tar":
-        advice = ADVICE.get(ending(path), "")
-        raise UserError(f"{path}: not a known kind of dataset; known are {' '.join(READERS)} .tar and folders{advice}")
+    kind = ending(path)
+    if kind not in TABLES | {".tar", ".txt"}:
+        known = " ".join((*TEXT_READERS, *ARROW_READERS))
+        advice = ADVICE.get(kind, "")
+        raise UserError(f"{path}: not a known kind of dataset; known are {known} .tar and folders{advice}")
     with open_regular(path) as file:
         if file.read(len(POINTER)) == POINTER:
             raise UserError(f"{path}: a pointer of Git LFS, not the file; run `git lfs pull` in its folder")
-    if ending(path) == ".tar":
-        return _shard(path, columns, account)
-    return READERS[ending(path)](path, columns, account)
+    if kind == ".tar":
+        return _shard(path, options, account)
+    if kind in ARROW_READERS:
+        return ARROW_READERS[kind](path, options, account, embedded)
+    return TEXT_READERS[".csv" if kind == ".txt" else kind](path, options, account)
 
 
-def _shard(path: Path, columns: Columns, account: Account) -> pa.Table:
+def _shard(path: Path, options: ReadOptions, account: Account) -> pa.Table:
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -93,25 +98,25 @@ def _shard(path: Path, columns: Columns, account: Account) -> pa.Table:
     at, size = (index[name].cast(pa.string()) for name in ("image_offset", "image_size"))
     image = pc.binary_join_element_wise(f"{path.absolute()}#", at, "+", size, "")
     table = pa.table({"image": image, "title": index["title"], "title_neg": index["title_neg"]})
-    table = rename_to_roles(table, detect_columns(table.column_names, columns, str(path)))
+    table = rename_to_roles(table, detect_columns(table.column_names, options.columns, str(path)))
     if classes := class_names_beside(path):
         label = pc.if_else(pc.is_in(table["title"], pa.array(classes)), table["title"], pa.scalar(None, pa.string()))
         table = table.append_column(LABEL, label)
     return table
 
 
-def holds_addresses(path: Path, columns: Columns) -> bool:
+def holds_addresses(path: Path, options: ReadOptions) -> bool:
     """True if the first row of a table names its image by URL; False where it cannot be read."""
     account = Account()
     try:
-        image = read_table(path, columns, account)["image"]
+        image = read_table(path, options, account, EmbeddedPictures())["image"]
     except (UserError, OSError):
         return False
     return len(image) > 0 and not holds_bytes(image.type) and ADDRESS.match(str(image[0].as_py())) is not None
 
 
-def read_metadata(path: Path, columns: Columns, account: Account) -> pa.Table:
+def read_metadata(path: Path, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
     """A metadata file of images, whose column file_name names them whatever other columns there are."""
-    if columns.image is None:
-        columns = replace(columns, image="file_name")
-    return read_table(path, columns, account)
+    if options.columns.image is None:
+        options = replace(options, columns=replace(options.columns, image="file_name"))
+    return read_table(path, options, account, embedded)

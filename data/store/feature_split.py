@@ -1,6 +1,7 @@
 """Tables of features, in memory or in the store's files, and the pairs that index them.
 
-Dimension key: B rows of a batch, M distinct images, P distinct titles, N pairs, V/T image/text feature width.
+Dimension key: B rows of a batch, M distinct images, P distinct titles, N pairs, H hard negatives of a pair, V/T
+image/text feature width.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from data.prefetch import EpochBatches
 from data.store.features import CHUNK, FeatureStore
 
 CPU = torch.device("cpu")
-PART = 65_536  # pairs that an evaluation reads at a time
+PART = 65_536  # pairs, or their negatives, that an evaluation reads at a time
 
 
 class StoredTable(NamedTuple):
@@ -53,15 +54,17 @@ class FeatureSplit:
     title_PT: Tensor | StoredTable
     image_row_N: Tensor  # int64, where the tables are
     title_row_N: Tensor
-    negative_row_N: Tensor | None = None  # -1 where a pair has no negative
+    negative_row_NH: Tensor | None = None  # -1 where a pair has fewer than H negatives
     device: torch.device = CPU  # where features come out
+    title_group_P: Tensor | None = None  # int64: titles with equal numbers are no negatives of each other in training
 
     def __len__(self) -> int:
         return len(self.image_row_N)
 
     def parts(self) -> Iterator[Features]:
-        """Yield the features of all pairs in order, PART at a time: all at once may be as large as the tables."""
-        return map(self.features, torch.arange(len(self)).split(PART))
+        """Yield the features of all pairs in order, in parts: all at once may be as large as the tables."""
+        negatives = 1 if self.negative_row_NH is None else self.negative_row_NH.shape[1]
+        return map(self.features, torch.arange(len(self)).split(max(1, PART // negatives)))
 
     def to(self, device: torch.device | str, room: int | None = None) -> FeatureSplit:
         """Return the same split with features on `device`.
@@ -76,29 +79,53 @@ class FeatureSplit:
                 needed += table.nbytes
         if needed > (_room(device) if room is None else room):
             return replace(self, device=device)
-        negative = None if self.negative_row_N is None else self.negative_row_N.to(device)
-        return FeatureSplit(self.image_MV.to(device), self.title_PT.to(device),
-                        self.image_row_N.to(device), self.title_row_N.to(device), negative, device)
+        negative = None if self.negative_row_NH is None else self.negative_row_NH.to(device)
+        group = None if self.title_group_P is None else self.title_group_P.to(device)
+        return FeatureSplit(self.image_MV.to(device), self.title_PT.to(device), self.image_row_N.to(device),
+                            self.title_row_N.to(device), negative, device, group)
 
     def batches(self, batch_size: int, seed: int, rank: int = 0, size: int = 1) -> CachedBatches:
         """Return the batches of features that `rank` of `size` ranks trains on in a run of `seed`."""
         device = self.image_row_N.device
         rows = EpochBatches(len(self), batch_size, seed, rank, size, device)
-        return CachedBatches(rows, self.features, device)
+        return CachedBatches(rows, self.training_features, device)
 
     def features(self, rows: Tensor) -> Features:
         """Return the features of the pairs `rows` [B] int64; no host sync if these are on the device of the tables."""
+        return self._to_device(self._look_up(rows))
+
+    def training_features(self, rows: Tensor) -> Features:
+        """Return the same features; titles have the ids that the loss compares."""
+        features = self._look_up(rows)
+        negative_BH = features.negative_id_BH
+        return self._to_device(features._replace(
+            title_id_B=loss_ids(features.title_id_B, self.title_group_P),
+            negative_id_BH=None if negative_BH is None else loss_ids(negative_BH, self.title_group_P)))
+
+    def _look_up(self, rows: Tensor) -> Features:
         rows = rows.to(self.image_row_N.device)
-        image_B, title_B = self.image_row_N.index_select(0, rows), self.title_row_N.index_select(0, rows)
-        negative_B = None if self.negative_row_N is None else self.negative_row_N.index_select(0, rows)
-        features = Features(
-            self.image_MV.index_select(0, image_B),
-            self.title_PT.index_select(0, title_B),
-            None if negative_B is None else self.title_PT.index_select(0, negative_B.clamp(min=0)),
-            image_B, title_B, negative_B)
-        if rows.device.type == self.device.type:
+        image_B = self.image_row_N.index_select(0, rows)
+        title_B = self.title_row_N.index_select(0, rows)
+        image_BV = self.image_MV.index_select(0, image_B)
+        title_BT = self.title_PT.index_select(0, title_B)
+        if self.negative_row_NH is None:
+            return Features(image_BV, title_BT, None, image_B, title_B, None)
+        negative_BH = self.negative_row_NH.index_select(0, rows)
+        negative_XT = self.title_PT.index_select(0, negative_BH.clamp(min=0).flatten())
+        negative_BHT = negative_XT.unflatten(0, negative_BH.shape)
+        return Features(image_BV, title_BT, negative_BHT, image_B, title_B, negative_BH)
+
+    def _to_device(self, features: Features) -> Features:
+        if features.image_id_B.device.type == self.device.type:
             return features
         return map_tensors(features, lambda part: part.pin_memory().to(self.device, non_blocking=True))
+
+
+def loss_ids(title_ids: Tensor, title_group_P: Tensor | None) -> Tensor:
+    """Return the ids of titles that the loss compares: their groups', or, without groups, their own; -1 stays."""
+    if title_group_P is None:
+        return title_ids
+    return title_group_P[title_ids.clamp(min=0)].masked_fill(title_ids < 0, -1)
 
 
 def _room(device: torch.device) -> int:

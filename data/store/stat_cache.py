@@ -20,6 +20,7 @@ import numpy as np
 
 from data.cold import is_url
 from data.files import open_regular
+from data.shards.index import is_range, parse_reference
 from data.store.segments import KEY
 from data.web.fetch import cached_path
 
@@ -29,12 +30,12 @@ SETTLED = 2.0  # seconds; the coarsest clock of a file system in use
 class StatCache:
     """Content keys of M references whose files have not changed since they were last read.
 
-    `paths` are files, URLs (with fetched bytes in the folder `fetched`), members of shards, or None. `keys` [M, 16] are
+    `paths` are files, URLs (with fetched bytes in the folder `fetched`), ranges of files, or "". `keys` [M, 16] are
     valid where `known` [M] is true. A cache that cannot be read counts as empty; failed writes are ignored.
     """
 
-    def __init__(self, folder: Path, paths: Sequence[str | None], fetched: Path) -> None:
-        names = hashlib.blake2b("\0".join(path or "" for path in paths).encode("utf-8", "replace"), digest_size=16)
+    def __init__(self, folder: Path, paths: Sequence[str], fetched: Path) -> None:
+        names = hashlib.blake2b("\0".join(paths).encode("utf-8", "replace"), digest_size=16)
         self._file, self._began = folder / f"{names.hexdigest()}.npz", time.time()
         self._stamp_M3 = _stamps(paths, fetched)
         self.keys = np.zeros((len(paths), KEY), np.uint8)
@@ -60,17 +61,17 @@ class StatCache:
                 temporary.unlink(missing_ok=True)
 
 
-def _stamps(paths: Sequence[str | None], fetched: Path) -> np.ndarray:
+def _stamps(paths: Sequence[str], fetched: Path) -> np.ndarray:
     """Return size, modification and change time of each path's file, int64 [M, 3]; -1 where there is none."""
     stamp_M3 = np.full((len(paths), 3), -1, np.int64)
-    shards: dict[str, os.stat_result] = {}
+    files: dict[str, os.stat_result] = {}  # those of which ranges are read
     for row, path in enumerate(paths):
-        if path is None:
+        if not path:
             continue
         with suppress(OSError, ValueError):  # ValueError: a NUL in the path
-            shard, is_member, _ = path.rpartition("#")
-            if is_member and shard.endswith(".tar"):
-                stat = shards.get(shard) or shards.setdefault(shard, os.stat(shard))
+            if is_range(path):
+                file = parse_reference(path)[0]
+                stat = files.get(file) or files.setdefault(file, os.stat(file))
             else:
                 stat = os.stat(cached_path(path, fetched) if is_url(path) else path)
             stamp_M3[row] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

@@ -1,17 +1,18 @@
 """The model that trains: the two projections, and the towers before them when layers inside those train too.
 
 The layers are the CLIPModel's own, so training changes the model that is exported.
-Dimension key: B batch, X texts (titles, then negatives), V/T image/text feature width, E embedding.
+Dimension key: B batch, H hard negatives of a row, X texts (titles, then negatives), V/T image/text feature width,
+E embedding.
 """
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
@@ -28,7 +29,7 @@ MAX_SCALE = 100.0  # CLIP clamps its learned inverse temperature here (Radford e
 class Embeddings(NamedTuple):
     """L2-normalised fp32 embeddings of a batch, and the scale of its similarities.
 
-    `text_XE` holds the titles, followed by explicit negatives where there are some (X is B or 2B).
+    `text_XE` holds the titles, then negative 1 of all rows, negative 2 of all rows, …: X is B * (1 + H).
     """
 
     image_BE: Tensor
@@ -40,16 +41,17 @@ class _L2Normalize(torch.autograd.Function):
     """x / |x| along the last dimension, with a gradient of three kernels instead of autograd's dozen."""
 
     @staticmethod
-    def forward(ctx: Any, rows_XE: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, rows_XE: Tensor) -> Tensor:
         length_X1 = torch.linalg.vector_norm(rows_XE, dim=-1, keepdim=True).clamp_(min=1e-12)
         unit_XE = rows_XE / length_X1
         ctx.save_for_backward(unit_XE, length_X1)
         return unit_XE
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_XE: Tensor) -> Tensor:
-        unit_XE, length_X1 = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx: BackwardCFunction, grad_XE: Tensor) -> Tensor:
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        unit_XE, length_X1 = saved
         along_X1 = torch.linalg.vecdot(unit_XE, grad_XE)[..., None]
         return torch.addcmul(grad_XE, unit_XE, along_X1, value=-1).div_(length_X1)
 
@@ -82,10 +84,12 @@ class Head(nn.Module):
     def forward(self, features: Features) -> Embeddings:
         """Return embeddings with the recipe's constant scale, or CLIP's own `logit_scale` when that trains."""
         learned = self.logit_scale.requires_grad
-        title_BT, negative_BT = features.title_BT, features.negative_BT
+        text_XT = features.title_BT
+        if features.negative_BHT is not None:
+            text_XT = torch.cat([text_XT, *features.negative_BHT.unbind(1)])
         return Embeddings(
             self.image(features.image_BV),
-            self.text(title_BT if negative_BT is None else torch.cat([title_BT, negative_BT])),
+            self.text(text_XT),
             self.logit_scale.exp().clamp(max=MAX_SCALE) if learned else self.fixed_scale,
         )
 
@@ -108,7 +112,8 @@ class StreamingModel(nn.Module):
             with record_function("towers"):
                 features = self.towers(batch)
             return self.head(features)
-        dummy = map_tensors(batch, lambda part: part.new_ones(1, *(max(1, size) for size in part.shape[1:])))
+        titles_only = batch._replace(negative=None, negative_id_BH=None)
+        dummy = map_tensors(titles_only, lambda part: part.new_ones(1, *(max(1, size) for size in part.shape[1:])))
         image_BE, text_XE, scale = self.head(self.towers(dummy))
         return Embeddings(image_BE[:0], text_XE[:0], scale)
 
@@ -127,12 +132,13 @@ class MicroBatched(nn.Module):
     def forward(self, batch: Batch) -> Embeddings:
         """Tower inputs of one step -> Embeddings."""
         count = len(batch.pixels_BCSS)
-        slices = [slice(low, low + self.rows) for low in range(0, max(1, count), self.rows)]
-        parts = [checkpoint(self.model, map_tensors(batch, itemgetter(rows)), use_reentrant=False) for rows in slices]
-        texts = [part.text_XE.chunk(1 if batch.negative is None else 2) for part in parts]
-        titles_then_negatives = [torch.cat(kind) for kind in zip(*texts, strict=True)]
-        return Embeddings(torch.cat([part.image_BE for part in parts]), torch.cat(titles_then_negatives),
-                          parts[0].scale)
+        texts = 1 if batch.negative_id_BH is None else 1 + batch.negative_id_BH.shape[1]
+        images, titles_then_negatives = [], []
+        for low in range(0, max(1, count), self.rows):
+            part = checkpoint(self.model, batch.take(slice(low, low + self.rows)), use_reentrant=False)
+            images.append(part.image_BE)
+            titles_then_negatives.append(part.text_XE.unflatten(0, (texts, len(part.image_BE))))
+        return Embeddings(torch.cat(images), torch.cat(titles_then_negatives, 1).flatten(0, 1), part.scale)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Freeze a CLIPModel by parameter name, choose between cached and streaming, and run the towers.
 
-Dimension key: B batch, V/T image/text feature width, L tokens, C colour channels, S image side.
+Dimension key: B batch, H hard negatives of a row, V/T image/text feature width, L tokens, C colour channels, S image
+side.
 """
 
 from __future__ import annotations
@@ -126,11 +127,11 @@ class Towers(nn.Module):
 
     def forward(self, batch: Batch) -> Features:
         """One Batch of tower inputs -> its Features."""
-        return Features(
-            self.image(batch.pixels_BCSS), self.text(batch.title),
-            None if batch.negative is None else self.text(batch.negative),
-            batch.image_id_B, batch.title_id_B, batch.negative_id_B,
-        )
+        negative_BHT = None
+        image_BV, title_BT = self.image(batch.pixels_BCSS), self.text(batch.title)
+        if batch.negative is not None and batch.negative_id_BH is not None:
+            negative_BHT = self.text(batch.negative).unflatten(0, batch.negative_id_BH.T.shape).transpose(0, 1)
+        return Features(image_BV, title_BT, negative_BHT, batch.image_id_B, batch.title_id_B, batch.negative_id_BH)
 
 
 def pick_precision(wanted: str, device: torch.device) -> torch.dtype:

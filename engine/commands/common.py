@@ -15,6 +15,8 @@ from data.files import write_mark
 from data.images.decode import ImageSpec, tokenizer_fingerprint
 from data.inputs import AddedSplit
 from data.pairs import Pairs, data_key, open_pairs
+from data.sources.options import ReadOptions, parse_delimiter, parse_encoding, parse_splits, parse_templates
+from data.sources.paths import parse_image_template
 from data.sources.source import Columns, Rows, load_splits
 from data.sources.split import ORDER, WHOLE, divide_lone_split
 from data.store.feature_split import FeatureSplit
@@ -30,6 +32,10 @@ from engine.ranks.world import World
 from engine.run_folder.folder import open_folder
 from eval.metrics import Retrieval
 from eval.retrieval import measure_split
+
+# Settings that say how --dataset is read; --probe is another dataset.
+READING = ("image_column", "title_column", "negative_column", "split_column", "splits", "template", "image_root",
+           "image_template", "delimiter", "encoding")
 
 
 class Source(NamedTuple):
@@ -57,10 +63,18 @@ def read_rows(cfg: Config, log: Callable[[str], None]) -> Source:
     def download(pattern: str) -> list[Path]:
         return fetch_shards(pattern, cache_folder(cfg) / "shards", fetch_policy(cfg), log)
 
-    columns = Columns(cfg.image_column or None, cfg.title_column or None, cfg.negative_column or None)
     unreadable: list[dict[str, Any]] = []
-    rows = load_splits(cfg.dataset, columns, unreadable.append, download, log)
+    rows = load_splits(cfg.dataset, read_options(cfg), unreadable.append, download, log,
+                       cache_folder(cfg) / "embedded")
     return Source(rows, unreadable)
+
+
+def read_options(cfg: Config) -> ReadOptions:
+    """Return how --dataset is to be read. Raises UserError."""
+    columns = Columns(cfg.image_column or None, cfg.title_column or None, cfg.negative_column or None,
+                      cfg.split_column or None)
+    return ReadOptions(columns, parse_delimiter(cfg.delimiter), parse_encoding(cfg.encoding), parse_splits(cfg.splits),
+                       cfg.image_root, parse_image_template(cfg.image_template), parse_templates(cfg.template))
 
 
 def open_source(cfg: Config, world: World, split: str = "train") -> Source:
@@ -81,9 +95,16 @@ def open_source(cfg: Config, world: World, split: str = "train") -> Source:
 
 
 def require_split(cfg: Config, split: str, names: Collection[str]) -> None:
-    """Raises UserError where `split` is not among the names."""
-    if split not in names:
-        raise UserError(f"--dataset {cfg.dataset} has no split {split!r}; it has {', '.join(names)}")
+    """Raises UserError where `split` is not among the names, with the flag that would name one."""
+    if split in names:
+        return
+    lone = [*names][0] if len(names) == 1 else ""
+    there = f"--dataset {cfg.dataset} has no split {split!r}; it has {', '.join(names)}"
+    if split == WHOLE:
+        fix = (f"--splits train={lone} trains on it, divided in three by --seed" if lone else
+               "--splits train=NAME,test=NAME says which to use")
+        raise UserError(f"{there}; {fix}")
+    raise UserError(f"{there}; --split {lone} takes it" if lone else there)
 
 
 def divide_source(cfg: Config, world: World, rows: Mapping[str, Rows], reader: Reader, encoders: Encoders | None = None,
@@ -196,8 +217,8 @@ def with_probe(cfg: Config, world: World, model: LoadedModel, pairs: Pairs, sour
 
 def _probe_settings(cfg: Config) -> Config:
     """Return the settings that read --probe as a dataset of its own."""
-    return replace(cfg, dataset=cfg.probe, probe="", eval_splits=(), image_column="", title_column="",
-                   negative_column="", mine_negatives="off")
+    reading = {name: getattr(Config, name) for name in READING}
+    return replace(cfg, dataset=cfg.probe, probe="", eval_splits=(), mine_negatives="off", **reading)
 
 
 def evaluate_splits(residents: Mapping[str, FeatureSplit], head: Head, names: Collection[str],

@@ -59,12 +59,22 @@ class Config:
     checkpoint: str = setting("", "model", ("export",),
                               "checkpoint of --run: last, best or step-N (default: the finished model)")
 
-    # The data. Columns are detected by name; three settings override the detection.
+    # The data. What is detected (columns, format, splits) can be set.
     dataset: str = setting("shawhin/yt-title-thumbnail-pairs", "data", IMAGES,
                            "hub name, folder or file of pairs, or shards (http(s) too)", resumable=True)
     image_column: str = setting("", "data", OWN_DATA, "column with the image or its URL (default: detected)")
     title_column: str = setting("", "data", OWN_DATA, "column with the title (default: detected)")
     negative_column: str = setting("", "data", OWN_DATA, "column with the hard negative title (default: detected)")
+    split_column: str = setting("", "data", OWN_DATA, "column that says the split of each row (default: split)")
+    splits: tuple[str, ...] = setting((), "data", OWN_DATA,
+                                      "the dataset's own splits or values to use, such as train=test,valid=val")
+    template: tuple[str, ...] = setting((), "data", OWN_DATA, "makes titles of class names, such as 'a photo of a {}'")
+    image_root: str = setting("", "data", OWN_DATA, "folder of relative image paths (default: the table's)")
+    image_template: str = setting("", "data", OWN_DATA, "makes a path of an image id, such as '{}.jpg'", advanced=True)
+    delimiter: str = setting("", "data", OWN_DATA, "separator of text tables, such as ';' or tab (default: found)",
+                             advanced=True)
+    encoding: str = setting("", "data", OWN_DATA, "encoding of text tables, such as cp1252 (default: found)",
+                            advanced=True)
     split: str = setting("test", "data", ("eval", "search"),
                          "the split to measure or to search in; all: every split")
     probe: str = setting("", "data", SINGLE_RUN,

@@ -52,9 +52,10 @@ class NonfiniteGuard:
     def _nonfinite_rows(self, step: int) -> list[dict[str, Any]]:
         """Return the rows of a step with non-finite embeddings and which; all rows if every embedding is finite."""
         out = self.model(next(self.batches.from_step(step)))
-        local = {"image": _nonfinite(out.image_BE)}
-        for name, text_BE in zip(("title", "title_neg"), out.text_XE.split(max(1, len(out.image_BE))), strict=False):
-            local[name] = _nonfinite(text_BE)
+        title_BE, *negatives = out.text_XE.split(max(1, len(out.image_BE)))
+        local = {"image": _nonfinite(out.image_BE), "title": _nonfinite(title_BE)}
+        if negatives:
+            local["title_neg"] = _nonfinite(torch.cat(negatives, 1))
         parts = self.world.exchange(local)
         flags = {name: [flag for part in parts for flag in part.get(name, [])] for name in parts[0]}
         entries = []

@@ -49,7 +49,7 @@ def metric_tables(metrics: Mapping[str, Any], first: str) -> str:
     rest = "".join(f"<details><summary>{escape_text(split)}</summary>{html}</details>" for split, html in tables[1:])
     return (f'{tables[0][1]}<p class="soft small">Square brackets: 95 % interval; what is drawn anew are images with '
             'their titles, connected through shared ones, not rows. R@K: share of images (or titles) whose best right '
-            'answer is among the first K. Triplet accuracy: share whose own title beats its hard negative.</p>'
+            'answer is among the first K. Triplet accuracy: share of hard negatives that the own title beats.</p>'
             f'{rest}')
 
 

@@ -121,5 +121,5 @@ def warm_batches(rows: int, widths: tuple[int, int], batch: int, device: torch.d
     """What the loop trains on after a cold pass: batches of `rows` pairs with negatives from tables on the device."""
     ids = torch.arange(rows, device=device)
     image_MV, title_PT = (torch.randn(rows, width, device=device) for width in widths)
-    split = FeatureSplit(image_MV, title_PT, ids, ids, ids.roll(1), device)
+    split = FeatureSplit(image_MV, title_PT, ids, ids, ids.roll(1)[:, None], device)
     return split.batches(batch, 0)

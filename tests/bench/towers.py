@@ -104,7 +104,7 @@ def warm_epoch(bench: Bench) -> None:
     model, small = vit_b32(), 32
     title = collate_tokens(tokenize(model.parts.clip.tokenizer, some_titles(small), 77), 0)
     ids = torch.arange(small)
-    step = Batch(noise_pixels(small), title, title, ids, ids, ids + small)
+    step = Batch(noise_pixels(small), title, title, ids, ids, (ids + small)[:, None])
     cold = TrainingRun(model.parts, OneStep(step), small, small, bench.scratch, streamed=True)
     for batch, goal in ((32, ">= 1,200"), (256, ">= 2,000"))[: 1 if bench.quick else 2]:
         rows = 50 * batch

@@ -14,8 +14,11 @@ def make_split(rows: int, given: bool) -> tuple[Split, torch.Tensor]:
     generator = torch.Generator().manual_seed(rows)
     features_PT = torch.randn(40, 6, generator=generator)  # of all splits: this one uses 5 .. 24
     title_N = torch.randint(5, 25, (rows,), generator=generator)  # with repeats
-    negative_N = torch.where(torch.arange(rows) % 3 == 0, 30, -1) if given else None
-    return Split("train", np.arange(rows), torch.arange(rows), title_N, negative_N), features_PT
+    negative_NH = None
+    if given:  # every third row has one in the first place, every fifth one in the second place
+        row_N = torch.arange(rows)
+        negative_NH = torch.stack([torch.where(row_N % 3 == 0, 30, -1), torch.where(row_N % 5 == 0, 31, -1)], 1)
+    return Split("train", np.arange(rows), torch.arange(rows), title_N, negative_NH), features_PT
 
 
 @pytest.mark.parametrize("how", ["hard", "far"])
@@ -38,9 +41,11 @@ def test_equals_the_rule_written_out(how: str, given: bool, monkeypatch: pytest.
             taken.add(pick)
         else:
             pick = max(others, key=lambda t: float(unit[t] @ unit[title]))
-        expected = 30 if given and row % 3 == 0 else pick
-        assert mined[row] == expected
-        assert mined[row] != title
+        if given and (row % 3 == 0 or row % 5 == 0):
+            assert split.negative_N is not None and mined[row].equal(split.negative_N[row])
+        else:
+            assert mined[row].tolist() == ([pick, -1] if given else [pick])
+        assert pick != title
 
 
 def test_one_title_has_no_negative() -> None:
@@ -55,7 +60,7 @@ def test_no_title_of_the_rows_own_image_is_mined(how: str) -> None:
     features_PT = torch.randn(60, 4, generator=generator)
     image_N, title_N = (torch.randint(high, (200,), generator=generator) for high in (25, 60))
     given_N = torch.where(torch.arange(200) % 4 == 0, title_N, -1)  # reads like the row's own title: no negative
-    split = Split("train", np.arange(200), image_N, title_N, given_N)
+    split = Split("train", np.arange(200), image_N, title_N, given_N[:, None])
     other = Split("test", np.arange(60), torch.arange(60) % 25, torch.arange(60), None)
     right = {pair for some in (split, other) for pair in zip(some.image_N.tolist(), some.title_N.tolist(), strict=True)}
     mined = mine_negatives(split, features_PT, how, [other]).negative_N
@@ -63,4 +68,4 @@ def test_no_title_of_the_rows_own_image_is_mined(how: str) -> None:
     assert not [row for row in range(200) if (int(image_N[row]), int(mined[row])) in right]
     few = Split("train", np.arange(4), torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 2, 0]), None)
     mined = mine_negatives(few, features_PT, how).negative_N
-    assert mined is not None and mined[:3].tolist() == [-1] * 3  # all there is goes with image 0
+    assert mined is not None and mined[:3].tolist() == [[-1]] * 3  # all there is goes with image 0

@@ -27,7 +27,7 @@ def opened(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[
 
     taken = set[str]()
     with monkeypatch.context() as patch:
-        note = noting(Reader.read, lambda self, reference: taken.add(Path(reference["path"]).name))
+        note = noting(Reader.read, lambda self, reference: taken.add(Path(reference).name))
         patch.setattr(Reader, "read", note)
         tokenizer = CLIPProcessor.from_pretrained(cache / "model").tokenizer
         encoders = Encoders(lambda pixels: pixels.float().mean((2, 3)), lambda tokens: tokens.ids_BL[:, :1].float(),

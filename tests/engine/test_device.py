@@ -66,8 +66,10 @@ def steps(model: Path, device: torch.device, precision: str, l2_sp: float, lr: f
     """The last loss and norm of three steps, and the weights after them; the second step's norm is infinite."""
     parts = build_model(load_clip(str(model)), ("projection", "logit_scale"), "auto", 20.0, precision, device)
     generator, ids = torch.Generator().manual_seed(0), torch.arange(ROWS)
-    image, title, negative = (torch.randn(ROWS, width, generator=generator) for width in (32, 24, 24))
-    inputs = map_tensors(Features(image, title, negative, ids // 2, ids // 3, ids - 1), lambda part: part.to(device))
+    image, title = (torch.randn(ROWS, width, generator=generator) for width in (32, 24))
+    negatives, negative_ids = torch.randn(ROWS, 2, 24, generator=generator), torch.stack([ids - 1, ids // 3 + 1], 1)
+    on_host = Features(image, title, negatives, ids // 2, ids // 3, negative_ids)
+    inputs = map_tensors(on_host, lambda part: part.to(device))
     weights = list(parts.trainable.values())
     replica = Replica(parts.head, adamw(weights, lr, 0.01, l2_sp), World(0, 0, 1, device), parts.precision)
     step = Step(replica, Objective(**objective), 1.0, Profiler())
@@ -164,7 +166,8 @@ def residents(folder: Path) -> tuple[FeatureSplit, FeatureSplit]:
     store = FeatureStore(folder, 24)
     store.append(keys, values)
     rows = torch.arange(40)
-    split = FeatureSplit(values, values, rows, rows // 2, rows - 1)
+    negatives = torch.stack([rows - 1, rows // 3], 1)
+    split = FeatureSplit(values, values, rows, rows // 2, negatives, title_group_P=rows // 4)
     image, title = (StoredTable(store, store.locate(keys)) for _ in range(2))
     return split, replace(split, image_MV=image, title_PT=title)
 
@@ -192,7 +195,7 @@ def test_measuring_searching_and_sweeping_are_the_cpus(tmp_path: Path) -> None:
     def found(pairs: FeatureSplit, device: torch.device) -> list[Any]:
         one = measure_split(unit, lambda x: unit(x.flip(-1) + 1), pairs.parts())
         gallery = unit(pairs.to(CPU).features(torch.arange(40)).image_BV).to(device)
-        fold = folds(concatenate([pairs, replace(pairs, negative_row_N=None)]), 3, 0)[1]
+        fold = folds(concatenate([pairs, replace(pairs, negative_row_NH=None)]), 3, 0)[1]
         batch = next(fold.train.batches(16, 0).from_step(1))
         means = [plain(part) for _, *parts in one.means() for part in parts]
         return [one.summarise(), *means, *(plain(part) for part in batch),

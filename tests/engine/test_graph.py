@@ -129,7 +129,8 @@ def run(parts: LoadedModel, monkeypatch: pytest.MonkeyPatch | None, bad: int = -
         config.vision_config.hidden_size, config.text_config.hidden_size))
     image[ROWS, 0] = float("nan")
     each = torch.arange(ROWS + 1)
-    pairs = FeatureSplit(image, title, each, each // 2, each // 3).to(device)  # titles repeat, also as negatives
+    negatives = torch.stack([each // 3, each - 1], 1)
+    pairs = FeatureSplit(image, title, each, each // 2, negatives, title_group_P=each // 4).to(device)  # titles repeat
 
     class WithBadStep(EpochBatches):
         def from_step(self, first: int) -> Iterator[Tensor]:
@@ -143,7 +144,7 @@ def run(parts: LoadedModel, monkeypatch: pytest.MonkeyPatch | None, bad: int = -
         monkeypatch.setattr(train, "should_capture", lambda *_: True)
     log = Steps()
     optimizer = adamw(parts.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp)
-    batches = CachedBatches(WithBadStep(ROWS, BATCH, 0, device=device), pairs.features, device)
+    batches = CachedBatches(WithBadStep(ROWS, BATCH, 0, device=device), pairs.training_features, device)
     fit(Replica(parts.head, optimizer, World(0, 0, 1, device), parts.precision), batches, Plan(ROWS, BATCH, EPOCHS),
         State(), cfg, Callbacks(log))
     return log, [parameter.detach() for parameter in parts.trainable.values()]

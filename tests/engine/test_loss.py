@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ from helpers import EXACT, gradient, on_ranks
 from torch import Tensor, nn
 
 from data.batch import Features, UserError, map_tensors, share
+from data.store.feature_split import FeatureSplit
 from engine import loss as losses
 from engine.clip.model import Embeddings, distribute, l2_normalize
 from engine.loss import Candidates, Objective
 from engine.ranks.world import World
 from engine.train import global_batch_loss
+from eval.retrieval import measure_split
 
 V, T, E = 7, 5, 4
 
@@ -42,25 +45,32 @@ class TwoLinear(nn.Module):
         self.scale = nn.Parameter(torch.tensor(20.0))
 
     def forward(self, features: Features) -> Embeddings:
-        texts = torch.cat([kind for kind in (features.title_BT, features.negative_BT) if kind is not None])
+        texts = features.title_BT
+        if features.negative_BHT is not None:
+            texts = torch.cat([texts, *features.negative_BHT.unbind(1)])
         return Embeddings(l2_normalize(self.image(features.image_BV)), l2_normalize(self.text(texts)), self.scale)
 
 
-def global_batch(rows: int, negatives: bool) -> Features:
-    """A third of the titles and a fifth of the images repeat; some negatives are missing, some are the row's own title.
+def global_batch(rows: int, negatives: int) -> Features:
+    """A third of the titles and a fifth of the images repeat; rows have up to `negatives` negatives, some of them the
+    row's own title or another row's.
 
     Everything in float64, so that what differs between two ways to compute it is the way and not rounding.
     """
     generator = torch.Generator().manual_seed(2)
-    image, title, negative = (torch.randn(rows, width, generator=generator).double() for width in (V, T, T))
+    image, title = (torch.randn(rows, width, generator=generator).double() for width in (V, T))
     title_id, image_id = torch.arange(rows), torch.arange(rows) + 50
     title_id[2::3], image_id[4::5] = title_id[0], image_id[1:2]
-    negative_id = torch.arange(rows) + 100
-    negative_id[1::4], negative_id[3::4] = -1, title_id[3::4]
+    if not negatives:
+        return Features(image, title, None, image_id, title_id, None)
+    negative = torch.randn(rows, negatives, T, generator=generator).double()
+    negative_id = torch.arange(rows * negatives).unflatten(0, (rows, negatives)) + 100
+    for place in range(negatives):  # ragged: another quarter of the rows lacks each of the first four
+        negative_id[(place + 1) % 4::4, place] = -1
+    negative_id[3::4, 0] = title_id[3::4]
     if rows > 2:
-        negative_id[2] = title_id[1]
-    return Features(image, title, negative if negatives else None, image_id, title_id,
-                    negative_id if negatives else None)
+        negative_id[2, -1] = title_id[1]
+    return Features(image, title, negative, image_id, title_id, negative_id)
 
 
 def brute_force(objective: Objective, out: Embeddings, batch: Features) -> Tensor:
@@ -92,8 +102,10 @@ def brute_force(objective: Objective, out: Embeddings, batch: Features) -> Tenso
         return total / rows
 
     titles = [(out.text_XE[j], int(batch.title_id_B[j]), int(batch.image_id_B[j])) for j in range(rows)]
-    if batch.negative_id_B is not None:
-        titles += [(out.text_XE[rows + j], int(batch.negative_id_B[j]), -1) for j in range(rows)]
+    if batch.negative_id_BH is not None:
+        for place in range(batch.negative_id_BH.shape[1]):
+            for j in range(rows):
+                titles.append((out.text_XE[(1 + place) * rows + j], int(batch.negative_id_BH[j, place]), -1))
     forward = one_way(out.image_BE, titles, objective.hardness)
     if objective.loss != "symmetric":
         return forward
@@ -101,7 +113,7 @@ def brute_force(objective: Objective, out: Embeddings, batch: Features) -> Tenso
     return (forward + one_way(out.text_XE[:rows], images, 0.0)) / 2
 
 
-def one_step(objective: Objective, rows: int, negatives: bool, naive: bool = False) -> list[Tensor]:
+def one_step(objective: Objective, rows: int, negatives: int, naive: bool = False) -> list[Tensor]:
     """Loss and gradients of one global batch, on whatever ranks there are."""
     size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     rank = torch.distributed.get_rank() if size > 1 else 0
@@ -121,8 +133,9 @@ def every_step(cases: list[tuple[Any, ...]]) -> list[list[Tensor]]:
     return [one_step(*case) for case in cases]
 
 
-CASES = [(objective, 11, negatives) for objective in KINDS for negatives in (True, False)]
-UNEVEN = [(objective, rows, True) for objective in (KINDS[0], KINDS[9]) for rows in (2, 4)]  # some ranks are empty
+CASES = [(objective, 11, negatives) for objective in KINDS for negatives in (3, 0)]
+SINGLE = [(objective, 11, 1) for objective in KINDS]
+UNEVEN = [(objective, rows, 2) for objective in (KINDS[0], KINDS[9]) for rows in (2, 4)]  # some ranks are empty
 
 
 def assert_equal(ours: list[Tensor], theirs: list[Tensor], what: Any) -> None:
@@ -131,7 +144,7 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor], what: Any) -> None:
 
 
 def test_equal_the_definition() -> None:
-    for case in CASES:
+    for case in CASES + SINGLE:
         assert_equal(one_step(*case), one_step(*case, naive=True), case)
 
 
@@ -145,7 +158,7 @@ def test_ranks_add_up_to_one_process(ranks: int) -> None:
 
 def test_chunks_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [one_step(*case) for case in CASES]
-    monkeypatch.setitem(losses.MAX_LOGITS, "cpu", 70)  # three rows of 22 candidates
+    monkeypatch.setitem(losses.MAX_LOGITS, "cpu", 70)  # one row of 44 candidates, six of 11
     for case, expected in zip(CASES, whole, strict=True):
         assert_equal(one_step(*case), expected, case)
 
@@ -153,9 +166,10 @@ def test_chunks_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.hardness])  # its weight has no gradient
 def test_gradient_is_the_slope(kind: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(losses.MAX_LOGITS, "cpu", 20)
-    batch = global_batch(5, True)
-    assert batch.negative_id_B is not None
-    ids = torch.cat([batch.title_id_B, batch.negative_id_B]), torch.cat([batch.image_id_B, torch.full((5,), -1)])
+    batch = global_batch(5, 2)
+    assert batch.negative_id_BH is not None
+    ids = (torch.cat([batch.title_id_B, *batch.negative_id_BH.unbind(1)]),
+           torch.cat([batch.image_id_B, torch.full((10,), -1)]))
 
     def value(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         loss = kind.sum_over_rows(image, Candidates(text, *ids), scale, 0)
@@ -164,7 +178,7 @@ def test_gradient_is_the_slope(kind: Objective, monkeypatch: pytest.MonkeyPatch)
         return loss
 
     torch.manual_seed(3)
-    inputs = torch.randn(5, E).double(), torch.randn(10, E).double(), torch.tensor(2.0).double()
+    inputs = torch.randn(5, E).double(), torch.randn(15, E).double(), torch.tensor(2.0).double()
     assert torch.autograd.gradcheck(value, tuple(part.requires_grad_() for part in inputs))
 
 
@@ -177,16 +191,17 @@ def test_gradient_is_the_slope(kind: Objective, monkeypatch: pytest.MonkeyPatch)
                                            "partition_mode": "per_direction", "hardness_mode": "all_negatives",
                                            "hardness_strength": 5.0}),
 ])
-@pytest.mark.parametrize("negatives", [True, False])
-def test_equal_sentence_transformers(kind: Objective, options: dict[str, Any], negatives: bool) -> None:
+@pytest.mark.parametrize("negatives", [0, 1, 2, 5])
+def test_equal_sentence_transformers(kind: Objective, options: dict[str, Any], negatives: int) -> None:
+    """Loss and gradients are those of its MultipleNegativesRankingLoss on columns anchor, positive, negative_1, …"""
     peer = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
     theirs = peer.MultipleNegativesRankingLoss(nn.Identity(), **options)
     torch.manual_seed(4)
-    image, *texts = (torch.randn(9, E).double().requires_grad_() for _ in range(3 if negatives else 2))
+    image, *texts = (torch.randn(9, E).double().requires_grad_() for _ in range(2 + negatives))
     expected = theirs.compute_loss_from_embeddings([image, *texts], None)
     wanted = torch.autograd.grad(expected, [image, *texts])
     batch = Features(image, texts[0], None, torch.arange(9), torch.zeros(9).long(),
-                     torch.arange(9) if negatives else None)
+                     torch.arange(9 * negatives).unflatten(0, (9, negatives)) if negatives else None)
     world = World(0, 0, 1, torch.device("cpu"))
     out = Embeddings(F.normalize(image, dim=-1), F.normalize(torch.cat(texts), dim=-1), torch.tensor(20.0).double())
     found = global_batch_loss(kind, world, out, batch, 9)
@@ -210,6 +225,26 @@ def test_repeats_cost_nothing_when_masked() -> None:
         titles = Candidates(text, ids, torch.arange(3))
         loss = Objective(duplicates=how).sum_over_rows(image, titles, torch.tensor(100.0), 0)
         assert loss.item() / 3 == pytest.approx(floor, abs=1e-5)
+
+
+def test_prompts_of_a_class_are_no_negatives_of_each_other_and_metrics_know_them_apart() -> None:
+    """Else "a photo of a cat" is taught to be wrong where "a picture of a cat" is right, and no model reaches 0.
+
+    Without classes rows 0 and 1 each see their own answer and three equal ones: a title and two negatives.
+    """
+    embeddings, rows = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.arange(3)
+    negatives = torch.tensor([[1, 2], [0, -1], [0, 1]])
+    apart = FeatureSplit(embeddings, embeddings, rows, rows, negatives)
+    by_class = replace(apart, title_group_P=torch.tensor([0, 0, 2]))
+    for split, floor in ((apart, 2 / 3 * math.log(4)), (by_class, 0.0)):
+        batch = next(split.batches(3, 0).from_step(0))
+        assert batch.negative_BHT is not None
+        texts = torch.cat([batch.title_BT, *batch.negative_BHT.unbind(1)])
+        out = Embeddings(batch.image_BV, texts, torch.tensor(100.0))
+        loss = global_batch_loss(Objective(), World(0, 0, 1, torch.device("cpu")), out, batch, 3)
+        assert loss.item() == pytest.approx(floor, abs=1e-5)
+    measured = [measure_split(l2_normalize, l2_normalize, split.parts()).summarise() for split in (apart, by_class)]
+    assert measured[0] == measured[1]
 
 
 def test_a_trained_tensor_inside_a_loss_is_refused_in_chunks_and_not_left_untrained(

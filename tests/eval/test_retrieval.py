@@ -26,11 +26,12 @@ def flat(x: Tensor) -> Tensor:
 
 
 def parts(captions: int = 3, dtype: torch.dtype = torch.float32) -> Iterator[Features]:
-    """Images with several captions each, in lots of 25 rows; every second row has a negative."""
+    """Images with several captions each, in lots of 25 rows; every second row has a negative, every fourth two."""
     generator = torch.Generator().manual_seed(0)
     image, title = torch.randn(N, 8, generator=generator), torch.randn(N, 8, generator=generator)
     image_id, title_id = torch.arange(N) // captions, torch.arange(N)
-    negative_id = torch.where(title_id % 2 == 0, (title_id + 7) % N, -1)
+    negative_id = torch.stack([torch.where(title_id % 2 == 0, (title_id + 7) % N, -1),
+                               torch.where(title_id % 4 == 0, (title_id + 9) % N, -1)], 1)
     negative = title[negative_id.clamp(min=0)]
     for rows in torch.arange(N).split(25):
         yield Features(image[image_id[rows]].to(dtype), title[rows].to(dtype), negative[rows].to(dtype),
@@ -42,16 +43,25 @@ def test_a_split_is_measured_by_distinct_queries_and_says_how_many() -> None:
     assert found.sizes() == {"pairs": N, "units": N // 3, "image_to_text_queries": N // 3,
                              "image_to_text_candidates": N, "text_to_image_queries": N,
                              "text_to_image_candidates": N // 3}
-    assert found.triplets is not None and found.triplets.row_M.tolist() == list(range(0, N, 2))
-    assert found.triplets.unit_M.tolist() == [row // 3 * 3 for row in range(0, N, 2)]
-    space, triplets = embed_split(unit, unit, parts())
-    assert triplets is not None and torch.equal(triplets.correct_M, found.triplets.correct_M)
+    assert embed_split(unit, unit, parts())[0].image_UE.shape == (N // 3, 8) and not found.collapsed
+
+
+def test_triplets_are_all_pairs_of_a_row_and_a_negative() -> None:
+    """A row with several negatives counted by its first one would hide the ones that the model falls for."""
     whole = Features(*(torch.cat(lots) for lots in zip(*parts(), strict=True)))
-    own = (unit(whole.image_BV) * unit(whole.title_BT)).sum(1)
-    assert whole.negative_BT is not None
-    other = (unit(whole.image_BV) * unit(whole.negative_BT)).sum(1)
-    assert torch.equal(triplets.correct_M, (own > other)[::2])
-    assert space.image_UE.shape == (N // 3, 8) and not found.collapsed
+    assert whole.negative_BHT is not None and whole.negative_id_BH is not None
+    rows, correct = [], []
+    for row in range(N):
+        image, title = unit(whole.image_BV[row, None])[0], unit(whole.title_BT[row, None])[0]
+        for negative, number in zip(whole.negative_BHT[row], whole.negative_id_BH[row].tolist(), strict=True):
+            if number >= 0:
+                rows.append(row)
+                correct.append(float(image @ title) > float(image @ unit(negative[None])[0]))
+    measured = measure_split(unit, unit, parts())
+    triplets = measured.triplets
+    assert triplets is not None and triplets.row_M.tolist() == rows and triplets.correct_M.tolist() == correct
+    assert len(rows) == N // 2 + N // 4 and triplets.unit_M.tolist() == [row // 3 * 3 for row in rows]
+    assert measured.values()["triplet_accuracy"] == pytest.approx(sum(correct) / len(correct))
 
 
 def test_a_negative_that_is_the_rows_own_title_is_never_beaten() -> None:
@@ -60,8 +70,8 @@ def test_a_negative_that_is_the_rows_own_title_is_never_beaten() -> None:
         noise = torch.randn(len(x), x.shape[1], generator=torch.Generator().manual_seed(len(x)))
         return unit(x + 1e-6 * noise)
 
-    same = (part._replace(negative_BT=part.title_BT, negative_id_B=torch.where(part.title_id_B % 2 == 0,
-            part.title_id_B, -1)) for part in parts())
+    same = (part._replace(negative_BHT=part.title_BT[:, None], negative_id_BH=torch.where(part.title_id_B % 2 == 0,
+            part.title_id_B, -1)[:, None]) for part in parts())
     _, triplets = embed_split(rounded, rounded, same)
     assert triplets is not None and len(triplets.row_M) == N // 2 and not triplets.correct_M.any()
 

@@ -360,7 +360,7 @@ def random_features(parts: LoadedModel, rows: int) -> Features:
     image, text = Model.of(parts, device()).widths
     ids = torch.arange(rows, device=device())
     image_BV, title_BT, negative_BT = (torch.randn(rows, width, device=device()) for width in (image, text, text))
-    return Features(image_BV, title_BT, negative_BT, ids, ids, ids.roll(1))
+    return Features(image_BV, title_BT, negative_BT[:, None], ids, ids, ids.roll(1)[:, None])
 
 
 def train(parts: LoadedModel, rows: int, batch: int, log: Log, config: Config = DEFAULTS,

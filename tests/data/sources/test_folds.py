@@ -1,5 +1,7 @@
 """Folds: every row is held out once, and nothing of a held-out row is met in training."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,11 +15,11 @@ from data.store.feature_split import FeatureSplit
 def pairs(rows: int, titles: int, images: int, seed: int) -> FeatureSplit:
     """Random pairs with repeats, some without a negative; features say which title or image they are of."""
     generator = torch.Generator().manual_seed(seed)
-    title_N, image_N, negative_N = (torch.randint(high, (rows,), generator=generator)
-                                    for high in (titles, images, titles))
-    negative_N[torch.rand(rows, generator=generator) < 0.2] = -1
+    title_N, image_N = (torch.randint(high, (rows,), generator=generator) for high in (titles, images))
+    negative_NH = torch.randint(titles, (rows, 2), generator=generator)
+    negative_NH[torch.rand(rows, 2, generator=generator) < 0.2] = -1
     return FeatureSplit(torch.arange(images).float()[:, None], torch.arange(titles).float()[:, None], image_N, title_N,
-                    negative_N)
+                        negative_NH)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -30,10 +32,10 @@ def test_no_title_and_no_image_of_a_held_out_row_is_trained_on(titles: int, imag
         assert len(part.train) + len(part.held) == 300 and len(part.held) == len(part.row_N)
         assert torch.equal(whole.title_row_N[part.row_N], part.held.title_row_N)
         rest_N = torch.ones(300, dtype=torch.bool).index_fill(0, part.row_N, False)
-        assert part.train.negative_row_N is not None and whole.negative_row_N is not None
-        given_N, kept_N = whole.negative_row_N[rest_N], part.train.negative_row_N
-        assert torch.equal(kept_N, torch.where(torch.isin(given_N, part.held.title_row_N), -1, given_N))
-        seen = torch.cat([part.train.title_row_N, part.train.negative_row_N])
+        assert part.train.negative_row_NH is not None and whole.negative_row_NH is not None
+        given_NH, kept_NH = whole.negative_row_NH[rest_N], part.train.negative_row_NH
+        assert torch.equal(kept_NH, torch.where(torch.isin(given_NH, part.held.title_row_N), -1, given_NH))
+        seen = torch.cat([part.train.title_row_N, part.train.negative_row_NH.flatten()])
         assert not torch.isin(part.held.title_row_N, seen).any()
         assert not torch.isin(part.held.image_row_N, part.train.image_row_N).any()
     assert torch.equal(parts[0].row_N, folds(whole, 5, seed)[0].row_N)
@@ -57,12 +59,16 @@ def test_joined_splits_hold_their_rows_in_order_and_are_met_as_in_a_run() -> Non
     whole = pairs(30, 100, 100, 0)
     first, second = take_rows(whole, torch.arange(20)), take_rows(whole, torch.arange(20, 30))
     again = concatenate([first, second])
-    assert again.negative_row_N is not None and whole.negative_row_N is not None
-    assert torch.equal(again.title_row_N, whole.title_row_N) and torch.equal(again.negative_row_N, whole.negative_row_N)
+    assert again.negative_row_NH is not None and whole.negative_row_NH is not None
+    assert torch.equal(again.title_row_N, whole.title_row_N)
+    assert torch.equal(again.negative_row_NH, whole.negative_row_NH)
     bare = FeatureSplit(second.image_MV, second.title_PT, second.image_row_N, second.title_row_N)
-    half = concatenate([first, bare]).negative_row_N
-    assert half is not None and half[20:].tolist() == [-1] * 10
-    assert concatenate([bare, bare]).negative_row_N is None
+    single = replace(second, negative_row_NH=whole.negative_row_NH[20:, :1])  # fewer negatives a row than the first
+    joined = concatenate([first, bare, single]).negative_row_NH
+    assert joined is not None and joined[:20].equal(whole.negative_row_NH[:20])
+    assert joined[20:30].tolist() == [[-1, -1]] * 10
+    assert joined[30:, :1].equal(whole.negative_row_NH[20:, :1]) and joined[30:, 1].tolist() == [-1] * 10
+    assert concatenate([bare, bare]).negative_row_NH is None
     steps = [step for step, _ in zip(whole.batches(16, 7).from_step(1), range(3), strict=False)]
     orders = [epoch_order(30, 7, epoch) for epoch in (0, 1)]
     for step, rows in zip(steps, (orders[0][16:], orders[1][:16], orders[1][16:]), strict=True):

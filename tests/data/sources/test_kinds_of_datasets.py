@@ -569,12 +569,10 @@ def read(dataset: str, tmp_path: Path) -> tuple[Expected, list[str]]:
     reader = Reader(tmp_path / "cache", ImageSpec.clip(), FetchPolicy(), 10**8, 2)
     said: list[str] = []
     splits: Expected = {}
-    for name, rows in load_splits(dataset, log=said.append).items():
+    for name, rows in load_splits(dataset, log=said.append, embedded=tmp_path / "embedded").items():
         splits[name] = []
         for image, title in zip(rows.image.to_pylist(), rows.title.to_pylist(), strict=True):
-            address = image["path"] if isinstance(image, dict) else image
-            is_address = str(address).startswith("http")
-            splits[name].append((address if is_address else shown(reader.read(image)), title))
+            splits[name].append((image if image.startswith("http") else shown(reader.read(image)), title))
     return splits, said
 
 

@@ -48,7 +48,8 @@ def read(dataset: Path) -> tuple[dict[str, Rows], list[dict[str, Any]], list[str
     """The splits of a dataset, what it has lost, what was said."""
     lost: list[dict[str, Any]] = []
     said: list[str] = []
-    return load_splits(str(dataset), ledger=lost.append, log=said.append), lost, said
+    folder = dataset.with_name(f"{dataset.name}-embedded")
+    return load_splits(str(dataset), ledger=lost.append, log=said.append, embedded=folder), lost, said
 
 
 def reader(cache: Path) -> Reader:
@@ -131,7 +132,7 @@ def test_nothing_waits_for_a_pipe_a_socket_or_a_device(tmp_path: Path, monkeypat
     assert [entry["reason"] for entry in lost if dropped_rows([entry])] == ["not-a-file"]  # 07.txt
     for path in ("/dev/zero", here / "pipe.jpg", here / "socket.jpg", tmp_path):
         with pytest.raises(BadSample, match="not-a-file.*not a regular file"):
-            reader(tmp_path).read({"bytes": None, "path": str(path)})
+            reader(tmp_path).read(str(path))
 
 
 @pytest.mark.parametrize("name", ["train.csv", "train.tsv", "train.jsonl", "train.parquet", "train-000000.tar"])

@@ -20,7 +20,10 @@ from PIL import Image
 
 from data.batch import UserError
 from data.files import write_mark
+from data.shards.index import read_member
 from data.sources import csv_tables, records
+from data.sources.embedded import EmbeddedPictures, shown_name
+from data.sources.options import ReadOptions
 from data.sources.source import Columns, Rows, load_splits
 
 OPENSTAX = Path(__file__).resolve().parents[4] / "shared" / "data" / "openstax-titles"
@@ -65,7 +68,7 @@ def read(dataset: Path) -> tuple[dict[str, Rows], list[dict[str, Any]]]:
 
 def pairs(rows: Rows) -> list[tuple[Any, ...]]:
     negatives = rows.title_neg.to_pylist() if rows.title_neg is not None else [None] * len(rows)
-    images = [image["bytes"] or image["path"] for image in rows.image.to_pylist()]
+    images = [image if shown_name(image) == image else read_member(image) for image in rows.image.to_pylist()]
     return list(zip(images, rows.title.to_pylist(), negatives, strict=True))
 
 
@@ -93,10 +96,10 @@ def test_json_and_parquet_values_that_are_no_strings_become_their_text(
                                           encoding="utf-8")
     write(tmp_path / "valid.parquet", {"url": [b"\xff", None], "caption": [7, None]})
     write(tmp_path / "dev", {"url": []})  # a file that is none of ours is passed over
-    splits = load_splits(str(tmp_path))
-    assert pairs(splits["train"]) == [(None, "", None), ("http://h/1", "1984", None), (None, "1e5", "7"),
+    splits = load_splits(str(tmp_path), embedded=tmp_path / "cache")
+    assert pairs(splits["train"]) == [("", "", None), ("http://h/1", "1984", None), ("", "1e5", "7"),
                                       ("http://h/3", "true", None), ("http://h/4", "", None)]
-    assert pairs(splits["valid"]) == [(b"\xff", "7", None), (None, "", None)]
+    assert pairs(splits["valid"]) == [(b"\xff", "7", None), ("", "", None)]
 
 
 def test_csv_with_a_byte_order_mark_and_lines_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,24 +117,25 @@ def test_images_are_bytes_or_absolute_paths_or_urls(tmp_path: Path) -> None:
                {"bytes": None, "path": "..dots../d.jpg"}, None]
     write(tmp_path / "train.parquet", table(6, image=structs))
     write(tmp_path / "test.parquet", {"img": ["x.jpg", ""], "txt": ["one", "two"]})
-    splits = load_splits(str(tmp_path))
-    assert splits["train"].image.to_pylist() == [
-        {"bytes": b"raw", "path": None}, {"bytes": None, "path": f"{tmp_path}/a/../b.jpg"},
-        {"bytes": None, "path": "HTTPS://h/../x.jpg"}, {"bytes": None, "path": f"{tmp_path}/c.jpg"},
-        {"bytes": None, "path": f"{tmp_path}/..dots../d.jpg"}, {"bytes": None, "path": None}]
-    assert [image["path"] for image in splits["test"].image.to_pylist()] == [f"{tmp_path}/x.jpg", None]
+    splits = load_splits(str(tmp_path), embedded=tmp_path / "cache")
+    assert [row[0] for row in pairs(splits["train"])] == [
+        b"raw", f"{tmp_path}/a/../b.jpg", "HTTPS://h/../x.jpg", f"{tmp_path}/c.jpg", f"{tmp_path}/..dots../d.jpg", ""]
+    assert splits["test"].image.to_pylist() == [f"{tmp_path}/x.jpg", ""]
     assert splits["train"].image.type == splits["test"].image.type
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../x.jpg", "a/../../x.jpg", "..", "a/..", "{folder}/../x.jpg",
                                   "{folder}x/y", " /etc/passwd ", "../x.tar#0+100"])
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
-def test_no_row_reaches_a_file_outside_the_dataset(tmp_path: Path, path: str, ending: str) -> None:
+def test_no_row_of_a_fetched_table_reaches_a_file_outside_the_dataset(
+        tmp_path: Path, path: str, ending: str) -> None:
     folder = tmp_path / "set"
     hostile = path.format(folder=folder)
     write(folder / f"train.{ending}", {"image": ["ok.jpg", "http://h/../ok.jpg", hostile], "title": ["a", "b", "c"]})
     write(folder / "test.csv", table())
-    splits, lost = read(folder)
+    lost: list[dict[str, Any]] = []
+    splits = load_splits("https://h/set", ledger=lost.append,
+                         download=lambda _: [folder / f"train.{ending}", folder / "test.csv"])
     assert splits["train"].title.to_pylist() == ["a", "b"]
     assert [(entry["split"], entry["row"], entry["reason"], entry["title"]) for entry in lost] == [
         ("train", 2, "outside-folder", "c")]
@@ -156,9 +160,9 @@ def test_columns_are_found_in_order_or_named(tmp_path: Path) -> None:
             write(folder / f"{split}.{ending}", both)
         assert pairs(load_splits(str(folder))["train"]) == [(f"{folder}/t.jpg", "t", "n")]
         named = Columns(image="url", title="caption", title_neg="extra")
-        assert pairs(load_splits(str(folder), named)["train"]) == [("http://h/u", "c", "e")]
+        assert pairs(load_splits(str(folder), ReadOptions(named))["train"]) == [("http://h/u", "c", "e")]
         with pytest.raises(UserError, match="'captoin'.*there are url, Thumb.*did you mean 'caption'"):
-            load_splits(str(folder), Columns(title="captoin"))
+            load_splits(str(folder), ReadOptions(Columns(title="captoin")))
 
 
 def test_splits_are_found_under_any_usual_name(tmp_path: Path) -> None:
@@ -189,7 +193,7 @@ def test_image_folders_with_sidecars(tmp_path: Path) -> None:
     assert pairs(splits["train"]) == [(f"{here}/0.JPG", "title, 0", None), (f"{here}/1.JPG", "title, 1", "none"),
                                       (f"{here}/2.JPG", "", None)]
     assert [row[1] for row in pairs(splits["valid"])] == ["title, 0"]
-    captions = load_splits(str(here), Columns(title="caption"))
+    captions = load_splits(str(here), ReadOptions(Columns(title="caption")))
     assert sorted(row[1] for rows in captions.values() for row in pairs(rows)) == ["", "", "12"]
 
 
@@ -229,7 +233,7 @@ def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("train.csv", b'image,title\na.jpg,one\nb.jpg,"two\nc.jpg,three\n', "line 3 opens a quote"),
-    ("train.csv", "image,title\na.jpg,one\n".encode("utf-16"), "line 1 is not UTF-8"),
+    ("train.csv", "image,title\na.jpg,one\n".encode("utf-16")[:-1], "not utf-16-le .*--encoding"),
     ("train.csv", b"image,title,title\na,b,c\n", "'title' is there 2 times"),
     ("train.csv", b"picture,title\na.jpg,one\n", "no image column.*there are picture, title.*--image-column"),
     ("train.csv", b"image,words\na.jpg,one\n", "no title column.*--title-column"),
@@ -290,8 +294,8 @@ def test_pictures_are_bytes_in_any_encoding_of_arrow(tmp_path: Path) -> None:
     jpegs = pa.array([b"\xff\xd8a", b"\xff\xd8b", b"\xff\xd8a"], pa.binary())
     for split, column in (("train", jpegs.dictionary_encode()), ("test", jpegs.cast(pa.binary(3)))):
         write(tmp_path / f"{split}.parquet", {"image": column, "title": ["a", "b", "c"]})
-    for rows in load_splits(str(tmp_path)).values():
-        assert [image["bytes"] for image in rows.image.to_pylist()] == jpegs.to_pylist()
+    for rows in load_splits(str(tmp_path), embedded=tmp_path / "cache").values():
+        assert [row[0] for row in pairs(rows)] == jpegs.to_pylist()
 
 
 @pytest.mark.parametrize("head", [("image", "title"), ("title", "image"), ("title", "image", "negative")])
@@ -327,7 +331,7 @@ def test_blanks_around_paths_go_and_addresses_without_a_scheme_are_https(tmp_pat
         rows = load_splits(str(tmp_path / ending), log=said.append)["train"]
         here = tmp_path / ending
         assert [row[0] for row in pairs(rows)] == [f"{here}/a.jpg", f"{here}/b.jpg", "http://h/c.jpg",
-                                                   "https://h/d.jpg", None]
+                                                   "https://h/d.jpg", ""]
         assert len(said) == 1 and "read as https://" in said[0]
 
 
@@ -435,12 +439,13 @@ def test_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_dataset_repository_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loading script is refused, not run, and nobody is asked on the terminal whether it may."""
     from data.sources.library import hub_parts
+    from data.sources.parts import Reading
 
     (tmp_path / "evil").mkdir()
     (tmp_path / "evil" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nimport datasets\n")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
     with pytest.raises(UserError, match=r"scripts are no longer supported, but found evil\.py"):
-        hub_parts(str(tmp_path / "evil"), Columns())
+        hub_parts(str(tmp_path / "evil"), Reading(ReadOptions(), EmbeddedPictures()))
     with pytest.raises(UserError, match=r"evil\.py: a loading script; scripts are never run"):
         load_splits(str(tmp_path / "evil"))
     assert not (tmp_path / "ran").exists()
@@ -454,9 +459,9 @@ def test_take_and_fingerprint_are_blind_to_chunks() -> None:
         def chunked(items: list[Any], kind: pa.DataType) -> pa.ChunkedArray:
             return pa.chunked_array([items[a:b] for a, b in zip([0, *cuts], [*cuts, len(items)], strict=True)], kind)
 
-        images = [{"bytes": b"x" * (i % 3), "path": None} if i % 2 else {"path": f"/p/{i}"} for i in range(100)]
-        return Rows("train", chunked(images, pa.struct({"bytes": pa.large_binary(), "path": pa.string()})),
-                    chunked([f"t{i}" for i in range(100)], pa.string()), chunked(values, pa.string()))
+        images = [f"/x/{i % 9}.jpg" if i % 2 else "" for i in range(100)]
+        return Rows("train", chunked(images, pa.string()), chunked([f"t{i}" for i in range(100)], pa.string()),
+                    chunked(values, pa.string()))
 
     whole, cut = rows([]), rows([0, 1, 1, 40, 77, 100])
     for indices in (np.arange(100), rng.permutation(100), rng.integers(0, 100, 30), np.array([], int)):

@@ -370,11 +370,12 @@ def test_spaces_and_prune(tmp_path: Path) -> None:
 
 
 def make_split(folder: Path, mapped: bool, negatives: bool) -> FeatureSplit:
-    """101 pairs over 40 images and 60 titles, every seventh without a negative."""
+    """101 pairs over 40 images and 60 titles, with up to two negatives, every seventh without any."""
     draw = torch.Generator().manual_seed(0)
     image_row, title_row = (torch.randint(0, n, (101,), generator=draw) for n in (40, 60))
-    negative = torch.randint(0, 60, (101,), generator=draw)
+    negative = torch.randint(0, 60, (101, 2), generator=draw)
     negative[::7] = -1
+    negative[::2, 1] = -1
     tables: list[torch.Tensor | StoredTable] = []
     for name, rows, width in (("images", 40, 3), ("titles", 60, 2)):
         store = FeatureStore(folder / name, width)
@@ -404,8 +405,8 @@ def test_ranks_share_each_global_batch_in_order(tmp_path: Path, mapped: bool, ne
             assert image.equal(image_MV[split.image_row_N[rows]]) and title.equal(title_PT[split.title_row_N[rows]])
             assert image_id.equal(split.image_row_N[rows]) and title_id.equal(split.title_row_N[rows])
             assert (negative_id is not None) == negatives
-            if split.negative_row_N is not None:
-                wanted = split.negative_row_N[rows]
+            if split.negative_row_NH is not None:
+                wanted = split.negative_row_NH[rows]
                 assert negative_id is not None and negative_id.equal(wanted)
                 assert negative is not None and negative[wanted >= 0].equal(title_PT[wanted[wanted >= 0]])
 

@@ -116,7 +116,7 @@ def all_pairs(dataset: str, **more: Any) -> dict[str, list[tuple]]:
     found = {}
     for name, rows in load_splits(dataset, **more).items():
         assert rows.title_neg is not None
-        paths = rows.image.combine_chunks().field("path").to_pylist()
+        paths = rows.image.to_pylist()
         texts = zip(rows.title.to_pylist(), rows.title_neg.to_pylist(), strict=True)
         found[name] = [(read_member(path), *pair) for path, pair in zip(paths, texts, strict=True)]
     return found

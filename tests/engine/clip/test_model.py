@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers import EXACT, gradient, in_float64, on_ranks
 from torch import Tensor
 
-from data.batch import Batch, Tokens, UserError, map_tensors, share
+from data.batch import Batch, Tokens, UserError, share
 from engine.clip.model import distribute, l2_normalize, open_model
 from engine.loss import Objective
 from engine.ranks.world import World
@@ -25,7 +25,7 @@ def test_unit_length_equals_normalize() -> None:
     assert l2_normalize(torch.zeros(1, 4)).equal(torch.zeros(1, 4))
 
 
-def stream_step(folder: str, micro_batch: int, rows: int, negatives: bool) -> tuple[Tensor, list[Tensor], int]:
+def stream_step(folder: str, micro_batch: int, rows: int, negatives: int) -> tuple[Tensor, list[Tensor], int]:
     """Loss and gradients of one step through the towers in float64, and the bytes that forward kept for backward."""
     size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     rank = torch.distributed.get_rank() if size > 1 else 0
@@ -35,10 +35,12 @@ def stream_step(folder: str, micro_batch: int, rows: int, negatives: bool) -> tu
     ids_BL = torch.randint(0, 500, (rows, 9), generator=generator)
     tokens = Tokens(ids_BL, torch.ones_like(ids_BL))
     batch = Batch(torch.randint(0, 256, (rows, 3, 32, 32), generator=generator).byte(), tokens,
-                  Tokens(ids_BL.flip(0), tokens.mask_BL) if negatives else None, at, at,
-                  at + rows if negatives else None)
-    low, high = share(rows, rank, size)
-    inputs, kept = map_tensors(batch, lambda part: part[low:high]), 0
+                  None, at, at, None)
+    if negatives:  # each with words of its own
+        words_XL = torch.randint(0, 500, (negatives * rows, 7), generator=generator)
+        ids_BH = torch.arange(rows, rows + negatives * rows).unflatten(0, (negatives, rows)).T
+        batch = batch._replace(negative=Tokens(words_XL, torch.ones_like(words_XL)), negative_id_BH=ids_BH)
+    inputs, kept = batch.take(slice(*share(rows, rank, size))), 0
 
     def pack(tensor: Tensor) -> Tensor:
         nonlocal kept
@@ -53,8 +55,8 @@ def stream_step(folder: str, micro_batch: int, rows: int, negatives: bool) -> tu
     return world.sum(loss.detach()), [gradient(p).clone() for p in parts.trainable.values()], kept
 
 
-@pytest.mark.parametrize(("rows", "negatives", "ranks"), [(7, True, 1), (7, False, 1), (7, True, 2), (1, True, 2)])
-def test_micro_batches_equal_the_whole_batch(rows: int, negatives: bool, ranks: int, tiny_model: Path) -> None:
+@pytest.mark.parametrize(("rows", "negatives", "ranks"), [(7, 1, 1), (7, 0, 1), (7, 3, 1), (7, 3, 2), (1, 2, 2)])
+def test_micro_batches_equal_the_whole_batch(rows: int, negatives: int, ranks: int, tiny_model: Path) -> None:
     loss, gradients, kept = stream_step(str(tiny_model), 0, rows, negatives)
     arguments = str(tiny_model), 2, rows, negatives
     for ours, theirs, least in [stream_step(*arguments)] if ranks == 1 else on_ranks(ranks, stream_step, *arguments):

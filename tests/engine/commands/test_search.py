@@ -175,7 +175,7 @@ def test_only_files_that_changed_are_read_again(tiny_model: Path, tmp_path: Path
     pictures = sorted((pairs / "images").iterdir())
     long_ago = 1_600_000_000
     read: list[str] = []
-    monkeypatch.setattr(Reader, "read", noting(Reader.read, lambda self, reference: read.append(reference["path"])))
+    monkeypatch.setattr(Reader, "read", noting(Reader.read, lambda self, reference: read.append(reference)))
     monkeypatch.setattr("data.store.stat_cache.SETTLED", -60.0)  # all files count as settled
 
     def look() -> tuple[list[str], list[str]]:

@@ -103,6 +103,22 @@ def test_a_fold_without_hard_negatives_does_not_stop_a_sweep_by_triplet_accuracy
         average_over_runs(runs[:1], 4, "triplet_accuracy")
 
 
+def test_every_negative_of_a_row_counts_in_a_sweep_by_triplet_accuracy() -> None:
+    """A row with two negatives was counted by the second one alone."""
+    def result(correct: list[bool], rows: list[int]) -> Retrieval:
+        triplets = Triplets(torch.tensor(correct), torch.tensor(rows), torch.tensor(rows))
+        return replace(held_out([0, 1], [0, 1], [0, 1]), triplets=triplets)
+
+    first, second = torch.tensor([0, 3]), torch.tensor([1, 2])
+    runs = [(first, result([True, False, True], [0, 0, 1])), (second, result([False, False, True], [0, 1, 1])),
+            (first, result([True, True, True], [0, 0, 1])), (second, result([True, False, False], [0, 1, 1]))]
+    value_Q, unit_Q = average_over_runs(runs, 4, "triplet_accuracy")
+    wanted = {0: [0.5, 1.0], 1: [0.5], 2: [0.0, 0.5], 3: [1.0]}
+    for row, values in wanted.items():
+        assert sorted(value_Q[unit_Q == row].tolist()) == values
+    assert len(value_Q) == 6
+
+
 def test_a_configuration_that_collapsed_in_a_run_is_listed_and_never_first(tmp_path: Path) -> None:
     """A sweep that crowns it exports a model that answers everything alike."""
     rows, good = torch.tensor([0, 1]), held_out([1, 1], [0, 1], [1, 1])

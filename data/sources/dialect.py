@@ -1,0 +1,204 @@
+"""The format of a text table: its separator, its encoding, lines above the header, blanks around values.
+
+Whatever the encoding, readers get UTF-8 bytes; bytes that are wrong in it stay wrong, so that their row is named.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+from data.files import open_unpacked
+from data.sources.options import ReadOptions, resolve_positions
+from data.sources.paths import ENDINGS
+from data.sources.rows import FLAGS, KNOWN
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+BLOCK = 1 << 24  # bytes of a file read at one time
+SAMPLE = 1 << 16  # characters that the separator is found in
+SAMPLE_ROWS = 20
+SEPARATORS = (",", ";", "\t", "|")
+WRONG = 20  # lines that are no UTF-8 for each that is, from which on a file is taken for cp1252
+UTF8 = ("utf-8", "utf-8-sig")
+ADDRESS = re.compile(rf"\s*(https?://\S+|file://\S+|.*({ENDINGS})(#\d+)?)\s*", re.IGNORECASE)
+EXCEL_LINE = re.compile(r"sep=(.)\s*", re.IGNORECASE)  # Excel's first line, which names the separator
+
+
+class Dialect(NamedTuple):
+    """The format of one file."""
+
+    delimiter: str
+    encoding: str = "utf-8"
+    skip: int = 0  # lines above the header
+    trim: bool = False  # blanks around values are no part of them
+    is_damaged: bool = False  # some lines are not in the encoding
+
+    @property
+    def skips_blanks(self) -> bool:
+        """True if blanks may come before an opening quote; quotes between bars are part of the text."""
+        return self.trim and self.delimiter != "|"
+
+    def open(self, path: Path) -> BinaryIO:
+        """Open a file as UTF-8."""
+        file = open_unpacked(path)
+        return file if self.encoding in UTF8 else io.BufferedReader(_Transcoder(file, self.encoding), BLOCK)
+
+    def open_text(self, path: Path) -> io.TextIOWrapper:
+        """Open a file as text with its own line ends, below `skip`; wrong bytes become halves of surrogate pairs."""
+        text = io.TextIOWrapper(self.open(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
+        for _ in range(self.skip):
+            text.readline()
+        return text
+
+    def describe(self, usual: str) -> str:
+        """Return what differs from plain UTF-8 with the `usual` separator, "" where nothing does."""
+        parts = []
+        if self.delimiter != usual:
+            shown = {"\t": "tab", "|": "' | '" if self.trim else "'|'"}
+            parts.append(f"separator {shown.get(self.delimiter, repr(self.delimiter))}")
+        if self.encoding not in UTF8:
+            parts.append(f"encoding {self.encoding}")
+        return ", ".join(parts)
+
+
+class _Transcoder(io.RawIOBase):
+    """A file in another encoding as UTF-8."""
+
+    def __init__(self, file: BinaryIO, encoding: str) -> None:
+        self._file, self._pending, self._ended = file, memoryview(b""), False
+        self._errors = "surrogatepass" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
+        self._decoder = codecs.getincrementaldecoder(encoding)(self._errors)
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        """Fill `buffer`; return the number of bytes, 0 at the end."""
+        while not self._pending and not self._ended:
+            block = self._file.read(BLOCK)
+            self._ended = not block
+            self._pending = memoryview(self._decoder.decode(block, self._ended).encode("utf-8", self._errors))
+        target = memoryview(buffer).cast("B")
+        count = min(len(target), len(self._pending))
+        target[:count] = self._pending[:count]
+        self._pending = self._pending[count:]
+        return count
+
+    def close(self) -> None:
+        """Close the file below as well."""
+        self._file.close()
+        super().close()
+
+
+def sniff(path: Path, options: ReadOptions, usual: str) -> Dialect:
+    """Find out the format of a file, `usual` being the separator of its ending; the user's word wins."""
+    encoding = options.encoding or _marked_encoding(path)
+    with Dialect(usual, encoding).open_text(path) as text:
+        sample = text.read(SAMPLE)
+    first, _, below = sample.partition("\n")
+    excel = EXCEL_LINE.fullmatch(first)
+    sample = below if excel else sample
+    separators = [options.delimiter] if options.delimiter else [*dict.fromkeys((usual, *SEPARATORS))]
+    if excel and not options.delimiter:
+        separators = [excel[1]]
+    best = max(separators, key=partial(_fit, sample, options))
+    header = next(iter(_sample_rows(sample, best)), [])
+    trim = len(header) > 1 and all(cell[:1] == " " for cell in header[1:])
+    is_damaged = encoding == "utf-8" and not _is_utf8(path)
+    if is_damaged and not options.encoding and _is_cp1252(path, bool(excel) or best == ";"):
+        encoding, is_damaged = "cp1252", False
+    return Dialect(best, encoding, 1 if excel else 0, trim, is_damaged)
+
+
+def _sample_rows(sample: str, delimiter: str) -> list[list[str]]:
+    rows: list[list[str]] = []
+    try:
+        for row in csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter):
+            if row:
+                rows.append(row)
+            if len(rows) == SAMPLE_ROWS:
+                break
+    except csv.Error:
+        pass
+    return rows
+
+
+def _fit(sample: str, options: ReadOptions, delimiter: str) -> tuple[int, bool, float]:
+    """How well a separator fits: columns with a role in the header, a picture in it, rows of its width."""
+    rows = _sample_rows(sample, delimiter)
+    if not rows or len(rows[0]) < 2:
+        return 0, False, 0.0
+    names = [name.strip() for name in rows[0]]
+    even = sum(len(row) == len(names) for row in rows) / len(rows)
+    return len(roles_found(names, options)), any(map(ADDRESS.fullmatch, names)), even
+
+
+def roles_found(names: Sequence[str], options: ReadOptions) -> set[str]:
+    """Return the roles for which a header has a column, named by the user, known, or counted from 1."""
+    columns = resolve_positions(options.columns, names)
+    lowered = {name.lower() for name in names}
+    roles = set()
+    for role in FLAGS:
+        named = getattr(columns, role)
+        wanted = (named,) if isinstance(named, str) else tuple(named or ())
+        if wanted and set(wanted) <= {*names} or not wanted and lowered & {*KNOWN[role]}:
+            roles.add(role)
+    return roles
+
+
+def _marked_encoding(path: Path) -> str:
+    """Return UTF-16 where a byte order mark or the zero bytes of a header in ASCII show it, else UTF-8."""
+    with open_unpacked(path) as file:
+        head = file.read(64)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    even, odd = head[::2], head[1::2]
+    if len(head) > 8 and not any(odd) and all(even):
+        return "utf-16-le"
+    if len(head) > 8 and not any(even) and all(odd):
+        return "utf-16-be"
+    return "utf-8"
+
+
+def _is_cp1252(path: Path, from_excel: bool) -> bool:
+    """True for a file that is not UTF-8 as a whole: several lines are not, and (next to) no line with accents is.
+
+    A single such line is a damaged row, but for files as Excel writes them in Western Europe (`;`), where it is a rare
+    accent. Bytes that cp1252 lacks rule it out.
+    """
+    wrong = right = 0
+    with open_unpacked(path) as file:
+        for line in file:
+            if line.isascii():
+                continue
+            try:
+                line.decode()
+                right += 1
+            except UnicodeDecodeError:
+                try:
+                    line.decode("cp1252")
+                except UnicodeDecodeError:
+                    return False
+                wrong += 1
+    return wrong >= right * WRONG and (wrong > 1 or from_excel)
+
+
+def _is_utf8(path: Path) -> bool:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with open_unpacked(path) as file:
+            for block in iter(partial(file.read, BLOCK), b""):
+                decoder.decode(block)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -18,10 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from data.batch import BadSample, UserError
 from data.files import open_unpacked
 from data.ledger import Account
-from data.sources.csv_tables import read_csv
 from data.sources.json_tables import load_json
-from data.sources.options import ReadOptions
-from data.sources.parts import Part, Reading, by_word, file_part, folders_of, one_kind
+from data.sources.parts import Part, Reading, by_word, file_part, file_parts, folders_of, one_kind
 from data.sources.rows import ROW, Columns
 from data.sources.split_names import LONE, our_name
 
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
 HEAD = 1 << 16  # bytes by which a file is recognised
 IMAGE_FOLDERS = ("", "images", "Images", "train2014", "val2014", "train2017", "val2017", "flickr30k-images",
                  "flickr30k_images", "flickr30k_images/flickr30k_images", "Flicker8k_Dataset", "Flickr8k_Dataset")
-CSV_COLUMNS = (Columns("image", "caption"), Columns("image_name", "comment"))  # of Kaggle's captions.txt
 
 
 class Layout(NamedTuple):
@@ -42,7 +39,7 @@ class Layout(NamedTuple):
     pattern: re.Pattern[str]  # names of its files in a folder, in lower case
     places: tuple[str, ...]  # where they lie in a dataset's folder
     is_one: Callable[[bytes], bool]  # by the first bytes of a file
-    parts: Callable[[Sequence[Path], Account], list[Part]]
+    parts: Callable[[Sequence[Path], Reading, Account], list[Part]]
 
 
 class Captioned(NamedTuple):
@@ -59,14 +56,14 @@ class Captioned(NamedTuple):
 class ImageFinder:
     """Finds images by name in the folders where a dataset may have them."""
 
-    def __init__(self, file: Path, more: Sequence[str] = ()) -> None:
-        self.roots = [file.parent.absolute(), file.parent.parent.absolute()]
-        names = dict.fromkeys((*more, *IMAGE_FOLDERS))
-        self.folders = [str(root / name) for root in self.roots for name in names if (root / name).is_dir()]
+    def __init__(self, file: Path, root: str) -> None:
+        beside = [file.parent.absolute(), file.parent.parent.absolute()]
+        roots = [Path(root).expanduser().absolute()] if root else beside
+        self.folders = [str(root / name) for root in roots for name in IMAGE_FOLDERS if (root / name).is_dir()]
         self._files: dict[str, frozenset[str]] = {}
         self.found = 0
         self.example = self.missing = ""  # the first image that is there, the first that is nowhere
-        self._last = self.folders[0]
+        self._last = self.folders[0] if self.folders else str(roots[0])
 
     def __call__(self, name: str, folder: str = "") -> str:
         """The path of an image, whether its `folder` is there or not; one that is nowhere is named where others are."""
@@ -104,9 +101,9 @@ def parts_of(split: str, file: Path, reading: Reading, account: Account) -> list
 
 def parts_of_layout(layout: Layout, files: Sequence[Path], reading: Reading, account: Account) -> list[Part]:
     """The parts of a layout, which knows its columns: names of others are not used, and that is said."""
-    if reading.options.columns != Columns():
+    if reading.options.columns != Columns() and layout.parts is not _table_parts:
         account.note(f"{files[0]}: {layout.name} have columns of their own; those given by name are not used")
-    return layout.parts(files, account)
+    return layout.parts(files, reading, account)
 
 
 def layout_of(file: Path) -> Layout | None:
@@ -132,7 +129,7 @@ def layouts_in(folder: Path) -> Iterator[tuple[Layout, list[Path]]]:
                 break
 
 
-def _karpathy(files: Sequence[Path], account: Account) -> list[Part]:
+def _karpathy(files: Sequence[Path], reading: Reading, account: Account) -> list[Part]:
     file = _only(files)
     value = load_json(file)
     if not isinstance(value, dict) or not isinstance(value.get("images"), list):
@@ -150,20 +147,20 @@ def _karpathy(files: Sequence[Path], account: Account) -> list[Part]:
             except BadSample as bad:
                 yield Captioned(row, LONE, "", "", [], bad)
 
-    return _parts(file, list(images()), "Karpathy's splits", account)
+    return _parts(file, list(images()), "Karpathy's splits", reading)
 
 
-def _coco(files: Sequence[Path], account: Account) -> list[Part]:
+def _coco(files: Sequence[Path], reading: Reading, account: Account) -> list[Part]:
     splits = by_word(files)
     if len(files) > 1 and not splits:
         raise UserError(f"{files[0].parent}: which of {', '.join(file.name for file in files[:5])}? Pass one of them")
     splits = one_kind((split, file.name, [file]) for split, files in splits.items() for file in files)
     splits = splits or {LONE: list(files)}
-    return [Part(split, str(file), folders_of(file.parent, file.parent.parent), partial(_read_coco, file))
+    return [Part(split, str(file), folders_of(file.parent, file.parent.parent), partial(_read_coco, file, reading))
             for split, files in splits.items() for file in files]
 
 
-def _read_coco(file: Path, account: Account) -> pa.Table:
+def _read_coco(file: Path, reading: Reading, account: Account) -> pa.Table:
     value = load_json(file)
     captions: dict[Any, list[str]] = defaultdict(list)
     problems: dict[Any, BadSample] = {}
@@ -181,54 +178,33 @@ def _read_coco(file: Path, account: Account) -> pa.Table:
     for row, (image, titles) in enumerate(captions.items(), len(rows)):
         problem = BadSample("no-image", f"{len(titles)} captions of the image {image}, which is not among \"images\"")
         rows.append(Captioned(row, "", "", "", titles, problem))
-    return _table(file, rows, "COCO's captions", account)
+    return _table(file, rows, "COCO's captions", reading, account)
 
 
-def _kaggle(files: Sequence[Path], account: Account) -> list[Part]:
-    file = _only(files)
-    with open_unpacked(file) as opened:
-        names = opened.readline().decode("utf-8-sig", "replace").strip().split(",")
-    columns = next(each for each in CSV_COLUMNS if {each.image, each.title} <= {*names})
-
-    def read(account: Account) -> pa.Table:
-        import pyarrow as pa
-
-        table = read_csv(file, ReadOptions(columns), account, ",")
-        finder = ImageFinder(file)
-        images = [finder(name or "") for chunk in table["image"].chunks for name in chunk.to_pylist()]
-        finder.check(file)
-        _say(file, "Kaggle's captions.txt", len(table), finder, account)
-        return table.set_column(table.column_names.index("image"), "image", pa.array(images, pa.string()))
-
-    return [Part(LONE, str(file), folders_of(file.parent, file.parent.parent), read)]
+def _table_parts(files: Sequence[Path], reading: Reading, account: Account) -> list[Part]:
+    """Tables that the readers of tables know; only their names are special."""
+    return file_parts(by_word(files) or {LONE: files}, reading)
 
 
-def _lines(files: Sequence[Path], account: Account, name: str, parse: Callable[[str], tuple[str, str] | None],
-           header: bool) -> list[Part]:
-    """Parts of a text file with one caption a line, which `parse` takes apart."""
+def _token(files: Sequence[Path], reading: Reading, account: Account) -> list[Part]:
+    """Parts of `name.jpg#0<TAB>caption`, with the splits of the lists beside it."""
     file = _only(files)
     splits = _flickr8k_splits(file)
-
-    def rows() -> Iterator[Captioned]:
-        with open_unpacked(file) as opened:
-            for row, line in enumerate(opened, -header):
-                if row < 0 or not line.strip():
-                    continue
-                try:
-                    pair = parse(line.decode("utf-8-sig").rstrip("\r\n"))
-                except UnicodeDecodeError:
-                    yield Captioned(row, LONE, "", "", [], BadSample("not-utf8", f"line {row + header + 1}"))
-                    continue
-                problem = None if pair else BadSample("bad-row", f"line {row + header + 1} is not as in {name}")
-                image, title = pair or ("", "")
-                yield Captioned(row, splits.get(image, "other") if splits else LONE, "", image, [title], problem)
-
-    captions = list(rows())
-    unused = sum(each.split == "other" and not each.problem for each in captions)
+    captions: list[Captioned] = []
+    unused = 0
+    with open_unpacked(file) as opened:
+        for row, line in enumerate(opened):
+            match = re.fullmatch(r"(.+)#\d+\t(.*)", line.decode("utf-8", "replace").rstrip("\r\n"))
+            if match is None and line.strip():
+                problem = BadSample("bad-row", f"line {row + 1} is not name.jpg#0<TAB>caption")
+                captions.append(Captioned(row, LONE, "", "", [], problem))
+            elif match is not None and splits and match[1] not in splits:
+                unused += 1
+            elif match is not None:
+                captions.append(Captioned(row, splits.get(match[1], LONE), "", match[1], [match[2].strip()]))
     if unused:
         account.note(f"{file}: {unused:,} captions of images in no split of {file.parent} are not used")
-    captions = [each for each in captions if each.split != "other" or each.problem]
-    return _parts(file, captions, name, account)
+    return _parts(file, captions, "Flickr's .token files", reading)
 
 
 def _flickr8k_splits(file: Path) -> dict[str, str]:
@@ -242,42 +218,10 @@ def _flickr8k_splits(file: Path) -> dict[str, str]:
     return splits
 
 
-def _parse_results(line: str) -> tuple[str, str] | None:
-    """`name.jpg| 0| caption` of Flickr30k; one line that is published lacks the second bar."""
-    name, _, rest = line.partition("|")
-    match = re.fullmatch(r"\s*\d+\s*(?:\||\s)\s*(.*)", rest)
-    return (name.strip(), match[1].strip()) if match and name.strip() else None
-
-
 def _parse_token(line: str) -> tuple[str, str] | None:
     """`name.jpg#0<TAB>caption`."""
     match = re.fullmatch(r"(.+)#\d+\t(.*)", line)
     return (match[1], match[2].strip()) if match else None
-
-
-def _conceptual(files: Sequence[Path], account: Account) -> list[Part]:
-    splits = by_word(files) or {LONE: list(files)}
-
-    def read(file: Path, account: Account) -> pa.Table:
-        import pyarrow as pa
-
-        titles, urls, numbers = [], [], []
-        with open_unpacked(file) as opened:
-            for row, line in enumerate(opened):
-                fields = line.rstrip(b"\r\n").split(b"\t")
-                if len(fields) != 2:
-                    problem = BadSample("bad-row", f"line {row + 1} has {len(fields)} fields, not caption and address")
-                    account.drop(str(file), row, problem)
-                    continue
-                titles.append(fields[0])
-                urls.append(fields[1])
-                numbers.append(row)
-        account.note(f"{file}: no header; read as caption<TAB>address")
-        return pa.table({"image": pa.array(urls, pa.binary()).cast(pa.string(), safe=False),
-                         "title": pa.array(titles, pa.binary()).cast(pa.string(), safe=False), ROW: numbers})
-
-    return [Part(split, str(file), folders_of(file.parent), partial(read, file))
-            for split, files in splits.items() for file in files]
 
 
 def _only(files: Sequence[Path]) -> Path:
@@ -297,7 +241,7 @@ def _text(value: Any) -> str:
     return value
 
 
-def _parts(file: Path, rows: Iterable[Captioned], name: str, account: Account) -> list[Part]:
+def _parts(file: Path, rows: Iterable[Captioned], name: str, reading: Reading) -> list[Part]:
     """The parts of one file by the splits of its rows."""
     splits: dict[str, list[Captioned]] = defaultdict(list)
     for row in rows:
@@ -307,13 +251,13 @@ def _parts(file: Path, rows: Iterable[Captioned], name: str, account: Account) -
     stray = splits.pop(LONE, []) if len(splits) > 1 else []
     next(iter(splits.values())).extend(stray) if stray else None  # damaged rows are dropped with those of a split
     return [Part(split, str(file), folders_of(file.parent, file.parent.parent),
-                 partial(_table, file, rows, name)) for split, rows in splits.items()]
+                 partial(_table, file, rows, name, reading)) for split, rows in splits.items()]
 
 
-def _table(file: Path, rows: Sequence[Captioned], name: str, account: Account) -> pa.Table:
+def _table(file: Path, rows: Sequence[Captioned], name: str, reading: Reading, account: Account) -> pa.Table:
     import pyarrow as pa
 
-    finder = ImageFinder(file)
+    finder = ImageFinder(file, reading.options.image_root)
     images, titles, numbers = [], [], []
     for row in rows:
         if row.problem is not None:
@@ -334,13 +278,7 @@ def _say(file: Path, name: str, captions: int, finder: ImageFinder, account: Acc
 
 
 def _is_kaggle(head: bytes) -> bool:
-    names = {*head.partition(b"\n")[0].decode("utf-8-sig", "replace").strip().split(",")}
-    return any({columns.image, columns.title} <= names for columns in CSV_COLUMNS)
-
-
-def _is_conceptual(head: bytes) -> bool:
-    fields = head.partition(b"\n")[0].split(b"\t")
-    return len(fields) == 2 and re.match(rb"https?://", fields[1]) is not None
+    return re.match(rb"(?:\xef\xbb\xbf)?image(?:_name)?,(?:comment_number,)?(?:caption|comment)\b", head) is not None
 
 
 def _is_coco(head: bytes) -> bool:
@@ -351,12 +289,9 @@ LAYOUTS = (
     Layout("Karpathy's splits", (".json",), re.compile(r"dataset_.*\.json"), ("", "annotations"),
            lambda head: b'"sentences"' in head and b'"filename"' in head, _karpathy),
     Layout("COCO's captions", (".json",), re.compile(r"captions_.*\.json"), ("", "annotations"), _is_coco, _coco),
-    Layout("Kaggle's captions.txt", (".txt",), re.compile(r"captions\.txt"), ("",), _is_kaggle, _kaggle),
+    Layout("Kaggle's captions.txt", (".txt",), re.compile(r"captions\.txt"), ("",), _is_kaggle, _table_parts),
     Layout("Flickr30k's results.csv", (".csv",), re.compile(r"results\.csv"), ("", "flickr30k_images"),
-           lambda head: re.match(rb"\s*image_name\s*\|\s*comment_number\s*\|\s*comment", head) is not None,
-           partial(_lines, name="Flickr30k's results.csv", parse=_parse_results, header=True)),
+           lambda head: re.match(rb"\s*image_name\s*\|", head) is not None, _table_parts),
     Layout("Flickr's captions by token", (".txt", ".token"), re.compile(r".*\.token(\.txt)?"), ("", "Flickr8k_text"),
-           lambda head: re.match(rb"[^\n\t]+#\d+\t", head) is not None,
-           partial(_lines, name="Flickr's .token files", parse=_parse_token, header=False)),
-    Layout("Conceptual Captions", (".tsv",), re.compile(r".*\.tsv"), ("",), _is_conceptual, _conceptual),
+           lambda head: re.match(rb"[^\n\t]+#\d+\t", head) is not None, _token),
 )

@@ -19,6 +19,7 @@ from data.batch import BadSample, UserError
 from data.identity import TitleIds, clip_words, distinct
 from data.ledger import dropped_rows, place_of
 from data.sources.embedded import shown_name
+from data.sources.labels import title_groups
 from data.sources.rows import Rows
 from data.store.segments import KEY
 from data.titles import is_blank
@@ -125,7 +126,8 @@ def build_catalogue(splits: Mapping[str, Rows], title_ids: TitleIds | None = Non
         start += count
     image_N = dict(zip(splits, np.split(image_all, ends[:-1]), strict=True))
     title_N = dict(zip(splits, np.split(title_all[: ends[-1]], ends[:-1]), strict=True))
-    return Catalogue(splits, encoded.dictionary, titles, title_keys, image_N, title_N, negative_N)
+    groups = title_groups(splits, title_N, len(titles))
+    return Catalogue(splits, encoded.dictionary, titles, title_keys, image_N, title_N, negative_N, groups)
 
 
 def _distinct_titles(columns: Sequence[pa.ChunkedArray], title_ids: TitleIds) -> tuple[

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from data.images.album import RowPreviews
 from data.inputs import CachedPairs, FeatureSource, StreamedPairs, make_feature_splits
 from data.ledger import dropped_rows
 from data.mine import mine_negatives
+from data.sources.labels import count_classes
 from data.sources.source import Rows
 from data.store.feature_split import FeatureSplit, StoredTable
 from data.store.features import FeatureStore
@@ -51,6 +52,7 @@ class Pairs:
     inputs: CachedPairs | StreamedPairs
     album: RowPreviews
     store_report: str = ""  # what the cold pass added to the feature store
+    classes: Mapping[str, int] = field(default_factory=dict)  # their number, of splits whose titles are class names
 
     def feature_splits(self) -> Mapping[str, FeatureSplit]:
         """Return every split's features; streaming encodes them anew on each call."""
@@ -96,13 +98,13 @@ def open_pairs(rows: Mapping[str, Rows], unread: Sequence[Mapping[str, Any]], pi
 
     if images is None:
         streamed = StreamedPairs.open(catalogue, splits, example_D, pipeline)
-        return Pairs(splits, ledger, identity, contents, streamed, streamed, album)
+        return Pairs(splits, ledger, identity, contents, streamed, streamed, album, classes=count_classes(rows))
     image_table, seconds = _table(images, image_keys), time.monotonic() - began
     feature_splits = make_feature_splits(splits, image_table, title_table, device, catalogue.title_group_P)
     cached = CachedPairs(feature_splits, pipeline.team)
     inputs = StreamedPairs.open(catalogue, splits, example_D, pipeline) if reader.augment else cached
     report = _describe_store(cache, images, titles, seconds)
-    return Pairs(splits, ledger, identity, contents, cached, inputs, album, report)
+    return Pairs(splits, ledger, identity, contents, cached, inputs, album, report, count_classes(rows))
 
 
 def _decode_images(catalogue: Catalogue, images: FeatureStore | None, pipeline: Pipeline) -> list[DecodeResults]:

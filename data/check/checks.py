@@ -23,6 +23,7 @@ from data.cold import Reader, decode_distinct, is_url
 from data.identity import distinct
 from data.ledger import dropped_rows
 from data.sources.embedded import shown_name
+from data.sources.labels import class_codes
 from data.sources.rows import Rows
 from data.store.segments import KEY
 from data.text import printable
@@ -175,6 +176,7 @@ def _repeats(inputs: Catalogue, image_M: np.ndarray, title_P: np.ndarray, simila
     for place, name in enumerate(names):
         for other_place, other in enumerate(names[:place + 1]):
             titled_N = first_title[other][title[name]]
+            titled_N[class_codes(inputs.splits[name]) >= 0] = -1  # class names repeat
             same_N = first_image[other][image[name]]
             similar_N = similar_MS[image[name], other_place]
             if other == name:

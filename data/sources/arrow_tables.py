@@ -19,7 +19,17 @@ from data.ledger import Account
 from data.sources import img2dataset
 from data.sources.embedded import EmbeddedPictures
 from data.sources.options import ReadOptions
-from data.sources.rows import KNOWN, LABEL, ROW, Columns, detect_columns, holds_bytes, rename_to_roles, without
+from data.sources.rows import (
+    CLASS_COLUMNS,
+    KNOWN,
+    LABEL,
+    ROW,
+    Columns,
+    detect_columns,
+    holds_bytes,
+    rename_to_roles,
+    without,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,7 +46,7 @@ def read_parquet(path: Path, options: ReadOptions, account: Account, embedded: E
     try:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            columns = _with_labels(schema, class_names(schema), options.columns, str(path), account)
+            columns = _with_labels(schema, class_names(schema), options.columns)
             picked = _detect(schema, columns, str(path))
             image, is_embedded = picked["image"], _holds(schema, picked["image"])
             failures = img2dataset.status_columns(schema.names) if is_embedded else []
@@ -66,15 +76,14 @@ def read_arrow(path: Path, options: ReadOptions, account: Account, embedded: Emb
         text = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: not an Arrow file that can be read ({text}); "
                         "write it with pyarrow.feather.write_feather, version 2") from error
-    return roles_of(table, options.columns, str(path), account)
+    return roles_of(table, options.columns, str(path))
 
 
-def roles_of(table: pa.Table, columns: Columns, label: str, account: Account,
-             classes: ClassNames | None = None) -> pa.Table:
+def roles_of(table: pa.Table, columns: Columns, label: str, classes: ClassNames | None = None) -> pa.Table:
     """The columns of a table in use, under their roles. `classes`: names that the schema does not tell."""
     named = {**class_names(table.schema), **(classes or {})}
-    columns = _with_labels(table.schema, named, columns, label, account)
-    return _to_roles(table, _detect(table.schema, columns, label), named)
+    picked = _detect(table.schema, _with_labels(table.schema, named, columns), label)
+    return _to_roles(table, picked, named)
 
 
 def column_names(path: Path) -> list[str] | None:
@@ -102,13 +111,12 @@ def class_names(schema: pa.Schema) -> dict[str, Sequence[str]]:
         return {}
 
 
-def _with_labels(schema: pa.Schema, classes: ClassNames, columns: Columns, label: str, account: Account) -> Columns:
-    """`columns` with the only column of class labels as the title, where nothing else is known to be one."""
+def _with_labels(schema: pa.Schema, classes: ClassNames, columns: Columns) -> Columns:
+    """`columns` with the only column of class labels as the title, where no column is known to hold titles."""
     labels = [name for name in schema.names if name in classes]
-    has_title = columns.title or {name.strip().lower() for name in schema.names} & {*KNOWN["title"]}
-    if has_title or len(labels) != 1:
+    titles = {*KNOWN["title"]} - {*CLASS_COLUMNS}
+    if columns.title or len(labels) != 1 or {name.strip().lower() for name in schema.names} & titles:
         return columns
-    account.note(f"{label}: the titles are the {len(classes[labels[0]])} class names of the column {labels[0]!r}")
     return replace(columns, title=labels[0])
 
 
@@ -128,7 +136,10 @@ def _to_roles(table: pa.Table, picked: Mapping[str, str], classes: ClassNames) -
     roles = rename_to_roles(table, picked).replace_schema_metadata(None)
     if picked["title"] in classes:
         names = _names_of(roles["title"], classes[picked["title"]])
-        roles = roles.set_column(roles.column_names.index("title"), "title", names).append_column(LABEL, names)
+        roles = roles.set_column(roles.column_names.index("title"), "title", names)
+        if LABEL in roles.column_names:
+            roles = roles.drop_columns([LABEL])
+        roles = roles.append_column(LABEL, names)
     if _is_list(roles["image"].type) and _may_be_image(roles["image"].type.value_type):
         images = _only_items(roles["image"])
         roles = roles.set_column(roles.column_names.index("image"), "image", images)

@@ -225,10 +225,7 @@ def _rows(folder: Folder) -> list[Part] | None:
         return [file_part(LONE, folder.path, folder.reading)]
     if tables:
         return _tables(folder, tables)
-    if classes := class_folders(folder.path):
-        shown = ", ".join(classes[:3])
-        folder.account.note(f"{folder.path}: images without titles; the names of their folders ({shown}, …) are the "
-                            "titles")
+    if class_folders(folder.path):
         return [Part(LONE, str(folder.path), folders_of(folder.path), partial(read_class_folders, folder.path))]
     if holds_pictures(folder.path):
         return [file_part(LONE, folder.path, folder.reading)]

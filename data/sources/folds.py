@@ -73,8 +73,13 @@ def fold_of(title_N: np.ndarray, image_N: np.ndarray, folds: int, seed: int) -> 
 
 
 def folds(pairs: FeatureSplit, count: int, seed: int) -> list[Fold]:
-    """`count` ways to hold a part out; a training row has no negative there that is a held-out title."""
-    fold_N = torch.from_numpy(fold_of(pairs.title_row_N.cpu().numpy(), pairs.image_row_N.cpu().numpy(), count, seed))
+    """`count` ways to hold a part out; a training row has no negative there that is a held-out title.
+
+    Titles that are class names are in all parts: there, only rows of one image stay together.
+    """
+    image_N = pairs.image_row_N.cpu().numpy()
+    title_N = pairs.title_row_N.cpu().numpy() if pairs.title_group_P is None else image_N
+    fold_N = torch.from_numpy(fold_of(title_N, image_N, count, seed))
     parts = []
     for fold in range(count):
         held_row_N = (fold_N == fold).nonzero()[:, 0]

@@ -29,6 +29,7 @@ NUMBERED = rf"(?i)({ENDINGS})#\d+$"  # Flickr8k.token.txt counts the captions of
 TEMPLATE = re.compile(r"([^{}]*)\{(?::?0?(\d+)d?)?\}([^{}]*)")
 FIRST = 20  # rows whose images are looked for where the first are not in their place
 FOLDERS = 200  # folders that are looked in
+BESIDE = frozenset(("images", "image", "imgs", "img", "pictures", "photos", "jpegimages", "thumbnails"))
 GUESSED_ENDINGS = ("", ".jpg", ".png", ".jpeg", ".webp")
 
 
@@ -182,13 +183,15 @@ def _find(chunks: Sequence[pa.Array], places: Places, label: str, account: Accou
     if not names or any(os.path.lexists(os.path.join(base, name)) for name in names):
         return places
     endings = [""] if all(os.path.splitext(name)[1].lower() in PICTURES for name in names) else GUESSED_ENDINGS
-    hits: dict[tuple[int, int], tuple[str, str]] = {}  # the same folder by another name counts once
-    for folder in (base, *_folders_near(base, places.anywhere)):
-        for ending in endings:
-            if all(os.path.isfile(os.path.join(folder, name + ending)) for name in names):
-                stat = os.stat(folder)
-                hits.setdefault((stat.st_dev, stat.st_ino), (folder, ending))
-    found = list(hits.values())
+    found: list[tuple[str, str]] = []
+    for nearby in (_folders_within(base), _folders_beside(base) if places.anywhere else []):
+        hits: dict[tuple[int, int], tuple[str, str]] = {}  # the same folder by another name counts once
+        for folder in nearby:
+            for ending in endings:
+                if all(os.path.isfile(os.path.join(folder, name + ending)) for name in names):
+                    stat = os.stat(folder)
+                    hits.setdefault((stat.st_dev, stat.st_ino), (folder, ending))
+        found = found or list(hits.values())
     if len(found) > 1:
         raise UserError(f"{label}: its images are not in {base}, but in {found[0][0]} and in {found[1][0]}; choose "
                         f"with --image-root {found[0][0]}")
@@ -213,12 +216,16 @@ def _first_relative(chunks: Sequence[pa.Array]) -> Iterator[str]:
                 return
 
 
-def _folders_near(base: str, anywhere: bool) -> list[str]:
-    """Folders in `base`, and in those, and beside it: images/, Images/, flickr30k_images/flickr30k_images/."""
+def _folders_within(base: str) -> list[str]:
+    """The folder itself, those in it and in these: images/, Images/, flickr30k_images/flickr30k_images/."""
     inner = _subfolders(base)
     deeper = [folder for parent in inner for folder in _subfolders(parent)]
-    beside = [folder for folder in _subfolders(os.path.dirname(base)) if folder != base] if anywhere else []
-    return [*inner, *deeper, *beside][:FOLDERS]
+    return [base, *inner, *deeper][:FOLDERS]
+
+
+def _folders_beside(base: str) -> list[str]:
+    """Folders for images beside the table's: any other may hold images of the same names."""
+    return [folder for folder in _subfolders(os.path.dirname(base)) if os.path.basename(folder).lower() in BESIDE]
 
 
 def _subfolders(folder: str) -> list[str]:

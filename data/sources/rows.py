@@ -23,10 +23,11 @@ from data.sources.paths import Places, absolute_paths
 if TYPE_CHECKING:
     import pyarrow as pa
 
+CLASS_COLUMNS = ("label", "labels", "class", "class_name", "category")  # titles where nothing else is one
 KNOWN = {  # role -> column names that mean it; the first there is wins
     "image": ("image", "thumbnail", "thumbnail_url", "image_url", "url", "jpg", "jpeg", "png", "webp", "image_path",
               "file_name", "filename", "filepath", "path", "img", "image_name"),
-    "title": ("title", "text", "caption", "txt", "comment"),
+    "title": ("title", "text", "caption", "txt", "comment", *CLASS_COLUMNS),
     "title_neg": ("title_neg", "negative", "neg_title", "negative_title", "neg_text", "neg_caption"),
     "split": ("split",),
 }
@@ -56,6 +57,7 @@ class Rows:
     image: pa.ChunkedArray  # string, no nulls: an absolute path, http(s) URL, or FILE#OFFSET+SIZE
     title: pa.ChunkedArray  # string, no nulls
     title_neg: pa.ChunkedArray | None  # string, null where a row has no negative; None without such a column
+    label: pa.ChunkedArray | None = None  # string: the class that the title names, null for none; None without classes
 
     def __len__(self) -> int:
         return len(self.title)
@@ -63,7 +65,8 @@ class Rows:
     def take(self, indices: np.ndarray) -> Rows:
         """The rows at `indices` in that order, copied."""
         negative = None if self.title_neg is None else _take(self.title_neg, indices)
-        return Rows(self.name, _take(self.image, indices), _take(self.title, indices), negative)
+        label = None if self.label is None else _take(self.label, indices)
+        return Rows(self.name, _take(self.image, indices), _take(self.title, indices), negative, label)
 
     def fingerprint(self) -> str:
         """A digest of all values in order, however chunked: one pass over the columns, no file is opened."""
@@ -102,8 +105,11 @@ def detect_columns(names: list[str], columns: Columns, label: str, with_bytes: C
 
 
 def rename_to_roles(table: pa.Table, picked: Mapping[str, str]) -> pa.Table:
-    """Select the picked columns, each under the name of its role."""
-    return table.select([*picked.values()]).rename_columns([*picked])
+    """Select the picked columns, each under the name of its role; class names also as LABEL."""
+    roles = table.select([*picked.values()]).rename_columns([*picked])
+    if picked["title"].strip().lower() in CLASS_COLUMNS:
+        roles = roles.append_column(LABEL, roles["title"])
+    return roles
 
 
 def to_row_columns(table: pa.Table, label: str, places: Places, account: Account,
@@ -247,7 +253,8 @@ def join_tables(name: str, tables: Sequence[pa.Table], label: str, account: Acco
         raise UserError(f"{label}: no row can be used ({account.dropped:,} dropped); {account.example}")
     if not table.num_rows:
         raise UserError(f"{label}: holds no rows; fill it or remove it")
-    return Rows(name, table["image"], table["title"], table["title_neg"] if "title_neg" in table.column_names else None)
+    negative, classes = (table[role] if role in table.column_names else None for role in ("title_neg", LABEL))
+    return Rows(name, table["image"], table["title"], negative, classes)
 
 
 def _take(column: pa.ChunkedArray, indices: np.ndarray) -> pa.ChunkedArray:

@@ -14,6 +14,7 @@ from data.ledger import Account, Ledger, discard
 from data.sources.captions import parts_of
 from data.sources.embedded import EmbeddedPictures
 from data.sources.folders import Folder, folder_parts
+from data.sources.labels import class_titles
 from data.sources.library import hub_parts
 from data.sources.options import ReadOptions as ReadOptions
 from data.sources.parts import Part, Reading, expand, file_parts, in_splits
@@ -91,8 +92,8 @@ def _read(parts: Sequence[Part], reading: Reading, account: Account) -> dict[str
         tables = []
         for part in group:
             places = part.places(options)
-            table = explode(part.read(account))
-            tables.append(to_row_columns(table, part.label, places, account, reading.embedded))
+            table = to_row_columns(explode(part.read(account)), part.label, places, account, reading.embedded)
+            tables.append(class_titles(table, options.templates, part.label, account))
         labels = [part.label for part in group]
         if len(groups) > 1 and options.columns.split is None:
             divided = {name: without_split_column(name, tables, account)}

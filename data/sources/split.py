@@ -17,6 +17,7 @@ from data.batch import ALONE, Team, share
 from data.catalogue import Catalogue, DecodeResult, DecodeResults, build_catalogue, keys_and_usable
 from data.cold import Reader, decode_distinct
 from data.identity import TitleIds, clip_words, distinct
+from data.sources.labels import class_codes
 from data.sources.rows import Rows
 from data.store.segments import key_of
 from data.store.stat_cache import StatCache
@@ -35,7 +36,7 @@ def divide_lone_split(splits: Mapping[str, Rows], reader: Reader, cache: Path, s
     URLs) but not decoded, ranks sharing the work, files unchanged since the last run skipped. Rows that cannot be
     used take part, so that the split does not depend on what decodes. The same rows, content and seed give the same
     split with any model and with none; but a model's `titles` also keep titles together that are the same only because
-    they are cut, see `clip_words`.
+    they are cut, see `clip_words`. Where titles are class names, each class is divided by its images instead.
     """
     if list(splits) != [WHOLE]:
         return dict(splits)
@@ -43,10 +44,15 @@ def divide_lone_split(splits: Mapping[str, Rows], reader: Reader, cache: Path, s
     inputs = build_catalogue(splits, replace(clip_words(), cache=cache / "seen"))
     key_MK = _content_keys(inputs, reader, cache, team, log)
     image_N = distinct(key_MK)[0][inputs.image_N[WHOLE]]
-    codes = [_codes(image_N, _has_no_image(inputs)), _title_codes(inputs)]
-    if titles is not None:
-        codes.append(_title_codes(build_catalogue(splits, titles)))
-    return {name: replace(rows.take(part), name=name) for name, part in three_way_split(seed, *codes).items()}
+    image_N = _codes(image_N, _has_no_image(inputs))
+    if rows.label is not None:
+        parts = stratified_split(seed, class_codes(rows), image_N)
+    else:
+        codes = [image_N, _title_codes(inputs)]
+        if titles is not None:
+            codes.append(_title_codes(build_catalogue(splits, titles)))
+        parts = three_way_split(seed, *codes)
+    return {name: replace(rows.take(part), name=name) for name, part in parts.items()}
 
 
 def _content_keys(inputs: Catalogue, reader: Reader, cache: Path, team: Team,
@@ -115,6 +121,26 @@ def three_way_split(seed: int, *codes: np.ndarray) -> dict[str, np.ndarray]:
         split_N[single[first:last]] = k
     parts = {name: np.flatnonzero(split_N[group_N] == k) for k, name in enumerate(ORDER)}
     return {name: part for name, part in parts.items() if len(part)}
+
+
+def stratified_split(seed: int, class_N: np.ndarray, image_N: np.ndarray) -> dict[str, np.ndarray]:
+    """The row numbers of train, valid and test, 70/15/15 of the images of each class by `seed`.
+
+    All rows of an image stay together; one of several classes counts for that of its first row. A class of three images
+    or more is in all splits, one of fewer trains.
+    """
+    group_N = components(image_N)
+    class_of_group = class_N[group_N]
+    split_N = np.zeros(len(class_N), np.int8)  # of each group, at the place of its first row
+    groups = np.flatnonzero(group_N == np.arange(len(group_N)))
+    groups = groups[np.argsort(class_of_group[groups], kind="stable")]
+    ends = np.flatnonzero(np.diff(class_of_group[groups])) + 1
+    for members in np.split(groups, ends):
+        parts = three_way_split(seed, np.arange(len(members)))
+        for name, part in parts.items():
+            split_N[members[part]] = ORDER.index(name)
+    found = {name: np.flatnonzero(split_N[group_N] == k) for k, name in enumerate(ORDER)}
+    return {name: part for name, part in found.items() if len(part)}
 
 
 def components(*codes: np.ndarray) -> np.ndarray:

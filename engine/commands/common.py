@@ -15,6 +15,7 @@ from data.files import write_mark
 from data.images.decode import ImageSpec, tokenizer_fingerprint
 from data.inputs import AddedSplit
 from data.pairs import Pairs, data_key, open_pairs
+from data.sources.labels import count_classes
 from data.sources.options import ReadOptions, parse_delimiter, parse_encoding, parse_splits, parse_templates
 from data.sources.paths import parse_image_template
 from data.sources.source import Columns, Rows, load_splits
@@ -119,7 +120,9 @@ def divide_source(cfg: Config, world: World, rows: Mapping[str, Rows], reader: R
     if splits.keys() != rows.keys():
         total = sum(len(split) for split in rows.values())
         sizes = ", ".join(f"{name} {len(split):,}" for name, split in splits.items())
-        world.say(f"one split of {total:,} rows, made three by --seed {cfg.seed}: {sizes}")
+        classes = count_classes(rows).get(WHOLE)
+        by_class = f", the images of each of {classes:,} classes apart" if classes else ""
+        world.say(f"one split of {total:,} rows, made three by --seed {cfg.seed}{by_class}: {sizes}")
     return splits
 
 
@@ -212,6 +215,7 @@ def with_probe(cfg: Config, world: World, model: LoadedModel, pairs: Pairs, sour
         ledger=[*pairs.ledger, *({**entry, "split": "probe"} for entry in probe.ledger)],
         identity={**pairs.identity, data_key("probe"): probe.identity[data_key("test")]},
         contents={**pairs.contents, "probe": probe.contents["test"]},
+        classes={**pairs.classes, **({"probe": probe.classes["test"]} if probe.classes else {})},
         features=AddedSplit(pairs, "probe", probe, "test"))
 
 

@@ -23,7 +23,7 @@ def evaluate(cfg: Config, world: World, stop: StopSignal) -> int:
     retrieval = evaluate_splits(pairs.feature_splits(), model.head, [cfg.split], world)[cfg.split]
     scores = {cfg.split: retrieval.summarise()}
     if world.is_main:
-        world.say(metrics_table({model.clip.name: scores}))
+        world.say(metrics_table({model.clip.name: scores}, pairs.classes))
         print(json.dumps(scores, indent=2))
         if out:
             folder.write_json(out / "metrics.json", scores)

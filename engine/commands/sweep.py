@@ -13,7 +13,7 @@ from data.pairs import Pairs, data_key
 from data.sources.folds import concatenate, folds
 from data.store.feature_split import FeatureSplit
 from engine.commands.common import evaluate_split, evaluate_splits, load_model, open_data, open_run, open_source
-from engine.commands.train import find_overlap, write_results
+from engine.commands.train import find_overlap, named_classes, write_results
 from engine.config.fields import Config, as_dict
 from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
@@ -69,7 +69,7 @@ def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
                 break
 
     best, metrics = retrain_best(cfg, tuner, pairs, rows, journal)
-    metrics |= find_overlap(pairs, world)
+    metrics |= find_overlap(pairs, world) | named_classes(pairs)
     folder.write_metrics(out, metrics, world)
     if world.is_main:
         journal.write_summary(out, cfg)

@@ -68,7 +68,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     folder.write_run_header(out, as_dict(cfg, "train"), world, model.precision, pairs.ledger)
     # 4. Keep the base metrics of the earlier process; at step 0 they are measured again.
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
-    metrics |= shared
+    metrics |= shared | named_classes(pairs)
     if state.step and "base" not in metrics:  # metrics.json was deleted
         metrics["base"] = {name: result.summarise() for name, result in base.items()}
     # 5. Cut the log after the checkpoint's step; the loop writes the later steps again.
@@ -129,6 +129,11 @@ def find_overlap(pairs: Pairs, world: World) -> dict[str, Overlap]:
         return {}
     world.say(describe_overlap(shared, {name: len(split) for name, split in pairs.splits.items()}))
     return {"overlap": shared}
+
+
+def named_classes(pairs: Pairs) -> dict[str, Mapping[str, int]]:
+    """Return the entry of metrics.json for splits whose titles are class names, {} where there are none."""
+    return {"classes": pairs.classes} if pairs.classes else {}
 
 
 @dataclass

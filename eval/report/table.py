@@ -17,10 +17,11 @@ SHOWN = {
 WHEN = ("base", "tuned")
 
 
-def metrics_table(metrics: Mapping[str, Any]) -> str:
+def metrics_table(metrics: Mapping[str, Any], classes: Mapping[str, int] | None = None) -> str:
     """A Markdown table with a block of rows for each split: base and tuned (or any other models) and their difference.
 
-    Each block begins with the numbers of pairs and queries and, if a model has collapsed, with that.
+    Each block begins with the numbers of pairs and queries and, if a model has collapsed, with that. A line below says
+    for which splits titles are names of `classes` (their numbers by split; default: those in `metrics`).
     """
     difference = metrics.get("difference", {})
     columns = {name: metrics[name] for name in WHEN if name in metrics} or dict(metrics)
@@ -34,7 +35,17 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
                 row = [split, label, *(cell(values, metric) for values in scores)]
                 change = difference_cells(difference.get(split, {}).get(metric), metric) if difference else ()
                 rows.append([*row, *change])
-    return markdown_table(rows)
+    measured = dict.fromkeys(row[0] for row in rows)
+    classes = metrics.get("classes", {}) if classes is None else classes
+    return markdown_table(rows) + zero_shot_note({name: classes[name] for name in measured if name in classes})
+
+
+def zero_shot_note(classes: Mapping[str, int]) -> str:
+    """A line for splits whose titles are class names, "" where there are none."""
+    if not classes:
+        return ""
+    named = ", ".join(f"{name} ({count:,} classes)" for name, count in classes.items())
+    return f"\n\nTitles are class names in {named}: image to text R@1 is the zero-shot accuracy."
 
 
 def _header_rows(split: str, scores: Sequence[Mapping[str, Any]]) -> list[list[str]]:

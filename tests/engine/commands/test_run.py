@@ -278,3 +278,39 @@ def test_splits_that_overlap_are_said_in_one_line(tiny_model: Path, tmp_path: Pa
     found = json.loads(inside(["check", *flags[:2], *flags[4:6], "--json"]).stdout)["findings"]
     counts = {one["kind"]: one["count"] for one in found if one["split"] == "test"}
     assert counts["image-in-train"] == counts["title-in-train"] == 2
+
+
+def test_a_lone_test_split_is_measured_and_trained_on_where_it_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    """Else training on a test split needs files to be renamed, or a test split is trained on without a word."""
+    pairs = make_pairs(tmp_path / "pairs", 1, 1, 20, negatives=False)
+    (pairs / "train.csv").unlink()
+    (pairs / "valid.csv").unlink()
+    flags: list[str | Path] = ["--dataset", pairs, "--model", tiny_model, "--cache-dir", tmp_path / "cache",
+                               "--precision", "fp32"]
+    assert inside(["eval", *flags]).returncode == 0
+    more: list[str | Path] = ["--epochs", "1", "--batch-size", "4", "--out", tmp_path / "run"]
+    refused = inside([*flags, *more])
+    assert refused.returncode == 2 and "it has test; --splits train=test trains on it" in refused.stderr
+    done = inside([*flags, *more, "--splits", "train=test"])
+    assert done.returncode == 0 and "one split of 20 rows, made three" in done.stderr
+
+
+def test_class_names_are_trained_on_and_the_table_says_zero_shot(tiny_model: Path, tmp_path: Path) -> None:
+    """Else an accuracy over classes passes for retrieval among captions, and `check` calls every title a repeat."""
+    pairs = make_pairs(tmp_path / "pairs", 24, 1, 1, negatives=False)
+    rows = list(csv.reader((pairs / "train.csv").open(newline="")))[1:]
+    for name in ("train", "valid", "test"):
+        (pairs / f"{name}.csv").unlink()
+    with (pairs / "classes.csv").open("w", newline="") as file:
+        labels = [("big_cat", "dog", "Red Fox")[row % 3] for row in range(len(rows))]
+        csv.writer(file).writerows([("image", "label"), *zip([row[0] for row in rows], labels, strict=True)])
+    flags: list[str | Path] = ["--dataset", pairs / "classes.csv", "--cache-dir", tmp_path / "cache", "--template",
+                               "a photo of a {},a {}."]
+    done = inside([*flags, "--model", tiny_model, "--precision", "fp32", "--epochs", "1", "--batch-size", "8",
+                   "--out", tmp_path / "run"])
+    assert done.returncode == 0, done.stderr
+    assert "the images of each of 3 classes apart: train 36, valid 6, test 6" in done.stderr
+    line = "class names in train (3 classes), valid (3 classes), test (3 classes): image to text R@1 is the zero-shot"
+    assert line in done.stdout and line in (tmp_path / "run/model/README.md").read_text(encoding="utf-8")
+    found = json.loads(inside(["check", *flags, "--json"]).stdout)
+    assert not [one for one in found["findings"] if "title" in one["kind"]]

@@ -1,0 +1,108 @@
+"""Class names -> titles: "golden_retriever" becomes "golden retriever", or one title for each --template.
+
+A column LABEL beside the titles says that they are class names; the titles of a class are no negatives of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batch import UserError
+from data.ledger import Account
+from data.sources.rows import LABEL, Rows
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SHOWN = 3  # class names in a line
+
+
+def class_titles(table: pa.Table, templates: Sequence[str], label: str, account: Account) -> pa.Table:
+    """Return the columns of `to_row_columns` with titles made of class names, where there are such or `templates`.
+
+    Each template makes a row. Raises UserError for classes that are numbers.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if LABEL not in table.column_names and not templates:
+        return table
+    text = pc.utf8_trim_whitespace(table["title"])
+    is_class = pc.not_equal(text, "")
+    if LABEL in table.column_names:  # where only some titles are class names, it says which
+        is_class = pc.and_(is_class, pc.is_valid(table[LABEL]))
+    classes = pc.if_else(is_class, text, pa.scalar(None, pa.string()))
+    names = sorted(pc.unique(classes.drop_null()).to_pylist())
+    _refuse_numbers(names, label)
+    table = table.drop_columns([LABEL]) if LABEL in table.column_names else table
+    if not names:
+        return table
+    shown = ", ".join(name[:40] for name in names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+    several = f", each in {len(templates)} templates" if len(templates) > 1 else ""
+    account.note(f"{label}: the titles are the names of {len(names):,} classes ({shown}){several}")
+    spelt = pc.replace_substring(classes, "_", " ")
+    titles = []
+    for template in templates or ("{}",):
+        before, _, after = template.partition("{}")
+        filled = pc.binary_join_element_wise(pa.scalar(before), spelt, pa.scalar(after), "")
+        titles.append(pc.coalesce(filled, table["title"]))
+    table = table.append_column(LABEL, classes)
+    if len(titles) == 1:
+        return table.set_column(table.column_names.index("title"), "title", titles[0])
+    row_N = np.repeat(np.arange(len(table)), len(titles))
+    row_N += np.tile(np.arange(len(titles)) * len(table), len(table))  # the titles of a row follow each other
+    parts = [table.set_column(table.column_names.index("title"), "title", title) for title in titles]
+    return pa.concat_tables(parts).take(pa.array(row_N))
+
+
+def _refuse_numbers(names: Sequence[str], label: str) -> None:
+    """Raise UserError where all class names are numbers, which say nothing to a text tower."""
+    if names and all(name.isdecimal() for name in names):
+        shown = ", ".join(names[:SHOWN])
+        raise UserError(f"{label}: the classes are numbers ({shown}, …), which are no titles; write their names in "
+                        "place of them, or name a column of text with --title-column")
+
+
+def class_codes(rows: Rows) -> np.ndarray:
+    """Return the number of each row's class, int64 [N]; -1 where a title is no class name."""
+    import pyarrow.compute as pc
+
+    if rows.label is None:
+        return np.full(len(rows), -1, np.int64)
+    codes = rows.label.combine_chunks().dictionary_encode().indices
+    return pc.fill_null(codes, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def count_classes(splits: Mapping[str, Rows]) -> dict[str, int]:
+    """Return the number of classes of each split whose titles are all class names."""
+    import pyarrow.compute as pc
+
+    counts = {}
+    for name, rows in splits.items():
+        if rows.label is not None and not pc.any(pc.and_(pc.is_null(rows.label), pc.not_equal(rows.title, ""))).as_py():
+            counts[name] = pc.count_distinct(rows.label, mode="only_valid").as_py()
+    return counts
+
+
+def title_groups(splits: Mapping[str, Rows], title_N: Mapping[str, np.ndarray], titles: int) -> Tensor | None:
+    """Return the number of the first title of each title's class, int64 [titles]; None without classes.
+
+    `title_N` has the number of each row's title by split. Titles of no class are groups of their own.
+    """
+    first: dict[str, int] = {}
+    group_P = np.arange(titles)
+    for name, rows in splits.items():
+        if rows.label is None:
+            continue
+        code_N, title_of_N = class_codes(rows), title_N[name]
+        names = rows.label.combine_chunks().dictionary_encode().dictionary.to_pylist()
+        pairs = np.unique(np.stack([code_N, title_of_N])[:, code_N >= 0], axis=1)
+        for code, title in pairs.T.tolist():
+            group = first.setdefault(names[code], title)
+            group_P[title] = min(group, group_P[title])
+    return torch.from_numpy(group_P) if first else None

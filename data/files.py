@@ -59,7 +59,7 @@ def open_regular(path: str | Path, buffering: int = io.DEFAULT_BUFFER_SIZE) -> i
     return io.BufferedReader(io.FileIO(path, opener=lambda name, flags: open_descriptor(name)), buffering)
 
 
-MAX_UNPACKED = 1 << 35  # bytes that a .gz may hold
+MAX_UNPACKED = 1 << 33  # bytes that a .gz may hold
 
 
 class _Unpacked(io.RawIOBase):

@@ -249,7 +249,9 @@ def _parts(file: Path, rows: Iterable[Captioned], name: str, reading: Reading) -
     if not splits:
         raise UserError(f"{file}: holds no rows; fill it or remove it")
     stray = splits.pop(LONE, []) if len(splits) > 1 else []
-    next(iter(splits.values())).extend(stray) if stray else None  # damaged rows are dropped with those of a split
+    no_split = BadSample("no-split", "the image names no split, and others do")
+    for row in stray:  # dropped with the rows of the first split
+        next(iter(splits.values())).append(row._replace(problem=row.problem or no_split))
     return [Part(split, str(file), folders_of(file.parent, file.parent.parent),
                  partial(_table, file, rows, name, reading)) for split, rows in splits.items()]
 

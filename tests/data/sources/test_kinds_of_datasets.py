@@ -698,6 +698,19 @@ def test_captions_find_their_images_below_the_image_root(folder: Path, tmp_path:
     assert all(Path(image).is_file() for rows in splits.values() for image in rows.image.to_pylist())
 
 
+def test_images_of_no_split_are_in_none(folder: Path) -> None:
+    """An image without a split would train or be measured by accident."""
+    pictures(folder, ["0.jpg", "1.jpg", "2.jpg"])
+    value = karpathy(["train", "test", "val"])
+    del value["images"][1]["split"]
+    (folder / "dataset_coco.json").write_text(json.dumps(value))
+    lost: list[dict[str, Any]] = []
+    splits = load_splits(str(folder), ledger=lost.append)
+    assert {name: rows.title.to_pylist() for name, rows in splits.items()} == {
+        "train": several(0)[0], "valid": several(2)[0]}
+    assert [(entry["row"], entry["reason"]) for entry in lost] == [(1, "no-split")]
+
+
 def test_pictures_are_told_apart() -> None:
     """The other tests would pass whatever picture a row has."""
     assert [shown(jpeg(number)) for number in range(10)] == np.arange(10).tolist()

@@ -1,6 +1,7 @@
 """From rows to distinct inputs, and from decode results to kept rows and the ledger. No image is opened here.
 
-Dimension key: M distinct image references, P distinct titles, N rows of a split, D distinct images by content.
+Dimension key: M distinct image references, P distinct titles, N rows of a split, H negatives of a row,
+F negatives of all rows, D distinct images by content.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from data.identity import TitleIds, clip_words, distinct
 from data.ledger import dropped_rows, place_of
 from data.sources.embedded import shown_name
 from data.sources.labels import title_groups
+from data.sources.lists import flatten
 from data.sources.rows import Rows
 from data.store.segments import KEY
 from data.titles import is_blank
@@ -38,7 +40,7 @@ class Catalogue:
     title_keys: np.ndarray  # [P, 16] uint8
     image_N: Mapping[str, np.ndarray]  # split -> indices into references
     title_N: Mapping[str, np.ndarray]  # split -> indices into titles
-    negative_N: Mapping[str, np.ndarray | None]  # split -> indices into titles, -1 where a row has no negative
+    negative_N: Mapping[str, np.ndarray | None]  # split -> indices into titles [N, H], -1 for none
     title_group_P: Tensor | None = None  # number of the first title of each title's class; None: all are on their own
 
     def title(self, split: str, row: int) -> str:
@@ -96,7 +98,7 @@ class Split:
     row_N: np.ndarray  # the row's number in the source
     image_N: Tensor
     title_N: Tensor
-    negative_N: Tensor | None
+    negative_N: Tensor | None  # [N, H], -1 for none
 
     def __len__(self) -> int:
         return len(self.row_N)
@@ -116,18 +118,29 @@ def build_catalogue(splits: Mapping[str, Rows], title_ids: TitleIds | None = Non
     image_all = encoded.indices.to_numpy(zero_copy_only=False)
 
     columns = [rows.title for rows in splits.values()]
-    columns += [rows.title_neg for rows in splits.values() if rows.title_neg is not None]
+    negatives = {name: flatten(rows.title_neg) for name, rows in splits.items() if rows.title_neg is not None}
+    columns += [values for values, _ in negatives.values()]
     title_all, titles, title_keys = _distinct_titles(columns, title_ids or clip_words())
-    negative_N: dict[str, np.ndarray | None] = {}
+    negative_N: dict[str, np.ndarray | None] = dict.fromkeys(splits)
     start = int(ends[-1])
-    for name, rows in splits.items():
-        count = len(rows) if rows.title_neg is not None else 0
-        negative_N[name] = title_all[start : start + count, None] if count else None
-        start += count
+    for name, (_, row_F) in negatives.items():
+        negative_N[name] = _padded(title_all[start : start + len(row_F)], row_F, len(splits[name]))
+        start += len(row_F)
     image_N = dict(zip(splits, np.split(image_all, ends[:-1]), strict=True))
     title_N = dict(zip(splits, np.split(title_all[: ends[-1]], ends[:-1]), strict=True))
     groups = title_groups(splits, title_N, len(titles))
     return Catalogue(splits, encoded.dictionary, titles, title_keys, image_N, title_N, negative_N, groups)
+
+
+def _padded(value_F: np.ndarray, row_F: np.ndarray, rows: int) -> np.ndarray | None:
+    """Return values, one list a row, as [N, H], where H is the longest list and -1 fills up; None where H is 0."""
+    length_N = np.bincount(row_F, minlength=rows)
+    if not len(value_F):
+        return None
+    place_F = np.arange(len(row_F)) - (np.cumsum(length_N) - length_N)[row_F]
+    padded_NH = np.full((rows, length_N.max()), -1, np.int64)
+    padded_NH[row_F, place_F] = value_F
+    return padded_NH
 
 
 def _distinct_titles(columns: Sequence[pa.ChunkedArray], title_ids: TitleIds) -> tuple[

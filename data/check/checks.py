@@ -149,9 +149,9 @@ def _texts(inputs: Catalogue, name: str, flaw_P: np.ndarray, title_P: np.ndarray
     findings += _finding(name, "long-title", "hint", flaw_N == "long-title", show)
     if negative_N is not None:
         negative_NH = title_P[negative_N]
-        is_title_NH = (negative_NH == title_N[:, None]) & (title_N[:, None] >= 0)
+        is_own_N = (negative_NH == title_N[:, None]).any(1) & (title_N >= 0)
         findings += _finding(name, "no-negative", "hint", (negative_NH < 0).all(1), show)
-        findings += _finding(name, "negative-is-title", "error", is_title_NH.any(1), show)
+        findings += _finding(name, "negative-is-title", "error", is_own_N, show)
     return findings
 
 
@@ -183,6 +183,10 @@ def _repeats(inputs: Catalogue, image_M: np.ndarray, title_P: np.ndarray, simila
                 for twin_N in (titled_N, same_N):
                     twin_N[twin_N == np.arange(len(twin_N))] = -1
                 similar_N[similar_N > image[name]] = -1
+                is_caption_N = _is_caption(image[name], title[name]) & (same_N >= 0)
+                findings += _finding(name, "several-titles", "hint", is_caption_N,
+                                     partial(_beside, inputs, name, name, same_N.copy(), _path))
+                same_N[is_caption_N] = -1
                 kinds = "repeated-title", "repeated-image", "similar-image"
             else:
                 similar_N[same_N >= 0] = -1
@@ -193,6 +197,14 @@ def _repeats(inputs: Catalogue, image_M: np.ndarray, title_P: np.ndarray, simila
                 findings += _finding(name, kind, severity, twin_N >= 0,
                                      partial(_beside, inputs, name, other, twin_N, show))
     return findings
+
+
+def _is_caption(image_N: np.ndarray, title_N: np.ndarray) -> np.ndarray:
+    """Whether all titles of a row's image differ [N]: the rows of an image are then its captions, not repeats."""
+    pair_N2 = np.stack([image_N, title_N], 1)
+    _, pair_N, count = np.unique(pair_N2, axis=0, return_inverse=True, return_counts=True)
+    is_repeat_N = (count[pair_N] > 1) & (title_N >= 0)
+    return ~np.isin(image_N, image_N[is_repeat_N])
 
 
 def _beside(inputs: Catalogue, name: str, other: str, twin_N: np.ndarray, show: Callable[[Catalogue, str, int], str],

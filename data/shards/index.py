@@ -31,13 +31,13 @@ REFERENCE = re.compile(r"([^\0]+)#([0-9]{1,18})\+([1-9][0-9]{0,17})")
 BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 COLUMNS = ("key", "image_offset", "image_size", "title", "title_neg")
 INDEX = (*COLUMNS, "sha256")
-FORMAT = "thumbtune shard index 1"
+FORMAT = "thumbtune shard index 2"
 
 
 def read_index(path: Path, ledger: Ledger | None = None) -> pa.Table:
     """The samples of a shard in order, without reading an image: key, image_offset, image_size, title, title_neg.
 
-    int64 offsets and sizes are bytes of the tar; `title_neg` is null where there is none. `ledger` gets an
+    int64 offsets and sizes are bytes of the tar; `title` and `title_neg` are lists of texts. `ledger` gets an
     entry for each sample dropped: {"shard", "key", "reason", "detail"}; the key "" stands for damage that may have
     hidden samples. A sidecar index that fits is used instead: an edit that keeps the tar's size and all bytes its index
     sampled is not noticed. Raises UserError if the file is no tar, OSError.
@@ -148,7 +148,7 @@ def indexed(path: Path, file: BinaryIO) -> pa.Table | None:
         inside = (offset >= 0) & (size > 0) & (size <= MAX_IMAGE) & (offset <= identity["tar_bytes"] - size)
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
-    return table if inside.all() and not any(table[name].null_count for name in COLUMNS[:4]) else None
+    return table if inside.all() and not any(table[name].null_count for name in COLUMNS) else None
 
 
 def tar_digest(index: pa.Table) -> str:
@@ -159,7 +159,7 @@ def tar_digest(index: pa.Table) -> str:
 def _table(columns: Mapping[str, Any], names: Iterable[str]) -> pa.Table:
     import pyarrow as pa
 
-    kinds = dict.fromkeys(COLUMNS[1:3], pa.int64())
+    kinds = dict.fromkeys(COLUMNS[1:3], pa.int64()) | dict.fromkeys(COLUMNS[3:], pa.list_(pa.string()))
     return pa.table({name: pa.array(columns[name], kinds.get(name, pa.string())) for name in names})
 
 

@@ -1,8 +1,9 @@
 """Group the files of a tar into samples, by WebDataset's convention.
 
-A sample is a run of files KEY.ENDING, KEY going up to the first dot of the base name: an image, its title (KEY.txt, or
-"title" or "caption" in KEY.json) and perhaps a negative ("title_neg" or "negative" in KEY.json). KEY.cls is the
-title where there is no other: the name of a class, or its number, the name being a line of a file beside the shards.
+A sample is a run of files KEY.ENDING, KEY going up to the first dot of the base name: an image, its titles (KEY.txt,
+KEY.0.txt, KEY.1.txt, …, or "title", "caption" or "captions" in KEY.json) and perhaps negatives ("title_neg" or
+"negative" in KEY.json). A field of the JSON holds one text or a list of them. KEY.cls is the title where there is no
+other: the name of a class, or its number, the name being a line of a file beside the shards.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ MAX_TEXT = 1 << 20  # bytes of a title, of a JSON file
 MAX_IMAGE = 1 << 26
 CLASS_FILES = ("classnames.txt", "classes.txt", "labels.txt")  # the first is what CLIP_benchmark writes
 AS_WRITTEN = json.JSONDecoder(parse_int=str, parse_float=str)  # the title 1984 is text, and no number costs minutes
+NUMBERED = re.compile(r"(\D*)(\d{1,9})\.txt")  # endings of one title of several
+TITLES, NEGATIVES = ("title", "caption", "captions"), ("title_neg", "negative", "negatives")  # fields of KEY.json
 IMAGES = {  # ending -> pattern of the first bytes, None where `ShardWriter` does not use the ending
     "jpg": rb"\xff\xd8\xff", "jpeg": None, "png": rb"\x89PNG\r\n\x1a\n", "webp": rb"RIFF....WEBP", "gif": rb"GIF8[79]a",
     "bmp": rb"BM", "avif": rb"....ftyp.{0,60}avi[fs]", "tif": rb"II[*+]\0|MM\0[*+]", "tiff": None}
@@ -44,21 +47,24 @@ def samples(files_of_tar: Iterable[Member]) -> Iterator[tuple[str, dict[str, Mem
 
 
 def row(file: BinaryIO, files: Mapping[str, Member],
-        classes: Sequence[str] = ()) -> tuple[int, int, str, str | None]:
-    """Offset and size of the image, title, negative. Raises BadSample."""
+        classes: Sequence[str] = ()) -> tuple[int, int, list[str], list[str]]:
+    """Offset and size of the image, titles (at least one), negatives. Raises BadSample."""
     image = _choose(files, IMAGES)
     if image is None:
         raise BadSample("no-image", f"only {', '.join(files)}; the files of a sample must be neighbours"[:200])
     if image.fault is not None:
         raise image.fault
     check_image(image.name, image.size)
-    text, record = (_content(file, _choose(files, (ending,))) for ending in ("txt", "json"))
+    member = _choose(files, ("json",))
+    record = _content(file, member) if member else None
+    texts = [_content(file, text) for text in _text_files(files)]
     try:
-        return image.offset, image.size, *pair(text, record)
+        return image.offset, image.size, *titles_and_negatives(texts, record)
     except BadSample as problem:
         if problem.reason != "no-title" or "cls" not in files:
             raise
-    return image.offset, image.size, *pair(class_name(_content(file, files["cls"]) or b"", classes), record)
+    name = class_name(_content(file, files["cls"]), classes)
+    return image.offset, image.size, *titles_and_negatives([name], record)
 
 
 def class_name(content: bytes, classes: Sequence[str]) -> bytes:
@@ -85,6 +91,17 @@ def class_names_beside(shard: Path) -> list[str]:
     return []
 
 
+def _text_files(files: Mapping[str, Member]) -> list[Member]:
+    """KEY.txt and those with a number before the ending, in order; without these, the one text there is."""
+    numbered = [(match[1], int(match[2]), ending) for ending in files if (match := NUMBERED.fullmatch(ending))]
+    endings = [*(["txt"] if "txt" in files else []), *(ending for _, _, ending in sorted(numbered))]
+    others = [ending for ending in files if ending.endswith(".txt") and ending not in endings]
+    if others and "txt" not in files:
+        only = _choose(files, ("txt",))  # refuses several
+        return [] if only is None else [only]
+    return [files[ending] for ending in endings]
+
+
 def _choose(files: Mapping[str, Member], endings: Iterable[str]) -> Member | None:
     """The file that has the first of `endings` as its ending, or else as the last part of it (KEY.thumb.jpg)."""
     for ending in endings:
@@ -96,9 +113,7 @@ def _choose(files: Mapping[str, Member], endings: Iterable[str]) -> Member | Non
     return files[others[0]] if others else None
 
 
-def _content(file: BinaryIO, member: Member | None) -> bytes | None:
-    if member is None:
-        return None
+def _content(file: BinaryIO, member: Member) -> bytes:
     if member.fault is not None:
         raise member.fault
     if member.size > MAX_TEXT:
@@ -106,8 +121,8 @@ def _content(file: BinaryIO, member: Member | None) -> bytes | None:
     return read_at(file, member.offset, member.size)
 
 
-def pair(text: bytes | None, record: bytes | None) -> tuple[str, str | None]:
-    """Title and negative, from the contents of KEY.txt and KEY.json. Raises BadSample."""
+def titles_and_negatives(texts: Sequence[bytes], record: bytes | None) -> tuple[list[str], list[str]]:
+    """Titles and negatives, from the contents of the .txt files and of KEY.json. Raises BadSample."""
     fields: Any = {}
     if record is not None:
         try:
@@ -117,26 +132,28 @@ def pair(text: bytes | None, record: bytes | None) -> tuple[str, str | None]:
         if not isinstance(fields, dict):
             raise BadSample("bad-json", f"a {type(fields).__name__}, not an object")
     try:
-        title = _field(fields, "title", "caption") if text is None else text.decode("utf-8-sig").rstrip("\r\n")
+        titles = [text.decode("utf-8-sig").rstrip("\r\n") for text in texts]
     except UnicodeDecodeError as error:
         raise BadSample("bad-title", str(error)) from None
-    if not title or not title.strip():
+    titles = [title for title in titles or _field(fields, *TITLES) if title.strip()]
+    if not titles:
         raise BadSample("no-title", "KEY.txt, or title or caption in KEY.json, is missing or blank")
-    return title, _field(fields, "title_neg", "negative")
+    return titles, _field(fields, *NEGATIVES)
 
 
-def _field(fields: Mapping[str, Any], *names: str) -> str | None:
-    """The text under the first of `names` that has one. Raises BadSample."""
+def _field(fields: Mapping[str, Any], *names: str) -> list[str]:
+    """The texts under the first of `names` that has one, itself or in a list. Raises BadSample."""
     for name in names:
         value = fields.get(name)
-        if value is None or value == "":
-            continue
-        try:
-            value.encode()
-        except (AttributeError, UnicodeEncodeError):
-            raise BadSample("bad-json", f"{name!r} is no text but a {type(value).__name__}") from None
-        return value
-    return None
+        values = [each for each in (value if isinstance(value, list) else [value]) if each not in (None, "")]
+        for each in values:
+            try:
+                each.encode()
+            except (AttributeError, UnicodeEncodeError):
+                raise BadSample("bad-json", f"{name!r} is no text but a {type(each).__name__}") from None
+        if values:
+            return values
+    return []
 
 
 def check_image(name: str, size: int) -> None:

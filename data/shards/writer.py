@@ -8,14 +8,14 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data.batch import BadSample, UserError
 from data.files import fsync
 from data.shards.index import INDEX, indexed, seal, sidecar
-from data.shards.samples import IMAGES, MAX_TEXT, check_image, pair
+from data.shards.samples import IMAGES, MAX_TEXT, check_image, titles_and_negatives
 from data.shards.tar import BLOCK, END, open_tar
 
 MAX_KEY = 1000  # characters, of what is written
@@ -63,9 +63,10 @@ class ShardWriter:
         """The keys in complete shards, of this run and of earlier ones."""
         return frozenset(self._done)
 
-    def write(self, key: str, image: bytes, title: str, title_neg: str | None = None,
+    def write(self, key: str, image: bytes, title: str, title_neg: str | Sequence[str] | None = None,
               extra: Mapping[str, Any] | None = None) -> None:
-        """Add a sample: `image` as it is, `extra` for KEY.json. Raises BadSample where it could not be read back:
+        """Add a sample: `image` as it is; KEY.json holds `title_neg`, one text as itself and several as a list, and
+        `extra`. Raises BadSample where it could not be read back:
 
         bad-key, duplicate-key, empty, not-image, too-large, bad-title, no-title, bad-json.
         """
@@ -73,8 +74,11 @@ class ShardWriter:
             raise BadSample("bad-key", f"{key[:200]!r} cannot name a sample")
         if key in self._rows or key in self._done:
             raise BadSample("duplicate-key", key)
+        if title_neg is not None and not isinstance(title_neg, str):
+            title_neg = title_neg[0] if len(title_neg) == 1 else [*title_neg] or None
         files = _files(image, title, {**(extra or {}), "title_neg": title_neg})
-        texts = pair(files["txt"], files["json"])  # as they will be read back, without BOM and final line ends
+        # As they will be read back, without BOM and final line ends.
+        texts = titles_and_negatives([files["txt"]], files["json"])
         members, at = b"", 0
         for ending, content in sorted(files.items()):
             members += _tar_header(f"{key}.{ending}", len(content))

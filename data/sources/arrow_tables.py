@@ -47,11 +47,12 @@ def read_parquet(path: Path, options: ReadOptions, account: Account, embedded: E
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             columns = _with_labels(schema, class_names(schema), options.columns)
-            picked = _detect(schema, columns, str(path))
-            image, is_embedded = picked["image"], _holds(schema, picked["image"])
+            picked = _detect(schema, columns, str(path), account)
+            (image,) = picked["image"]
+            is_embedded = _holds(schema, image)
             failures = img2dataset.status_columns(schema.names) if is_embedded else []
             is_copied = holds_bytes(schema.field(image).type)
-            used = {*picked.values(), *failures} - ({image} if is_copied else set())
+            used = {*failures, *(name for role in picked for name in picked[role])} - ({image} if is_copied else set())
             whole = file.read(columns=[*used])
         if is_copied:
             whole = whole.append_column(image, embedded.of_parquet(path, image))
@@ -76,13 +77,14 @@ def read_arrow(path: Path, options: ReadOptions, account: Account, embedded: Emb
         text = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: not an Arrow file that can be read ({text}); "
                         "write it with pyarrow.feather.write_feather, version 2") from error
-    return roles_of(table, options.columns, str(path))
+    return roles_of(table, options.columns, str(path), account)
 
 
-def roles_of(table: pa.Table, columns: Columns, label: str, classes: ClassNames | None = None) -> pa.Table:
+def roles_of(table: pa.Table, columns: Columns, label: str, account: Account,
+             classes: ClassNames | None = None) -> pa.Table:
     """The columns of a table in use, under their roles. `classes`: names that the schema does not tell."""
     named = {**class_names(table.schema), **(classes or {})}
-    picked = _detect(table.schema, _with_labels(table.schema, named, columns), label)
+    picked = _detect(table.schema, _with_labels(table.schema, named, columns), label, account)
     return _to_roles(table, picked, named)
 
 
@@ -117,7 +119,7 @@ def _with_labels(schema: pa.Schema, classes: ClassNames, columns: Columns) -> Co
     titles = {*KNOWN["title"]} - {*CLASS_COLUMNS}
     if columns.title or len(labels) != 1 or {name.strip().lower() for name in schema.names} & titles:
         return columns
-    return replace(columns, title=labels[0])
+    return replace(columns, title=(labels[0],))
 
 
 def _holds(schema: pa.Schema, name: str) -> bool:
@@ -125,17 +127,18 @@ def _holds(schema: pa.Schema, name: str) -> bool:
     return holds_bytes(kind.value_type if _is_list(kind) else kind)
 
 
-def _detect(schema: pa.Schema, columns: Columns, label: str) -> dict[str, str]:
+def _detect(schema: pa.Schema, columns: Columns, label: str, account: Account) -> dict[str, list[str]]:
     embedded = {field.name for field in schema if _holds(schema, field.name)} if len(set(schema.names)) == len(
         schema.names) else set[str]()
-    return detect_columns(schema.names, columns, label, embedded)
+    return detect_columns(schema.names, columns, label, account, embedded)
 
 
-def _to_roles(table: pa.Table, picked: Mapping[str, str], classes: ClassNames) -> pa.Table:
+def _to_roles(table: pa.Table, picked: Mapping[str, Sequence[str]], classes: ClassNames) -> pa.Table:
     """The picked columns by role; class names for their numbers, and one image a row for lists of one."""
     roles = rename_to_roles(table, picked).replace_schema_metadata(None)
-    if picked["title"] in classes:
-        names = _names_of(roles["title"], classes[picked["title"]])
+    title = picked["title"][0]
+    if len(picked["title"]) == 1 and title in classes:
+        names = _names_of(roles["title"], classes[title])
         roles = roles.set_column(roles.column_names.index("title"), "title", names)
         if LABEL in roles.column_names:
             roles = roles.drop_columns([LABEL])

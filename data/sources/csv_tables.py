@@ -70,8 +70,8 @@ def _read(path: Path, dialect: Dialect, options: ReadOptions, account: Account) 
         names = written = [str(place + 1) for place in range(len(names))]
     if len(names) == 1:
         account.note(f"{path}: line {1 + dialect.skip} has one column; --delimiter names another separator")
-    picked = detect_columns(names, columns, str(path))
-    shape = _Shape(dialect, written, names, names.index(picked["image"]), image is None)
+    picked = detect_columns(names, columns, str(path), account)
+    shape = _Shape(dialect, written, names, names.index(picked["image"][0]), image is None)
     if not dialect.skips_blanks:
         table = _read_by_arrow(path, shape, picked)
         if table is not None:
@@ -80,14 +80,14 @@ def _read(path: Path, dialect: Dialect, options: ReadOptions, account: Account) 
     return from_records(_rows(path, shape, account), columns, str(path), message_if_empty, account)
 
 
-def _read_by_arrow(path: Path, shape: _Shape, picked: Mapping[str, str]) -> pa.Table | None:
+def _read_by_arrow(path: Path, shape: _Shape, picked: Mapping[str, Sequence[str]]) -> pa.Table | None:
     """The table, None where a row is not sound."""
     import pyarrow as pa
     import pyarrow.compute as pc
     from pyarrow import csv as arrow
 
     dialect = shape.dialect
-    places = {name: shape.names.index(name) for name in picked.values()}
+    places = {name: shape.names.index(name) for role in picked for name in picked[role]}
     used = [shape.written[place] for place in places.values()]
     try:
         with dialect.open(path) as file:
@@ -102,11 +102,10 @@ def _read_by_arrow(path: Path, shape: _Shape, picked: Mapping[str, str]) -> pa.T
             return None
     except (ValueError, KeyError):  # a row of another width, or one that is not UTF-8
         return None
-    table = rename_to_roles(table, picked)
     if dialect.trim:
         columns = [pc.utf8_trim(column, " ") for column in table.columns]
         table = pa.table(dict(zip(table.column_names, columns, strict=True)))
-    return table
+    return rename_to_roles(table, picked)
 
 
 def _first_row(path: Path, dialect: Dialect) -> list[str]:
@@ -140,8 +139,8 @@ def _headless_image(cells: Sequence[str], options: ReadOptions) -> int | None:
 def _by_position(columns: Columns, width: int, image: int) -> Columns:
     """The columns of a file without a header: of two, the one that is no image is the title."""
     title = columns.title
-    if title is None and width == 2:
-        title = str(2 - image)
+    if not title and width == 2:
+        title = (str(2 - image),)
     return replace(columns, image=str(image + 1), title=title)
 
 

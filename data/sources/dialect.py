@@ -27,6 +27,7 @@ SAMPLE = 1 << 16  # characters that the separator is found in
 SAMPLE_ROWS = 20
 SEPARATORS = (",", ";", "\t", "|")
 WRONG = 20  # lines that are no UTF-8 for each that is, from which on a file is taken for cp1252
+ENOUGH = 10_000  # lines with accents that tell the encoding
 UTF8 = ("utf-8", "utf-8-sig")
 ADDRESS = re.compile(rf"\s*(https?://\S+|file://\S+|.*({ENDINGS})(#\d+)?)\s*", re.IGNORECASE)
 EXCEL_LINE = re.compile(r"sep=(.)\s*", re.IGNORECASE)  # Excel's first line, which names the separator
@@ -189,6 +190,8 @@ def _is_cp1252(path: Path, from_excel: bool) -> bool:
                 except UnicodeDecodeError:
                     return False
                 wrong += 1
+            if wrong + right == ENOUGH:
+                break
     return wrong >= right * WRONG and (wrong > 1 or from_excel)
 
 

@@ -52,7 +52,7 @@ def saved_parts(folder: Path, reading: Reading) -> list[Part]:
 def _read_prepared(split: datasets.Dataset, label: str, reading: Reading, account: Account) -> pa.Table:
     """A split of the library, as roles; taken from its Arrow table, so that images are not decoded."""
     table = mapped_table(split, reading.embedded)
-    table = roles_of(table, reading.options.columns, label, _classes(split.features))
+    table = roles_of(table, reading.options.columns, label, account, _classes(split.features))
     _refuse_archives(table["image"], label)
     return table
 

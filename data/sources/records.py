@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.batch import BadSample, UserError
 from data.ledger import Account
-from data.sources.rows import KNOWN, ROW, Columns, detect_columns, rename_to_roles, without
+from data.sources.lists import is_list, join_columns
+from data.sources.rows import KNOWN, ROW, Columns, detect_columns, is_known, rename_to_roles, without
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,19 +48,20 @@ def from_records(records: Iterator[Record], columns: Columns, label: str, messag
                  kind: str = "") -> pa.Table:
     """Records as a table of the fields in use and ROW; `message_if_empty` is the error where the file holds none.
 
-    `label` names the file, `kind` describes it in errors. A bad field drops its row only if it is in use.
+    `label` names the file, `kind` describes it in errors. A bad field drops its row only if it is in use. A list of
+    texts is several titles or negatives.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
-    known = {name for names in KNOWN.values() for name in names}
-    named = {columns.image, columns.title, columns.title_neg, columns.split}
+    named = {name for role in KNOWN for name in columns.of(role)}
     names: dict[str, None] = {}
     problems: dict[str, dict[int, BadSample]] = defaultdict(dict)  # by field, then by place in the table
     parts, start, before = [], 0, account.dropped
     while chunk := list(islice(records, RECORDS)):
         for record in chunk:
             names.update(dict.fromkeys(record.fields))
-        used = [name for name in names if name in named or name.strip().lower() in known]
+        used = [name for name in names if name in named or is_known(name)]
         fields = {name: _field_column(name, chunk, start, problems[name]) for name in used}
         parts.append(pa.table({**fields, "": pa.array([record.row for record in chunk], pa.int64())}))
         start += len(chunk)
@@ -67,9 +69,15 @@ def from_records(records: Iterator[Record], columns: Columns, label: str, messag
         return pa.table({name: pa.array([], pa.string()) for name in ("image", "title")})
     if not parts:
         raise UserError(message_if_empty)
-    picked = detect_columns(list(names), columns, label + kind)
-    table = rename_to_roles(pa.concat_tables(parts, promote_options="default"), {**picked, ROW: ""})
-    bad = {place: problem for name in picked.values() for place, problem in problems[name].items()}
+    picked = detect_columns(list(names), columns, label + kind, account)
+    whole = pa.concat_tables(_alike(parts), promote_options="default")
+    table = rename_to_roles(whole, {**picked, ROW: [""]})
+    used = [name for role in picked for name in picked[role]]
+    bad = {place: problem for name in used for place, problem in problems[name].items()}
+    if is_list(table["image"].type):
+        lists = pc.indices_nonzero(table["image"].is_valid()).to_pylist()
+        problem = BadSample("not-text", f"{picked['image'][0]!r} is a list; it must be text")
+        bad |= dict.fromkeys(lists, problem)
     return without(table, bad, table[ROW].to_numpy(), label, account)
 
 
@@ -80,14 +88,32 @@ def _field_column(name: str, chunk: Sequence[Record], start: int, problems: dict
         return pa.array([record.fields.get(name) for record in chunk], pa.string())
     except (pa.ArrowException, UnicodeEncodeError):
         pass
-    values: list[bytes | None] = []
+    values: list[list[bytes]] = []
+    has_lists = False
     for place, record in enumerate(chunk, start):
+        value = record.fields.get(name)
+        has_lists |= isinstance(value, list)
+        texts: list[bytes | None] = []
         try:
-            values.append(_field(record.where, name, record.fields.get(name)))
+            texts = [_field(record.where, name, item) for item in (value if isinstance(value, list) else [value])]
         except BadSample as problem:
-            values.append(None)
             problems[place] = problem
-    return pa.array(values, pa.string())
+        values.append([text for text in texts if text is not None])
+    if has_lists:
+        return pa.array(values, pa.list_(pa.string()))
+    return pa.array([texts[0] if texts else None for texts in values], pa.string())
+
+
+def _alike(parts: Sequence[pa.Table]) -> list[pa.Table]:
+    """The tables with lists in every column that has lists in one of them."""
+    listed = {name for part in parts for name in part.column_names if is_list(part[name].type)}
+    alike = []
+    for part in parts:
+        for place, name in enumerate(part.column_names):
+            if name in listed and not is_list(part[name].type):
+                part = part.set_column(place, name, join_columns([part[name]]))
+        alike.append(part)
+    return alike
 
 
 def _field(where: str, name: str, value: Any) -> bytes | None:
@@ -100,24 +126,3 @@ def _field(where: str, name: str, value: Any) -> bytes | None:
     if isinstance(value, (dict, list)):
         raise BadSample("not-text", f"{where}: {name!r} is a {type(value).__name__}; it must be text")
     return None if value is None else json.dumps(value).encode()
-
-
-def explode(table: pa.Table) -> pa.Table:
-    """A table with one row for each title, where its titles are lists; the numbers of the rows in the file stay."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    kind = table["title"].type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-        return table
-    if ROW not in table.column_names:
-        table = table.append_column(ROW, pa.array(np.arange(len(table))))
-    title = table["title"].combine_chunks()
-    lengths = pc.fill_null(pc.list_value_length(title), 0).to_numpy(zero_copy_only=False)
-    rows = np.repeat(np.arange(len(table)), np.maximum(lengths, 1))
-    places = np.full(len(rows), -1)
-    places[(lengths > 0)[rows]] = np.arange(lengths.sum())
-    flat = pc.list_flatten(title).take(pa.array(places, mask=places < 0))
-    table = table.take(pa.array(rows))
-    return table.set_column(table.column_names.index("title"), "title", flat)

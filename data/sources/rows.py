@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ import numpy as np
 from data.batch import BadSample, UserError
 from data.ledger import Account
 from data.sources.embedded import EmbeddedPictures, shown_name
+from data.sources.lists import a_row_each, flatten, is_list, join_columns, without_blanks
 from data.sources.paths import Places, absolute_paths
 
 if TYPE_CHECKING:
@@ -26,12 +28,15 @@ if TYPE_CHECKING:
 CLASS_COLUMNS = ("label", "labels", "class", "class_name", "category")  # titles where nothing else is one
 KNOWN = {  # role -> column names that mean it; the first there is wins
     "image": ("image", "thumbnail", "thumbnail_url", "image_url", "url", "jpg", "jpeg", "png", "webp", "image_path",
-              "file_name", "filename", "filepath", "path", "img", "image_name"),
-    "title": ("title", "text", "caption", "txt", "comment", *CLASS_COLUMNS),
-    "title_neg": ("title_neg", "negative", "neg_title", "negative_title", "neg_text", "neg_caption"),
+              "file_name", "filename", "path", "img", "image_name", "filepath", "anchor", "positive"),
+    "title": ("title", "text", "caption", "txt", "captions", "sentences", "sentences_raw", "raw", "comment", "positive",
+              "anchor", *CLASS_COLUMNS),
+    "title_neg": ("title_neg", "negative", "negatives", "neg", "neg_title", "negative_title", "neg_text",
+                  "neg_caption"),
     "split": ("split",),
 }
 OPTIONAL = ("title_neg", "split")  # roles that a dataset may lack
+NUMBERED = re.compile(r"(.*?)[_ .-]?(\d{1,3})")  # caption_0, caption1, caption 2: a family of columns
 ROW = "row"  # a column beside those of the roles: the row's number in its file, where some are left out already
 LABEL = "label"  # another one: the name of the row's class, where titles are made of it
 BESIDE = ("split", LABEL)  # columns that readers may give beside image, title and title_neg
@@ -41,12 +46,19 @@ FLAGS = {"image": "--image-column", "title": "--title-column", "title_neg": "--n
 
 @dataclass(frozen=True)
 class Columns:
-    """Column names given by the user; None: detect."""
+    """Column names given by the user; None and () mean: detect. Each of several titles makes a row."""
 
     image: str | None = None
-    title: str | None = None
-    title_neg: str | None = None
+    title: tuple[str, ...] = ()
+    title_neg: tuple[str, ...] = ()
     split: str | None = None
+
+    def of(self, role: str) -> tuple[str, ...]:
+        """Return the names given for a role."""
+        if role in ("image", "split"):
+            name = self.image if role == "image" else self.split
+            return (name,) if name else ()
+        return self.title if role == "title" else self.title_neg
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class Rows:
     name: str
     image: pa.ChunkedArray  # string, no nulls: an absolute path, http(s) URL, or FILE#OFFSET+SIZE
     title: pa.ChunkedArray  # string, no nulls
-    title_neg: pa.ChunkedArray | None  # string, null where a row has no negative; None without such a column
+    title_neg: pa.ChunkedArray | None  # list<string>, [] or null for none; None without such a column
     label: pa.ChunkedArray | None = None  # string: the class that the title names, null for none; None without classes
 
     def __len__(self) -> int:
@@ -75,47 +87,92 @@ class Rows:
         return hashlib.blake2b(digests, digest_size=16).hexdigest()
 
 
-def detect_columns(names: list[str], columns: Columns, label: str, with_bytes: Collection[str] = ()) -> dict[str, str]:
-    """Role -> the column that plays it: the user's, else the first known name. Raises UserError naming the columns.
+def detect_columns(names: list[str], columns: Columns, label: str, account: Account,
+                   with_bytes: Collection[str] = ()) -> dict[str, list[str]]:
+    """Role -> the columns that play it: the user's, else the first known name with its numbered family (caption_0, …).
 
-    Of the known image columns those that hold pictures (`with_bytes`) come before those that hold paths or addresses.
+    Of the known image columns those that hold pictures (`with_bytes`) come first; no picture is a title. A choice is
+    noted. Raises UserError naming the columns.
     """
-    shown = [" ".join(name[:100].split()) for name in names[:20]]
-    existing = f"there are {', '.join(shown) or 'none'}"
-    spelled = {name.strip().lower(): name for name in reversed(names)}
-    picked: dict[str, str] = {}
+    existing = f"there are {', '.join(_shown(names)) or 'none'}"
+    picked: dict[str, list[str]] = {}
+    choices = []
     for role, known in KNOWN.items():
-        named: str | None = getattr(columns, role)
-        if named is not None and named not in names:
-            close = difflib.get_close_matches(named, names, 1)
-            raise UserError(f"{label}: no column {named!r} for {FLAGS[role]}; {existing}"
+        given = columns.of(role)
+        for name in set(given) - set(names):
+            close = difflib.get_close_matches(name, names, 1)
+            raise UserError(f"{label}: no column {name!r} for {FLAGS[role]}; {existing}"
                             + (f"; did you mean {close[0]!r}?" if close else ""))
-        usual = [spelled[name] for name in known if name in spelled]
-        usual.sort(key=lambda name: role != "image" or name not in with_bytes)  # stable
-        column = named or next(iter(usual), None)
-        if column is not None:
-            picked[role] = column
+        families = [] if given else _families(role, names, with_bytes, [*columns.of("image"), *picked.get("image", ())])
+        if given or families:
+            picked[role] = [*given] or families[0]
         elif role not in OPTIONAL:
             raise UserError(f"{label}: no {role} column ({', '.join(known)}); {existing}; name one with {FLAGS[role]}")
-    for column in picked.values():
+        if len(families) > 1 or families and len(families[0]) > 1:
+            unused = [name for family in families[1:] for name in family]
+            choices.append(f"{role} = {', '.join(_shown(picked[role]))}"
+                           + (f" (not used: {', '.join(_shown(unused))})" if unused else ""))
+    if choices:
+        account.note(f"columns: {'; '.join(choices)}")
+    for column in [name for role in picked for name in picked[role]]:
         if names.count(column) > 1:
             raise UserError(f"{label}: the column {column[:100]!r} is there {names.count(column)} times; rename all "
                             "but one")
     return picked
 
 
-def rename_to_roles(table: pa.Table, picked: Mapping[str, str]) -> pa.Table:
-    """Select the picked columns, each under the name of its role; class names also as LABEL."""
-    roles = table.select([*picked.values()]).rename_columns([*picked])
-    if picked["title"].strip().lower() in CLASS_COLUMNS:
-        roles = roles.append_column(LABEL, roles["title"])
-    return roles
+def _families(role: str, names: Sequence[str], with_bytes: Collection[str], images: Collection[str]) -> list[list[str]]:
+    """The columns that may play a role, best first: each known name with those that are it and a number."""
+    numbered: dict[str, dict[int, str]] = {base: {} for base in KNOWN[role]}
+    for name in reversed(names):
+        spelled = name.strip().lower()
+        match = NUMBERED.fullmatch(spelled)
+        if role != "image" and (name in images or name in with_bytes):
+            continue
+        if spelled in numbered:
+            numbered[spelled][-1] = name
+        elif match and match[1] in numbered and role not in ("image", "split"):
+            numbered[match[1]][int(match[2])] = name
+    families = [[family[number] for number in sorted(family)] for family in numbered.values() if family]
+    if role == "image":
+        families = [[name] for (name,) in families if name in with_bytes or name.strip().lower() != "positive"]
+        families.sort(key=lambda family: family[0] not in with_bytes)  # stable
+    return families
+
+
+def _shown(names: Sequence[str]) -> list[str]:
+    return [" ".join(name[:100].split()) for name in names[:20]]
+
+
+def is_known(name: str) -> bool:
+    """True for a column that `detect_columns` may pick."""
+    spelled = name.strip().lower()
+    match = NUMBERED.fullmatch(spelled)
+    bases = {spelled, match[1]} if match else {spelled}
+    return any(not bases.isdisjoint(known) for known in KNOWN.values())
+
+
+def rename_to_roles(table: pa.Table, picked: Mapping[str, Sequence[str]]) -> pa.Table:
+    """Select the picked columns, each under the name of its role; several of one role become one column of lists.
+
+    Titles that are class names have LABEL beside them.
+    """
+    import pyarrow as pa
+
+    columns = {}
+    for role, names in picked.items():
+        columns[role] = table[names[0]] if len(names) == 1 else join_columns([table[name] for name in names])
+    if {name.strip().lower() for name in picked["title"]} <= {*CLASS_COLUMNS}:
+        is_plain = not is_list(columns["title"].type)
+        columns[LABEL] = columns["title"] if is_plain else pa.array([""] * len(table), pa.string())
+    return pa.table(columns)
 
 
 def to_row_columns(table: pa.Table, label: str, places: Places, account: Account,
                    embedded: EmbeddedPictures) -> pa.Table:
     """The columns of `rename_to_roles` as `Rows` has them, with ROW and those of BESIDE; images lie in `places`.
 
+    A list of titles makes a row of each, with the image and the negatives; blank ones go where another one stays.
     Blanks around paths and addresses go. A row whose text is not UTF-8 or whose image leaves the folders is dropped.
     Raises UserError on a column that cannot play its role.
     """
@@ -130,19 +187,23 @@ def to_row_columns(table: pa.Table, label: str, places: Places, account: Account
         paths.append(pc.if_else(pc.or_(pc.is_valid(data), pc.equal(path, "")), pa.scalar(None, pa.string()), path))
         pictures.append(embedded.references(data, label))
         start += len(chunk)
-    images = absolute_paths(pa.chunked_array(paths, pa.string()), places, label, account, problems).chunks
-    images = [pc.coalesce(picture, path, "") for picture, path in zip(pictures, images, strict=True)]
-    title = _texts(table["title"], label, "title", problems)
-    columns = {"image": pa.chunked_array(images, pa.string()), "title": pc.fill_null(title, "")}
-    if not _is_text(table["title"].type):
-        account.note(f"{label}: the title column holds {table['title'].type}; its values are used as text")
-    if "title_neg" in table.column_names:
-        negative = _texts(table["title_neg"], label, "title_neg", problems)
-        columns["title_neg"] = pc.if_else(pc.equal(negative, ""), pa.scalar(None, pa.string()), negative)
+    paths_N = absolute_paths(pa.chunked_array(paths, pa.string()), places, label, account, problems).chunks
+    images = [pc.coalesce(picture, path, "") for picture, path in zip(pictures, paths_N, strict=True)]
+    columns = {"image": pa.chunked_array(images, pa.string())}
+    for role in [role for role in ("title", "title_neg") if role in table.column_names]:
+        values, row_F = flatten(table[role])
+        if not _is_text(values.type):
+            account.note(f"{label}: the {role} column holds {values.type}; its values are used as text")
+        bad: dict[int, BadSample] = {}  # by place among the values
+        texts = _texts(values, label, role, bad)
+        problems |= {int(row_F[place]): problem for place, problem in bad.items()}
+        is_plain = role == "title" and not is_list(table[role].type)
+        columns[role] = pc.fill_null(texts, "") if is_plain else without_blanks(texts, row_F, len(table))
     columns |= {name: table[name] for name in BESIDE if name in table.column_names}
     numbers = table[ROW].to_numpy() if ROW in table.column_names else np.arange(len(table))
     columns[ROW] = pa.array(numbers)
-    return without(pa.table(columns), problems, numbers, label, account)
+    rows = without(pa.table(columns), problems, numbers, label, account)
+    return a_row_each(rows, "title") if is_list(rows["title"].type) else rows
 
 
 def without(table: pa.Table, problems: Mapping[int, BadSample], numbers: np.ndarray, label: str,
@@ -154,6 +215,7 @@ def without(table: pa.Table, problems: Mapping[int, BadSample], numbers: np.ndar
         return table
     for place in sorted(problems):
         image, title = table["image"][place].as_py(), table["title"][place].as_py()
+        title = next(iter(title), None) if isinstance(title, list) else title
         image = image.get("path") if isinstance(image, dict) else image
         account.drop(label, int(numbers[place]), problems[place],
                      shown_name(image) or None if isinstance(image, str) else None,
@@ -276,6 +338,9 @@ def _digest(column: pa.ChunkedArray) -> bytes:
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    if is_list(column.type):
+        values, row_F = flatten(column)
+        return np.bincount(row_F, minlength=len(column)).tobytes() + _digest(values)
     lengths, content = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     for chunk in column.chunks:
         chunk = chunk.cast(pa.large_binary())

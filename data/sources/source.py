@@ -18,7 +18,6 @@ from data.sources.labels import class_titles
 from data.sources.library import hub_parts
 from data.sources.options import ReadOptions as ReadOptions
 from data.sources.parts import Part, Reading, expand, file_parts, in_splits
-from data.sources.records import explode
 from data.sources.rows import Columns as Columns
 from data.sources.rows import Rows as Rows
 from data.sources.rows import join_tables, to_row_columns
@@ -92,7 +91,7 @@ def _read(parts: Sequence[Part], reading: Reading, account: Account) -> dict[str
         tables = []
         for part in group:
             places = part.places(options)
-            table = to_row_columns(explode(part.read(account)), part.label, places, account, reading.embedded)
+            table = to_row_columns(part.read(account), part.label, places, account, reading.embedded)
             tables.append(class_titles(table, options.templates, part.label, account))
         labels = [part.label for part in group]
         if len(groups) > 1 and options.columns.split is None:

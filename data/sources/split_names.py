@@ -100,12 +100,17 @@ def _values(table: pa.Table) -> np.ndarray:
 
     if COLUMN not in table.column_names:
         return np.array([], object)
-    texts = pc.fill_null(pc.utf8_trim_whitespace(table[COLUMN].cast(pa.string())), "")
-    return texts.to_numpy().astype(object)
+    try:
+        texts = pc.fill_null(pc.utf8_trim_whitespace(table[COLUMN].cast(pa.string())), "")
+        return texts.to_numpy().astype(object)
+    except pa.ArrowException:  # lists, or text that is not UTF-8
+        return np.full(len(table), "", object)
 
 
 def _says_splits(counts: Mapping[str, int], options: ReadOptions, labels: Sequence[str], account: Account) -> bool:
-    """True if a column is the user's or has one of the usual values, so that rows are divided by it."""
+    """True if rows are divided by the column: the user's, or one with one of the usual values. Raises UserError."""
+    if not counts and options.columns.split is not None:
+        raise UserError(f"{labels[0]}: --split-column {options.columns.split} holds no names of splits")
     if not counts:
         return False
     if options.columns.split is not None or any(value.lower() in NAMES for value in counts):
@@ -131,7 +136,8 @@ def _ours(names: Sequence[str], options: ReadOptions) -> dict[str, str]:
             matches = matches or [name for name in names if our_name(name) == our_name(their)
                                   or (name == LONE and their in (LONE, ORDER[0]))]
             if not matches:
-                there = ", ".join("train (it names no splits)" if name == LONE else name for name in names)
+                ordered = sorted(names, key=lambda name: (*ORDER, name).index(name))
+                there = ", ".join("train (it names no splits)" if name == LONE else name for name in ordered)
                 raise UserError(f"--splits {our}={their}: there is no split {their!r}; there is {there}")
             for name in matches:
                 if name in ours:

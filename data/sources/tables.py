@@ -98,9 +98,11 @@ def _shard(path: Path, options: ReadOptions, account: Account) -> pa.Table:
     at, size = (index[name].cast(pa.string()) for name in ("image_offset", "image_size"))
     image = pc.binary_join_element_wise(f"{path.absolute()}#", at, "+", size, "")
     table = pa.table({"image": image, "title": index["title"], "title_neg": index["title_neg"]})
-    table = rename_to_roles(table, detect_columns(table.column_names, options.columns, str(path)))
+    table = rename_to_roles(table, detect_columns(table.column_names, options.columns, str(path), account))
     if classes := class_names_beside(path):
-        label = pc.if_else(pc.is_in(table["title"], pa.array(classes)), table["title"], pa.scalar(None, pa.string()))
+        title = pc.list_element(table["title"], 0)
+        is_class = pc.and_(pc.is_in(title, pa.array(classes)), pc.equal(pc.list_value_length(table["title"]), 1))
+        label = pc.if_else(is_class, title, pa.scalar(None, pa.string()))
         table = table.append_column(LABEL, label)
     return table
 

@@ -72,8 +72,7 @@ def read_rows(cfg: Config, log: Callable[[str], None]) -> Source:
 
 def read_options(cfg: Config) -> ReadOptions:
     """Return how --dataset is to be read. Raises UserError."""
-    columns = Columns(cfg.image_column or None, cfg.title_column or None, cfg.negative_column or None,
-                      cfg.split_column or None)
+    columns = Columns(cfg.image_column or None, cfg.title_column, cfg.negative_column, cfg.split_column or None)
     return ReadOptions(columns, parse_delimiter(cfg.delimiter), parse_encoding(cfg.encoding), parse_splits(cfg.splits),
                        cfg.image_root, parse_image_template(cfg.image_template), parse_templates(cfg.template))
 

@@ -63,13 +63,15 @@ class Config:
     dataset: str = setting("shawhin/yt-title-thumbnail-pairs", "data", IMAGES,
                            "hub name, folder or file of pairs, or shards (http(s) too)", resumable=True)
     image_column: str = setting("", "data", OWN_DATA, "column with the image or its URL (default: detected)")
-    title_column: str = setting("", "data", OWN_DATA, "column with the title (default: detected)")
-    negative_column: str = setting("", "data", OWN_DATA, "column with the hard negative title (default: detected)")
+    title_column: tuple[str, ...] = setting((), "data", OWN_DATA, "columns with titles, each a row (default: detected)")
+    negative_column: tuple[str, ...] = setting((), "data", OWN_DATA,
+                                               "columns with hard negative titles (default: detected)")
     split_column: str = setting("", "data", OWN_DATA, "column that says the split of each row (default: split)")
     splits: tuple[str, ...] = setting((), "data", OWN_DATA,
                                       "the dataset's own splits or values to use, such as train=test,valid=val")
     template: tuple[str, ...] = setting((), "data", OWN_DATA, "makes titles of class names, such as 'a photo of a {}'")
-    image_root: str = setting("", "data", OWN_DATA, "folder of relative image paths (default: the table's)")
+    image_root: str = setting("", "data", OWN_DATA, "folder of relative image paths (default: the table's)",
+                              resumable=True)
     image_template: str = setting("", "data", OWN_DATA, "makes a path of an image id, such as '{}.jpg'", advanced=True)
     delimiter: str = setting("", "data", OWN_DATA, "separator of text tables, such as ';' or tab (default: found)",
                              advanced=True)

@@ -82,12 +82,16 @@ def check_shard(path: Path) -> list[str]:
     return problems
 
 
-def scan(path: Path) -> tuple[list[tuple[str, bytes, str, str | None]], list[tuple[str, str]]]:
-    """What a shard holds (key, image, title, negative), and what its ledger is told (key, reason)."""
+def one_or_all(texts: list[str]) -> str | list[str] | None:
+    return texts[0] if len(texts) == 1 else texts or None
+
+
+def scan(path: Path) -> tuple[list[tuple[str, bytes, Any, Any]], list[tuple[str, str]]]:
+    """What a shard holds (key, image, title, negative; lists of several), what its ledger is told (key, reason)."""
     losses: list[dict] = []
     rows = read_index(path, losses.append).to_pylist()
-    held = [(row["key"], read_member(format_reference(path, row["image_offset"], row["image_size"])), row["title"],
-             row["title_neg"]) for row in rows]
+    held = [(row["key"], read_member(format_reference(path, row["image_offset"], row["image_size"])),
+             one_or_all(row["title"]), one_or_all(row["title_neg"])) for row in rows]
     assert all(set(loss) == {"shard", "key", "reason", "detail"} and loss["shard"] == str(path) for loss in losses)
     return held, [(loss["key"], loss["reason"]) for loss in losses]
 
@@ -487,8 +491,8 @@ BAD_KEYS = ("", "a.b", "/a", "../a", "x/../a", "x/./a", "a\nb", "a//b", "a/", "\
     *(({"key": key}, "bad-key") for key in BAD_KEYS), ({"key": "first"}, "duplicate-key"),
     ({"key": "second"}, "duplicate-key"), ({"image": b""}, "empty"), ({"image": b"<html>"}, "not-image"),
     ({"image": PICTURE + bytes(1 << 26)}, "too-large"), ({"title": ""}, "no-title"), ({"title": " \n"}, "no-title"),
-    ({"title": "\ud800"}, "bad-title"), ({"title": "t" * (1 << 21)}, "too-large"), ({"title_neg": ["x"]}, "bad-json"),
-    ({"title_neg": "\ud800"}, "bad-json")])
+    ({"title": "\ud800"}, "bad-title"), ({"title": "t" * (1 << 21)}, "too-large"),
+    ({"title_neg": ["x", {}]}, "bad-json"), ({"title_neg": "\ud800"}, "bad-json")])
 def test_what_could_not_be_read_back_is_not_written(tmp_path: Path, change: dict, reason: str) -> None:
     with ShardWriter(tmp_path, "train", max_samples=1) as writer:
         writer.write("first", PICTURE, "t")

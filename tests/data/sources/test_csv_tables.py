@@ -73,9 +73,9 @@ def test_a_file_without_a_header_keeps_its_first_row(tmp_path: Path) -> None:
     FRAME.assign(number=range(len(FRAME)))[["number", "title", "image"]].to_csv(path, index=False, header=False)
     with pytest.raises(UserError, match="there are 1, 2, 3; name one with --title-column"):
         titles(path)
-    assert titles(path, ReadOptions(Columns(image="3", title="2")))[0] == TITLES
+    assert titles(path, ReadOptions(Columns(image="3", title=("2",))))[0] == TITLES
     FRAME.rename(columns={"image": "left", "title": "right"}).to_csv(path, index=False)
-    assert titles(path, ReadOptions(Columns(image="1", title="2"))) == (TITLES, [], [])
+    assert titles(path, ReadOptions(Columns(image="1", title=("2",)))) == (TITLES, [], [])
 
 
 def test_what_the_user_says_of_a_table_wins(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_numbers_are_no_titles_and_a_title_comes_before_a_class(tmp_path: Path) 
     frame.assign(text=["x", "y"]).to_csv(tmp_path / "table.csv", index=False)
     rows = load_splits(str(tmp_path / "table.csv"))["train"]
     assert rows.title.to_pylist() == ["x", "y"] and rows.label is None
-    rows = load_splits(str(tmp_path / "table.csv"), ReadOptions(Columns(title="text"), templates=("a {}",)))["train"]
+    rows = load_splits(str(tmp_path / "table.csv"), ReadOptions(Columns(title=("text",)), templates=("a {}",)))["train"]
     assert rows.title.to_pylist() == ["a x", "a y"]
 
 

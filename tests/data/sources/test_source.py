@@ -67,7 +67,8 @@ def read(dataset: Path) -> tuple[dict[str, Rows], list[dict[str, Any]]]:
 
 
 def pairs(rows: Rows) -> list[tuple[Any, ...]]:
-    negatives = rows.title_neg.to_pylist() if rows.title_neg is not None else [None] * len(rows)
+    lists = rows.title_neg.to_pylist() if rows.title_neg is not None else [None] * len(rows)
+    negatives = [texts[0] if texts and len(texts) == 1 else texts or None for texts in lists]
     images = [image if shown_name(image) == image else read_member(image) for image in rows.image.to_pylist()]
     return list(zip(images, rows.title.to_pylist(), negatives, strict=True))
 
@@ -79,10 +80,11 @@ def test_titles_are_strings_whatever_they_look_like(tmp_path: Path, ending: str)
         write(tmp_path / f"{split}.{ending}", {"image": images, "title": TITLES, "title_neg": TITLES[::-1]})
     splits = load_splits(str(tmp_path))
     assert list(splits) == ["train", "test"]
-    assert pairs(splits["train"]) == [(str(tmp_path / image), title, negative or None) for image, title, negative
-                                      in zip(images, TITLES, TITLES[::-1], strict=True)]
-    negatives = splits["train"].title_neg
-    assert negatives is not None and splits["train"].title.type == negatives.type == pa.string()
+    negatives = [title if title.strip() else None for title in TITLES[::-1]]
+    paths = [str(tmp_path / image) for image in images]
+    assert pairs(splits["train"]) == list(zip(paths, TITLES, negatives, strict=True))
+    lists = splits["train"].title_neg
+    assert lists is not None and lists.type == pa.list_(pa.string()) and splits["train"].title.type == pa.string()
     assert splits["train"].title.null_count == 0
 
 
@@ -159,10 +161,10 @@ def test_columns_are_found_in_order_or_named(tmp_path: Path) -> None:
         for split in ("train", "test"):
             write(folder / f"{split}.{ending}", both)
         assert pairs(load_splits(str(folder))["train"]) == [(f"{folder}/t.jpg", "t", "n")]
-        named = Columns(image="url", title="caption", title_neg="extra")
+        named = Columns(image="url", title=("caption",), title_neg=("extra",))
         assert pairs(load_splits(str(folder), ReadOptions(named))["train"]) == [("http://h/u", "c", "e")]
         with pytest.raises(UserError, match="'captoin'.*there are url, Thumb.*did you mean 'caption'"):
-            load_splits(str(folder), ReadOptions(Columns(title="captoin")))
+            load_splits(str(folder), ReadOptions(Columns(title=("captoin",))))
 
 
 def test_splits_are_found_under_any_usual_name(tmp_path: Path) -> None:
@@ -175,7 +177,7 @@ def test_splits_are_found_under_any_usual_name(tmp_path: Path) -> None:
     assert {name: rows.name for name, rows in splits.items()} == {"train": "train", "valid": "valid", "test": "test"}
     assert [len(rows) for rows in splits.values()] == [5, 2, 1]
     negatives = splits["train"].title_neg
-    assert negatives is not None and sorted(negatives.to_pylist(), key=str) == [None, None, None, None, "n"]
+    assert negatives is not None and sorted(negatives.to_pylist(), key=str) == [None, None, None, ["n"], []]
     lone = load_splits(str(tmp_path / "{T,t}rain-0000{0..1}-of-00002.parquet".replace("{T,t}", "*")))
     assert {name: len(rows) for name, rows in lone.items()} == {"train": 5}
 
@@ -193,7 +195,7 @@ def test_image_folders_with_sidecars(tmp_path: Path) -> None:
     assert pairs(splits["train"]) == [(f"{here}/0.JPG", "title, 0", None), (f"{here}/1.JPG", "title, 1", "none"),
                                       (f"{here}/2.JPG", "", None)]
     assert [row[1] for row in pairs(splits["valid"])] == ["title, 0"]
-    captions = load_splits(str(here), ReadOptions(Columns(title="caption")))
+    captions = load_splits(str(here), ReadOptions(Columns(title=("caption",))))
     assert sorted(row[1] for rows in captions.values() for row in pairs(rows)) == ["", "", "12"]
 
 
@@ -243,7 +245,7 @@ def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
     ("train.jsonl", b"[" * 100_000, "line 1 is not JSON"),
     ("train.jsonl", b'{"image": "a.jpg", "title": "\xe9"}', "line 1 is not UTF-8"),
     ("train.jsonl", b'\n{"image": "a.jpg", "title": "\\ud83d"}', "line 2: 'title' is not valid Unicode"),
-    ("train.jsonl", b'{"image": "a.jpg", "title": ["x"]}', "line 1: 'title' is a list"),
+    ("train.jsonl", b'{"image": "a.jpg", "title": [{}]}', "line 1: 'title' is a dict"),
     ("train.jsonl", b"\n\n", "holds no rows"),
     ("train.parquet", b"PAR1 nothing of the kind", "not a Parquet file"),
     ("train.xlsx", b"PK", "found neither tables"),
@@ -268,7 +270,7 @@ GOOD = b'{"image": "a.jpg", "title": "x"}\n'
     ("all.jsonl", GOOD + b"[1]\n" + GOOD, 1, "bad-json", "line 2 is not a JSON object"),
     ("all.jsonl", GOOD + b'{"image": "b.jpg", "title": "caf\xe9"}\n' + GOOD, 1, "not-utf8", "line 2 is not UTF-8"),
     ("all.jsonl", GOOD + b'{"image": "b.jpg", "title": "\\ud83d"}\n' + GOOD, 1, "not-utf8", "line 2: 'title'"),
-    ("all.jsonl", GOOD + b'{"image": "b.jpg", "title": ["x"]}\n' + GOOD, 1, "not-text", "line 2: 'title' is a list"),
+    ("all.jsonl", GOOD + b'{"image": "b.jpg", "title": [{}]}\n' + GOOD, 1, "not-text", "line 2: 'title' is a dict"),
     ("all.jsonl", GOOD + b"[" * 100_000 + b"\n" + GOOD, 1, "bad-json", "line 2 is not JSON"),
 ])
 def test_one_bad_row_is_one_ledger_entry(
@@ -398,6 +400,7 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     assert "there twice" in refusal(write(tmp_path / "twice/val.csv", table()).parent)
     write(tmp_path / "half/train.csv", table())
     assert "test.csv: holds no rows" in refusal(write(tmp_path / "half/test.csv", table(0)).parent)
+    assert "column holds list<" in refusal(write(tmp_path / "list.parquet", {"image": ["a"], "title": [[["x"]]]}))
     assert "column holds list<" in refusal(write(tmp_path / "list.parquet", {"image": [[1]], "title": ["x"]}))
     latin = pa.array([b"caf\xe9"], pa.binary()).view(pa.string())
     assert "is not UTF-8" in refusal(write(tmp_path / "latin.parquet", {"image": ["a"], "title": latin}))

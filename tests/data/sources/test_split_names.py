@@ -55,6 +55,16 @@ def test_another_column_has_to_be_named(tmp_path: Path) -> None:
     assert found == {"train": 15} and "names neither train, valid nor test" in said[0]
 
 
+def test_a_column_of_splits_that_holds_no_names_is_no_reason_to_stop_unless_it_was_named(tmp_path: Path) -> None:
+    for values in ([["train"]] * 15, [""] * 15, [1.5] * 15):
+        FRAME.assign(split=values).to_parquet(tmp_path / "table.parquet")
+        found, _, lost = sizes(tmp_path / "table.parquet")
+        assert found == {"train": 15} and not lost
+    FRAME.assign(split="").to_parquet(tmp_path / "table.parquet")
+    with pytest.raises(UserError, match="--split-column split holds no names"):
+        sizes(tmp_path / "table.parquet", column="split")
+
+
 def test_splits_are_named_chosen_and_joined(tmp_path: Path) -> None:
     FRAME.drop(columns="split").to_csv(tmp_path / "whole.csv", index=False)
     assert sizes(tmp_path / "whole.csv", "test=all")[0] == {"test": 15}

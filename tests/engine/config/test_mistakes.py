@@ -67,7 +67,11 @@ MISTAKES = {  # arguments -> what the answer has to name
     "dataset without images": (["check", "--dataset", "{mess}/no-images.csv"], "--image-column"),
     "no such column": ([*DATA, "--title-column", "titel"], "did you mean 'title'"),
     "dead images": (["--model", "{model}", "--dataset", "{mess}/dead.csv"], "missing-file"),
-    "images outside the dataset": (["check", "--dataset", "{mess}/outside.csv"], "secret.png"),
+    "no such image folder": (["check", "--dataset", "{mess}/dead.csv", "--image-root", "{tmp}/none"], "no such folder"),
+    "separator of two letters": (["check", "--dataset", "{pairs}", "--delimiter", ",,"], "one character"),
+    "no such encoding": (["check", "--dataset", "{pairs}", "--encoding", "utf9"], "--encoding utf9"),
+    "template without a place": (["check", "--dataset", "{pairs}", "--template", "a photo"], "must hold {{}}"),
+    "no such split to use": ([*DATA, "--splits", "train=tarin"], "there is train, valid, test"),
     "no such split": (["eval", *DATA, "--split", "tset"], "train, valid, test"),
     "no training split": (["--model", "{model}", "--dataset", "{mess}/only"], "no split 'train'"),
     "batch larger than data": ([*DATA, "--batch-size", "38"], "at most --batch-size 37"),
@@ -146,7 +150,7 @@ def mess(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
             "paper/report.html": "<h1>mine</h1>", "figures/metrics.json": "{}", "tars/theirs.tar": "",
             "low.toml": "epochs = -1", "pairs.docx": "PK", "headers.csv": "image,title\n", "empty.csv": "",
             "no-images.csv": "title,views\na,1\n", "dead.csv": "image,title\na.png,a\nb.png,b\nc.png,c\nd.png,d\n",
-            "outside.csv": "image,title\n../../secret.png,a\n", "only/test.csv": "image,title\na.png,a\n"}.items():
+            "only/test.csv": "image,title\na.png,a\n"}.items():
         (mess / name).parent.mkdir(parents=True, exist_ok=True)
         (mess / name).write_text(text)
     (mess / "empty").mkdir()

@@ -93,8 +93,7 @@ def _items(value: Any, path: Path, account: Account) -> Sequence[Any]:
     if isinstance(value, dict) and value:
         if all(map(is_picture, value)) and all(isinstance(title, (str, list)) for title in value.values()):
             account.note(f"{path}: image names with their titles")
-            return [{"image": image, "title": title} for image, titles in value.items()
-                    for title in (titles if isinstance(titles, list) else [titles])]
+            return [{"image": image, "title": title} for image, title in value.items()]
         columns = {name: list(field.values()) if isinstance(field, dict) else field for name, field in value.items()}
         lengths = {len(column) if isinstance(column, list) else -1 for column in columns.values()}
         if len(lengths) == 1 and -1 not in lengths and _same_keys(value):

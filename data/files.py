@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gzip
 import hashlib
 import io
 import json
@@ -16,6 +17,7 @@ import os
 import re
 import shutil
 import stat
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,6 +57,37 @@ def open_descriptor(path: str | Path) -> int:
 def open_regular(path: str | Path, buffering: int = io.DEFAULT_BUFFER_SIZE) -> io.BufferedReader:
     """Open a regular file to read its bytes. Raises NotAFile, OSError."""
     return io.BufferedReader(io.FileIO(path, opener=lambda name, flags: open_descriptor(name)), buffering)
+
+
+MAX_UNPACKED = 1 << 33  # bytes that a .gz may hold
+
+
+class _Unpacked(io.RawIOBase):
+    """The bytes that a gzip file holds, at most MAX_UNPACKED: a small file may hold any number of them."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, self.count = str(path), 0
+        self.file = gzip.GzipFile(fileobj=open_regular(path))
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        try:
+            data = self.file.read1(len(buffer))
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise OSError(errno.EIO, f"a damaged gzip file ({error})", self.path) from None
+        self.count += len(data)
+        if self.count > MAX_UNPACKED:
+            raise OSError(errno.EFBIG, f"holds more than {MAX_UNPACKED:,} bytes; unpack it", self.path)
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def open_unpacked(path: str | Path) -> io.BufferedReader:
+    """Open a regular file to read its bytes, those of a .gz unpacked. Raises NotAFile, OSError."""
+    is_packed = str(path).lower().endswith(".gz")
+    return io.BufferedReader(_Unpacked(path), 1 << 18) if is_packed else open_regular(path)
 
 
 def read_regular(path: str | Path) -> bytes:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from data.batch import BadSample, UserError
 from data.files import open_descriptor
 from data.ledger import Ledger
-from data.shards.samples import MAX_IMAGE, row, samples
+from data.shards.samples import MAX_IMAGE, class_names_beside, row, samples
 from data.shards.tar import BLOCK, members, open_tar, read_at
 
 if TYPE_CHECKING:
@@ -170,9 +170,10 @@ def scanned(path: Path, file: BinaryIO, ledger: Ledger | None) -> pa.Table:
             ledger({"shard": str(path), "key": key, "reason": problem.reason, "detail": problem.detail})
 
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    classes = class_names_beside(path)
     for key, files in samples(members(file, report)):
         try:
-            values = key, *row(file, files)
+            values = key, *row(file, files, classes)
         except BadSample as problem:
             report(key, problem)
             continue

@@ -2,7 +2,8 @@
 
 A sample is a run of files KEY.ENDING, KEY going up to the first dot of the base name: an image, its titles (KEY.txt,
 KEY.0.txt, KEY.1.txt, …, or "title", "caption" or "captions" in KEY.json) and perhaps negatives ("title_neg" or
-"negative" in KEY.json). A field of the JSON holds one text or a list of them.
+"negative" in KEY.json). A field of the JSON holds one text or a list of them. KEY.cls is the title where there is no
+other: the name of a class, or its number, the name being a line of a file beside the shards.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from data.batch import BadSample
+from data.files import read_text
 from data.shards.tar import Member, read_at
 
 MAX_TEXT = 1 << 20  # bytes of a title, of a JSON file
 MAX_IMAGE = 1 << 26
+CLASS_FILES = ("classnames.txt", "classes.txt", "labels.txt")  # the first is what CLIP_benchmark writes
 AS_WRITTEN = json.JSONDecoder(parse_int=str, parse_float=str)  # the title 1984 is text, and no number costs minutes
 NUMBERED = re.compile(r"(\D*)(\d{1,9})\.txt")  # endings of one title of several
 TITLES, NEGATIVES = ("title", "caption", "captions"), ("title_neg", "negative", "negatives")  # fields of KEY.json
@@ -42,7 +46,8 @@ def samples(files_of_tar: Iterable[Member]) -> Iterator[tuple[str, dict[str, Mem
         yield current, files
 
 
-def row(file: BinaryIO, files: Mapping[str, Member]) -> tuple[int, int, list[str], list[str]]:
+def row(file: BinaryIO, files: Mapping[str, Member],
+        classes: Sequence[str] = ()) -> tuple[int, int, list[str], list[str]]:
     """Offset and size of the image, titles (at least one), negatives. Raises BadSample."""
     image = _choose(files, IMAGES)
     if image is None:
@@ -50,9 +55,40 @@ def row(file: BinaryIO, files: Mapping[str, Member]) -> tuple[int, int, list[str
     if image.fault is not None:
         raise image.fault
     check_image(image.name, image.size)
-    record = _choose(files, ("json",))
-    texts = [_content(file, member) for member in _text_files(files)]
-    return image.offset, image.size, *titles_and_negatives(texts, _content(file, record) if record else None)
+    member = _choose(files, ("json",))
+    record = _content(file, member) if member else None
+    texts = [_content(file, text) for text in _text_files(files)]
+    try:
+        return image.offset, image.size, *titles_and_negatives(texts, record)
+    except BadSample as problem:
+        if problem.reason != "no-title" or "cls" not in files:
+            raise
+    name = class_name(_content(file, files["cls"]), classes)
+    return image.offset, image.size, *titles_and_negatives([name], record)
+
+
+def class_name(content: bytes, classes: Sequence[str]) -> bytes:
+    """The name of the class that KEY.cls holds. Raises BadSample (no-title, no-class-names)."""
+    number = content.strip()
+    if not re.fullmatch(rb"-?\d{1,9}", number):
+        try:
+            content.decode()
+        except UnicodeDecodeError:
+            raise BadSample("no-title", "KEY.cls is neither a number nor text") from None
+        return content
+    if not 0 <= int(number) < len(classes):
+        raise BadSample("no-class-names", f"class {int(number)} of KEY.cls has no name; write the names, one a line, "
+                        f"into {CLASS_FILES[0]} beside the shards" + f" ({len(classes)} are there)" * bool(classes))
+    return classes[int(number)].encode()
+
+
+def class_names_beside(shard: Path) -> list[str]:
+    """The names of the classes of a shard, from a file in its folder or the one above; empty if there is none."""
+    for folder in (shard.absolute().parent, shard.absolute().parent.parent):
+        for name in CLASS_FILES:
+            if (folder / name).is_file():
+                return read_text(folder / name).removeprefix("\ufeff").splitlines()
+    return []
 
 
 def _text_files(files: Mapping[str, Member]) -> list[Member]:

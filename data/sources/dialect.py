@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-from data.files import open_regular
+from data.files import open_unpacked
 from data.sources.options import ReadOptions, resolve_positions
 from data.sources.paths import ENDINGS
 from data.sources.rows import FLAGS, KNOWN
@@ -49,7 +49,7 @@ class Dialect(NamedTuple):
 
     def open(self, path: Path) -> BinaryIO:
         """Open a file as UTF-8."""
-        file = open_table(path)
+        file = open_unpacked(path)
         return file if self.encoding in UTF8 else io.BufferedReader(_Transcoder(file, self.encoding), BLOCK)
 
     def open_text(self, path: Path) -> io.TextIOWrapper:
@@ -98,11 +98,6 @@ class _Transcoder(io.RawIOBase):
         """Close the file below as well."""
         self._file.close()
         super().close()
-
-
-def open_table(path: Path) -> BinaryIO:
-    """Open the bytes of a text table."""
-    return open_regular(path)
 
 
 def sniff(path: Path, options: ReadOptions, usual: str) -> Dialect:
@@ -163,7 +158,7 @@ def roles_found(names: Sequence[str], options: ReadOptions) -> set[str]:
 
 def _marked_encoding(path: Path) -> str:
     """Return UTF-16 where a byte order mark or the zero bytes of a header in ASCII show it, else UTF-8."""
-    with open_table(path) as file:
+    with open_unpacked(path) as file:
         head = file.read(64)
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
@@ -182,7 +177,7 @@ def _is_cp1252(path: Path, from_excel: bool) -> bool:
     accent. Bytes that cp1252 lacks rule it out.
     """
     wrong = right = 0
-    with open_table(path) as file:
+    with open_unpacked(path) as file:
         for line in file:
             if line.isascii():
                 continue
@@ -203,7 +198,7 @@ def _is_cp1252(path: Path, from_excel: bool) -> bool:
 def _is_utf8(path: Path) -> bool:
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        with open_table(path) as file:
+        with open_unpacked(path) as file:
             for block in iter(partial(file.read, BLOCK), b""):
                 decoder.decode(block)
         decoder.decode(b"", final=True)

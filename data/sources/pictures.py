@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from data.batch import BadSample
 from data.files import NotAFile, is_output, open_regular
@@ -14,9 +15,14 @@ from data.ledger import Account
 from data.shards.samples import MAX_TEXT
 from data.sources.paths import PICTURES as PICTURES
 from data.sources.records import Record, parse_json_object
+from data.sources.rows import LABEL, ROW
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+STATISTICS = re.compile(r"\d+_stats\.json")  # what img2dataset writes beside its parts
 SIDECARS = frozenset((".txt", ".json"))
-OTHER_DATA = frozenset((".csv", ".tsv", ".jsonl", ".parquet", ".tar"))
+OTHER_DATA = frozenset((".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".gz", ".tar"))
 
 
 def pictures(folder: Path, account: Account) -> Iterator[Record]:
@@ -68,6 +74,45 @@ def holds_titled_pictures(folder: Path, most: int = 10_000) -> bool:
     return False
 
 
+def holds_pictures(folder: Path) -> bool:
+    """True if there is a picture, or a text that may be the title of one, at any depth."""
+    return any(is_picture(name) or os.path.splitext(name)[1].lower() in SIDECARS
+               for _, names in _walk(folder, Account()) for name in names)
+
+
+def class_folders(folder: Path) -> list[str]:
+    """The folders below `folder` that hold its pictures, if they tell the classes: two at least, and no titles."""
+    classes = []
+    for here, names in _walk(folder, Account()):
+        sidecars, _ = _by_stem(names)
+        stems = {os.path.splitext(name)[0] for name in names if is_picture(name)}
+        if stems and (Path(here) == folder or stems & sidecars.keys()):
+            return []
+        if stems:
+            classes.append(os.path.basename(here))
+    return sorted({*classes}) if len({*classes}) > 1 else []
+
+
+def read_class_folders(folder: Path, account: Account) -> pa.Table:
+    """The images below `folder`, the name of the folder that an image lies in being its title and its label."""
+    import pyarrow as pa
+
+    images, titles, numbers, row = [], [], [], -1
+    for here, names in _walk(folder, account):
+        for name in filter(is_picture, names):
+            path, row = os.path.abspath(os.path.join(here, name)), row + 1
+            try:
+                path.encode()
+            except UnicodeEncodeError:
+                account.drop(str(folder), row, BadSample("bad-name", "the file's name is not UTF-8; rename it"), path)
+                continue
+            images.append(path)
+            titles.append(os.path.basename(here))
+            numbers.append(row)
+    return pa.table({"image": pa.array(images, pa.string()), "title": pa.array(titles, pa.string()),
+                     LABEL: pa.array(titles, pa.string()), ROW: pa.array(numbers, pa.int64())})
+
+
 def _walk(folder: Path, account: Account) -> Iterator[tuple[str, list[str]]]:
     """Folders at any depth and their files, sorted, without hidden ones and without what this program wrote."""
     def refuse(error: OSError) -> NoReturn:
@@ -91,6 +136,8 @@ def _by_stem(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str,
     others: dict[str, str] = {}
     for name in names:
         stem, ending = os.path.splitext(name)
+        if STATISTICS.fullmatch(name):
+            continue
         if ending.lower() in SIDECARS:
             sidecars[stem][ending.lower()] = name
         elif ending.lower() not in PICTURES | OTHER_DATA:

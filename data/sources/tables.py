@@ -7,31 +7,65 @@ to the `Account` with its number (from 0, in its file).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from data.batch import BadSample, UserError
+from data.batch import UserError
 from data.files import open_regular
 from data.ledger import Account
 from data.shards.index import read_index
-from data.sources import img2dataset
+from data.shards.samples import class_names_beside
+from data.sources.arrow_tables import read_arrow, read_parquet
 from data.sources.csv_tables import read_csv
 from data.sources.embedded import EmbeddedPictures
+from data.sources.json_tables import read_json, read_json_lines
 from data.sources.options import ReadOptions
-from data.sources.pictures import PICTURES, pictures
-from data.sources.records import Record, from_records, parse_json_object
-from data.sources.rows import ROW, detect_columns, holds_bytes, rename_to_roles, without
+from data.sources.pictures import PICTURES, SIDECARS, is_picture, pictures
+from data.sources.records import from_records
+from data.sources.rows import LABEL, detect_columns, holds_bytes, rename_to_roles
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 ADDRESS = re.compile(r"\s*(https?:)?//", re.IGNORECASE)
-TEXT_TABLES = frozenset((".csv", ".tsv", ".jsonl"))
-TABLES = TEXT_TABLES | {".parquet"}
+TEXT_READERS: dict[str, Callable[[Path, ReadOptions, Account], pa.Table]] = {  # also with .gz after the ending
+    ".csv": partial(read_csv, delimiter=","), ".tsv": partial(read_csv, delimiter="\t"), ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines, ".json": read_json}
+ARROW_READERS: dict[str, Callable[[Path, ReadOptions, Account, EmbeddedPictures], pa.Table]] = {
+    ".parquet": read_parquet, ".arrow": read_arrow, ".feather": read_arrow}
+TEXT_TABLES = frozenset(TEXT_READERS)
+TABLES = TEXT_TABLES | ARROW_READERS.keys()
+ADVICE = {  # ending of another kind of file -> how to convert it
+    ".xlsx": "; write a CSV: pandas.read_excel(FILE).to_csv(NEW, index=False)",
+    ".xls": "; write a CSV: pandas.read_excel(FILE).to_csv(NEW, index=False)",
+    ".pkl": "; a pickle runs code when it is read: write Parquet where you trust it, DataFrame.to_parquet(NEW)",
+    ".pickle": "; a pickle runs code when it is read: write Parquet where you trust it, DataFrame.to_parquet(NEW)",
+    **dict.fromkeys((".zip", ".rar", ".7z", ".tgz"), "; unpack it and pass the folder"),
+    **dict.fromkeys((".bz2", ".xz", ".zst", ".gz"), "; unpack it (a .csv, .tsv or .json may be packed as .gz)"),
+    ".mdb": "; write shards: webdataset.ShardWriter",
+    ".tfrecord": "; write shards: webdataset.ShardWriter", ".db": "; write Parquet: pandas.read_sql(…).to_parquet(NEW)",
+    ".sqlite": "; write Parquet: pandas.read_sql(…).to_parquet(NEW)"}
+POINTER = b"version https://git-lfs.github.com/spec/"
+NO_ROWS = ("dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json")  # of the `datasets` library
+
+
+def ending(path: str | Path) -> str:
+    """The ending that tells how to read a file, in lower case: `.csv` also for x.csv.gz."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes[-2:]]
+    if suffixes[-1:] == [".gz"] and len(suffixes) == 2 and suffixes[0] in TEXT_TABLES:
+        return suffixes[0]
+    return suffixes[-1] if suffixes else ""
+
+
+def without_sidecars(files: Sequence[Path]) -> list[Path]:
+    """Files of one folder without the JSON files that are no tables: those of images, and those about a dataset."""
+    images = {file.stem for file in files if is_picture(file.name)}
+    has_sidecars = any(file.stem in images for file in files if file.suffix.lower() in SIDECARS)
+    return [file for file in files if file.suffix.lower() != ".json"
+            or not (has_sidecars or file.name in NO_ROWS or file.name.endswith("_stats.json"))]
 
 
 def read_table(path: Path, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
@@ -41,57 +75,19 @@ def read_table(path: Path, options: ReadOptions, account: Account, embedded: Emb
                             f"valid/ test/, nor images ({' '.join(sorted(PICTURES))})")
         return from_records(pictures(path, account), options.columns, str(path), message_if_empty, account,
                             " (images with KEY.txt, KEY.json)")
-    readers: dict[str, Callable[[Path, ReadOptions, Account], pa.Table]] = {
-        ".csv": partial(read_csv, delimiter=","), ".tsv": partial(read_csv, delimiter="\t"),
-        ".txt": partial(read_csv, delimiter=","), ".jsonl": _jsonl,
-        ".parquet": partial(_parquet, embedded=embedded), ".tar": _shard}
-    if path.suffix.lower() not in readers:
-        raise UserError(f"{path}: not a known kind of dataset; known are {' '.join(readers)} and folders")
-    return readers[path.suffix.lower()](path, options, account)
-
-
-def _jsonl(path: Path, options: ReadOptions, account: Account) -> pa.Table:
-    def records() -> Iterator[Record]:
-        row = 0
-        with open_regular(path) as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                where = f"line {number}"
-                try:
-                    yield Record(row, where, parse_json_object(line, where))
-                except BadSample as problem:
-                    account.drop(str(path), row, problem)
-                row += 1
-
-    return from_records(records(), options.columns, str(path), f"{path} holds no rows", account)
-
-
-def _parquet(path: Path, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    open_regular(path).close()
-    try:
-        with parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            with_bytes = {field.name for field in schema if holds_bytes(field.type)}
-            picked = detect_columns(schema.names, options.columns, str(path), account, with_bytes)
-            (image,) = picked["image"]
-            failures = img2dataset.status_columns(schema.names) if image in with_bytes else []
-            used = {*failures, *(name for role in picked for name in picked[role])}
-            whole = file.read(columns=[*(used - {image} if image in with_bytes else used)])
-        if image in with_bytes:
-            whole = whole.append_column(image, embedded.of_parquet(path, image))
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        text = " ".join(str(error).split())[:300]
-        raise UserError(f"{path}: not a Parquet file that can be read ({text})") from error
-    table = rename_to_roles(whole, picked)
-    if not failures:
-        return table
-    table = table.append_column(ROW, pa.array(np.arange(len(table))))
-    bad = img2dataset.failed(whole)
-    return without(table, bad, np.arange(len(table)), str(path), account)
+    kind = ending(path)
+    if kind not in TABLES | {".tar", ".txt"}:
+        known = " ".join((*TEXT_READERS, *ARROW_READERS))
+        advice = ADVICE.get(kind, "")
+        raise UserError(f"{path}: not a known kind of dataset; known are {known} .tar and folders{advice}")
+    with open_regular(path) as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise UserError(f"{path}: a pointer of Git LFS, not the file; run `git lfs pull` in its folder")
+    if kind == ".tar":
+        return _shard(path, options, account)
+    if kind in ARROW_READERS:
+        return ARROW_READERS[kind](path, options, account, embedded)
+    return TEXT_READERS[".csv" if kind == ".txt" else kind](path, options, account)
 
 
 def _shard(path: Path, options: ReadOptions, account: Account) -> pa.Table:
@@ -102,7 +98,13 @@ def _shard(path: Path, options: ReadOptions, account: Account) -> pa.Table:
     at, size = (index[name].cast(pa.string()) for name in ("image_offset", "image_size"))
     image = pc.binary_join_element_wise(f"{path.absolute()}#", at, "+", size, "")
     table = pa.table({"image": image, "title": index["title"], "title_neg": index["title_neg"]})
-    return rename_to_roles(table, detect_columns(table.column_names, options.columns, str(path), account))
+    table = rename_to_roles(table, detect_columns(table.column_names, options.columns, str(path), account))
+    if classes := class_names_beside(path):
+        title = pc.list_element(table["title"], 0)
+        is_class = pc.and_(pc.is_in(title, pa.array(classes)), pc.equal(pc.list_value_length(table["title"]), 1))
+        label = pc.if_else(is_class, title, pa.scalar(None, pa.string()))
+        table = table.append_column(LABEL, label)
+    return table
 
 
 def holds_addresses(path: Path, options: ReadOptions) -> bool:
@@ -113,3 +115,10 @@ def holds_addresses(path: Path, options: ReadOptions) -> bool:
     except (UserError, OSError):
         return False
     return len(image) > 0 and not holds_bytes(image.type) and ADDRESS.match(str(image[0].as_py())) is not None
+
+
+def read_metadata(path: Path, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
+    """A metadata file of images, whose column file_name names them whatever other columns there are."""
+    if options.columns.image is None:
+        options = replace(options, columns=replace(options.columns, image="file_name"))
+    return read_table(path, options, account, embedded)

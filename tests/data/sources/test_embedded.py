@@ -17,7 +17,8 @@ import pytest
 from data.batch import UserError
 from data.shards.index import read_member
 from data.sources.embedded import EmbeddedPictures, shown_name, write_once
-from data.sources.source import Rows, load_splits, mapped_table
+from data.sources.library import mapped_table
+from data.sources.source import Rows, load_splits
 
 DATA = [b"\xff\xd8one", None, b"\xff\xd8two", b"\xff\xd8" + bytes(5000), b"", b"\xff\xd8one"]
 

@@ -20,7 +20,6 @@ from PIL import Image
 
 from data.batch import UserError
 from data.files import write_mark
-from data.ledger import Account
 from data.shards.index import read_member
 from data.sources import csv_tables, records
 from data.sources.embedded import EmbeddedPictures, shown_name
@@ -442,14 +441,16 @@ def test_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_dataset_repository_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loading script is refused, not run, and nobody is asked on the terminal whether it may."""
-    from data.sources.source import _hub, _read
+    from data.sources.library import hub_parts
+    from data.sources.parts import Reading
 
     (tmp_path / "evil").mkdir()
     (tmp_path / "evil" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nimport datasets\n")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
     with pytest.raises(UserError, match=r"scripts are no longer supported, but found evil\.py"):
-        groups = _hub(str(tmp_path / "evil"), ReadOptions(), EmbeddedPictures())
-        _read(groups, ReadOptions(), Account(print, print), EmbeddedPictures())
+        hub_parts(str(tmp_path / "evil"), Reading(ReadOptions(), EmbeddedPictures()))
+    with pytest.raises(UserError, match=r"evil\.py: a loading script; scripts are never run"):
+        load_splits(str(tmp_path / "evil"))
     assert not (tmp_path / "ran").exists()
 
 

@@ -1,0 +1,188 @@
+"""Parquet, Arrow IPC (feather) and tables of the `datasets` library -> columns under the names of their roles.
+
+Class labels of `datasets` are stored as numbers; their names are in the schema, and the names are the titles.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data.batch import UserError
+from data.files import open_regular
+from data.ledger import Account
+from data.sources import img2dataset
+from data.sources.embedded import EmbeddedPictures
+from data.sources.options import ReadOptions
+from data.sources.rows import (
+    CLASS_COLUMNS,
+    KNOWN,
+    LABEL,
+    ROW,
+    Columns,
+    detect_columns,
+    holds_bytes,
+    rename_to_roles,
+    without,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ClassNames = Mapping[str, Sequence[str]]  # column -> the names of its classes
+
+
+def read_parquet(path: Path, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
+    """A Parquet file; of its columns, only those in use are read. Raises UserError."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    open_regular(path).close()
+    try:
+        with parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            columns = _with_labels(schema, class_names(schema), options.columns)
+            picked = _detect(schema, columns, str(path), account)
+            (image,) = picked["image"]
+            is_embedded = _holds(schema, image)
+            failures = img2dataset.status_columns(schema.names) if is_embedded else []
+            is_copied = holds_bytes(schema.field(image).type)
+            used = {*failures, *(name for role in picked for name in picked[role])} - ({image} if is_copied else set())
+            whole = file.read(columns=[*used])
+        if is_copied:
+            whole = whole.append_column(image, embedded.of_parquet(path, image))
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: not a Parquet file that can be read ({text})") from error
+    table = _to_roles(whole, picked, class_names(schema))
+    if not failures:
+        return table
+    table = table.append_column(ROW, pa.array(np.arange(len(table))))
+    bad = img2dataset.failed(whole)
+    return without(table, bad, np.arange(len(table)), str(path), account)
+
+
+def read_arrow(path: Path, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
+    """An Arrow IPC file or stream (.arrow, .feather), mapped from the disk. Raises UserError."""
+    import pyarrow as pa
+
+    try:
+        table = embedded.open(path)
+    except (pa.ArrowException, ValueError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: not an Arrow file that can be read ({text}); "
+                        "write it with pyarrow.feather.write_feather, version 2") from error
+    return roles_of(table, options.columns, str(path), account)
+
+
+def roles_of(table: pa.Table, columns: Columns, label: str, account: Account,
+             classes: ClassNames | None = None) -> pa.Table:
+    """The columns of a table in use, under their roles. `classes`: names that the schema does not tell."""
+    named = {**class_names(table.schema), **(classes or {})}
+    picked = _detect(table.schema, _with_labels(table.schema, named, columns), label, account)
+    return _to_roles(table, picked, named)
+
+
+def column_names(path: Path) -> list[str] | None:
+    """The columns of a Parquet or Arrow file; None for another kind of file or one that cannot be read."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        open_regular(path).close()
+        if path.suffix.lower() == ".parquet":
+            return list(parquet.read_schema(path).names)
+        with pa.memory_map(str(path)) as source:
+            return list(pa.ipc.open_file(source).schema.names)
+    except (pa.ArrowException, OSError, ValueError):
+        return None
+
+
+def class_names(schema: pa.Schema) -> dict[str, Sequence[str]]:
+    """The names of the classes of each ClassLabel column, from what `datasets` writes into a schema."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: feature["names"] for name, feature in features.items()
+                if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _with_labels(schema: pa.Schema, classes: ClassNames, columns: Columns) -> Columns:
+    """`columns` with the only column of class labels as the title, where no column is known to hold titles."""
+    labels = [name for name in schema.names if name in classes]
+    titles = {*KNOWN["title"]} - {*CLASS_COLUMNS}
+    if columns.title or len(labels) != 1 or {name.strip().lower() for name in schema.names} & titles:
+        return columns
+    return replace(columns, title=(labels[0],))
+
+
+def _holds(schema: pa.Schema, name: str) -> bool:
+    kind = schema.field(name).type
+    return holds_bytes(kind.value_type if _is_list(kind) else kind)
+
+
+def _detect(schema: pa.Schema, columns: Columns, label: str, account: Account) -> dict[str, list[str]]:
+    embedded = {field.name for field in schema if _holds(schema, field.name)} if len(set(schema.names)) == len(
+        schema.names) else set[str]()
+    return detect_columns(schema.names, columns, label, account, embedded)
+
+
+def _to_roles(table: pa.Table, picked: Mapping[str, Sequence[str]], classes: ClassNames) -> pa.Table:
+    """The picked columns by role; class names for their numbers, and one image a row for lists of one."""
+    roles = rename_to_roles(table, picked).replace_schema_metadata(None)
+    title = picked["title"][0]
+    if len(picked["title"]) == 1 and title in classes:
+        names = _names_of(roles["title"], classes[title])
+        roles = roles.set_column(roles.column_names.index("title"), "title", names)
+        if LABEL in roles.column_names:
+            roles = roles.drop_columns([LABEL])
+        roles = roles.append_column(LABEL, names)
+    if _is_list(roles["image"].type) and _may_be_image(roles["image"].type.value_type):
+        images = _only_items(roles["image"])
+        roles = roles.set_column(roles.column_names.index("image"), "image", images)
+    return roles
+
+
+def _names_of(column: pa.ChunkedArray, names: Sequence[str]) -> pa.ChunkedArray:
+    """Class names for class numbers; null for -1, which is no class, and for numbers that have no name."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not pa.types.is_integer(column.type):
+        return column
+    is_named = pc.and_(pc.greater_equal(column, 0), pc.less(column, len(names)))
+    numbers = pc.if_else(is_named, column, pa.scalar(None, column.type))
+    return pa.chunked_array([pa.array(names, pa.string()).take(chunk) for chunk in numbers.chunks], pa.string())
+
+
+def _only_items(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Lists of at most one item as items; a column with longer lists as it is."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    chunks = []
+    for chunk in column.chunks:
+        lengths = pc.fill_null(pc.list_value_length(chunk), 0).to_numpy()
+        if len(lengths) and lengths.max() > 1:
+            return column
+        places = pa.array(np.cumsum(lengths) - 1, mask=lengths == 0)
+        chunks.append(pc.list_flatten(chunk).take(places))
+    return pa.chunked_array(chunks, column.type.value_type)
+
+
+def _may_be_image(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return holds_bytes(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)

@@ -1,0 +1,277 @@
+"""A folder -> the parts of the dataset in it, by the first of KINDS that it is.
+
+To add a kind: a function that returns its parts, None for a folder that is another kind, and a line in KINDS.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from data.batch import UserError
+from data.files import is_output
+from data.ledger import Account
+from data.sources import img2dataset
+from data.sources.arrow_tables import column_names
+from data.sources.captions import layouts_in, parts_of, parts_of_layout
+from data.sources.library import is_saved, local_parts, saved_parts
+from data.sources.parts import (
+    FOLDERS,
+    Part,
+    Reading,
+    by_split,
+    by_word,
+    file_part,
+    file_parts,
+    folders_of,
+    one_kind,
+)
+from data.sources.pictures import PICTURES, class_folders, holds_pictures, holds_titled_pictures, read_class_folders
+from data.sources.split_names import LONE, NAMES, our_name
+from data.sources.tables import ADVICE, TABLES, ending, holds_addresses, read_metadata, without_sidecars
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+HIVE = re.compile(r"([^=]+)=([^=]*)")  # a folder of a partitioned table
+METADATA = re.compile(r"metadata\.(csv|jsonl|parquet)")  # of the `datasets` library, beside images
+CARD = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)  # the head of a README.md, YAML
+KNOWN_LAYOUTS = (f"tables ({' '.join(sorted(TABLES))}, also .csv.gz …), nor shards (.tar), nor train/ valid/ test/, "
+                 f"nor images ({' '.join(sorted(PICTURES))}) with KEY.txt or in a folder for each class, nor "
+                 "captions_*.json of COCO or dataset_*.json of Karpathy, nor what save_to_disk writes")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder to find the parts of, and how."""
+
+    path: Path
+    configuration: str
+    reading: Reading
+    account: Account
+
+    @cached_property
+    def entries(self) -> list[Path]:
+        """Its files and folders by name, without hidden ones (`.part-0.parquet.crc`)."""
+        return sorted(entry for entry in self.path.iterdir() if not entry.name.startswith("."))
+
+    @cached_property
+    def tables(self) -> list[Path]:
+        """Its files that are tables by their ending; JSON beside images is theirs."""
+        files = [entry for entry in without_sidecars(self.entries) if ending(entry) in TABLES]
+        return [file for file in files if not file.is_dir()]
+
+    def inner(self, path: Path) -> Folder:
+        """A folder in it."""
+        return replace(self, path=path)
+
+
+class Kind(NamedTuple):
+    """A kind of folder: its parts, None for a folder of another kind."""
+
+    name: str
+    parts: Callable[[Folder], list[Part] | None]
+
+
+def folder_parts(folder: Folder) -> list[Part]:
+    """The parts of the first kind that the folder is. Raises UserError naming what is there if it is none."""
+    if folder.configuration:
+        return local_parts(folder.path, folder.configuration, folder.reading)
+    for kind in KINDS:
+        parts = kind.parts(folder)
+        if parts is not None:
+            return parts
+    names = [entry.name + "/" * entry.is_dir() for entry in folder.entries]
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
+    advice = next((ADVICE[ending(name)] for name in names if ending(name) in ADVICE), "")
+    message = f"{folder.path} holds {shown}{advice}; found neither {KNOWN_LAYOUTS}"
+    if advice:
+        raise UserError(message)
+    try:
+        parts = local_parts(folder.path, "", folder.reading)
+    except UserError as error:
+        raise UserError(f"{message}; {str(error).removeprefix(f'{folder.path}: ')}") from error
+    folder.account.note(f"{folder.path}: read as the library `datasets` finds its files and splits")
+    return parts
+
+
+def _saved(folder: Folder) -> list[Part] | None:
+    return saved_parts(folder.path, folder.reading) if is_saved(folder.path) else None
+
+
+def _configured(folder: Folder) -> list[Part] | None:
+    """A clone of a hub dataset whose README.md says which files are which split."""
+    card = folder.path / "README.md"
+    head = CARD.match(card.read_text("utf-8", "replace")) if card.is_file() else None
+    if head is None or not re.search(r"^configs:", head[1], re.MULTILINE) or "data_files" not in head[1]:
+        return None
+    folder.account.note(f"{folder.path}: the splits are those of README.md")
+    return local_parts(folder.path, "", folder.reading)
+
+
+def _named_files(folder: Folder) -> list[Part] | None:
+    return _parts(by_split(folder.entries), folder) or None
+
+
+def _parts(splits: Mapping[str, Sequence[Path]], folder: Folder) -> list[Part]:
+    return [part for split, files in splits.items() for file in files
+            for part in parts_of(split, file, folder.reading, folder.account)]
+
+
+def _captions(folder: Folder) -> list[Part] | None:
+    """Published layouts of captions; where there are several, the first, and that is said."""
+    layouts = list(layouts_in(folder.path))
+    if not layouts:
+        return None
+    (layout, files), *others = layouts
+    used = set(files)
+    unused = [file for _, other in others for file in other]
+    unused += [file for file in folder.tables if file not in used and ending(file) != ".json"]
+    if unused:
+        names = ", ".join(dict.fromkeys(file.name for file in unused[:4]))
+        folder.account.note(f"{folder.path}: read as {layout.name} ({files[0].name}), not {names}; pass one of those "
+                            "files to read it instead")
+    return parts_of_layout(layout, files, folder.reading, folder.account)
+
+
+def _named_folders(folder: Folder) -> list[Part] | None:
+    named = [entry for entry in folder.entries if entry.name.lower() in FOLDERS and entry.is_dir()]
+    folders = [entry for entry in named if not is_output(entry)]
+    if not folders:
+        return None
+    for entry in named:
+        if entry not in folders:
+            folder.account.pass_over("own-output", str(entry))
+    splits = one_kind((NAMES[entry.name.lower()], entry.name, [entry]) for entry in folders)
+    metadata = [file for file in folder.tables if METADATA.fullmatch(file.name)]
+    if metadata:  # one for all splits, whose images are named from here
+        return [Part(split, str(metadata[0]), folders_of(folder.path),
+                     partial(_read_below, metadata[0], entry.name, folder.reading))
+                for split, (entry,) in splits.items()]
+    return [replace(part, split=split) for split, (entry,) in splits.items()
+            for part in _without_splits(folder.inner(entry))]
+
+
+def _read_below(metadata: Path, name: str, reading: Reading, account: Account) -> pa.Table:
+    """The rows of a metadata file whose images are below the folder `name`."""
+    import pyarrow.compute as pc
+
+    table = read_metadata(metadata, reading.options, account, reading.embedded)
+    return table.filter(pc.starts_with(table["image"], f"{name}/"))
+
+
+def _hive(folder: Folder) -> list[Part] | None:
+    """A partitioned table: folders KEY=VALUE; `split=train` names a split."""
+    if not any(HIVE.fullmatch(entry.name) and entry.is_dir() for entry in folder.entries):
+        return None
+    splits: dict[str, list[Path]] = {}
+    keys: dict[str, None] = {}
+    for file in sorted(path for path in folder.path.rglob("*") if ending(path) in TABLES and path.is_file()):
+        names = file.relative_to(folder.path).parts[:-1]
+        if any(name.startswith((".", "_")) for name in names):
+            continue
+        pairs = [match.groups() for name in names if (match := HIVE.fullmatch(name))]
+        keys.update(dict.fromkeys(key for key, _ in pairs))
+        split = next((our_name(value) for key, value in pairs if key.lower() == "split"), LONE)
+        splits.setdefault(split, []).append(file)
+    if not splits:
+        return None
+    folder.account.note(f"{folder.path}: a table partitioned by {', '.join(keys)}")
+    return file_parts(splits, folder.reading)
+
+
+def _data_folder(folder: Folder) -> list[Part] | None:
+    """A clone of a hub dataset without configurations: `data/train-00000-of-00001.parquet`."""
+    data = folder.path / "data"
+    return _named_files(folder.inner(data)) if data.is_dir() and not is_output(data) else None
+
+
+def _inner(folder: Folder) -> list[Part] | None:
+    """A folder that holds nothing but another one with the dataset, as archives do when they are unpacked."""
+    entries = [entry for entry in folder.entries if not entry.name.lower().startswith(("readme", "license"))]
+    if len(entries) != 1 or not entries[0].is_dir() or is_output(entries[0]):
+        return None
+    inner = folder.inner(entries[0])
+    has_files = any(ending(entry) in TABLES | {".tar"} for entry in inner.entries)
+    for kind in KINDS if has_files else KINDS[:-1]:
+        parts = kind.parts(inner)
+        if parts is not None:
+            folder.account.note(f"{folder.path}: the dataset is in its folder {inner.path.name}")
+            return parts
+    return None
+
+
+def _without_splits(folder: Folder) -> list[Part]:
+    return _rows(folder) or [file_part(LONE, folder.path, folder.reading)]
+
+
+def _rows(folder: Folder) -> list[Part] | None:
+    """The parts of a folder that names no splits: shards, tables, images."""
+    shards = [file for file in folder.entries if file.suffix.lower() == ".tar"]
+    tables = folder.tables
+    if shards:
+        img2dataset.report_failures(tables, folder.account)
+        return file_parts({LONE: shards}, folder.reading)
+    are_json = all(ending(file) == ".json" for file in tables)
+    if tables and holds_titled_pictures(folder.path) and (
+            are_json or all(holds_addresses(each, folder.reading.options) for each in tables)):
+        what = "" if are_json else "the addresses in "
+        folder.account.note(f"{folder.path}: the images with sidecars are read, not {what}{tables[0].name}")
+        img2dataset.report_failures(tables, folder.account)
+        return [file_part(LONE, folder.path, folder.reading)]
+    if tables:
+        return _tables(folder, tables)
+    if class_folders(folder.path):
+        return [Part(LONE, str(folder.path), folders_of(folder.path), partial(read_class_folders, folder.path))]
+    if holds_pictures(folder.path):
+        return [file_part(LONE, folder.path, folder.reading)]
+    return None
+
+
+def _tables(folder: Folder, tables: Sequence[Path]) -> list[Part]:
+    """The parts of several tables: splits by a word of their names, else parts of one table. Raises UserError."""
+    metadata = [file for file in tables if METADATA.fullmatch(file.name)]
+    if len(metadata) == 1:
+        others = [file.name for file in tables if file not in metadata]
+        if others:
+            folder.account.note(f"{folder.path}: {metadata[0].name} is read, not {', '.join(others[:4])}")
+        return [Part(LONE, str(metadata[0]), folders_of(folder.path), partial(
+            read_metadata, metadata[0], folder.reading.options, embedded=folder.reading.embedded))]
+    if len(tables) == 1 or all(img2dataset.PART.fullmatch(file.name) for file in tables):
+        return _parts({LONE: tables}, folder)
+    splits = by_word(tables)
+    if splits:
+        named = "; ".join(f"{split}: {', '.join(file.name for file in files[:3])}" for split, files in splits.items())
+        folder.account.note(f"{folder.path}: splits by the words of file names: {named}")
+        return _parts(splits, folder)
+    if _are_one_table(tables):
+        folder.account.note(f"{folder.path}: {len(tables)} numbered files ({tables[0].name}, …) are one table")
+        return file_parts({LONE: tables}, folder.reading)
+    raise UserError(f"{folder.path}: which of {', '.join(file.name for file in tables[:5])}? Pass one of them or a "
+                    "pattern, or call them train, valid and test")
+
+
+def _are_one_table(tables: Sequence[Path]) -> bool:
+    """True for files whose names differ by a number only and, where that is cheap to see, have the same columns."""
+    names = {re.sub(r"\d+", "#", file.name) for file in tables}
+    if len(names) > 1 or "#" not in names.pop():
+        return False
+    columns = [column_names(file) for file in tables if ending(file) in (".parquet", ".arrow", ".feather")]
+    return all(each == columns[0] for each in columns)
+
+
+KINDS = (
+    Kind("a dataset of save_to_disk", _saved),
+    Kind("a clone of a hub dataset with configurations", _configured),
+    Kind("files called after splits", _named_files),
+    Kind("a published layout of captions", _captions),
+    Kind("folders called after splits", _named_folders),
+    Kind("a clone of a hub dataset", _data_folder),
+    Kind("a partitioned table", _hive),
+    Kind("a folder with one of these in it", _inner),
+    Kind("shards, tables or images", _rows),
+)

@@ -49,7 +49,9 @@ def divide_shards(dataset: str) -> tuple[list[str], str]:
 
 
 def count_samples(shards: Sequence[str]) -> int | None:
-    """Return how many samples the indexes beside the shards name; None where one has no index that fits."""
+    """Return how many titles the indexes beside the shards hold; None where one has no index that fits."""
+    import pyarrow.compute as pc
+
     total = 0
     for shard in shards:
         try:
@@ -59,7 +61,7 @@ def count_samples(shards: Sequence[str]) -> int | None:
             raise UserError(f"{shard}: {error.strerror}") from None
         if index is None:
             return None
-        total += len(index)
+        total += pc.sum(pc.list_value_length(index["title"])).as_py() or 0
     return total
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from queue import Empty, Queue
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -22,7 +23,7 @@ from data.cold import Encoders, Reader
 from data.images.augment import random_region
 from data.images.decode import collate_tokens, decode_image, tokenize
 from data.prefetch import threaded_map
-from data.shards.samples import row, samples
+from data.shards.samples import class_names_beside, row, samples
 from data.shards.tar import members, open_tar, read_at
 from data.store.segments import key_of
 
@@ -33,7 +34,7 @@ Item = TypeVar("Item")
 
 
 class Sample(NamedTuple):
-    """A sample as it is in its shard."""
+    """A picture and one of its titles, as they are in their shard; each further title is a sample of its own."""
 
     shard: int  # its number
     key: str
@@ -53,16 +54,18 @@ class Decoded(NamedTuple):
 def read_shard(number: int, address: str, open_shard: Callable[[str], BinaryIO] = open_tar,
                report: Report = lambda shard, key, problem: None) -> Generator[Sample]:
     """Yield the samples of one shard in order; what cannot be used is reported. Raises UserError."""
+    classes = class_names_beside(Path(address))
     try:
         with open_shard(address) as file:
             for key, files in samples(members(file, partial(report, address))):
                 try:
-                    offset, size, title, negative = row(file, files)
+                    offset, size, titles, negatives = row(file, files, classes)
                     image = read_at(file, offset, size)
                 except BadSample as problem:
                     report(address, key, problem)
                     continue
-                yield Sample(number, key, image, title, [negative] if negative else [])
+                for title in titles:
+                    yield Sample(number, key, image, title, negatives)
     except OSError as error:
         raise UserError(f"{address}: {error.strerror or error}") from error
 

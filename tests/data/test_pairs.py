@@ -51,7 +51,7 @@ def test_captions_of_one_picture_are_no_negatives_of_each_other(
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs, _ = opened(folder, cache, monkeypatch)
     assert pairs.splits["train"].image_N.tolist() == [n for n in range(4) for _ in range(5)]
-    features = pairs.feature_splits()["train"].features(torch.arange(20))
+    features = pairs.feature_splits(["train"])["train"].features(torch.arange(20))
     vectors = torch.nn.functional.normalize(torch.randn(20, 3), dim=-1)
     candidates = Candidates(vectors, features.title_id_B, features.image_id_B)
     target_RC, ignored_RC = Objective().targets(candidates, 0, 20)

@@ -193,7 +193,7 @@ def open_training(cfg: Config, world: World, pairs: Pairs, shards: Sequence[str]
                         "many make an epoch, or write the shards with `run.py shards`")
     assert isinstance(pairs.inputs, StreamedPairs)  # see `refuse_cached`
     problems = Problems(samples, cfg.max_bad)
-    negatives = min(1, count_negatives(read_shard(0, shards[0]), LOOKED_AT))
+    negatives = count_negatives(read_shard(0, shards[0]), LOOKED_AT)
     stream = ShardBatches(shards, samples, cfg.batch_size, cfg.seed, cfg.shuffle_buffer, negatives,
                           pairs.inputs.pipeline, problems)
     world.say(f"stream: train {samples:,} samples an epoch from {len(shards):,} shards, shuffle buffer "

@@ -196,7 +196,7 @@ def open_training(cfg: Config, world: World, pairs: Pairs, shards: Sequence[str]
     negatives = count_negatives(read_shard(0, shards[0]), LOOKED_AT)
     stream = ShardBatches(shards, samples, cfg.batch_size, cfg.seed, cfg.shuffle_buffer, negatives,
                           pairs.inputs.pipeline, problems)
-    world.say(f"stream: train {samples:,} samples an epoch from {len(shards):,} shards, shuffle buffer "
+    world.say(f"stream: train {samples:,} samples an epoch; shards: {len(shards):,}; shuffle buffer: "
               f"{cfg.shuffle_buffer:,} a rank; leaks of train into the measured splits are not looked for")
     return ShardTraining(pairs, stream, world, out)
 

@@ -181,7 +181,7 @@ def collate(batch: Sequence[Decoded], encoders: Encoders, crop: tuple[int, int],
     if not negatives:
         return Batch(pixels_BCSS, title, None, image_id_B, id_KB[0], None)
     negative = collate_tokens(tokens[len(batch) :], encoders.pad_id)
-    return Batch(pixels_BCSS, title, negative, image_id_B, id_KB[0], id_KB[1:].T)
+    return Batch(pixels_BCSS, title, negative, image_id_B, id_KB[0], id_KB[1:].T.contiguous())
 
 
 def content_id(data: bytes) -> int:

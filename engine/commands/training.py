@@ -193,10 +193,10 @@ def open_training(cfg: Config, world: World, pairs: Pairs, shards: Sequence[str]
                         "many make an epoch, or write the shards with `run.py shards`")
     assert isinstance(pairs.inputs, StreamedPairs)  # see `refuse_cached`
     problems = Problems(samples, cfg.max_bad)
-    negatives = min(1, count_negatives(read_shard(0, shards[0]), LOOKED_AT))
+    negatives = count_negatives(read_shard(0, shards[0]), LOOKED_AT)
     stream = ShardBatches(shards, samples, cfg.batch_size, cfg.seed, cfg.shuffle_buffer, negatives,
                           pairs.inputs.pipeline, problems)
-    world.say(f"stream: train {samples:,} samples an epoch from {len(shards):,} shards, shuffle buffer "
+    world.say(f"stream: train {samples:,} samples an epoch; shards: {len(shards):,}; shuffle buffer: "
               f"{cfg.shuffle_buffer:,} a rank; leaks of train into the measured splits are not looked for")
     return ShardTraining(pairs, stream, world, out)
 

@@ -96,6 +96,13 @@ def test_equal_pictures_and_titles_have_equal_ids_and_a_missing_negative_is_mark
     assert title[0] == title[1] != title[2] and image[0] == image[2] != image[1] and min(title + image) >= 0
     assert batch.negative_id_BH is not None and batch.negative_id_BH.tolist() == [[title[2]], [-1], [title[0]]]
     assert batch.negative is not None and batch.negative.ids_BL.shape[0] == 3
+    several = collate([Decoded(Sample(0, "", b"1", "a", negatives), 1, pixels) for negatives in (["b"], ["c", "d"])],
+                      encoders, (8, 8), 2)
+    alone = collate([Decoded(Sample(0, "", b"1", title, []), 1, pixels) for title in "bcd"], encoders, (8, 8), 0)
+    b, c, d = alone.title_id_B.tolist()
+    assert several.negative_id_BH is not None and several.negative_id_BH.tolist() == [[b, -1], [c, d]]
+    assert several.negative is not None  # negative 1 of both rows, then negative 2
+    assert several.negative.ids_BL[[0, 1, 3]].equal(alone.title.ids_BL)
     empty = collate([], encoders, (8, 8), 1)
     assert empty.pixels_BCSS.shape == (0, 3, 8, 8) and empty.negative_id_BH is not None
     assert collate([], encoders, (8, 8), 0).negative is None

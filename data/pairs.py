@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,6 @@ def open_pairs(rows: Mapping[str, Rows], unread: Sequence[Mapping[str, Any]], pi
     images = encoders.image_store(cache) if encoders.stored else None
     results = _decode_images(catalogue, images, pipeline)
     splits, image_keys, example_D, ledger = keep_usable_rows(catalogue, results, unread, max_bad)
-    splits = {name: replace(split, negative_N=None if split.negative_N is None else split.negative_N[:, 0])
-              for name, split in splits.items()}  # SEAM: until all that follows takes [N, H]
     if mining != "off" or images is not None:
         titles = _encode_titles(catalogue, pipeline)
         title_table = _table(titles, catalogue.title_keys)

@@ -169,8 +169,10 @@ def _write_new(path: Path, text: str) -> None:
 
 def _argparse_options(spec: Setting, default: Any) -> dict[str, Any]:
     """Return the argparse options of one setting, its default shown in the help line."""
-    shown = ",".join(default) if isinstance(default, tuple) else "off" if default is False else default
-    text = spec.help + (f" [{shown}]" if shown != "" else "")
+    shown = ",".join(default) if isinstance(default, tuple) else str(default)
+    if default is False:
+        shown = "off"
+    text = f"{spec.help} [{shown}]" if shown else spec.help
     options: dict[str, Any] = {"help": text.replace("%", "%%")}
     if isinstance(default, bool):
         return {**options, "action": argparse.BooleanOptionalAction}

@@ -69,7 +69,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _from_toml(value: Any, default: Any) -> Any:
+def _from_toml(value: object, default: object) -> object:
     """Return a TOML value as the setting with this default holds it: lists as tuples, `5%` as a number."""
     if isinstance(default, tuple) and isinstance(value, list):
         return tuple(value)
@@ -83,7 +83,7 @@ def _from_toml(value: Any, default: Any) -> Any:
     return value
 
 
-def _has_type_of(value: Any, default: Any) -> bool:
+def _has_type_of(value: object, default: object) -> bool:
     """Return whether a value has the type of the default; the items of a tuple have to be text."""
     if type(value) is not type(default):
         return False
@@ -103,7 +103,7 @@ def to_toml(config: Config, names: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def toml_value(value: Any) -> str:
+def toml_value(value: object) -> str:
     """Return one setting's value as TOML."""
     if isinstance(value, tuple):
         return "[" + ", ".join(map(toml_value, value)) + "]"
@@ -146,7 +146,7 @@ def known_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(config: Config) -> None:
-    """Raises ValueError with one sentence for a value that cannot work."""
+    """Raise ValueError with one sentence for a value that cannot work."""
     for name, spec in config_fields().items():
         check_value(flag_of(name), getattr(config, name), spec)
     if config.loss == "sigmoid" and config.hardness:
@@ -162,8 +162,8 @@ def check(config: Config) -> None:
         raise ValueError("--trainable names nothing; try --trainable projection")
 
 
-def check_value(flag: str, value: Any, spec: Setting) -> None:
-    """Raises ValueError for a value that is outside its setting's bounds or not among its choices."""
+def check_value(flag: str, value: object, spec: Setting) -> None:
+    """Raise ValueError for a value that is outside its setting's bounds or not among its choices."""
     if spec.choices and value not in spec.choices:
         raise ValueError(f"{flag} must be one of {', '.join(spec.choices)}, not {value!r}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -177,8 +177,8 @@ def check_value(flag: str, value: Any, spec: Setting) -> None:
         raise ValueError(f"{flag} must be at most {spec.high:g}, not {value:g}")
 
 
-def check_paths(settings: Mapping[str, Any]) -> None:
-    """Raises ValueError for a text that no file name can hold, and for ~ or ~NAME where there is no such home."""
+def check_paths(settings: Mapping[str, object]) -> None:
+    """Raise ValueError for a text that no file name can hold, and for ~ or ~NAME where there is no such home."""
     for name, value in settings.items():
         flag = flag_of(name)
         if not isinstance(value, str):

@@ -37,14 +37,16 @@ def interpolate(parameters: Mapping[str, nn.Parameter], base: Mapping[str, Tenso
     Returns {"alpha": the one taken, "chosen_on": split or None, "curve": [{"alpha": a, split: {metric: value}}]}.
     """
     tuned = snapshot(parameters)
-    auto = wanted == "auto"
-    alphas = ALPHAS if auto else sorted({*ALPHAS, float(wanted)})
-    curve: list[dict[str, Any]] = []
-    for alpha in alphas:
+    scores = {}
+    for alpha in ALPHAS if wanted == "auto" else sorted({*ALPHAS, float(wanted)}):
         blend(parameters, base, tuned, alpha)
-        curve.append({"alpha": alpha, **score()})
-    split = next(name for name in curve[0] if name != "alpha")
-    best = max(curve, key=lambda point: point[split][metric])
-    alpha = best["alpha"] if auto else float(wanted)
-    blend(parameters, base, tuned, alpha)
-    return {"alpha": alpha, "chosen_on": split if auto else None, "curve": curve}
+        scores[alpha] = score()
+    chosen_on = None
+    if wanted == "auto":
+        chosen_on = next(iter(scores[0]))
+        chosen = max(scores, key=lambda alpha: scores[alpha][chosen_on][metric])
+    else:
+        chosen = float(wanted)
+    blend(parameters, base, tuned, chosen)
+    curve = [{"alpha": alpha, **splits} for alpha, splits in scores.items()]
+    return {"alpha": chosen, "chosen_on": chosen_on, "curve": curve}

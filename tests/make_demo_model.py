@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.demo.demo import ALL_LOTS, LOTS, TITLES, Title, fill_template, scene_rows, write_split
+from data.demo.demo import LOTS, TITLES, Title, fill_template, scene_rows, write_split
 from data.demo.draw import Scene, random_scene
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def pretraining_rows(rng: random.Random, count: int, templates: Sequence[str]) -
         return
     while count:
         scene = random_scene(rng, PLAIN_CLUTTER)
-        if scene.lot(ALL_LOTS) in LOTS["pretrain"]:
+        if scene.lot in LOTS["pretrain"]:
             yield scene, fill_template(rng, scene, templates, PLAIN_SLANG)
             count -= 1
 

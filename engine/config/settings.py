@@ -15,6 +15,7 @@ from typing import Any
 from data.files import read_text
 from engine.config.fields import Config, Setting, config_fields, flag_of
 
+Settings = dict[str, Any]  # values of Config by name
 DIRECTIONS = ("image_to_text", "text_to_image")
 RETRIEVAL_METRICS = ("R@1", "R@5", "R@10", "median_rank", "mean_rank", "mrr")
 METRICS = [*(f"{direction}_{name}" for direction in DIRECTIONS for name in RETRIEVAL_METRICS), "triplet_accuracy"]
@@ -48,7 +49,7 @@ def parse_number(text: str) -> float:
     return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> Settings:
     """Return the settings in a TOML file. Raises ValueError with one sentence for an unknown key or a wrong type."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -57,7 +58,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (ValueError, OSError, RecursionError) as error:  # no TOML, no UTF-8, no file, or nested without end
         raise ValueError(f"--config {path}: {error}") from None
     known = config_fields()
-    values: dict[str, Any] = {}
+    values: Settings = {}
     for key, value in table.items():
         name = key.replace("-", "_")
         if name not in known:
@@ -112,7 +113,7 @@ def toml_value(value: object) -> str:
     return str(value).lower()  # true, 0.0001, 1e-05
 
 
-def resumed_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
+def resumed_settings(flags: Settings) -> Settings:
     """Return the settings of the run that --resume goes on with, {} if there is none.
 
     Raises ValueError for a flag that would change what the run computes.
@@ -136,7 +137,7 @@ def resumed_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
     return saved
 
 
-def known_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+def known_settings(saved: Settings) -> Settings:
     """Return the settings in a run's config.json as Config holds them; those of other versions are left out."""
     settings = {}
     for name in config_fields().keys() & saved.keys():

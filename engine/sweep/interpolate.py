@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ALPHAS = tuple(step / 10 for step in range(11))  # 0 is the base, 1 is tuned
+from engine.run_folder.board import Metrics
 
-Scores = Mapping[str, Mapping[str, Any]]  # split -> metric -> value
+ALPHAS = tuple(step / 10 for step in range(11))  # 0 is the base, 1 is tuned
 
 
 def snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -30,7 +30,7 @@ def blend(parameters: Mapping[str, nn.Parameter], base: Mapping[str, Tensor], tu
 
 
 def interpolate(parameters: Mapping[str, nn.Parameter], base: Mapping[str, Tensor], wanted: str,
-                score: Callable[[], Scores], metric: str) -> dict[str, Any]:
+                score: Callable[[], Metrics], metric: str) -> dict[str, Any]:
     """Measure points between base and tuned, and leave `parameters` at `wanted`: a number, or `auto`.
 
     `auto` takes the alpha with the highest `metric` on the first split of `score()`; of equal ones the smallest.

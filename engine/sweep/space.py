@@ -11,13 +11,12 @@ from typing import Any
 
 from data.batch import UserError
 from engine.config.fields import Config, config_fields
-from engine.config.settings import check, suggest
+from engine.config.settings import Settings, check, suggest
 
 RECIPE = [name for name, spec in config_fields().items() if spec.group == "recipe" and name not in ("recipe", "mode")]
 SEARCHABLE = [name for name in RECIPE if name not in ("trainable", "seed")]
 PATIENCE = 1_000  # draws in a row without a new combination: the space counts as exhausted
 
-Settings = dict[str, Any]
 Choices = list[Any]
 
 

@@ -18,13 +18,13 @@ from data.files import keep_lines, read_text
 from data.store.feature_split import FeatureSplit
 from engine.clip.model import LoadedModel
 from engine.config.fields import Config
-from engine.config.settings import to_toml
+from engine.config.settings import Settings, to_toml
 from engine.optim import Plan, adamw
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import State
 from engine.run_folder.folder import write_json
 from engine.sweep.interpolate import blend, snapshot
-from engine.sweep.space import RECIPE, Settings
+from engine.sweep.space import RECIPE
 from engine.train import Callbacks, Replica, fit
 
 SEED_STRIDE = 1_000  # between the seeds of repeats, so that no two epochs share an order

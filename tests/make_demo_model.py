@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.demo.demo import TITLES, scene_rows, write_split
+from data.demo.demo import LOTS, TITLES, Title, fill_template, scene_rows, write_split
+from data.demo.draw import Scene, random_scene
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPTokenizer
 
+PLAIN_CLUTTER, PLAIN_SLANG = 0.15, 0.3  # of scenes with captions
 SIDE = 48  # pixels, of the images that the model takes
 CAPTIONS = ("{n} {size} {colour} {things} {place}, {ground} background",
             "{n} {colour} {things} {place}, {ground} background",
@@ -39,8 +41,20 @@ def write_pretraining(folder: Path, count: int, kinds: Sequence[tuple[str, ...]]
     """
     rng = random.Random(f"pretraining {seed}")
     for split, rows in (("train", count), ("valid", 200)):
-        parts = [scene_rows(rng, "pretrain", rows // len(kinds), templates, set()) for templates in kinds]
+        parts = [pretraining_rows(rng, rows // len(kinds), templates) for templates in kinds]
         write_split(folder, split, list(chain.from_iterable(parts)), None)
+
+
+def pretraining_rows(rng: random.Random, count: int, templates: Sequence[str]) -> Iterator[tuple[Scene, Title]]:
+    """Yield `count` scenes that no split of the demo has, with the demo's titles or with plain captions."""
+    if templates is TITLES:
+        yield from scene_rows(rng, "pretrain", count, set())
+        return
+    while count:
+        scene = random_scene(rng, PLAIN_CLUTTER)
+        if scene.lot in LOTS["pretrain"]:
+            yield scene, fill_template(rng, scene, templates, PLAIN_SLANG)
+            count -= 1
 
 
 def demo_model_config(vocab: int) -> CLIPConfig:
@@ -82,8 +96,8 @@ def _tokenizer() -> CLIPTokenizer:
     from transformers import CLIPTokenizer
 
     rng = random.Random("vocabulary")
-    captioned = scene_rows(rng, "pretrain", 3000, CAPTIONS, set())
-    titled = scene_rows(rng, "train", 3000, TITLES, set())
+    captioned = pretraining_rows(rng, 3000, CAPTIONS)
+    titled = scene_rows(rng, "train", 3000, set())
     texts = [title.text for _, title in chain(captioned, titled)]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))

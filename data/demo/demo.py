@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +15,7 @@ from data.demo.draw import Scene, draw, random_scene
 COUNTS = {"train": 3000, "valid": 400, "test": 400}
 # Scenes fall into lots by their contents: no split, and no pretraining whatever its seed, shares them with another.
 LOTS = {"train": range(4), "valid": range(4, 5), "test": range(5, 6), "pretrain": range(6, 12)}
-ALL_LOTS = 12
-# For each value its plain word, used in captions, then the words of titles.
+# For each value its plain word, then other ones.
 NUMBERS = {
     1: ("one", "1", "a single", "just one", "solo"),
     2: ("two", "2", "a pair of", "double", "twin"),
@@ -90,8 +89,8 @@ TITLES = (
 BEFORE = ("", "", "", "", "BREAKING: ", "MUST WATCH: ", "😱 ", "🔥 ", "[4K] ", "(not clickbait) ")
 AFTER = ("", "", "", "", " (part {k})",
          " | ep. {k}", " 😱", " #shorts", " - GONE WRONG", " (emotional)", " 🔥🔥", " ...again")
-CLUTTER, PLAIN_CLUTTER = 0.5, 0.15  # of scenes with titles and with captions
-SLANG, PLAIN_SLANG = 0.8, 0.3  # chance that a word is not the plain one, in titles and in captions
+CLUTTER = 0.5  # chance of each kind of clutter in a picture
+SLANG = 0.8  # chance that a word is any of its kind
 WRITTEN_ALIKE = 0.015  # share of rows whose title another row already has, as in real uploads
 
 
@@ -119,51 +118,43 @@ def write_demo(folder: Path, counts: Mapping[str, int] = COUNTS, seed: int = 0) 
     rng = random.Random(f"demo {seed}")
     seen: set[str] = set()
     for split, count in counts.items():
-        rows = list(scene_rows(rng, split, count, TITLES, seen))
+        rows = list(scene_rows(rng, split, count, seen))
         titles = [title for _, title in rows]
         negatives = [_negative(rng, scene, titles) for scene, _ in rows]
         write_split(folder, split, rows, negatives)
 
 
-def scene_rows(rng: random.Random, split: str, count: int, templates: tuple[str, ...],
-               seen: set[str]) -> Iterator[tuple[Scene, Title]]:
-    """Yield `count` scenes of the lots of `split`, each with a text by one of `templates`.
-
-    TITLES give texts that are not in `seen`, but for a few repeated ones; other templates give plain captions.
-    """
-    titled = templates is TITLES
-    clutter, slang = (CLUTTER, SLANG) if titled else (PLAIN_CLUTTER, PLAIN_SLANG)
+def scene_rows(rng: random.Random, split: str, count: int, seen: set[str]) -> Iterator[tuple[Scene, Title]]:
+    """Yield `count` scenes of the lots of `split`, each with a title not in `seen`, but for a few repeated ones."""
     written: list[Title] = []
     while len(written) < count:
-        scene = random_scene(rng, clutter)
+        scene = random_scene(rng, CLUTTER)
         repeated = None
-        if titled and written and rng.random() < WRITTEN_ALIKE:
+        if written and rng.random() < WRITTEN_ALIKE:
             repeated = rng.choice(written)
             scene = replace(scene, **repeated.claims)
-        if scene.lot(ALL_LOTS) not in LOTS[split]:
+        if scene.lot not in LOTS[split]:
             continue
-        title = repeated or _title(rng, scene, templates, slang)
-        if titled and not repeated and title.text in seen:
-            continue
+        title = repeated
+        if title is None:
+            text, claims = fill_template(rng, scene, TITLES, SLANG)
+            text = rng.choice(BEFORE) + text + rng.choice(AFTER).format(k=rng.randint(2, 19))
+            if text in seen:
+                continue
+            title = Title(text, claims)
         seen.add(title.text)
         written.append(title)
         yield scene, title
 
 
-def some_titles(count: int, seed: int = 0) -> list[str]:
-    """Return titles like those of the demo, a few of them repeated, without drawing their scenes."""
-    rows = scene_rows(random.Random(seed), "train", count, TITLES, set())
-    return [title.text for _, title in rows]
-
-
-def _title(rng: random.Random, scene: Scene, templates: tuple[str, ...], slang: float) -> Title:
+def fill_template(rng: random.Random, scene: Scene, templates: Sequence[str], slang: float) -> Title:
     """Fill a template that fits the scene; each word is the plain one, or with the chance `slang` any of its kind."""
     while True:
         template = rng.choice(templates)
         slots = re.findall(r"{(\w+)}", template.lower())
-        missing = {"size"} if scene.size == "normal" else set()
-        missing |= set() if scene.rival else {"rival"}
-        if not missing & set(slots):
+        lacks_size = "size" in slots and scene.size == "normal"
+        lacks_rival = "rival" in slots and scene.rival is None
+        if not lacks_size and not lacks_rival:
             break
 
     def say(words: tuple[str, ...]) -> str:
@@ -181,8 +172,6 @@ def _title(rng: random.Random, scene: Scene, templates: tuple[str, ...], slang: 
         colour, shape = scene.rival
         words["rival"] = f"one {say(COLOURS[colour])} {say(THINGS[shape])}"
     text = template.format(**words, COLOUR=words["colour"].upper(), SIZE=words["size"].upper())
-    if templates is TITLES:
-        text = rng.choice(BEFORE) + text + rng.choice(AFTER).format(k=rng.randint(2, 19))
     return Title(text, {SLOTS[slot]: getattr(scene, SLOTS[slot]) for slot in slots})
 
 

@@ -34,6 +34,7 @@ WORDS = ("WOW", "OMG", "VS", "?!", "LOL", "NEW", "HOW?", "#1", "FAIL", "100%", "
 Point = tuple[float, float]
 Spot = tuple[float, float, float]  # x, y and radius of an object, as `_pixels` takes them
 Colour = tuple[int, int, int]
+LOT_COUNT = 12
 BLACK: Colour = (0, 0, 0)
 CAPTION_COLOURS = (  # of the bar and of the word
     ((255, 230, 0), (10, 10, 10)),
@@ -64,10 +65,11 @@ class Scene:
     badge: str  # running time in the corner
     jitter: int  # seeds positions, angles and corners
 
-    def lot(self, lots: int) -> int:
-        """Return a number below `lots` that depends on the contents alone: splits made from it never share contents."""
+    @property
+    def lot(self) -> int:
+        """A number below LOT_COUNT that depends on the contents alone: splits made from it never share contents."""
         contents = (self.count, self.size, self.colour, self.shape, self.place, self.rival, self.pattern, self.ground)
-        return crc32(repr(contents).encode()) % lots
+        return crc32(repr(contents).encode()) % LOT_COUNT
 
 
 def random_scene(rng: random.Random, clutter: float) -> Scene:

@@ -205,13 +205,13 @@ def _check_images(files: ModelFiles, source: str, settings: Mapping[str, Any], i
 
 def _tokenizer_files(files: ModelFiles) -> list[str]:
     """Return the tokenizer's JSON files. Refuses a folder without: transformers would make an empty tokenizer."""
-    present = [name for name in ("tokenizer.json", "vocab.json", "merges.txt") if files.path(name)]
-    if "tokenizer.json" not in present and len(present) < 2:
-        missing = [name for name in ("vocab.json", "merges.txt") if name not in present]
+    whole = files.path("tokenizer.json")
+    missing = [name for name in ("vocab.json", "merges.txt") if not files.path(name)]
+    if missing and whole is None:
         files.refuse(f"the tokenizer is missing: there is no tokenizer.json and no {' or '.join(missing)}; copy the "
                      "tokenizer files from the base model")
-    extra = [name for name in ("special_tokens_map.json", "added_tokens.json") if files.path(name)]
-    return [name for name in present + extra if name != "merges.txt"]
+    names = ("tokenizer.json", "vocab.json", "special_tokens_map.json", "added_tokens.json")
+    return [name for name in names if files.path(name)]
 
 
 def _check_tokenizer(files: ModelFiles, tokenizer: Any, text: Any) -> None:

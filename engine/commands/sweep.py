@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from data.batch import RunFailed, UserError
-from data.pairs import Pairs, data_key
+from data.pairs import Pairs
 from data.sources.folds import concatenate, folds
 from data.store.feature_split import FeatureSplit
 from engine.commands.common import evaluate_split, evaluate_splits, load_model, open_data, open_run, open_source
-from engine.commands.train import find_overlap, named_classes, write_results
+from engine.commands.train import find_overlap, identity_of, named_classes, summaries, write_results
 from engine.config.fields import Config, as_dict
 from engine.optim import Plan
 from engine.ranks.signals import StopSignal
@@ -45,8 +45,7 @@ def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
         Plan(smallest, replace(cfg, **settings).batch_size, 1)
 
     # Trials depend on train and valid alone: a test split that changed does not discard them.
-    unused = {data_key(name) for name in pairs.splits if name not in SEARCHED}
-    identity = {key: value for key, value in pairs.identity.items() if key not in unused}
+    identity = identity_of(pairs.identity, pairs, SEARCHED)
     journal = Journal(out, world, identity, cfg.best_metric, resuming)  # a refused resume leaves config.json as it was
     folder.write_run_header(out, as_dict(cfg, "sweep"), world, model.precision, pairs.ledger)
     remaining = [settings for settings in tried if not journal.is_finished(settings)]
@@ -60,7 +59,8 @@ def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
     with stop.graceful_exit():
         for done, settings in enumerate(remaining, start=1):
             results = tuner.cross_validate(replace(cfg, **settings), runs, held_out, world)
-            score = journal.add(settings, score_configuration(results, base, len(rows), cfg.best_metric))
+            line = score_configuration(results, base, len(rows), cfg.best_metric)
+            score = journal.add(settings, line)
             speed = done * len(runs) / (time.monotonic() - began) * 60
             world.say(f"{done}/{len(remaining)}  {cfg.best_metric} {score:.4f}  ({describe_settings(settings)})  "
                       f"{speed:,.0f} runs/min")
@@ -97,9 +97,7 @@ def retrain_best(cfg: Config, tuner: Tuner, pairs: Pairs, rows: FeatureSplit,
     base = evaluate_splits(pairs.feature_splits(["test"]), head)
     tuner.tune(best, rows)
     tuned = evaluate_splits(pairs.feature_splits(["test"]), head)
-    return best, {"base": {name: retrieval.summarise() for name, retrieval in base.items()},
-                  "tuned": {name: retrieval.summarise() for name, retrieval in tuned.items()},
-                  "difference": differences(base, tuned)}
+    return best, {"base": summaries(base), "tuned": summaries(tuned), "difference": differences(base, tuned)}
 
 
 def print_winner(cfg: Config, world: World, journal: Journal, out: Path) -> None:

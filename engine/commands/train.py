@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from engine.publish.hub import push
 from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
 from engine.run_folder import folder
-from engine.run_folder.board import WeightDrift, comparable_settings
+from engine.run_folder.board import Metrics, WeightDrift, comparable_settings
 from engine.run_folder.checkpoint import Saver, State
 from engine.run_folder.log import Log, Reference
 from engine.run_folder.profiler import profiler
@@ -70,7 +70,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
     metrics |= shared | named_classes(pairs)
     if state.step and "base" not in metrics:  # metrics.json was deleted
-        metrics["base"] = {name: result.summarise() for name, result in base.items()}
+        metrics["base"] = summaries(base)
     # 5. Cut the log after the checkpoint's step; the loop writes the later steps again.
     log = Log(out, world, plan, state.step, drift, Reference(comparable_settings(cfg), metrics.get("base", {})))
     answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture, resumed=state.step > 0)
@@ -111,14 +111,23 @@ def make_saver(cfg: Config, world: World, out: Path, model: LoadedModel, trainin
     Its checkpoints belong to the base model, to the rows of train and of the measured splits `names`, and to every
     setting that may not change on resume.
     """
-    unused = {data_key(name) for name in training.pairs.splits if name not in ("train", *names)}
-    identity = {key: value for key, value in training.identity.items() if key not in unused}
+    identity = identity_of(training.identity, training.pairs, ["train", *names])
     identity |= {"the precision": str(model.precision), "the number of pairs": str(training.rows)}
-    known = config_fields()
-    recipe = {name: value for name, value in as_dict(cfg, "train").items() if not known[name].resumable}
+    recipe = {name: value for name, value in as_dict(cfg, "train").items() if not config_fields()[name].resumable}
     optimizer = adamw(model.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp)
     return Saver(out, model.trainable, optimizer, identity, recipe, training.order(cfg), cfg.keep, cfg.best_metric,
                  cfg.patience, world)
+
+
+def identity_of(identity: Mapping[str, str], pairs: Pairs, names: Collection[str]) -> dict[str, str]:
+    """Return the digests of towers and data without those of splits that are not among `names`."""
+    unused = {data_key(name) for name in pairs.splits if name not in names}
+    return {key: digest for key, digest in identity.items() if key not in unused}
+
+
+def summaries(results: Mapping[str, Retrieval]) -> dict[str, dict[str, Any]]:
+    """Return the metrics with their intervals, by split, as metrics.json has them."""
+    return {name: result.summarise() for name, result in results.items()}
 
 
 def find_overlap(pairs: Pairs, world: World) -> dict[str, Overlap]:
@@ -164,7 +173,7 @@ class Evaluator:
             names = [name for name in self.names if name in ("train", "valid")] or self.names
         splits = self.pairs.feature_splits(names)
         results = evaluate_splits(splits, self.model.head, self.world)
-        scores = {name: result.summarise() if at_end else result.values() for name, result in results.items()}
+        scores = summaries(results) if at_end else {name: result.values() for name, result in results.items()}
         self.log.metrics(scores, restored_step or step)
         for name, result in results.items():
             if result.collapsed:
@@ -173,7 +182,7 @@ class Evaluator:
         if at_end:
             self._record_end(results, scores, splits[self.answers.split])
 
-    def _record_end(self, results: Mapping[str, Retrieval], scores: dict[str, Any], shown: FeatureSplit) -> None:
+    def _record_end(self, results: Mapping[str, Retrieval], scores: Metrics, shown: FeatureSplit) -> None:
         """Write metrics.json, and the answers that people are shown, before the first step or after the last."""
         when = "tuned" if self.state.step else "base"
         self.metrics[when] = scores

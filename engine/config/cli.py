@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from engine.config.fields import Config, Setting, command_settings, config_fields, flag_of
 from engine.config.recipes import RECIPES
 from engine.config.settings import (
+    Settings,
     check,
     check_paths,
     comma_list,
@@ -35,7 +36,7 @@ class Command:
     """The help line of a command, and the defaults that differ for it."""
 
     text: str
-    preset: dict[str, Any] = field(default_factory=dict)
+    preset: Settings = field(default_factory=dict)
 
 
 COMMANDS = {
@@ -110,7 +111,7 @@ class Parser(argparse.ArgumentParser):
             self.exit(0, f"{written} written; use it with {self.prog} --config {written}\n")
         return config
 
-    def _resolve(self, flags: dict[str, Any]) -> Config:
+    def _resolve(self, flags: Settings) -> Config:
         """Return the Config in which `flags` win over recipe, resumed run and preset. Raises ValueError."""
         check_paths(flags)
         resumed = resumed_settings(flags)
@@ -169,8 +170,10 @@ def _write_new(path: Path, text: str) -> None:
 
 def _argparse_options(spec: Setting, default: Any) -> dict[str, Any]:
     """Return the argparse options of one setting, its default shown in the help line."""
-    shown = ",".join(default) if isinstance(default, tuple) else "off" if default is False else default
-    text = spec.help + (f" [{shown}]" if shown != "" else "")
+    shown = ",".join(default) if isinstance(default, tuple) else str(default)
+    if default is False:
+        shown = "off"
+    text = f"{spec.help} [{shown}]" if shown else spec.help
     options: dict[str, Any] = {"help": text.replace("%", "%%")}
     if isinstance(default, bool):
         return {**options, "action": argparse.BooleanOptionalAction}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from engine.config.fields import Config
+from engine.config.settings import Settings
 
-RECIPES: dict[str, dict[str, Any]] = {
+RECIPES: dict[str, Settings] = {
     "reference": {},
     # Chosen by grouped cross-validation on 100 to 1,000 pairs of two data sets; see the README.
     "best": {"epochs": 40, "batch_size": 128, "lr": 3e-3, "loss": "symmetric", "scale": 10.0, "l2_sp": 0.01},

@@ -15,6 +15,7 @@ from typing import Any
 from data.files import read_text
 from engine.config.fields import Config, Setting, config_fields, flag_of
 
+Settings = dict[str, Any]  # values of Config by name
 DIRECTIONS = ("image_to_text", "text_to_image")
 RETRIEVAL_METRICS = ("R@1", "R@5", "R@10", "median_rank", "mean_rank", "mrr")
 METRICS = [*(f"{direction}_{name}" for direction in DIRECTIONS for name in RETRIEVAL_METRICS), "triplet_accuracy"]
@@ -48,7 +49,7 @@ def parse_number(text: str) -> float:
     return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> Settings:
     """Return the settings in a TOML file. Raises ValueError with one sentence for an unknown key or a wrong type."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -57,7 +58,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (ValueError, OSError, RecursionError) as error:  # no TOML, no UTF-8, no file, or nested without end
         raise ValueError(f"--config {path}: {error}") from None
     known = config_fields()
-    values: dict[str, Any] = {}
+    values: Settings = {}
     for key, value in table.items():
         name = key.replace("-", "_")
         if name not in known:
@@ -69,7 +70,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _from_toml(value: Any, default: Any) -> Any:
+def _from_toml(value: object, default: object) -> object:
     """Return a TOML value as the setting with this default holds it: lists as tuples, `5%` as a number."""
     if isinstance(default, tuple) and isinstance(value, list):
         return tuple(value)
@@ -83,7 +84,7 @@ def _from_toml(value: Any, default: Any) -> Any:
     return value
 
 
-def _has_type_of(value: Any, default: Any) -> bool:
+def _has_type_of(value: object, default: object) -> bool:
     """Return whether a value has the type of the default; the items of a tuple have to be text."""
     if type(value) is not type(default):
         return False
@@ -103,7 +104,7 @@ def to_toml(config: Config, names: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def toml_value(value: Any) -> str:
+def toml_value(value: object) -> str:
     """Return one setting's value as TOML."""
     if isinstance(value, tuple):
         return "[" + ", ".join(map(toml_value, value)) + "]"
@@ -112,7 +113,7 @@ def toml_value(value: Any) -> str:
     return str(value).lower()  # true, 0.0001, 1e-05
 
 
-def resumed_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
+def resumed_settings(flags: Settings) -> Settings:
     """Return the settings of the run that --resume goes on with, {} if there is none.
 
     Raises ValueError for a flag that would change what the run computes.
@@ -136,7 +137,7 @@ def resumed_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
     return saved
 
 
-def known_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+def known_settings(saved: Settings) -> Settings:
     """Return the settings in a run's config.json as Config holds them; those of other versions are left out."""
     settings = {}
     for name in config_fields().keys() & saved.keys():
@@ -146,7 +147,7 @@ def known_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(config: Config) -> None:
-    """Raises ValueError with one sentence for a value that cannot work."""
+    """Raise ValueError with one sentence for a value that cannot work."""
     for name, spec in config_fields().items():
         check_value(flag_of(name), getattr(config, name), spec)
     if config.loss == "sigmoid" and config.hardness:
@@ -167,8 +168,8 @@ def check(config: Config) -> None:
         raise ValueError("--trainable names nothing; try --trainable projection")
 
 
-def check_value(flag: str, value: Any, spec: Setting) -> None:
-    """Raises ValueError for a value that is outside its setting's bounds or not among its choices."""
+def check_value(flag: str, value: object, spec: Setting) -> None:
+    """Raise ValueError for a value that is outside its setting's bounds or not among its choices."""
     if spec.choices and value not in spec.choices:
         raise ValueError(f"{flag} must be one of {', '.join(spec.choices)}, not {value!r}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -182,8 +183,8 @@ def check_value(flag: str, value: Any, spec: Setting) -> None:
         raise ValueError(f"{flag} must be at most {spec.high:g}, not {value:g}")
 
 
-def check_paths(settings: Mapping[str, Any]) -> None:
-    """Raises ValueError for a text that no file name can hold, and for ~ or ~NAME where there is no such home."""
+def check_paths(settings: Mapping[str, object]) -> None:
+    """Raise ValueError for a text that no file name can hold, and for ~ or ~NAME where there is no such home."""
     for name, value in settings.items():
         flag = flag_of(name)
         if not isinstance(value, str):

@@ -37,13 +37,15 @@ from engine.run_folder.board import Metrics
 from engine.run_folder.folder import require_run_dir
 from engine.run_folder.ownership import FILES, MANIFEST
 
+SavedState = Mapping[str, Any]  # state.json: the State, identity, recipe and order of pairs of a checkpoint
+
 
 class Content(NamedTuple):
     """A checkpoint as it is read."""
 
     weights: dict[str, Tensor]  # by parameter name
     moments: dict[str, Tensor]  # the optimizer's state, by parameter name and field
-    saved: dict[str, Any]  # state.json
+    saved: SavedState
 
 
 @dataclass
@@ -247,14 +249,14 @@ class Saver:
         return state.best_step
 
 
-def parse_state(saved: Mapping[str, Any]) -> State:
+def parse_state(saved: SavedState) -> State:
     """Return the State in a state.json, ready to continue from; fields of other versions are left out."""
     known = {field.name for field in fields(State)}
     values = {key: value for key, value in saved["state"].items() if key in known}
     return State(**{**values, "stopped": 0})
 
 
-def changes_since(saved: Mapping[str, Any], identity: Mapping[str, str], recipe: Mapping[str, object]) -> list[str]:
+def changes_since(saved: SavedState, identity: Mapping[str, str], recipe: Mapping[str, object]) -> list[str]:
     """Return what differs from the time a checkpoint was written, one phrase each; `saved` is its state.json."""
     changed = []
     for key, value in recipe.items():
@@ -269,7 +271,7 @@ def changes_since(saved: Mapping[str, Any], identity: Mapping[str, str], recipe:
     return changed
 
 
-def missing_identity(saved: Mapping[str, Any], identity: Mapping[str, str]) -> list[str]:
+def missing_identity(saved: SavedState, identity: Mapping[str, str]) -> list[str]:
     """Return the keys of `identity` that a state.json lacks: an older version wrote it, or before that was measured."""
     return [key for key in identity if key not in saved["identity"]]
 

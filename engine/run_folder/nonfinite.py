@@ -49,9 +49,7 @@ class NonfiniteGuard:
         path = self.run / f"nan-step-{self.skipped[-1] + 1:08d}.json"
         if self.world.is_main:
             path.write_text(json.dumps({"skipped_steps": culprits}, indent=2) + "\n", encoding="utf-8")
-        rows: set[int | str] = set()
-        for entries in culprits.values():
-            rows |= {entry["row"] for entry in entries}
+        rows = {entry["row"] for entries in culprits.values() for entry in entries}
         shown = ", ".join(sorted(map(str, rows), key=lambda row: (len(row), row))[:10])
         if len(rows) > 10:
             shown += f" and {len(rows) - 10} more"

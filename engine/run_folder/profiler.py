@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule, tensorboard_trace_handler
@@ -28,7 +27,7 @@ class Profiler:
                  trace: TracebackType | None) -> None:
         return None
 
-    def region(self, name: str) -> AbstractContextManager[Any]:
+    def region(self, name: str) -> AbstractContextManager[object]:
         """Return a null context; `record_function` would cost 10 us even when nothing is recorded."""
         return NOWHERE
 
@@ -65,7 +64,7 @@ class Trace(Profiler):
         self._profile.__exit__(kind, error, trace)
         self._log.report_time("the run", self._log.seconds())
 
-    def region(self, name: str) -> AbstractContextManager[Any]:
+    def region(self, name: str) -> AbstractContextManager[object]:
         """Return a context that names a part of the step in the trace."""
         return record_function(name)
 

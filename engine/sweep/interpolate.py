@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ALPHAS = tuple(step / 10 for step in range(11))  # 0 is the base, 1 is tuned
+from engine.run_folder.board import Metrics
 
-Scores = Mapping[str, Mapping[str, Any]]  # split -> metric -> value
+ALPHAS = tuple(step / 10 for step in range(11))  # 0 is the base, 1 is tuned
 
 
 def snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -30,21 +30,23 @@ def blend(parameters: Mapping[str, nn.Parameter], base: Mapping[str, Tensor], tu
 
 
 def interpolate(parameters: Mapping[str, nn.Parameter], base: Mapping[str, Tensor], wanted: str,
-                score: Callable[[], Scores], metric: str) -> dict[str, Any]:
+                score: Callable[[], Metrics], metric: str) -> dict[str, Any]:
     """Measure points between base and tuned, and leave `parameters` at `wanted`: a number, or `auto`.
 
     `auto` takes the alpha with the highest `metric` on the first split of `score()`; of equal ones the smallest.
     Returns {"alpha": the one taken, "chosen_on": split or None, "curve": [{"alpha": a, split: {metric: value}}]}.
     """
     tuned = snapshot(parameters)
-    auto = wanted == "auto"
-    alphas = ALPHAS if auto else sorted({*ALPHAS, float(wanted)})
-    curve: list[dict[str, Any]] = []
-    for alpha in alphas:
+    scores = {}
+    for alpha in ALPHAS if wanted == "auto" else sorted({*ALPHAS, float(wanted)}):
         blend(parameters, base, tuned, alpha)
-        curve.append({"alpha": alpha, **score()})
-    split = next(name for name in curve[0] if name != "alpha")
-    best = max(curve, key=lambda point: point[split][metric])
-    alpha = best["alpha"] if auto else float(wanted)
-    blend(parameters, base, tuned, alpha)
-    return {"alpha": alpha, "chosen_on": split if auto else None, "curve": curve}
+        scores[alpha] = score()
+    chosen_on = None
+    if wanted == "auto":
+        chosen_on = next(iter(scores[0]))
+        chosen = max(scores, key=lambda alpha: scores[alpha][chosen_on][metric])
+    else:
+        chosen = float(wanted)
+    blend(parameters, base, tuned, chosen)
+    curve = [{"alpha": alpha, **splits} for alpha, splits in scores.items()]
+    return {"alpha": chosen, "chosen_on": chosen_on, "curve": curve}

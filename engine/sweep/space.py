@@ -11,14 +11,13 @@ from typing import Any
 
 from data.batch import UserError
 from engine.config.fields import Config, config_fields
-from engine.config.settings import check, suggest
+from engine.config.settings import Settings, check, suggest
 
-FIXED = ("mode", "trainable", "seed", "recipe")  # settings of the recipe that are not searched
-RECIPE = [name for name, spec in config_fields().items() if spec.group == "recipe"
-          and name not in ("recipe", "mode")]
+RECIPE = [name for name, spec in config_fields().items() if spec.group == "recipe" and name not in ("recipe", "mode")]
+SEARCHABLE = [name for name in RECIPE if name not in ("trainable", "seed")]
 PATIENCE = 1_000  # draws in a row without a new combination: the space counts as exhausted
 
-Settings = dict[str, Any]
+Choices = list[Any]
 
 
 @dataclass(frozen=True)
@@ -39,20 +38,18 @@ class Range:
         return round(value) if self.whole else float(f"{value:.3g}")
 
 
-def read_space(text: str) -> dict[str, Range | list[Any]]:
+def read_space(text: str) -> dict[str, Range | Choices]:
     """Parse `lr=1e-4..1e-2:log epochs=2,10`; return for each setting its range or its values. Raises UserError."""
-    known = {name: spec for name, spec in config_fields().items()
-             if spec.group == "recipe" and name not in FIXED}
-    space: dict[str, Range | list[Any]] = {}
+    space: dict[str, Range | Choices] = {}
     for part in text.split():
         key, given, values = part.partition("=")
         name = key.lstrip("-").replace("-", "_")
         if not given or not values:
             raise UserError(f"--space: {part} is no setting with values; write lr=1e-4,1e-3 or lr=1e-4..1e-2:log")
-        if name not in known:
-            raise UserError("--space: " + suggest("setting", name, list(known)))
+        if name not in SEARCHABLE:
+            raise UserError("--space: " + suggest("setting", name, SEARCHABLE))
         try:
-            space[name] = _values(values, type(known[name].default))
+            space[name] = _values(values, type(config_fields()[name].default))
         except ValueError as error:
             raise UserError(f"--space: {part}: {error}") from None
     if not space:
@@ -60,7 +57,7 @@ def read_space(text: str) -> dict[str, Range | list[Any]]:
     return space
 
 
-def _values(text: str, kind: type) -> Range | list[Any]:
+def _values(text: str, kind: type) -> Range | Choices:
     low, dots, high = text.partition("..")
     if not dots:
         return [kind(value) for value in text.split(",")]
@@ -98,17 +95,17 @@ def configurations(cfg: Config) -> list[Settings]:
     return accepted
 
 
-def _grid(space: Mapping[str, Range | list[Any]]) -> Iterator[Settings]:
+def _grid(space: Mapping[str, Range | Choices]) -> Iterator[Settings]:
     """Yield every combination; the space holds no range."""
     values = [choices for choices in space.values() if isinstance(choices, list)]
     for combination in itertools.product(*values):
         yield dict(zip(space, combination, strict=True))
 
 
-def _drawn(space: Mapping[str, Range | list[Any]], trials: int, seed: int) -> Iterator[Settings]:
+def _drawn(space: Mapping[str, Range | Choices], trials: int, seed: int) -> Iterator[Settings]:
     """Yield `trials` distinct combinations, fewer when the space has fewer."""
     rng, stale = random.Random(seed), 0
-    seen: set[tuple[Any, ...]] = set()
+    seen: set[tuple[object, ...]] = set()
     while len(seen) < trials and stale < PATIENCE:
         settings = {name: values.draw(rng) if isinstance(values, Range) else rng.choice(values)
                     for name, values in space.items()}
@@ -119,7 +116,7 @@ def _drawn(space: Mapping[str, Range | list[Any]], trials: int, seed: int) -> It
             yield settings
 
 
-def describe_settings(settings: Mapping[str, Any]) -> str:
+def describe_settings(settings: Mapping[str, object]) -> str:
     """Return `lr 0.001, epochs 10`, or `as given` for no settings besides flags and defaults."""
     parts = []
     for name, value in settings.items():

@@ -18,18 +18,19 @@ from data.files import keep_lines, read_text
 from data.store.feature_split import FeatureSplit
 from engine.clip.model import LoadedModel
 from engine.config.fields import Config
-from engine.config.settings import to_toml
+from engine.config.settings import Settings, to_toml
 from engine.optim import Plan, adamw
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import State
 from engine.run_folder.folder import write_json
 from engine.sweep.interpolate import blend, snapshot
-from engine.sweep.space import RECIPE, Settings
+from engine.sweep.space import RECIPE
 from engine.train import Callbacks, Replica, fit
 
 SEED_STRIDE = 1_000  # between the seeds of repeats, so that no two epochs share an order
 
 Measured = TypeVar("Measured")
+Trial = dict[str, Any]  # a line of sweep.jsonl: settings, identity, what `eval.leaderboard` returns of the scores
 
 
 class Run(NamedTuple):
@@ -73,18 +74,17 @@ class Tuner:
         `cfg` None measures the base model. The ranks of `world` share the runs; each run takes place in one process, so
         the number of ranks changes no result.
         """
-        own_runs = []
+        own_results: dict[int, tuple[Tensor, Measured]] = {}
         for number in range(world.rank, len(runs), world.size):
             run = runs[number]
             if cfg is None:
                 self.reset()
             else:
                 self.tune(replace(cfg, seed=run.seed), run.train)
-            own_runs.append((number, run.row_N, measure(run.held_out)))
+            own_results[number] = run.row_N, measure(run.held_out)
         results: dict[int, tuple[Tensor, Measured]] = {}
-        for runs_of_rank in world.exchange(own_runs):
-            for number, row_N, measured in runs_of_rank:
-                results[number] = row_N, measured
+        for results_of_rank in world.exchange(own_results):
+            results |= results_of_rank
         return [results[number] for number in range(len(runs))]
 
 
@@ -97,10 +97,11 @@ class Journal:
     def __init__(self, folder: Path, world: World, identity: Mapping[str, str], metric: str, keep: bool) -> None:
         self.path, self.world = folder / "sweep.jsonl", world
         self.identity, self.metric = dict(identity), metric
+        lines: list[Trial] = []
         if world.is_main:
             keep_lines(self.path, lambda line: keep and self._parse(line) is not None)
-        whole = [self._parse(line) for line in read_text(self.path).splitlines()] if world.is_main else []
-        self.lines: list[dict[str, Any]] = world.exchange([line for line in whole if line is not None])[0]
+            lines = list(map(json.loads, read_text(self.path).splitlines()))
+        self.lines = world.exchange(lines)[0]
         for line in self.lines:
             changed = [name for name, digest in self.identity.items() if line["identity"].get(name) != digest]
             if changed:
@@ -108,7 +109,7 @@ class Journal:
                                 "the same --dataset and --model, or start a new sweep with another --out")
 
     @staticmethod
-    def _parse(text: str) -> dict[str, Any] | None:
+    def _parse(text: str) -> Trial | None:
         """Return a line's configuration; None for a half-written or damaged line."""
         try:
             line = json.loads(text)
@@ -117,7 +118,7 @@ class Journal:
             return None
 
     def is_finished(self, settings: Settings) -> bool:
-        """Return whether this configuration is in the journal, with the same data and base model."""
+        """Return whether this configuration is in the journal."""
         return any(line["settings"] == settings for line in self.lines)
 
     def add(self, settings: Settings, result: Mapping[str, Any]) -> float:
@@ -129,7 +130,7 @@ class Journal:
         self.lines.append(line)
         return result["scores"][self.metric]
 
-    def best_first(self) -> list[dict[str, Any]]:
+    def best_first(self) -> list[Trial]:
         """Return the lines, best first, earlier ones first among equals; collapsed ones last."""
         return sorted(self.lines, key=lambda line: ("collapsed" in line, -line["scores"][self.metric]))
 

@@ -110,7 +110,7 @@ def binned(values: Sequence[float], bins: int) -> tuple[list[float], list[float]
     low: list[float] = []
     high: list[float] = []
     for start in range(0, len(values), size):
-        finite = [v for v in values[start:start + size] if math.isfinite(v)]
+        finite = list(filter(math.isfinite, values[start:start + size]))
         if finite:
             centre.append(start + (min(size, len(values) - start) + 1) / 2)
             mean.append(sum(finite) / len(finite))
@@ -137,7 +137,7 @@ class _Scale:
     """Values to user units along one axis, with round ticks."""
 
     def __init__(self, values: Sequence[float], start: float, end: float, whole: bool = False) -> None:
-        finite = [float(v) for v in values if math.isfinite(v)]
+        finite = list(filter(math.isfinite, values))
         low, high = min(finite), max(finite)
         if low == high:
             room = 0.5 if whole else abs(low) / 10 or 0.1

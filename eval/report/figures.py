@@ -35,25 +35,10 @@ SPLIT_TABLE = template("""
 </table>
 </div>
 """)
-SETTINGS = template("""
-<dl>{listed}</dl>
-<details><summary>Every setting and version</summary>
-<div class=wide tabindex=0 role=region aria-label="Settings">
+TABLE = template("""
+<div class=wide tabindex=0 role=region aria-label="{label}">
 <table>
-<thead><tr><th scope=col>Name</th><th scope=col>Value</th></tr></thead>
-<tbody>{rows}</tbody>
-</table>
-</div>
-</details>
-""")
-LEDGER = template("""
-<h3>Dropped rows</h3>
-<p>{total:,} rows could not be used; <code>ledger.jsonl</code> names each.</p>
-<div class=wide tabindex=0 role=region aria-label="Dropped rows">
-<table>
-<thead><tr>
-<th scope=col>Split</th><th scope=col>Reason</th><th scope=col>Rows</th><th scope=col>For example</th>
-</tr></thead>
+<thead><tr>{heads}</tr></thead>
 <tbody>{rows}</tbody>
 </table>
 </div>
@@ -236,7 +221,9 @@ def recipe(config: Record, sizes: Mapping[str, int], steps: int) -> str:
     for key, value in [*settings.items(), *config["versions"].items()]:
         name, shown = escape_text(key), escape_text(value, 300)
         rows += f"<tr><th scope=row><code>{name}</code></th><td>{shown}</td></tr>"
-    return SETTINGS.format(listed=listed, rows=rows)
+    heads = "<th scope=col>Name</th><th scope=col>Value</th>"
+    table = TABLE.format(label="Settings", heads=heads, rows=rows)
+    return f"<dl>{listed}</dl><details><summary>Every setting and version</summary>{table}</details>"
 
 
 def overlap(shared: Mapping[str, Mapping[str, Mapping[str, int]]], sizes: Mapping[str, int]) -> str:
@@ -270,7 +257,9 @@ def ledger(entries: Iterable[Record]) -> str:
     for key, count in counts.most_common(REASONS):
         split, reason, example = map(escape_text, (*key, examples[key]))
         rows += f"<tr><th scope=row>{split}</th><td>{reason}</td><td>{count:,}</td><td>{example}</td></tr>"
-    return LEDGER.format(total=sum(counts.values()), rows=rows)
+    heads = "<th scope=col>Split</th><th scope=col>Reason</th><th scope=col>Rows</th><th scope=col>For example</th>"
+    return (f"<h3>Dropped rows</h3><p>{sum(counts.values()):,} rows could not be used; <code>ledger.jsonl</code> "
+            f"names each.</p>{TABLE.format(label='Dropped rows', heads=heads, rows=rows)}")
 
 
 def files(out: Path) -> str:

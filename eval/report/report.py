@@ -7,18 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from data.files import open_regular, read_text, replace_text
+from eval.report import figures
 from eval.report.answers import AnswersByDirection
 from eval.report.cases import case_sections
-from eval.report.figures import (
-    Record,
-    curves,
-    files,
-    ledger,
-    metric_tables,
-    overlap,
-    recipe,
-    summary_sentence,
-)
 from eval.report.page import document, escape_text, template
 from eval.report.table import WHEN
 
@@ -42,13 +33,14 @@ def write_report(out: Path, split: str, sizes: Mapping[str, int], answers: Mappi
     metrics = json.loads(read_text(out / "metrics.json"))
     losses = [float(line["loss"]) for line in _lines(out / "steps.jsonl")]
     history = {line["step"]: line for line in _lines(out / "evaluations.jsonl")}  # the latest of each step
+    shared, interpolation = metrics.get("overlap", {}), metrics.get("interpolation")
     body = {
-        "figures": metric_tables(metrics, split),
-        "curves": curves(losses, list(history.values()), answers, split, metrics.get("interpolation")),
+        "figures": figures.metric_tables(metrics, split),
+        "curves": figures.curves(losses, list(history.values()), answers, split, interpolation),
         "cases": case_sections(answers, title, picture) if set(answers) >= set(WHEN) else "<p>Not kept.</p>",
-        "recipe": recipe(config, sizes, len(losses)) + overlap(metrics.get("overlap", {}), sizes)
-        + ledger(_lines(out / "ledger.jsonl")),
-        "files": files(out),
+        "recipe": figures.recipe(config, sizes, len(losses)) + figures.overlap(shared, sizes)
+        + figures.ledger(_lines(out / "ledger.jsonl")),
+        "files": figures.files(out),
     }
     links = ""
     main = ""
@@ -58,7 +50,7 @@ def write_report(out: Path, split: str, sizes: Mapping[str, int], answers: Mappi
     settings = config["config"]
     name = f"{Path(settings['model']).name} on {Path(settings['dataset']).name}"
     header = HEADER.format(started=escape_text(config["started"][:10]), name=escape_text(name),
-                           summary=summary_sentence(metrics, split, sizes.get(split, 0)), links=links)
+                           summary=figures.summary_sentence(metrics, split, sizes.get(split, 0)), links=links)
     commit = (config.get("git_commit") or "unknown")[:12]
     footer = f'<p class="small">Written by thumbtune, commit {escape_text(commit)}.</p>'
     page = out / "report.html"
@@ -66,7 +58,7 @@ def write_report(out: Path, split: str, sizes: Mapping[str, int], answers: Mappi
     return page
 
 
-def _lines(path: Path) -> Iterator[Record]:
+def _lines(path: Path) -> Iterator[figures.Record]:
     if path.exists():
         with open_regular(path) as file:
             yield from map(json.loads, file)

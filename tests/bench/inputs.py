@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor, CL
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from data.batch import CachedBatches
-from data.demo.demo import some_titles
+from data.demo.demo import scene_rows
 from data.store.feature_split import FeatureSplit
 from engine.clip.encoder import CPU_TITLES, BatchedEncoder
 from engine.clip.loading import Clip
@@ -28,6 +29,11 @@ from engine.config.cli import DEMO_MODEL
 # Shapes by name: vision (width, layers, heads, patch), text (width, layers, heads), embedding; the rest as OpenAI's.
 SHAPES = {"ViT-B/32": ((768, 12, 12, 32), (512, 12, 8), 512), "ViT-L/14": ((1024, 24, 16, 14), (768, 12, 12), 768)}
 CPU = torch.device("cpu")
+
+
+def some_titles(count: int) -> list[str]:
+    """Return titles like those of the demo, a few of them repeated."""
+    return [title.text for _, title in scene_rows(random.Random(0), "train", count, set())]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from data.batch import Batch, Batches, Tokens
 from data.cold import encode_titles
-from data.demo.demo import some_titles
 from data.images.decode import collate_tokens, tokenize
 from engine.clip.model import Head, LoadedModel, StreamingModel
 from engine.config.fields import Config
@@ -23,7 +22,7 @@ from engine.run_folder.log import Log
 from engine.train import Callbacks, Replica, fit
 
 from .harness import Bench, Figure, Race
-from .inputs import CPU, image_flops, noise_pixels, vit_b32, warm_batches
+from .inputs import CPU, image_flops, noise_pixels, some_titles, vit_b32, warm_batches
 
 SGEMM = 2048
 

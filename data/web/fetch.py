@@ -8,7 +8,6 @@ by side on one folder request it once.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import hashlib
 import json
 import os
@@ -21,13 +20,14 @@ from itertools import repeat
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
 from yarl import URL
 
 from data.batch import BadSample, UserError
+from data.files import try_lock
 from data.web.guard import Sessions, get, variants_of, web_url
 from data.web.policy import TRANSIENT, FetchPolicy, follow_redirects, with_retries
 
@@ -98,7 +98,7 @@ class _Results:
             (folder / "partial").mkdir(parents=True, exist_ok=True)
             for part in (folder / "partial").iterdir():
                 with suppress(FileNotFoundError), part.open("ab") as file:  # another run's, finished meanwhile
-                    if time.time() - os.fstat(file.fileno()).st_mtime > STALE and _try_lock(file):
+                    if time.time() - os.fstat(file.fileno()).st_mtime > STALE and try_lock(file):
                         part.unlink()
             failures = folder / "failures.jsonl"
             self.file = failures.open("ab+", buffering=0)  # one write a line: parallel runs do not mix lines
@@ -168,17 +168,6 @@ def _network(results: _Results, policy: FetchPolicy) -> Iterator[Callable[[str],
         loop.close()
 
 
-def _try_lock(file: IO[bytes]) -> bool:
-    """Lock a file without waiting; False where another process holds it or has just deleted it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks: each run asks for itself
-        return True
-    return os.fstat(file.fileno()).st_nlink > 0
-
-
 class _Client:
     """Sessions and limits of one `fetch`; runs on the network thread."""
 
@@ -229,7 +218,7 @@ class _Client:
             with disk_errors_as_user_errors(self.folder):
                 file = path.open("ab")
             with file:
-                is_held = _try_lock(file)
+                is_held = try_lock(file)
                 if is_held or time.monotonic() > until:
                     try:
                         yield

@@ -7,7 +7,6 @@ its name when it is whole. Addresses are checked as those of thumbnails are (`da
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import hashlib
 import os
 import random
@@ -16,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data.batch import BadSample, UserError
+from data.files import try_lock
 from data.progress import DownloadProgress
 from data.shards.index import MAX_INDEX, expand_braces, indexed, sidecar, tar_digest
 from data.shards.tar import open_tar
@@ -96,9 +96,7 @@ class _Shard:
             lock = open(f"{self.path}.lock", "ab")
         with lock:
             while not self.path.exists():
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+                if not try_lock(lock):
                     await asyncio.sleep(POLL_S)
                     continue
                 if not self.path.exists():

@@ -252,7 +252,7 @@ def _as_bad_sample(address: str) -> Iterator[None]:
 
 
 def _reason(address: str, error: Exception) -> str:
-    """What went wrong, and what to do about it."""
+    """Return the cause of a driver's error, and what to do about it."""
     scheme = scheme_of(address)
     text = " ".join(str(error).split()).replace(address, public_name(address))
     text = re.sub(r"\?\S*", "", text)[:200]  # signed addresses carry their key behind the "?"

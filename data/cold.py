@@ -24,11 +24,12 @@ from data.images.augment import Region
 from data.images.decode import ImageSpec, collate_tokens, decode_image, tokenize
 from data.prefetch import batched, threaded_map
 from data.progress import Progress
-from data.shards.index import read_member
+from data.shards.index import read_member, read_stored
 from data.store.features import FeatureStore
 from data.store.segments import key_of
 from data.web.fetch import Fetched, FetchPolicy, cached_path, delete_fetched, fetch
 from data.web.guard import unused_proxy
+from data.web.storage import is_stored
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -70,6 +71,8 @@ class Reader:
         try:
             if not path:
                 raise BadSample("no-image", "the row names no image")
+            if is_stored(path):
+                return read_stored(path, self.policy.max_bytes)
             if is_url(path):
                 return read_regular(cached_path(path, self.folder))
             return read_member(path) if ".tar#" in path else read_regular(path)
@@ -196,39 +199,54 @@ def _available(catalogue: Catalogue, reader: Reader, references: np.ndarray,
         yield in_flight.pop(fetched.url), problem
 
 
+class FeatureWriter:
+    """Encodes the pictures that a store lacks, and stores their features in segments; without a store it does nothing.
+
+    `known` may be called from any thread.
+    """
+
+    def __init__(self, store: FeatureStore | None, encode: Callable[[Tensor], Tensor]) -> None:
+        self.store, self.encode = store, encode
+        self._unwritten: dict[bytes, Tensor] = {}  # key -> features [V] that are not yet in the store
+        self._lock = threading.Lock()
+
+    def known(self, key: bytes) -> bool:
+        """Return whether the features of a content key are computed."""
+        with self._lock:
+            return self.store is not None and (key in self._unwritten or self.store.locate(as_keys([key]))[0] >= 0)
+
+    def add(self, chunk: Sequence[DecodeResult]) -> None:
+        """Encode the new pictures of a chunk at once."""
+        if self.store is None:
+            return
+        new = {each.key: each.pixels for each in chunk if each.pixels is not None and not self.known(each.key)}
+        if new:
+            features_BV = self.encode(torch.from_numpy(np.stack(list(new.values())))).cpu()
+            with self._lock:
+                self._unwritten.update(zip(new, features_BV, strict=True))
+        if len(self._unwritten) >= SEGMENT:
+            self.flush()
+
+    def flush(self) -> None:
+        """Store what has been encoded. Raises UserError."""
+        with self._lock:
+            if self.store is not None and self._unwritten:
+                self.store.append(as_keys(list(self._unwritten)), torch.stack(list(self._unwritten.values())))
+                self._unwritten.clear()
+
+
 def encode_missing_images(catalogue: Catalogue, reader: Reader, references: Sequence[int], store: FeatureStore | None,
                           encode: Callable[[Tensor], Tensor], log: Callable[[str], None]) -> DecodeResults:
     """Read the given references; encode those that the store does not hold yet, in CHUNKs, and store the features.
 
     Without a store images are only decoded, to know now which rows streaming can use.
     """
-    results = DecodeResults()
-    unwritten: set[bytes] = set()  # keys that are encoded, and not yet in the store
-    lock = threading.Lock()  # `known` is called from the decoding threads
-
-    def known(key: bytes) -> bool:
-        with lock:
-            return store is not None and (key in unwritten or store.locate(as_keys([key]))[0] >= 0)
-
-    keys: list[bytes] = []
-    values: list[Tensor] = []
-    for chunk in batched(decode_distinct(catalogue, reader, references, known, log), CHUNK):
+    results, writer = DecodeResults(), FeatureWriter(store, encode)
+    for chunk in batched(decode_distinct(catalogue, reader, references, writer.known, log), CHUNK):
         for result in chunk:
             results.add(result)
-        if store is None:
-            continue
-        new = {result.key: result.pixels for result in chunk if result.pixels is not None and not known(result.key)}
-        if new:
-            keys += new
-            unwritten.update(new)
-            values.append(encode(torch.from_numpy(np.stack(list(new.values())))).cpu())
-        if len(keys) >= SEGMENT:
-            with lock:
-                store.append(as_keys(keys), torch.cat(values))
-                unwritten.clear()
-            keys, values = [], []
-    if store is not None and keys:
-        store.append(as_keys(keys), torch.cat(values))
+        writer.add(chunk)
+    writer.flush()
     return results
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 from data.batch import BadSample
-from data.shards.tar import Member, read_at
+from data.shards.tar import Member, SeekableFile, read_at
 
 MAX_TEXT = 1 << 20  # bytes of a title, of a JSON file
 MAX_IMAGE = 1 << 26
@@ -38,7 +38,7 @@ def samples(files_of_tar: Iterable[Member]) -> Iterator[tuple[str, dict[str, Mem
         yield current, files
 
 
-def row(file: BinaryIO, files: Mapping[str, Member]) -> tuple[int, int, str, str | None]:
+def row(file: SeekableFile, files: Mapping[str, Member]) -> tuple[int, int, str, str | None]:
     """Offset and size of the image, title, negative. Raises BadSample."""
     image = _choose(files, IMAGES)
     if image is None:
@@ -61,7 +61,7 @@ def _choose(files: Mapping[str, Member], endings: Iterable[str]) -> Member | Non
     return files[others[0]] if others else None
 
 
-def _content(file: BinaryIO, member: Member | None) -> bytes | None:
+def _content(file: SeekableFile, member: Member | None) -> bytes | None:
     if member is None:
         return None
     if member.fault is not None:

@@ -19,6 +19,7 @@ import numpy as np
 from data.batch import BadSample, UserError
 from data.ledger import Account
 from data.store.segments import key_of
+from data.web.storage import PACKAGES, scheme_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,6 +30,7 @@ KNOWN = {  # role -> column names that mean it; the first there is wins
     "title": ("title", "text", "caption", "txt"),
     "title_neg": ("title_neg", "negative", "neg_title", "negative_title", "neg_text", "neg_caption"),
 }
+ADDRESS = f"^(https?|{'|'.join(PACKAGES)})://"  # images at such an address are read
 ROW = "row"  # a column beside those of the roles: the row's number in its file, where some are left out already
 FLAGS = {"image": "--image-column", "title": "--title-column", "title_neg": "--negative-column"}
 
@@ -248,7 +250,9 @@ def _inside(path: pa.Array, start: int, folders: Sequence[str], relative: bool,
     """URLs as they are, other paths absolute. One that leaves `folders` is a problem of its row; `..` by spelling."""
     import pyarrow.compute as pc
 
-    url = pc.match_substring_regex(path, "^https?://", ignore_case=True)
+    if scheme_of(folders[0]):
+        return _inside_store(path, start, folders[0], problems)
+    url = pc.match_substring_regex(path, ADDRESS if relative else "^https?://", ignore_case=True)
     absolute = pc.starts_with(path, "/")
     roots = tuple(folder.rstrip("/") + "/" for folder in folders)
     suspect = pc.match_substring_regex(path, r"(^|/)\.\.(/|$)")
@@ -265,6 +269,20 @@ def _inside(path: pa.Array, start: int, folders: Sequence[str], relative: bool,
             image = path[row].as_py()[:200]
             problems[start + int(row)] = BadSample(
                 "outside-folder", f"the image {image!r} is no URL and no file below {folders[0]}; {fix}")
+    return full
+
+
+def _inside_store(path: pa.Array, start: int, folder: str, problems: dict[int, BadSample]) -> pa.Array:
+    """Addresses as they are, other paths as addresses below `folder`; what names a local file is a problem."""
+    import pyarrow.compute as pc
+
+    is_address = pc.fill_null(pc.match_substring_regex(path, ADDRESS, ignore_case=True), False)
+    full = pc.if_else(is_address, path, pc.binary_join_element_wise(f"{folder}/", path, ""))
+    suspect = pc.fill_null(pc.match_substring_regex(path, r"^/|://|(^|/)\.\.(/|$)"), False)
+    for row in np.flatnonzero(pc.and_not(suspect, is_address).to_numpy(zero_copy_only=False)):
+        problems[start + int(row)] = BadSample(
+            "outside-folder", f"the image {path[row].as_py()[:200]!r} is neither below {folder} nor an address that is "
+                              "read; a table of a store names no files of this machine")
     return full
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol, TypeVar
+from urllib.parse import unquote, urlsplit
 
 from data.batch import UserError
 from data.files import NotAFile, is_output
@@ -22,12 +23,24 @@ from data.sources.rows import Columns as Columns
 from data.sources.rows import Rows as Rows
 from data.sources.rows import detect_columns, holds_bytes, join_tables, rename_to_roles, to_row_columns
 from data.sources.split import ORDER, WHOLE
-from data.sources.tables import TABLES, TEXT_TABLES, holds_addresses, read_table
+from data.sources.tables import TABLES, TEXT_TABLES, holds_addresses, read_remote, read_table
+from data.web.storage import RemoteFile, parent, public_name, scheme_of
 
 SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test"}
 SPLIT_FILE = re.compile(rf"({'|'.join(SPLITS)})(-.*)?\.(tar|csv|tsv|jsonl|parquet)")
 DETECT = Columns()
-Download = Callable[[str], Sequence[Path]]
+Download = Callable[[str], Mapping[str, Sequence[Path | RemoteFile]]]
+
+
+class Named(Protocol):
+    """A file or folder by its name."""
+
+    @property
+    def name(self) -> str:
+        """The last part of its path or address."""
+
+
+File = TypeVar("File", bound=Named)
 
 
 def _refuse(pattern: str) -> NoReturn:
@@ -39,17 +52,20 @@ def load_splits(dataset: str, columns: Columns = DETECT, ledger: Ledger = discar
     """Read a dataset's splits: `train`, `valid`, `test` in this order, then others under the names they have.
 
     `dataset`: a folder with {train,valid,test} as .csv .tsv .jsonl .parquet, as -*.tar shards or as folders; a folder
-    that is one table, shards, or images with KEY.txt and KEY.json; one such file; a pattern `train-{000..009}.tar`,
-    also as an address, whose files `download` brings; or a hub name OWNER/NAME, with several configurations
-    OWNER/NAME:CONFIGURATION. A lone split, unless it is called valid or test, is called train: `divide_lone_split`
+    that is one table, shards, or images with KEY.txt and KEY.json; one such file; a pattern `train-{000..009}.tar`;
+    tables and shards at an address, which `download` brings, by split; or a hub name OWNER/NAME, with several
+    configurations OWNER/NAME:CONFIGURATION. A lone split, unless it is called valid or test, is called train: `divide_lone_split`
     makes it three. `ledger` gets an entry for each row that cannot be read (see data/ledger.py); every other row is
     kept, also without image or title. `log` gets a line for what was not used or was changed. Raises UserError.
     """
     account = Account(ledger, log)
+    if scheme_of(dataset) == "file":
+        dataset = unquote(urlsplit(dataset).path)
     path = Path(dataset).expanduser()
+    files: Mapping[str, Sequence[Path | RemoteFile]] | None
     try:
         if "://" in dataset:
-            files = _in_splits(download(dataset))
+            files = download(dataset)
         elif path.is_dir():
             files = _find(path, columns, account)
         elif path.is_file():
@@ -57,7 +73,7 @@ def load_splits(dataset: str, columns: Columns = DETECT, ledger: Ledger = discar
         elif path.exists():
             raise NotAFile(path, "a pipe or a device")
         elif "{" in dataset or "*" in dataset:
-            files = _in_splits(list(_expand(str(path))))
+            files = in_splits(list(_expand(str(path))))
         elif re.fullmatch(r"[\w.-]*\w/[\w.-]+(:[\w.-]+)?", dataset) and path.suffix.lower() not in TABLES | {".tar"}:
             files = None
         else:
@@ -74,7 +90,7 @@ def load_splits(dataset: str, columns: Columns = DETECT, ledger: Ledger = discar
 def _find(folder: Path, columns: Columns, account: Account) -> dict[str, list[Path]]:
     """The files of each split of a folder; a folder in their place stands for the images in it."""
     entries = _entries(folder)
-    if splits := _by_split(entries):
+    if splits := by_split(entries):
         return splits
     named = [entry for entry in entries if entry.name.lower() in SPLITS and entry.is_dir()]
     folders = [entry for entry in named if not is_output(entry)]
@@ -82,7 +98,7 @@ def _find(folder: Path, columns: Columns, account: Account) -> dict[str, list[Pa
         if entry not in folders:
             account.pass_over("own-output", str(entry))
     if folders:
-        return _one_kind((SPLITS[entry.name.lower()], entry.name, _files_without_splits(entry, columns, account))
+        return one_kind((SPLITS[entry.name.lower()], entry.name, _files_without_splits(entry, columns, account))
                          for entry in folders)
     return {"all": _files_without_splits(folder, columns, account)}
 
@@ -112,26 +128,26 @@ def _files_without_splits(folder: Path, columns: Columns, account: Account) -> l
     return tables or [folder]
 
 
-def _by_split(entries: Sequence[Path]) -> dict[str, list[Path]]:
+def by_split(entries: Sequence[File]) -> dict[str, list[File]]:
     """Files called after a split (`train.csv`, `val-00001-of-00009.parquet`); where there are shards, shards alone."""
     named = [(match, entry) for entry in entries if (match := SPLIT_FILE.fullmatch(entry.name.lower()))]
     shards = [(match, entry) for match, entry in named if match[3] == "tar"]
-    kinds: dict[tuple[str, str], list[Path]] = {}
+    kinds: dict[tuple[str, str], list[File]] = {}
     for match, entry in shards or named:
         kinds.setdefault((SPLITS[match[1]], f"{match[1]}{'-*' if match[2] else ''}.{match[3]}"), []).append(entry)
-    return _one_kind((split, kind, files) for (split, kind), files in kinds.items())
+    return one_kind((split, kind, files) for (split, kind), files in kinds.items())
 
 
-def _in_splits(files: Sequence[Path]) -> dict[str, list[Path]]:
+def in_splits(files: Sequence[File]) -> dict[str, list[File]]:
     """The files that a pattern names, by split if all of them are called after one."""
-    splits = _by_split(files)
+    splits = by_split(files)
     named = sum(map(len, splits.values()))
     return splits if named == len(files) else {"all": list(files)}
 
 
-def _one_kind(named: Iterable[tuple[str, str, list[Path]]]) -> dict[str, list[Path]]:
+def one_kind(named: Iterable[tuple[str, str, list[File]]]) -> dict[str, list[File]]:
     """The files by split, from (split, its name there, files). Raises UserError for a split under two names."""
-    splits: dict[str, tuple[str, list[Path]]] = {}
+    splits: dict[str, tuple[str, list[File]]] = {}
     for split, kind, files in named:
         if split in splits:
             raise UserError(f"split {split!r} is there twice, as {splits[split][0]} and {kind}; keep one")
@@ -148,18 +164,26 @@ def _expand(pattern: str) -> Iterator[Path]:
         yield from map(Path, files)
 
 
-def _local(splits: Mapping[str, Sequence[Path]], columns: Columns, account: Account) -> dict[str, Rows]:
+def _local(splits: Mapping[str, Sequence[Path | RemoteFile]], columns: Columns, account: Account) -> dict[str, Rows]:
     rows = {}
     for name, files in splits.items():
         account.begin(None if name == "all" else name)
         tables = []
         for file in files:
+            if isinstance(file, RemoteFile):
+                table, folder_address = read_remote(file, columns, account), parent(file.address)
+                tables.append(to_row_columns(table, public_name(file.address), [folder_address], account))
+                continue
             table = read_table(file, columns, account)
             folder = file if file.is_dir() else file.parent
             folders = os.path.abspath(folder), os.path.realpath(folder)
             tables.append(to_row_columns(table, str(file), folders, account))
-        label = files[0] if len(files) == 1 else files[0].parent
-        rows[name] = join_tables(name, tables, str(label), account)
+        first = files[0]
+        if isinstance(first, RemoteFile):
+            label = public_name(first.address if len(files) == 1 else parent(first.address))
+        else:
+            label = str(first if len(files) == 1 else first.parent)
+        rows[name] = join_tables(name, tables, label, account)
     return rows
 
 

@@ -18,11 +18,13 @@ from data.batch import BadSample, UserError
 from data.files import open_regular
 from data.ledger import Account
 from data.shards.index import read_index
+from data.shards.records import read_record
 from data.sources import img2dataset
 from data.sources.csv_tables import read_csv
 from data.sources.pictures import PICTURES, pictures
 from data.sources.records import Record, from_records, parse_json_object
 from data.sources.rows import ROW, Columns, detect_columns, holds_bytes, rename_to_roles, without
+from data.web.storage import RemoteFile
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -87,15 +89,30 @@ def _parquet(path: Path, columns: Columns, account: Account) -> pa.Table:
     return without(table, bad, np.arange(len(table)), str(path), account)
 
 
+def read_remote(file: RemoteFile, columns: Columns, account: Account) -> pa.Table:
+    """A table of a store by its copy, or a shard by its record. Raises UserError."""
+    if file.path.suffix.lower() != ".arrow":
+        return read_table(file.path, columns, account)
+    record = read_record(file.path)
+    if record is None:
+        raise UserError(f"{file.address}: its record {file.path} is gone or damaged; run again")
+    for entry in record.problems:
+        account.drop_sample(entry)
+    return _index_as_rows(record.table, file.address, columns)
+
+
 def _shard(path: Path, columns: Columns, account: Account) -> pa.Table:
+    return _index_as_rows(read_index(path, account.drop_sample), str(path.absolute()), columns)
+
+
+def _index_as_rows(index: pa.Table, shard: str, columns: Columns) -> pa.Table:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    index = read_index(path, account.drop_sample)
     at, size = (index[name].cast(pa.string()) for name in ("image_offset", "image_size"))
-    image = pc.binary_join_element_wise(f"{path.absolute()}#", at, "+", size, "")
+    image = pc.binary_join_element_wise(f"{shard}#", at, "+", size, "")
     table = pa.table({"image": image, "title": index["title"], "title_neg": index["title_neg"]})
-    return rename_to_roles(table, detect_columns(table.column_names, columns, str(path)))
+    return rename_to_roles(table, detect_columns(table.column_names, columns, shard))
 
 
 def holds_addresses(path: Path, columns: Columns) -> bool:

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 
 from data.batch import BadSample, UserError
@@ -44,6 +45,13 @@ class Entry(NamedTuple):
     def name(self) -> str:
         """The last part of the address."""
         return self.address.rstrip("/").rpartition("/")[2]
+
+
+class RemoteFile(NamedTuple):
+    """A file of a store, and what this machine holds of it: the copy of a table, the record of a shard."""
+
+    address: str
+    path: Path
 
 
 class Changed(UserError):
@@ -120,7 +128,7 @@ def expand(pattern: str) -> list[str]:
 def read(address: str, most: int) -> bytes:
     """The bytes of a file of at most `most`, in any thread. Raises BadSample."""
     with _as_bad_sample(address):
-        data = _with_retries(address, lambda: _cat(address, 0, most + 1))
+        data = _with_retries(lambda: _cat(address, 0, most + 1))
     if len(data) > most:
         raise BadSample("too-large", f"{public_name(address)}: more than {most} bytes")
     return data
@@ -128,11 +136,14 @@ def read(address: str, most: int) -> bytes:
 
 def read_range(address: str, offset: int, size: int) -> bytes:
     """Exactly `size` bytes from `offset` on, in any thread. Raises BadSample."""
+    def attempt() -> bytes:
+        data = _cat(address, offset, size)
+        if len(data) < size:
+            raise _ShortAnswer(f"{len(data)} of the {size} bytes at {offset} came")
+        return data
+
     with _as_bad_sample(address):
-        data = _with_retries(address, lambda: _cat(address, offset, size))
-    if len(data) < size:
-        raise BadSample("truncated", f"{public_name(address)} ends before the {size} bytes at {offset} do")
-    return data
+        return _with_retries(attempt)
 
 
 def open_stream(address: str, expected: Entry | None = None) -> BinaryIO:
@@ -145,6 +156,10 @@ def open_stream(address: str, expected: Entry | None = None) -> BinaryIO:
     if expected is not None and entry != expected:
         raise Changed(f"{public_name(address)} has changed; run again")
     return io.BufferedReader(_Stream(entry), buffer_size=1 << 16)
+
+
+class _ShortAnswer(OSError):
+    """Fewer bytes than were asked for."""
 
 
 class _Stream(io.RawIOBase):
@@ -180,10 +195,10 @@ class _Stream(io.RawIOBase):
             at = start + sum(map(len, parts))
             parts.append(_cat(address, at, stop - at))
             if len(parts[-1]) < stop - at:
-                raise OSError(f"{len(parts[-1])} of {stop - at} bytes came")
+                raise _ShortAnswer(f"{len(parts[-1])} of {stop - at} bytes came")
 
         with _readable_errors(address):
-            _with_retries(address, rest)
+            _with_retries(rest)
         if stop == self.entry.size and stat(address) != self.entry:
             raise Changed(f"{self.name} has changed while it was read; run again")
         return b"".join(parts)
@@ -213,7 +228,7 @@ def _entry(address: str, info: dict[str, object]) -> Entry:
     return Entry(address, int(str(info.get("size") or 0)), version, info.get("type") == "directory")
 
 
-def _with_retries(address: str, attempt: Callable[[], Answer]) -> Answer:
+def _with_retries(attempt: Callable[[], Answer]) -> Answer:
     """The answer of `attempt`, called again after failures that may pass."""
     for tried in range(RETRIES + 1):
         try:
@@ -247,8 +262,8 @@ def _as_bad_sample(address: str) -> Iterator[None]:
         with _readable_errors(address):
             yield
     except UserError as error:
-        missing = isinstance(error.__cause__, FileNotFoundError)
-        raise BadSample("missing-file" if missing else "unreadable-file", str(error)) from error
+        reasons = {FileNotFoundError: "missing-file", _ShortAnswer: "truncated"}
+        raise BadSample(reasons.get(type(error.__cause__), "unreadable-file"), str(error)) from error
 
 
 def _reason(address: str, error: Exception) -> str:

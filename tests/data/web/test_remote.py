@@ -23,7 +23,7 @@ from helpers import Loopback, make_pairs, picture, run, start
 import data.web.policy
 from data.batch import UserError
 from data.shards.writer import ShardWriter
-from data.sources.source import load_splits
+from data.sources.source import in_splits, load_splits
 from data.web import download
 from data.web.fetch import FetchPolicy
 from data.web.remote_shards import fetch_shards
@@ -127,6 +127,11 @@ def bring(cache: Path, policy: FetchPolicy = POLICY,
     return partial(fetch_shards, folder=cache, policy=policy, log=log)
 
 
+def bring_by_split(cache: Path, policy: FetchPolicy = POLICY,
+                   log: Callable[[str], None] = lambda text: None) -> Callable[[str], dict[str, list[Path]]]:
+    return lambda dataset: in_splits(bring(cache, policy, log)(dataset))
+
+
 @pytest.mark.parametrize("with_index", [True, False])
 def test_shards_at_an_address_are_the_local_ones_and_fetched_once(tmp_path: Path, with_index: bool) -> None:
     source = write_shards(tmp_path / "shards", {"train": 10, "valid": 3, "test": 7})
@@ -140,13 +145,13 @@ def test_shards_at_an_address_are_the_local_ones_and_fetched_once(tmp_path: Path
         said: list[str] = []
         for _ in range(2):
             assert all_pairs(f"{url}/{{train-00000{{0,1,2}},valid-000000,test-00000{{0,1}}}}.tar",
-                             download=bring(tmp_path / "cache", log=said.append)) == local
+                             download=bring_by_split(tmp_path / "cache", log=said.append)) == local
         assert said[-1].startswith("shards fetched 6/6  ")  # of six
         assert {name: n for name, n in server.asked.items() if name.endswith(".tar")} == dict.fromkeys(
             (tar.name for tar in source.glob("*.tar")), 1)
         assert sum(server.asked.values()) == 12
-        assert sum(map(len, all_pairs(parts[0], download=bring(tmp_path / "cache")).values())) == 10
-        signed = load_splits(f"{url}/test-000000.tar?key=1&x=%2F", download=bring(tmp_path / "cache"))
+        assert sum(map(len, all_pairs(parts[0], download=bring_by_split(tmp_path / "cache")).values())) == 10
+        signed = load_splits(f"{url}/test-000000.tar?key=1&x=%2F", download=bring_by_split(tmp_path / "cache"))
         assert list(signed) == ["test"] and server.asked["test-000000.tar"] == 2
     left = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert {name.partition(".tar")[2] for name in left} == {"", ".lock"} | ({".index.json"} if with_index else set())
@@ -234,7 +239,7 @@ def test_what_is_no_shard_is_refused_with_its_reason(tmp_path: Path, monkeypatch
     with Server(source).up() as url:
         def refusal(dataset: str, policy: FetchPolicy = POLICY) -> str:
             with pytest.raises(UserError) as caught:
-                load_splits(dataset, download=bring(tmp_path / "cache", policy))
+                load_splits(dataset, download=bring_by_split(tmp_path / "cache", policy))
             assert not list((tmp_path / "cache").rglob("*.tar"))
             return str(caught.value)
 

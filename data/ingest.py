@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 from data.batch import BadSample
@@ -111,9 +112,10 @@ class _Ingestion:
         self.writer = FeatureWriter(store, pipeline.encoders.image)
         self.decode = partial(decode_image, spec=self.reader.spec, max_pixels=self.reader.max_pixels)
         self.budget = _ByteBudget()
+        self.failure: Exception | None = None
 
     def run(self, entries: Sequence[Entry]) -> None:
-        """Stream these shards, one after the other. Raises UserError."""
+        """Stream these shards, one after the other. Raises UserError, when what came before it is stored."""
         progress = Progress("shards streamed", len(entries), self.pipeline.log)
         chunk: list[DecodeResult] = []
         ended = deque[_Shard]()  # all of whose pictures are decoded, but perhaps not stored
@@ -130,6 +132,9 @@ class _Ingestion:
                 self._finish(ended, progress)
         self.writer.add(chunk)
         self._finish(ended, progress)
+        self.writer.flush()  # of a shard that failed, so that another run need not encode it again
+        if self.failure is not None:
+            raise self.failure
 
     def _finish(self, ended: deque[_Shard], progress: Progress) -> None:
         """Write the records of these shards, whose pictures are all encoded."""
@@ -143,17 +148,23 @@ class _Ingestion:
             progress()
 
     def _pictures(self, entries: Sequence[Entry]) -> Iterator[_Picture]:
-        """Yield the pictures of shards in the order of their samples, and an end mark behind each shard."""
-        for entry in entries:
-            shard = _Shard(entry)
-            with open_stream(entry.address, entry) as stream:
-                file = ForwardFile(stream, entry.size, public_name(entry.address))
-                for sample in stream_samples(file, shard.report):
-                    shard.rows.append(sample.values)
-                    self.budget.take(len(sample.image))
-                    yield _Picture(shard, sample.image)
-                file.skip_rest()  # the stream's last block comes only if the shard has not changed meanwhile
-            yield _Picture(shard, None)
+        """Yield the pictures of shards in order, up to the first `failure`."""
+        try:
+            yield from chain.from_iterable(map(self._pictures_of, entries))
+        except Exception as error:
+            self.failure = error
+
+    def _pictures_of(self, entry: Entry) -> Iterator[_Picture]:
+        """Yield the pictures of a shard in the order of its samples, then an end mark."""
+        shard = _Shard(entry)
+        with open_stream(entry.address, entry) as stream:
+            file = ForwardFile(stream, entry.size, public_name(entry.address))
+            for sample in stream_samples(file, shard.report):
+                shard.rows.append(sample.values)
+                self.budget.take(len(sample.image))
+                yield _Picture(shard, sample.image)
+            file.skip_rest()  # the stream's last block comes only if the shard has not changed meanwhile
+        yield _Picture(shard, None)
 
     def _decode(self, picture: _Picture) -> tuple[_Shard, DecodeResult | None]:
         shard, data = picture

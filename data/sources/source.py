@@ -54,9 +54,10 @@ def load_splits(dataset: str, columns: Columns = DETECT, ledger: Ledger = discar
     `dataset`: a folder with {train,valid,test} as .csv .tsv .jsonl .parquet, as -*.tar shards or as folders; a folder
     that is one table, shards, or images with KEY.txt and KEY.json; one such file; a pattern `train-{000..009}.tar`;
     tables and shards at an address, which `download` brings, by split; or a hub name OWNER/NAME, with several
-    configurations OWNER/NAME:CONFIGURATION. A lone split, unless it is called valid or test, is called train: `divide_lone_split`
-    makes it three. `ledger` gets an entry for each row that cannot be read (see data/ledger.py); every other row is
-    kept, also without image or title. `log` gets a line for what was not used or was changed. Raises UserError.
+    configurations OWNER/NAME:CONFIGURATION. A lone split, unless it is called valid or test, is called train:
+    `divide_lone_split` makes it three. `ledger` gets an entry for each row that cannot be read (see data/ledger.py);
+    every other row is kept, also without image or title. `log` gets a line for what was not used or was changed.
+    Raises UserError.
     """
     account = Account(ledger, log)
     if scheme_of(dataset) == "file":

@@ -119,8 +119,8 @@ def test_a_run_from_a_store_is_the_local_run_and_reads_every_byte_once(tiny_mode
     said = train(dataset, tiny_model, tmp_path / "again", tmp_path / "cache")
     assert "0 images and 0 titles encoded" in said and Store.read.total() <= shown
     assert_equal_runs(tmp_path / "local", tmp_path / "again")
-    found = inside(["search", "a red car", "--dataset", dataset, "--model", tiny_model, "--split", "test", "--cache-dir",
-                    tmp_path / "cache", "--json"])
+    found = inside(["search", "a red car", "--dataset", dataset, "--model", tiny_model, "--split", "test",
+                    "--cache-dir", tmp_path / "cache", "--precision", "fp32", "--json"])
     assert found.returncode == 0 and '"answers"' in found.stdout, found.stderr
     assert Store.read.total() <= shown + 10
 

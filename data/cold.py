@@ -29,7 +29,7 @@ from data.store.features import FeatureStore
 from data.store.segments import key_of
 from data.web.fetch import Fetched, FetchPolicy, cached_path, delete_fetched, fetch
 from data.web.guard import unused_proxy
-from data.web.storage import is_stored
+from data.web.storage import PACKAGES, is_stored
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,6 +40,8 @@ TITLES = 512  # titles that the tower encodes at once
 SEGMENT = 4096  # features written at once
 NO_PICTURE = {"empty", "not-image", "truncated", "undecodable"}  # reasons of `decode_image` that are in the bytes
 URL_START = "^(?i)https?://"
+STORE_START = f"^(?i)({'|'.join(PACKAGES)})://"
+STORE_REQUESTS = 32  # images that are read from a store at the same time
 
 
 @dataclass(frozen=True)
@@ -151,13 +153,13 @@ def decode_distinct(catalogue: Catalogue, reader: Reader, references: Sequence[i
     """
     decode = decode or partial(decode_image, spec=reader.spec, max_pixels=reader.max_pixels)
 
-    def read_and_decode(available: tuple[int, BadSample | None]) -> DecodeResult:
-        index, problem = available
-        if problem is not None:
-            return DecodeResult(index, b"", problem)
+    def read_and_decode(available: tuple[int, BadSample | bytes | None]) -> DecodeResult:
+        index, read = available
+        if isinstance(read, BadSample):
+            return DecodeResult(index, b"", read)
         reference = catalogue.references[index].as_py()
         try:
-            data = reader.read(reference)
+            data = read or reader.read(reference)
             key = key_of(data)
             return DecodeResult(index, key, None, None if known(key) else decode(data))
         except BadSample as failure:
@@ -173,14 +175,27 @@ def decode_distinct(catalogue: Catalogue, reader: Reader, references: Sequence[i
 
 
 def _available(catalogue: Catalogue, reader: Reader, references: np.ndarray,
-               log: Callable[[str], None]) -> Iterator[tuple[int, BadSample | None]]:
-    """Yield the references as their bytes become readable: local ones at once, URLs as the fetcher finishes them."""
+               log: Callable[[str], None]) -> Iterator[tuple[int, BadSample | bytes | None]]:
+    """Yield the references as their bytes become readable, or why they cannot be.
+
+    Local ones come at once, those in a store with their bytes, URLs as the fetcher finishes them.
+    """
     import pyarrow.compute as pc
 
     path = catalogue.references.path  # null where the bytes are embedded
     is_remote_R = pc.fill_null(pc.match_substring_regex(path, URL_START), False).to_numpy()[references]
-    for index in references[~is_remote_R]:
+    is_stored_R = pc.fill_null(pc.match_substring_regex(path, STORE_START), False).to_numpy()[references]
+    for index in references[~(is_remote_R | is_stored_R)]:
         yield int(index), None
+
+    def read(index: int) -> tuple[int, BadSample | bytes]:
+        try:
+            return index, reader.read(catalogue.references[index].as_py())
+        except BadSample as problem:
+            return index, problem
+
+    if is_stored_R.any():
+        yield from threaded_map(read, references[is_stored_R].tolist(), STORE_REQUESTS, STORE_REQUESTS)
     remote = references[is_remote_R]
     in_flight: dict[str, int] = {}  # URL -> its reference; references are distinct, so no URL comes twice
 

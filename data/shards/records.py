@@ -1,4 +1,4 @@
-"""What is known of a shard in a store after it was streamed once: its samples, content keys and problems.
+"""Records of shards in a store that were streamed once: their samples, content keys and problems.
 
 A record is an Arrow file in `--cache-dir/remote-shards/`, written when all features of the shard are in the store.
 Rows and content keys then come from it, and the shard is not read again while its size and version stay.

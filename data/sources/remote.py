@@ -21,7 +21,7 @@ def find_files(dataset: str) -> dict[str, list[Entry]]:
         addresses = []
         for name in expand_braces(dataset):
             addresses += expand(name) if "*" in name else [name]
-        files = in_splits([Entry(address, 0, "") for address in addresses])
+        files = in_splits([Entry(address, 0, "") for address in dict.fromkeys(addresses)])
     elif is_folder(dataset):
         files = _find(dataset)
     else:

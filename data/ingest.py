@@ -53,6 +53,12 @@ def ingest_shards(splits: Mapping[str, Sequence[Entry]], pipeline: Pipeline) -> 
     todo = [all_missing[address] for address in shards if address in all_missing]
     _Ingestion(pipeline, store).run(todo[team.rank :: team.size])
     team.exchange(None)  # every rank has written
+    if todo:
+        encoded = ""
+        if store is not None:
+            store.refresh()
+            encoded = f", {store.grown:,} images encoded"
+        pipeline.log(f"streamed {len(todo):,} of {len(shards):,} shards once{encoded}")
     return {name: [RemoteFile(entry.address, record_path(cache, entry.address)) for entry in entries]
             for name, entries in splits.items()}
 

@@ -35,8 +35,8 @@ def find_files(dataset: str) -> dict[str, list[Entry]]:
 
 
 def suffix(name: str) -> str:
-    """The ending of a file name in lower case, without a query."""
-    return PurePosixPath(name.partition("?")[0]).suffix.lower()
+    """The ending of a file name in lower case."""
+    return PurePosixPath(name).suffix.lower()
 
 
 def _find(folder: str) -> dict[str, list[Entry]]:

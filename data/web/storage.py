@@ -44,14 +44,19 @@ class Entry(NamedTuple):
     @property
     def name(self) -> str:
         """The last part of the address."""
-        return self.address.rstrip("/").rpartition("/")[2]
+        return public_name(self.address).rstrip("/").rpartition("/")[2]
 
 
 class RemoteFile(NamedTuple):
-    """A file of a store, and what this machine holds of it: the copy of a table, the record of a shard."""
+    """A file at an address, and what this machine holds of it: the copy of a table, the record of a shard."""
 
     address: str
     path: Path
+
+    @property
+    def name(self) -> str:
+        """The last part of the address."""
+        return public_name(self.address).rpartition("/")[2]
 
 
 class Changed(UserError):
@@ -262,8 +267,9 @@ def _as_bad_sample(address: str) -> Iterator[None]:
         with _readable_errors(address):
             yield
     except UserError as error:
-        reasons = {FileNotFoundError: "missing-file", _ShortAnswer: "truncated"}
-        raise BadSample(reasons.get(type(error.__cause__), "unreadable-file"), str(error)) from error
+        missing, short = (isinstance(error.__cause__, kind) for kind in (FileNotFoundError, _ShortAnswer))
+        reason = "missing-file" if missing else "truncated" if short else "unreadable-file"
+        raise BadSample(reason, str(error)) from error
 
 
 def _reason(address: str, error: Exception) -> str:

@@ -22,7 +22,7 @@ from data.sources.split import ORDER, divide_lone_split
 from data.store.feature_split import FeatureSplit
 from data.web.fetch import FetchPolicy
 from data.web.guard import check_proxy
-from data.web.remote_shards import fetch_shards
+from data.web.remote_files import fetch_files
 from data.web.remote_tables import copy_file
 from data.web.storage import Entry, RemoteFile, is_stored
 from engine.clip.encoder import CPU_TITLES, BatchedEncoder
@@ -73,7 +73,7 @@ def read_rows(cfg: Config, log: Callable[[str], None], stream: bool = False) -> 
 
     def download(dataset: str) -> Mapping[str, Sequence[Path | RemoteFile]]:
         if not stored:
-            return in_splits(fetch_shards(dataset, cache / "shards", fetch_policy(cfg), log))
+            return in_splits(fetch_files(dataset, cache / "shards", fetch_policy(cfg), log))
         copies = {name: [copy_file(entry.address, cache / "stored", log) for entry in entries]
                   for name, entries in stored.items()}
         if not is_sharded:

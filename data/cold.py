@@ -27,8 +27,8 @@ from data.progress import Progress
 from data.shards.index import read_member, read_stored
 from data.store.features import FeatureStore
 from data.store.segments import key_of
-from data.web.fetch import Fetched, FetchPolicy, cached_path, delete_fetched, fetch
-from data.web.guard import unused_proxy
+from data.web.fetched import Fetched, cached_path, delete_fetched
+from data.web.limits import FetchPolicy, unused_proxy
 from data.web.storage import PACKAGES, is_stored
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class Reader:
 
     def fetch(self, urls: Iterable[str]) -> Generator[Fetched]:
         """Fetch these URLs into the folder; yield the result of each as it arrives."""
+        from data.web.fetch import fetch  # its client takes a fifth of a second to import
+
         return fetch(urls, self.folder, self.policy, self.retry_failed)
 
     def forget(self, reference: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ from data.shards.records import ShardRecord, make_record, read_record, record_pa
 from data.shards.stream import ForwardFile, stream_samples
 from data.store.features import FeatureStore
 from data.store.segments import key_of
-from data.web.fetch import disk_errors_as_user_errors
+from data.web.fetched import disk_errors_as_user_errors
 from data.web.storage import Entry, RemoteFile, open_stream, public_name, stat
 
 STATS_AT_ONCE = 16  # shards whose version is asked for at the same time

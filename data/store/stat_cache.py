@@ -22,7 +22,7 @@ from data.cold import is_url
 from data.files import open_regular
 from data.shards.records import recorded_keys
 from data.store.segments import KEY
-from data.web.fetch import cached_path
+from data.web.fetched import cached_path
 from data.web.storage import is_stored
 
 SETTLED = 2.0  # seconds; the coarsest clock of a file system in use

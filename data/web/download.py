@@ -16,9 +16,10 @@ from yarl import URL
 from data.batch import BadSample
 from data.progress import DownloadProgress
 from data.shards.tar import BLOCK, END, is_header
-from data.web.fetch import disk_errors_as_user_errors
+from data.web.fetched import disk_errors_as_user_errors
 from data.web.guard import BadStatus, Sessions, redirect_target
-from data.web.policy import FetchPolicy, follow_redirects, with_retries
+from data.web.limits import FetchPolicy
+from data.web.policy import follow_redirects, with_retries
 
 LEAST_BYTES = 1 << 20  # a try that brings fewer in `policy.timeout` seconds ends, for servers that drip bytes
 PIECE = 1 << 18

@@ -8,7 +8,6 @@ by side on one folder request it once.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 import re
@@ -20,29 +19,22 @@ from itertools import repeat
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
 from yarl import URL
 
-from data.batch import BadSample, UserError
+from data.batch import BadSample
 from data.files import try_lock
+from data.web.fetched import Fetched, cached_path, disk_errors_as_user_errors
 from data.web.guard import Sessions, get, variants_of, web_url
-from data.web.policy import TRANSIENT, FetchPolicy, follow_redirects, with_retries
+from data.web.limits import TRANSIENT, FetchPolicy
+from data.web.policy import follow_redirects, with_retries
 
 POLL_S = 0.01  # between first looks at a URL that another run is fetching; up to 50 times as long later
 STALE = 60.0  # seconds after which a file in `partial/` (written in milliseconds) is one of a killed run
 PERMANENT = re.compile(r"bad-url|too-large|redirects|bad-encoding|empty|not-image|placeholder|http-4..")  # remembered
-
-
-class Fetched(NamedTuple):
-    """The result for one URL: `path` to its bytes, or a short stable `reason` with a `detail` for people."""
-
-    url: str
-    path: Path | None
-    reason: str | None
-    detail: str
 
 
 def fetch(urls: Iterable[str], folder: Path, policy: FetchPolicy, retry_failed: bool = False) -> Generator[Fetched]:
@@ -73,17 +65,6 @@ def fetch(urls: Iterable[str], folder: Path, policy: FetchPolicy, retry_failed: 
                 start(url).add_done_callback(finished.put)
         while pending:
             yield from next_finished()
-
-
-def cached_path(url: str, folder: Path) -> Path:
-    """The path of the bytes of `url` once they are fetched: `folder/xx/SHA256`."""
-    digest = hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()
-    return folder / digest[:2] / digest
-
-
-def delete_fetched(url: str, folder: Path) -> None:
-    """Delete the bytes kept for `url`, which are no picture, so that the next run requests it again."""
-    cached_path(url, folder).unlink(missing_ok=True)
 
 
 class _Results:
@@ -135,16 +116,6 @@ class _Results:
             row = {"url": failure.url, "reason": failure.reason, "detail": failure.detail, "limits": self.limits}
             with disk_errors_as_user_errors(self.folder):
                 self.file.write(json.dumps(row).encode() + b"\n")
-
-
-@contextmanager
-def disk_errors_as_user_errors(folder: Path) -> Iterator[None]:
-    """Turn an OSError of the block into a UserError that names the folder."""
-    try:
-        yield
-    except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"cannot write to {folder}: {why}; free space or name another --cache-dir") from error
 
 
 @contextmanager

@@ -22,9 +22,9 @@ from data.progress import DownloadProgress
 from data.shards.index import MAX_INDEX, expand_braces, indexed, sidecar, tar_digest
 from data.shards.tar import open_tar
 from data.web.download import Downloader, validator_path
-from data.web.fetch import disk_errors_as_user_errors
-from data.web.guard import Sessions, unused_proxy, web_url
-from data.web.policy import FetchPolicy
+from data.web.fetched import disk_errors_as_user_errors
+from data.web.guard import Sessions, web_url
+from data.web.limits import FetchPolicy, unused_proxy
 from data.web.storage import RemoteFile, public_name
 
 MAX_SHARD = 1 << 36  # bytes; larger files are refused

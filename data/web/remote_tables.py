@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.files import fsync, locked, read_text, replace_text
-from data.web.fetch import disk_errors_as_user_errors
+from data.web.fetched import disk_errors_as_user_errors
 from data.web.storage import RemoteFile, open_stream, public_name, stat
 
 

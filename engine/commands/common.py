@@ -20,9 +20,7 @@ from data.sources.remote import find_files
 from data.sources.source import Columns, Download, Rows, in_splits, load_splits
 from data.sources.split import ORDER, divide_lone_split
 from data.store.feature_split import FeatureSplit
-from data.web.fetch import FetchPolicy
-from data.web.guard import check_proxy
-from data.web.remote_files import fetch_files
+from data.web.limits import FetchPolicy, check_proxy
 from data.web.remote_tables import copy_file
 from data.web.storage import Entry, RemoteFile, is_stored
 from engine.clip.encoder import CPU_TITLES, BatchedEncoder
@@ -73,6 +71,8 @@ def read_rows(cfg: Config, log: Callable[[str], None], stream: bool = False) -> 
 
     def download(dataset: str) -> Mapping[str, Sequence[Path | RemoteFile]]:
         if not stored:
+            from data.web.remote_files import fetch_files  # its client takes a fifth of a second to import
+
             return in_splits(fetch_files(dataset, cache / "shards", fetch_policy(cfg), log))
         copies = {name: [copy_file(entry.address, cache / "stored", log) for entry in entries]
                   for name, entries in stored.items()}

@@ -14,6 +14,7 @@ from data import gallery
 from data.batch import ALONE
 from data.cold import Pipeline
 from data.images.decode import ImageSpec
+from data.web.storage import scheme_of
 from engine.clip.model import open_model
 from engine.commands.common import (
     cache_folder,
@@ -60,7 +61,7 @@ def search(cfg: Config, world: World, stop: StopSignal) -> int:
             query_QE = head.image(gallery.image_features(cfg.image, reader, encoders).to(world.device))
             results = rank_items(cfg, titles, query_QE, gallery.open_titles(splits, encoders, cache), head.text)
 
-    dataset = os.path.abspath(cfg.dataset)
+    dataset = cfg.dataset.rstrip("/") if scheme_of(cfg.dataset) else os.path.abspath(cfg.dataset)
     if cfg.html:
         shown = {(answer.split, answer.row) for result in results for answer in result.answers}
         previews = gallery.preview_pictures(splits, shown, cfg.image, reader)

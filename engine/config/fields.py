@@ -61,7 +61,8 @@ class Config:
 
     # The data. Columns are detected by name; three settings override the detection.
     dataset: str = setting("shawhin/yt-title-thumbnail-pairs", "data", IMAGES,
-                           "hub name, folder or file of pairs, or shards (http(s) too)", resumable=True)
+                           "hub name, folder, file or shards of pairs, also at s3:// gs:// az:// hf:// https://",
+                           resumable=True)
     image_column: str = setting("", "data", OWN_DATA, "column with the image or its URL (default: detected)")
     title_column: str = setting("", "data", OWN_DATA, "column with the title (default: detected)")
     negative_column: str = setting("", "data", OWN_DATA, "column with the hard negative title (default: detected)")

@@ -85,8 +85,8 @@ def test_a_stream_gives_the_samples_of_the_file_whatever_the_damage(tmp_path: Pa
             data[at : at + rng.choice((1, 600, 5000))] = rng.randbytes(rng.choice((1, 600, 5000)))
         damaged.append(bytes(data))
     path = tmp_path / "x.tar"
-    for data in damaged:
-        assert streamed(data, str(path)) == indexed(data, path)
+    for content in damaged:
+        assert streamed(content, str(path)) == indexed(content, path)
 
 
 def test_memory_is_bounded_whatever_a_tar_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from data.batch import UserError
 from data.shards.writer import ShardWriter
 from data.sources.source import Download, in_splits, load_splits
 from data.web import download
-from data.web.fetch import FetchPolicy
+from data.web.limits import FetchPolicy
 from data.web.remote_files import fetch_files
 
 POLICY = FetchPolicy(timeout=5.0, allow_hosts=("127.0.0.1",))

@@ -20,7 +20,7 @@ from data.catalogue import DecodeResult
 from data.cold import CHUNK, FeatureWriter, Pipeline, Reader
 from data.images.decode import decode_image
 from data.prefetch import threaded_map
-from data.progress import Progress
+from data.progress import DownloadProgress
 from data.shards.records import ShardRecord, make_record, read_record, record_path, write_record
 from data.shards.stream import ForwardFile, stream_samples
 from data.store.features import FeatureStore
@@ -119,10 +119,13 @@ class _Ingestion:
         self.decode = partial(decode_image, spec=self.reader.spec, max_pixels=self.reader.max_pixels)
         self.budget = _ByteBudget()
         self.failure: Exception | None = None
+        self.progress: DownloadProgress
 
     def run(self, entries: Sequence[Entry]) -> None:
         """Stream these shards, one after the other. Raises UserError, when what came before it is stored."""
-        progress = Progress("shards streamed", len(entries), self.pipeline.log)
+        self.progress = DownloadProgress("shards streamed", len(entries), self.pipeline.log)
+        for entry in entries:
+            self.progress.expect(entry.size)
         chunk: list[DecodeResult] = []
         ended = deque[_Shard]()  # all of whose pictures are decoded, but perhaps not stored
         workers = self.reader.workers
@@ -135,14 +138,14 @@ class _Ingestion:
             if len(chunk) == CHUNK or not chunk:
                 self.writer.add(chunk)
                 chunk = []
-                self._finish(ended, progress)
+                self._finish(ended)
         self.writer.add(chunk)
-        self._finish(ended, progress)
+        self._finish(ended)
         self.writer.flush()  # of a shard that failed, so that another run need not encode it again
         if self.failure is not None:
             raise self.failure
 
-    def _finish(self, ended: deque[_Shard], progress: Progress) -> None:
+    def _finish(self, ended: deque[_Shard]) -> None:
         """Write the records of these shards, whose pictures are all encoded."""
         if ended:
             self.writer.flush()
@@ -151,7 +154,7 @@ class _Ingestion:
             record = make_record(shard.entry, self.reader.max_pixels, shard.problems, shard.rows, shard.keys)
             with disk_errors_as_user_errors(self.pipeline.cache):
                 write_record(self.pipeline.cache, record)
-            progress()
+            self.progress()
 
     def _pictures(self, entries: Sequence[Entry]) -> Iterator[_Picture]:
         """Yield the pictures of shards in order, up to the first `failure`."""
@@ -168,6 +171,7 @@ class _Ingestion:
             for sample in stream_samples(file, shard.report):
                 shard.rows.append(sample.values)
                 self.budget.take(len(sample.image))
+                self.progress.add_bytes(len(sample.image))
                 yield _Picture(shard, sample.image)
             file.skip_rest()  # the stream's last block comes only if the shard has not changed meanwhile
         yield _Picture(shard, None)

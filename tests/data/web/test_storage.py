@@ -10,7 +10,8 @@ import fsspec
 import pandas
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from helpers import inside
+from helpers import inside, run
+from hub import Hub
 from scenes import make_pairs
 
 from data.batch import BadSample, UserError
@@ -100,6 +101,12 @@ def test_training_from_a_table_of_a_store_reads_its_images_there_once(store: Mem
     again = inside([*arguments, "--out", tmp_path / "again"])
     assert again.returncode == 0 and "0 images and 0 titles encoded" in again.stderr, again.stderr
     assert not list((tmp_path / "cache").rglob("*.jpg"))
+
+
+def test_a_folder_of_a_hub_repository_is_read_through_its_own_driver(hub: Hub, tmp_path: Path) -> None:
+    done = run(["check", "--dataset", "hf://datasets/shawhin/yt-title-thumbnail-pairs/data", "--cache-dir", tmp_path,
+                "--allow-host", "127.0.0.1"], env=hub.env)
+    assert "train 53, valid 11, test 12" in done.stdout, done.stderr
 
 
 class Broken(MemoryFileSystem):

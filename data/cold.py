@@ -24,11 +24,12 @@ from data.images.augment import Region
 from data.images.decode import ImageSpec, collate_tokens, decode_image, tokenize
 from data.prefetch import batched, threaded_map
 from data.progress import Progress
-from data.shards.index import is_range, read_member
+from data.shards.index import is_range, read_member, read_stored
 from data.store.features import FeatureStore
 from data.store.segments import key_of
-from data.web.fetch import Fetched, FetchPolicy, cached_path, delete_fetched, fetch
-from data.web.guard import unused_proxy
+from data.web.fetched import Fetched, cached_path, delete_fetched
+from data.web.limits import FetchPolicy, unused_proxy
+from data.web.storage import PACKAGES, is_stored
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,6 +41,8 @@ SEGMENT = 4096  # features written at once
 PIXELS = 1 << 28  # bytes of decoded images that a rank keeps from the opening for the first evaluation
 NO_PICTURE = {"empty", "not-image", "truncated", "undecodable"}  # reasons of `decode_image` that are in the bytes
 URL_START = "^(?i)https?://"
+STORE_START = f"^(?i)({'|'.join(PACKAGES)})://"
+STORE_REQUESTS = 32  # images that are read from a store at the same time
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Reader:
 
     def fetch(self, urls: Iterable[str]) -> Generator[Fetched]:
         """Fetch these URLs into the folder; yield the result of each as it arrives."""
+        from data.web.fetch import fetch  # its client takes a fifth of a second to import
+
         return fetch(urls, self.folder, self.policy, self.retry_failed)
 
     def forget(self, reference: str) -> None:
@@ -68,6 +73,8 @@ class Reader:
         try:
             if not reference:
                 raise BadSample("no-image", "the row names no image")
+            if is_stored(reference):
+                return read_stored(reference, self.policy.max_bytes)
             if is_url(reference):
                 return read_regular(cached_path(reference, self.folder))
             return read_member(reference) if is_range(reference) else read_regular(reference)
@@ -145,13 +152,13 @@ def decode_distinct(catalogue: Catalogue, reader: Reader, references: Sequence[i
     """
     decode = decode or partial(decode_image, spec=reader.spec, max_pixels=reader.max_pixels)
 
-    def read_and_decode(available: tuple[int, BadSample | None]) -> DecodeResult:
-        index, problem = available
-        if problem is not None:
-            return DecodeResult(index, b"", problem)
+    def read_and_decode(available: tuple[int, BadSample | bytes | None]) -> DecodeResult:
+        index, read = available
+        if isinstance(read, BadSample):
+            return DecodeResult(index, b"", read)
         reference = catalogue.references[index].as_py()
         try:
-            data = reader.read(reference)
+            data = read or reader.read(reference)
             key = key_of(data)
             return DecodeResult(index, key, None, None if known(key) else decode(data))
         except BadSample as failure:
@@ -166,15 +173,32 @@ def decode_distinct(catalogue: Catalogue, reader: Reader, references: Sequence[i
         yield result
 
 
-def _available(catalogue: Catalogue, reader: Reader, references: np.ndarray,
-               log: Callable[[str], None]) -> Iterator[tuple[int, BadSample | None]]:
-    """Yield the references as their bytes become readable: local ones at once, URLs as the fetcher finishes them."""
+def _matching(references: pa.StringArray, pattern: str) -> np.ndarray:
+    """Return which references match, bool [M]."""
     import pyarrow.compute as pc
 
-    matches = pc.match_substring_regex(catalogue.references, URL_START)
-    is_remote_R = matches.to_numpy(zero_copy_only=False)[references]
-    for index in references[~is_remote_R]:
+    return pc.match_substring_regex(references, pattern).to_numpy(zero_copy_only=False)
+
+
+def _available(catalogue: Catalogue, reader: Reader, references: np.ndarray,
+               log: Callable[[str], None]) -> Iterator[tuple[int, BadSample | bytes | None]]:
+    """Yield the references as their bytes become readable, or why they cannot be.
+
+    Local ones come at once, those in a store with their bytes, URLs as the fetcher finishes them.
+    """
+    is_remote_R = _matching(catalogue.references, URL_START)[references]
+    is_stored_R = _matching(catalogue.references, STORE_START)[references]
+    for index in references[~(is_remote_R | is_stored_R)]:
         yield int(index), None
+
+    def read(index: int) -> tuple[int, BadSample | bytes]:
+        try:
+            return index, reader.read(catalogue.references[index].as_py())
+        except BadSample as problem:
+            return index, problem
+
+    if is_stored_R.any():
+        yield from threaded_map(read, references[is_stored_R].tolist(), STORE_REQUESTS, STORE_REQUESTS)
     remote = references[is_remote_R]
     in_flight: dict[str, int] = {}  # URL -> its reference; references are distinct, so no URL comes twice
 
@@ -226,34 +250,51 @@ def check_images(catalogue: Catalogue, reader: Reader, references: Sequence[int]
     return results
 
 
+class FeatureWriter:
+    """Encodes the pictures that a store lacks, and stores their features in segments; without a store it does nothing.
+
+    `known` may be called from any thread.
+    """
+
+    def __init__(self, store: FeatureStore | None, encode: Callable[[Tensor], Tensor]) -> None:
+        self.store, self.encode = store, encode
+        self._unwritten: dict[bytes, Tensor] = {}  # key -> features [V] that are not yet in the store
+        self._lock = threading.Lock()
+
+    def known(self, key: bytes) -> bool:
+        """Return whether the features of a content key are computed."""
+        with self._lock:
+            return self.store is not None and (key in self._unwritten or self.store.locate(as_keys([key]))[0] >= 0)
+
+    def add(self, chunk: Sequence[DecodeResult]) -> None:
+        """Encode the new pictures of a chunk at once."""
+        if self.store is None:
+            return
+        new = {each.key: each.pixels for each in chunk if each.pixels is not None and not self.known(each.key)}
+        if new:
+            features_BV = self.encode(torch.from_numpy(np.stack(list(new.values())))).cpu()
+            with self._lock:
+                self._unwritten.update(zip(new, features_BV, strict=True))
+        if len(self._unwritten) >= SEGMENT:
+            self.flush()
+
+    def flush(self) -> None:
+        """Store what has been encoded. Raises UserError."""
+        with self._lock:
+            if self.store is not None and self._unwritten:
+                self.store.append(as_keys(list(self._unwritten)), torch.stack(list(self._unwritten.values())))
+                self._unwritten.clear()
+
+
 def encode_missing_images(catalogue: Catalogue, reader: Reader, references: Sequence[int], store: FeatureStore,
                           encode: Callable[[Tensor], Tensor], log: Callable[[str], None]) -> DecodeResults:
     """Read the given references; encode those that the store does not hold yet, in CHUNKs, and store the features."""
-    results = DecodeResults()
-    unwritten: set[bytes] = set()  # keys that are encoded, and not yet in the store
-    lock = threading.Lock()  # `known` is called from the decoding threads
-
-    def known(key: bytes) -> bool:
-        with lock:
-            return key in unwritten or store.locate(as_keys([key]))[0] >= 0
-
-    keys: list[bytes] = []
-    values: list[Tensor] = []
-    for chunk in batched(decode_distinct(catalogue, reader, references, known, log), CHUNK):
+    results, writer = DecodeResults(), FeatureWriter(store, encode)
+    for chunk in batched(decode_distinct(catalogue, reader, references, writer.known, log), CHUNK):
         for result in chunk:
             results.add(result)
-        new = {result.key: result.pixels for result in chunk if result.pixels is not None and not known(result.key)}
-        if new:
-            keys += new
-            unwritten.update(new)
-            values.append(encode(torch.from_numpy(np.stack(list(new.values())))).cpu())
-        if len(keys) >= SEGMENT:
-            with lock:
-                store.append(as_keys(keys), torch.cat(values))
-                unwritten.clear()
-            keys, values = [], []
-    if keys:
-        store.append(as_keys(keys), torch.cat(values))
+        writer.add(chunk)
+    writer.flush()
     return results
 
 

@@ -17,10 +17,12 @@ import os
 import re
 import shutil
 import stat
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 MARK = ".thumbtune"
 GENERATOR = '<meta name="generator" content="thumbtune">'  # the mark of an HTML page
@@ -312,19 +314,36 @@ def changed_files(root: Path, digests: Mapping[str, str]) -> list[str]:
     return wrong
 
 
+def try_lock(file: int | IO[bytes]) -> bool:
+    """Lock an open file or folder without waiting; False where another process holds it or has just deleted it.
+
+    The kernel frees the lock when the file is closed, also by a kill. On a file system without locks nobody is refused.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return os.fstat(file if isinstance(file, int) else file.fileno()).st_nlink > 0
+
+
+@contextmanager
+def locked(path: Path, pause: float = 0.2) -> Iterator[None]:
+    """Hold the lock file `path`, which stays, for a block; wait while another process holds it. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        while not try_lock(file):
+            time.sleep(pause)
+        yield
+
+
 def lock_folder(folder: Path) -> bool:
     """Lock `folder` for this process as long as it lives; False if another one holds the lock."""
     handle = os.open(folder, os.O_RDONLY)
     place = os.fstat(handle).st_dev, os.fstat(handle).st_ino
-    if place in _locks:
+    if place in _locks or not try_lock(handle):
         os.close(handle)
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        return False
-    except OSError:  # a file system without locks: no process is refused there
-        pass
+        return place in _locks
     _locks[place] = handle
     return True

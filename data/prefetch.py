@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count, islice
@@ -72,7 +72,7 @@ class EpochBatches:
 
 
 def threaded_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int,
-                 depth: int) -> Iterator[Result]:
+                 depth: int) -> Generator[Result]:
     """Map in order over threads, at most `depth` results ahead of the consumer, so that memory stays bounded.
 
     An exception of `function` is raised where its result would have come. Closing the iterator stops the work.

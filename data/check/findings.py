@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from data.text import markdown_table
-from data.web.policy import TRANSIENT
+from data.web.limits import TRANSIENT
 
 SEVERITIES = ("error", "warning", "hint")
 TINY = 64  # pixels; CLIP sees 224

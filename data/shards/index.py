@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from data.files import open_descriptor
 from data.ledger import Ledger
 from data.shards.samples import MAX_IMAGE, class_names_beside, row, samples
 from data.shards.tar import BLOCK, members, open_tar, read_at
+from data.web import storage
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -64,6 +65,16 @@ def read_member(reference: str) -> bytes:
     if len(data) < size:
         raise BadSample("truncated", f"{path} ends before the {size} bytes at {offset} do")
     return data
+
+
+def read_stored(reference: str, most: int) -> bytes:
+    """The bytes of an image in a store, of at most `most`, or of its part ADDRESS#OFFSET+SIZE. Raises BadSample."""
+    if REFERENCE.fullmatch(reference) is None:
+        return storage.read(reference, most)
+    address, offset, size = parse_reference(reference)
+    if size > MAX_IMAGE:
+        raise BadSample("too-large", f"{size} bytes, {MAX_IMAGE} allowed")
+    return storage.read_range(address, offset, size)
 
 
 class _Handle:
@@ -169,14 +180,17 @@ def scanned(path: Path, file: BinaryIO, ledger: Ledger | None) -> pa.Table:
         if ledger is not None:
             ledger({"shard": str(path), "key": key, "reason": problem.reason, "detail": problem.detail})
 
-    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    rows: list[tuple[Any, ...]] = []
     classes = class_names_beside(path)
     for key, files in samples(members(file, report)):
         try:
-            values = key, *row(file, files, classes)
+            rows.append((key, *row(file, files, classes)))
         except BadSample as problem:
             report(key, problem)
-            continue
-        for column, value in zip(columns.values(), values, strict=True):
-            column.append(value)
-    return _table(columns, COLUMNS)
+    return table_of(rows)
+
+
+def table_of(rows: Sequence[tuple[Any, ...]]) -> pa.Table:
+    """The index of samples, from the values of COLUMNS of each."""
+    columns = zip(*rows, strict=True) if rows else [()] * len(COLUMNS)
+    return _table(dict(zip(COLUMNS, columns, strict=True)), COLUMNS)

@@ -21,7 +21,7 @@ from data.progress import Progress
 from data.shards.writer import ShardWriter
 from data.sources.embedded import shown_name
 from data.sources.source import Rows
-from data.web.fetch import Fetched
+from data.web.fetched import Fetched
 
 QUALITY = 95  # of re-encoded crops, without chroma subsampling: within 3/255 of the crop on photographs, on average
 

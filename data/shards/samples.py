@@ -12,11 +12,11 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from data.batch import BadSample
 from data.files import read_text
-from data.shards.tar import Member, read_at
+from data.shards.tar import Member, SeekableFile, read_at
 
 MAX_TEXT = 1 << 20  # bytes of a title, of a JSON file
 MAX_IMAGE = 1 << 26
@@ -46,7 +46,7 @@ def samples(files_of_tar: Iterable[Member]) -> Iterator[tuple[str, dict[str, Mem
         yield current, files
 
 
-def row(file: BinaryIO, files: Mapping[str, Member],
+def row(file: SeekableFile, files: Mapping[str, Member],
         classes: Sequence[str] = ()) -> tuple[int, int, list[str], list[str]]:
     """Offset and size of the image, titles (at least one), negatives. Raises BadSample."""
     image = _choose(files, IMAGES)
@@ -113,7 +113,7 @@ def _choose(files: Mapping[str, Member], endings: Iterable[str]) -> Member | Non
     return files[others[0]] if others else None
 
 
-def _content(file: BinaryIO, member: Member) -> bytes:
+def _content(file: SeekableFile, member: Member) -> bytes:
     if member.fault is not None:
         raise member.fault
     if member.size > MAX_TEXT:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from data.batch import BadSample, UserError
 from data.files import open_regular
@@ -19,6 +19,20 @@ PADDING = 1 << 16  # bytes of zeros that may end a tar; more of them are a hole 
 MAX_EXTENSION = 1 << 20  # bytes of an extended header
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zX": "xz", b"(\xb5/\xfd": "zstd"}
 NOT_A_FILE = {b"1": "hard link", b"2": "symbolic link", b"3": "device", b"4": "device", b"6": "pipe", b"S": "sparse"}
+
+
+class SeekableFile(Protocol):
+    """A file that is read at given offsets: an open one, or `data.shards.stream.ForwardFile`."""
+
+    @property
+    def name(self) -> str:
+        """The name that messages have for the file."""
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """Set where the next `read` begins; return it."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Return up to `size` bytes from there."""
 
 
 class Member(NamedTuple):
@@ -39,7 +53,7 @@ class _Header(NamedTuple):
     mapped: int  # of a sparse file: not 0 if its map continues in the next block
 
 
-def members(file: BinaryIO, report: Callable[[str, BadSample], None]) -> Iterator[Member]:
+def members(file: SeekableFile, report: Callable[[str, BadSample], None]) -> Iterator[Member]:
     """Walk from header to header without reading what lies between; behind damage, from the next sound header."""
     end, at, closed = file.seek(0, os.SEEK_END), 0, False
     extra: dict[str, Any] = {}  # fields that extended headers give to the next member
@@ -106,7 +120,7 @@ def _number(field: bytes) -> int:
     return int(digits or b"0", 8)
 
 
-def _extension(file: BinaryIO, kind: bytes, at: int, size: int, end: int) -> dict[str, Any]:
+def _extension(file: SeekableFile, kind: bytes, at: int, size: int, end: int) -> dict[str, Any]:
     """Name, size, fault that an extended header (L: GNU's long name, x: pax records) gives to the member after it."""
     if size > MAX_EXTENSION or at + size > end:
         return {"fault": BadSample("bad-header", f"extended by {size} bytes, {MAX_EXTENSION} allowed")}
@@ -146,7 +160,7 @@ def _decimal(digits: bytes) -> int:
     return int(digits)
 
 
-def _behind_damage(file: BinaryIO, at: int, end: int, report: Callable[[str, BadSample], None]) -> int:
+def _behind_damage(file: SeekableFile, at: int, end: int, report: Callable[[str, BadSample], None]) -> int:
     """The offset of the next header, or `end`. Bytes before it are reported, but for the zeros that end a tar."""
     start = at
     blank = True
@@ -162,7 +176,7 @@ def _behind_damage(file: BinaryIO, at: int, end: int, report: Callable[[str, Bad
     return at
 
 
-def _no_tar(file: BinaryIO) -> UserError:
+def _no_tar(file: SeekableFile) -> UserError:
     start = read_at(file, 0, min(file.seek(0, os.SEEK_END), 4))
     for magic, program in COMPRESSED.items():
         if start.startswith(magic):
@@ -175,7 +189,7 @@ def open_tar(path: str | Path) -> BinaryIO:
     return open_regular(path, buffering=8 * BLOCK)
 
 
-def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+def read_at(file: SeekableFile, offset: int, size: int) -> bytes:
     """Exactly these bytes, which lie inside the file. Raises OSError if it has become shorter."""
     file.seek(offset)
     data = file.read(size)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 import tarfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from data.batch import BadSample, UserError
-from data.files import fsync
+from data.files import fsync, try_lock
 from data.shards.index import INDEX, indexed, seal, sidecar
 from data.shards.samples import IMAGES, MAX_TEXT, check_image, titles_and_negatives
 from data.shards.tar import BLOCK, END, open_tar
@@ -99,12 +99,9 @@ class ShardWriter:
     def _begin(self) -> None:
         self._file, self._bytes, self._digest = open(self._part, "ab+"), 0, hashlib.sha256()
         is_ours = False
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(FileNotFoundError):
             # Its owner may have renamed the file after we opened it; then it is a finished shard, not to be emptied.
-            is_ours = os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._part))
-        except (BlockingIOError, FileNotFoundError):
-            pass
+            is_ours = try_lock(self._file) and os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._part))
         if not is_ours:
             self._file.close()
             raise UserError(f"{self.folder}: another process is writing {self.name} shards there; wait for it")

@@ -22,7 +22,8 @@ from data.sources.embedded import EmbeddedPictures
 from data.sources.options import ReadOptions
 from data.sources.paths import Places
 from data.sources.split_names import LONE, NAMES
-from data.sources.tables import TABLES, read_table, without_sidecars
+from data.sources.tables import TABLES, File, read_remote, read_table, without_sidecars
+from data.web.storage import RemoteFile, parent, public_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -69,17 +70,30 @@ def file_part(split: str, file: Path, reading: Reading) -> Part:
     return Part(split, str(file), folders_of(folder), read, anywhere=reading.is_own)
 
 
-def file_parts(splits: Mapping[str, Sequence[Path]], reading: Reading) -> list[Part]:
+def remote_part(split: str, file: RemoteFile, reading: Reading) -> Part:
+    """The part that a table or shard in a store holds; its images lie there too, or at other addresses."""
+    read = partial(read_remote, file, reading.options, embedded=reading.embedded)
+    return Part(split, public_name(file.address), [parent(file.address)], read, anywhere=False)
+
+
+def file_parts(splits: Mapping[str, Sequence[Path | RemoteFile]], reading: Reading) -> list[Part]:
     """The parts of files by split."""
-    return [file_part(split, file, reading) for split, files in splits.items() for file in files]
+    parts = []
+    for split, files in splits.items():
+        for file in files:
+            if isinstance(file, RemoteFile):
+                parts.append(remote_part(split, file, reading))
+            else:
+                parts.append(file_part(split, file, reading))
+    return parts
 
 
-def by_split(entries: Sequence[Path]) -> dict[str, list[Path]]:
+def by_split(entries: Sequence[File]) -> dict[str, list[File]]:
     """Files called after a split (`train.csv`, `val-00001-of-00009.parquet`); where there are shards, shards alone."""
     named = [(match, entry) for entry in without_sidecars(entries)
              if (match := SPLIT_FILE.fullmatch(entry.name.lower()))]
     shards = [(match, entry) for match, entry in named if match[3] == "tar"]
-    kinds: dict[tuple[str, str], list[Path]] = {}
+    kinds: dict[tuple[str, str], list[File]] = {}
     for match, entry in shards or named:
         kind = f"{match[1]}{'-*' if match[2] else ''}.{match[3]}{match[4] or ''}"
         kinds.setdefault((NAMES[match[1]], kind), []).append(entry)
@@ -97,16 +111,16 @@ def by_word(files: Sequence[Path]) -> dict[str, list[Path]]:
     return splits
 
 
-def in_splits(files: Sequence[Path]) -> dict[str, list[Path]]:
+def in_splits(files: Sequence[File]) -> dict[str, list[File]]:
     """The files that a pattern names, by split if all of them are called after one."""
     splits = by_split(files)
     named = sum(map(len, splits.values()))
     return splits if named == len(files) else {LONE: list(files)}
 
 
-def one_kind(named: Iterable[tuple[str, str, list[Path]]]) -> dict[str, list[Path]]:
+def one_kind(named: Iterable[tuple[str, str, list[File]]]) -> dict[str, list[File]]:
     """The files by split, from (split, its name there, files). Raises UserError for a split under two names."""
-    splits: dict[str, tuple[str, list[Path]]] = {}
+    splits: dict[str, tuple[str, list[File]]] = {}
     for split, kind, files in named:
         if split in splits:
             raise UserError(f"split {split!r} is there twice, as {splits[split][0]} and {kind}; keep one")

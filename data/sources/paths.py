@@ -18,12 +18,14 @@ import numpy as np
 
 from data.batch import BadSample, UserError
 from data.ledger import Account
+from data.web.storage import PACKAGES, scheme_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 ENDINGS = "|".join(re.escape(ending) for ending in sorted(PICTURES))
+ADDRESS = f"^(https?|{'|'.join(PACKAGES)})://"  # images at such an address are read
 URL = "^[a-z][a-z0-9+.-]+://"
 NUMBERED = rf"(?i)({ENDINGS})#\d+$"  # Flickr8k.token.txt counts the captions of an image so
 TEMPLATE = re.compile(r"([^{}]*)\{(?::?0?(\d+)d?)?\}([^{}]*)")
@@ -42,6 +44,11 @@ class Places:
     anywhere: bool = False  # absolute paths and .. may leave the folders
     template: str = ""  # makes a path of an id
     ending: str = ""  # what the names lack
+
+    @property
+    def in_store(self) -> bool:
+        """True for a table in a store, whose relative paths are addresses below its own."""
+        return bool(scheme_of(self.folders[0]))
 
     def under(self, root: str) -> Places:
         """Return the places with the user's folder in place of the table's. Raises UserError."""
@@ -69,7 +76,7 @@ def absolute_paths(column: pa.ChunkedArray, places: Places, label: str, account:
     import pyarrow as pa
 
     chunks = [_spelt(chunk, places, label, account) for chunk in column.chunks]
-    if places.relative:
+    if places.relative and not places.in_store:
         places = _find(chunks, places, label, account)
     paths, start = [], 0
     for chunk in chunks:
@@ -88,9 +95,9 @@ def _spelt(path: pa.Array, places: Places, label: str, account: Account) -> pa.A
         account.note(f"{label}: image addresses that begin with // are read as https://")
         path = pc.if_else(pc.fill_null(bare, False), pc.binary_join_element_wise("https:", path, ""), path)
     is_file = pc.match_substring_regex(path, "^file:", ignore_case=True)
-    path = _changed(path, is_file, _path_of_file_url)
+    path = _changed(path, is_file, path_of_file_url)
     is_url = pc.match_substring_regex(path, URL, ignore_case=True)
-    if places.relative:
+    if places.relative and not places.in_store:
         base = places.folders[0]
         backslashed = pc.and_not(pc.match_substring(path, "\\"), is_url)
         slashed = _changed(path, backslashed, lambda text: _slashed(base, text))
@@ -123,8 +130,8 @@ def _changed(path: pa.Array, mask: pa.Array, change: Callable[[str], str]) -> pa
     return pc.replace_with_mask(path, mask, pa.array(values, pa.string()))
 
 
-def _path_of_file_url(text: str) -> str:
-    """file:///a%20b.jpg, file://localhost/a.jpg and file:/a.jpg as paths."""
+def path_of_file_url(text: str) -> str:
+    """Return file:///a%20b.jpg, file://localhost/a.jpg and file:/a.jpg as paths."""
     path = re.sub(r"^file:(//(localhost(?=/))?)?", "", text, flags=re.IGNORECASE)
     return unquote(path)
 
@@ -151,7 +158,9 @@ def _fill_template(path: pa.Array, template: str) -> pa.Array:
 def _absolute(path: pa.Array, start: int, places: Places, problems: dict[int, BadSample]) -> pa.Array:
     import pyarrow.compute as pc
 
-    url = pc.match_substring_regex(path, "^https?://", ignore_case=True)
+    if places.in_store:
+        return _in_store(path, start, places, problems)
+    url = pc.match_substring_regex(path, ADDRESS if places.anywhere else "^https?://", ignore_case=True)
     absolute = pc.starts_with(path, "/")
     roots = tuple(folder.rstrip("/") + "/" for folder in places.folders)
     full = path
@@ -170,6 +179,21 @@ def _absolute(path: pa.Array, start: int, places: Places, problems: dict[int, Ba
             image = path[row].as_py()[:200]
             problems[start + int(row)] = BadSample(
                 "outside-folder", f"the image {image!r} is no URL and no file below {places.folders[0]}; {fix}")
+    return full
+
+
+def _in_store(path: pa.Array, start: int, places: Places, problems: dict[int, BadSample]) -> pa.Array:
+    """Addresses as they are, other paths as addresses below the table's; what names a local file is a problem."""
+    import pyarrow.compute as pc
+
+    folder = places.folders[0]
+    is_address = pc.fill_null(pc.match_substring_regex(path, ADDRESS, ignore_case=True), False)
+    full = pc.if_else(is_address, path, pc.binary_join_element_wise(f"{folder}/", path, places.ending, ""))
+    suspect = pc.fill_null(pc.match_substring_regex(path, r"^/|://|(^|/)\.\.(/|$)"), False)
+    for row in np.flatnonzero(pc.and_not(suspect, is_address).to_numpy(zero_copy_only=False)):
+        problems[start + int(row)] = BadSample(
+            "outside-folder", f"the image {path[row].as_py()[:200]!r} is neither below {folder} nor an address that is "
+                              "read; a table of a store names no files of this machine")
     return full
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -18,15 +18,17 @@ from data.sources.labels import class_titles
 from data.sources.library import hub_parts
 from data.sources.options import ReadOptions as ReadOptions
 from data.sources.parts import Part, Reading, expand, file_parts, in_splits
+from data.sources.paths import path_of_file_url
 from data.sources.rows import Columns as Columns
 from data.sources.rows import Rows as Rows
 from data.sources.rows import join_tables, to_row_columns
 from data.sources.split import ORDER, WHOLE
 from data.sources.split_names import LONE, divide_by_column, select_groups, without_split_column
 from data.sources.tables import TABLES, ending
+from data.web.storage import RemoteFile, parent, scheme_of
 
 DETECT = ReadOptions()
-Download = Callable[[str], Sequence[Path]]
+Download = Callable[[str], Mapping[str, Sequence[Path | RemoteFile]]]  # the files at an address, by split
 
 
 def _refuse(pattern: str) -> NoReturn:
@@ -39,14 +41,17 @@ def load_splits(dataset: str, options: ReadOptions = DETECT, ledger: Ledger = di
     """Read a dataset's splits: `train`, `valid`, `test` in this order, then others under the names they have.
 
     `dataset`: a folder with {train,valid,test} as .csv .tsv .jsonl .parquet, as -*.tar shards or as folders; a folder
-    that is one table, shards, or images with KEY.txt and KEY.json; one such file; a pattern `train-{000..009}.tar`,
-    also as an address, whose files `download` brings; or a hub name OWNER/NAME, with several configurations
-    OWNER/NAME:CONFIGURATION. A lone split, unless it is called valid or test, is called train: `divide_lone_split`
-    makes it three. `ledger` gets an entry for each row that cannot be read (see data/ledger.py); every other row is
-    kept, also without image or title. `log` gets a line for what was not used or was changed. Pictures that a Parquet
-    file holds are copied to the folder `embedded` (see data/sources/embedded.py). Raises UserError.
+    that is one table, shards, or images with KEY.txt and KEY.json; one such file; a pattern `train-{000..009}.tar`;
+    tables and shards at an address, which `download` brings, by split; or a hub name OWNER/NAME, with several
+    configurations OWNER/NAME:CONFIGURATION. A lone split, unless it is called valid or test, is called train:
+    `divide_lone_split` makes it three. `ledger` gets an entry for each row that cannot be read (see data/ledger.py);
+    every other row is kept, also without image or title. `log` gets a line for what was not used or was changed.
+    Pictures that a Parquet file holds are copied to the folder `embedded` (see data/sources/embedded.py). Raises
+    UserError.
     """
     account = Account(ledger, log)
+    if scheme_of(dataset) == "file":
+        dataset = path_of_file_url(dataset)
     reading = Reading(options, EmbeddedPictures(embedded, log), is_own="://" not in dataset)
     try:
         splits = _read(_parts(dataset, reading, download, account), reading, account)
@@ -63,7 +68,7 @@ def _parts(dataset: str, reading: Reading, download: Download, account: Account)
     path = Path(dataset).expanduser()
     folder, colon, configuration = dataset.rpartition(":")
     if "://" in dataset:
-        return file_parts(in_splits(download(dataset)), reading)
+        return file_parts(download(dataset), reading)
     if path.is_dir():
         return folder_parts(Folder(path, "", reading, account))
     if path.is_file():
@@ -98,7 +103,7 @@ def _read(parts: Sequence[Part], reading: Reading, account: Account) -> dict[str
             divided = {name: without_split_column(name, tables, account)}
         else:
             divided = divide_by_column(name, tables, labels, options, account)
-        label = labels[0] if len({*labels}) == 1 else str(Path(labels[0]).parent)
+        label = labels[0] if len({*labels}) == 1 else parent(labels[0])
         for split, each in divided.items():
             rows[split] = join_tables(split, each, label, account)
     return rows

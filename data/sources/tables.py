@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from data.batch import UserError
 from data.files import open_regular
 from data.ledger import Account
 from data.shards.index import read_index
+from data.shards.records import read_record
 from data.shards.samples import class_names_beside
 from data.sources.arrow_tables import read_arrow, read_parquet
 from data.sources.csv_tables import read_csv
@@ -26,10 +27,20 @@ from data.sources.options import ReadOptions
 from data.sources.pictures import PICTURES, SIDECARS, is_picture, pictures
 from data.sources.records import from_records
 from data.sources.rows import LABEL, detect_columns, holds_bytes, rename_to_roles
+from data.web.storage import RemoteFile
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+class Named(Protocol):
+    """A file or folder, here or in a store, by its name."""
+
+    @property
+    def name(self) -> str:
+        """The last part of its path or address."""
+
+
+File = TypeVar("File", bound=Named)
 ADDRESS = re.compile(r"\s*(https?:)?//", re.IGNORECASE)
 TEXT_READERS: dict[str, Callable[[Path, ReadOptions, Account], pa.Table]] = {  # also with .gz after the ending
     ".csv": partial(read_csv, delimiter=","), ".tsv": partial(read_csv, delimiter="\t"), ".jsonl": read_json_lines,
@@ -60,12 +71,13 @@ def ending(path: str | Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def without_sidecars(files: Sequence[Path]) -> list[Path]:
+def without_sidecars(files: Sequence[File]) -> list[File]:
     """Files of one folder without the JSON files that are no tables: those of images, and those about a dataset."""
-    images = {file.stem for file in files if is_picture(file.name)}
-    has_sidecars = any(file.stem in images for file in files if file.suffix.lower() in SIDECARS)
-    return [file for file in files if file.suffix.lower() != ".json"
-            or not (has_sidecars or file.name in NO_ROWS or file.name.endswith("_stats.json"))]
+    names = [Path(file.name) for file in files]
+    images = {name.stem for name in names if is_picture(name.name)}
+    has_sidecars = any(name.stem in images for name in names if name.suffix.lower() in SIDECARS)
+    return [file for file, name in zip(files, names, strict=True) if name.suffix.lower() != ".json"
+            or not (has_sidecars or name.name in NO_ROWS or name.name.endswith("_stats.json"))]
 
 
 def read_table(path: Path, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
@@ -90,21 +102,38 @@ def read_table(path: Path, options: ReadOptions, account: Account, embedded: Emb
     return TEXT_READERS[".csv" if kind == ".txt" else kind](path, options, account)
 
 
+def read_remote(file: RemoteFile, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
+    """A table of a store by its copy, or a shard by its record. Raises UserError."""
+    if ending(file.name) != ".tar":
+        return read_table(file.path, options, account, embedded)
+    record = read_record(file.path)
+    if record is None:
+        raise UserError(f"{file.address}: its record {file.path} is gone or damaged; run again")
+    for entry in record.problems:
+        account.drop_sample(entry)
+    return _index_as_rows(record.table, file.address, options, account)
+
+
 def _shard(path: Path, options: ReadOptions, account: Account) -> pa.Table:
+    table = _index_as_rows(read_index(path, account.drop_sample), str(path.absolute()), options, account)
+    if classes := class_names_beside(path):
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        title = pc.list_element(table["title"], 0)
+        is_class = pc.and_(pc.is_in(title, pa.array(classes)), pc.equal(pc.list_value_length(table["title"]), 1))
+        table = table.append_column(LABEL, pc.if_else(is_class, title, pa.scalar(None, pa.string())))
+    return table
+
+
+def _index_as_rows(index: pa.Table, shard: str, options: ReadOptions, account: Account) -> pa.Table:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    index = read_index(path, account.drop_sample)
     at, size = (index[name].cast(pa.string()) for name in ("image_offset", "image_size"))
-    image = pc.binary_join_element_wise(f"{path.absolute()}#", at, "+", size, "")
+    image = pc.binary_join_element_wise(f"{shard}#", at, "+", size, "")
     table = pa.table({"image": image, "title": index["title"], "title_neg": index["title_neg"]})
-    table = rename_to_roles(table, detect_columns(table.column_names, options.columns, str(path), account))
-    if classes := class_names_beside(path):
-        title = pc.list_element(table["title"], 0)
-        is_class = pc.and_(pc.is_in(title, pa.array(classes)), pc.equal(pc.list_value_length(table["title"]), 1))
-        label = pc.if_else(is_class, title, pa.scalar(None, pa.string()))
-        table = table.append_column(LABEL, label)
-    return table
+    return rename_to_roles(table, detect_columns(table.column_names, options.columns, shard, account))
 
 
 def holds_addresses(path: Path, options: ReadOptions) -> bool:

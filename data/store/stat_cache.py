@@ -21,8 +21,10 @@ import numpy as np
 from data.cold import is_url
 from data.files import open_regular
 from data.shards.index import is_range, parse_reference
+from data.shards.records import recorded_keys
 from data.store.segments import KEY
-from data.web.fetch import cached_path
+from data.web.fetched import cached_path
+from data.web.storage import is_stored
 
 SETTLED = 2.0  # seconds; the coarsest clock of a file system in use
 
@@ -30,8 +32,9 @@ SETTLED = 2.0  # seconds; the coarsest clock of a file system in use
 class StatCache:
     """Content keys of M references whose files have not changed since they were last read.
 
-    `paths` are files, URLs (with fetched bytes in the folder `fetched`), ranges of files, or "". `keys` [M, 16] are
-    valid where `known` [M] is true. A cache that cannot be read counts as empty; failed writes are ignored.
+    `paths` are files, URLs (with fetched bytes in the folder `fetched`), ranges of files, or "". Members of streamed
+    shards are known by the records of these; other images in a store count, as URLs do, as unchanged. `keys` [M, 16]
+    are valid where `known` [M] is true. A cache that cannot be read counts as empty; failed writes are ignored.
     """
 
     def __init__(self, folder: Path, paths: Sequence[str], fetched: Path) -> None:
@@ -46,6 +49,8 @@ class StatCache:
             if stamp_M3.shape == self._stamp_M3.shape and keys.shape == self.keys.shape and keys.dtype == np.uint8:
                 self.known = (stamp_M3 == self._stamp_M3).all(1) & (self._stamp_M3[:, 0] >= 0)
                 self.keys = keys
+        recorded, is_recorded = recorded_keys(fetched.parent, paths)
+        self.keys[is_recorded], self.known[is_recorded] = recorded[is_recorded], True
 
     def remember(self, keys: np.ndarray, good: np.ndarray) -> None:
         """Save the keys [M, 16] of the `good` [M] references."""
@@ -69,6 +74,9 @@ def _stamps(paths: Sequence[str], fetched: Path) -> np.ndarray:
         if not path:
             continue
         with suppress(OSError, ValueError):  # ValueError: a NUL in the path
+            if is_stored(path):
+                stamp_M3[row] = -1 if is_range(path) else 0
+                continue
             if is_range(path):
                 file = parse_reference(path)[0]
                 stat = files.get(file) or files.setdefault(file, os.stat(file))

@@ -16,9 +16,10 @@ from yarl import URL
 from data.batch import BadSample
 from data.progress import DownloadProgress
 from data.shards.tar import BLOCK, END, is_header
-from data.web.fetch import disk_errors_as_user_errors
+from data.web.fetched import disk_errors_as_user_errors
 from data.web.guard import BadStatus, Sessions, redirect_target
-from data.web.policy import FetchPolicy, follow_redirects, with_retries
+from data.web.limits import FetchPolicy
+from data.web.policy import follow_redirects, with_retries
 
 LEAST_BYTES = 1 << 20  # a try that brings fewer in `policy.timeout` seconds ends, for servers that drip bytes
 PIECE = 1 << 18
@@ -47,6 +48,21 @@ class Downloader:
             await follow_redirects(request, url, self.policy)
 
         await with_retries(attempt, self.policy, lambda: _size(part) >= before + LEAST_BYTES)
+
+    async def is_current(self, url: URL, version: str) -> bool:
+        """Return whether the file at a URL still has the `version` that `validator_path` holds. Raises BadSample."""
+        name = "If-None-Match" if version.startswith('"') else "If-Modified-Since"
+
+        async def request(url: URL) -> URL | bool:
+            async with asyncio.timeout(self.policy.timeout):
+                async with self.sessions.of(url).get(url, allow_redirects=False, headers={name: version}) as response:
+                    if (elsewhere := redirect_target(response)) is not None:
+                        return elsewhere
+                    if response.status not in (200, 304):
+                        raise BadStatus(response)
+                    return response.status == 304 or _validator(response) == version
+
+        return await with_retries(lambda: follow_redirects(request, url, self.policy), self.policy)
 
     async def _get(self, url: URL, part: Path, most: int, is_tar: bool, limit: asyncio.Timeout) -> URL | None:
         """Append one answer to the bytes in `part`; or return the URL it redirects to."""

@@ -8,8 +8,6 @@ by side on one folder request it once.
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import hashlib
 import json
 import os
 import re
@@ -21,28 +19,22 @@ from itertools import repeat
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import IO, Any, NamedTuple
+from typing import Any
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
 from yarl import URL
 
-from data.batch import BadSample, UserError
+from data.batch import BadSample
+from data.files import try_lock
+from data.web.fetched import Fetched, cached_path, disk_errors_as_user_errors
 from data.web.guard import Sessions, get, variants_of, web_url
-from data.web.policy import TRANSIENT, FetchPolicy, follow_redirects, with_retries
+from data.web.limits import TRANSIENT, FetchPolicy
+from data.web.policy import follow_redirects, with_retries
 
 POLL_S = 0.01  # between first looks at a URL that another run is fetching; up to 50 times as long later
 STALE = 60.0  # seconds after which a file in `partial/` (written in milliseconds) is one of a killed run
 PERMANENT = re.compile(r"bad-url|too-large|redirects|bad-encoding|empty|not-image|placeholder|http-4..")  # remembered
-
-
-class Fetched(NamedTuple):
-    """The result for one URL: `path` to its bytes, or a short stable `reason` with a `detail` for people."""
-
-    url: str
-    path: Path | None
-    reason: str | None
-    detail: str
 
 
 def fetch(urls: Iterable[str], folder: Path, policy: FetchPolicy, retry_failed: bool = False) -> Generator[Fetched]:
@@ -75,17 +67,6 @@ def fetch(urls: Iterable[str], folder: Path, policy: FetchPolicy, retry_failed: 
             yield from next_finished()
 
 
-def cached_path(url: str, folder: Path) -> Path:
-    """The path of the bytes of `url` once they are fetched: `folder/xx/SHA256`."""
-    digest = hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()
-    return folder / digest[:2] / digest
-
-
-def delete_fetched(url: str, folder: Path) -> None:
-    """Delete the bytes kept for `url`, which are no picture, so that the next run requests it again."""
-    cached_path(url, folder).unlink(missing_ok=True)
-
-
 class _Results:
     """Known results: bytes in the cache, failures of this run, permanent failures of earlier runs."""
 
@@ -98,7 +79,7 @@ class _Results:
             (folder / "partial").mkdir(parents=True, exist_ok=True)
             for part in (folder / "partial").iterdir():
                 with suppress(FileNotFoundError), part.open("ab") as file:  # another run's, finished meanwhile
-                    if time.time() - os.fstat(file.fileno()).st_mtime > STALE and _try_lock(file):
+                    if time.time() - os.fstat(file.fileno()).st_mtime > STALE and try_lock(file):
                         part.unlink()
             failures = folder / "failures.jsonl"
             self.file = failures.open("ab+", buffering=0)  # one write a line: parallel runs do not mix lines
@@ -138,16 +119,6 @@ class _Results:
 
 
 @contextmanager
-def disk_errors_as_user_errors(folder: Path) -> Iterator[None]:
-    """Turn an OSError of the block into a UserError that names the folder."""
-    try:
-        yield
-    except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"cannot write to {folder}: {why}; free space or name another --cache-dir") from error
-
-
-@contextmanager
 def _network(results: _Results, policy: FetchPolicy) -> Iterator[Callable[[str], Future[Fetched]]]:
     """Run a client on an event loop in another thread; yield a function that starts fetching one URL there."""
     loop = asyncio.new_event_loop()
@@ -166,17 +137,6 @@ def _network(results: _Results, policy: FetchPolicy) -> Iterator[Callable[[str],
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
-
-
-def _try_lock(file: IO[bytes]) -> bool:
-    """Lock a file without waiting; False where another process holds it or has just deleted it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks: each run asks for itself
-        return True
-    return os.fstat(file.fileno()).st_nlink > 0
 
 
 class _Client:
@@ -229,7 +189,7 @@ class _Client:
             with disk_errors_as_user_errors(self.folder):
                 file = path.open("ab")
             with file:
-                is_held = _try_lock(file)
+                is_held = try_lock(file)
                 if is_held or time.monotonic() > until:
                     try:
                         yield

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-import os
 import re
 import socket
 import time
@@ -23,7 +22,7 @@ import aiohttp
 from PIL import Image
 from yarl import URL
 
-from data.batch import BadSample, UserError
+from data.batch import BadSample
 
 HEADERS = {"User-Agent": "thumbtune/0.1 (+thumbnail fetcher)", "Accept-Encoding": "identity"}
 YOUTUBE = re.compile(r"(i\d?\.ytimg|img\.youtube)\.com")
@@ -81,24 +80,6 @@ def _public_socket(info: tuple[Any, ...]) -> socket.socket:
     if not is_public(address[0]):
         raise _ForbiddenAddress
     return socket.socket(family, kind, protocol)
-
-
-def check_proxy(proxy: str) -> str:
-    """Return `proxy` if it is an http(s) address. Raises UserError."""
-    try:
-        url = URL(proxy)
-        usable = url.scheme in ("http", "https") and bool(url.host)
-    except ValueError:
-        usable = False
-    if not usable:
-        raise UserError("--proxy takes the address of an HTTP proxy, such as http://proxy.example:3128")
-    return proxy
-
-
-def unused_proxy() -> str:
-    """The name of a proxy variable that is set, and that fetching ignores; "" for none."""
-    names = ("https_proxy", "http_proxy", "all_proxy")
-    return next((name for name in (*map(str.upper, names), *names) if os.environ.get(name)), "")
 
 
 def is_local_name(host: str) -> bool:

@@ -1,12 +1,10 @@
-"""Limits of HTTP requests, and the retries and redirects that small and large bodies share."""
+"""Retries and redirects of HTTP requests, which small and large bodies share."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-import re
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 import aiohttp
@@ -14,25 +12,10 @@ from yarl import URL
 
 from data.batch import BadSample
 from data.web.guard import BadStatus, as_bad_sample
+from data.web.limits import TRANSIENT, FetchPolicy
 
 BACKOFF = 0.5  # seconds before the second try; doubled for each further one, times a random 0.5 to 1.5
-TRANSIENT = re.compile(r"timeout|connection|dns|short-body|http-(408|425|429|5..)")  # tried again, also by later runs
 Answer = TypeVar("Answer")
-
-
-@dataclass(frozen=True)
-class FetchPolicy:
-    """Limits and retries of fetching; the defaults suit a list of thumbnails on one large host."""
-
-    connections: int = 64  # requests under way at once
-    per_host: int = 64  # of these, to one host name
-    timeout: float = 30.0  # seconds for one try, redirects and body included; also the longest Retry-After obeyed
-    max_bytes: int = 20_000_000  # largest body, as sent and after inflation; held in memory until it is whole
-    retries: int = 4  # further tries after a transient failure: with 30 % faults 99.8 % get through
-    redirects: int = 5  # hops followed before giving up
-    allow_hosts: tuple[str, ...] = ()  # host names, as they stand in the URL, that may have a private address
-    variants: bool = False  # YouTube: try maxresdefault, sddefault and hqdefault before the name given
-    proxy: str = ""  # address of an HTTP proxy that all requests go through
 
 
 async def with_retries(attempt: Callable[[], Awaitable[Answer]], policy: FetchPolicy,

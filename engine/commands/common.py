@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,17 +13,20 @@ from data.batch import ALONE, Team, UserError
 from data.cold import Encoders, Pipeline, Reader
 from data.files import write_mark
 from data.images.decode import ImageSpec, tokenizer_fingerprint
+from data.ingest import ingest_shards
 from data.inputs import AddedSplit
 from data.pairs import Pairs, data_key, open_pairs
 from data.sources.labels import count_classes
 from data.sources.options import ReadOptions, parse_delimiter, parse_encoding, parse_splits, parse_templates
+from data.sources.parts import in_splits
 from data.sources.paths import parse_image_template
-from data.sources.source import Columns, Rows, load_splits
+from data.sources.remote import find_files
+from data.sources.source import Columns, Download, Rows, load_splits
 from data.sources.split import ORDER, WHOLE, divide_lone_split
 from data.store.feature_split import FeatureSplit
-from data.web.fetch import FetchPolicy
-from data.web.guard import check_proxy
-from data.web.remote_shards import fetch_shards
+from data.web.limits import FetchPolicy, check_proxy
+from data.web.remote_tables import copy_file
+from data.web.storage import Entry, RemoteFile, is_stored
 from engine.clip.encoder import CPU_TITLES, BatchedEncoder
 from engine.clip.model import Head, LoadedModel, open_model
 from engine.clip.towers import fingerprint
@@ -44,6 +47,12 @@ class Source(NamedTuple):
 
     rows: dict[str, Rows]
     unreadable: list[dict[str, Any]]
+    shards: Mapping[str, Sequence[Entry]] = {}  # in a store, to be streamed once the towers are there: then no rows yet
+
+    def split_names(self) -> list[str]:
+        """Return the names of the splits; a lone split counts as the three that it will be."""
+        names = list(self.rows or self.shards)
+        return list(ORDER) if len(names) == 1 and names[0] not in ORDER[1:] else names
 
 
 def open_run(cfg: Config, world: World) -> tuple[Path, bool]:
@@ -56,14 +65,34 @@ def open_run(cfg: Config, world: World) -> tuple[Path, bool]:
     return open_folder(cfg, world)
 
 
-def read_rows(cfg: Config, log: Callable[[str], None]) -> Source:
-    """Read the splits of --dataset; shards at an address are fetched first. Raises UserError.
+def read_rows(cfg: Config, log: Callable[[str], None], stream: bool = False) -> Source:
+    """Read the splits of --dataset; what lies at an address is fetched first. Raises UserError.
 
-    A lone split comes whole, under the name train; see `divide_source`.
+    A lone split comes whole, under the name train; see `divide_source`. With `stream`, shards in a store are only
+    listed, for `stream_shards`.
     """
-    def download(pattern: str) -> list[Path]:
-        return fetch_shards(pattern, cache_folder(cfg) / "shards", fetch_policy(cfg), log)
+    cache = cache_folder(cfg)
+    stored = find_files(cfg.dataset) if is_stored(cfg.dataset) else {}
+    is_sharded = any(entry.name.endswith(".tar") for entries in stored.values() for entry in entries)
+    if stream and is_sharded:
+        return Source({}, [], stored)
 
+    def download(dataset: str) -> Mapping[str, Sequence[Path | RemoteFile]]:
+        if not stored:
+            from data.web.remote_files import fetch_files  # its client takes a fifth of a second to import
+
+            return in_splits(fetch_files(dataset, cache / "shards", fetch_policy(cfg), log))
+        copies = {name: [copy_file(entry.address, cache / "stored", log) for entry in entries]
+                  for name, entries in stored.items()}
+        if not is_sharded:
+            return copies
+        return {name: [copy.path for copy in files] for name, files in copies.items()}
+
+    return load_source(cfg, log, download)
+
+
+def load_source(cfg: Config, log: Callable[[str], None], download: Download) -> Source:
+    """Return the rows of --dataset, whose files at an address `download` returns."""
     unreadable: list[dict[str, Any]] = []
     rows = load_splits(cfg.dataset, read_options(cfg), unreadable.append, download, log,
                        cache_folder(cfg) / "embedded")
@@ -83,8 +112,8 @@ def open_source(cfg: Config, world: World, split: str = "train") -> Source:
     Raises UserError where `split` or a split of --eval-splits is missing. A lone split is whole, under the name
     train, and counts as the three that it will be.
     """
-    source = read_rows(cfg, world.say)
-    names = list(ORDER) if list(source.rows) == [WHOLE] else list(source.rows)
+    source = read_rows(cfg, world.say, stream=True)
+    names = source.split_names()
     if cfg.probe:
         names.append("probe")
     if not cfg.shuffle_buffer:  # else train is not among the rows
@@ -187,6 +216,8 @@ def open_data(cfg: Config, world: World, model: LoadedModel, source: Source, onl
     team = Team(world.rank, world.size, world.monitored_exchange)
     reader = make_reader(cfg, spec)
     encoders = make_encoders(model, spec.fingerprint(), world.device, cfg.compile)
+    pipeline = Pipeline(reader, encoders, team, cache_folder(cfg), world.device, world.live)
+    source = stream_shards(cfg, world, source, pipeline, only)
     rows = divide_source(cfg, world, source.rows, reader, encoders, team)
     if only or not cfg.shuffle_buffer:
         require_split(cfg, only or "train", rows)
@@ -194,11 +225,24 @@ def open_data(cfg: Config, world: World, model: LoadedModel, source: Source, onl
     if only:
         rows = {only: rows[only]}
         unreadable = [entry for entry in unreadable if entry.get("split", only) == only]
-    pipeline = Pipeline(reader, encoders, team, cache_folder(cfg), world.device, world.live)
     measured = [name for name in rows if not cfg.eval_splits or name in cfg.eval_splits]
     pairs = open_pairs(rows, unreadable, pipeline, cfg.max_bad, cfg.mine_negatives, measured)
     world.say(pairs.describe())
     return pairs
+
+
+def stream_shards(cfg: Config, world: World, source: Source, pipeline: Pipeline, only: str = "") -> Source:
+    """Return the rows of shards in a store, which are streamed into the feature store first, or `source` as it is.
+
+    Of several splits, only valid or test are streamed where `only` names them. Raises UserError.
+    """
+    if not source.shards:
+        return source
+    shards = source.shards
+    if len(shards) > 1 and only in ORDER[1:] and only in shards:
+        shards = {only: shards[only]}
+    files = ingest_shards({name: shards[name] for name in sorted(shards, key=[*ORDER, *shards].index)}, pipeline)
+    return load_source(cfg, world.say, lambda dataset: files)
 
 
 def open_probe(cfg: Config, world: World) -> Source | None:

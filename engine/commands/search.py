@@ -11,9 +11,19 @@ import torch
 from torch import Tensor
 
 from data import gallery
+from data.batch import ALONE
+from data.cold import Pipeline
 from data.images.decode import ImageSpec
+from data.web.storage import scheme_of
 from engine.clip.model import open_model
-from engine.commands.common import cache_folder, divide_source, make_encoders, make_reader, read_rows
+from engine.commands.common import (
+    cache_folder,
+    divide_source,
+    make_encoders,
+    make_reader,
+    read_rows,
+    stream_shards,
+)
 from engine.config.fields import Config
 from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
@@ -32,13 +42,15 @@ def search(cfg: Config, world: World, stop: StopSignal) -> int:
     titles = gallery.read_queries(cfg.query, cfg.queries, cfg.image)
 
     # Without titles the query is --image; read_queries has seen to it that there is one of the two.
-    rows = read_rows(cfg, world.say).rows
+    source = read_rows(cfg, world.say, stream=True)
     model = open_model(cfg.model, cfg.trainable, "cached", cfg.scale, cfg.precision, world.device)
     spec = ImageSpec.from_processor(model.clip.image_processor)
     reader = make_reader(cfg, spec)
     encoders = make_encoders(model, spec.fingerprint(), world.device)
-    splits = gallery.select_splits(divide_source(cfg, world, rows, reader, encoders), cfg.split, cfg.dataset)
     cache = cache_folder(cfg)
+    pipeline = Pipeline(reader, encoders, ALONE, cache, world.device, world.live)
+    rows = stream_shards(cfg, world, source, pipeline).rows
+    splits = gallery.select_splits(divide_source(cfg, world, rows, reader, encoders), cfg.split, cfg.dataset)
     head = model.head
     with torch.no_grad():
         if titles:
@@ -49,7 +61,7 @@ def search(cfg: Config, world: World, stop: StopSignal) -> int:
             query_QE = head.image(gallery.image_features(cfg.image, reader, encoders).to(world.device))
             results = rank_items(cfg, titles, query_QE, gallery.open_titles(splits, encoders, cache), head.text)
 
-    dataset = os.path.abspath(cfg.dataset)
+    dataset = cfg.dataset.rstrip("/") if scheme_of(cfg.dataset) else os.path.abspath(cfg.dataset)
     if cfg.html:
         shown = {(answer.split, answer.row) for result in results for answer in result.answers}
         previews = gallery.preview_pictures(splits, shown, cfg.image, reader)

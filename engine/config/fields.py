@@ -61,7 +61,8 @@ class Config:
 
     # The data. What is detected (columns, format, splits) can be set.
     dataset: str = setting("shawhin/yt-title-thumbnail-pairs", "data", IMAGES,
-                           "hub name, folder or file of pairs, or shards (http(s) too)", resumable=True)
+                           "hub name, folder, file or shards of pairs, also at s3:// gs:// az:// hf:// https://",
+                           resumable=True)
     image_column: str = setting("", "data", OWN_DATA, "column with the image or its URL (default: detected)")
     title_column: tuple[str, ...] = setting((), "data", OWN_DATA, "columns with titles, each a row (default: detected)")
     negative_column: tuple[str, ...] = setting((), "data", OWN_DATA,

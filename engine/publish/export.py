@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from data.batch import UserError
 from data.files import recover_folders, replaced_folder
+from data.web.storage import public_name, scheme_of
 from engine.clip.loading import Clip, non_finite
 from engine.config.fields import Config, as_dict, config_fields
 from engine.publish.card import write_card
@@ -59,7 +60,9 @@ class Tuned:
 
 
 def _public(dataset: str) -> str:
-    """Return a hub name as it is, the last part of a path."""
+    """Return a hub name as it is, the last part of a path or an address: a query may hold a signature."""
+    if scheme_of(dataset):
+        return public_name(dataset).rstrip("/").rpartition("/")[2]
     path = Path(dataset).expanduser()
     return path.absolute().name if path.exists() or path.is_absolute() else dataset
 

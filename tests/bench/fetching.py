@@ -13,7 +13,8 @@ from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from data.web.fetch import FetchPolicy, fetch
+from data.web.fetch import fetch
+from data.web.limits import FetchPolicy
 
 from .harness import Bench, Race
 from .inputs import photograph

@@ -20,7 +20,7 @@ from data.sources.source import load_splits
 from data.sources.split import divide_lone_split
 from data.store.feature_split import StoredTable
 from data.store.features import FeatureStore
-from data.web.fetch import FetchPolicy
+from data.web.limits import FetchPolicy
 
 from .harness import Bench, Figure, Race, timed
 from .inputs import Model, vit_b32, write_pairs

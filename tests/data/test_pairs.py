@@ -17,7 +17,8 @@ from data.identity import overlap
 from data.images.decode import ImageSpec
 from data.pairs import Pairs, open_pairs
 from data.sources.source import load_splits
-from data.web.fetch import Fetched, FetchPolicy
+from data.web.fetched import Fetched
+from data.web.limits import FetchPolicy
 from engine.loss import Candidates, Objective
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest sets aside the filter for Pillow's
@@ -158,7 +159,7 @@ def test_a_page_in_place_of_a_picture_is_a_dropped_row(reason: str, tmp_path: Pa
     tiny_clip(tmp_path / "cache/model")
     with (folder / "train.csv").open("a") as file:
         file.write(f"{address},a title\n")
-    monkeypatch.setattr("data.cold.fetch", lambda urls, *_: iter([Fetched(url, None, reason, "") for url in urls]))
+    monkeypatch.setattr("data.web.fetch.fetch", lambda urls, *_: iter([Fetched(url, None, reason, "") for url in urls]))
     pairs, _ = opened(folder, tmp_path / "cache", monkeypatch)
     assert [(entry["image"], entry["reason"]) for entry in pairs.ledger] == [(address, reason)]
     assert len(pairs.splits["train"]) == 3

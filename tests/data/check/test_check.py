@@ -23,7 +23,7 @@ from data.check.similar import NEAR, first_similar, near_pairs, perceptual_hash,
 from data.cold import Reader
 from data.images.decode import ImageSpec
 from data.sources.source import load_splits
-from data.web.fetch import FetchPolicy
+from data.web.limits import FetchPolicy
 
 SHARED = Path(__file__).resolve().parents[4] / "shared"
 LONG = "How I built it: " + "one part after the other, " * 16

@@ -18,7 +18,7 @@ from data.images.decode import ImageSpec, decode_image
 from data.shards.pack import pack
 from data.shards.writer import ShardWriter
 from data.sources.source import load_splits
-from data.web.fetch import FetchPolicy
+from data.web.limits import FetchPolicy
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest sets aside the filter for Pillow's
 

@@ -24,7 +24,7 @@ from data.cold import Reader
 from data.images.decode import ImageSpec
 from data.ledger import dropped_rows
 from data.sources.source import Rows, load_splits
-from data.web.fetch import FetchPolicy
+from data.web.limits import FetchPolicy
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest sets aside the filter for torch's
 

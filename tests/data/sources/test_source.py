@@ -137,7 +137,7 @@ def test_no_row_of_a_fetched_table_reaches_a_file_outside_the_dataset(
     write(folder / "test.csv", table())
     lost: list[dict[str, Any]] = []
     splits = load_splits("https://h/set", ledger=lost.append,
-                         download=lambda _: [folder / f"train.{ending}", folder / "test.csv"])
+                         download=lambda _: {"train": [folder / f"train.{ending}"], "test": [folder / "test.csv"]})
     assert splits["train"].title.to_pylist() == ["a", "b"]
     assert [(entry["split"], entry["row"], entry["reason"], entry["title"]) for entry in lost] == [
         ("train", 2, "outside-folder", "c")]

@@ -20,7 +20,7 @@ from data.images.decode import ImageSpec
 from data.sources.rows import Rows
 from data.sources.source import load_splits
 from data.sources.split import components, divide_lone_split
-from data.web.fetch import FetchPolicy
+from data.web.limits import FetchPolicy
 
 
 def split(dataset: Path, cache: Path, seed: int = 42, titles: TitleIds | None = None) -> dict[str, Rows]:

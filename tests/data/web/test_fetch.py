@@ -33,8 +33,10 @@ from site_server import CLOSE, GREY, LOCAL, PICTURE, RESET, Answer, Part, Site, 
 
 import data.web.policy as module
 from data.batch import UserError
-from data.web.fetch import FetchPolicy, cached_path, fetch
-from data.web.guard import check_proxy, is_public
+from data.web.fetch import fetch
+from data.web.fetched import cached_path
+from data.web.guard import is_public
+from data.web.limits import FetchPolicy, check_proxy
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -185,7 +187,8 @@ def test_a_killed_process_leaves_whole_files_and_only_the_rest_is_fetched(tmp_pa
     site: Site = Site(lambda path, n: [0.02 if site.hits.total() <= 60 else 60.0, reply(body=PICTURE + path.encode())])
     urls = [site.url(f"/{i}") for i in range(200)]
     code = (
-        "import json, sys; from pathlib import Path; from data.web.fetch import FetchPolicy, fetch\n"
+        "import json, sys; from pathlib import Path\n"
+        "from data.web.fetch import fetch; from data.web.limits import FetchPolicy\n"
         f"list(fetch(json.load(sys.stdin), Path({str(tmp_path)!r}), FetchPolicy(4, 4, allow_hosts=({LOCAL!r},))))"
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, cwd=ROOT, text=True)
@@ -361,7 +364,7 @@ def test_youtube_variants_and_placeholders(tmp_path: Path, names) -> None:
 KEY = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
 TLS_CHILD = """import json, sys
 from pathlib import Path
-from data.web.fetch import FetchPolicy, fetch
+from data.web.fetch import fetch; from data.web.limits import FetchPolicy
 found = fetch(sys.argv[2:], Path(sys.argv[1]), FetchPolicy(allow_hosts=("localhost",)))
 print(json.dumps({each.url: [each.reason, each.detail] for each in found}))"""
 
@@ -417,7 +420,7 @@ def test_what_no_address_may_hold_is_encoded(tmp_path: Path) -> None:
 
 TWIN = """import sys
 from pathlib import Path
-from data.web.fetch import FetchPolicy, fetch
+from data.web.fetch import fetch; from data.web.limits import FetchPolicy
 found = fetch(sys.argv[2:], Path(sys.argv[1]), FetchPolicy(allow_hosts=("127.0.0.1",), timeout=5.0))
 print(sum(each.path is not None for each in found))"""
 

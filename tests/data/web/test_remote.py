@@ -23,10 +23,10 @@ from helpers import Loopback, make_pairs, picture, run, start
 import data.web.policy
 from data.batch import UserError
 from data.shards.writer import ShardWriter
-from data.sources.source import load_splits
+from data.sources.source import Download, in_splits, load_splits
 from data.web import download
-from data.web.fetch import FetchPolicy
-from data.web.remote_shards import fetch_shards
+from data.web.limits import FetchPolicy
+from data.web.remote_files import fetch_files
 
 POLICY = FetchPolicy(timeout=5.0, allow_hosts=("127.0.0.1",))
 
@@ -124,7 +124,12 @@ def all_pairs(dataset: str, **more: Any) -> dict[str, list[tuple]]:
 
 def bring(cache: Path, policy: FetchPolicy = POLICY,
           log: Callable[[str], None] = lambda text: None) -> Callable[[str], list[Path]]:
-    return partial(fetch_shards, folder=cache, policy=policy, log=log)
+    return lambda dataset: [file for file in fetch_files(dataset, cache, policy, log) if isinstance(file, Path)]
+
+
+def bring_by_split(cache: Path, policy: FetchPolicy = POLICY,
+                   log: Callable[[str], None] = lambda text: None) -> Download:
+    return lambda dataset: in_splits(fetch_files(dataset, cache, policy, log))
 
 
 @pytest.mark.parametrize("with_index", [True, False])
@@ -140,13 +145,13 @@ def test_shards_at_an_address_are_the_local_ones_and_fetched_once(tmp_path: Path
         said: list[str] = []
         for _ in range(2):
             assert all_pairs(f"{url}/{{train-00000{{0,1,2}},valid-000000,test-00000{{0,1}}}}.tar",
-                             download=bring(tmp_path / "cache", log=said.append)) == local
-        assert said[-1].startswith("shards fetched 6/6  ")  # of six
+                             download=bring_by_split(tmp_path / "cache", log=said.append)) == local
+        assert said[-1].startswith("files fetched 6/6  ")  # of six
         assert {name: n for name, n in server.asked.items() if name.endswith(".tar")} == dict.fromkeys(
             (tar.name for tar in source.glob("*.tar")), 1)
         assert sum(server.asked.values()) == 12
-        assert sum(map(len, all_pairs(parts[0], download=bring(tmp_path / "cache")).values())) == 10
-        signed = load_splits(f"{url}/test-000000.tar?key=1&x=%2F", download=bring(tmp_path / "cache"))
+        assert sum(map(len, all_pairs(parts[0], download=bring_by_split(tmp_path / "cache")).values())) == 10
+        signed = load_splits(f"{url}/test-000000.tar?key=1&x=%2F", download=bring_by_split(tmp_path / "cache"))
         assert list(signed) == ["test"] and server.asked["test-000000.tar"] == 2
     left = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert {name.partition(".tar")[2] for name in left} == {"", ".lock"} | ({".index.json"} if with_index else set())
@@ -234,19 +239,19 @@ def test_what_is_no_shard_is_refused_with_its_reason(tmp_path: Path, monkeypatch
     with Server(source).up() as url:
         def refusal(dataset: str, policy: FetchPolicy = POLICY) -> str:
             with pytest.raises(UserError) as caught:
-                load_splits(dataset, download=bring(tmp_path / "cache", policy))
+                load_splits(dataset, download=bring_by_split(tmp_path / "cache", policy))
             assert not list((tmp_path / "cache").rglob("*.tar"))
             return str(caught.value)
 
         assert "http-404" in refusal(f"{url}/gone-000000.tar")
         assert all("not-tar" in refusal(f"{url}/{name}.tar") for name in ("page", "none", "tiny"))
         assert "forbidden-address" in refusal(f"{url}/train-000000.tar", FetchPolicy())
-        assert "only tar shards are read from addresses" in refusal(f"{url}/train.csv")
-        assert "only tar shards" in refusal(f"{url}/..%2f..%2fx.tar")
+        assert "only shards (.tar) and tables" in refusal(f"{url}/train.zip")
+        assert "only shards (.tar)" in refusal(f"{url}/..%2f..%2fx.tar")
         assert "range such as" in refusal(f"{url}/train-*.tar")
-        for odd in ("ftp://h/x.tar", "file:///x.tar", "http://me:pw@127.0.0.1/x.tar", "s3://b/x.tar", "pipe:touch ://x.tar"):
+        for odd in ("ftp://h/x.tar", "http://me:pw@127.0.0.1/x.tar", "s3://b/x.tar", "pipe:touch ://x.tar"):
             assert "http" in refusal(odd) or "user name" in refusal(odd)
-        monkeypatch.setattr("data.web.remote_shards.MAX_SHARD", 2000)
+        monkeypatch.setattr("data.web.remote_files.MAX_SHARD", 2000)
         assert "too-large" in refusal(f"{url}/train-000000.tar")
         monkeypatch.undo()
         (tar,) = write_shards(tmp_path / "shards", {"large": 4}, 100_000).glob("large*.tar")
@@ -255,6 +260,22 @@ def test_what_is_no_shard_is_refused_with_its_reason(tmp_path: Path, monkeypatch
         tar.write_bytes(damaged)
         assert "bad-digest" in refusal(f"{url}/{tar.name}")
     assert not list(tmp_path.rglob("x.tar*"))
+
+
+def test_a_table_at_an_address_is_fetched_again_when_it_has_changed(tmp_path: Path) -> None:
+    """A run would otherwise train on the rows of last week; or a table from the network name local files."""
+    source = tmp_path / "source"
+    source.mkdir()
+    said: list[str] = []
+    server = Server(source)
+    with server.up() as url:
+        for title in ("one", "one", "two"):
+            (source / "train.csv").write_text(f"image,title\nimages/a.jpg,{title}\n/etc/passwd,x\n")
+            rows = load_splits(f"{url}/train.csv?key=1", download=bring_by_split(tmp_path / "cache", log=said.append))
+            assert rows["train"].title.to_pylist() == [title]
+            assert rows["train"].image.combine_chunks().field("path").to_pylist() == [f"{url}/images/a.jpg"]
+    assert [line for line in said if "changed" in line] == [
+        f"{url}/train.csv has changed since it was fetched: it is fetched again"]
 
 
 def test_a_dripping_server_is_given_up_in_time_and_an_endless_one_costs_no_memory(

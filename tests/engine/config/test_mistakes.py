@@ -59,7 +59,7 @@ MISTAKES = {  # arguments -> what the answer has to name
     # the data
     "no such dataset": (["--model", "{model}", "--dataset", "nowhere"], "nowhere"),
     "dataset offline": (["--model", "{model}", "--dataset", "owner/pairs"], "owner/pairs"),
-    "dataset by URL": (["check", "--dataset", "https://example.com/pairs.csv"], "download"),
+    "dataset by URL": (["check", "--dataset", "https://example.com/pairs.zip"], "download"),
     "dataset of no known kind": (["check", "--dataset", "{mess}/pairs.docx"], "pairs.docx"),
     "empty folder": (["check", "--dataset", "{mess}/empty"], "{mess}/empty"),
     "table without rows": (["--model", "{model}", "--dataset", "{mess}/headers.csv"], "no"),

@@ -1,0 +1,189 @@
+"""Stream shards from a store once, in sequence, straight into the feature store; nothing else is kept of them.
+
+Ranks share the shards. Pictures are decoded in threads while the stream goes on and encoded in CHUNKs, which may reach
+over the end of a shard; the record of a shard (data/shards/records.py) is written when its last feature is stored. A
+killed run begins again at the first shard without a record, and does not encode again what is stored.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
+
+from data.batch import BadSample
+from data.catalogue import DecodeResult
+from data.cold import CHUNK, FeatureWriter, Pipeline, Reader
+from data.images.decode import decode_image
+from data.prefetch import threaded_map
+from data.progress import DownloadProgress
+from data.shards.records import ShardRecord, make_record, read_record, record_path, write_record
+from data.shards.stream import ForwardFile, stream_samples
+from data.store.features import FeatureStore
+from data.store.segments import key_of
+from data.web.fetched import disk_errors_as_user_errors
+from data.web.storage import Entry, RemoteFile, open_stream, public_name, stat
+
+STATS_AT_ONCE = 16  # shards whose version is asked for at the same time
+MAX_AHEAD = 1 << 28  # bytes of pictures that wait for a thread to decode them
+
+
+def ingest_shards(splits: Mapping[str, Sequence[Entry]], pipeline: Pipeline) -> dict[str, list[RemoteFile]]:
+    """Stream the shards of each split that have no record of their present version; return all of them with records.
+
+    So are those whose features the store lacks, as after a change of the model. Raises UserError.
+    """
+    team, cache = pipeline.team, pipeline.cache
+    splits = team.exchange(splits)[0]  # one listing for all ranks
+    shards = list({entry.address: entry for entries in splits.values() for entry in entries})
+    store = pipeline.encoders.image_store(cache) if pipeline.encoders.stored else None
+    own = shards[team.rank :: team.size]
+    missing: dict[str, Entry] = {}
+    for entry in threaded_map(stat, own, STATS_AT_ONCE, STATS_AT_ONCE):
+        record = read_record(record_path(cache, entry.address))
+        if record is None or not _is_current(record, entry, pipeline.reader, store):
+            missing[entry.address] = entry
+        if record is not None and record.entry != entry:
+            pipeline.log(f"{public_name(entry.address)} has changed since it was streamed: it is streamed again")
+    all_missing = {address: entry for part in team.exchange(missing) for address, entry in part.items()}
+    todo = [all_missing[address] for address in shards if address in all_missing]
+    _Ingestion(pipeline, store).run(todo[team.rank :: team.size])
+    team.exchange(None)  # every rank has written
+    if todo:
+        encoded = ""
+        if store is not None:
+            store.refresh()
+            encoded = f", {store.grown:,} images encoded"
+        pipeline.log(f"streamed {len(todo):,} of {len(shards):,} shards once{encoded}")
+    return {name: [RemoteFile(entry.address, record_path(cache, entry.address)) for entry in entries]
+            for name, entries in splits.items()}
+
+
+def _is_current(record: ShardRecord, entry: Entry, reader: Reader, store: FeatureStore | None) -> bool:
+    if record.entry != entry or record.max_pixels > reader.max_pixels:
+        return False
+    return store is None or bool((store.locate(record.keys()) >= 0).all())
+
+
+@dataclass
+class _Shard:
+    """A shard being streamed."""
+
+    entry: Entry
+    rows: list[tuple[Any, ...]] = field(default_factory=list)  # values of COLUMNS
+    keys: list[bytes] = field(default_factory=list)  # in the order of `rows`
+    problems: list[dict[str, Any]] = field(default_factory=list)
+
+    def report(self, key: str, problem: BadSample) -> None:
+        """Add the ledger entry of a sample that cannot be used."""
+        self.problems.append({"shard": public_name(self.entry.address), "key": key, "reason": problem.reason,
+                              "detail": problem.detail})
+
+
+class _Picture(NamedTuple):
+    """The picture of a shard's next row; None marks the end of the shard."""
+
+    shard: _Shard
+    data: bytes | None
+
+
+class _ByteBudget:
+    """Lets the stream wait while more than MAX_AHEAD bytes of pictures have not been decoded."""
+
+    def __init__(self) -> None:
+        self._changed, self._used = threading.Condition(), 0
+
+    def take(self, size: int) -> None:
+        """Wait for room, then use `size` bytes of it; one picture is always let through."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._used == 0 or self._used + size <= MAX_AHEAD)
+            self._used += size
+
+    def give_back(self, size: int) -> None:
+        """Free `size` bytes."""
+        with self._changed:
+            self._used -= size
+            self._changed.notify()
+
+
+class _Ingestion:
+    """Streams this rank's shards."""
+
+    def __init__(self, pipeline: Pipeline, store: FeatureStore | None) -> None:
+        self.pipeline, self.reader = pipeline, pipeline.reader
+        self.writer = FeatureWriter(store, pipeline.encoders.image)
+        self.decode = partial(decode_image, spec=self.reader.spec, max_pixels=self.reader.max_pixels)
+        self.budget = _ByteBudget()
+        self.failure: Exception | None = None
+        self.progress: DownloadProgress
+
+    def run(self, entries: Sequence[Entry]) -> None:
+        """Stream these shards, one after the other. Raises UserError, when what came before it is stored."""
+        self.progress = DownloadProgress("shards streamed", len(entries), self.pipeline.log)
+        for entry in entries:
+            self.progress.expect(entry.size)
+        chunk: list[DecodeResult] = []
+        ended = deque[_Shard]()  # all of whose pictures are decoded, but perhaps not stored
+        workers = self.reader.workers
+        for shard, result in threaded_map(self._decode, self._pictures(entries), workers, 2 * CHUNK):
+            if result is None:
+                ended.append(shard)
+            else:
+                shard.keys.append(result.key)
+                chunk.append(result)
+            if len(chunk) == CHUNK or not chunk:
+                self.writer.add(chunk)
+                chunk = []
+                self._finish(ended)
+        self.writer.add(chunk)
+        self._finish(ended)
+        self.writer.flush()  # of a shard that failed, so that another run need not encode it again
+        if self.failure is not None:
+            raise self.failure
+
+    def _finish(self, ended: deque[_Shard]) -> None:
+        """Write the records of these shards, whose pictures are all encoded."""
+        if ended:
+            self.writer.flush()
+        while ended:
+            shard = ended.popleft()
+            record = make_record(shard.entry, self.reader.max_pixels, shard.problems, shard.rows, shard.keys)
+            with disk_errors_as_user_errors(self.pipeline.cache):
+                write_record(self.pipeline.cache, record)
+            self.progress()
+
+    def _pictures(self, entries: Sequence[Entry]) -> Iterator[_Picture]:
+        """Yield the pictures of shards in order, up to the first `failure`."""
+        try:
+            yield from chain.from_iterable(map(self._pictures_of, entries))
+        except Exception as error:
+            self.failure = error
+
+    def _pictures_of(self, entry: Entry) -> Iterator[_Picture]:
+        """Yield the pictures of a shard in the order of its samples, then an end mark."""
+        shard = _Shard(entry)
+        with open_stream(entry.address, entry) as stream:
+            file = ForwardFile(stream, entry.size, public_name(entry.address))
+            for sample in stream_samples(file, shard.report):
+                shard.rows.append(sample.values)
+                self.budget.take(len(sample.image))
+                self.progress.add_bytes(len(sample.image))
+                yield _Picture(shard, sample.image)
+            file.skip_rest()  # the stream's last block comes only if the shard has not changed meanwhile
+        yield _Picture(shard, None)
+
+    def _decode(self, picture: _Picture) -> tuple[_Shard, DecodeResult | None]:
+        shard, data = picture
+        if data is None:
+            return shard, None
+        try:
+            key = key_of(data)
+            return shard, DecodeResult(0, key, None, None if self.writer.known(key) else self.decode(data))
+        except BadSample as problem:
+            return shard, DecodeResult(0, b"", problem)
+        finally:
+            self.budget.give_back(len(data))

@@ -1,0 +1,114 @@
+"""Records of shards in a store that were streamed once: their samples, content keys and problems.
+
+A record is an Arrow file in `--cache-dir/remote-shards/`, written when all features of the shard are in the store.
+Rows and content keys then come from it, and the shard is not read again while its size and version stay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from data.batch import BadSample
+from data.files import fsync
+from data.shards.index import parse_reference, table_of
+from data.store.segments import KEY
+from data.web.storage import Entry, is_stored
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMAT = "thumbtune remote shard 1"
+FOLDER = "remote-shards"  # in --cache-dir
+CONTENT = "content"  # the column of content keys; null where the picture cannot be used
+
+
+class ShardRecord(NamedTuple):
+    """A shard that was streamed."""
+
+    entry: Entry
+    max_pixels: int  # the limit that its pictures were decoded under
+    problems: Sequence[dict[str, Any]]  # ledger entries of samples and damage
+    table: pa.Table  # COLUMNS and CONTENT
+
+    def keys(self) -> np.ndarray:
+        """Return the content keys [n, 16] of its usable pictures."""
+        import pyarrow.compute as pc
+
+        content = pc.drop_null(self.table[CONTENT]).combine_chunks()
+        return np.frombuffer(b"".join(content.to_pylist()), np.uint8).reshape(-1, KEY)
+
+
+def record_path(cache: Path, address: str) -> Path:
+    """The path of the record of a shard."""
+    return cache / FOLDER / f"{hashlib.blake2b(address.encode(), digest_size=16).hexdigest()}.arrow"
+
+
+def make_record(entry: Entry, max_pixels: int, problems: Sequence[dict[str, Any]], rows: Sequence[tuple[Any, ...]],
+                keys: Sequence[bytes]) -> ShardRecord:
+    """Return the record of samples with these values of COLUMNS and these content keys, b"" for an unusable picture."""
+    import pyarrow as pa
+
+    content = pa.array([key or None for key in keys], pa.binary(KEY))
+    return ShardRecord(entry, max_pixels, problems, table_of(rows).append_column(CONTENT, content))
+
+
+def write_record(cache: Path, record: ShardRecord) -> None:
+    """Write a record, whole or not at all. Raises OSError."""
+    import pyarrow as pa
+
+    path = record_path(cache, record.entry.address)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"format": FORMAT, "entry": record.entry[:3], "max_pixels": record.max_pixels,
+             "problems": list(record.problems)}
+    table = record.table.replace_schema_metadata({"facts": json.dumps(facts)})
+    temporary = path.with_name(f".{secrets.token_hex(8)}.arrow")
+    try:
+        with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+        os.replace(fsync(temporary), path)
+        fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_record(path: Path) -> ShardRecord | None:
+    """The record at a path; None if there is none or it is damaged."""
+    import pyarrow as pa
+
+    with suppress(OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        with pa.memory_map(str(path)) as file:
+            table = pa.ipc.open_file(file).read_all()
+        facts = json.loads(table.schema.metadata[b"facts"])
+        if facts["format"] == FORMAT:
+            return ShardRecord(Entry(*facts["entry"]), facts["max_pixels"], facts["problems"],
+                               table.replace_schema_metadata(None))
+    return None
+
+
+def recorded_keys(cache: Path, references: Sequence[str | None]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the content keys [M, 16] of references to members of streamed shards, and which [M] are known."""
+    key_MK, known_M = np.zeros((len(references), KEY), np.uint8), np.zeros(len(references), bool)
+    places: dict[str, list[tuple[int, int]]] = {}  # shard -> offset, place in `references`
+    for place, reference in enumerate(references):
+        if reference and "#" in reference and is_stored(reference):
+            with suppress(BadSample):
+                shard, offset, _ = parse_reference(reference)
+                places.setdefault(shard, []).append((offset, place))
+    for shard, wanted in places.items():
+        record = read_record(record_path(cache, shard))
+        if record is None:
+            continue
+        content = dict(zip(record.table["image_offset"].to_pylist(), record.table[CONTENT].to_pylist(), strict=True))
+        for offset, place in wanted:
+            if key := content.get(offset):
+                key_MK[place], known_M[place] = np.frombuffer(key, np.uint8), True
+    return key_MK, known_M

@@ -1,0 +1,67 @@
+"""The files of a dataset in a store: a folder, a file or a pattern at an address -> its tables or shards by split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+from data.batch import UserError
+from data.shards.index import expand_braces
+from data.sources.parts import FOLDERS, by_split, in_splits, one_kind
+from data.sources.split_names import LONE, NAMES
+from data.sources.tables import TABLES
+from data.web.storage import Entry, expand, is_folder, list_folder, public_name
+
+
+def find_files(dataset: str) -> dict[str, list[Entry]]:
+    """The tables or shards of each split at an address; LONE where no split is named. Raises UserError.
+
+    Size and version of an entry may be missing: `data.web.storage.stat` tells them.
+    """
+    if "*" in dataset or "{" in dataset:
+        addresses = []
+        for name in expand_braces(dataset):
+            addresses += expand(name) if "*" in name else [name]
+        files = in_splits([Entry(address, 0, "") for address in dict.fromkeys(addresses)])
+    elif is_folder(dataset):
+        files = _find(dataset)
+    else:
+        files = in_splits([Entry(dataset, 0, "")])
+    for entries in files.values():
+        for entry in entries:
+            if suffix(entry.name) not in TABLES | {".tar"}:
+                raise UserError(f"{public_name(entry.address)}: of a store, tables ({' '.join(sorted(TABLES))}) and "
+                                "shards (.tar) are read; copy other files here, or pack them with run.py shards")
+    return files
+
+
+def suffix(name: str) -> str:
+    """The ending of a file name in lower case."""
+    return PurePosixPath(name).suffix.lower()
+
+
+def _find(folder: str) -> dict[str, list[Entry]]:
+    entries = list_folder(folder)
+    if splits := by_split([entry for entry in entries if not entry.is_folder]):
+        return splits
+    folders = [entry for entry in entries if entry.is_folder and entry.name.lower() in FOLDERS]
+    if folders:
+        return one_kind((NAMES[entry.name.lower()], entry.name, _without_splits(entry.address, None))
+                         for entry in folders)
+    return {LONE: _without_splits(folder, entries)}
+
+
+def _without_splits(folder: str, entries: Sequence[Entry] | None) -> list[Entry]:
+    """The shards of a folder that names no splits, else its one table."""
+    entries = list_folder(folder) if entries is None else entries
+    shards = [entry for entry in entries if suffix(entry.name) == ".tar" and not entry.is_folder]
+    tables = [entry for entry in entries if suffix(entry.name) in TABLES and not entry.is_folder]
+    if not shards and not tables:
+        shown = ", ".join(entry.name for entry in entries[:5]) or "nothing"
+        raise UserError(f"{public_name(folder)}: holds {shown}; of a store, tables ({' '.join(sorted(TABLES))}) and "
+                        "shards (.tar) are read; copy other folders here, or pack them with run.py shards")
+    if not shards and len(tables) > 1:
+        names = ", ".join(entry.name for entry in tables[:5])
+        raise UserError(f"{public_name(folder)}: which of {names}? Pass one of them or a pattern, or call them train, "
+                        "valid and test")
+    return shards or tables

@@ -1,0 +1,41 @@
+"""Bytes that were fetched, as files under the hash of their URL; nothing here opens a connection."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from data.batch import UserError
+
+
+class Fetched(NamedTuple):
+    """The result for one URL: `path` to its bytes, or a short stable `reason` with a `detail` for people."""
+
+    url: str
+    path: Path | None
+    reason: str | None
+    detail: str
+
+
+def cached_path(url: str, folder: Path) -> Path:
+    """The path of the bytes of `url` once they are fetched: `folder/xx/SHA256`."""
+    digest = hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()
+    return folder / digest[:2] / digest
+
+
+def delete_fetched(url: str, folder: Path) -> None:
+    """Delete the bytes kept for `url`, which are no picture, so that the next run requests it again."""
+    cached_path(url, folder).unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors_as_user_errors(folder: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a UserError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"cannot write to {folder}: {why}; free space or name another --cache-dir") from error

@@ -32,7 +32,7 @@ from data.web.storage import RemoteFile
 if TYPE_CHECKING:
     import pyarrow as pa
 
-class Named(Protocol):
+class HasName(Protocol):
     """A file or folder, here or in a store, by its name."""
 
     @property
@@ -40,7 +40,7 @@ class Named(Protocol):
         """The last part of its path or address."""
 
 
-File = TypeVar("File", bound=Named)
+File = TypeVar("File", bound=HasName)
 ADDRESS = re.compile(r"\s*(https?:)?//", re.IGNORECASE)
 TEXT_READERS: dict[str, Callable[[Path, ReadOptions, Account], pa.Table]] = {  # also with .gz after the ending
     ".csv": partial(read_csv, delimiter=","), ".tsv": partial(read_csv, delimiter="\t"), ".jsonl": read_json_lines,

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data.batch import Batches, Team, UserError, share
 from data.catalogue import (

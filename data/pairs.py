@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data.batch import Batches, Team, UserError, share
 from data.catalogue import (
@@ -98,7 +97,7 @@ def open_pairs(rows: Mapping[str, Rows], unread: Sequence[Mapping[str, Any]], pi
     contents, identity = {}, {}
     for name, split in splits.items():
         contents[name] = Contents(image_keys[split.image_N.numpy()], catalogue.title_keys[split.title_N.numpy()])
-        identity[data_key(name)] = _fingerprint(contents[name], split.negative_N, catalogue.title_keys)
+        identity[data_key(name)] = _fingerprint(contents[name], split, catalogue)
     identity["the base model"] = encoders.image_space + encoders.text_space
     album = RowPreviews(catalogue, splits, example_D, reader)
 
@@ -170,11 +169,14 @@ def data_key(split: str) -> str:
     return f"the data of {split}"
 
 
-def _fingerprint(contents: Contents, negative_N: Tensor | None, title_keys: np.ndarray) -> str:
+def _fingerprint(contents: Contents, split: Split, catalogue: Catalogue) -> str:
     """Return a digest of the contents of a split's rows, in order: equal data gives equal runs and equal figures."""
     digest = hashlib.sha256(contents.image_NK.tobytes() + contents.title_NK.tobytes())
-    if negative_N is not None:
-        digest.update(title_keys[negative_N.numpy()].tobytes() + (negative_N.numpy() < 0).tobytes())
+    if split.negative_N is not None:
+        negative_N = split.negative_N.numpy()
+        digest.update(catalogue.title_keys[negative_N].tobytes() + (negative_N < 0).tobytes())
+    if catalogue.title_group_P is not None:  # other classes of the same titles mask other negatives
+        digest.update(catalogue.title_keys[catalogue.title_group_P[split.title_N].numpy()].tobytes())
     return digest.hexdigest()
 
 

@@ -63,6 +63,8 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     base = evaluate_splits(pairs.feature_splits(names), model.head, world) if resuming else {}
     # 2. Load weights, optimizer moments and step of the newest valid checkpoint; other data or settings end here.
     state = saver.resume(world.say) if resuming else State()
+    if (state.enough or state.step == plan.steps) and folder.is_complete(out, as_dict(cfg, "train"), world):
+        return repeat_results(world, out)
     # 3. Replace config.json and ledger.jsonl, after every refusal: a refused resume leaves both files as they were.
     shared = find_overlap(pairs, world)
     folder.write_run_header(out, as_dict(cfg, "train"), world, model.precision, training.ledger(out))
@@ -225,6 +227,14 @@ def write_results(cfg: Config, world: World, model: LoadedModel, out: Path, metr
                   f"TensorBoard tensorboard --logdir {out.parent}")
         if cfg.push_to_hub:
             push(out / "model", cfg, str(out), ["push_to_hub", "private"], world.say)
+    return 0
+
+
+def repeat_results(world: World, out: Path) -> int:
+    """Print the table of a finished run, whose files stay as they are; return the exit code."""
+    if world.is_main:
+        print(metrics_table(folder.read_json(out / "metrics.json")), flush=True)
+        world.say(f"run folder  {out}: this run had ended, and nothing in it has changed")
     return 0
 
 

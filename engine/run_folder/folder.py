@@ -179,6 +179,20 @@ def manifest_problems(folder: Path) -> list[str] | None:
     return changed_files(folder, digests) if digests else None
 
 
+def is_complete(folder: Path, settings: Mapping[str, object], world: World) -> bool:
+    """Return whether a run with these settings has ended here and its files are as it left them."""
+    def check() -> bool:
+        try:
+            saved = read_json(folder / "config.json").get("config", {})
+            unchanged = manifest_problems(folder) == [] and (folder / "report.html").exists()
+        except UserError:  # a damaged file
+            return False
+        names = (saved.keys() | settings.keys()) - {"resume", "quiet", "out"}
+        return unchanged and all(saved.get(name) == settings.get(name) for name in names)
+
+    return world.exchange(world.is_main and check())[0]
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a text file atomically; its folder is made where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)

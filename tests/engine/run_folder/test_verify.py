@@ -66,6 +66,27 @@ ALTERED: dict[str, tuple[Callable[[Path], object], str]] = {  # what somebody do
 }
 
 
+def test_a_finished_run_that_is_resumed_changes_nothing(finished: Path, tmp_path: Path,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    """A job that is requeued after its end must not write its model, log and manifest again; a lost page is made."""
+    out = tmp_path / "run"
+    shutil.copytree(finished / "run", out, symlinks=True)
+    flags = ["--resume", "--out", str(out), "--cache-dir", str(finished / "cache")]
+
+    def state() -> dict[str, tuple[int, bytes]]:
+        return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()}
+
+    before = state()
+    assert run.main(flags) == 0 and state() == before
+    said = capsys.readouterr()
+    assert "this run had ended" in said.err and "| test  | triplet accuracy  |" in said.out
+    (out / "report.html").unlink()
+    assert run.main(flags) == 0 and (out / "report.html").exists()
+    assert run.main(["verify", "--run", str(out), "--cache-dir", str(finished / "cache")]) == 0
+    lines = (out / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 5, 10]
+
+
 @pytest.mark.parametrize("what", ALTERED)
 def test_what_was_altered_is_found(what: str, finished: Path, tmp_path: Path,
                                    capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,14 +22,14 @@ from data.sources.parts import pattern_by_split
 from data.sources.paths import parse_image_template
 from data.sources.remote import find_files
 from data.sources.source import Columns, Download, Rows, load_splits
-from data.sources.split import divide_lone_split
+from data.sources.split import ContentReader, divide_lone_split
 from data.sources.split_names import SPLITS
 from data.store.feature_split import FeatureSplit
 from data.web.limits import FetchPolicy, check_proxy
 from data.web.remote_tables import copy_file
 from data.web.storage import Entry, RemoteFile, is_stored
 from engine.clip.encoder import CPU_TITLES, BatchedEncoder
-from engine.clip.model import Head, LoadedModel, open_model
+from engine.clip.model import Head, LoadedModel, ModelOptions, open_model
 from engine.clip.towers import fingerprint
 from engine.config.fields import Config
 from engine.publish.hub import check_push
@@ -144,9 +144,9 @@ def divide_source(cfg: Config, world: World, rows: Mapping[str, Rows], reader: R
 
     See `divide_lone_split`; several ranks of a `team` share the reading.
     """
-    cache = cache_folder(cfg)
-    title_ids = None if encoders is None else encoders.title_ids(cache)
-    splits = divide_lone_split(rows, reader, cache, cfg.seed, world.live, title_ids, team)
+    contents = ContentReader(reader, cache_folder(cfg), world.live, team)
+    title_ids = None if encoders is None else encoders.title_ids(contents.cache)
+    splits = divide_lone_split(rows, contents, cfg.seed, title_ids)
     if splits.keys() != rows.keys():
         total = sum(len(split) for split in rows.values())
         sizes = ", ".join(f"{name} {len(split):,}" for name, split in splits.items())
@@ -186,8 +186,8 @@ def make_reader(cfg: Config, spec: ImageSpec) -> Reader:
 
 def load_model(cfg: Config, world: World) -> LoadedModel:
     """Load --model onto this rank's device, all frozen but the parameters that --trainable names."""
-    model = open_model(cfg.model, cfg.trainable, cfg.mode, cfg.scale, cfg.precision, world.device, cfg.augment,
-                       cfg.gradient_checkpointing)
+    options = ModelOptions(cfg.trainable, cfg.mode, cfg.scale, cfg.precision, cfg.augment, cfg.gradient_checkpointing)
+    model = open_model(cfg.model, options, world.device)
     world.say(model.describe())
     return model
 

@@ -26,7 +26,7 @@ from data.sources.options import ReadOptions
 from data.sources.paths import ImageLocation
 from data.sources.rows import to_row_columns
 from data.sources.source import DETECT, Columns, Rows, load_splits
-from data.sources.split import divide_lone_split
+from data.sources.split import ContentReader, divide_lone_split
 from data.web.fetch import FetchPolicy
 
 CAPTIONS: list[list[str | None]] = [
@@ -188,7 +188,7 @@ def test_captions_of_one_image_stay_on_one_side_and_survive_packing(tmp_path: Pa
     frame.to_parquet(tmp_path / "all.parquet")
     rows, _, _ = read(tmp_path / "all.parquet")
     reader = Reader(tmp_path / "fetched", ImageSpec.clip(), FetchPolicy(), 25_000_000, 2)
-    parts = divide_lone_split({"train": rows}, reader, tmp_path / "cache", 0, print)
+    parts = divide_lone_split({"train": rows}, ContentReader(reader, tmp_path / "cache"), 0)
     sides = [{title.rpartition(" ")[2] for title in part.title.to_pylist()} for part in parts.values()]
     assert list(map(len, parts.values())) == [70, 15, 15] and sum(map(len, sides)) == len(set.union(*sides)) == 20
     assert pack({"train": rows}, reader, tmp_path / "out", 0, print) == []

@@ -1,7 +1,7 @@
 """Read the samples of a tar that comes as a stream, with all checks of `data.shards.tar`, in flat memory.
 
-`members` and `row` seek: to each header, then to the texts of a sample that has ended. `ForwardFile` lends them a file
-that goes forward only and keeps what they come back to.
+`members` and `row` seek to each header, then back to the texts of a complete sample. `ForwardFile` reads forward only
+and keeps the bytes that they seek back to.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class StreamedSample(NamedTuple):
 
 
 class ForwardFile:
-    """A tar of known size over a stream: reads go forward, but for the first block, the last one, and held members."""
+    """A tar of known size over a stream; only the first block, the last one and held members can be read again."""
 
     def __init__(self, stream: BinaryIO, size: int, name: str) -> None:
         self.name = name
@@ -68,7 +68,7 @@ class ForwardFile:
             self._held_bytes -= len(self._held.pop(offset))
 
     def skip_rest(self) -> None:
-        """Read to the end. Raises OSError if that comes too early."""
+        """Read to the end. Raises OSError if the stream ends early."""
         self._skip(self._size - self._read)
 
     def _reread(self, at: int, size: int) -> bytes:
@@ -92,7 +92,7 @@ class ForwardFile:
 
 
 def stream_samples(file: ForwardFile, report: Callable[[str, BadSample], None]) -> Iterator[StreamedSample]:
-    """Yield the samples of a tar in order, each with its image; `report` gets what cannot be used, with its key.
+    """Yield the samples of a tar in order, with their images; `report` gets the key and problem of unusable ones.
 
     Raises UserError if it is no tar, OSError.
     """
@@ -108,7 +108,7 @@ def stream_samples(file: ForwardFile, report: Callable[[str, BadSample], None]) 
 
 
 def _held(members_of_tar: Iterable[Member], file: ForwardFile) -> Iterator[Member]:
-    """The same members; the content of those that a sample may use is held."""
+    """Yield the same members, and hold the content of those that a sample may use."""
     for member in members_of_tar:
         ending = member.name.rpartition(".")[2].lower()
         if member.fault is None and 0 < member.size <= (MAX_IMAGE if ending in IMAGES else MAX_TEXT):

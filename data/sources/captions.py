@@ -1,7 +1,7 @@
 """Published layouts of captioned images: Karpathy's splits, COCO, Flickr8k and Flickr30k, Conceptual Captions.
 
-A layout is known by the names of its files and by their first bytes. Images lie in a folder that the layout does not
-name; the usual ones are tried.
+A layout is recognised by the names of its files and by their first bytes. It does not name the folder of its images;
+the usual ones are tried.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ IMAGE_FOLDERS = ("", "images", "Images", "train2014", "val2014", "train2017", "v
 
 
 class Layout(NamedTuple):
-    """A layout of files that is known by name."""
+    """A published layout of files."""
 
     name: str
     endings: tuple[str, ...]
@@ -74,7 +74,7 @@ class ImageFinder:
         self._last = self.folders[0] if self.folders else str(roots[0])
 
     def __call__(self, name: str, folder: str = "") -> str:
-        """The path of an image, whether its `folder` is there or not; one that is nowhere is named where others are."""
+        """Return the path of an image, in its `folder` or without it; a missing one gets the folder of those found."""
         for root in (self._last, *self.folders):
             for path in dict.fromkeys((os.path.join(root, folder, name), os.path.join(root, name))):
                 if self._is_file(path):
@@ -98,7 +98,7 @@ class ImageFinder:
 
 
 def local_file_parts(split: str, file: Path, context: ReadContext, account: Account) -> list[DatasetPart]:
-    """The parts of one file, whose own splits count only where `split` is UNSPLIT and there are several."""
+    """Return the parts of one file, divided by its own splits only if it has several and `split` is UNSPLIT."""
     layout = detect_layout(file) if file.is_file() else None
     if layout is None:
         return [file_part(split, file, context)]
@@ -108,14 +108,14 @@ def local_file_parts(split: str, file: Path, context: ReadContext, account: Acco
 
 
 def layout_parts(layout: Layout, files: Sequence[Path], context: ReadContext, account: Account) -> list[DatasetPart]:
-    """The parts of a layout, which knows its columns: names of others are not used, and that is said."""
+    """Return the parts of a layout, which has fixed columns: names given by the user are not used, with a note."""
     if context.options.columns != Columns() and layout.parts is not _table_parts:
         account.note(f"{files[0]}: {layout.name} have columns of their own; those given by name are not used")
     return layout.parts(files, context, account)
 
 
 def detect_layout(file: Path) -> Layout | None:
-    """The layout of a file by its first bytes, whatever the file is called."""
+    """Return the layout of a file by its ending and first bytes, None for another file."""
     try:
         with open_unpacked(file) as opened:
             head = opened.read(HEAD)
@@ -125,7 +125,7 @@ def detect_layout(file: Path) -> Layout | None:
 
 
 def find_layouts(folder: Path) -> Iterator[tuple[Layout, list[Path]]]:
-    """The layouts that a folder holds, each with its files."""
+    """Yield the layouts that a folder holds, each with its files."""
     for layout in LAYOUTS:
         for below in layout.folders:
             here = folder / below
@@ -188,12 +188,12 @@ def _read_coco(file: Path, context: ReadContext, account: Account) -> pa.Table:
 
 
 def _table_parts(files: Sequence[Path], context: ReadContext, account: Account) -> list[DatasetPart]:
-    """Tables that the readers of tables know; only their names are special."""
+    """Return parts that the readers of tables read; only the names of their files are special."""
     return file_parts(files_by_word(files) or {UNSPLIT: files}, context)
 
 
 def _token(files: Sequence[Path], context: ReadContext, account: Account) -> list[DatasetPart]:
-    """Parts of `name.jpg#0<TAB>caption`, with the splits of the lists beside it."""
+    """Return the parts of a file of lines `name.jpg#0<TAB>caption`, with the splits of the lists beside it."""
     file = _single_file(files)
     splits = _flickr8k_splits(file)
     captions: list[CaptionedImage] = []
@@ -214,7 +214,7 @@ def _token(files: Sequence[Path], context: ReadContext, account: Account) -> lis
 
 
 def _flickr8k_splits(file: Path) -> dict[str, str]:
-    """Image -> split, from the lists of Flickr8k beside a file of captions; empty without them."""
+    """Return image -> split from the lists of Flickr8k beside a file of captions; empty without them."""
     splits = {}
     for split in ("train", "dev", "test"):
         beside = file.with_name(f"Flickr_8k.{split}Images.txt")
@@ -231,7 +231,7 @@ def _single_file(files: Sequence[Path]) -> Path:
 
 
 def _text(value: Any) -> str:
-    """A value that must be text. Raises BadSample."""
+    """Return a value that must be text. Raises BadSample."""
     if not isinstance(value, str):
         raise BadSample("not-text", f"a {type(value).__name__}; it must be text")
     try:
@@ -242,7 +242,7 @@ def _text(value: Any) -> str:
 
 
 def _parts(file: Path, rows: Iterable[CaptionedImage], name: str, context: ReadContext) -> list[DatasetPart]:
-    """The parts of one file by the splits of its rows."""
+    """Return the parts of one file by the splits of its rows."""
     splits: dict[str, list[CaptionedImage]] = defaultdict(list)
     for row in rows:
         splits[row.split].append(row)

@@ -1,4 +1,4 @@
-"""CSV and TSV: by Arrow where every row is sound, else row by row, so that a bad row is named and the rest is kept."""
+"""CSV and TSV: by Arrow if every row is sound, else row by row, so that bad rows are reported and the rest is kept."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from data.sources.rows import Columns, detect_columns, rename_to_roles
 if TYPE_CHECKING:
     import pyarrow as pa
 
-END = "\0end"  # fed to the reader after the last line; a quote that is still open swallows it
+END = "\0end"  # a line after the last one; it ends up in a value if a quote is still open
 LINE_END = re.compile(r"\r\n|\r|\n")
 NAME = re.compile(r"\s*\S*[\d/]\S*\s*")  # may name an image, as 17 and a/b do
 
 
 class _Shape(NamedTuple):
-    """The rows of a file: its format, its columns, and which of them names the image."""
+    """The format of a file, its columns, and which of them names the image."""
 
     dialect: Dialect
     written: list[str]  # column names as the header has them
@@ -37,21 +37,21 @@ class _Shape(NamedTuple):
 
 
 def read_csv(path: Path, options: ReadOptions, account: Account, delimiter: str) -> pa.Table:
-    """A CSV file, all values text and "" where one is empty. Raises UserError that names the line.
+    """Read a CSV file, all values as text, "" for an empty one. Raises UserError that names the line.
 
-    `delimiter` is the usual one for the file's ending; another one is found by itself, as the encoding is.
+    `delimiter` is the usual one for the file's ending; another one is detected, as the encoding is.
     """
     csv.field_size_limit(1 << 30)
     try:
         dialect = sniff(path, options, delimiter)
-        said = dialect.describe(options.delimiter or delimiter)
-        if said and not (options.encoding and options.delimiter):
-            account.note(f"{path}: {said}")
+        differences = dialect.describe(options.delimiter or delimiter)
+        if differences and not (options.encoding and options.delimiter):
+            account.note(f"{path}: {differences}")
         if dialect.is_damaged:
             account.note(f"{path}: some lines are not UTF-8, their rows are dropped; --encoding, such as cp1252, reads "
                          "a file that is in another encoding")
         return _read(path, dialect, options, account)
-    except UnicodeError as error:  # bytes that cannot be passed on as wrong ones; of UTF-16, a half one
+    except UnicodeError as error:  # invalid bytes that cannot be kept as such, e.g. half a character of UTF-16
         name, reason = options.encoding or "UTF-16", str(error)
         if isinstance(error, UnicodeDecodeError):
             name, reason = error.encoding, error.reason
@@ -64,10 +64,10 @@ def _read(path: Path, dialect: Dialect, options: ReadOptions, account: Account) 
     image = _headless_image(names, options)
     columns = resolve_positions(options.columns, names)
     if image is not None:
+        names = written = [str(number) for number in range(1, len(names) + 1)]
         account.note(f"{path}: no header, line {1 + dialect.skip} is read as a row; the columns are called "
-                     f"{', '.join(str(place + 1) for place in range(len(names)))}")
+                     f"{', '.join(names)}")
         columns = _by_position(options.columns, len(names), image)
-        names = written = [str(place + 1) for place in range(len(names))]
     if len(names) == 1:
         account.note(f"{path}: line {1 + dialect.skip} has one column; --delimiter names another separator")
     picked = detect_columns(names, columns, str(path), account)
@@ -81,14 +81,14 @@ def _read(path: Path, dialect: Dialect, options: ReadOptions, account: Account) 
 
 
 def _read_by_arrow(path: Path, shape: _Shape, picked: Mapping[str, Sequence[str]]) -> pa.Table | None:
-    """The table, None where a row is not sound."""
+    """Return the table, None if a row is not sound."""
     import pyarrow as pa
     import pyarrow.compute as pc
     from pyarrow import csv as arrow
 
     dialect = shape.dialect
-    places = {name: shape.names.index(name) for role in picked for name in picked[role]}
-    used = [shape.written[place] for place in places.values()]
+    positions = {name: shape.names.index(name) for names in picked.values() for name in names}
+    used = [shape.written[position] for position in positions.values()]
     try:
         with dialect.open(path) as file:
             table = arrow.read_csv(
@@ -97,8 +97,8 @@ def _read_by_arrow(path: Path, shape: _Shape, picked: Mapping[str, Sequence[str]
                                   column_names=None if shape.has_header else shape.written),
                 arrow.ParseOptions(delimiter=dialect.delimiter, newlines_in_values=True),
                 arrow.ConvertOptions(include_columns=used, column_types=dict.fromkeys(used, pa.string())))
-        table = table.rename_columns([*places])
-        if _may_join_rows(path, table, places, shape):
+        table = table.rename_columns([*positions])
+        if _may_join_rows(path, table, positions, shape):
             return None
     except (ValueError, KeyError):  # a row of another width, or one that is not UTF-8
         return None
@@ -124,20 +124,20 @@ def _first_row(path: Path, dialect: Dialect) -> list[str]:
 
 
 def _headless_image(cells: Sequence[str], options: ReadOptions) -> int | None:
-    """The place of the image where the first row has no names but reads like a row; None for a header."""
+    """Return the position of the image if the first row holds values rather than names; None for a header."""
     named = options.columns.image
     if named is None:
         if "image" in roles_found(cells, options):
             return None
-        return next((place for place, cell in enumerate(cells) if IMAGE_VALUE.fullmatch(cell)), None)
+        return next((position for position, cell in enumerate(cells) if IMAGE_VALUE.fullmatch(cell)), None)
     if named in cells or not named.isdecimal() or not 1 <= int(named) <= len(cells):
         return None
-    place = int(named) - 1
-    return place if IMAGE_VALUE.fullmatch(cells[place]) else None
+    position = int(named) - 1
+    return position if IMAGE_VALUE.fullmatch(cells[position]) else None
 
 
 def _by_position(columns: Columns, width: int, image: int) -> Columns:
-    """The columns of a file without a header: of two, the one that is no image is the title."""
+    """Return the columns of a file without a header: of two, the one that is no image is the title."""
     title = columns.title
     if not title and width == 2:
         title = (str(2 - image),)
@@ -145,9 +145,9 @@ def _by_position(columns: Columns, width: int, image: int) -> Columns:
 
 
 def _may_join_rows(path: Path, table: pa.Table, columns: Mapping[str, int], shape: _Shape) -> bool:
-    """True if a stray quote may have joined rows; False if rows, and values that are text, account for all line ends.
+    """Return whether a stray quote may have joined rows, as rows and plain text do not account for all line ends.
 
-    `columns` are those of the table, and where they stand in the file.
+    `columns` are those of the table and their positions in the file.
     """
     import pyarrow.compute as pc
 
@@ -174,7 +174,7 @@ def _may_join_rows(path: Path, table: pa.Table, columns: Mapping[str, int], shap
 
 
 def _rows(path: Path, shape: _Shape, account: Account) -> Iterator[Record]:
-    """The rows below the header. Raises UserError at a quote that stays open."""
+    """Yield the rows below the header. Raises UserError for a quote that stays open."""
     dialect, names = shape.dialect, shape.names
     row = -1 if shape.has_header else 0  # the header is no row
     like = "the header" if shape.has_header else "the first row"
@@ -214,9 +214,9 @@ def _rows(path: Path, shape: _Shape, account: Account) -> Iterator[Record]:
 
 
 def _joined(value: str, column: int, shape: _Shape) -> int:
-    """The number of further rows that a value of several lines holds; 0 where it is plain text.
+    """Return the number of further rows that a value of several lines holds; 0 for plain text.
 
-    Lines that a stray quote has joined read like rows: one names a picture where rows do, or at least two may do so.
+    Lines that a stray quote has joined look like rows: one names a picture in the column of images, or two or more may.
     """
     first, *others = (line.split(shape.dialect.delimiter) for line in LINE_END.split(value))
     whole = [line for line in others[:-1] if len(line) == len(shape.names)]

@@ -1,8 +1,8 @@
 """Pictures that tables hold as values, as references FILE#OFFSET+SIZE to where their bytes lie on the disk.
 
-An uncompressed Arrow file holds values as they are, so each is a range of its bytes that any thread can read without
-the file being mapped or held in memory. Arrow files, such as those that `datasets` keeps, are referred to where they
-lie; the pictures of a Parquet file, or of a table in memory, are first copied to an Arrow file of their own.
+In an uncompressed Arrow file each value is a range of bytes that any thread can read; the file is neither mapped nor
+held in memory. Arrow files, such as the cache of `datasets`, are used where they lie; the pictures of a Parquet file,
+or of a table in memory, are first copied to an Arrow file.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class _Map(NamedTuple):
 
 
 class EmbeddedPictures:
-    """Turns values of bytes into references; `folder` holds the copies, None refuses what would need one."""
+    """Turns values of bytes into references; `folder` holds the copies, None refuses pictures that need one."""
 
     def __init__(self, folder: Path | None = None, log: Callable[[str], None] = discard) -> None:
         self._folder, self._log = folder, log
         self._maps: list[_Map] = []
 
     def open(self, path: Path) -> pa.Table:
-        """Map an Arrow file (IPC file, stream or Feather); its values are found again by `references`.
+        """Map an Arrow file (IPC file, stream or Feather), so that `references` finds its values.
 
         Raises pyarrow.ArrowInvalid where it is none, OSError.
         """
@@ -73,7 +73,7 @@ class EmbeddedPictures:
         return self.open(copy).column(0)
 
     def references(self, values: pa.Array, source: str) -> pa.Array:
-        """Return FILE#OFFSET+SIZE for each value of bytes, null for null and for none; copy first what is in memory."""
+        """Return FILE#OFFSET+SIZE for each value of bytes, null for null and for none; values in memory are copied."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -87,16 +87,16 @@ class EmbeddedPictures:
         data, bounds = _content(values)
         if bounds[0] == bounds[-1]:  # values of no bytes at all
             return pa.nulls(len(values), pa.string())
-        place = self._find(data)
-        if place is None:
+        location = self._find(data)
+        if location is None:
             return self._copied(values, source)
-        path, base = place
+        path, base = location
         start, size = pa.array(base + bounds[:-1]), pa.array(np.diff(bounds))
         names = pc.binary_join_element_wise(f"{path}#", start.cast(pa.string()), "+", size.cast(pa.string()), "")
         return pc.if_else(pc.greater(size, 0), names, pa.scalar(None, pa.string()))
 
     def _find(self, data: pa.Buffer) -> tuple[str, int] | None:
-        """Return the mapped file that a buffer lies in, and where in it; None if it lies in no file."""
+        """Return the mapped file that a buffer lies in, and its offset there; None for a buffer in memory."""
         for path, content in self._maps:
             offset = data.address - content.address
             if 0 <= offset and offset + data.size <= content.size:
@@ -145,7 +145,7 @@ class EmbeddedPictures:
 
 
 def _content(values: pa.Array) -> tuple[pa.Buffer, np.ndarray]:
-    """Return the buffer that holds the values of a binary array, and where each begins and the last ends, int64."""
+    """Return the buffer that holds the values of a binary array, and their bounds in it, int64 [values + 1]."""
     import pyarrow as pa
 
     _, ends, data = values.buffers()
@@ -154,14 +154,14 @@ def _content(values: pa.Array) -> tuple[pa.Buffer, np.ndarray]:
 
 
 def shown_name(reference: str | None) -> str:
-    """Return a reference for people: "" for a picture in an Arrow file, which has no name of its own."""
+    """Return a reference as messages show it: "" for a picture in an Arrow file, which has no name of its own."""
     reference = reference or ""
     file, is_range, _ = reference.rpartition("#")
     return "" if is_range and file.endswith((".arrow", ".feather")) else reference
 
 
 def write_once(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a file unless it is there: whole or not at all, by one process while others wait for it."""
+    """Have `write` make a file unless it exists: whole or not at all, by one process while others wait."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(f"{path}.lock", "ab")
@@ -189,7 +189,7 @@ def write_once(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def _remove_parts(path: Path) -> None:
-    """Delete what killed processes have left of a file; the caller holds its lock."""
+    """Delete the parts of a file that killed processes left; the caller holds its lock."""
     for part in path.parent.glob(f".{path.name}.*"):
         part.unlink(missing_ok=True)
 

@@ -1,6 +1,6 @@
-"""A folder -> the parts of the dataset in it, by the first of KINDS that it is.
+"""A folder -> the parts of the dataset in it, by the first function of KINDS that returns some.
 
-To add a kind: a function that returns its parts, None for a folder that is another kind, and a line in KINDS.
+A new kind of folder is a function that returns its parts, or None for a folder of another kind, and a line in KINDS.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from data.batch import UserError
 from data.files import is_output
@@ -32,7 +32,7 @@ from data.sources.parts import (
 )
 from data.sources.pictures import PICTURES, class_folders, holds_pictures, holds_titled_pictures, read_class_folders
 from data.sources.split_names import SPLIT_NAMES, UNSPLIT, canonical_split
-from data.sources.tables import ADVICE, TABLES, ending, holds_addresses, read_metadata, without_sidecars
+from data.sources.tables import ADVICE, ARROW_READERS, TABLES, ending, holds_addresses, read_metadata, without_sidecars
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,7 +47,7 @@ KNOWN_LAYOUTS = (f"tables ({' '.join(sorted(TABLES))}, also .csv.gz …), nor sh
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder to find the parts of, and how."""
+    """A folder of a dataset, and how it is read."""
 
     path: Path
     configuration: str
@@ -61,7 +61,7 @@ class Folder:
 
     @cached_property
     def tables(self) -> list[Path]:
-        """Its files that are tables by their ending; JSON beside images is theirs."""
+        """Its tables by their ending, without JSON that belongs to images."""
         files = [entry for entry in without_sidecars(self.entries) if ending(entry) in TABLES]
         return [file for file in files if not file.is_dir()]
 
@@ -74,19 +74,12 @@ class Folder:
         return DatasetPart(split, str(source), folder_spellings(self.path), read)
 
 
-class Kind(NamedTuple):
-    """A kind of folder: its parts, None for a folder of another kind."""
-
-    name: str
-    parts: Callable[[Folder], list[DatasetPart] | None]
-
-
 def folder_parts(folder: Folder) -> list[DatasetPart]:
-    """The parts of the first kind that the folder is. Raises UserError naming what is there if it is none."""
+    """Return the parts of a folder by its kind. Raises UserError naming what it holds if it is of no kind."""
     if folder.configuration:
         return local_parts(folder.path, folder.configuration, folder.context)
-    for kind in KINDS:
-        parts = kind.parts(folder)
+    for find_parts in KINDS:
+        parts = find_parts(folder)
         if parts is not None:
             return parts
     names = [entry.name + "/" * entry.is_dir() for entry in folder.entries]
@@ -104,11 +97,12 @@ def folder_parts(folder: Folder) -> list[DatasetPart]:
 
 
 def _saved(folder: Folder) -> list[DatasetPart] | None:
+    """A dataset written by save_to_disk."""
     return saved_parts(folder.path, folder.context) if is_saved(folder.path) else None
 
 
 def _configured(folder: Folder) -> list[DatasetPart] | None:
-    """A clone of a hub dataset whose README.md says which files are which split."""
+    """A clone of a hub dataset whose README.md lists the files of each split."""
     card = folder.path / "README.md"
     head = CARD.match(card.read_text("utf-8", "replace")) if card.is_file() else None
     if head is None or not re.search(r"^configs:", head[1], re.MULTILINE) or "data_files" not in head[1]:
@@ -118,6 +112,7 @@ def _configured(folder: Folder) -> list[DatasetPart] | None:
 
 
 def _named_files(folder: Folder) -> list[DatasetPart] | None:
+    """Files called after splits."""
     return _parts(files_by_split(folder.entries), folder) or None
 
 
@@ -127,7 +122,7 @@ def _parts(splits: Mapping[str, Sequence[Path]], folder: Folder) -> list[Dataset
 
 
 def _captions(folder: Folder) -> list[DatasetPart] | None:
-    """Published layouts of captions; where there are several, the first, and that is said."""
+    """A published layout of captions; where there are several, the first, with a note."""
     layouts = list(find_layouts(folder.path))
     if not layouts:
         return None
@@ -143,6 +138,7 @@ def _captions(folder: Folder) -> list[DatasetPart] | None:
 
 
 def _named_folders(folder: Folder) -> list[DatasetPart] | None:
+    """Folders called after splits."""
     named = [entry for entry in folder.entries if entry.name.lower() in FILE_SPLITS and entry.is_dir()]
     folders = [entry for entry in named if not is_output(entry)]
     if not folders:
@@ -168,7 +164,7 @@ def _read_below(metadata: Path, name: str, context: ReadContext, account: Accoun
 
 
 def _hive(folder: Folder) -> list[DatasetPart] | None:
-    """A partitioned table: folders KEY=VALUE; `split=train` names a split."""
+    """A partitioned table in folders KEY=VALUE, where `split=train` names a split."""
     if not any(HIVE.fullmatch(entry.name) and entry.is_dir() for entry in folder.entries):
         return None
     splits: dict[str, list[Path]] = {}
@@ -194,14 +190,14 @@ def _data_folder(folder: Folder) -> list[DatasetPart] | None:
 
 
 def _inner(folder: Folder) -> list[DatasetPart] | None:
-    """A folder that holds nothing but another one with the dataset, as archives do when they are unpacked."""
+    """A folder that holds only another one with the dataset, as unpacked archives do."""
     entries = [entry for entry in folder.entries if not entry.name.lower().startswith(("readme", "license"))]
     if len(entries) != 1 or not entries[0].is_dir() or is_output(entries[0]):
         return None
     inner = folder.inner(entries[0])
     has_files = any(ending(entry) in TABLES | {".tar"} for entry in inner.entries)
-    for kind in KINDS if has_files else KINDS[:-1]:
-        parts = kind.parts(inner)
+    for find_parts in KINDS if has_files else KINDS[:-1]:
+        parts = find_parts(inner)
         if parts is not None:
             folder.account.note(f"{folder.path}: the dataset is in its folder {inner.path.name}")
             return parts
@@ -213,7 +209,7 @@ def _without_splits(folder: Folder) -> list[DatasetPart]:
 
 
 def _rows(folder: Folder) -> list[DatasetPart] | None:
-    """The parts of a folder that names no splits: shards, tables, images."""
+    """Shards, tables or images without splits."""
     shards = [file for file in folder.entries if file.suffix.lower() == ".tar"]
     tables = folder.tables
     if shards:
@@ -222,8 +218,8 @@ def _rows(folder: Folder) -> list[DatasetPart] | None:
     are_json = all(ending(file) == ".json" for file in tables)
     if tables and holds_titled_pictures(folder.path) and (
             are_json or all(holds_addresses(each, folder.context.options) for each in tables)):
-        what = "" if are_json else "the addresses in "
-        folder.account.note(f"{folder.path}: the images with sidecars are read, not {what}{tables[0].name}")
+        addresses = "" if are_json else "the addresses in "
+        folder.account.note(f"{folder.path}: the images with sidecars are read, not {addresses}{tables[0].name}")
         img2dataset.report_failures(tables, folder.account)
         return [file_part(UNSPLIT, folder.path, folder.context)]
     if tables:
@@ -236,7 +232,7 @@ def _rows(folder: Folder) -> list[DatasetPart] | None:
 
 
 def _tables(folder: Folder, tables: Sequence[Path]) -> list[DatasetPart]:
-    """The parts of several tables: splits by a word of their names, else parts of one table. Raises UserError."""
+    """Tables whose names have words for splits, or which are parts of one table. Raises UserError for others."""
     metadata = [file for file in tables if METADATA.fullmatch(file.name)]
     if len(metadata) == 1:
         others = [file.name for file in tables if file not in metadata]
@@ -259,22 +255,12 @@ def _tables(folder: Folder, tables: Sequence[Path]) -> list[DatasetPart]:
 
 
 def _are_one_table(tables: Sequence[Path]) -> bool:
-    """True for files whose names differ by a number only and, where that is cheap to see, have the same columns."""
+    """Return whether the names of files differ by a number only, and the files of Arrow have the same columns."""
     names = {re.sub(r"\d+", "#", file.name) for file in tables}
     if len(names) > 1 or "#" not in names.pop():
         return False
-    columns = [column_names(file) for file in tables if ending(file) in (".parquet", ".arrow", ".feather")]
+    columns = [column_names(file) for file in tables if ending(file) in ARROW_READERS]
     return all(each == columns[0] for each in columns)
 
 
-KINDS = (
-    Kind("a dataset of save_to_disk", _saved),
-    Kind("a clone of a hub dataset with configurations", _configured),
-    Kind("files called after splits", _named_files),
-    Kind("a published layout of captions", _captions),
-    Kind("folders called after splits", _named_folders),
-    Kind("a clone of a hub dataset", _data_folder),
-    Kind("a partitioned table", _hive),
-    Kind("a folder with one of these in it", _inner),
-    Kind("shards, tables or images", _rows),
-)
+KINDS = (_saved, _configured, _named_files, _captions, _named_folders, _data_folder, _hive, _inner, _rows)

@@ -20,7 +20,7 @@ from data.store.feature_split import FeatureSplit
 
 
 class Fold(NamedTuple):
-    """One part held out, the others to train on; `row_N` says which rows of the whole are held out."""
+    """The rows to train on and those held out; `row_N` are the numbers of the latter in the whole."""
 
     train: FeatureSplit
     held: FeatureSplit
@@ -28,7 +28,7 @@ class Fold(NamedTuple):
 
 
 def concatenate(splits: Sequence[FeatureSplit]) -> FeatureSplit:
-    """One split of the rows of several that share their tables, in order."""
+    """Return the rows of several splits that share their tables, as one split in order."""
     first = splits[0]
     width = max(0 if split.negative_row_NH is None else split.negative_row_NH.shape[1] for split in splits)
     negative_NH = first.image_row_N.new_full((sum(map(len, splits)), width), -1)
@@ -43,14 +43,14 @@ def concatenate(splits: Sequence[FeatureSplit]) -> FeatureSplit:
 
 
 def take_rows(pairs: FeatureSplit, row_N: Tensor) -> FeatureSplit:
-    """Some rows of a split, in this order."""
+    """Return some rows of a split, in this order."""
     row_N = row_N.to(pairs.image_row_N.device)
     return replace(pairs, image_row_N=pairs.image_row_N[row_N], title_row_N=pairs.title_row_N[row_N],
                    negative_row_NH=None if pairs.negative_row_NH is None else pairs.negative_row_NH[row_N])
 
 
 def fold_of(title_N: np.ndarray, image_N: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """The fold of each row, int64 [N]: rows that share a title or an image, directly or through others, share it.
+    """Return the fold of each row, int64 [N]; rows that share a title or an image, also through others, share it.
 
     Groups go largest first, equal ones shuffled by `seed`, to the fold with the fewest rows. Raises UserError when
     there are fewer groups than folds.
@@ -73,9 +73,9 @@ def fold_of(title_N: np.ndarray, image_N: np.ndarray, folds: int, seed: int) -> 
 
 
 def folds(pairs: FeatureSplit, count: int, seed: int) -> list[Fold]:
-    """`count` ways to hold a part out; a training row has no negative there that is a held-out title.
+    """Return `count` folds; the negatives of training rows do not include held-out titles.
 
-    Titles that are class names are in all parts: there, only rows of one image stay together.
+    Titles that are class names are in all folds; only rows of one image stay together then.
     """
     image_N = pairs.image_row_N.cpu().numpy()
     title_N = pairs.title_row_N.cpu().numpy() if pairs.title_group_P is None else image_N

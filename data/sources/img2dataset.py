@@ -1,6 +1,6 @@
 """The output of img2dataset: images as `parquet` (column jpg), `files` or `webdataset`, beside tables of addresses.
 
-Its tables keep a row for every address, with "status" and "error_message" where there is no image.
+Its tables have a row for every address, with "status" and "error_message" where there is no image.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ SUCCESS = "success"
 
 
 def status_columns(names: Sequence[str]) -> list[str]:
-    """The columns with the download status of each address; empty where the table is not of this kind."""
+    """Return the columns with the download status of each address; empty for a table of another kind."""
     return [*STATUS] if set(STATUS) <= set(names) else []
 
 
 def failed(table: pa.Table) -> dict[int, BadSample]:
-    """The rows without an image, each with its status as the reason."""
+    """Return the rows without an image, with their status as the reason."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

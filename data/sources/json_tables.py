@@ -1,6 +1,6 @@
 """JSON lines, and JSON files that are one value: an array of objects, or an object that holds one.
 
-Numbers stay as they are written, as in all tables that are text.
+Numbers stay as they are written, as in all text tables.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHAPES = ('an array [{"image": …, "title": …}, …], an object with such an 
 
 
 def read_json_lines(path: Path, options: ReadOptions, account: Account) -> pa.Table:
-    """One object a line. Raises UserError."""
+    """Read one object a line. Raises UserError."""
     def records() -> Iterator[Record]:
         row = 0
         with open_unpacked(path) as file:
@@ -42,7 +42,7 @@ def read_json_lines(path: Path, options: ReadOptions, account: Account) -> pa.Ta
 
 
 def read_json(path: Path, options: ReadOptions, account: Account) -> pa.Table:
-    """A file called .json: one of SHAPES, or JSON lines, as `Dataset.to_json` writes them. Raises UserError."""
+    """Read a file called .json: one of SHAPES, or JSON lines, as `Dataset.to_json` writes them. Raises UserError."""
     if _is_lines(path):
         return read_json_lines(path, options, account)
     value = load_json(path)
@@ -58,7 +58,7 @@ def read_json(path: Path, options: ReadOptions, account: Account) -> pa.Table:
 
 
 def load_json(path: Path) -> Any:
-    """The value of a JSON file, numbers as text. Raises UserError."""
+    """Return the value of a JSON file, numbers as text. Raises UserError."""
     with open_unpacked(path) as file:
         content = file.read()
     try:
@@ -70,7 +70,7 @@ def load_json(path: Path) -> Any:
 
 
 def _is_lines(path: Path) -> bool:
-    """True if the first line that is not blank is an object of its own."""
+    """Return whether the first line that is not blank is a whole object."""
     with open_unpacked(path) as file:
         first = next((line for line in file if line.strip()), b"")
         more = any(line.strip() for line in file)
@@ -82,7 +82,7 @@ def _is_lines(path: Path) -> bool:
 
 
 def _items(value: Any, path: Path, account: Account) -> Sequence[Any]:
-    """The objects of a JSON value in one of SHAPES. Raises UserError."""
+    """Return the objects of a JSON value in one of SHAPES. Raises UserError."""
     if isinstance(value, list):
         return value
     lists = {name: field for name, field in value.items() if _holds_objects(field)} if isinstance(value, dict) else {}
@@ -109,5 +109,5 @@ def _holds_objects(field: Any) -> bool:
 
 
 def _same_keys(columns: Mapping[str, Any]) -> bool:
-    """True unless columns are objects (as pandas writes them) whose rows have other names."""
+    """Return whether all columns that are objects (as pandas writes them) have the same row names."""
     return len({tuple(column) for column in columns.values() if isinstance(column, dict)}) <= 1

@@ -1,6 +1,6 @@
 """Class names -> titles: "golden_retriever" becomes "golden retriever", or one title for each --template.
 
-A column LABEL beside the titles says that they are class names; the titles of a class are no negatives of each other.
+Titles with a column LABEL beside them are class names; the titles of one class are no negatives of each other.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from data.sources.rows import LABEL, Rows
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SHOWN = 3  # class names in a line
+SHOWN = 3  # class names in a message
 
 
 def class_titles(table: pa.Table, templates: Sequence[str], source: str, account: Account) -> pa.Table:
-    """Return the columns of `to_row_columns` with titles made of class names, where there are such or `templates`.
+    """Return the columns of `to_row_columns` with titles made of class names, if there are any, or `templates`.
 
     Each template makes a row. Raises UserError for classes that are numbers.
     """
@@ -34,7 +34,7 @@ def class_titles(table: pa.Table, templates: Sequence[str], source: str, account
         return table
     text = pc.utf8_trim_whitespace(table["title"])
     is_class = pc.not_equal(text, "")
-    if LABEL in table.column_names:  # where only some titles are class names, it says which
+    if LABEL in table.column_names:  # null where a title is no class name
         is_class = pc.and_(is_class, pc.is_valid(table[LABEL]))
     classes = pc.if_else(is_class, text, pa.scalar(None, pa.string()))
     names = sorted(pc.unique(classes.drop_null()).to_pylist())
@@ -61,7 +61,7 @@ def class_titles(table: pa.Table, templates: Sequence[str], source: str, account
 
 
 def _refuse_numbers(names: Sequence[str], source: str) -> None:
-    """Raise UserError where all class names are numbers, which say nothing to a text tower."""
+    """Raise UserError if all class names are numbers, which mean nothing to a text tower."""
     if names and all(name.isdecimal() for name in names):
         shown = ", ".join(names[:SHOWN])
         raise UserError(f"{source}: the classes are numbers ({shown}, …), which are no titles; write their names in "
@@ -69,7 +69,7 @@ def _refuse_numbers(names: Sequence[str], source: str) -> None:
 
 
 def class_codes(rows: Rows) -> np.ndarray:
-    """Return the number of each row's class, int64 [N]; -1 where a title is no class name."""
+    """Return the number of each row's class, int64 [N]; -1 if its title is no class name."""
     import pyarrow.compute as pc
 
     if rows.label is None:

@@ -1,7 +1,7 @@
 """Image paths and ids as datasets write them -> absolute paths and URLs.
 
-A table on this machine that the user named may point anywhere; rows from tars, hub datasets and the network reach files
-below their folders only.
+A table on this machine that the user named may name any file; rows of tars, hub datasets and the network may name files
+below their own folders only.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ if TYPE_CHECKING:
 
 PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 ENDINGS = "|".join(re.escape(ending) for ending in sorted(PICTURES))
-ADDRESS = f"^(https?|{'|'.join(PACKAGES)})://"  # images at such an address are read
+READABLE = f"^(https?|{'|'.join(PACKAGES)})://"  # images at such an address are read
 URL = "^[a-z][a-z0-9+.-]+://"
 NUMBERED = rf"(?i)({ENDINGS})#\d+$"  # Flickr8k.token.txt counts the captions of an image so
 TEMPLATE = re.compile(r"([^{}]*)\{(?::?0?(\d+)d?)?\}([^{}]*)")
-CHECKED_NAMES = 20  # rows whose images are looked for where the first are not in their place
-MAX_FOLDERS = 200  # folders that are looked in
+CHECKED_NAMES = 20  # images that are looked for in other folders if none of them is in its place
+MAX_FOLDERS = 200  # folders that are searched
 IMAGE_FOLDERS = frozenset(("images", "image", "imgs", "img", "pictures", "photos", "jpegimages", "thumbnails"))
 GUESSED_ENDINGS = ("", ".jpg", ".png", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
 class ImageLocation:
-    """The places that the images of a table lie in."""
+    """The folders of a table's images, and how its paths name them."""
 
-    folders: Sequence[str]  # relative paths start at the first; none but `anywhere` leaves them
+    folders: Sequence[str]  # relative paths start at the first; without `anywhere` paths stay within them
     relative: bool = True  # False: a path without a folder names nothing
     anywhere: bool = False  # absolute paths and .. may leave the folders
     template: str = ""  # makes a path of an id
-    ending: str = ""  # what the names lack
+    ending: str = ""  # is added to relative paths
 
     @property
     def in_store(self) -> bool:
-        """True for a table in a store, whose relative paths are addresses below its own."""
+        """Whether the table lies in a store; its relative paths are then addresses below its own."""
         return bool(scheme_of(self.folders[0]))
 
     def under(self, root: str) -> ImageLocation:
-        """Return the places with the user's folder in place of the table's. Raises UserError."""
+        """Return the location with the user's folder in place of the table's. Raises UserError."""
         if not root:
             return self
         path = Path(root).expanduser()
@@ -69,9 +69,9 @@ def parse_image_template(text: str) -> str:
 
 def absolute_paths(column: pa.ChunkedArray, location: ImageLocation, source: str, account: Account,
                    problems: dict[int, BadSample]) -> pa.ChunkedArray:
-    """Return URLs as they are and other paths absolute; null stays null. Blanks around them are gone already.
+    """Return URLs as they are and other paths absolute; null stays null. Blanks around them are removed already.
 
-    A path that leaves its folders is a problem of its row, `..` by spelling.
+    A path that leaves its folders (`..` is judged by spelling) is a problem of its row.
     """
     import pyarrow as pa
 
@@ -86,7 +86,7 @@ def absolute_paths(column: pa.ChunkedArray, location: ImageLocation, source: str
 
 
 def _normalize(path: pa.Array, location: ImageLocation, source: str, account: Account) -> pa.Array:
-    """Paths in the spelling of this machine: ids made paths, file: and // addresses, backslashes, numbered names."""
+    """Return paths as this machine spells them, from ids, file: and // addresses, backslashes and numbered names."""
     import pyarrow.compute as pc
 
     if location.template:
@@ -119,7 +119,7 @@ def _any(mask: pa.Array) -> bool:
 
 
 def _replace_values(path: pa.Array, mask: pa.Array, change: Callable[[str], str]) -> pa.Array:
-    """The values with those of `mask` changed."""
+    """Return the values with those of `mask` replaced by `change` of them."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -137,19 +137,18 @@ def path_of_file_url(text: str) -> str:
 
 
 def _slashed(folder: str, text: str) -> str:
-    """A Windows path with slashes, unless there is a file with backslashes in its name."""
+    """Return a Windows path with slashes, unless there is a file with backslashes in its name."""
     return text if os.path.exists(os.path.join(folder, text)) else text.replace("\\", "/")
 
 
 def _fill_template(path: pa.Array, template: str) -> pa.Array:
-    """Ids in the template; a width pads numbers with zeros. URLs are no ids."""
+    """Return ids in the template, URLs as they are; a width pads numbers with zeros."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     match = TEMPLATE.fullmatch(template)
-    if match is None:
-        raise UserError(f"--image-template {template!r} must hold {{}} once")
-    before, width, after = match[1], match[2], match[3]
+    assert match is not None  # see `parse_image_template`
+    before, width, after = match.groups()
     ids = path if width is None else pc.if_else(pc.utf8_is_digit(path), pc.utf8_lpad(path, int(width), "0"), path)
     filled = pc.binary_join_element_wise(pa.scalar(before), ids, pa.scalar(after), "")
     return pc.if_else(pc.match_substring_regex(path, URL, ignore_case=True), path, filled)
@@ -160,7 +159,7 @@ def _absolute(path: pa.Array, start: int, location: ImageLocation, problems: dic
 
     if location.in_store:
         return _in_store(path, start, location, problems)
-    url = pc.match_substring_regex(path, ADDRESS if location.anywhere else "^https?://", ignore_case=True)
+    url = pc.match_substring_regex(path, READABLE if location.anywhere else "^https?://", ignore_case=True)
     absolute = pc.starts_with(path, "/")
     roots = tuple(folder.rstrip("/") + "/" for folder in location.folders)
     full = path
@@ -183,11 +182,11 @@ def _absolute(path: pa.Array, start: int, location: ImageLocation, problems: dic
 
 
 def _in_store(path: pa.Array, start: int, location: ImageLocation, problems: dict[int, BadSample]) -> pa.Array:
-    """Addresses as they are, other paths as addresses below the table's; what names a local file is a problem."""
+    """Return addresses as they are, other paths as addresses below the table's; a local file is a problem."""
     import pyarrow.compute as pc
 
     folder = location.folders[0]
-    is_address = pc.fill_null(pc.match_substring_regex(path, ADDRESS, ignore_case=True), False)
+    is_address = pc.fill_null(pc.match_substring_regex(path, READABLE, ignore_case=True), False)
     full = pc.if_else(is_address, path, pc.binary_join_element_wise(f"{folder}/", path, location.ending, ""))
     suspect = pc.fill_null(pc.match_substring_regex(path, r"^/|://|(^|/)\.\.(/|$)"), False)
     for row in np.flatnonzero(pc.and_not(suspect, is_address).to_numpy(zero_copy_only=False)):
@@ -198,7 +197,7 @@ def _in_store(path: pa.Array, start: int, location: ImageLocation, problems: dic
 
 
 def _locate(chunks: Sequence[pa.Array], location: ImageLocation, source: str, account: Account) -> ImageLocation:
-    """The location, in another folder nearby where the first images lie there and none is in its place.
+    """Return the location, with a folder nearby if the first images lie there and none is in its place.
 
     Raises UserError where there are several such folders.
     """
@@ -228,12 +227,12 @@ def _locate(chunks: Sequence[pa.Array], location: ImageLocation, source: str, ac
 
 
 def _first_relative(chunks: Sequence[pa.Array]) -> Iterator[str]:
-    """The first CHECKED_NAMES distinct relative paths."""
+    """Yield the first CHECKED_NAMES distinct relative paths."""
     seen: dict[str, None] = {}
     for chunk in chunks:
         for value in chunk[: 10 * CHECKED_NAMES]:
             text = value.as_py()
-            if text and not text.startswith("/") and not re.match(URL, text, re.IGNORECASE) and text not in seen:
+            if text and not text.startswith("/") and not scheme_of(text) and text not in seen:
                 seen[text] = None
                 yield text
             if len(seen) == CHECKED_NAMES:
@@ -241,14 +240,14 @@ def _first_relative(chunks: Sequence[pa.Array]) -> Iterator[str]:
 
 
 def _folders_within(base: str) -> list[str]:
-    """The folder itself, those in it and in these: images/, Images/, flickr30k_images/flickr30k_images/."""
+    """Return the folder and those up to two levels below: images/, flickr30k_images/flickr30k_images/."""
     inner = _subfolders(base)
     deeper = [folder for parent in inner for folder in _subfolders(parent)]
     return [base, *inner, *deeper][:MAX_FOLDERS]
 
 
 def _folders_beside(base: str) -> list[str]:
-    """Folders for images beside the table's: any other may hold images of the same names."""
+    """Return folders beside the table's that are called after images; others may hold images of the same names."""
     beside = _subfolders(os.path.dirname(base))
     return [folder for folder in beside if os.path.basename(folder).lower() in IMAGE_FOLDERS]
 

@@ -13,7 +13,7 @@ from data.batch import BadSample
 from data.files import NotAFile, is_output, open_regular
 from data.ledger import Account
 from data.shards.samples import MAX_TEXT
-from data.sources.paths import PICTURES as PICTURES
+from data.sources.paths import PICTURES
 from data.sources.records import Record, parse_json_object
 from data.sources.rows import LABEL, ROW
 
@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 STATISTICS = re.compile(r"\d+_stats\.json")  # what img2dataset writes beside its parts
+MAX_SEEN = 10_000  # files among which a picture with a sidecar is looked for
 SIDECARS = frozenset((".txt", ".json"))
 OTHER_DATA = frozenset((".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".gz", ".tar"))
 
 
 def pictures(folder: Path, account: Account) -> Iterator[Record]:
-    """The images at any depth below `folder`, sorted, each with the fields of KEY.json and with KEY.txt as title.
+    """Yield the images at any depth below `folder`, sorted, with the fields of KEY.json and with KEY.txt as title.
 
     A file of an unknown ending with a title beside it is a row that is dropped. Sidecars without an image and linked
     folders are passed over. Raises OSError.
@@ -57,31 +58,31 @@ def pictures(folder: Path, account: Account) -> Iterator[Record]:
 
 
 def is_picture(name: str) -> bool:
-    """True if a file name has the ending of a picture."""
+    """Return whether a file name has the ending of a picture."""
     return os.path.splitext(name)[1].lower() in PICTURES
 
 
-def holds_titled_pictures(folder: Path, most: int = 10_000) -> bool:
-    """True if a picture with a sidecar is among the first `most` files."""
+def holds_titled_pictures(folder: Path) -> bool:
+    """Return whether a picture with a sidecar is among the first MAX_SEEN files."""
     seen = 0
     for _, names in _walk(folder, Account()):
         sidecars, _ = _by_stem(names)
         if any(is_picture(name) and os.path.splitext(name)[0] in sidecars for name in names):
             return True
         seen += len(names)
-        if seen > most:
+        if seen > MAX_SEEN:
             break
     return False
 
 
 def holds_pictures(folder: Path) -> bool:
-    """True if there is a picture, or a text that may be the title of one, at any depth."""
+    """Return whether there is a picture, or a text that may be the title of one, at any depth."""
     return any(is_picture(name) or os.path.splitext(name)[1].lower() in SIDECARS
                for _, names in _walk(folder, Account()) for name in names)
 
 
 def class_folders(folder: Path) -> list[str]:
-    """The folders below `folder` that hold its pictures, if they tell the classes: two at least, and no titles."""
+    """Return the names of the folders of classes: two or more hold all pictures, and no picture has a title."""
     classes = []
     for here, names in _walk(folder, Account()):
         sidecars, _ = _by_stem(names)
@@ -94,7 +95,7 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def read_class_folders(folder: Path, account: Account) -> pa.Table:
-    """The images below `folder`, the name of the folder that an image lies in being its title and its label."""
+    """Read the images below `folder`; the name of an image's folder is its title and its label."""
     import pyarrow as pa
 
     images, titles, numbers, row = [], [], [], -1
@@ -102,9 +103,9 @@ def read_class_folders(folder: Path, account: Account) -> pa.Table:
         for name in filter(is_picture, names):
             path, row = os.path.abspath(os.path.join(here, name)), row + 1
             try:
-                path.encode()
-            except UnicodeEncodeError:
-                account.drop(str(folder), row, BadSample("bad-name", "the file's name is not UTF-8; rename it"), path)
+                _check_name(path)
+            except BadSample as bad:
+                account.drop(str(folder), row, bad, path)
                 continue
             images.append(path)
             titles.append(os.path.basename(here))
@@ -114,7 +115,7 @@ def read_class_folders(folder: Path, account: Account) -> pa.Table:
 
 
 def _walk(folder: Path, account: Account) -> Iterator[tuple[str, list[str]]]:
-    """Folders at any depth and their files, sorted, without hidden ones and without what this program wrote."""
+    """Yield folders at any depth and their files, sorted, without hidden ones and without output of this program."""
     def refuse(error: OSError) -> NoReturn:
         raise error
 
@@ -131,7 +132,7 @@ def _walk(folder: Path, account: Account) -> Iterator[tuple[str, list[str]]]:
 
 
 def _by_stem(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """The sidecars of each stem by ending, and for each stem a file that is no data of a known kind."""
+    """Return the sidecars of each stem by ending, and for each stem a file of an unknown ending."""
     sidecars: dict[str, dict[str, str]] = defaultdict(dict)
     others: dict[str, str] = {}
     for name in names:
@@ -146,11 +147,8 @@ def _by_stem(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str,
 
 
 def _fields(here: str, files: Mapping[str, str], path: str) -> dict[str, Any]:
-    """The fields of one image. Raises BadSample."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise BadSample("bad-name", "the file's name is not UTF-8; rename it") from None
+    """Return the fields of one image. Raises BadSample."""
+    _check_name(path)
     fields: dict[str, Any] = {}
     if ".json" in files:
         fields = parse_json_object(_content(os.path.join(here, files[".json"])), files[".json"])
@@ -163,8 +161,15 @@ def _fields(here: str, files: Mapping[str, str], path: str) -> dict[str, Any]:
     return fields | {"image": path}
 
 
+def _check_name(path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise BadSample("bad-name", "the file's name is not UTF-8; rename it") from None
+
+
 def _content(path: str) -> bytes:
-    """The bytes of a sidecar. Raises BadSample."""
+    """Return the bytes of a sidecar. Raises BadSample."""
     try:
         with open_regular(path) as file:
             content = file.read(MAX_TEXT + 1)

@@ -1,6 +1,6 @@
-"""Rows that are read one at a time -> a table of the columns in use, under the names of their roles.
+"""Records (rows read one at a time) -> a table of the columns in use, under the names of their roles.
 
-Records become Arrow columns RECORDS at a time, so that the memory of Python objects stays bounded.
+Records become Arrow columns RECORDS at a time, which bounds the memory of Python objects.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Record(NamedTuple):
     """A row of a file that is read one row at a time."""
 
     row: int  # its number in the file, from 0
-    where: str  # its place, for people
+    where: str  # its line or item, for messages
     fields: dict[str, Any]
 
 
 def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
-    """The object that a line or a file holds. Raises BadSample: not-utf8, bad-json."""
+    """Return the object that a line or a file holds. Raises BadSample: not-utf8, bad-json."""
     try:
         record = AS_WRITTEN.decode(text.decode().removeprefix("\ufeff"))
     except UnicodeDecodeError:
@@ -46,7 +46,7 @@ def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
 
 def from_records(records: Iterator[Record], columns: Columns, source: str, message_if_empty: str, account: Account,
                  kind: str = "") -> pa.Table:
-    """Records as a table of the fields in use and ROW; `message_if_empty` is the error where the file holds none.
+    """Return records as a table of the fields in use and ROW; `message_if_empty` is the error if there are none.
 
     `source` names the file, `kind` describes it in errors. A bad field drops its row only if it is in use. A list of
     texts is several titles or negatives.
@@ -70,7 +70,7 @@ def from_records(records: Iterator[Record], columns: Columns, source: str, messa
     if not parts:
         raise UserError(message_if_empty)
     picked = detect_columns(list(names), columns, source + kind, account)
-    whole = pa.concat_tables(_alike(parts), promote_options="default")
+    whole = pa.concat_tables(_with_same_lists(parts), promote_options="default")
     table = rename_to_roles(whole, {**picked, ROW: [""]})
     used = [name for role in picked for name in picked[role]]
     bad = {place: problem for name in used for place, problem in problems[name].items()}
@@ -104,16 +104,16 @@ def _field_column(name: str, chunk: Sequence[Record], start: int, problems: dict
     return pa.array([texts[0] if texts else None for texts in values], pa.string())
 
 
-def _alike(parts: Sequence[pa.Table]) -> list[pa.Table]:
-    """The tables with lists in every column that has lists in one of them."""
+def _with_same_lists(parts: Sequence[pa.Table]) -> list[pa.Table]:
+    """Return the tables with lists in each column that has lists in one of them."""
     listed = {name for part in parts for name in part.column_names if is_list(part[name].type)}
-    alike = []
+    converted = []
     for part in parts:
         for place, name in enumerate(part.column_names):
             if name in listed and not is_list(part[name].type):
                 part = part.set_column(place, name, join_columns([part[name]]))
-        alike.append(part)
-    return alike
+        converted.append(part)
+    return converted
 
 
 def _field(where: str, name: str, value: Any) -> bytes | None:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import PurePosixPath
 
 from data.batch import UserError
 from data.shards.index import expand_braces
 from data.sources.parts import FILE_SPLITS, files_by_split, pattern_by_split, unique_splits
 from data.sources.split_names import SPLIT_NAMES, UNSPLIT
-from data.sources.tables import TABLES
+from data.sources.tables import TABLES, ending
 from data.web.storage import Entry, expand, is_folder, list_folder, public_name
+
+READABLE = (f"of a store, tables ({' '.join(sorted(TABLES))}) and shards (.tar) are read; copy other files here, or "
+            "pack them with run.py shards")
 
 
 def find_files(dataset: str) -> dict[str, list[Entry]]:
-    """The tables or shards of each split at an address; UNSPLIT where no split is named. Raises UserError.
+    """Return the tables or shards at an address by split. Raises UserError.
 
-    Size and version of an entry may be missing: `data.web.storage.stat` tells them.
+    Size and version of an entry may be missing; `data.web.storage.stat` returns them.
     """
     if "*" in dataset or "{" in dataset:
         addresses = []
@@ -29,15 +31,9 @@ def find_files(dataset: str) -> dict[str, list[Entry]]:
         files = pattern_by_split([Entry(dataset, 0, "")])
     for entries in files.values():
         for entry in entries:
-            if suffix(entry.name) not in TABLES | {".tar"}:
-                raise UserError(f"{public_name(entry.address)}: of a store, tables ({' '.join(sorted(TABLES))}) and "
-                                "shards (.tar) are read; copy other files here, or pack them with run.py shards")
+            if ending(entry.name) not in TABLES | {".tar"}:
+                raise UserError(f"{public_name(entry.address)}: {READABLE}")
     return files
-
-
-def suffix(name: str) -> str:
-    """The ending of a file name in lower case."""
-    return PurePosixPath(name).suffix.lower()
 
 
 def _find(folder: str) -> dict[str, list[Entry]]:
@@ -46,20 +42,22 @@ def _find(folder: str) -> dict[str, list[Entry]]:
         return splits
     folders = [entry for entry in entries if entry.is_folder and entry.name.lower() in FILE_SPLITS]
     if folders:
-        return unique_splits((SPLIT_NAMES[entry.name.lower()], entry.name, _without_splits(entry.address, None))
-                         for entry in folders)
+        found = []
+        for entry in folders:
+            files = _without_splits(entry.address, list_folder(entry.address))
+            found.append((SPLIT_NAMES[entry.name.lower()], entry.name, files))
+        return unique_splits(found)
     return {UNSPLIT: _without_splits(folder, entries)}
 
 
-def _without_splits(folder: str, entries: Sequence[Entry] | None) -> list[Entry]:
-    """The shards of a folder that names no splits, else its one table."""
-    entries = list_folder(folder) if entries is None else entries
-    shards = [entry for entry in entries if suffix(entry.name) == ".tar" and not entry.is_folder]
-    tables = [entry for entry in entries if suffix(entry.name) in TABLES and not entry.is_folder]
+def _without_splits(folder: str, entries: Sequence[Entry]) -> list[Entry]:
+    """Return the shards of a folder without splits, else its one table. Raises UserError."""
+    files = [entry for entry in entries if not entry.is_folder]
+    shards = [entry for entry in files if ending(entry.name) == ".tar"]
+    tables = [entry for entry in files if ending(entry.name) in TABLES]
     if not shards and not tables:
         shown = ", ".join(entry.name for entry in entries[:5]) or "nothing"
-        raise UserError(f"{public_name(folder)}: holds {shown}; of a store, tables ({' '.join(sorted(TABLES))}) and "
-                        "shards (.tar) are read; copy other folders here, or pack them with run.py shards")
+        raise UserError(f"{public_name(folder)}: holds {shown}; {READABLE}")
     if not shards and len(tables) > 1:
         names = ", ".join(entry.name for entry in tables[:5])
         raise UserError(f"{public_name(folder)}: which of {names}? Pass one of them or a pattern, or call them train, "

@@ -1,8 +1,8 @@
 """One split as columns: finding the columns by role, checking their values, taking and fingerprinting rows.
 
-What a dataset says is not trusted: unless the user named a table on this machine, a row may name a file below the
-dataset's own folder, a URL or a member of a shard, and nothing else here (see paths.py). A row that cannot be used is
-left out and reported to the `Account`. Nothing here opens an image.
+A dataset is not trusted: unless the user named a table on this machine, a row may name a file below the dataset's own
+folder, a URL or a member of a shard, and nothing else (see paths.py). A row that cannot be used is left out and
+reported to the `Account`. Nothing here opens an image.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 CLASS_COLUMNS = ("label", "labels", "class", "class_name", "category")  # titles where nothing else is one
-KNOWN = {  # role -> column names that mean it; the first there is wins
+KNOWN = {  # role -> names of columns for it, the preferred ones first
     "image": ("image", "thumbnail", "thumbnail_url", "image_url", "url", "jpg", "jpeg", "png", "webp", "image_path",
               "file_name", "filename", "path", "img", "image_name", "filepath", "anchor", "positive"),
     "title": ("title", "text", "caption", "txt", "captions", "sentences", "sentences_raw", "raw", "comment", "positive",
@@ -38,7 +38,7 @@ KNOWN = {  # role -> column names that mean it; the first there is wins
 OPTIONAL = ("title_neg", "split")  # roles that a dataset may lack
 NUMBERED = re.compile(r"(.*?)[_ .-]?(\d{1,3})")  # caption_0, caption1, caption 2: a family of columns
 ROW = "row"  # a column beside those of the roles: the row's number in its file, where some are left out already
-LABEL = "label"  # another one: the name of the row's class, where titles are made of it
+LABEL = "label"  # a column beside those of the roles: the name of the row's class, where titles are made of it
 EXTRA_COLUMNS = ("split", LABEL)  # columns that readers may give beside image, title and title_neg
 FLAGS = {"image": "--image-column", "title": "--title-column", "title_neg": "--negative-column",
          "split": "--split-column"}
@@ -46,7 +46,7 @@ FLAGS = {"image": "--image-column", "title": "--title-column", "title_neg": "--n
 
 @dataclass(frozen=True)
 class Columns:
-    """Column names given by the user; None and () mean: detect. Each of several titles makes a row."""
+    """Column names given by the user; None and (): detect. Each of several titles makes a row."""
 
     image: str | None = None
     title: tuple[str, ...] = ()
@@ -75,13 +75,13 @@ class Rows:
         return len(self.title)
 
     def take(self, indices: np.ndarray) -> Rows:
-        """The rows at `indices` in that order, copied."""
+        """Return the rows at `indices` in that order, copied."""
         negative = None if self.title_neg is None else _take(self.title_neg, indices)
         label = None if self.label is None else _take(self.label, indices)
         return Rows(self.name, _take(self.image, indices), _take(self.title, indices), negative, label)
 
     def fingerprint(self) -> str:
-        """A digest of all values in order, however chunked: one pass over the columns, no file is opened."""
+        """Return a digest of all values in order, however chunked; no file is opened."""
         columns = self.image, self.title, self.title_neg
         digests = b"".join(b"none" if column is None else _digest(column) for column in columns)
         return hashlib.blake2b(digests, digest_size=16).hexdigest()
@@ -89,10 +89,10 @@ class Rows:
 
 def detect_columns(names: list[str], columns: Columns, source: str, account: Account,
                    with_bytes: Collection[str] = ()) -> dict[str, list[str]]:
-    """Role -> the columns that play it: the user's, else the first known name with its numbered family (caption_0, …).
+    """Return role -> its columns: the user's, else those of the first known name, also numbered (caption_0, …).
 
-    Of the known image columns those that hold pictures (`with_bytes`) come first; no picture is a title. A choice is
-    noted. Raises UserError naming the columns.
+    Of the known image columns those that hold pictures (`with_bytes`) are preferred; they are never titles. A choice
+    among several is noted. Raises UserError naming the columns.
     """
     existing = f"there are {', '.join(_shown(names)) or 'none'}"
     picked: dict[str, list[str]] = {}
@@ -123,7 +123,7 @@ def detect_columns(names: list[str], columns: Columns, source: str, account: Acc
 
 
 def _families(role: str, names: Sequence[str], with_bytes: Collection[str], images: Collection[str]) -> list[list[str]]:
-    """The columns that may play a role, best first: each known name with those that are it and a number."""
+    """Return the columns that a role may have, the preferred ones first: each known name with its numbered columns."""
     numbered: dict[str, dict[int, str]] = {base: {} for base in KNOWN[role]}
     for name in reversed(names):
         spelled = name.strip().lower()
@@ -146,7 +146,7 @@ def _shown(names: Sequence[str]) -> list[str]:
 
 
 def is_known(name: str) -> bool:
-    """True for a column that `detect_columns` may pick."""
+    """Return whether `detect_columns` may pick a column of this name."""
     spelled = name.strip().lower()
     match = NUMBERED.fullmatch(spelled)
     bases = {spelled, match[1]} if match else {spelled}
@@ -173,9 +173,9 @@ def to_row_columns(table: pa.Table, source: str, location: ImageLocation, accoun
                    embedded: EmbeddedPictures) -> pa.Table:
     """Return the columns of `rename_to_roles` as `Rows` has them, with ROW and EXTRA_COLUMNS; images lie at `location`.
 
-    A list of titles makes a row of each, with the image and the negatives; blank ones go where another one stays.
-    Blanks around paths and addresses go. A row whose text is not UTF-8 or whose image leaves the folders is dropped.
-    Raises UserError on a column that cannot play its role.
+    Each title of a list makes a row with the image and the negatives; blank titles are removed unless all are blank.
+    Blanks around paths and addresses are removed. A row whose text is not UTF-8 or whose image leaves the folders is
+    dropped. Raises UserError for a column of a type that its role cannot have.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -191,9 +191,11 @@ def to_row_columns(table: pa.Table, source: str, location: ImageLocation, accoun
     paths_N = absolute_paths(pa.chunked_array(paths, pa.string()), location, source, account, problems).chunks
     images = [pc.coalesce(picture, path, "") for picture, path in zip(pictures, paths_N, strict=True)]
     columns = {"image": pa.chunked_array(images, pa.string())}
-    for role in [role for role in ("title", "title_neg") if role in table.column_names]:
+    for role in ("title", "title_neg"):
+        if role not in table.column_names:
+            continue
         values, row_F = flatten(table[role])
-        if not _is_text(values.type):
+        if pa.types.is_primitive(values.type) or pa.types.is_decimal(values.type):
             account.note(f"{source}: the {role} column holds {values.type}; its values are used as text")
         bad: dict[int, BadSample] = {}  # by place among the values
         texts = _texts(values, source, role, bad)
@@ -209,7 +211,7 @@ def to_row_columns(table: pa.Table, source: str, location: ImageLocation, accoun
 
 def drop_rows(table: pa.Table, problems: Mapping[int, BadSample], numbers: np.ndarray, source: str,
             account: Account) -> pa.Table:
-    """The table without the rows at `problems`, which are dropped by their `numbers` in the file `source`."""
+    """Return the table without the rows at `problems`; they are reported by their `numbers` in the file `source`."""
     import pyarrow as pa
 
     if not problems:
@@ -218,9 +220,8 @@ def drop_rows(table: pa.Table, problems: Mapping[int, BadSample], numbers: np.nd
         image, title = table["image"][place].as_py(), table["title"][place].as_py()
         title = next(iter(title), None) if isinstance(title, list) else title
         image = image.get("path") if isinstance(image, dict) else image
-        account.drop(source, int(numbers[place]), problems[place],
-                     shown_name(image) or None if isinstance(image, str) else None,
-                     title if isinstance(title, str) else None)
+        image = shown_name(image) or None if isinstance(image, str) else None
+        account.drop(source, int(numbers[place]), problems[place], image, title if isinstance(title, str) else None)
     keep = np.ones(len(table), bool)
     keep[[*problems]] = False
     return table.filter(pa.array(keep))
@@ -228,7 +229,7 @@ def drop_rows(table: pa.Table, problems: Mapping[int, BadSample], numbers: np.nd
 
 def _bytes_and_path(chunk: pa.Array, source: str, start: int,
                     problems: dict[int, BadSample]) -> tuple[pa.Array, pa.Array]:
-    """Images of any kind as bytes and string, null where an image is not of that kind."""
+    """Return images of any type as bytes and as paths, null where an image has none of these."""
     import pyarrow as pa
 
     kind = chunk.type
@@ -246,7 +247,7 @@ def _bytes_and_path(chunk: pa.Array, source: str, start: int,
 
 
 def holds_bytes(kind: pa.DataType) -> bool:
-    """True for the type of embedded pictures: bytes or Hugging Face's Image."""
+    """Return whether values of this type are embedded pictures: bytes, or Hugging Face's Image."""
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
@@ -255,14 +256,6 @@ def holds_bytes(kind: pa.DataType) -> bool:
         return holds_bytes(kind.value_type)
     return (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
             or pa.types.is_fixed_size_binary(kind))
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
-    numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean,
-               pa.types.is_temporal)
-    return not any(is_kind(kind) for is_kind in numbers)
 
 
 def _unfit(source: str, role: str, kind: pa.DataType) -> UserError:
@@ -281,7 +274,7 @@ def _texts(column: pa.ChunkedArray, source: str, role: str, problems: dict[int, 
 
 
 def _text_chunk(chunk: pa.Array, source: str, role: str, start: int, problems: dict[int, BadSample]) -> pa.Array:
-    """The values as text; one that is not UTF-8 becomes null and a problem of its row."""
+    """Return the values as text; one that is not UTF-8 becomes null and a problem of its row."""
     import pyarrow as pa
 
     try:
@@ -308,7 +301,7 @@ def _text_chunk(chunk: pa.Array, source: str, role: str, start: int, problems: d
 
 
 def join_tables(name: str, tables: Sequence[pa.Table], source: str, account: Account) -> Rows:
-    """The tables of `to_row_columns` one after the other. Raises UserError if they hold no row that can be used."""
+    """Return the tables of `to_row_columns` as one split. Raises UserError if they hold no row that can be used."""
     import pyarrow as pa
 
     table = pa.concat_tables(tables, promote_options="default")
@@ -335,7 +328,7 @@ def _take(column: pa.ChunkedArray, indices: np.ndarray) -> pa.ChunkedArray:
 
 
 def _digest(column: pa.ChunkedArray) -> bytes:
-    """A digest of a column's values: their lengths (-1 for null), then their bytes."""
+    """Return a digest of a column's values: their lengths (-1 for null), then their bytes."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

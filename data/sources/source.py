@@ -41,12 +41,11 @@ def load_splits(dataset: str, options: ReadOptions = DETECT, ledger: Ledger = di
 
     `dataset`: a folder with {train,valid,test} as .csv .tsv .jsonl .parquet, as -*.tar shards or as folders; a folder
     that is one table, shards, or images with KEY.txt and KEY.json; one such file; a pattern `train-{000..009}.tar`;
-    tables and shards at an address, which `download` brings, by split; or a hub name OWNER/NAME, with several
+    tables and shards at an address, which `download` returns by split; or a hub name OWNER/NAME, with several
     configurations OWNER/NAME:CONFIGURATION. A lone split, unless it is called valid or test, is called train:
     `divide_lone_split` makes it three. `ledger` gets an entry for each row that cannot be read (see data/ledger.py);
-    every other row is kept, also without image or title. `log` gets a line for what was not used or was changed.
-    Pictures that a Parquet file holds are copied to the folder `embedded` (see data/sources/embedded.py). Raises
-    UserError.
+    every other row is kept, also without image or title. `log` gets a line for what is not used or is changed. The
+    pictures of a Parquet file are copied to the folder `embedded` (see data/sources/embedded.py). Raises UserError.
     """
     account = Account(ledger, log)
     if scheme_of(dataset) == "file":
@@ -63,7 +62,7 @@ def load_splits(dataset: str, options: ReadOptions = DETECT, ledger: Ledger = di
 
 
 def _parts(dataset: str, context: ReadContext, download: Download, account: Account) -> list[DatasetPart]:
-    """The parts of what the user named. Raises UserError, OSError."""
+    """Return the parts of what the user named. Raises UserError, OSError."""
     path = Path(dataset).expanduser()
     folder, colon, configuration = dataset.rpartition(":")
     if "://" in dataset:
@@ -84,7 +83,7 @@ def _parts(dataset: str, context: ReadContext, download: Download, account: Acco
 
 
 def _read(parts: Sequence[DatasetPart], context: ReadContext, account: Account) -> dict[str, Rows]:
-    """The rows of each split, its parts one after the other; a lone group is divided by its column of splits."""
+    """Return the rows of each split, part after part; a single group is divided by its column of splits."""
     options = context.options
     groups: dict[str, list[DatasetPart]] = {}
     for part in parts:

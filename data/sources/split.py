@@ -30,7 +30,7 @@ HELD_OUT = 0.15  # share of valid, and of test, when a dataset has one split onl
 
 @dataclass(frozen=True)
 class ContentReader:
-    """Reads images for their content keys; ranks of a `team` share the work, files unchanged since then are skipped."""
+    """Reads images for their content keys; ranks share the work, unchanged files are not read again."""
 
     reader: Reader
     cache: Path
@@ -84,7 +84,7 @@ def divide_lone_split(splits: Mapping[str, Rows], contents: ContentReader, seed:
 
 
 def _has_no_image(inputs: Catalogue) -> np.ndarray:
-    """The rows of the one split that name no image, bool [N]."""
+    """Return which rows of the one split name no image, bool [N]."""
     import pyarrow.compute as pc
 
     return pc.equal(inputs.references, "").to_numpy(zero_copy_only=False)[inputs.image_N["train"]]
@@ -96,15 +96,16 @@ def _title_codes(inputs: Catalogue) -> np.ndarray:
 
 
 def _codes(code_N: np.ndarray, alone_N: np.ndarray) -> np.ndarray:
-    """The codes int64 [N], but where `alone_N` each row with one of its own."""
+    """Return the codes int64 [N], with a code of its own for each row of `alone_N`."""
     code_N = code_N.astype(np.int64)
     code_N[alone_N] = code_N.max(initial=0) + 1 + np.arange(alone_N.sum())
     return code_N
 
 
 def three_way_split(seed: int, *codes: np.ndarray) -> dict[str, np.ndarray]:
-    """The row numbers of train, valid and test, 70/15/15 by `seed`; rows that share a code, directly or through
-    others, stay together. `codes` are int64 [N]. A share left empty is absent.
+    """Return the row numbers of train, valid and test, 70/15/15 by `seed`; an empty one is absent.
+
+    Rows that share a code, directly or through others, stay together. `codes` are int64 [N].
 
     Groups go first, largest first, each to the split that is emptiest for its size and has room (else to train); then
     the other rows, shuffled, fill what is missing. A group larger than 15 % therefore trains.
@@ -133,7 +134,7 @@ def three_way_split(seed: int, *codes: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def stratified_split(seed: int, class_N: np.ndarray, image_N: np.ndarray) -> dict[str, np.ndarray]:
-    """The row numbers of train, valid and test, 70/15/15 of the images of each class by `seed`.
+    """Return the row numbers of train, valid and test, 70/15/15 of the images of each class by `seed`.
 
     All rows of an image stay together; one of several classes counts for that of its first row. A class of three images
     or more is in all splits, one of fewer trains.
@@ -153,7 +154,7 @@ def stratified_split(seed: int, class_N: np.ndarray, image_N: np.ndarray) -> dic
 
 
 def components(*codes: np.ndarray) -> np.ndarray:
-    """The connected components of rows that share a code: for each row the least row number of its component.
+    """Return the connected components of rows that share a code, as the least row number of each row's component.
 
     Rows adopt the least number among those of equal code, their representatives adopt it with them (so it crosses a
     component in few rounds), and numbers are followed to where they lead; until nothing changes.

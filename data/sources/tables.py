@@ -1,7 +1,7 @@
 """One file, or one folder of images -> a table of the columns in use, under the names of their roles.
 
-Titles are read as they are written: no reader here guesses types. A row that cannot be used is left out and reported
-to the `Account` with its number (from 0, in its file).
+Titles are read as they are written; no types are guessed. A row that cannot be used is left out and reported to the
+`Account` with its number (from 0, in its file).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 class HasName(Protocol):
-    """A file or folder, here or in a store, by its name."""
+    """A file or folder on this machine or in a store."""
 
     @property
     def name(self) -> str:
@@ -41,7 +41,7 @@ class HasName(Protocol):
 
 
 File = TypeVar("File", bound=HasName)
-ADDRESS = re.compile(r"\s*(https?:)?//", re.IGNORECASE)
+WEB_ADDRESS = re.compile(r"\s*(https?:)?//", re.IGNORECASE)
 TEXT_READERS: dict[str, Callable[[Path, ReadOptions, Account], pa.Table]] = {  # also with .gz after the ending
     ".csv": partial(read_csv, delimiter=","), ".tsv": partial(read_csv, delimiter="\t"), ".jsonl": read_json_lines,
     ".ndjson": read_json_lines, ".json": read_json}
@@ -64,7 +64,7 @@ NO_ROWS = ("dataset_info.json", "state.json", "dataset_dict.json", "dataset_info
 
 
 def ending(path: str | Path) -> str:
-    """The ending that tells how to read a file, in lower case: `.csv` also for x.csv.gz."""
+    """Return the ending that decides how a file is read, in lower case: `.csv` also for x.csv.gz."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes[-2:]]
     if suffixes[-1:] == [".gz"] and len(suffixes) == 2 and suffixes[0] in TEXT_TABLES:
         return suffixes[0]
@@ -72,7 +72,7 @@ def ending(path: str | Path) -> str:
 
 
 def without_sidecars(files: Sequence[File]) -> list[File]:
-    """Files of one folder without the JSON files that are no tables: those of images, and those about a dataset."""
+    """Return the files of one folder without JSON files that are no tables: those of images, or about the dataset."""
     names = [Path(file.name) for file in files]
     images = {name.stem for name in names if is_picture(name.name)}
     has_sidecars = any(name.stem in images for name in names if name.suffix.lower() in SIDECARS)
@@ -81,7 +81,7 @@ def without_sidecars(files: Sequence[File]) -> list[File]:
 
 
 def read_table(path: Path, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
-    """A file by its ending, or the images of a folder. Raises UserError."""
+    """Read a file by its ending, or the images of a folder. Raises UserError."""
     if path.is_dir():
         message_if_empty = (f"{path}: found neither tables ({' '.join(sorted(TABLES))}), nor shards (.tar), nor train/ "
                             f"valid/ test/, nor images ({' '.join(sorted(PICTURES))})")
@@ -103,7 +103,7 @@ def read_table(path: Path, options: ReadOptions, account: Account, embedded: Emb
 
 
 def read_remote(file: RemoteFile, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
-    """A table of a store by its copy, or a shard by its manifest. Raises UserError."""
+    """Read the copy of a table, or the manifest of a shard. Raises UserError."""
     if ending(file.name) != ".tar":
         return read_table(file.path, options, account, embedded)
     manifest = read_manifest(file.path)
@@ -137,17 +137,17 @@ def _index_as_rows(index: pa.Table, shard: str, options: ReadOptions, account: A
 
 
 def holds_addresses(path: Path, options: ReadOptions) -> bool:
-    """True if the first row of a table names its image by URL; False where it cannot be read."""
+    """Return whether the first row of a table names its image by URL; False if it cannot be read."""
     account = Account()
     try:
         image = read_table(path, options, account, EmbeddedPictures())["image"]
     except (UserError, OSError):
         return False
-    return len(image) > 0 and not holds_bytes(image.type) and ADDRESS.match(str(image[0].as_py())) is not None
+    return len(image) > 0 and not holds_bytes(image.type) and WEB_ADDRESS.match(str(image[0].as_py())) is not None
 
 
 def read_metadata(path: Path, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
-    """A metadata file of images, whose column file_name names them whatever other columns there are."""
+    """Read a metadata file of images, which are named in its column file_name."""
     if options.columns.image is None:
         options = replace(options, columns=replace(options.columns, image="file_name"))
     return read_table(path, options, account, embedded)

@@ -15,16 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.batch import Batches, Team, UserError, share
-from data.catalogue import (
-    Catalogue,
-    DecodeResult,
-    DecodeResults,
-    Split,
-    build_catalogue,
-    keep_usable_rows,
-    keys_and_usable,
-)
+from data.batch import Batches, UserError, share
+from data.catalogue import Catalogue, DecodeResults, Split, build_catalogue, keep_usable_rows
 from data.cold import DecodedImages, Pipeline, check_images, encode_missing_images, encode_missing_titles
 from data.identity import Contents
 from data.images.album import RowPreviews
@@ -120,7 +112,7 @@ def _check_images(catalogue: Catalogue, decoded: DecodedImages, pipeline: Pipeli
     stats = StatCache(folder, catalogue.references.to_pylist(), reader.folder)
     is_known = stats.known[own]
     results = check_images(catalogue, reader, own[~is_known].tolist(), decoded, pipeline.log)
-    return _with_known(results, stats, own, is_known, team)
+    return stats.exchange(results, own[is_known], team)
 
 
 def _decode_images(catalogue: Catalogue, images: FeatureStore, pipeline: Pipeline) -> list[DecodeResults]:
@@ -133,19 +125,7 @@ def _decode_images(catalogue: Catalogue, images: FeatureStore, pipeline: Pipelin
     stats = StatCache(pipeline.cache / "seen", catalogue.references.to_pylist(), reader.folder)
     is_known = stats.known[own] & (images.locate(stats.keys[own]) >= 0)
     results = encode_missing_images(catalogue, reader, own[~is_known].tolist(), images, encode, log)
-    return _with_known(results, stats, own, is_known, team)
-
-
-def _with_known(results: DecodeResults, stats: StatCache, own: np.ndarray, is_known: np.ndarray,
-                team: Team) -> list[DecodeResults]:
-    """Return the results of all ranks, those of the known files among this rank's `own` added; remember them all."""
-    for reference in own[is_known].tolist():
-        results.add(DecodeResult(reference, stats.keys[reference].tobytes(), None))
-    answers = team.exchange((results, bool(is_known.all())))
-    all_results = [rank_results for rank_results, _ in answers]
-    if team.rank == 0 and not all(nothing_new for _, nothing_new in answers):
-        stats.remember(*keys_and_usable(all_results, len(stats.known)))
-    return all_results
+    return stats.exchange(results, own[is_known], team)
 
 
 def _encode_titles(catalogue: Catalogue, pipeline: Pipeline) -> FeatureStore:

@@ -92,11 +92,6 @@ def _handle(path: str, *_identity: int) -> _Handle:  # another file of that name
     return _Handle(open_descriptor(path))
 
 
-def format_reference(path: str | Path, offset: int, size: int) -> str:
-    """FILE#OFFSET+SIZE, which `read_member` reads."""
-    return f"{path}#{offset}+{size}"
-
-
 def is_range(reference: str) -> bool:
     """True if a reference names a range of a file rather than a whole one."""
     return REFERENCE.fullmatch(reference) is not None

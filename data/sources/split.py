@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from data.batch import ALONE, Team, share
-from data.catalogue import Catalogue, DecodeResult, DecodeResults, build_catalogue, keys_and_usable
+from data.catalogue import Catalogue, DecodeResults, build_catalogue, keys_and_usable
 from data.cold import Reader, decode_distinct
 from data.identity import TitleIds, clip_words, distinct
 from data.ledger import discard
@@ -41,17 +41,12 @@ class ContentReader:
         """Return the content key of each reference, uint8 [M, K]; one that cannot be read has a key of its own."""
         M, team = len(inputs.references), self.team
         own = np.arange(*share(M, team.rank, team.size))
-        seen = StatCache(self.cache / "seen", inputs.references.to_pylist(), self.reader.folder)
-        new = own[~seen.known[own]].tolist()
+        stats = StatCache(self.cache / "seen", inputs.references.to_pylist(), self.reader.folder)
+        is_known = stats.known[own]
         results = DecodeResults()
-        for result in decode_distinct(inputs, self.reader, new, lambda key: True, self.log):
+        for result in decode_distinct(inputs, self.reader, own[~is_known].tolist(), lambda key: True, self.log):
             results.add(result)
-        for reference in own[seen.known[own]].tolist():
-            results.add(DecodeResult(reference, seen.keys[reference].tobytes(), None))
-        parts = team.exchange((results, bool(new)))
-        key_MK, good_M = keys_and_usable([part for part, _ in parts], M)
-        if team.rank == 0 and any(has_new for _, has_new in parts):
-            seen.remember(key_MK, good_M)
+        key_MK, good_M = keys_and_usable(stats.exchange(results, own[is_known], team), M)
         for reference in np.flatnonzero(~good_M):
             key_MK[reference] = np.frombuffer(key_of(b"cannot be read: %d" % reference), np.uint8)
         return key_MK

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.batch import Team
+from data.catalogue import DecodeResult, DecodeResults, keys_and_usable
 from data.cold import is_url
 from data.files import open_regular
 from data.shards.index import is_range, parse_reference
@@ -51,6 +53,17 @@ class StatCache:
                 self.keys = keys
         recorded, is_recorded = manifest_keys(fetched.parent, paths)
         self.keys[is_recorded], self.known[is_recorded] = recorded[is_recorded], True
+
+    def exchange(self, results: DecodeResults, unchanged: np.ndarray, team: Team) -> list[DecodeResults]:
+        """Return the results of all ranks, those of this rank's `unchanged` references added; remember new ones."""
+        has_new = len(results) > 0
+        for reference in unchanged.tolist():
+            results.add(DecodeResult(reference, self.keys[reference].tobytes(), None))
+        parts = team.exchange((results, has_new))
+        all_results = [part for part, _ in parts]
+        if team.rank == 0 and any(has_new for _, has_new in parts):
+            self.remember(*keys_and_usable(all_results, len(self.known)))
+        return all_results
 
     def remember(self, keys: np.ndarray, good: np.ndarray) -> None:
         """Save the keys [M, 16] of the `good` [M] references."""

@@ -19,7 +19,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from data.cold import DecodedImages, check_images
 from data.images.decode import ImageSpec, decode_image
 from data.prefetch import threaded_map
-from data.shards.index import format_reference, read_index, read_member
+from data.shards.index import read_index, read_member
 from data.shards.writer import ShardWriter
 
 from .harness import Bench, Figure, NotMeasured, Race, timed
@@ -108,7 +108,7 @@ class Shards:
         for tar in self.tars:
             index = read_index(Path(tar))
             for at, size in zip(index["image_offset"].to_pylist(), index["image_size"].to_pylist(), strict=True):
-                yield format_reference(tar, at, size)
+                yield f"{tar}#{at}+{size}"
 
     def _webdataset(self) -> WebDataset:
         from webdataset import WebDataset

@@ -32,7 +32,6 @@ from data.files import open_regular
 from data.shards.index import (
     COLUMNS,
     expand_braces,
-    format_reference,
     indexed,
     read_index,
     read_member,
@@ -90,7 +89,7 @@ def scan(path: Path) -> tuple[list[tuple[str, bytes, Any, Any]], list[tuple[str,
     """What a shard holds (key, image, title, negative; lists of several), what its ledger is told (key, reason)."""
     losses: list[dict] = []
     rows = read_index(path, losses.append).to_pylist()
-    held = [(row["key"], read_member(format_reference(path, row["image_offset"], row["image_size"])),
+    held = [(row["key"], read_member(f"{path}#{row['image_offset']}+{row['image_size']}"),
              one_or_all(row["title"]), one_or_all(row["title_neg"])) for row in rows]
     assert all(set(loss) == {"shard", "key", "reason", "detail"} and loss["shard"] == str(path) for loss in losses)
     return held, [(loss["key"], loss["reason"]) for loss in losses]
@@ -318,13 +317,13 @@ def test_neither_commands_nor_pickles_run(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(FileNotFoundError):
             read_index(Path(spec))
         with pytest.raises(FileNotFoundError):
-            read_member(format_reference(spec, 0, 5))
+            read_member(f"{spec}#0+5")
         assert expand_braces(spec) == [spec]
     os.mkfifo(tmp_path / "fifo.tar")
     with pytest.raises(OSError):
         read_index(tmp_path / "fifo.tar")
     with pytest.raises(BadSample):
-        read_member(format_reference(tmp_path / "fifo.tar", 0, 5))
+        read_member(f"{tmp_path / 'fifo.tar'}#0+5")
     assert not list(tmp_path.glob("marker*"))
 
 
@@ -445,10 +444,10 @@ def test_every_changed_byte_is_found(tmp_path: Path) -> None:
 def test_members_are_read_by_reference(tmp_path: Path) -> None:
     file = tmp_path / "odd #1+2.tar"
     file.write_bytes(bytes(range(100)))
-    assert read_member(format_reference(file, 10, 5)) == bytes(range(10, 15))
-    assert module.parse_reference(format_reference(file, 10, 5)) == (str(file), 10, 5)
+    assert read_member(f"{file}#10+5") == bytes(range(10, 15))
+    assert module.parse_reference(f"{file}#10+5") == (str(file), 10, 5)
     os.replace(pack(tmp_path / "new", [("a", b"x" * 99)]), file)
-    assert read_member(format_reference(file, 512, 3)) == b"xxx"  # the file of that name, not the one opened before
+    assert read_member(f"{file}#512+3") == b"xxx"  # the file of that name, not the one opened before
     end = file.stat().st_size
     wrong: dict[str, list[tuple]] = {
         "truncated": [(end - 4, 5), (end, 1), (10**17, 5)], "too-large": [(0, MAX_IMAGE + 1)],
@@ -474,7 +473,7 @@ def test_threads_share_few_descriptors(tmp_path: Path) -> None:
         nonlocal most
         if not number % 16:
             most = max(most, len(os.listdir("/proc/self/fd")))
-        return read_member(format_reference(files[number], 1, 699)) == picture(number)[1:700]
+        return read_member(f"{files[number]}#1+699") == picture(number)[1:700]
 
     before = len(os.listdir("/proc/self/fd"))
     with ThreadPoolExecutor(8) as pool:

@@ -19,10 +19,13 @@ import shutil
 import stat
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 MARK = ".thumbtune"
 GENERATOR = '<meta name="generator" content="thumbtune">'  # the mark of an HTML page
@@ -64,32 +67,54 @@ def open_regular(path: str | Path, buffering: int = io.DEFAULT_BUFFER_SIZE) -> i
 MAX_UNPACKED = 1 << 33  # bytes that a .gz may hold
 
 
-class _Unpacked(io.RawIOBase):
-    """The bytes that a gzip file holds, at most MAX_UNPACKED: a small file may hold any number of them."""
+class BlockStream(io.RawIOBase):
+    """Blocks of bytes, which a generator yields, as a file to be read once."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path, self.count = str(path), 0
-        self.file = gzip.GzipFile(fileobj=open_regular(path))
+    def __init__(self, blocks: Generator[bytes]) -> None:
+        self._blocks, self._rest = blocks, memoryview(b"")
 
     def readable(self) -> bool:
+        """Return True."""
         return True
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        try:
-            data = self.file.read1(len(buffer))
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise OSError(errno.EIO, f"a damaged gzip file ({error})", self.path) from None
-        self.count += len(data)
-        if self.count > MAX_UNPACKED:
-            raise OSError(errno.EFBIG, f"holds more than {MAX_UNPACKED:,} bytes; unpack it", self.path)
-        buffer[: len(data)] = data
-        return len(data)
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        """Fill `buffer`; return the number of bytes, 0 at the end."""
+        while not self._rest:
+            block = next(self._blocks, None)
+            if block is None:
+                return 0
+            self._rest = memoryview(block)
+        target = memoryview(buffer).cast("B")
+        count = min(len(target), len(self._rest))
+        target[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+    def close(self) -> None:
+        """Close the generator."""
+        self._blocks.close()
+        super().close()
 
 
 def open_unpacked(path: str | Path) -> io.BufferedReader:
     """Open a regular file to read its bytes, those of a .gz unpacked. Raises NotAFile, OSError."""
+    file = open_regular(path)
     is_packed = str(path).lower().endswith(".gz")
-    return io.BufferedReader(_Unpacked(path), 1 << 18) if is_packed else open_regular(path)
+    return io.BufferedReader(BlockStream(_unpack(file, str(path))), 1 << 18) if is_packed else file
+
+
+def _unpack(file: io.BufferedReader, path: str) -> Generator[bytes]:
+    """Yield the bytes that a gzip file holds, at most MAX_UNPACKED: a small file may hold any number of them."""
+    count = 0
+    with file, gzip.GzipFile(fileobj=file) as unpacked:
+        try:
+            while block := unpacked.read1(1 << 18):
+                count += len(block)
+                if count > MAX_UNPACKED:
+                    raise OSError(errno.EFBIG, f"holds more than {MAX_UNPACKED:,} bytes; unpack it", path)
+                yield block
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise OSError(errno.EIO, f"a damaged gzip file ({error})", path) from None
 
 
 def read_regular(path: str | Path) -> bytes:

@@ -9,18 +9,15 @@ import codecs
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from data.files import open_unpacked
+from data.files import BlockStream, open_unpacked
 from data.sources.options import ReadOptions, resolve_positions
 from data.sources.paths import ENDINGS
 from data.sources.rows import FLAGS, KNOWN
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 BLOCK = 1 << 24  # bytes of a file read at one time
 SAMPLE = 1 << 16  # characters from which the separator is detected
@@ -50,7 +47,7 @@ class Dialect(NamedTuple):
     def open(self, path: Path) -> BinaryIO:
         """Open a file as UTF-8."""
         file = open_unpacked(path)
-        return file if self.encoding in UTF8 else io.BufferedReader(_Transcoder(file, self.encoding), BLOCK)
+        return file if self.encoding in UTF8 else io.BufferedReader(BlockStream(_as_utf8(file, self.encoding)), BLOCK)
 
     def open_text(self, path: Path) -> io.TextIOWrapper:
         """Open a file as text below `skip`, line ends unchanged; invalid bytes become surrogate escapes."""
@@ -70,34 +67,14 @@ class Dialect(NamedTuple):
         return ", ".join(parts)
 
 
-class _Transcoder(io.RawIOBase):
-    """A file in another encoding as UTF-8."""
-
-    def __init__(self, file: BinaryIO, encoding: str) -> None:
-        self._file, self._pending, self._ended = file, memoryview(b""), False
-        self._errors = "surrogatepass" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
-        self._decoder = codecs.getincrementaldecoder(encoding)(self._errors)
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        """Fill `buffer`; return the number of bytes, 0 at the end."""
-        while not self._pending and not self._ended:
-            block = self._file.read(BLOCK)
-            self._ended = not block
-            self._pending = memoryview(self._decoder.decode(block, self._ended).encode("utf-8", self._errors))
-        target = memoryview(buffer).cast("B")
-        count = min(len(target), len(self._pending))
-        target[:count] = self._pending[:count]
-        self._pending = self._pending[count:]
-        return count
-
-    def close(self) -> None:
-        """Close the file below as well."""
-        self._file.close()
-        super().close()
+def _as_utf8(file: BinaryIO, encoding: str) -> Generator[bytes]:
+    """Yield a file in another encoding as UTF-8."""
+    errors = "surrogatepass" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
+    decoder = codecs.getincrementaldecoder(encoding)(errors)
+    with file:
+        for block in iter(partial(file.read, BLOCK), b""):
+            yield decoder.decode(block).encode("utf-8", errors)
+        yield decoder.decode(b"", final=True).encode("utf-8", errors)
 
 
 def sniff(path: Path, options: ReadOptions, usual: str) -> Dialect:

@@ -12,10 +12,12 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 
 from data.batch import BadSample, UserError
+from data.files import BlockStream
 from data.prefetch import threaded_map
 
 if TYPE_CHECKING:
@@ -160,53 +162,31 @@ def open_stream(address: str, expected: Entry | None = None) -> BinaryIO:
     entry = stat(address)
     if expected is not None and entry != expected:
         raise Changed(f"{public_name(address)} has changed; run again")
-    return io.BufferedReader(_Stream(entry), buffer_size=1 << 16)
+    blocks = threaded_map(partial(_fetch_block, entry), range(0, entry.size, BLOCK), AHEAD, AHEAD)
+    return io.BufferedReader(BlockStream(blocks), buffer_size=1 << 16)
 
 
 class _ShortAnswer(OSError):
     """Fewer bytes than were asked for."""
 
 
-class _Stream(io.RawIOBase):
-    """The bytes of a file in sequence."""
+def _fetch_block(entry: Entry, start: int) -> bytes:
+    """Return the block of a file that begins at `start`. Raises UserError."""
+    address, stop = entry.address, min(start + BLOCK, entry.size)
+    parts: list[bytes] = []
 
-    def __init__(self, entry: Entry) -> None:
-        self.entry, self.name = entry, public_name(entry.address)
-        self._block = memoryview(b"")
-        self._blocks = threaded_map(self._fetch, range(0, entry.size, BLOCK), AHEAD, AHEAD)
+    def rest() -> None:
+        """Append the missing bytes; those that came before a failure stay for the next try."""
+        at = start + sum(map(len, parts))
+        parts.append(_cat(address, at, stop - at))
+        if len(parts[-1]) < stop - at:
+            raise _ShortAnswer(f"{len(parts[-1])} of {stop - at} bytes came")
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        if not self._block:
-            self._block = memoryview(next(self._blocks, b""))
-        count = min(len(buffer), len(self._block))
-        buffer[:count] = self._block[:count]
-        self._block = self._block[count:]
-        return count
-
-    def close(self) -> None:
-        if not self.closed:
-            self._blocks.close()
-        super().close()
-
-    def _fetch(self, start: int) -> bytes:
-        address, stop = self.entry.address, min(start + BLOCK, self.entry.size)
-        parts: list[bytes] = []
-
-        def rest() -> None:
-            """Append what is missing; what has come of it stays when a later try has to go on."""
-            at = start + sum(map(len, parts))
-            parts.append(_cat(address, at, stop - at))
-            if len(parts[-1]) < stop - at:
-                raise _ShortAnswer(f"{len(parts[-1])} of {stop - at} bytes came")
-
-        with _readable_errors(address):
-            _with_retries(rest)
-        if stop == self.entry.size and stat(address) != self.entry:
-            raise Changed(f"{self.name} has changed while it was read; run again")
-        return b"".join(parts)
+    with _readable_errors(address):
+        _with_retries(rest)
+    if stop == entry.size and stat(address) != entry:
+        raise Changed(f"{public_name(address)} has changed while it was read; run again")
+    return b"".join(parts)
 
 
 def _cat(address: str, start: int, size: int) -> bytes:

@@ -45,7 +45,7 @@ class NotAFile(OSError):
 
 
 def open_descriptor(path: str | Path) -> int:
-    """A descriptor to read a regular file, opened without waiting. Raises NotAFile, OSError."""
+    """Return a descriptor to read a regular file, opened without waiting. Raises NotAFile, OSError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -118,13 +118,13 @@ def _unpack(file: io.BufferedReader, path: str) -> Generator[bytes]:
 
 
 def read_regular(path: str | Path) -> bytes:
-    """The bytes of a regular file. Raises NotAFile, OSError."""
+    """Return the bytes of a regular file. Raises NotAFile, OSError."""
     with open_regular(path) as file:
         return file.read()
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a regular file, which is UTF-8. Raises NotAFile, OSError, UnicodeDecodeError."""
+    """Return the text of a regular file in UTF-8. Raises NotAFile, OSError, UnicodeDecodeError."""
     return read_regular(path).decode("utf-8")
 
 
@@ -167,7 +167,7 @@ def write_mark(folder: Path, kind: str, files: Iterable[str] = ()) -> None:
 
 
 def _read_mark(folder: Path) -> tuple[str, list[str]]:
-    """Kind and files of a marked folder; "" and none for one that is not ours."""
+    """Return kind and files of a marked folder; "" and none for a folder without a mark."""
     try:
         mark = json.loads(read_text(folder / MARK))
         if mark["made_by"] != "thumbtune":
@@ -223,7 +223,7 @@ def replaced_folder(folder: Path, kind: str, durable: bool = True) -> Iterator[P
     It is written beside `folder`, marked as `kind` and, if `durable`, synced to the disk; the old folder is renamed
     aside, the new one into its place, and then the old one is deleted. A process that dies between the two renames
     leaves nothing under the name, but both folders whole beside it, and `recover_folders` puts the old one back.
-    Raises FileExistsError naming what is in the way and not ours, OSError.
+    Raises FileExistsError naming what is in the way and has no mark, OSError.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover_folders(folder.parent)
@@ -342,7 +342,8 @@ def changed_files(root: Path, digests: Mapping[str, str]) -> list[str]:
 def try_lock(file: int | IO[bytes]) -> bool:
     """Lock an open file or folder without waiting; False where another process holds it or has just deleted it.
 
-    The kernel frees the lock when the file is closed, also by a kill. On a file system without locks nobody is refused.
+    The kernel frees the lock when the file is closed, also by a kill. Without locks on the
+    file system the answer is always True.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -177,7 +177,7 @@ def select_splits(splits: dict[str, Rows], wanted: str, dataset: str) -> dict[st
 
 
 def preview_pictures(splits: Mapping[str, Rows], places: Iterable[tuple[str, int]], image: str,
-             reader: Reader) -> dict[tuple[str, int] | str, bytes]:
+                     reader: Reader) -> dict[tuple[str, int] | str, bytes]:
     """Return small JPEGs of rows (split, number) and of the query `image`, if any; unreadable ones are left out."""
     wanted: dict[tuple[str, int] | str, str] = {
         (split, row): splits[split].image[row].as_py() for split, row in places}

@@ -19,7 +19,7 @@ CHUNK = 1024  # rows of similarities at a time
 
 
 def mine_negatives(split: Split, title_PT: Tensor, rule: str, known_splits: Sequence[Split] = ()) -> Split:
-    """Return the split with a negative for every row that has none but its own title; other rows keep theirs.
+    """Return the split with a negative for every row that has none but its own title; other rows stay as they are.
 
     A negative is another row's title that no row of the split, or of `known_splits`, pairs with the row's image. `rule`
     "hard" takes the most similar title by cosine of the text features; "far" is the original's rule: rows in order,

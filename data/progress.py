@@ -23,7 +23,7 @@ class Progress:
         self._began = self._reported = time.monotonic()
 
     def __call__(self, more: int = 1, problem: BadSample | None = None) -> None:
-        """Count `more` items as done; `problem` says why one has failed."""
+        """Count `more` items as done; `problem` is the reason why one has failed."""
         self.done += more
         if problem is not None:
             self.failed[problem.reason] += 1

@@ -75,7 +75,7 @@ class Candidates(NamedTuple):
 class Objective:
     """Which loss, and how repeats and hard negatives enter it.
 
-    `duplicates` says what identical titles or images beside a row's own are: "mask" ignores them, "multi" makes them
+    `duplicates` decides what identical titles or images beside a row's own are: "mask" ignores them, "multi" makes them
     right answers, "keep" leaves them negatives, as sentence-transformers does. This includes explicit negatives with
     the row's own title.
     """

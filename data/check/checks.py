@@ -30,7 +30,7 @@ from data.text import printable
 
 EXAMPLES = 5
 NA_TITLES = {"na", "n/a", "none", "null", "nil", "nan", "-"}
-# CLIP reads 75 tokens of a title; how many it has, only the tokenizer knows, but each of these pieces is one at least.
+# CLIP reads 75 tokens of a title. Without a tokenizer their number is estimated: each of these pieces is one or more.
 # More than 70 have 1,254 of 1,279 English texts that are too long, and 22 of 4,106 that are not.
 PIECE, TOO_MANY_PIECES = re.compile(r"[A-Za-z]{1,12}|[^\sA-Za-z]"), 70
 

@@ -33,7 +33,7 @@ TOKENS_VERSION = 1  # part of every title fingerprint: raise it whenever the tok
 MAX_PIXELS = 25_000_000
 MAX_TEXT_CHUNKS = 16  # of a PNG; Pillow inflates each to 1 MiB at most
 MAX_SCANS = 100  # of a JPEG; each costs a pass over the whole image, and a file needs no more than about fifteen
-# Raster formats decoded inside this process. By default Pillow tries all it knows: EPS, for one, starts Ghostscript.
+# Raster formats decoded inside this process. By default Pillow tries every format: EPS, for one, starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM")
 # Called by `interpolate`; these take a scale and a size, so that pixels behind the crop need not be computed.
 _TORCH_FILTER = {int(Image.Resampling.BILINEAR): torch.ops.aten._upsample_bilinear2d_aa,

@@ -68,7 +68,7 @@ def read_member(reference: str) -> bytes:
 
 
 def read_stored(reference: str, most: int) -> bytes:
-    """The bytes of an image in a store, of at most `most`, or of its part ADDRESS#OFFSET+SIZE. Raises BadSample."""
+    """Return the bytes (at most `most`) of an image in a store, or of ADDRESS#OFFSET+SIZE. Raises BadSample."""
     if REFERENCE.fullmatch(reference) is None:
         return storage.read(reference, most)
     address, offset, size = parse_reference(reference)
@@ -93,12 +93,12 @@ def _handle(path: str, *_identity: int) -> _Handle:  # another file of that name
 
 
 def is_range(reference: str) -> bool:
-    """True if a reference names a range of a file rather than a whole one."""
+    """Return whether a reference names a range of a file rather than a whole one."""
     return REFERENCE.fullmatch(reference) is not None
 
 
 def parse_reference(reference: str) -> tuple[str, int, int]:
-    """The file, offset and size (at least 1) that a reference names. Raises BadSample (bad-reference)."""
+    """Return the file, offset and size (at least 1) that a reference names. Raises BadSample (bad-reference)."""
     match = REFERENCE.fullmatch(reference)
     if match is None:
         raise BadSample("bad-reference", f"{reference[:200]!r} is not FILE#OFFSET+SIZE")
@@ -106,7 +106,7 @@ def parse_reference(reference: str) -> tuple[str, int, int]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The names that a pattern with {000..009} and {a,b} stands for, in order. Raises UserError above MAX_SHARDS."""
+    """Return the names of a pattern with {000..009} and {a,b}, in order. Raises UserError above MAX_SHARDS."""
     names = list(islice(_expanded(pattern), MAX_SHARDS + 1))
     if len(names) > MAX_SHARDS:
         raise UserError(f"{pattern} names more than {MAX_SHARDS:,} files; narrow its ranges")
@@ -128,7 +128,7 @@ def _expanded(pattern: str) -> Iterator[str]:
 
 
 def sidecar(path: Path) -> Path:
-    """The path of the index of a tar."""
+    """Return the path of the index of a tar."""
     return path.with_name(path.name + ".index.json")
 
 

@@ -30,7 +30,7 @@ IMAGES = {  # ending -> pattern of the first bytes, None where `ShardWriter` doe
 
 
 def samples(files_of_tar: Iterable[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Neighbours of one key, by ending in lower case. A name that the sample has already starts the next sample."""
+    """Yield the key and the files by ending of each sample; an ending that a sample has already starts the next one."""
     current, files = "", dict[str, Member]()
     for member in files_of_tar:
         folder, slash, base = member.name.rpartition("/")
@@ -48,7 +48,7 @@ def samples(files_of_tar: Iterable[Member]) -> Iterator[tuple[str, dict[str, Mem
 
 def row(file: SeekableFile, files: Mapping[str, Member],
         classes: Sequence[str] = ()) -> tuple[int, int, list[str], list[str]]:
-    """Offset and size of the image, titles (at least one), negatives. Raises BadSample."""
+    """Return offset and size of the image, titles (one or more), negatives. Raises BadSample."""
     image = _choose(files, IMAGES)
     if image is None:
         raise BadSample("no-image", f"only {', '.join(files)}; the files of a sample must be neighbours"[:200])
@@ -68,7 +68,7 @@ def row(file: SeekableFile, files: Mapping[str, Member],
 
 
 def class_name(content: bytes, classes: Sequence[str]) -> bytes:
-    """The name of the class that KEY.cls holds. Raises BadSample (no-title, no-class-names)."""
+    """Return the name of the class that KEY.cls holds. Raises BadSample (no-title, no-class-names)."""
     number = content.strip()
     if not re.fullmatch(rb"-?\d{1,9}", number):
         try:
@@ -83,7 +83,7 @@ def class_name(content: bytes, classes: Sequence[str]) -> bytes:
 
 
 def class_names_beside(shard: Path) -> list[str]:
-    """The names of the classes of a shard, from a file in its folder or the one above; empty if there is none."""
+    """Return the class names of a shard, from a file in its folder or the one above; empty if there is none."""
     for folder in (shard.absolute().parent, shard.absolute().parent.parent):
         for name in CLASS_FILES:
             if (folder / name).is_file():
@@ -92,7 +92,7 @@ def class_names_beside(shard: Path) -> list[str]:
 
 
 def _text_files(files: Mapping[str, Member]) -> list[Member]:
-    """KEY.txt and those with a number before the ending, in order; without these, the one text there is."""
+    """Return KEY.txt, then KEY.0.txt … in order; without these, the only other text."""
     numbered = [(match[1], int(match[2]), ending) for ending in files if (match := NUMBERED.fullmatch(ending))]
     endings = [*(["txt"] if "txt" in files else []), *(ending for _, _, ending in sorted(numbered))]
     others = [ending for ending in files if ending.endswith(".txt") and ending not in endings]
@@ -103,7 +103,7 @@ def _text_files(files: Mapping[str, Member]) -> list[Member]:
 
 
 def _choose(files: Mapping[str, Member], endings: Iterable[str]) -> Member | None:
-    """The file that has the first of `endings` as its ending, or else as the last part of it (KEY.thumb.jpg)."""
+    """Return the file with the first of `endings`, else the one that has one as a last part (KEY.thumb.jpg)."""
     for ending in endings:
         if ending in files:
             return files[ending]
@@ -122,7 +122,7 @@ def _content(file: SeekableFile, member: Member) -> bytes:
 
 
 def titles_and_negatives(texts: Sequence[bytes], record: bytes | None) -> tuple[list[str], list[str]]:
-    """Titles and negatives, from the contents of the .txt files and of KEY.json. Raises BadSample."""
+    """Return titles and negatives from the contents of the .txt files and of KEY.json. Raises BadSample."""
     fields: Any = {}
     if record is not None:
         try:
@@ -142,7 +142,7 @@ def titles_and_negatives(texts: Sequence[bytes], record: bytes | None) -> tuple[
 
 
 def _field(fields: Mapping[str, Any], *names: str) -> list[str]:
-    """The texts under the first of `names` that has one, itself or in a list. Raises BadSample."""
+    """Return the texts, one or a list, of the first of `names` that has any. Raises BadSample."""
     for name in names:
         value = fields.get(name)
         values = [each for each in (value if isinstance(value, list) else [value]) if each not in (None, "")]

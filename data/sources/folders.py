@@ -117,8 +117,11 @@ def _named_files(folder: Folder) -> list[DatasetPart] | None:
 
 
 def _parts(splits: Mapping[str, Sequence[Path]], folder: Folder) -> list[DatasetPart]:
-    return [part for split, files in splits.items() for file in files
-            for part in local_file_parts(split, file, folder.context, folder.account)]
+    parts = []
+    for split, files in splits.items():
+        for file in files:
+            parts += local_file_parts(split, file, folder.context, folder.account)
+    return parts
 
 
 def _captions(folder: Folder) -> list[DatasetPart] | None:

@@ -1,8 +1,8 @@
 """Datasets that the `datasets` library finds or reads: those of the hub, saved ones, folders with configurations.
 
-The library finds the files and their splits. Files of the kinds that are read here are read here, since the library
-guesses types and drops nothing by name; the rest it prepares as Arrow files, from which images are taken undecoded.
-No code of a dataset is ever run.
+The library finds the files and their splits. Tables of known endings are read by the readers of this project, as the
+library guesses types and reports no dropped rows; it prepares others as Arrow files, whose images stay undecoded. No
+code of a dataset is ever run.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ NOTHING_FOUND = ("DataFilesNotFoundError", "EmptyDatasetError")
 
 
 def is_saved(folder: Path) -> bool:
-    """True for a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` has written."""
+    """Return whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` has written a folder."""
     return any((folder / name).is_file() for name in SAVED)
 
 
 def saved_parts(folder: Path, context: ReadContext) -> list[DatasetPart]:
-    """The parts of a saved dataset. Raises UserError."""
+    """Return the parts of a saved dataset. Raises UserError."""
     import datasets
 
     try:
@@ -45,12 +45,16 @@ def saved_parts(folder: Path, context: ReadContext) -> list[DatasetPart]:
         raise UserError(f"{folder}: was written by save_to_disk and cannot be loaded ({_line(error)}); save it again, "
                         "or write it with to_parquet") from error
     splits = {UNSPLIT: saved} if isinstance(saved, datasets.Dataset) else saved
-    return [DatasetPart(str(name), str(folder if name == UNSPLIT else folder / str(name)), folder_spellings(folder),
-                 partial(_read_prepared, split, str(folder), context)) for name, split in splits.items()]
+    parts = []
+    for name, split in splits.items():
+        source = folder if name == UNSPLIT else folder / str(name)
+        read = partial(_read_prepared, split, str(folder), context)
+        parts.append(DatasetPart(str(name), str(source), folder_spellings(folder), read))
+    return parts
 
 
 def _read_prepared(split: datasets.Dataset, source: str, context: ReadContext, account: Account) -> pa.Table:
-    """A split of the library, as roles; taken from its Arrow table, so that images are not decoded."""
+    """Read a split of the library from its Arrow table, so that images are not decoded."""
     table = mapped_table(split, context.embedded)
     table = roles_of(table, context.options.columns, source, account, _classes(split.features))
     _refuse_archives(table["image"], source)
@@ -58,7 +62,7 @@ def _read_prepared(split: datasets.Dataset, source: str, context: ReadContext, a
 
 
 def mapped_table(dataset: datasets.Dataset, embedded: EmbeddedPictures) -> pa.Table:
-    """The rows of a `datasets.Dataset` as Arrow, its cache files mapped where it is made of them; images undecoded."""
+    """Return the rows of a `datasets.Dataset` as Arrow, mapped from its cache files if possible; images undecoded."""
     import pyarrow as pa
 
     if dataset._indices is None and dataset.cache_files:  # neither shuffled nor filtered, and not made in memory
@@ -79,7 +83,7 @@ def _refuse_archives(images: pa.ChunkedArray, source: str) -> None:
 
 
 def local_parts(folder: Path, configuration: str, context: ReadContext) -> list[DatasetPart]:
-    """The parts of a folder as `datasets.load_dataset(folder)` finds them. Raises UserError."""
+    """Return the parts of a folder as `datasets.load_dataset(folder)` finds them. Raises UserError."""
     script = folder / f"{folder.name}.py"
     if script.is_file():
         raise UserError(f"{script}: a loading script; scripts are never run here. Convert the dataset once where you "
@@ -88,7 +92,7 @@ def local_parts(folder: Path, configuration: str, context: ReadContext) -> list[
 
 
 def hub_parts(name: str, context: ReadContext) -> list[DatasetPart]:
-    """The parts of a hub dataset OWNER/NAME or OWNER/NAME:CONFIGURATION. Raises UserError."""
+    """Return the parts of a hub dataset OWNER/NAME or OWNER/NAME:CONFIGURATION. Raises UserError."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     repository, _, configuration = name.partition(":")
@@ -136,7 +140,7 @@ def _parts(name: str, configuration: str, context: ReadContext, folders: Sequenc
 
 
 def _classes(features: Mapping[str, Any]) -> ClassNames:
-    """The class names of each column of class labels."""
+    """Return the class names of each column of class labels."""
     import datasets
 
     return {name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}

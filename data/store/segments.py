@@ -187,7 +187,7 @@ def prune(cache_dir: Path, keep: Collection[str]) -> int:
     for name in before:
         folder = cache_dir / name
         for path in folder.glob(f"*{SUFFIX}.damaged" if name in keep else f"*{SUFFIX}*"):
-            if path.suffix == ".damaged" or _is_ours(path):  # in a space of ours, only we call anything damaged
+            if path.suffix == ".damaged" or _is_ours(path):  # in our own spaces, only this program names files .damaged
                 path.unlink(missing_ok=True)
         with suppress(OSError):  # not empty: kept, or other files are in it
             folder.rmdir()

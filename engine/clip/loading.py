@@ -29,7 +29,7 @@ CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "pre
 # In the order in which transformers looks for them.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".h5", ".msgpack")
-HISTORIC_EOS = 2  # configs from before transformers had EOS right say so; it means: pool at the highest token id
+HISTORIC_EOS = 2  # in configs of old transformers versions; it means: pool at the highest token id
 HISTORIC_BOS = 0
 
 
@@ -153,7 +153,7 @@ def _has_key(content: object, key: str) -> bool:
 
 
 def _refuse_variants(files: ModelFiles, config: Mapping[str, Any]) -> None:
-    """Refuse a config that asks for other weights or another attention than a plain CLIPModel has."""
+    """Refuse a config that needs other weights or another attention than a plain CLIPModel has."""
     if quantized := config.get("quantization_config"):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         files.refuse(f"config.json has a quantization_config ({method}), and rounded weights are no base to tune; give "
@@ -327,7 +327,7 @@ def _check_weight_files(files: ModelFiles) -> str:
         if name.endswith(".safetensors"):
             try:
                 with safe_open(path, "pt"):
-                    pass  # the header is whole, and the file is as long as it says
+                    pass  # the header is whole, and the file has the length that it states
             except SafetensorError as error:
                 files.refuse(f"{name}: its weights are damaged or cut off ({error}); copy it again from where the "
                              "model came from")

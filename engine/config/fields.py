@@ -29,7 +29,7 @@ class Setting:
     bare: str = ""  # value of the flag without one
     low: float = 0.0  # bounds of a number, both allowed
     high: float = math.inf
-    range_text: str = ""  # names the bounds where "at least LOW" says too little
+    range_text: str = ""  # names the bounds if "at least LOW" is not enough
     resumable: bool = False  # may change on --resume; digests guard model and dataset
     advanced: bool = False  # shown by --help-all alone
 

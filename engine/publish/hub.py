@@ -38,7 +38,7 @@ def check_push(name: str, log: Callable[[str], None]) -> None:
 
 
 def push(folder: Path, cfg: Config, run: str, settings: Sequence[str], log: Callable[[str], None]) -> None:
-    """Upload a model folder in one commit and log its URL; the card on the hub says how to load it from there.
+    """Upload a model folder in one commit and log its URL; the card on the hub shows how to load it from there.
 
     The folder stays as it is; no path of this machine is uploaded. Raises RunFailed with the command that pushes `run`
     later, which repeats `settings`.

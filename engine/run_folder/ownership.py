@@ -45,7 +45,7 @@ def refuse_out(folder: Path, names: Iterable[str], dataset: str) -> None:
 
 
 def holds_others(folder: Path) -> bool:
-    """Return whether `folder` is not empty and has no mark: files may be added to it, but it is not marked as ours."""
+    """Return whether `folder` is not empty and has no mark: files may be added to it, but it gets no mark."""
     return folder.is_dir() and not kind_of(folder) and any(folder.iterdir())
 
 

@@ -57,7 +57,7 @@ class Tuner:
         blend(self.parts.trainable, self.base, self.base, 0.0)
 
     def tune(self, cfg: Config, pairs: FeatureSplit) -> None:
-        """Train the head on `pairs` as `cfg` says, without log, evaluation and checkpoints."""
+        """Train the head on `pairs` with the settings `cfg`, without log, evaluation and checkpoints."""
         self.reset()
         self.parts.head.fixed_scale.fill_(cfg.scale)
         optimizer = adamw(self.parts.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp)

@@ -1,6 +1,6 @@
 """Parquet, Arrow IPC (feather) and tables of the `datasets` library -> columns under the names of their roles.
 
-Class labels of `datasets` are stored as numbers; their names are in the schema, and the names are the titles.
+Class labels of `datasets` are numbers, whose names are in the schema; the names become the titles.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from data.files import open_regular
 from data.ledger import Account
 from data.sources import img2dataset
 from data.sources.embedded import EmbeddedPictures
+from data.sources.lists import is_list
 from data.sources.options import ReadOptions
 from data.sources.rows import (
     CLASS_COLUMNS,
@@ -26,9 +27,9 @@ from data.sources.rows import (
     ROW,
     Columns,
     detect_columns,
+    drop_rows,
     holds_bytes,
     rename_to_roles,
-    without,
 )
 
 if TYPE_CHECKING:
@@ -49,13 +50,15 @@ def read_parquet(path: Path, options: ReadOptions, account: Account, embedded: E
             columns = _with_labels(schema, class_names(schema), options.columns)
             picked = _detect(schema, columns, str(path), account)
             (image,) = picked["image"]
-            is_embedded = _holds(schema, image)
-            failures = img2dataset.status_columns(schema.names) if is_embedded else []
-            is_copied = holds_bytes(schema.field(image).type)
-            used = {*failures, *(name for role in picked for name in picked[role])} - ({image} if is_copied else set())
+            kind = schema.field(image).type
+            is_copied = holds_bytes(kind)
+            failures = img2dataset.status_columns(schema.names) if _holds_pictures(kind) else []
+            used = {*failures, *(name for names in picked.values() for name in names)}
+            if is_copied:
+                used.remove(image)
             whole = file.read(columns=[*used])
         if is_copied:
-            whole = whole.append_column(image, embedded.of_parquet(path, image))
+            whole = whole.append_column(image, embedded.map_parquet_column(path, image))
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         text = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: not a Parquet file that can be read ({text})") from error
@@ -64,7 +67,7 @@ def read_parquet(path: Path, options: ReadOptions, account: Account, embedded: E
         return table
     table = table.append_column(ROW, pa.array(np.arange(len(table))))
     bad = img2dataset.failed(whole)
-    return without(table, bad, np.arange(len(table)), str(path), account)
+    return drop_rows(table, bad, np.arange(len(table)), str(path), account)
 
 
 def read_arrow(path: Path, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
@@ -80,11 +83,11 @@ def read_arrow(path: Path, options: ReadOptions, account: Account, embedded: Emb
     return roles_of(table, options.columns, str(path), account)
 
 
-def roles_of(table: pa.Table, columns: Columns, label: str, account: Account,
+def roles_of(table: pa.Table, columns: Columns, source: str, account: Account,
              classes: ClassNames | None = None) -> pa.Table:
-    """The columns of a table in use, under their roles. `classes`: names that the schema does not tell."""
+    """Return the columns in use under their roles. `classes`: class names that are not in the schema."""
     named = {**class_names(table.schema), **(classes or {})}
-    picked = _detect(table.schema, _with_labels(table.schema, named, columns), label, account)
+    picked = _detect(table.schema, _with_labels(table.schema, named, columns), source, account)
     return _to_roles(table, picked, named)
 
 
@@ -122,15 +125,13 @@ def _with_labels(schema: pa.Schema, classes: ClassNames, columns: Columns) -> Co
     return replace(columns, title=(labels[0],))
 
 
-def _holds(schema: pa.Schema, name: str) -> bool:
-    kind = schema.field(name).type
-    return holds_bytes(kind.value_type if _is_list(kind) else kind)
+def _detect(schema: pa.Schema, columns: Columns, source: str, account: Account) -> dict[str, list[str]]:
+    with_bytes = {field.name for field in schema if _holds_pictures(field.type)}
+    return detect_columns(schema.names, columns, source, account, with_bytes)
 
 
-def _detect(schema: pa.Schema, columns: Columns, label: str, account: Account) -> dict[str, list[str]]:
-    embedded = {field.name for field in schema if _holds(schema, field.name)} if len(set(schema.names)) == len(
-        schema.names) else set[str]()
-    return detect_columns(schema.names, columns, label, account, embedded)
+def _holds_pictures(kind: pa.DataType) -> bool:
+    return holds_bytes(kind.value_type if is_list(kind) else kind)
 
 
 def _to_roles(table: pa.Table, picked: Mapping[str, Sequence[str]], classes: ClassNames) -> pa.Table:
@@ -143,7 +144,7 @@ def _to_roles(table: pa.Table, picked: Mapping[str, Sequence[str]], classes: Cla
         if LABEL in roles.column_names:
             roles = roles.drop_columns([LABEL])
         roles = roles.append_column(LABEL, names)
-    if _is_list(roles["image"].type) and _may_be_image(roles["image"].type.value_type):
+    if is_list(roles["image"].type) and _may_be_image(roles["image"].type.value_type):
         images = _only_items(roles["image"])
         roles = roles.set_column(roles.column_names.index("image"), "image", images)
     return roles
@@ -180,9 +181,3 @@ def _may_be_image(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
     return holds_bytes(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)

@@ -1,6 +1,6 @@
 """The format of a text table: its separator, its encoding, lines above the header, blanks around values.
 
-Whatever the encoding, readers get UTF-8 bytes; bytes that are wrong in it stay wrong, so that their row is named.
+Files of other encodings are read as UTF-8. Bytes that are invalid stay invalid, so that their row is reported.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 BLOCK = 1 << 24  # bytes of a file read at one time
-SAMPLE = 1 << 16  # characters that the separator is found in
+SAMPLE = 1 << 16  # characters from which the separator is detected
 SAMPLE_ROWS = 20
 SEPARATORS = (",", ";", "\t", "|")
-WRONG = 20  # lines that are no UTF-8 for each that is, from which on a file is taken for cp1252
-ENOUGH = 10_000  # lines with accents that tell the encoding
+MIN_INVALID = 20  # lines that are not UTF-8 for each line with accents that is, for a file to count as cp1252
+MAX_ACCENTED = 10_000  # lines with accents from which the encoding is detected
 UTF8 = ("utf-8", "utf-8-sig")
-ADDRESS = re.compile(rf"\s*(https?://\S+|file://\S+|.*({ENDINGS})(#\d+)?)\s*", re.IGNORECASE)
+IMAGE_VALUE = re.compile(rf"\s*(https?://\S+|file://\S+|.*({ENDINGS})(#\d+)?)\s*", re.IGNORECASE)
 EXCEL_LINE = re.compile(r"sep=(.)\s*", re.IGNORECASE)  # Excel's first line, which names the separator
 
 
@@ -39,12 +39,12 @@ class Dialect(NamedTuple):
     delimiter: str
     encoding: str = "utf-8"
     skip: int = 0  # lines above the header
-    trim: bool = False  # blanks around values are no part of them
+    trim: bool = False  # blanks around values are removed
     is_damaged: bool = False  # some lines are not in the encoding
 
     @property
     def skips_blanks(self) -> bool:
-        """True if blanks may come before an opening quote; quotes between bars are part of the text."""
+        """True if blanks may precede an opening quote; in columns separated by bars, quotes are part of the text."""
         return self.trim and self.delimiter != "|"
 
     def open(self, path: Path) -> BinaryIO:
@@ -53,14 +53,14 @@ class Dialect(NamedTuple):
         return file if self.encoding in UTF8 else io.BufferedReader(_Transcoder(file, self.encoding), BLOCK)
 
     def open_text(self, path: Path) -> io.TextIOWrapper:
-        """Open a file as text with its own line ends, below `skip`; wrong bytes become halves of surrogate pairs."""
+        """Open a file as text below `skip`, line ends unchanged; invalid bytes become surrogate escapes."""
         text = io.TextIOWrapper(self.open(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
         for _ in range(self.skip):
             text.readline()
         return text
 
     def describe(self, usual: str) -> str:
-        """Return what differs from plain UTF-8 with the `usual` separator, "" where nothing does."""
+        """Return the differences from plain UTF-8 with the `usual` separator, "" for none."""
         parts = []
         if self.delimiter != usual:
             shown = {"\t": "tab", "|": "' | '" if self.trim else "'|'"}
@@ -101,7 +101,7 @@ class _Transcoder(io.RawIOBase):
 
 
 def sniff(path: Path, options: ReadOptions, usual: str) -> Dialect:
-    """Find out the format of a file, `usual` being the separator of its ending; the user's word wins."""
+    """Detect the format of a file, as far as `options` do not give it; `usual` is the separator of its ending."""
     encoding = options.encoding or _marked_encoding(path)
     with Dialect(usual, encoding).open_text(path) as text:
         sample = text.read(SAMPLE)
@@ -134,13 +134,13 @@ def _sample_rows(sample: str, delimiter: str) -> list[list[str]]:
 
 
 def _fit(sample: str, options: ReadOptions, delimiter: str) -> tuple[int, bool, float]:
-    """How well a separator fits: columns with a role in the header, a picture in it, rows of its width."""
+    """Return how well a separator fits: roles found in the header, a picture named there, rows of the same width."""
     rows = _sample_rows(sample, delimiter)
     if not rows or len(rows[0]) < 2:
         return 0, False, 0.0
     names = [name.strip() for name in rows[0]]
     even = sum(len(row) == len(names) for row in rows) / len(rows)
-    return len(roles_found(names, options)), any(map(ADDRESS.fullmatch, names)), even
+    return len(roles_found(names, options)), any(map(IMAGE_VALUE.fullmatch, names)), even
 
 
 def roles_found(names: Sequence[str], options: ReadOptions) -> set[str]:
@@ -149,9 +149,8 @@ def roles_found(names: Sequence[str], options: ReadOptions) -> set[str]:
     lowered = {name.lower() for name in names}
     roles = set()
     for role in FLAGS:
-        named = getattr(columns, role)
-        wanted = (named,) if isinstance(named, str) else tuple(named or ())
-        if wanted and set(wanted) <= {*names} or not wanted and lowered & {*KNOWN[role]}:
+        given = columns.names(role)
+        if given and {*given} <= {*names} or not given and lowered & {*KNOWN[role]}:
             roles.add(role)
     return roles
 
@@ -171,28 +170,28 @@ def _marked_encoding(path: Path) -> str:
 
 
 def _is_cp1252(path: Path, from_excel: bool) -> bool:
-    """True for a file that is not UTF-8 as a whole: several lines are not, and (next to) no line with accents is.
+    """Return whether several lines are not UTF-8 and hardly any line with accents is.
 
-    A single such line is a damaged row, but for files as Excel writes them in Western Europe (`;`), where it is a rare
-    accent. Bytes that cp1252 lacks rule it out.
+    A single such line is a damaged row, except in files as Excel writes them in Western Europe (`;`), where it is a
+    rare accent. A byte that cp1252 lacks rules it out.
     """
-    wrong = right = 0
+    invalid = valid = 0
     with open_unpacked(path) as file:
         for line in file:
             if line.isascii():
                 continue
             try:
                 line.decode()
-                right += 1
+                valid += 1
             except UnicodeDecodeError:
                 try:
                     line.decode("cp1252")
                 except UnicodeDecodeError:
                     return False
-                wrong += 1
-            if wrong + right == ENOUGH:
+                invalid += 1
+            if invalid + valid == MAX_ACCENTED:
                 break
-    return wrong >= right * WRONG and (wrong > 1 or from_excel)
+    return invalid >= valid * MIN_INVALID and (invalid > 1 or from_excel)
 
 
 def _is_utf8(path: Path) -> bool:

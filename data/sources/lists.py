@@ -13,7 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FIELD = "raw"  # of a list of structs, the text: the sentences of COCO in its Karpathy splits
+FIELD = "raw"  # the text in a list of structs: COCO's sentences in Karpathy's splits
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -25,7 +25,7 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def flatten(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray]:
-    """Return all values [F] of a column in order, those within lists one by one, and the row of each [F]."""
+    """Return all values [F] of a column in order, lists flattened, and the row of each value [F]."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -78,12 +78,13 @@ def _is_text_or_bytes(kind: pa.DataType) -> bool:
 def without_blanks(values: pa.ChunkedArray, row_F: np.ndarray, rows: int) -> pa.ChunkedArray:
     """Return texts [F] as one list a row, without nulls and without texts of white space alone."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
-    is_text_F = ~_is_blank(values)
+    is_text_F = pc.not_equal(pc.utf8_trim_whitespace(pc.fill_null(values, "")), "").to_numpy()
     return as_lists(values.filter(pa.array(is_text_F)), row_F[is_text_F], rows)
 
 
-def a_row_each(table: pa.Table, column: str) -> pa.Table:
+def explode(table: pa.Table, column: str) -> pa.Table:
     """Return the table with a row for each text of `column`, whose lists are `without_blanks`; "" for one without."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -95,9 +96,3 @@ def a_row_each(table: pa.Table, column: str) -> pa.Table:
     values, _ = flatten(padded)
     taken = table.drop_columns([column]).take(pa.array(row_F))
     return taken.add_column(table.column_names.index(column), column, values)
-
-
-def _is_blank(values: pa.ChunkedArray) -> np.ndarray:
-    import pyarrow.compute as pc
-
-    return pc.equal(pc.utf8_trim_whitespace(pc.fill_null(values, "")), "").to_numpy()

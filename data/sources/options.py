@@ -1,34 +1,33 @@
-"""How a dataset is read, where the user says more than its address: columns, separator, splits, places of images."""
+"""Settings of reading a dataset: columns, separator, encoding, splits, image paths, templates of titles."""
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from data.batch import UserError
 from data.sources.rows import Columns
 
-SEPARATORS = {"tab": "\t", r"\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}  # names of them, for the shell
-ROLES = ("image", "title", "title_neg", "split")
+SEPARATOR_NAMES = {"tab": "\t", r"\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}  # for the shell
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """The user's word on how a dataset is to be read; "" and empty: find out."""
+    """Settings given by the user; "" and empty: detect."""
 
     columns: Columns = Columns()
-    delimiter: str = ""  # of text tables: one character
-    encoding: str = ""  # of text tables: a codec of Python
-    splits: Mapping[str, Sequence[str]] = field(default_factory=dict)  # ours -> names of the dataset's own
-    image_root: str = ""  # the base of relative image paths, in place of the table's folder
-    image_template: str = ""  # makes a path of an image id: "{}.jpg"
-    templates: tuple[str, ...] = ()  # make titles of class names: "a photo of a {}"
+    delimiter: str = ""  # of text tables, one character
+    encoding: str = ""  # of text tables, a codec of Python
+    splits: Mapping[str, Sequence[str]] = field(default_factory=dict)  # split -> its names in the dataset
+    image_root: str = ""  # the folder that relative image paths start at, in place of the table's
+    image_template: str = ""  # turns image ids into paths: "{}.jpg"
+    templates: tuple[str, ...] = ()  # turn class names into titles: "a photo of a {}"
 
 
 def parse_delimiter(text: str) -> str:
     """Return the separator that --delimiter names. Raises UserError."""
-    character = SEPARATORS.get(text.strip().lower(), text if len(text) == 1 else text.strip(" "))
+    character = SEPARATOR_NAMES.get(text.strip().lower(), text if len(text) == 1 else text.strip(" "))
     if text and (len(character) != 1 or character in '"\r\n\0'):
         raise UserError(f"--delimiter {text!r} must be one character such as ',' or ';', or tab")
     return character
@@ -39,21 +38,21 @@ def parse_encoding(text: str) -> str:
     try:
         "".encode(text or "utf-8")
         return codecs.lookup(text).name if text else ""
-    except LookupError:  # also of a codec that makes no text
+    except LookupError:  # also for a codec of bytes, such as base64
         raise UserError(f"--encoding {text} is not known; there are utf-8, utf-16, cp1252, latin-1, …") from None
 
 
 def parse_splits(pairs: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Return ours -> theirs of --splits train=NAME,test=NAME+NAME. Raises UserError."""
+    """Return split -> its names in the dataset from --splits train=NAME,test=NAME+NAME. Raises UserError."""
     splits: dict[str, tuple[str, ...]] = {}
     for pair in pairs:
-        ours, _, theirs = (part.strip() for part in pair.partition("="))
-        names = tuple(name.strip() for name in theirs.split("+") if name.strip())
-        if not ours or not names:
-            raise UserError(f"--splits {pair}: write OURS=THEIRS, such as train=train+restval,test=validation")
-        if ours in splits:
-            raise UserError(f"--splits names {ours} twice; join its parts with +, as in {ours}=NAME+NAME")
-        splits[ours] = names
+        split, _, joined = (part.strip() for part in pair.partition("="))
+        names = tuple(name.strip() for name in joined.split("+") if name.strip())
+        if not split or not names:
+            raise UserError(f"--splits {pair}: write SPLIT=NAME, such as train=train+restval,test=validation")
+        if split in splits:
+            raise UserError(f"--splits names {split} twice; join its parts with +, as in {split}=NAME+NAME")
+        splits[split] = names
     return splits
 
 
@@ -76,15 +75,9 @@ def parse_templates(parts: Sequence[str]) -> tuple[str, ...]:
 
 def resolve_positions(columns: Columns, names: Sequence[str]) -> Columns:
     """Return `columns` with names in place of positions counted from 1, where no column is called so."""
-    resolved = {role: getattr(columns, role) for role in ROLES}
-    for role, value in resolved.items():
-        if isinstance(value, str):
-            resolved[role] = _name_of(value, names)
-        elif value:
-            resolved[role] = tuple(_name_of(name, names) for name in value)
-    return replace(columns, **resolved)
+    def resolve(column: str) -> str:
+        is_position = column not in names and column.isdecimal() and 1 <= int(column) <= len(names)
+        return names[int(column) - 1] if is_position else column
 
-
-def _name_of(column: str, names: Sequence[str]) -> str:
-    is_position = column not in names and column.isdecimal() and 1 <= int(column) <= len(names)
-    return names[int(column) - 1] if is_position else column
+    return Columns(columns.image and resolve(columns.image), tuple(map(resolve, columns.title)),
+                   tuple(map(resolve, columns.title_neg)), columns.split and resolve(columns.split))

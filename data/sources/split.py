@@ -6,7 +6,7 @@ Dimension key: N rows, M image references, K bytes of a key.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,33 +17,61 @@ from data.batch import ALONE, Team, share
 from data.catalogue import Catalogue, DecodeResult, DecodeResults, build_catalogue, keys_and_usable
 from data.cold import Reader, decode_distinct
 from data.identity import TitleIds, clip_words, distinct
+from data.ledger import discard
 from data.sources.labels import class_codes
 from data.sources.rows import Rows
+from data.sources.split_names import SPLITS
 from data.store.segments import key_of
 from data.store.stat_cache import StatCache
 from data.titles import is_blank
 
-ORDER = ("train", "valid", "test")
-WHOLE = "train"  # the name of a lone split, which is to be made three
 HELD_OUT = 0.15  # share of valid, and of test, when a dataset has one split only
 
 
-def divide_lone_split(splits: Mapping[str, Rows], reader: Reader, cache: Path, seed: int, log: Callable[[str], None],
-                      titles: TitleIds | None = None, team: Team = ALONE) -> dict[str, Rows]:
-    """The splits of a dataset: those it has, or train, valid and test of the one it has, 70/15/15 by `seed`.
+@dataclass(frozen=True)
+class ContentReader:
+    """Reads images for their content keys; ranks of a `team` share the work, files unchanged since then are skipped."""
+
+    reader: Reader
+    cache: Path
+    log: Callable[[str], None] = discard
+    team: Team = ALONE
+
+    def keys(self, inputs: Catalogue) -> np.ndarray:
+        """Return the content key of each reference, uint8 [M, K]; one that cannot be read has a key of its own."""
+        M, team = len(inputs.references), self.team
+        own = np.arange(*share(M, team.rank, team.size))
+        seen = StatCache(self.cache / "seen", inputs.references.to_pylist(), self.reader.folder)
+        new = own[~seen.known[own]].tolist()
+        results = DecodeResults()
+        for result in decode_distinct(inputs, self.reader, new, lambda key: True, self.log):
+            results.add(result)
+        for reference in own[seen.known[own]].tolist():
+            results.add(DecodeResult(reference, seen.keys[reference].tobytes(), None))
+        parts = team.exchange((results, bool(new)))
+        key_MK, good_M = keys_and_usable([part for part, _ in parts], M)
+        if team.rank == 0 and any(has_new for _, has_new in parts):
+            seen.remember(key_MK, good_M)
+        for reference in np.flatnonzero(~good_M):
+            key_MK[reference] = np.frombuffer(key_of(b"cannot be read: %d" % reference), np.uint8)
+        return key_MK
+
+
+def divide_lone_split(splits: Mapping[str, Rows], contents: ContentReader, seed: int,
+                      titles: TitleIds | None = None) -> dict[str, Rows]:
+    """Return the splits of a dataset: those it has, or train, valid and test of the one it has, 70/15/15 by `seed`.
 
     Rows with the same image or the same title stay together, by content: all images are read (fetched, if they are
-    URLs) but not decoded, ranks sharing the work, files unchanged since the last run skipped. Rows that cannot be
-    used take part, so that the split does not depend on what decodes. The same rows, content and seed give the same
-    split with any model and with none; but a model's `titles` also keep titles together that are the same only because
-    they are cut, see `clip_words`. Where titles are class names, each class is divided by its images instead.
+    URLs) but not decoded. Rows that cannot be used take part, so that the split does not depend on what decodes. The
+    same rows, content and seed give the same split with any model and with none; but a model's `titles` also keep
+    titles together that are the same only because they are cut, see `clip_words`. Where titles are class names, each
+    class is divided by its images instead.
     """
-    if list(splits) != [WHOLE]:
+    if list(splits) != ["train"]:
         return dict(splits)
-    rows = splits[WHOLE]
-    inputs = build_catalogue(splits, replace(clip_words(), cache=cache / "seen"))
-    key_MK = _content_keys(inputs, reader, cache, team, log)
-    image_N = distinct(key_MK)[0][inputs.image_N[WHOLE]]
+    rows = splits["train"]
+    inputs = build_catalogue(splits, replace(clip_words(), cache=contents.cache / "seen"))
+    image_N = distinct(contents.keys(inputs))[0][inputs.image_N["train"]]
     image_N = _codes(image_N, _has_no_image(inputs))
     if rows.label is not None:
         parts = stratified_split(seed, class_codes(rows), image_N)
@@ -55,34 +83,15 @@ def divide_lone_split(splits: Mapping[str, Rows], reader: Reader, cache: Path, s
     return {name: replace(rows.take(part), name=name) for name, part in parts.items()}
 
 
-def _content_keys(inputs: Catalogue, reader: Reader, cache: Path, team: Team,
-                  log: Callable[[str], None]) -> np.ndarray:
-    """The content key of each reference, uint8 [M, K]; one that cannot be read has a key of its own."""
-    own = np.arange(*share(len(inputs.references), team.rank, team.size))
-    seen = StatCache(cache / "seen", inputs.references.to_pylist(), reader.folder)
-    verdicts = DecodeResults()
-    for verdict in decode_distinct(inputs, reader, own[~seen.known[own]].tolist(), lambda key: True, log):
-        verdicts.add(verdict)
-    for reference in own[seen.known[own]].tolist():
-        verdicts.add(DecodeResult(reference, seen.keys[reference].tobytes(), None))
-    answers = team.exchange((verdicts, bool(seen.known[own].all())))
-    key_MK, good_M = keys_and_usable([each for each, _ in answers], len(inputs.references))
-    if team.rank == 0 and not all(nothing_new for _, nothing_new in answers):
-        seen.remember(key_MK, good_M)
-    for reference in np.flatnonzero(~good_M):
-        key_MK[reference] = np.frombuffer(key_of(b"cannot be read: %d" % reference), np.uint8)
-    return key_MK
-
-
 def _has_no_image(inputs: Catalogue) -> np.ndarray:
     """The rows of the one split that name no image, bool [N]."""
     import pyarrow.compute as pc
 
-    return pc.equal(inputs.references, "").to_numpy(zero_copy_only=False)[inputs.image_N[WHOLE]]
+    return pc.equal(inputs.references, "").to_numpy(zero_copy_only=False)[inputs.image_N["train"]]
 
 
 def _title_codes(inputs: Catalogue) -> np.ndarray:
-    title_N = inputs.title_N[WHOLE]
+    title_N = inputs.title_N["train"]
     return _codes(title_N, is_blank(inputs.titles)[title_N])
 
 
@@ -119,7 +128,7 @@ def three_way_split(seed: int, *codes: np.ndarray) -> dict[str, np.ndarray]:
     ends = np.round(ends * len(single) / max(1, ends[-1])).astype(np.int64)
     for k, (first, last) in enumerate(pairwise([0, *ends])):
         split_N[single[first:last]] = k
-    parts = {name: np.flatnonzero(split_N[group_N] == k) for k, name in enumerate(ORDER)}
+    parts = {name: np.flatnonzero(split_N[group_N] == k) for k, name in enumerate(SPLITS)}
     return {name: part for name, part in parts.items() if len(part)}
 
 
@@ -138,8 +147,8 @@ def stratified_split(seed: int, class_N: np.ndarray, image_N: np.ndarray) -> dic
     for members in np.split(groups, ends):
         parts = three_way_split(seed, np.arange(len(members)))
         for name, part in parts.items():
-            split_N[members[part]] = ORDER.index(name)
-    found = {name: np.flatnonzero(split_N[group_N] == k) for k, name in enumerate(ORDER)}
+            split_N[members[part]] = SPLITS.index(name)
+    found = {name: np.flatnonzero(split_N[group_N] == k) for k, name in enumerate(SPLITS)}
     return {name: part for name, part in found.items() if len(part)}
 
 

@@ -7,7 +7,7 @@ E embedding.
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -142,6 +142,18 @@ class MicroBatched(nn.Module):
 
 
 @dataclass(frozen=True)
+class ModelOptions:
+    """The settings of a run that decide how its model is opened."""
+
+    trainable: Sequence[str] = ("projection",)
+    mode: str = "auto"
+    scale: float = 20.0
+    precision: str = "auto"
+    augment: bool = False  # images differ in every epoch, so no features are cached
+    recompute: bool = False  # the layers of the towers keep no activations for backward
+
+
+@dataclass(frozen=True)
 class LoadedModel:
     """A loaded CLIPModel, its towers and head as modules, and its trainable parameters."""
 
@@ -172,40 +184,36 @@ class LoadedModel:
         return MicroBatched(streamed, micro_batch) if micro_batch else streamed
 
 
-def open_model(name: str, trainable: Sequence[str], mode: str, scale: float, precision: str,
-               device: torch.device, augment: bool = False, recompute: bool = False) -> LoadedModel:
-    """Load a CLIPModel, freeze it by name, put it on the device. Raises UserError for settings that contradict.
+def open_model(name: str, options: ModelOptions, device: torch.device) -> LoadedModel:
+    """Load a CLIPModel, freeze it by name, put it on the device. Raises UserError for options that contradict."""
+    model = build_model(load_clip(name), options, device)
+    refuse_collapse(model, device)
+    return model
 
-    `augment` streams, as images differ in every epoch; `recompute` checkpoints the layers of the towers.
-    """
-    parts = build_model(load_clip(name), trainable, mode, scale, precision, device)
-    refuse_collapse(parts, device)
-    if augment and mode == "cached":
+
+def build_model(clip: Clip, options: ModelOptions, device: torch.device) -> LoadedModel:
+    """Freeze a loaded CLIPModel by name and put it on the device. Raises UserError for options that contradict."""
+    if options.augment and options.mode == "cached":
         raise UserError("--augment shows other pixels in every epoch, --mode cached the same; leave one out")
-    if recompute:
-        parts.towers.recompute()
-    return replace(parts, cached=False) if augment else parts
+    tuned = freeze(clip.model, options.trainable)
+    is_frozen = pick_mode(options.mode, tuned)
+    towers, head = Towers(clip).to(device), Head(clip, options.scale).to(device)
+    if options.recompute:
+        towers.recompute()
+    return LoadedModel(clip, towers, head, tuned, cached=is_frozen and not options.augment, stored=is_frozen,
+                       precision=pick_precision(options.precision, device))
 
 
-def build_model(clip: Clip, trainable: Sequence[str], mode: str, scale: float, precision: str,
-                device: torch.device) -> LoadedModel:
-    """Freeze a loaded CLIPModel by name and put it on the device."""
-    tuned = freeze(clip.model, trainable)
-    cached = pick_mode(mode, tuned)
-    return LoadedModel(clip, Towers(clip).to(device), Head(clip, scale).to(device), tuned, cached, cached,
-                       pick_precision(precision, device))
-
-
-def refuse_collapse(parts: LoadedModel, device: torch.device) -> None:
+def refuse_collapse(model: LoadedModel, device: torch.device) -> None:
     """Embed two titles and two gradients in fp32; UserError where both embeddings of a kind are equal, or NaN."""
-    clip, side = parts.clip, ImageSpec.from_processor(parts.clip.image_processor).crop
+    clip, side = model.clip, ImageSpec.from_processor(model.clip.image_processor).crop
     ramp_HW = torch.linspace(0, 255, side[0]).byte()[:, None].expand(side)
     pixels_BCSS = torch.stack([ramp_HW, ramp_HW.flip(0)])[:, None].expand(2, 3, *side).contiguous()
     tokens = collate_tokens(tokenize(clip.tokenizer, PROBE_TITLES, clip.max_tokens), clip.tokenizer.pad_token_id)
     tokens = map_tensors(tokens, lambda part: part.to(device))
     with torch.no_grad():
-        image_BV, text_BT = parts.towers.probe(pixels_BCSS.to(device), tokens)
-        pictures_BE, titles_BE = parts.head.image(image_BV), parts.head.text(text_BT)
+        image_BV, text_BT = model.towers.probe(pixels_BCSS.to(device), tokens)
+        pictures_BE, titles_BE = model.head.image(image_BV), model.head.text(text_BT)
     for kind, embeddings_BE in (("titles", titles_BE), ("pictures", pictures_BE)):
         apart = float((embeddings_BE[0] - embeddings_BE[1]).abs().max())
         if not apart > SAME:  # NaN is not

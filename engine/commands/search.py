@@ -15,7 +15,7 @@ from data.batch import ALONE
 from data.cold import Pipeline
 from data.images.decode import ImageSpec
 from data.web.storage import scheme_of
-from engine.clip.model import open_model
+from engine.clip.model import ModelOptions, open_model
 from engine.commands.common import (
     cache_folder,
     divide_source,
@@ -43,7 +43,7 @@ def search(cfg: Config, world: World, stop: StopSignal) -> int:
 
     # Without titles the query is --image; read_queries has seen to it that there is one of the two.
     source = read_rows(cfg, world.say, stream=True)
-    model = open_model(cfg.model, cfg.trainable, "cached", cfg.scale, cfg.precision, world.device)
+    model = open_model(cfg.model, ModelOptions(cfg.trainable, "cached", cfg.scale, cfg.precision), world.device)
     spec = ImageSpec.from_processor(model.clip.image_processor)
     reader = make_reader(cfg, spec)
     encoders = make_encoders(model, spec.fingerprint(), world.device)

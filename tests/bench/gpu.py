@@ -19,7 +19,7 @@ from data.batch import CachedBatches
 from data.cold import encode_missing_images
 from data.store.features import FeatureStore
 from engine.clip.encoder import BatchedEncoder
-from engine.clip.model import build_model
+from engine.clip.model import ModelOptions, build_model
 from engine.cuda_graph import MIN_STEPS, WARMUP_STEPS
 from eval.distinct import Distinct
 from eval.metrics import retrieval_ranks
@@ -43,7 +43,7 @@ def cuda_device() -> torch.device:
 
 def open_random(shape: str, device: torch.device) -> Model:
     """A model of this shape in the precision that a run would take."""
-    return Model.of(build_model(random_clip(shape), ("projection",), "auto", 20.0, "auto", device), device)
+    return Model.of(build_model(random_clip(shape), ModelOptions(), device), device)
 
 
 def towers(bench: Bench) -> None:

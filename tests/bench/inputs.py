@@ -23,7 +23,7 @@ from data.demo.demo import scene_rows
 from data.store.feature_split import FeatureSplit
 from engine.clip.encoder import CPU_TITLES, BatchedEncoder
 from engine.clip.loading import Clip
-from engine.clip.model import LoadedModel, build_model
+from engine.clip.model import LoadedModel, ModelOptions, build_model
 from engine.config.cli import DEMO_MODEL
 
 # Shapes by name: vision (width, layers, heads, patch), text (width, layers, heads), embedding; the rest as OpenAI's.
@@ -72,7 +72,7 @@ def random_clip(shape: str, seed: int = 0) -> Clip:
 @cache
 def vit_b32() -> Model:
     """ViT-B/32's shape on the CPU in fp32, made once."""
-    return Model.of(build_model(random_clip("ViT-B/32"), ("projection",), "auto", 20.0, "fp32", CPU))
+    return Model.of(build_model(random_clip("ViT-B/32"), ModelOptions(precision="fp32"), CPU))
 
 
 def image_flops(config: CLIPVisionConfig) -> float:

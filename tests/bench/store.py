@@ -17,7 +17,7 @@ from data.cold import CHUNK, Reader, encode_missing_images, encode_missing_title
 from data.identity import clip_words
 from data.images.decode import ImageSpec, decode_image, tokenize
 from data.sources.source import load_splits
-from data.sources.split import divide_lone_split
+from data.sources.split import ContentReader, divide_lone_split
 from data.store.feature_split import StoredTable
 from data.store.features import FeatureStore
 from data.web.limits import FetchPolicy
@@ -33,7 +33,7 @@ def read_pairs(folder: Path, images: int, workers: int) -> tuple[Catalogue, Read
     """The catalogue of `images` new pairs in a folder, and how a run reads them."""
     write_pairs(folder, {"train": images}, negatives=False)
     reader = Reader(folder, ImageSpec.clip(), FetchPolicy(), 25_000_000, workers)
-    rows = divide_lone_split(load_splits(str(folder)), reader, folder / "cache", 0, lambda _: None)
+    rows = divide_lone_split(load_splits(str(folder)), ContentReader(reader, folder / "cache"), 0)
     return build_catalogue(rows, clip_words()), reader
 
 

@@ -27,7 +27,7 @@ from data.store.feature_split import FeatureSplit, StoredTable
 from data.store.features import FeatureStore
 from engine import train
 from engine.clip.loading import load_clip
-from engine.clip.model import build_model
+from engine.clip.model import ModelOptions, build_model
 from engine.commands import train as train_command
 from engine.config.cli import parse
 from engine.loss import Objective
@@ -64,7 +64,7 @@ def test_the_stand_in_notices_what_a_gpu_would() -> None:
 def steps(model: Path, device: torch.device, precision: str, l2_sp: float, lr: float, watch: list[str],
           **objective: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The last loss and norm of three steps, and the weights after them; the second step's norm is infinite."""
-    parts = build_model(load_clip(str(model)), ("projection", "logit_scale"), "auto", 20.0, precision, device)
+    parts = build_model(load_clip(str(model)), ModelOptions(("projection", "logit_scale"), precision=precision), device)
     generator, ids = torch.Generator().manual_seed(0), torch.arange(ROWS)
     image, title = (torch.randn(ROWS, width, generator=generator) for width in (32, 24))
     negatives, negative_ids = torch.randn(ROWS, 2, 24, generator=generator), torch.stack([ids - 1, ids // 3 + 1], 1)

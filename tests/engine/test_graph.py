@@ -24,7 +24,7 @@ from data.prefetch import EpochBatches
 from data.store.feature_split import FeatureSplit
 from engine import cuda_graph as graph
 from engine import train
-from engine.clip.model import LoadedModel, open_model
+from engine.clip.model import LoadedModel, ModelOptions, open_model
 from engine.config.fields import Config
 from engine.cuda_graph import MIN_STEPS, Outputs, should_capture
 from engine.optim import Plan, adamw
@@ -117,7 +117,7 @@ class Steps(NullLog):
 
 def opened(model: Path, trainable: str = "projection", precision: str = "fp32",
            device: torch.device = CPU) -> LoadedModel:
-    return open_model(str(model), trainable.split(","), "auto", 20.0, precision, device)
+    return open_model(str(model), ModelOptions(trainable.split(","), precision=precision), device)
 
 
 def run(parts: LoadedModel, monkeypatch: pytest.MonkeyPatch | None, bad: int = -1, device: torch.device = CPU,

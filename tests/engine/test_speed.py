@@ -15,7 +15,7 @@ from data.batch import Tokens, UserError
 from data.images.augment import RATIO, SCALE, random_region
 from engine.clip import encoder as module
 from engine.clip.encoder import BatchedEncoder
-from engine.clip.model import open_model
+from engine.clip.model import ModelOptions, open_model
 from engine.ranks.world import World
 from eval.distinct import Distinct
 from eval.metrics import retrieval_ranks
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 def test_pieces_of_a_batch_give_the_whole(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CPU_BATCH", 4)
-    towers = open_model(str(tiny_model), ("projection",), "auto", 20.0, "fp32", CPU).towers.double()
+    towers = open_model(str(tiny_model), ModelOptions(precision="fp32"), CPU).towers.double()
     pixels = torch.randint(256, (11, 3, 32, 32), dtype=torch.uint8)
     tokens = Tokens(torch.randint(200, (11, 9)), torch.ones(11, 9, dtype=torch.int64))
     cases: list[tuple[Any, Any]] = [(towers.image, pixels), (towers.text, tokens)]
@@ -90,7 +90,8 @@ def test_crops_are_as_drawn_and_a_pure_function_of_seed_epoch_and_row() -> None:
 
 
 def gradients(model: Path, recompute: bool) -> list[Tensor]:
-    parts = open_model(str(model), ("projection", "layers.1"), "auto", 20.0, "fp32", CPU, recompute=recompute)
+    options = ModelOptions(("projection", "layers.1"), precision="fp32", recompute=recompute)
+    parts = open_model(str(model), options, CPU)
     torch.manual_seed(0)
     pixels = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
     ids = torch.randint(200, (5, 9))

@@ -27,7 +27,7 @@ from data.batch import Features
 from data.demo.demo import write_demo
 from engine.clip.encoder import BatchedEncoder
 from engine.clip.loading import load_clip
-from engine.clip.model import LoadedModel, build_model, distribute
+from engine.clip.model import LoadedModel, ModelOptions, build_model, distribute
 from engine.config.cli import DEMO_MODEL
 from engine.config.fields import Config
 from engine.cuda_graph import MIN_STEPS
@@ -346,12 +346,12 @@ def bench(variant: str, flags: list[str]) -> None:
 
 def demo_parts(trainable: tuple[str, ...] = ("projection",), precision: str = PRECISION) -> LoadedModel:
     """The demo's model on the device."""
-    return build_model(load_clip(str(DEMO_MODEL)), trainable, "auto", 20.0, precision, device())
+    return build_model(load_clip(str(DEMO_MODEL)), ModelOptions(trainable, precision=precision), device())
 
 
 def b32(precision: str, where: torch.device) -> LoadedModel:
     """ViT-B/32's shape, always with the same random weights."""
-    return build_model(random_clip("ViT-B/32"), ("projection",), "auto", 20.0, precision, where)
+    return build_model(random_clip("ViT-B/32"), ModelOptions(precision=precision), where)
 
 
 def random_features(parts: LoadedModel, rows: int) -> Features:

@@ -217,7 +217,7 @@ def test_embeddings_of_turned_pictures_equal_sentence_transformers(tmp_path: Pat
     import datasets
     from sentence_transformers import SentenceTransformer
 
-    from engine.clip.model import open_model
+    from engine.clip.model import ModelOptions, open_model
     from engine.commands.common import make_encoders
 
     cases = {}
@@ -230,7 +230,7 @@ def test_embeddings_of_turned_pictures_equal_sentence_transformers(tmp_path: Pat
     decoded = list(column.cast_column("image", datasets.Image())["image"])
     theirs = SentenceTransformer(str(tiny_model), device="cpu").encode(
         [image.convert("RGB") for image in decoded], normalize_embeddings=True, convert_to_tensor=True)
-    parts = open_model(str(tiny_model), ("projection",), "cached", 20.0, "fp32", torch.device("cpu"))
+    parts = open_model(str(tiny_model), ModelOptions(precision="fp32"), torch.device("cpu"))
     spec = ImageSpec.from_processor(parts.clip.image_processor)
     towers = make_encoders(parts, spec.fingerprint(), torch.device("cpu"))
     pixels = torch.from_numpy(np.stack([decode_image(path.read_bytes(), spec) for path in cases.values()]))

@@ -23,10 +23,10 @@ from data.shards.pack import pack
 from data.sources import records
 from data.sources.embedded import EmbeddedPictures
 from data.sources.options import ReadOptions
-from data.sources.paths import Places
+from data.sources.paths import ImageLocation
 from data.sources.rows import to_row_columns
 from data.sources.source import DETECT, Columns, Rows, load_splits
-from data.sources.split import divide_lone_split
+from data.sources.split import ContentReader, divide_lone_split
 from data.web.fetch import FetchPolicy
 
 CAPTIONS: list[list[str | None]] = [
@@ -76,7 +76,7 @@ def test_a_list_of_captions_is_a_row_each(tmp_path: Path, kind: str) -> None:
     table = pa.table({"image": images, "title": lists(kind), "title_neg": given})
     sliced = pa.concat_tables([table, table]).slice(1, 8)
     for part, wanted in ((table, WANTED), (sliced, [*WANTED[3:], *WANTED[:6]])):
-        columns = to_row_columns(part, "x", Places([str(tmp_path)]), Account(), EmbeddedPictures())
+        columns = to_row_columns(part, "x", ImageLocation([str(tmp_path)]), Account(), EmbeddedPictures())
         rows = Rows("train", *(columns[name] for name in ("image", "title", "title_neg")))
         negatives = {"0": ["n"], "1": [], "2": [], "3": ["m"], "4": ["o", "p"]}
         assert shown(rows) == wanted
@@ -188,7 +188,7 @@ def test_captions_of_one_image_stay_on_one_side_and_survive_packing(tmp_path: Pa
     frame.to_parquet(tmp_path / "all.parquet")
     rows, _, _ = read(tmp_path / "all.parquet")
     reader = Reader(tmp_path / "fetched", ImageSpec.clip(), FetchPolicy(), 25_000_000, 2)
-    parts = divide_lone_split({"train": rows}, reader, tmp_path / "cache", 0, print)
+    parts = divide_lone_split({"train": rows}, ContentReader(reader, tmp_path / "cache"), 0)
     sides = [{title.rpartition(" ")[2] for title in part.title.to_pylist()} for part in parts.values()]
     assert list(map(len, parts.values())) == [70, 15, 15] and sum(map(len, sides)) == len(set.union(*sides)) == 20
     assert pack({"train": rows}, reader, tmp_path / "out", 0, print) == []

@@ -442,13 +442,13 @@ def test_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_dataset_repository_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loading script is refused, not run, and nobody is asked on the terminal whether it may."""
     from data.sources.library import hub_parts
-    from data.sources.parts import Reading
+    from data.sources.parts import ReadContext
 
     (tmp_path / "evil").mkdir()
     (tmp_path / "evil" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nimport datasets\n")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
     with pytest.raises(UserError, match=r"scripts are no longer supported, but found evil\.py"):
-        hub_parts(str(tmp_path / "evil"), Reading(ReadOptions(), EmbeddedPictures()))
+        hub_parts(str(tmp_path / "evil"), ReadContext(ReadOptions(), EmbeddedPictures()))
     with pytest.raises(UserError, match=r"evil\.py: a loading script; scripts are never run"):
         load_splits(str(tmp_path / "evil"))
     assert not (tmp_path / "ran").exists()

@@ -19,14 +19,15 @@ from data.identity import TitleIds, clip_words
 from data.images.decode import ImageSpec
 from data.sources.rows import Rows
 from data.sources.source import load_splits
-from data.sources.split import components, divide_lone_split
+from data.sources.split import ContentReader, components, divide_lone_split
 from data.web.limits import FetchPolicy
 
 
 def split(dataset: Path, cache: Path, seed: int = 42, titles: TitleIds | None = None) -> dict[str, Rows]:
     """The splits of a dataset as every command makes them."""
     reader = Reader(cache / "fetched", ImageSpec.clip(), FetchPolicy(), 25_000_000, 2)
-    return divide_lone_split(load_splits(str(dataset), embedded=cache / "embedded"), reader, cache, seed, print, titles)
+    rows = load_splits(str(dataset), embedded=cache / "embedded")
+    return divide_lone_split(rows, ContentReader(reader, cache), seed, titles)
 
 
 def naive_groups(*codes: list[int]) -> list[int]:

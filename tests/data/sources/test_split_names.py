@@ -85,7 +85,7 @@ def test_splits_are_named_chosen_and_joined(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("splits", "message"), [
     (["train=dev2"], "there is no split 'dev2'; there is train, valid"),
     (["train=train", "test=train"], "twice"), (["train=train", "train=val"], "names train twice"),
-    (["train"], "OURS=")])
+    (["train"], "SPLIT=")])
 def test_a_split_that_is_not_there_is_refused(tmp_path: Path, splits: list[str], message: str) -> None:
     for name in ("train", "valid"):
         FRAME.to_csv(tmp_path / f"{name}.csv", index=False)

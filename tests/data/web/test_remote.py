@@ -23,7 +23,7 @@ from helpers import Loopback, make_pairs, picture, run, start
 import data.web.policy
 from data.batch import UserError
 from data.shards.writer import ShardWriter
-from data.sources.source import Download, in_splits, load_splits
+from data.sources.source import Download, load_splits, pattern_by_split
 from data.web import download
 from data.web.limits import FetchPolicy
 from data.web.remote_files import fetch_files
@@ -129,7 +129,7 @@ def bring(cache: Path, policy: FetchPolicy = POLICY,
 
 def bring_by_split(cache: Path, policy: FetchPolicy = POLICY,
                    log: Callable[[str], None] = lambda text: None) -> Download:
-    return lambda dataset: in_splits(fetch_files(dataset, cache, policy, log))
+    return lambda dataset: pattern_by_split(fetch_files(dataset, cache, policy, log))
 
 
 @pytest.mark.parametrize("with_index", [True, False])

@@ -9,7 +9,7 @@ from helpers import EXACT, gradient, in_float64, on_ranks
 from torch import Tensor
 
 from data.batch import Batch, Tokens, UserError, share
-from engine.clip.model import distribute, l2_normalize, open_model
+from engine.clip.model import ModelOptions, distribute, l2_normalize, open_model
 from engine.loss import Objective
 from engine.ranks.world import World
 from engine.train import global_batch_loss
@@ -30,7 +30,7 @@ def stream_step(folder: str, micro_batch: int, rows: int, negatives: int) -> tup
     size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     rank = torch.distributed.get_rank() if size > 1 else 0
     world = World(rank, rank, size, torch.device("cpu"))
-    parts = open_model(folder, ("all", "logit_scale"), "streaming", 20.0, "fp32", world.device)
+    parts = open_model(folder, ModelOptions(("all", "logit_scale"), "streaming", precision="fp32"), world.device)
     generator, at = torch.Generator().manual_seed(1), torch.arange(rows)
     ids_BL = torch.randint(0, 500, (rows, 9), generator=generator)
     tokens = Tokens(ids_BL, torch.ones_like(ids_BL))
@@ -67,6 +67,6 @@ def test_micro_batches_equal_the_whole_batch(rows: int, negatives: int, ranks: i
 
 
 def test_micro_batches_of_cached_features_are_refused(tiny_model: Path) -> None:
-    parts = open_model(str(tiny_model), ("projection",), "cached", 20.0, "fp32", torch.device("cpu"))
+    parts = open_model(str(tiny_model), ModelOptions(precision="fp32"), torch.device("cpu"))
     with pytest.raises(UserError, match="--mode streaming"):
         parts.trained_model(2)

@@ -74,7 +74,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     if state.step and "base" not in metrics:  # metrics.json was deleted
         metrics["base"] = summaries(base)
     # 5. Cut the log after the checkpoint's step; the loop writes the later steps again.
-    log = Log(out, world, plan, state.step, drift, Reference(comparable_settings(cfg), metrics.get("base", {})))
+    log = Log(out, world, plan, state, drift, Reference(comparable_settings(cfg), metrics.get("base", {})))
     answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture, resumed=state.step > 0)
     evaluator = Evaluator(pairs, names, model, plan, state, saver, log, answers, world, metrics, base)
     # 6. `fit` asks for the inputs from `state.step` on: the order of pairs is a function of seed and epoch.

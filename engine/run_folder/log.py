@@ -20,6 +20,7 @@ from data.files import keep_lines
 from engine.optim import Plan
 from engine.ranks.world import World
 from engine.run_folder.board import Metrics, TensorBoardWriter, WeightDrift, memory
+from engine.run_folder.checkpoint import State
 
 HEADLINE = {"image_to_text_R@1": "R@1", "image_to_text_R@5": "R@5", "image_to_text_R@10": "R@10",
             "image_to_text_median_rank": "median rank", "triplet_accuracy": "triplet"}
@@ -48,10 +49,10 @@ NO_REFERENCE = Reference({}, {})
 class Log:
     """Collects steps on the device and writes them out at every flush.
 
-    `first_step` is the step of the checkpoint resumed from; later lines of an earlier process are cut off.
+    `state` is that of the checkpoint resumed from; later lines of an earlier process are cut off.
     """
 
-    def __init__(self, folder: Path, world: World, plan: Plan, first_step: int, drift: WeightDrift,
+    def __init__(self, folder: Path, world: World, plan: Plan, state: State, drift: WeightDrift,
                  reference: Reference = NO_REFERENCE) -> None:
         self.world, self.plan = world, plan
         self._pending: list[LoggedStep] = []
@@ -63,8 +64,10 @@ class Log:
         self._drift, self._recipe, self._base = drift, reference.recipe, reference.base
         self._files: list[TextIO] = []
         if world.is_main:
-            self._files = [_open_for_append(folder / name, first_step) for name in ("steps.jsonl", "evaluations.jsonl")]
-        self.board = TensorBoardWriter(folder / "tensorboard" if world.is_main else None, first_step, plan.steps)
+            last_evaluation = state.evaluated if state.step else -1  # a run begins with the evaluation of step 0
+            self._files = [_open_for_append(folder / "steps.jsonl", state.step),
+                           _open_for_append(folder / "evaluations.jsonl", last_evaluation)]
+        self.board = TensorBoardWriter(folder / "tensorboard" if world.is_main else None, state.step, plan.steps)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -232,12 +235,19 @@ def _duration(seconds: float) -> str:
 
 
 def _open_for_append(path: Path, last_step: int) -> TextIO:
-    """Open a file of one line a step for appending, without lines after `last_step` and a half-written last one."""
+    """Open a file of one line a step for appending, without damaged lines and what follows the line of `last_step`.
+
+    What follows may be of an earlier step: the evaluation of the best weights at the end of a run.
+    """
+    is_over = False
+
     def is_kept(line: str) -> bool:
+        nonlocal is_over
         try:
-            return last_step > 0 and json.loads(line)["step"] <= last_step
+            is_over = is_over or json.loads(line)["step"] > last_step
         except (ValueError, KeyError, TypeError, RecursionError):
             return False
+        return not is_over
 
     keep_lines(path, is_kept)
     return path.open("a", encoding="utf-8")

@@ -79,7 +79,7 @@ class TrainingRun:
         head = Head(self.parts.clip, config.scale).to(self.device)
         model = StreamingModel(self.parts.towers, head) if self.streamed else head
         silent = World(1, 0, 1, self.device)  # a log that writes nothing: the disk is not what is measured
-        log = Log(self.folder, silent, plan, 0, WeightDrift({}))
+        log = Log(self.folder, silent, plan, State(), WeightDrift({}))
         replica = Replica(model, adamw(self.parts.trainable.values(), 1e-6, 0.0), world, self.parts.precision)
         fit(replica, self.batches, plan, State(), config, Callbacks(log))
 

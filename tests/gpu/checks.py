@@ -321,7 +321,7 @@ def log_and_memory(variant: str, flags: list[str]) -> None:
             folder = WORK / f"log-{name}-{turn}"
             folder.mkdir()
             world = World(0 if name == "written" else 1, 0, 1, device(), quiet=True)
-            log = Log(folder, world, Plan(rows, 1024, 1), 0, WeightDrift({}))
+            log = Log(folder, world, Plan(rows, 1024, 1), State(), WeightDrift({}))
             with contextlib.redirect_stderr(io.StringIO()):
                 took[name] = seconds(lambda: train(parts, rows, 1024, log), device())  # noqa: B023
             log.close()

@@ -19,6 +19,7 @@ import run as command_line
 from engine.optim import Plan
 from engine.ranks.world import CLEAR, World, whole_fields
 from engine.run_folder.board import POINTS, TensorBoardWriter, WeightDrift
+from engine.run_folder.checkpoint import State
 from engine.run_folder.log import Log
 
 WORLD = World(0, 0, 1, torch.device("cpu"), quiet=True)
@@ -130,7 +131,7 @@ def test_a_long_run_writes_a_bounded_number_of_points(tmp_path: Path) -> None:
     short = TensorBoardWriter(tmp_path / "short", 0, 7)
     assert [step for step in range(1, 8) if short.due("steps", step)] == list(range(1, 8))
     assert not short.due("steps", 4)  # best weights taken back: no curve runs backwards
-    log = Log(tmp_path / "run", World(1, 1, 2, torch.device("cpu")), Plan(10, 2, 2), 0, WeightDrift({}))
+    log = Log(tmp_path / "run", World(1, 1, 2, torch.device("cpu")), Plan(10, 2, 2), State(), WeightDrift({}))
     log.metrics({"valid": {"image_to_text_R@10": 0.5}}, 0)  # another rank: nothing is written
     log.close()
     assert not (tmp_path / "run").exists()

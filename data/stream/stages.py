@@ -162,7 +162,7 @@ def decode(stream: Iterable[Sample], reader: Reader, crop_seed: tuple[int, int],
 def collate(batch: Sequence[Decoded], encoders: Encoders, crop: tuple[int, int], negatives: int) -> Batch:
     """Tokenise and stack a batch; a row has `negatives` hard negatives, those that it lacks with the id -1.
 
-    Equal ids mean equal bytes or token ids, as in every batch; they are digests, since nobody has numbered all rows.
+    Equal ids mean equal bytes or token ids, as in every batch; they are digests, as no list of all rows is made.
     """
     pixels = [item.pixels_CSS for item in batch if item.pixels_CSS is not None]
     pixels_BCSS = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 3, *crop, dtype=torch.uint8)

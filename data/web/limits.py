@@ -40,6 +40,6 @@ def check_proxy(proxy: str) -> str:
 
 
 def unused_proxy() -> str:
-    """The name of a proxy variable that is set, and that fetching ignores; "" for none."""
+    """Return the name of a proxy variable that is set but not used; "" for none."""
     names = ("https_proxy", "http_proxy", "all_proxy")
     return next((name for name in (*map(str.upper, names), *names) if os.environ.get(name)), "")

@@ -1,7 +1,7 @@
 """Shards and tables at http(s) addresses to local files, each fetched once, whatever the number of ranks and runs.
 
 A file streams to disk, so memory stays flat; it is resumed where a cut connection or a killed run left it, and gets its
-name when it is whole. A table that the server says has changed is fetched again. Addresses are checked as those of
+name when it is whole. A table is fetched again if the server has another version. Addresses are checked as those of
 thumbnails are (`data.web.guard`).
 """
 
@@ -33,7 +33,7 @@ POLL_S = 0.2  # between checks of a shard that another process is fetching
 
 
 def fetch_files(pattern: str, folder: Path, policy: FetchPolicy, log: Callable[[str], None]) -> list[Path | RemoteFile]:
-    """The local paths, in order, of the files at http://HOST/{train,valid}-{000..009}.tar, fetched if need be.
+    """Return the local paths, in order, of the files at http://HOST/{train,valid}-{000..009}.tar, fetched if need be.
 
     Tables come with their addresses, below which their images are. Shards in `folder` are not requested again; files
     that another process is fetching are waited for. Raises UserError at the first that cannot be fetched; the others
@@ -56,7 +56,7 @@ def fetch_files(pattern: str, folder: Path, policy: FetchPolicy, log: Callable[[
 
 
 def web_name(url: str) -> str:
-    """The file name in the address of a shard or a table. Raises UserError."""
+    """Return the file name in the address of a shard or a table. Raises UserError."""
     try:
         name = web_url(url).name
     except BadSample as bad:
@@ -115,7 +115,7 @@ class _Download:
         await self.downloader.persist(web_url(self.url), self.part, MAX_SHARD, is_tar)
 
     def refuse(self, bad: BadSample) -> UserError:
-        """Return the error that says why the file cannot be had."""
+        """Return the error for a file that cannot be fetched, with the reason."""
         return UserError(f"{self.url} cannot be fetched ({bad}); run again to go on where it stopped, or leave it out "
                          "of the pattern")
 
@@ -126,7 +126,7 @@ class _Download:
 
 
 class _Table(_Download):
-    """A table, which is fetched again when the server has another version than that of which the file is."""
+    """A table, which is fetched again if the server has another version than that of the file."""
 
     async def obtain(self, log: Callable[[str], None]) -> None:
         """Fetch the table if need be. Raises UserError."""

@@ -15,9 +15,9 @@ from data.web.storage import RemoteFile, open_stream, public_name, stat
 
 
 def copy_file(address: str, folder: Path, log: Callable[[str], None]) -> RemoteFile:
-    """The copy of a file in `folder`, made if there is none or the file has another size or version than then.
+    """Return the copy of a file in `folder`, made if there is none or the file has changed in size or version.
 
-    A store that tells no version of a file is asked for the whole of it every time. Raises UserError.
+    Without a version in the store the file is copied every time. Raises UserError.
     """
     place = folder / hashlib.blake2b(address.encode(), digest_size=16).hexdigest()
     path, note = place / public_name(address).rpartition("/")[2], place / "version.json"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs",
             "abfss": "adlfs", "hf": "huggingface_hub", "memory": "fsspec"}
 VERSIONS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "blob_id", "LastModified", "last_modified",
-            "mtime", "created")  # what drivers say of a file's version; the first that is there counts
+            "mtime", "created")  # keys of a file's version in drivers' answers; the first present one counts
 BLOCK = 8 << 20  # bytes of one request of a stream
 AHEAD = 2  # blocks requested before they are needed
 RETRIES = 5  # further tries of a request after a failure that may pass
@@ -36,7 +36,7 @@ Answer = TypeVar("Answer")
 
 
 class Entry(NamedTuple):
-    """A file or folder of a store. `version` is "" where the driver knows none."""
+    """A file or folder of a store. `version` is "" if the driver has none."""
 
     address: str
     size: int
@@ -50,7 +50,7 @@ class Entry(NamedTuple):
 
 
 class RemoteFile(NamedTuple):
-    """A file at an address, and what this machine holds of it: the copy of a table, the manifest of a shard."""
+    """A file at an address, and its local counterpart: the copy of a table, the manifest of a shard."""
 
     address: str
     path: Path
@@ -66,28 +66,28 @@ class Changed(UserError):
 
 
 def scheme_of(address: str) -> str:
-    """The scheme of an address in lower case; "" for a path."""
+    """Return the scheme of an address in lower case; "" for a path."""
     scheme, separator, _ = address.partition("://")
     return scheme.lower() if separator and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme) else ""
 
 
 def is_stored(address: str) -> bool:
-    """True for an address that is read through fsspec."""
+    """Return whether an address is read through fsspec."""
     return scheme_of(address) in PACKAGES
 
 
 def public_name(address: str) -> str:
-    """The address as messages show it: without a query or credentials."""
+    """Return the address as messages show it, without a query or credentials."""
     return re.sub(r"//[^/@]*:[^/@]*@", "//", address.partition("?")[0])
 
 
 def parent(address: str) -> str:
-    """The folder that a file lies in, without a slash at its end."""
+    """Return the folder that a file lies in, without a slash at its end."""
     return address.partition("?")[0].rstrip("/").rpartition("/")[0]
 
 
 def stat(address: str) -> Entry:
-    """Size and version of a file now. Raises UserError, also for a folder."""
+    """Return the present size and version of a file. Raises UserError, also for a folder."""
     with _readable_errors(address):
         files, path = _open_filesystem(address)
         files.invalidate_cache(path)
@@ -98,7 +98,7 @@ def stat(address: str) -> Entry:
 
 
 def is_folder(address: str) -> bool:
-    """True where files lie below an address. Raises UserError where there is nothing."""
+    """Return whether an address is a folder. Raises UserError if there is nothing."""
     with _readable_errors(address):
         files, path = _open_filesystem(address)
         files.invalidate_cache(path)
@@ -106,7 +106,7 @@ def is_folder(address: str) -> bool:
 
 
 def list_folder(address: str) -> list[Entry]:
-    """The files and folders of a folder by name, hidden ones left out. Raises UserError."""
+    """Return the files and folders in a folder by name, without hidden ones. Raises UserError."""
     base = address.rstrip("/")
     with _readable_errors(address):
         files, path = _open_filesystem(base)
@@ -119,7 +119,7 @@ def list_folder(address: str) -> list[Entry]:
 
 
 def expand(pattern: str) -> list[str]:
-    """The addresses of the files that a pattern with * names, sorted. Raises UserError where there is none."""
+    """Return the sorted addresses of the files that match a pattern with *. Raises UserError if there is none."""
     base = parent(pattern[: pattern.index("*")] + "x")
     with _readable_errors(pattern):
         files, path = _open_filesystem(base)
@@ -133,7 +133,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def read(address: str, most: int) -> bytes:
-    """The bytes of a file of at most `most`, in any thread. Raises BadSample."""
+    """Return the bytes, at most `most`, of a file, in any thread. Raises BadSample."""
     with _as_bad_sample(address):
         data = _with_retries(lambda: _cat(address, 0, most + 1))
     if len(data) > most:
@@ -142,7 +142,7 @@ def read(address: str, most: int) -> bytes:
 
 
 def read_range(address: str, offset: int, size: int) -> bytes:
-    """Exactly `size` bytes from `offset` on, in any thread. Raises BadSample."""
+    """Return exactly `size` bytes from `offset` on, in any thread. Raises BadSample."""
     def attempt() -> bytes:
         data = _cat(address, offset, size)
         if len(data) < size:
@@ -195,7 +195,7 @@ def _cat(address: str, start: int, size: int) -> bytes:
 
 
 def _open_filesystem(address: str) -> tuple[AbstractFileSystem, str]:
-    """The driver of an address (fsspec keeps one for each kind) and the path by which that knows the file."""
+    """Return the driver of an address (fsspec keeps one for each kind) and the path of the file in it."""
     from fsspec.core import url_to_fs
 
     scheme = scheme_of(address)
@@ -214,7 +214,7 @@ def _entry(address: str, info: dict[str, object]) -> Entry:
 
 
 def _with_retries(attempt: Callable[[], Answer]) -> Answer:
-    """The answer of `attempt`, called again after failures that may pass."""
+    """Return the answer of `attempt`, which is called again after failures that may pass."""
     for tried in range(RETRIES + 1):
         try:
             return attempt()

@@ -26,7 +26,7 @@ from engine.run_folder import folder
 from engine.run_folder.checkpoint import Order, Saver, State
 from engine.run_folder.nonfinite import NonfiniteGuard
 
-LOOKED_AT = 64  # samples of the first shard that tell whether there are negatives
+LOOKED_AT = 64  # samples of the first shard in which negatives are looked for
 
 
 class Training(Protocol):

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 import time
@@ -133,10 +134,24 @@ def replace_text(path: Path, text: str) -> None:
 
     A lone surrogate, as in a file name that is not UTF-8, is written as a JSON string writes it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replaced_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        fsync(temporary).replace(path)
+
+
+@contextmanager
+def replaced_file(path: Path, durable: bool = True) -> Iterator[Path]:
+    """Give the path of a temporary file for the block to write, which then replaces `path` in one step. Raises OSError.
+
+    `durable` waits until it is on the disk. The folder must exist.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{path.suffix}")
+    try:
+        yield temporary
+        if durable:
+            fsync(temporary)
+        temporary.replace(path)
+        if durable:
+            fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from data.batch import BadSample
-from data.files import fsync
+from data.files import replaced_file
 from data.shards.index import parse_reference, table_of
 from data.store.segments import KEY
 from data.web.storage import Entry, is_stored
@@ -70,14 +68,9 @@ def write_manifest(cache: Path, manifest: ShardManifest) -> None:
     facts = {"format": FORMAT, "entry": manifest.entry[:3], "max_pixels": manifest.max_pixels,
              "problems": list(manifest.problems)}
     table = manifest.table.replace_schema_metadata({"facts": json.dumps(facts)})
-    temporary = path.with_name(f".{secrets.token_hex(8)}.arrow")
-    try:
+    with replaced_file(path) as temporary:
         with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
-        os.replace(fsync(temporary), path)
-        fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_manifest(path: Path) -> ShardManifest | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from data.batch import UserError
-from data.files import fsync, open_regular
+from data.files import open_regular, replaced_file
 from data.ledger import discard
 from data.progress import Progress
 
@@ -139,7 +138,6 @@ class EmbeddedPictures:
                         raise _disk_refuses(path, error) from None
                 if writer is not None:
                     writer.close()
-                os.fsync(file.fileno())
         except PermissionError as error:
             raise _disk_refuses(path, error) from None
 
@@ -179,13 +177,8 @@ def write_once(path: Path, write: Callable[[Path], None]) -> None:
                 pass
             if path.exists():
                 return
-            part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-            try:
+            with replaced_file(path) as part:
                 write(part)
-                os.replace(part, path)
-                fsync(path.parent)
-            finally:
-                part.unlink(missing_ok=True)
 
 
 def _remove_parts(path: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import time
 import zipfile
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ import numpy as np
 from data.batch import Team
 from data.catalogue import DecodeResult, DecodeResults, keys_and_usable
 from data.cold import is_url
-from data.files import open_regular
+from data.files import open_regular, replaced_file
 from data.shards.index import is_range, parse_reference
 from data.shards.manifests import manifest_keys
 from data.store.segments import KEY
@@ -69,14 +68,10 @@ class StatCache:
         """Save the keys [M, 16] of the `good` [M] references."""
         settled = self._stamp_M3[:, 1:].max(1) < (self._began - SETTLED) * 1e9
         stamp_M3 = np.where((good & settled)[:, None], self._stamp_M3, -1)
-        temporary = self._file.with_name(f".{secrets.token_hex(8)}.npz")
         with suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with replaced_file(self._file, durable=False) as temporary:
                 np.savez(temporary, stamps=stamp_M3, keys=keys)
-                temporary.replace(self._file)
-            finally:
-                temporary.unlink(missing_ok=True)
 
 
 def _stamps(paths: Sequence[str], fetched: Path) -> np.ndarray:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from data.batch import UserError
-from data.files import open_regular
+from data.files import open_regular, replaced_file
 from eval.metrics import Ranks, Retrieval
 from eval.retrieval import SplitEmbeddings
 
@@ -112,10 +112,8 @@ def save_answers(path: Path, split: str, answers: Mapping[str, AnswersByDirectio
         for way, listed in by_direction.items():
             for name, tensor in vars(listed).items():
                 arrays[f"{when}/{way}/{name}"] = tensor.numpy()
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, split=np.array(split), **arrays)
-    temporary.replace(path)
+    with replaced_file(path, durable=False) as temporary:
+        np.savez_compressed(temporary, allow_pickle=False, split=np.array(split), **arrays)
 
 
 def load_answers(path: Path) -> tuple[str, dict[str, dict[str, Answers]]]:

@@ -30,7 +30,8 @@ from data.sources.parts import (
     folder_spellings,
     unique_splits,
 )
-from data.sources.pictures import PICTURES, class_folders, holds_pictures, holds_titled_pictures, read_class_folders
+from data.sources.paths import PICTURES
+from data.sources.pictures import class_folders, holds_pictures, holds_titled_pictures, read_class_folders
 from data.sources.split_names import SPLIT_NAMES, UNSPLIT, canonical_split
 from data.sources.tables import ADVICE, ARROW_READERS, TABLES, ending, holds_addresses, read_metadata, without_sidecars
 

@@ -24,7 +24,8 @@ from data.sources.csv_tables import read_csv
 from data.sources.embedded import EmbeddedPictures
 from data.sources.json_tables import read_json, read_json_lines
 from data.sources.options import ReadOptions
-from data.sources.pictures import PICTURES, SIDECARS, is_picture, pictures
+from data.sources.paths import PICTURES
+from data.sources.pictures import SIDECARS, is_picture, pictures
 from data.sources.records import from_records
 from data.sources.rows import LABEL, detect_columns, holds_bytes, rename_to_roles
 from data.web.storage import RemoteFile

@@ -36,6 +36,7 @@ class Account:
     example: str = ""  # the first of them, printable
     _unused: dict[str, list[str]] = field(default_factory=dict)  # reason -> files
     _notes: set[str] = field(default_factory=set)
+    _applied: set[str] = field(default_factory=set)  # flags that had something to apply to
 
     def begin(self, split: str | None) -> None:
         """Begin another split; None for rows that are not split yet."""
@@ -69,6 +70,16 @@ class Account:
         if text not in self._notes:
             self._notes.add(text)
             self.log(printable(text))
+
+    def apply(self, *flags: str) -> None:
+        """Record that flags have something to apply to."""
+        self._applied.update(flags)
+
+    def note_unused(self, flags: Mapping[str, object]) -> None:
+        """Log which of the flags that have a value had nothing to apply to."""
+        unused = [flag for flag, value in flags.items() if value and flag not in self._applied]
+        if unused:
+            self.note(f"not used, as nothing that was read depends on it: {', '.join(unused)}")
 
     def close(self, dataset: str) -> None:
         """Report the files passed over: a ledger entry and part of one line for each reason."""

@@ -20,7 +20,7 @@ from data.files import open_unpacked
 from data.ledger import Account
 from data.sources.json_tables import load_json
 from data.sources.parts import Part, Reading, by_word, file_part, file_parts, folders_of, one_kind
-from data.sources.rows import ROW, Columns
+from data.sources.rows import ROW
 from data.sources.split_names import LONE, our_name
 
 if TYPE_CHECKING:
@@ -81,12 +81,13 @@ class ImageFinder:
             self._files[here] = frozenset(os.listdir(here)) if os.path.isdir(here) else frozenset()
         return base in self._files[here]
 
-    def check(self, file: Path) -> None:
+    def check(self, file: Path, split: str) -> None:
         """Raise UserError if no image was found."""
         if not self.found and self.missing:
             places = ", ".join(os.path.relpath(folder, file.parent) for folder in self.folders[:6])
-            raise UserError(f"{file}: its images (e.g. {self.missing[:100]!r}) are in none of {places}; put them into "
-                            f"{file.parent / 'images'}, or name their folder with --image-root")
+            raise UserError(f"{file}{split}: its images (e.g. {self.missing[:100]!r}) are in none of {places}; put them "
+                            f"into {file.parent / 'images'}, or name their folder with --image-root"
+                            + (", or leave the split out with --splits" if split else ""))
 
 
 def parts_of(split: str, file: Path, reading: Reading, account: Account) -> list[Part]:
@@ -100,9 +101,7 @@ def parts_of(split: str, file: Path, reading: Reading, account: Account) -> list
 
 
 def parts_of_layout(layout: Layout, files: Sequence[Path], reading: Reading, account: Account) -> list[Part]:
-    """The parts of a layout, which knows its columns: names of others are not used, and that is said."""
-    if reading.options.columns != Columns() and layout.parts is not _table_parts:
-        account.note(f"{files[0]}: {layout.name} have columns of their own; those given by name are not used")
+    """The parts of a layout, which knows its columns."""
     return layout.parts(files, reading, account)
 
 
@@ -139,7 +138,7 @@ def _karpathy(files: Sequence[Path], reading: Reading, account: Account) -> list
         for row, entry in enumerate(value["images"]):
             try:
                 split = our_name(str(entry.get("split", LONE)))
-                titles = [_text(sentence["raw"]) for sentence in entry["sentences"]]
+                titles = [_text(sentence["raw"]) for sentence in entry["sentences"] if sentence["raw"] is not None]
                 yield Captioned(row, split, _text(entry.get("filepath", "")), _text(entry["filename"]), titles)
             except (KeyError, TypeError, AttributeError) as error:
                 problem = BadSample("bad-json", f"image {row}: no filename, or sentences without raw ({error!r})")
@@ -167,7 +166,8 @@ def _read_coco(file: Path, reading: Reading, account: Account) -> pa.Table:
     try:
         for annotation in value["annotations"]:
             try:
-                captions[annotation["image_id"]].append(_text(annotation["caption"]))
+                if annotation["caption"] is not None:
+                    captions[annotation["image_id"]].append(_text(annotation["caption"]))
             except BadSample as bad:
                 problems[annotation["image_id"]] = bad
         rows = [Captioned(row, "", "", _text(image["file_name"]), captions.pop(image["id"], []),
@@ -268,15 +268,13 @@ def _table(file: Path, rows: Sequence[Captioned], name: str, reading: Reading, a
         images.append(finder(row.image, row.folder))
         titles.append(row.titles)
         numbers.append(row.row)
-    finder.check(file)
-    _say(file, name, sum(map(len, titles)), finder, account)
+    split = f", split {account.split}" if account.split else ""
+    finder.check(file, split)
+    if rows:
+        account.apply("--image-root")
+    account.note(f"{file}{split}: {name}; {sum(map(len, titles)):,} captions of images like {finder.example}")
     return pa.table({"image": pa.array(images, pa.string()), "title": pa.array(titles, pa.list_(pa.string())),
                      ROW: pa.array(numbers, pa.int64())})
-
-
-def _say(file: Path, name: str, captions: int, finder: ImageFinder, account: Account) -> None:
-    split = f", split {account.split}" if account.split else ""
-    account.note(f"{file}{split}: {name}; {captions:,} captions of images like {finder.example}")
 
 
 def _is_kaggle(head: bytes) -> bool:

@@ -12,7 +12,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from data.batch import UserError
+import numpy as np
+
+from data.batch import BadSample, UserError
 from data.files import is_output
 from data.ledger import Account
 from data.sources import img2dataset
@@ -31,6 +33,7 @@ from data.sources.parts import (
     one_kind,
 )
 from data.sources.pictures import PICTURES, class_folders, holds_pictures, holds_titled_pictures, read_class_folders
+from data.sources.rows import ROW, without
 from data.sources.split_names import LONE, NAMES, our_name
 from data.sources.tables import ADVICE, TABLES, ending, holds_addresses, read_metadata, without_sidecars
 
@@ -114,7 +117,10 @@ def _configured(folder: Folder) -> list[Part] | None:
 
 
 def _named_files(folder: Folder) -> list[Part] | None:
-    return _parts(by_split(folder.entries), folder) or None
+    parts = _parts(by_split(folder.entries), folder)
+    if parts:
+        _note_unused(folder, parts)
+    return parts or None
 
 
 def _parts(splits: Mapping[str, Sequence[Path]], folder: Folder) -> list[Part]:
@@ -150,18 +156,42 @@ def _named_folders(folder: Folder) -> list[Part] | None:
     metadata = [file for file in folder.tables if METADATA.fullmatch(file.name)]
     if metadata:  # one for all splits, whose images are named from here
         return [Part(split, str(metadata[0]), folders_of(folder.path),
-                     partial(_read_below, metadata[0], entry.name, folder.reading))
+                     partial(_read_below, metadata[0], entry.name, [entry.name for entry in folders], folder.reading))
                 for split, (entry,) in splits.items()]
+    _note_unused(folder, [])
     return [replace(part, split=split) for split, (entry,) in splits.items()
             for part in _without_splits(folder.inner(entry))]
 
 
-def _read_below(metadata: Path, name: str, reading: Reading, account: Account) -> pa.Table:
-    """The rows of a metadata file whose images are below the folder `name`."""
+def _note_unused(folder: Folder, used: Sequence[Part]) -> None:
+    """Say which tables and shards of a folder are none of the parts."""
+    labels = {part.label for part in used}
+    shards = [entry for entry in folder.entries if entry.suffix.lower() == ".tar"]
+    unused = [file.name for file in (*folder.tables, *shards) if str(file) not in labels]
+    if unused:
+        more = f" and {len(unused) - 4} more" if len(unused) > 4 else ""
+        folder.account.note(f"{folder.path}: not used beside the splits: {', '.join(unused[:4])}{more}")
+
+
+def _read_below(metadata: Path, name: str, names: Sequence[str], reading: Reading, account: Account) -> pa.Table:
+    """The rows of a metadata file whose images are below the folder `name`, one of `names`.
+
+    With the first of these, rows whose image is below none of them are dropped.
+    """
+    import pyarrow as pa
     import pyarrow.compute as pc
 
     table = read_metadata(metadata, reading.options, account, reading.embedded)
-    return table.filter(pc.starts_with(table["image"], f"{name}/"))
+    if ROW not in table.column_names:
+        table = table.append_column(ROW, pa.array(np.arange(len(table))))
+    slashed = pc.replace_substring(table["image"].cast(pa.string()), "\\", "/")
+    image = pc.fill_null(pc.replace_substring_regex(slashed, r"^(\./)+", ""), "")
+    if name == names[0]:
+        is_below = np.logical_or.reduce([pc.starts_with(image, f"{each}/").to_numpy() for each in names])
+        problem = BadSample("no-split", f"the image is in none of the folders {', '.join(names)}")
+        strays = dict.fromkeys(np.flatnonzero(~is_below).tolist(), problem)
+        without(table, strays, table[ROW].to_numpy(), str(metadata), account)
+    return table.filter(pc.starts_with(image, f"{name}/"))
 
 
 def _hive(folder: Folder) -> list[Part] | None:
@@ -187,7 +217,10 @@ def _hive(folder: Folder) -> list[Part] | None:
 def _data_folder(folder: Folder) -> list[Part] | None:
     """A clone of a hub dataset without configurations: `data/train-00000-of-00001.parquet`."""
     data = folder.path / "data"
-    return _named_files(folder.inner(data)) if data.is_dir() and not is_output(data) else None
+    parts = _named_files(folder.inner(data)) if data.is_dir() and not is_output(data) else None
+    if parts:
+        _note_unused(folder, [])
+    return parts
 
 
 def _inner(folder: Folder) -> list[Part] | None:

@@ -5,6 +5,7 @@ A column LABEL beside the titles says that they are class names; the titles of a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SHOWN = 3  # class names in a line
+NUMBER = re.compile(r"-?\d+(\.0*)?")
 
 
 def class_titles(table: pa.Table, templates: Sequence[str], label: str, account: Account) -> pa.Table:
@@ -42,6 +44,7 @@ def class_titles(table: pa.Table, templates: Sequence[str], label: str, account:
     table = table.drop_columns([LABEL]) if LABEL in table.column_names else table
     if not names:
         return table
+    account.apply("--template")
     shown = ", ".join(name[:40] for name in names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
     several = f", each in {len(templates)} templates" if len(templates) > 1 else ""
     account.note(f"{label}: the titles are the names of {len(names):,} classes ({shown}){several}")
@@ -61,8 +64,11 @@ def class_titles(table: pa.Table, templates: Sequence[str], label: str, account:
 
 
 def _refuse_numbers(names: Sequence[str], label: str) -> None:
-    """Raise UserError where all class names are numbers, which say nothing to a text tower."""
-    if names and all(name.isdecimal() for name in names):
+    """Raise UserError where all class names are numbers, which say nothing to a text tower.
+
+    A column of numbers with gaps is written as 0.0, 1.0 by pandas; -1 is no class.
+    """
+    if names and all(NUMBER.fullmatch(name) for name in names):
         shown = ", ".join(names[:SHOWN])
         raise UserError(f"{label}: the classes are numbers ({shown}, …), which are no titles; write their names in "
                         "place of them, or name a column of text with --title-column")

@@ -5,7 +5,9 @@ Dimension key: N rows, F values of all rows, end to end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ast
+import json
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FIELD = "raw"  # of a list of structs, the text: the sentences of COCO in its Karpathy splits
+FIELDS = ("raw", "caption", "text")  # of a list of structs, the text: `raw` in the sentences of Karpathy's splits
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -33,9 +35,50 @@ def flatten(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray]:
     if is_list(kind):
         values = pa.chunked_array([chunk.flatten() for chunk in column.chunks], kind.value_type)
         lengths_N = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
-    if pa.types.is_struct(values.type) and FIELD in {field.name for field in values.type}:
-        values = pc.struct_field(values, FIELD)
+    if is_list(kind) and pa.types.is_struct(values.type):
+        field = text_field([field.name for field in values.type])
+        values = pc.struct_field(values, field) if field else values
     return values, np.repeat(np.arange(len(column)), lengths_N)
+
+
+def text_field(names: Iterable[str]) -> str | None:
+    """Return the field that holds the text of an object in a list; None if there is none known."""
+    return next((name for name in FIELDS if name in {*names}), None)
+
+
+def spell_lists(texts: pa.ChunkedArray) -> bool:
+    """True if all texts that are not blank are in brackets."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    said = texts.filter(pa.array(~_is_blank(texts)))
+    return len(said) > 0 and pc.all(pc.match_substring_regex(said, r"(?s)^\s*\[.*\]\s*$")).as_py()
+
+
+def parse_lists(texts: pa.ChunkedArray) -> pa.ChunkedArray | None:
+    """Return texts that spell lists of texts, in JSON or as Python shows them, as lists; None unless all do."""
+    import pyarrow as pa
+
+    lists = []
+    for text in texts.to_pylist():
+        values = _parse_list(text.strip()) if text and text.strip() else []
+        if values is None:
+            return None
+        lists.append(values)
+    return pa.chunked_array([pa.array(lists, pa.list_(pa.string()))])
+
+
+def _parse_list(text: str) -> list[str] | None:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            values = ast.literal_eval(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return None
+        if repr(values) != text:  # ['a' 'b'], as numpy shows them, would be one text
+            return None
+    return values if isinstance(values, list) and all(isinstance(value, str) for value in values) else None
 
 
 def as_lists(values: pa.ChunkedArray | pa.Array, row_F: np.ndarray, rows: int) -> pa.ChunkedArray:

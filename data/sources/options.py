@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from data.batch import UserError
-from data.sources.rows import Columns
+from data.sources.rows import FLAGS, Columns
 
 SEPARATORS = {"tab": "\t", r"\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}  # names of them, for the shell
 ROLES = ("image", "title", "title_neg", "split")
@@ -24,6 +24,12 @@ class ReadOptions:
     image_root: str = ""  # the base of relative image paths, in place of the table's folder
     image_template: str = ""  # makes a path of an image id: "{}.jpg"
     templates: tuple[str, ...] = ()  # make titles of class names: "a photo of a {}"
+
+    def by_flag(self) -> dict[str, object]:
+        """Return the options that may find nothing to apply to, by the flag that sets them."""
+        columns = {FLAGS[role]: self.columns.of(role) for role in ("image", "title", "title_neg")}
+        return {**columns, "--delimiter": self.delimiter, "--encoding": self.encoding, "--image-root": self.image_root,
+                "--image-template": self.image_template, "--template": self.templates}
 
 
 def parse_delimiter(text: str) -> str:

@@ -20,7 +20,7 @@ from data.batch import BadSample, UserError
 from data.ledger import Account
 from data.sources.embedded import EmbeddedPictures, shown_name
 from data.sources.lists import a_row_each, flatten, is_list, join_columns, without_blanks
-from data.sources.paths import Places, absolute_paths
+from data.sources.paths import ENDINGS, Places, absolute_paths
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,8 +37,12 @@ KNOWN = {  # role -> column names that mean it; the first there is wins
 }
 OPTIONAL = ("title_neg", "split")  # roles that a dataset may lack
 NUMBERED = re.compile(r"(.*?)[_ .-]?(\d{1,3})")  # caption_0, caption1, caption 2: a family of columns
+NEGATIVE = re.compile(r"(?<![a-z])(neg|negatives?|false|wrong|foil|distractor)s?(?![a-z])")  # may be meant for negatives
+TUPLE = ("anchor", "positive")  # of sentence-transformers: either may be the image
 ROW = "row"  # a column beside those of the roles: the row's number in its file, where some are left out already
 LABEL = "label"  # another one: the name of the row's class, where titles are made of it
+SHOWN = 20  # titles that are looked at for names of pictures
+PICTURE = re.compile(rf"\S+({ENDINGS})", re.IGNORECASE)
 BESIDE = ("split", LABEL)  # columns that readers may give beside image, title and title_neg
 FLAGS = {"image": "--image-column", "title": "--title-column", "title_neg": "--negative-column",
          "split": "--split-column"}
@@ -104,13 +108,16 @@ def detect_columns(names: list[str], columns: Columns, label: str, account: Acco
             raise UserError(f"{label}: no column {name!r} for {FLAGS[role]}; {existing}"
                             + (f"; did you mean {close[0]!r}?" if close else ""))
         families = [] if given else _families(role, names, with_bytes, [*columns.of("image"), *picked.get("image", ())])
+        if given:
+            account.apply(FLAGS[role])
         if given or families:
             picked[role] = [*given] or families[0]
         elif role not in OPTIONAL:
             raise UserError(f"{label}: no {role} column ({', '.join(known)}); {existing}; name one with {FLAGS[role]}")
-        if len(families) > 1 or families and len(families[0]) > 1:
-            unused = [name for family in families[1:] for name in family]
-            choices.append(f"{role} = {', '.join(_shown(picked[role]))}"
+        unused = [name for family in families[1:] for name in family]
+        unused += [] if given else _lookalikes(role, names, families)
+        if unused or families and (len(families[0]) > 1 or families[0][0].strip().lower() in TUPLE):
+            choices.append(f"{role} = {', '.join(_shown(picked.get(role, ()))) or 'none'}"
                            + (f" (not used: {', '.join(_shown(unused))})" if unused else ""))
     if choices:
         account.note(f"columns: {'; '.join(choices)}")
@@ -138,6 +145,16 @@ def _families(role: str, names: Sequence[str], with_bytes: Collection[str], imag
         families = [[name] for (name,) in families if name in with_bytes or name.strip().lower() != "positive"]
         families.sort(key=lambda family: family[0] not in with_bytes)  # stable
     return families
+
+
+def _lookalikes(role: str, names: Sequence[str], families: Sequence[Sequence[str]]) -> list[str]:
+    """The columns of no family that may be meant for a role: image_2, hard_negative."""
+    known = {name for family in families for name in family}
+    if role == "title_neg":
+        return [name for name in names if name not in known and NEGATIVE.search(name.lower())]
+    matches = [(name, NUMBERED.fullmatch(name.strip().lower())) for name in names if name not in known]
+    return [name for name, match in matches if role == "image" and match and match[1] in KNOWN["image"]
+            and match[1] not in TUPLE]
 
 
 def _shown(names: Sequence[str]) -> list[str]:
@@ -198,12 +215,21 @@ def to_row_columns(table: pa.Table, label: str, places: Places, account: Account
         texts = _texts(values, label, role, bad)
         problems |= {int(row_F[place]): problem for place, problem in bad.items()}
         is_plain = role == "title" and not is_list(table[role].type)
+        if picture := _picture_name(texts):
+            account.note(f"{label}: the {role} column holds names of pictures, such as {picture[:100]!r}; "
+                         f"{FLAGS[role]} names another column")
         columns[role] = pc.fill_null(texts, "") if is_plain else without_blanks(texts, row_F, len(table))
     columns |= {name: table[name] for name in BESIDE if name in table.column_names}
     numbers = table[ROW].to_numpy() if ROW in table.column_names else np.arange(len(table))
     columns[ROW] = pa.array(numbers)
     rows = without(pa.table(columns), problems, numbers, label, account)
     return a_row_each(rows, "title") if is_list(rows["title"].type) else rows
+
+
+def _picture_name(texts: pa.ChunkedArray) -> str:
+    """The first text where all of the first ones are names of pictures, else ""."""
+    shown = [text for text in texts.slice(0, SHOWN).to_pylist() if text]
+    return shown[0] if shown and all(PICTURE.fullmatch(text) for text in shown) else ""
 
 
 def without(table: pa.Table, problems: Mapping[int, BadSample], numbers: np.ndarray, label: str,

@@ -58,6 +58,7 @@ def load_splits(dataset: str, options: ReadOptions = DETECT, ledger: Ledger = di
     except OSError as error:
         raise UserError(f"{error.filename or dataset}: {error.strerror or error}") from error
     account.close(dataset)
+    account.note_unused(options.by_flag())
     if len(splits) == 1 and not splits.keys() & {"valid", "test"}:
         return {WHOLE: replace(next(iter(splits.values())), name=WHOLE)}
     return dict(sorted(splits.items(), key=lambda item: (*ORDER, item[0]).index(item[0])))

@@ -24,7 +24,14 @@ from data.sources.csv_tables import read_csv
 from data.sources.embedded import EmbeddedPictures
 from data.sources.json_tables import read_json, read_json_lines
 from data.sources.options import ReadOptions
-from data.sources.pictures import PICTURES, SIDECARS, is_picture, pictures
+from data.sources.pictures import (
+    PICTURES,
+    SIDECARS,
+    holds_pictures,
+    holds_titled_pictures,
+    is_picture,
+    pictures,
+)
 from data.sources.records import from_records
 from data.sources.rows import LABEL, detect_columns, holds_bytes, rename_to_roles
 from data.web.storage import RemoteFile
@@ -85,8 +92,14 @@ def read_table(path: Path, options: ReadOptions, account: Account, embedded: Emb
     if path.is_dir():
         message_if_empty = (f"{path}: found neither tables ({' '.join(sorted(TABLES))}), nor shards (.tar), nor train/ "
                             f"valid/ test/, nor images ({' '.join(sorted(PICTURES))})")
-        return from_records(pictures(path, account), options.columns, str(path), message_if_empty, account,
-                            " (images with KEY.txt, KEY.json)")
+        try:
+            return from_records(pictures(path, account), options.columns, str(path), message_if_empty, account,
+                                " (images with KEY.txt, KEY.json)")
+        except UserError:
+            if options.columns.title or not holds_pictures(path) or holds_titled_pictures(path):
+                raise
+            raise UserError(f"{path}: its images have no titles; write the title of each into KEY.txt beside it, or "
+                            "give each class a folder of its own, with no image outside of these") from None
     kind = ending(path)
     if kind not in TABLES | {".tar", ".txt"}:
         known = " ".join((*TEXT_READERS, *ARROW_READERS))

@@ -85,8 +85,8 @@ class ImageFinder:
         """Raise UserError if no image was found."""
         if not self.found and self.missing:
             places = ", ".join(os.path.relpath(folder, file.parent) for folder in self.folders[:6])
-            raise UserError(f"{file}{split}: its images (e.g. {self.missing[:100]!r}) are in none of {places}; put them "
-                            f"into {file.parent / 'images'}, or name their folder with --image-root"
+            raise UserError(f"{file}{split}: its images (e.g. {self.missing[:100]!r}) are in none of {places}; put "
+                            f"them into {file.parent / 'images'}, or name their folder with --image-root"
                             + (", or leave the split out with --splits" if split else ""))
 
 

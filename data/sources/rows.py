@@ -37,7 +37,7 @@ KNOWN = {  # role -> column names that mean it; the first there is wins
 }
 OPTIONAL = ("title_neg", "split")  # roles that a dataset may lack
 NUMBERED = re.compile(r"(.*?)[_ .-]?(\d{1,3})")  # caption_0, caption1, caption 2: a family of columns
-NEGATIVE = re.compile(r"(?<![a-z])(neg|negatives?|false|wrong|foil|distractor)s?(?![a-z])")  # may be meant for negatives
+NEGATIVE = re.compile(r"(?<![a-z])(neg|negative|false|wrong|foil|distractor)s?(?![a-z])")  # in names like hard_negative
 TUPLE = ("anchor", "positive")  # of sentence-transformers: either may be the image
 ROW = "row"  # a column beside those of the roles: the row's number in its file, where some are left out already
 LABEL = "label"  # another one: the name of the row's class, where titles are made of it

@@ -17,7 +17,7 @@ from PIL import Image
 from data.batch import UserError
 from data.cold import Reader
 from data.images.decode import ImageSpec
-from data.sources.source import ReadOptions, load_splits
+from data.sources.source import Columns, ReadOptions, load_splits
 from data.web.fetch import FetchPolicy
 
 datasets = pytest.importorskip("datasets")
@@ -714,3 +714,60 @@ def test_images_of_no_split_are_in_none(folder: Path) -> None:
 def test_pictures_are_told_apart() -> None:
     """The other tests would pass whatever picture a row has."""
     assert [shown(jpeg(number)) for number in range(10)] == np.arange(10).tolist()
+
+
+def test_flags_that_nothing_depends_on_are_said(folder: Path) -> None:
+    """They were ignored without a word, and --image-template changed the names of the files of a folder."""
+    pictures(folder, [f"{name}/{row}.jpg" for name in ("cat", "dog") for row in range(2)])
+    said: list[str] = []
+    options = ReadOptions(Columns(title=("caption",)), delimiter=";", encoding="cp1252", image_root=str(folder),
+                          image_template="{}.png")
+    rows = load_splits(str(folder), options, log=said.append)["train"]
+    assert all(Path(image).is_file() for image in rows.image.to_pylist())
+    assert said[-1].endswith("--title-column, --delimiter, --encoding, --image-root, --image-template")
+    with webdataset.TarWriter(str(folder / "x.tar")) as writer:
+        writer.write({"__key__": "0", "jpg": jpeg(1), "txt": "a dog"})
+    rows = load_splits(str(folder / "x.tar"), ReadOptions(image_template="{}.png"), log=said.append)["train"]
+    assert rows.image[0].as_py().rpartition("+")[2].isdecimal() and "--image-template" in said[-1]
+
+
+def test_tables_beside_splits_are_said(folder: Path) -> None:
+    for name in ("train", "valid", "extra"):
+        frame(folder).to_csv(folder / f"{name}.csv", index=False)
+    said: list[str] = []
+    assert [*load_splits(str(folder), log=said.append)] == ["train", "valid"]
+    assert len(said) == 1 and said[0].endswith("not used beside the splits: extra.csv")
+
+
+def test_metadata_of_images_in_no_split_is_in_the_ledger(folder: Path) -> None:
+    """Rows of images beside train/ and test/ were gone, and the others had wrong numbers."""
+    pictures(folder, ["train/0.jpg", "test/1.jpg", "other/2.jpg"])
+    names = ["other/2.jpg", "./train/0.jpg", "test/1.jpg", "test/gone.jpg"]
+    pd.DataFrame({"file_name": names, "text": list("abcd")}).to_csv(folder / "metadata.csv", index=False)
+    lost: list[dict[str, Any]] = []
+    splits = load_splits(str(folder), ledger=lost.append)
+    assert {name: rows.title.to_pylist() for name, rows in splits.items()} == {"train": ["b"], "test": ["c", "d"]}
+    assert [(entry["row"], entry["reason"], entry["title"]) for entry in lost] == [(0, "no-split", "a")]
+
+
+@pytest.mark.parametrize("layout", ["coco", "karpathy"])
+def test_one_caption_that_is_null_costs_no_other(folder: Path, layout: str) -> None:
+    pictures(folder, ["images/0.jpg"])
+    if layout == "coco":
+        captions = [{"image_id": 1, "caption": text} for text in ("a", None, "b")]
+        content: dict[str, Any] = {"images": [{"id": 1, "file_name": "0.jpg"}], "annotations": captions}
+    else:
+        sentences = [{"raw": text} for text in ("a", None, "b")]
+        content = {"images": [{"filename": "0.jpg", "split": "train", "sentences": sentences}]}
+    path = folder / ("captions_x.json" if layout == "coco" else "dataset_x.json")
+    path.write_text(json.dumps(content))
+    lost: list[dict[str, Any]] = []
+    assert load_splits(str(folder), ledger=lost.append)["train"].title.to_pylist() == ["a", "b"] and not lost
+
+
+def test_an_object_of_splits(folder: Path) -> None:
+    pictures(folder, ["0.jpg", "1.jpg"])
+    content = {"train": [{"image": "0.jpg", "title": "a"}], "val": [{"image": "1.jpg", "title": "b"}]}
+    (folder / "all.json").write_text(json.dumps(content))
+    splits = load_splits(str(folder / "all.json"))
+    assert {name: rows.title.to_pylist() for name, rows in splits.items()} == {"train": ["a"], "valid": ["b"]}

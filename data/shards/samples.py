@@ -77,11 +77,16 @@ def class_name(content: bytes, classes: Sequence[str]) -> bytes:
             content.decode()
         except UnicodeDecodeError:
             raise BadSample("no-title", "KEY.cls is neither a number nor text") from None
-        return content
+        return spell_class(content.decode()).encode()
     if not 0 <= int(number) < len(classes):
         raise BadSample("no-class-names", f"class {int(number)} of KEY.cls has no name; write the names, one a line, "
                         f"into {CLASS_FILES[0]} beside the shards" + f" ({len(classes)} are there)" * bool(classes))
-    return classes[int(number)].encode()
+    return spell_class(classes[int(number)]).encode()
+
+
+def spell_class(name: str) -> str:
+    """The name of a class in plain words: golden_retriever as "golden retriever"."""
+    return name.replace("_", " ")
 
 
 def class_names_beside(shard: Path) -> list[str]:

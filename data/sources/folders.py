@@ -167,7 +167,8 @@ def _note_unused(folder: Folder, used: Sequence[Part]) -> None:
     """Say which tables and shards of a folder are none of the parts."""
     labels = {part.label for part in used}
     shards = [entry for entry in folder.entries if entry.suffix.lower() == ".tar"]
-    unused = [file.name for file in (*folder.tables, *shards) if str(file) not in labels]
+    others = [file for file in (*folder.tables, *shards) if file.name != "ledger.jsonl"]
+    unused = [file.name for file in others if str(file) not in labels]
     if unused:
         more = f" and {len(unused) - 4} more" if len(unused) > 4 else ""
         folder.account.note(f"{folder.path}: not used beside the splits: {', '.join(unused[:4])}{more}")

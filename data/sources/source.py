@@ -73,7 +73,8 @@ def _parts(dataset: str, reading: Reading, download: Download, account: Account)
     if path.is_dir():
         return folder_parts(Folder(path, "", reading, account))
     if path.is_file():
-        return parts_of(LONE, path, reading, account)
+        (split,) = in_splits([path])
+        return parts_of(split, path, reading, account)
     if path.exists():
         raise NotAFile(path, "a pipe or a device")
     if colon and Path(folder).expanduser().is_dir():

@@ -18,7 +18,7 @@ from data.files import open_regular
 from data.ledger import Account
 from data.shards.index import read_index
 from data.shards.records import read_record
-from data.shards.samples import class_names_beside
+from data.shards.samples import class_names_beside, spell_class
 from data.sources.arrow_tables import read_arrow, read_parquet
 from data.sources.csv_tables import read_csv
 from data.sources.embedded import EmbeddedPictures
@@ -84,7 +84,7 @@ def without_sidecars(files: Sequence[File]) -> list[File]:
     images = {name.stem for name in names if is_picture(name.name)}
     has_sidecars = any(name.stem in images for name in names if name.suffix.lower() in SIDECARS)
     return [file for file, name in zip(files, names, strict=True) if name.suffix.lower() != ".json"
-            or not (has_sidecars or name.name in NO_ROWS or name.name.endswith("_stats.json"))]
+            or not (has_sidecars or name.name in NO_ROWS or name.name.endswith(("_stats.json", ".index.json")))]
 
 
 def read_table(path: Path, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
@@ -133,8 +133,8 @@ def _shard(path: Path, options: ReadOptions, account: Account) -> pa.Table:
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        title = pc.list_element(table["title"], 0)
-        is_class = pc.and_(pc.is_in(title, pa.array(classes)), pc.equal(pc.list_value_length(table["title"]), 1))
+        title, is_lone = pc.list_element(table["title"], 0), pc.equal(pc.list_value_length(table["title"]), 1)
+        is_class = pc.and_(pc.is_in(title, pa.array(map(spell_class, classes), pa.string())), is_lone)
         table = table.append_column(LABEL, pc.if_else(is_class, title, pa.scalar(None, pa.string())))
     return table
 

@@ -17,7 +17,9 @@ from PIL import Image
 from data.batch import UserError
 from data.cold import Reader
 from data.images.decode import ImageSpec
+from data.shards.writer import ShardWriter
 from data.sources.source import Columns, ReadOptions, load_splits
+from data.stream.stages import read_shard
 from data.web.fetch import FetchPolicy
 
 datasets = pytest.importorskip("datasets")
@@ -771,3 +773,40 @@ def test_an_object_of_splits(folder: Path) -> None:
     (folder / "all.json").write_text(json.dumps(content))
     splits = load_splits(str(folder / "all.json"))
     assert {name: rows.title.to_pylist() for name, rows in splits.items()} == {"train": ["a"], "valid": ["b"]}
+
+
+@pytest.mark.parametrize("name", ["test.csv", "val.jsonl", "valid-000.tar"])
+def test_a_file_that_is_named_after_a_split_is_that_split(folder: Path, name: str) -> None:
+    """The one shard of valid beside a stream, or a test.csv, was called train and divided in three."""
+    table = frame(folder)
+    if name.endswith(".csv"):
+        table.to_csv(folder / name, index=False)
+    elif name.endswith(".jsonl"):
+        table.to_json(folder / name, orient="records", lines=True)
+    else:
+        with webdataset.TarWriter(str(folder / name)) as writer:
+            writer.write({"__key__": "0", "jpg": jpeg(1), "txt": "a dog"})
+    assert [*load_splits(str(folder / name))] == ["test" if name == "test.csv" else "valid"]
+
+
+def test_class_names_of_shards_are_spelt_alike_where_they_are_streamed(folder: Path) -> None:
+    """The stream trained on "golden_retriever" and was measured on "golden retriever"."""
+    (folder / "classnames.txt").write_text("golden_retriever\ncat\n")
+    with webdataset.TarWriter(str(folder / "x.tar")) as writer:
+        for key, name in enumerate([0, 1, "tabby_cat"]):
+            writer.write({"__key__": str(key), "jpg": jpeg(key), "cls": name})
+    rows = load_splits(str(folder / "x.tar"))["train"]
+    assert rows.title.to_pylist() == ["golden retriever", "cat", "tabby cat"]
+    assert rows.label is not None and rows.label.to_pylist() == ["golden retriever", "cat", None]
+    streamed = read_shard(0, str(folder / "x.tar"))
+    assert [sample.title for sample in streamed] == rows.title.to_pylist()
+
+
+def test_what_shards_bring_with_them_is_not_called_unused(folder: Path, tmp_path: Path) -> None:
+    with ShardWriter(folder, "train") as writer:
+        for key in range(4):
+            writer.write(str(key), jpeg(key), f"title {key}")
+    (folder / "ledger.jsonl").write_text("")
+    said: list[str] = []
+    load_splits(str(folder), log=said.append)
+    assert not said

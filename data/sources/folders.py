@@ -251,13 +251,15 @@ def _rows(folder: Folder) -> list[Part] | None:
         img2dataset.report_failures(tables, folder.account)
         return file_parts({LONE: shards}, folder.reading)
     are_json = all(ending(file) == ".json" for file in tables)
-    if tables and holds_titled_pictures(folder.path) and (
-            are_json or all(holds_addresses(each, folder.reading.options) for each in tables)):
+    are_titled = bool(tables) and holds_titled_pictures(folder.path)
+    if are_titled and (are_json or all(holds_addresses(each, folder.reading.options) for each in tables)):
         what = "" if are_json else "the addresses in "
         folder.account.note(f"{folder.path}: the images with sidecars are read, not {what}{tables[0].name}")
         img2dataset.report_failures(tables, folder.account)
         return [file_part(LONE, folder.path, folder.reading)]
     if tables:
+        if are_titled:
+            folder.account.note(f"{folder.path}: {tables[0].name} is read, not the texts beside the images")
         return _tables(folder, tables)
     if class_folders(folder.path):
         return [Part(LONE, str(folder.path), folders_of(folder.path), partial(read_class_folders, folder.path))]

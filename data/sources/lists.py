@@ -26,6 +26,18 @@ def is_list(kind: pa.DataType) -> bool:
             or pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind))
 
 
+def decoded(chunk: pa.Array) -> pa.Array:
+    """Return an array without a dictionary, as text where that is text of any kind."""
+    import pyarrow as pa
+
+    if not pa.types.is_dictionary(chunk.type):
+        return chunk
+    values = chunk.dictionary
+    if pa.types.is_string_view(values.type):  # of polars; Arrow cannot take from it
+        values = values.cast(pa.string())
+    return values.take(chunk.indices)
+
+
 def flatten(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray]:
     """Return all values [F] of a column in order, those within lists one by one, and the row of each [F]."""
     import pyarrow as pa

@@ -19,7 +19,7 @@ import numpy as np
 from data.batch import BadSample, UserError
 from data.ledger import Account
 from data.sources.embedded import EmbeddedPictures, shown_name
-from data.sources.lists import a_row_each, flatten, is_list, join_columns, without_blanks
+from data.sources.lists import a_row_each, decoded, flatten, is_list, join_columns, without_blanks
 from data.sources.paths import ENDINGS, Places, absolute_paths
 
 if TYPE_CHECKING:
@@ -309,6 +309,7 @@ def _text_chunk(chunk: pa.Array, label: str, role: str, start: int, problems: di
     """The values as text; one that is not UTF-8 becomes null and a problem of its row."""
     import pyarrow as pa
 
+    chunk = decoded(chunk)
     try:
         cast = chunk.cast(pa.string())
         cast.validate(full=True)

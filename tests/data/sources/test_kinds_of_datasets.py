@@ -810,3 +810,11 @@ def test_what_shards_bring_with_them_is_not_called_unused(folder: Path, tmp_path
     said: list[str] = []
     load_splits(str(folder), log=said.append)
     assert not said
+
+
+def test_texts_beside_images_that_a_table_replaces_are_said(folder: Path) -> None:
+    frame(folder).to_csv(folder / "table.csv", index=False)
+    (folder / "0.txt").write_text("another title")
+    said: list[str] = []
+    load_splits(str(folder), log=said.append)
+    assert len(said) == 1 and "table.csv is read, not the texts beside the images" in said[0]

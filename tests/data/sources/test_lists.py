@@ -247,3 +247,21 @@ def test_titles_and_negatives_that_name_pictures_are_said(tmp_path: Path) -> Non
     rows, said, _ = read(tmp_path / "b.parquet")
     assert rows.title.to_pylist() == texts and rows.title_neg is None
     assert "title_neg = none (not used: negative)" in said[0]
+
+
+@pytest.mark.parametrize("text", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+def test_dictionaries_of_any_text_are_texts(tmp_path: Path, text: pa.DataType) -> None:
+    """A column of polars' Enum was refused; as a column of splits it was not used, without a word."""
+    def encoded(*values: str) -> pa.Array:
+        words = [*dict.fromkeys(values)]
+        codes = pa.array([words.index(value) for value in values], pa.uint8())
+        return pa.DictionaryArray.from_arrays(codes, pa.array(words, text))
+
+    table = pa.table({"image": encoded("0.jpg", "1.jpg", "0.jpg"), "label": encoded("cat", "dog", "cat"),
+                      "negative": encoded("x", "x", "y"), "split": encoded("train", "test", "train")})
+    with pa.ipc.new_file(str(tmp_path / "all.arrow"), table.schema) as file:
+        file.write_table(table)
+    splits = load_splits(str(tmp_path / "all.arrow"), embedded=tmp_path / "cache")
+    assert {name: shown(rows) for name, rows in splits.items()} == {
+        "train": [("0", "cat"), ("0", "cat")], "test": [("1", "dog")]}
+    assert splits["train"].title_neg is not None and splits["train"].title_neg.to_pylist() == [["x"], ["y"]]

@@ -818,3 +818,16 @@ def test_texts_beside_images_that_a_table_replaces_are_said(folder: Path) -> Non
     said: list[str] = []
     load_splits(str(folder), log=said.append)
     assert len(said) == 1 and "table.csv is read, not the texts beside the images" in said[0]
+
+
+def test_a_table_in_many_files_is_not_described_by_each(folder: Path) -> None:
+    """A thousand shards of classes gave a thousand lines, a thousand files with `;` another one."""
+    pictures(folder, ["0.jpg", "1.jpg"])
+    for part in range(40):
+        table = pd.DataFrame({"image": ["0.jpg", "1.jpg"], "label": [f"cat{part}", "dog"]})
+        table.to_csv(folder / f"part-{part:04}.csv", sep=";", index=False)
+    said: list[str] = []
+    assert len(load_splits(str(folder), log=said.append)["train"]) == 80
+    for words in ("separator ';'", "names of 2 classes"):
+        assert sum(words in line for line in said) == 6
+    assert sum(line.startswith("35 more lines like: ") for line in said) == 2 and len(said) == 13

@@ -158,17 +158,18 @@ def _named_folders(folder: Folder) -> list[Part] | None:
         return [Part(split, str(metadata[0]), folders_of(folder.path),
                      partial(_read_below, metadata[0], entry.name, [entry.name for entry in folders], folder.reading))
                 for split, (entry,) in splits.items()]
-    _note_unused(folder, [])
+    _note_unused(folder, [], [entry for entry in folder.entries if entry.is_dir() and entry not in named])
     return [replace(part, split=split) for split, (entry,) in splits.items()
             for part in _without_splits(folder.inner(entry))]
 
 
-def _note_unused(folder: Folder, used: Sequence[Part]) -> None:
-    """Say which tables and shards of a folder are none of the parts."""
+def _note_unused(folder: Folder, used: Sequence[Part], folders: Sequence[Path] = ()) -> None:
+    """Say which tables and shards of a folder are none of the parts, and that `folders` are none."""
     labels = {part.label for part in used}
     shards = [entry for entry in folder.entries if entry.suffix.lower() == ".tar"]
     others = [file for file in (*folder.tables, *shards) if file.name != "ledger.jsonl"]
     unused = [file.name for file in others if str(file) not in labels]
+    unused += [f"{entry.name}/" for entry in folders if not is_output(entry)]
     if unused:
         more = f" and {len(unused) - 4} more" if len(unused) > 4 else ""
         folder.account.note(f"{folder.path}: not used beside the splits: {', '.join(unused[:4])}{more}")

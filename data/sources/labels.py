@@ -48,6 +48,8 @@ def class_titles(table: pa.Table, templates: Sequence[str], label: str, account:
     shown = ", ".join(name[:40] for name in names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
     several = f", each in {len(templates)} templates" if len(templates) > 1 else ""
     account.note(f"{label}: the titles are the names of {len(names):,} classes ({shown}){several}")
+    if templates and "title_neg" in table.column_names and pc.sum(pc.list_value_length(table["title_neg"])).as_py():
+        account.note(f"{label}: --template makes titles, negatives stay as they are")
     spelt = pc.replace_substring(classes, "_", " ")
     titles = []
     for template in templates or ("{}",):

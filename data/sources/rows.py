@@ -107,7 +107,8 @@ def detect_columns(names: list[str], columns: Columns, label: str, account: Acco
             close = difflib.get_close_matches(name, names, 1)
             raise UserError(f"{label}: no column {name!r} for {FLAGS[role]}; {existing}"
                             + (f"; did you mean {close[0]!r}?" if close else ""))
-        families = [] if given else _families(role, names, with_bytes, [*columns.of("image"), *picked.get("image", ())])
+        taken = [name for other in KNOWN if other != role for name in (*columns.of(other), *picked.get(other, ()))]
+        families = [] if given else _families(role, names, with_bytes, taken)
         if given:
             account.apply(FLAGS[role])
         if given or families:
@@ -128,13 +129,16 @@ def detect_columns(names: list[str], columns: Columns, label: str, account: Acco
     return picked
 
 
-def _families(role: str, names: Sequence[str], with_bytes: Collection[str], images: Collection[str]) -> list[list[str]]:
-    """The columns that may play a role, best first: each known name with those that are it and a number."""
+def _families(role: str, names: Sequence[str], with_bytes: Collection[str], taken: Collection[str]) -> list[list[str]]:
+    """The columns that may play a role, best first: each known name with those that are it and a number.
+
+    Columns `taken` by other roles play none but that of the image.
+    """
     numbered: dict[str, dict[int, str]] = {base: {} for base in KNOWN[role]}
     for name in reversed(names):
         spelled = name.strip().lower()
         match = NUMBERED.fullmatch(spelled)
-        if role != "image" and (name in images or name in with_bytes):
+        if role != "image" and (name in taken or name in with_bytes):
             continue
         if spelled in numbered:
             numbered[spelled][-1] = name
@@ -292,6 +296,8 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _unfit(label: str, role: str, kind: pa.DataType) -> UserError:
     wanted = "bytes, a path or a URL" if role == "image" else "one text"
+    if role == "image" and is_list(kind):
+        return UserError(f"{label}: the image column holds {kind}; a row has one image: write a row for each")
     return UserError(f"{label}: the {role} column holds {kind}; it must hold {wanted} a row")
 
 

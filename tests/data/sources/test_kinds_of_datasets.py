@@ -739,6 +739,10 @@ def test_tables_beside_splits_are_said(folder: Path) -> None:
     said: list[str] = []
     assert [*load_splits(str(folder), log=said.append)] == ["train", "valid"]
     assert len(said) == 1 and said[0].endswith("not used beside the splits: extra.csv")
+    for name in ("train", "test", "holdout"):
+        pictures(folder / "images", [f"{name}/cat/0.jpg", f"{name}/dog/1.jpg"])
+    assert [*load_splits(str(folder / "images"), log=said.append)] == ["train", "test"]
+    assert f"{folder}/images: not used beside the splits: holdout/" in said
 
 
 def test_metadata_of_images_in_no_split_is_in_the_ledger(folder: Path) -> None:

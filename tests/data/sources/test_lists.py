@@ -265,3 +265,25 @@ def test_dictionaries_of_any_text_are_texts(tmp_path: Path, text: pa.DataType) -
     assert {name: shown(rows) for name, rows in splits.items()} == {
         "train": [("0", "cat"), ("0", "cat")], "test": [("1", "dog")]}
     assert splits["train"].title_neg is not None and splits["train"].title_neg.to_pylist() == [["x"], ["y"]]
+
+
+def test_a_column_plays_one_role(tmp_path: Path) -> None:
+    """A column that the user made a title was its own negative as well."""
+    columns = {name: [f"{name} {row}" for row in range(2)] for name in ("caption", "negative_1", "negative_2")}
+    pd.DataFrame({"image": ["0.jpg", "1.jpg"], **columns}).to_csv(tmp_path / "all.csv", index=False)
+    rows, said, _ = read(tmp_path / "all.csv", Columns(title=("caption", "negative_1")))
+    assert rows.title.to_pylist() == ["caption 0", "negative_1 0", "caption 1", "negative_1 1"]
+    assert rows.title_neg is not None and rows.title_neg.to_pylist() == [
+        [f"negative_2 {row}"] for row in range(2) for _ in range(2)]
+
+
+def test_negatives_that_templates_leave_as_they_are_are_said(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"image": ["0.jpg", "1.jpg"], "label": ["cat", "dog"], "negative": ["dog", None]})
+    frame.to_csv(tmp_path / "all.csv", index=False)
+    said: list[str] = []
+    load_splits(str(tmp_path / "all.csv"), ReadOptions(templates=("a {}",)), log=said.append)
+    assert any("negatives stay as they are" in line for line in said)
+    frame.drop(columns="negative").to_csv(tmp_path / "all.csv", index=False)
+    said.clear()
+    load_splits(str(tmp_path / "all.csv"), ReadOptions(templates=("a {}",)), log=said.append)
+    assert len(said) == 1

@@ -8,6 +8,7 @@ for files that were not used.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ Ledger = Callable[[dict[str, Any]], None]
 UNUSED = {  # reason -> description of such files
     "sidecar-without-image": "texts without an image of their name", "linked-folder": "linked folders, not followed",
     "own-output": "folders that thumbtune wrote"}
+LINES = 5  # of one kind that are logged
 
 
 def discard(_: object) -> None:
@@ -36,6 +38,8 @@ class Account:
     example: str = ""  # the first of them, printable
     _unused: dict[str, list[str]] = field(default_factory=dict)  # reason -> files
     _notes: set[str] = field(default_factory=set)
+    _alike: dict[str, list[str]] = field(default_factory=dict)  # notes by what they say of any file
+    _applied: set[str] = field(default_factory=set)  # flags that had something to apply to
 
     def begin(self, split: str | None) -> None:
         """Begin another split; None for rows that are not split yet."""
@@ -65,13 +69,30 @@ class Account:
         self._unused.setdefault(reason, []).append(_writable(file))
 
     def note(self, text: str) -> None:
-        """Log once what was changed or chosen."""
-        if text not in self._notes:
-            self._notes.add(text)
+        """Log once what was changed or chosen; of lines that differ by file or numbers, the first LINES."""
+        if text in self._notes:
+            return
+        self._notes.add(text)
+        alike = self._alike.setdefault(re.sub(r"\(.*\)|\d[\d,]*", "#", text.partition(": ")[2] or text), [])
+        alike.append(text)
+        if len(alike) <= LINES:
             self.log(printable(text))
+
+    def apply(self, *flags: str) -> None:
+        """Record that flags have something to apply to."""
+        self._applied.update(flags)
+
+    def note_unused(self, flags: Mapping[str, object]) -> None:
+        """Log which of the flags that have a value had nothing to apply to."""
+        unused = [flag for flag, value in flags.items() if value and flag not in self._applied]
+        if unused:
+            self.note(f"not used, as nothing that was read depends on it: {', '.join(unused)}")
 
     def close(self, dataset: str) -> None:
         """Report the files passed over: a ledger entry and part of one line for each reason."""
+        for alike in self._alike.values():
+            if len(alike) > LINES:
+                self.log(printable(f"{len(alike) - LINES:,} more lines like: {alike[-1]}"))
         phrases = []
         for reason, files in self._unused.items():
             phrases.append(f"{UNUSED[reason]}: {len(files):,} (e.g. {files[0]})")

@@ -2,8 +2,9 @@
 
 A sample is a run of files KEY.ENDING, KEY going up to the first dot of the base name: an image, its titles (KEY.txt,
 KEY.0.txt, KEY.1.txt, …, or "title", "caption" or "captions" in KEY.json) and perhaps negatives ("title_neg" or
-"negative" in KEY.json). A field of the JSON holds one text or a list of them. KEY.cls is the title where there is no
-other: the name of a class, or its number, the name being a line of a file beside the shards.
+"negative", also numbered, in KEY.json). A field of the JSON holds one text or a list of them; KEY.json may itself be a
+list of titles. KEY.cls is the title where there is no other: the name of a class, or its number, the name being a line
+of a file beside the shards.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ CLASS_FILES = ("classnames.txt", "classes.txt", "labels.txt")  # the first is wh
 AS_WRITTEN = json.JSONDecoder(parse_int=str, parse_float=str)  # the title 1984 is text, and no number costs minutes
 NUMBERED = re.compile(r"(\D*)(\d{1,9})\.txt")  # endings of one title of several
 TITLES, NEGATIVES = ("title", "caption", "captions"), ("title_neg", "negative", "negatives")  # fields of KEY.json
+NEGATIVE = re.compile(rf"(?:{'|'.join(NEGATIVES)})_?(\d{{1,3}})")  # one negative of several
 IMAGES = {  # ending -> pattern of the first bytes, None where `ShardWriter` does not use the ending
     "jpg": rb"\xff\xd8\xff", "jpeg": None, "png": rb"\x89PNG\r\n\x1a\n", "webp": rb"RIFF....WEBP", "gif": rb"GIF8[79]a",
     "bmp": rb"BM", "avif": rb"....ftyp.{0,60}avi[fs]", "tif": rb"II[*+]\0|MM\0[*+]", "tiff": None}
@@ -75,11 +77,16 @@ def class_name(content: bytes, classes: Sequence[str]) -> bytes:
             content.decode()
         except UnicodeDecodeError:
             raise BadSample("no-title", "KEY.cls is neither a number nor text") from None
-        return content
+        return spell_class(content.decode()).encode()
     if not 0 <= int(number) < len(classes):
         raise BadSample("no-class-names", f"class {int(number)} of KEY.cls has no name; write the names, one a line, "
                         f"into {CLASS_FILES[0]} beside the shards" + f" ({len(classes)} are there)" * bool(classes))
-    return classes[int(number)].encode()
+    return spell_class(classes[int(number)]).encode()
+
+
+def spell_class(name: str) -> str:
+    """The name of a class in plain words: golden_retriever as "golden retriever"."""
+    return name.replace("_", " ")
 
 
 def class_names_beside(shard: Path) -> list[str]:
@@ -129,6 +136,8 @@ def titles_and_negatives(texts: Sequence[bytes], record: bytes | None) -> tuple[
             fields = AS_WRITTEN.decode(record.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise BadSample("bad-json", str(error)) from None
+        if isinstance(fields, list):
+            fields = {TITLES[0]: fields}
         if not isinstance(fields, dict):
             raise BadSample("bad-json", f"a {type(fields).__name__}, not an object")
     try:
@@ -138,7 +147,9 @@ def titles_and_negatives(texts: Sequence[bytes], record: bytes | None) -> tuple[
     titles = [title for title in titles or _field(fields, *TITLES) if title.strip()]
     if not titles:
         raise BadSample("no-title", "KEY.txt, or title or caption in KEY.json, is missing or blank")
-    return titles, _field(fields, *NEGATIVES)
+    numbered = sorted((int(match[1]), name) for name in fields if (match := NEGATIVE.fullmatch(name)))
+    negatives = [*_field(fields, *NEGATIVES), *(text for _, name in numbered for text in _field(fields, name))]
+    return titles, negatives
 
 
 def _field(fields: Mapping[str, Any], *names: str) -> list[str]:

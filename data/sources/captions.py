@@ -28,7 +28,7 @@ from data.sources.parts import (
     folder_spellings,
     unique_splits,
 )
-from data.sources.rows import ROW, Columns
+from data.sources.rows import ROW
 from data.sources.split_names import UNSPLIT, canonical_split
 
 if TYPE_CHECKING:
@@ -89,12 +89,13 @@ class ImageFinder:
             self._files[here] = frozenset(os.listdir(here)) if os.path.isdir(here) else frozenset()
         return base in self._files[here]
 
-    def check(self, file: Path) -> None:
+    def check(self, file: Path, split: str) -> None:
         """Raise UserError if no image was found."""
         if not self.found and self.missing:
             places = ", ".join(os.path.relpath(folder, file.parent) for folder in self.folders[:6])
-            raise UserError(f"{file}: its images (e.g. {self.missing[:100]!r}) are in none of {places}; put them into "
-                            f"{file.parent / 'images'}, or name their folder with --image-root")
+            raise UserError(f"{file}{split}: its images (e.g. {self.missing[:100]!r}) are in none of {places}; put "
+                            f"them into {file.parent / 'images'}, or name their folder with --image-root"
+                            + (", or leave the split out with --splits" if split else ""))
 
 
 def local_file_parts(split: str, file: Path, context: ReadContext, account: Account) -> list[DatasetPart]:
@@ -102,16 +103,9 @@ def local_file_parts(split: str, file: Path, context: ReadContext, account: Acco
     layout = detect_layout(file) if file.is_file() else None
     if layout is None:
         return [file_part(split, file, context)]
-    parts = layout_parts(layout, [file], context, account)
+    parts = layout.parts([file], context, account)
     has_splits = split == UNSPLIT and len({part.split for part in parts}) > 1
     return parts if has_splits else [replace(part, split=split) for part in parts]
-
-
-def layout_parts(layout: Layout, files: Sequence[Path], context: ReadContext, account: Account) -> list[DatasetPart]:
-    """Return the parts of a layout, which has fixed columns: names given by the user are not used, with a note."""
-    if context.options.columns != Columns() and layout.parts is not _table_parts:
-        account.note(f"{files[0]}: {layout.name} have columns of their own; those given by name are not used")
-    return layout.parts(files, context, account)
 
 
 def detect_layout(file: Path) -> Layout | None:
@@ -147,7 +141,7 @@ def _karpathy(files: Sequence[Path], context: ReadContext, account: Account) -> 
         for row, entry in enumerate(value["images"]):
             try:
                 split = canonical_split(str(entry.get("split", UNSPLIT)))
-                titles = [_text(sentence["raw"]) for sentence in entry["sentences"]]
+                titles = [_text(sentence["raw"]) for sentence in entry["sentences"] if sentence["raw"] is not None]
                 yield CaptionedImage(row, split, _text(entry.get("filepath", "")), _text(entry["filename"]), titles)
             except (KeyError, TypeError, AttributeError) as error:
                 problem = BadSample("bad-json", f"image {row}: no filename, or sentences without raw ({error!r})")
@@ -173,7 +167,8 @@ def _read_coco(file: Path, context: ReadContext, account: Account) -> pa.Table:
     try:
         for annotation in value["annotations"]:
             try:
-                captions[annotation["image_id"]].append(_text(annotation["caption"]))
+                if annotation["caption"] is not None:
+                    captions[annotation["image_id"]].append(_text(annotation["caption"]))
             except BadSample as bad:
                 problems[annotation["image_id"]] = bad
         rows = [CaptionedImage(row, "", "", _text(image["file_name"]), captions.pop(image["id"], []),
@@ -271,8 +266,10 @@ def _table(file: Path, rows: Sequence[CaptionedImage], name: str, context: ReadC
         images.append(finder(row.image, row.folder))
         titles.append(row.titles)
         numbers.append(row.row)
-    finder.check(file)
     split = f", split {account.split}" if account.split else ""
+    finder.check(file, split)
+    if rows:
+        account.apply("--image-root")
     captions = sum(map(len, titles))
     account.note(f"{file}{split}: {name}; {captions:,} captions of images like {finder.example}")
     return pa.table({"image": pa.array(images, pa.string()), "title": pa.array(titles, pa.list_(pa.string())),

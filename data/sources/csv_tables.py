@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from data.batch import BadSample, UserError
 from data.ledger import Account
 from data.sources.dialect import BLOCK, IMAGE_VALUE, Dialect, roles_found, sniff
+from data.sources.lists import is_list, parse_lists, spell_lists
 from data.sources.options import ReadOptions, resolve_positions
 from data.sources.records import Record, from_records
 from data.sources.rows import Columns, detect_columns, rename_to_roles
@@ -42,6 +43,7 @@ def read_csv(path: Path, options: ReadOptions, account: Account, delimiter: str)
     `delimiter` is the usual one for the file's ending; another one is detected, as the encoding is.
     """
     csv.field_size_limit(1 << 30)
+    account.apply("--delimiter", "--encoding")
     try:
         dialect = sniff(path, options, delimiter)
         differences = dialect.describe(options.delimiter or delimiter)
@@ -50,12 +52,28 @@ def read_csv(path: Path, options: ReadOptions, account: Account, delimiter: str)
         if dialect.is_damaged:
             account.note(f"{path}: some lines are not UTF-8, their rows are dropped; --encoding, such as cp1252, reads "
                          "a file that is in another encoding")
-        return _read(path, dialect, options, account)
+        return _with_lists(_read(path, dialect, options, account), path, account)
     except UnicodeError as error:  # invalid bytes that cannot be kept as such, e.g. half a character of UTF-16
         name, reason = options.encoding or "UTF-16", str(error)
         if isinstance(error, UnicodeDecodeError):
             name, reason = error.encoding, error.reason
         raise UserError(f"{path}: not {name} ({reason}); name its encoding with --encoding") from None
+
+
+def _with_lists(table: pa.Table, path: Path, account: Account) -> pa.Table:
+    """The table with lists for texts that spell lists, ['…', '…'], as pandas writes a column of lists."""
+    for role in [role for role in ("title", "title_neg") if role in table.column_names]:
+        texts = table[role]
+        if is_list(texts.type) or not spell_lists(texts):
+            continue
+        lists = parse_lists(texts)
+        if lists is None:
+            account.note(f"{path}: the {role} column looks like lists and is read as plain text; write lists as JSON "
+                         'does, ["…", "…"], or write Parquet')
+            continue
+        account.note(f"{path}: the {role} column spells lists of texts, each of which is one {role}")
+        table = table.set_column(table.column_names.index(role), role, lists)
+    return table
 
 
 def _read(path: Path, dialect: Dialect, options: ReadOptions, account: Account) -> pa.Table:
@@ -193,7 +211,8 @@ def _rows(path: Path, shape: _Shape, account: Account) -> Iterator[Record]:
             if END in cells[-1]:
                 if cells == [END]:
                     return
-                raise UserError(f"{path}: line {line} opens a quote that nothing closes")
+                raise UserError(f"{path}: line {line} opens a quote that nothing closes; close it, or write "
+                                "quotes within a value twice")
             joined = 0
             if first - line > 1:
                 column = next((number for number, cell in enumerate(cells) if LINE_END.search(cell)), 0)

@@ -12,12 +12,14 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.batch import UserError
+import numpy as np
+
+from data.batch import BadSample, UserError
 from data.files import is_output
 from data.ledger import Account
 from data.sources import img2dataset
 from data.sources.arrow_tables import column_names
-from data.sources.captions import find_layouts, layout_parts, local_file_parts
+from data.sources.captions import find_layouts, local_file_parts
 from data.sources.library import is_saved, local_parts, saved_parts
 from data.sources.parts import (
     FILE_SPLITS,
@@ -32,6 +34,7 @@ from data.sources.parts import (
 )
 from data.sources.paths import PICTURES
 from data.sources.pictures import class_folders, holds_pictures, holds_titled_pictures, read_class_folders
+from data.sources.rows import ROW, drop_rows
 from data.sources.split_names import SPLIT_NAMES, UNSPLIT, canonical_split
 from data.sources.tables import ADVICE, ARROW_READERS, TABLES, ending, holds_addresses, read_metadata, without_sidecars
 
@@ -114,7 +117,10 @@ def _configured(folder: Folder) -> list[DatasetPart] | None:
 
 def _named_files(folder: Folder) -> list[DatasetPart] | None:
     """Files called after splits."""
-    return _parts(files_by_split(folder.entries), folder) or None
+    parts = _parts(files_by_split(folder.entries), folder)
+    if parts:
+        _note_unused(folder, parts)
+    return parts or None
 
 
 def _parts(splits: Mapping[str, Sequence[Path]], folder: Folder) -> list[DatasetPart]:
@@ -138,7 +144,7 @@ def _captions(folder: Folder) -> list[DatasetPart] | None:
         names = ", ".join(dict.fromkeys(file.name for file in unused[:4]))
         folder.account.note(f"{folder.path}: read as {layout.name} ({files[0].name}), not {names}; pass one of those "
                             "files to read it instead")
-    return layout_parts(layout, files, folder.context, folder.account)
+    return layout.parts(files, folder.context, folder.account)
 
 
 def _named_folders(folder: Folder) -> list[DatasetPart] | None:
@@ -153,18 +159,45 @@ def _named_folders(folder: Folder) -> list[DatasetPart] | None:
     splits = unique_splits((SPLIT_NAMES[entry.name.lower()], entry.name, [entry]) for entry in folders)
     metadata = [file for file in folder.tables if METADATA.fullmatch(file.name)]
     if metadata:  # one for all splits, whose images are named from here
-        return [folder.part(split, metadata[0], partial(_read_below, metadata[0], entry.name, folder.context))
+        names = [entry.name for entry in folders]
+        return [folder.part(split, metadata[0], partial(_read_below, metadata[0], entry.name, names, folder.context))
                 for split, (entry,) in splits.items()]
+    _note_unused(folder, [], [entry for entry in folder.entries if entry.is_dir() and entry not in named])
     return [replace(part, split=split) for split, (entry,) in splits.items()
             for part in _without_splits(folder.inner(entry))]
 
 
-def _read_below(metadata: Path, name: str, context: ReadContext, account: Account) -> pa.Table:
-    """The rows of a metadata file whose images are below the folder `name`."""
+def _note_unused(folder: Folder, used: Sequence[DatasetPart], folders: Sequence[Path] = ()) -> None:
+    """Say which tables and shards of a folder are none of the parts, and that `folders` are none."""
+    sources = {part.source for part in used}
+    shards = [entry for entry in folder.entries if entry.suffix.lower() == ".tar"]
+    others = [file for file in (*folder.tables, *shards) if file.name != "ledger.jsonl"]
+    unused = [file.name for file in others if str(file) not in sources]
+    unused += [f"{entry.name}/" for entry in folders if not is_output(entry)]
+    if unused:
+        more = f" and {len(unused) - 4} more" if len(unused) > 4 else ""
+        folder.account.note(f"{folder.path}: not used beside the splits: {', '.join(unused[:4])}{more}")
+
+
+def _read_below(metadata: Path, name: str, names: Sequence[str], context: ReadContext, account: Account) -> pa.Table:
+    """The rows of a metadata file whose images are below the folder `name`, one of `names`.
+
+    With the first of these, rows whose image is below none of them are dropped.
+    """
+    import pyarrow as pa
     import pyarrow.compute as pc
 
     table = read_metadata(metadata, context.options, account, context.embedded)
-    return table.filter(pc.starts_with(table["image"], f"{name}/"))
+    if ROW not in table.column_names:
+        table = table.append_column(ROW, pa.array(np.arange(len(table))))
+    slashed = pc.replace_substring(table["image"].cast(pa.string()), "\\", "/")
+    image = pc.fill_null(pc.replace_substring_regex(slashed, r"^(\./)+", ""), "")
+    if name == names[0]:
+        is_below = np.logical_or.reduce([pc.starts_with(image, f"{each}/").to_numpy() for each in names])
+        problem = BadSample("no-split", f"the image is in none of the folders {', '.join(names)}")
+        strays = dict.fromkeys(np.flatnonzero(~is_below).tolist(), problem)
+        drop_rows(table, strays, table[ROW].to_numpy(), str(metadata), account)
+    return table.filter(pc.starts_with(image, f"{name}/"))
 
 
 def _hive(folder: Folder) -> list[DatasetPart] | None:
@@ -190,7 +223,10 @@ def _hive(folder: Folder) -> list[DatasetPart] | None:
 def _data_folder(folder: Folder) -> list[DatasetPart] | None:
     """A clone of a hub dataset without configurations: `data/train-00000-of-00001.parquet`."""
     data = folder.path / "data"
-    return _named_files(folder.inner(data)) if data.is_dir() and not is_output(data) else None
+    parts = _named_files(folder.inner(data)) if data.is_dir() and not is_output(data) else None
+    if parts:
+        _note_unused(folder, [])
+    return parts
 
 
 def _inner(folder: Folder) -> list[DatasetPart] | None:
@@ -220,13 +256,15 @@ def _rows(folder: Folder) -> list[DatasetPart] | None:
         img2dataset.report_failures(tables, folder.account)
         return file_parts({UNSPLIT: shards}, folder.context)
     are_json = all(ending(file) == ".json" for file in tables)
-    if tables and holds_titled_pictures(folder.path) and (
-            are_json or all(holds_addresses(each, folder.context.options) for each in tables)):
+    are_titled = bool(tables) and holds_titled_pictures(folder.path)
+    if are_titled and (are_json or all(holds_addresses(each, folder.context.options) for each in tables)):
         addresses = "" if are_json else "the addresses in "
         folder.account.note(f"{folder.path}: the images with sidecars are read, not {addresses}{tables[0].name}")
         img2dataset.report_failures(tables, folder.account)
         return [file_part(UNSPLIT, folder.path, folder.context)]
     if tables:
+        if are_titled:
+            folder.account.note(f"{folder.path}: {tables[0].name} is read, not the texts beside the images")
         return _tables(folder, tables)
     if class_folders(folder.path):
         return [folder.part(UNSPLIT, folder.path, partial(read_class_folders, folder.path))]

@@ -15,6 +15,7 @@ from data.ledger import Account
 from data.sources.options import ReadOptions
 from data.sources.pictures import is_picture
 from data.sources.records import AS_WRITTEN, Record, from_records, parse_json_object
+from data.sources.split_names import SPLIT_NAMES
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -86,6 +87,9 @@ def _items(value: Any, path: Path, account: Account) -> Sequence[Any]:
     if isinstance(value, list):
         return value
     lists = {name: field for name, field in value.items() if _holds_objects(field)} if isinstance(value, dict) else {}
+    if len(lists) > 1 and len(lists) == len(value) and all(name.lower() in SPLIT_NAMES for name in lists):
+        account.note(f"{path}: the rows are the objects under the names of splits")
+        return [{"split": name, **row} if isinstance(row, dict) else row for name in lists for row in lists[name]]
     if len(lists) == 1 or "data" in lists:
         name = "data" if "data" in lists else next(iter(lists))
         account.note(f"{path}: the rows are the objects under {name!r}")

@@ -5,6 +5,7 @@ Titles with a column LABEL beside them are class names; the titles of one class 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SHOWN = 3  # class names in a message
+NUMBER = re.compile(r"-?\d+(\.0*)?")
 
 
 def class_titles(table: pa.Table, templates: Sequence[str], source: str, account: Account) -> pa.Table:
@@ -42,9 +44,12 @@ def class_titles(table: pa.Table, templates: Sequence[str], source: str, account
     table = table.drop_columns([LABEL]) if LABEL in table.column_names else table
     if not names:
         return table
+    account.apply("--template")
     shown = ", ".join(name[:40] for name in names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
     several = f", each in {len(templates)} templates" if len(templates) > 1 else ""
     account.note(f"{source}: the titles are the names of {len(names):,} classes ({shown}){several}")
+    if templates and "title_neg" in table.column_names and pc.sum(pc.list_value_length(table["title_neg"])).as_py():
+        account.note(f"{source}: --template makes titles, negatives stay as they are")
     spelt = pc.replace_substring(classes, "_", " ")
     titles = []
     for template in templates or ("{}",):
@@ -61,8 +66,11 @@ def class_titles(table: pa.Table, templates: Sequence[str], source: str, account
 
 
 def _refuse_numbers(names: Sequence[str], source: str) -> None:
-    """Raise UserError if all class names are numbers, which mean nothing to a text tower."""
-    if names and all(name.isdecimal() for name in names):
+    """Raise UserError if all class names are numbers, which mean nothing to a text tower.
+
+    A column of numbers with gaps is written as 0.0, 1.0 by pandas; -1 is no class.
+    """
+    if names and all(NUMBER.fullmatch(name) for name in names):
         shown = ", ".join(names[:SHOWN])
         raise UserError(f"{source}: the classes are numbers ({shown}, …), which are no titles; write their names in "
                         "place of them, or name a column of text with --title-column")

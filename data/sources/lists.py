@@ -5,7 +5,9 @@ Dimension key: N rows, F values of all rows, end to end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ast
+import json
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FIELD = "raw"  # the text in a list of structs: COCO's sentences in Karpathy's splits
+FIELDS = ("raw", "caption", "text")  # the text in a list of structs: `raw` in the sentences of Karpathy's splits
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -22,6 +24,18 @@ def is_list(kind: pa.DataType) -> bool:
 
     return (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
             or pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind))
+
+
+def decoded(chunk: pa.Array) -> pa.Array:
+    """Return an array without a dictionary, as text where that is text of any kind."""
+    import pyarrow as pa
+
+    if not pa.types.is_dictionary(chunk.type):
+        return chunk
+    values = chunk.dictionary
+    if pa.types.is_string_view(values.type):  # of polars; Arrow cannot take from it
+        values = values.cast(pa.string())
+    return values.take(chunk.indices)
 
 
 def flatten(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray]:
@@ -33,9 +47,50 @@ def flatten(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray]:
     if is_list(kind):
         values = pa.chunked_array([chunk.flatten() for chunk in column.chunks], kind.value_type)
         lengths_N = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
-    if pa.types.is_struct(values.type) and FIELD in {field.name for field in values.type}:
-        values = pc.struct_field(values, FIELD)
+    if is_list(kind) and pa.types.is_struct(values.type):
+        field = text_field([field.name for field in values.type])
+        values = pc.struct_field(values, field) if field else values
     return values, np.repeat(np.arange(len(column)), lengths_N)
+
+
+def text_field(names: Iterable[str]) -> str | None:
+    """Return the field that holds the text of an object in a list; None if there is none known."""
+    return next((name for name in FIELDS if name in {*names}), None)
+
+
+def spell_lists(texts: pa.ChunkedArray) -> bool:
+    """True if all texts that are not blank are in brackets."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    said = texts.filter(pa.array(_is_text(texts)))
+    return len(said) > 0 and pc.all(pc.match_substring_regex(said, r"(?s)^\s*\[.*\]\s*$")).as_py()
+
+
+def parse_lists(texts: pa.ChunkedArray) -> pa.ChunkedArray | None:
+    """Return texts that spell lists of texts, in JSON or as Python shows them, as lists; None unless all do."""
+    import pyarrow as pa
+
+    lists = []
+    for text in texts.to_pylist():
+        values = _parse_list(text.strip()) if text and text.strip() else []
+        if values is None:
+            return None
+        lists.append(values)
+    return pa.chunked_array([pa.array(lists, pa.list_(pa.string()))])
+
+
+def _parse_list(text: str) -> list[str] | None:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            values = ast.literal_eval(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return None
+        if repr(values) != text:  # ['a' 'b'], as numpy shows them, would be one text
+            return None
+    return values if isinstance(values, list) and all(isinstance(value, str) for value in values) else None
 
 
 def as_lists(values: pa.ChunkedArray | pa.Array, row_F: np.ndarray, rows: int) -> pa.ChunkedArray:
@@ -78,9 +133,8 @@ def _is_text_or_bytes(kind: pa.DataType) -> bool:
 def without_blanks(values: pa.ChunkedArray, row_F: np.ndarray, rows: int) -> pa.ChunkedArray:
     """Return texts [F] as one list a row, without nulls and without texts of white space alone."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    is_text_F = pc.not_equal(pc.utf8_trim_whitespace(pc.fill_null(values, "")), "").to_numpy()
+    is_text_F = _is_text(values)
     return as_lists(values.filter(pa.array(is_text_F)), row_F[is_text_F], rows)
 
 
@@ -96,3 +150,10 @@ def explode(table: pa.Table, column: str) -> pa.Table:
     values, _ = flatten(padded)
     taken = table.drop_columns([column]).take(pa.array(row_F))
     return taken.add_column(table.column_names.index(column), column, values)
+
+
+def _is_text(values: pa.ChunkedArray) -> np.ndarray:
+    """Return which texts [F] hold more than white space."""
+    import pyarrow.compute as pc
+
+    return pc.not_equal(pc.utf8_trim_whitespace(pc.fill_null(values, "")), "").to_numpy()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from data.batch import UserError
-from data.sources.rows import Columns
+from data.sources.rows import FLAGS, Columns
 
 SEPARATOR_NAMES = {"tab": "\t", r"\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}  # for the shell
 
@@ -23,6 +23,12 @@ class ReadOptions:
     image_root: str = ""  # the folder that relative image paths start at, in place of the table's
     image_template: str = ""  # turns image ids into paths: "{}.jpg"
     templates: tuple[str, ...] = ()  # turn class names into titles: "a photo of a {}"
+
+    def by_flag(self) -> dict[str, object]:
+        """Return the options that may find nothing to apply to, by the flag that sets them."""
+        columns = {FLAGS[role]: self.columns.names(role) for role in ("image", "title", "title_neg")}
+        return {**columns, "--delimiter": self.delimiter, "--encoding": self.encoding, "--image-root": self.image_root,
+                "--image-template": self.image_template, "--template": self.templates}
 
 
 def parse_delimiter(text: str) -> str:

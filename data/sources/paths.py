@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", 
 ENDINGS = "|".join(re.escape(ending) for ending in sorted(PICTURES))
 READABLE = f"^(https?|{'|'.join(PACKAGES)})://"  # images at such an address are read
 URL = "^[a-z][a-z0-9+.-]+://"
+NO_ID = "^(/|file:|[a-z][a-z0-9+.-]+://)"
 NUMBERED = rf"(?i)({ENDINGS})#\d+$"  # Flickr8k.token.txt counts the captions of an image so
 TEMPLATE = re.compile(r"([^{}]*)\{(?::?0?(\d+)d?)?\}([^{}]*)")
 CHECKED_NAMES = 20  # images that are looked for in other folders if none of them is in its place
@@ -44,6 +45,7 @@ class ImageLocation:
     anywhere: bool = False  # absolute paths and .. may leave the folders
     template: str = ""  # makes a path of an id
     ending: str = ""  # is added to relative paths
+    is_named: bool = False  # the user named the folder: absolute paths of another machine may be meant below it
 
     @property
     def in_store(self) -> bool:
@@ -57,7 +59,7 @@ class ImageLocation:
         path = Path(root).expanduser()
         if not path.is_dir():
             raise UserError(f"--image-root {root}: there is no such folder")
-        return replace(self, folders=(os.path.abspath(path), os.path.realpath(path)), relative=True)
+        return replace(self, folders=(os.path.abspath(path), os.path.realpath(path)), relative=True, is_named=True)
 
 
 def parse_image_template(text: str) -> str:
@@ -77,6 +79,8 @@ def absolute_paths(column: pa.ChunkedArray, location: ImageLocation, source: str
 
     chunks = [_normalize(chunk, location, source, account) for chunk in column.chunks]
     if location.relative and not location.in_store:
+        if location.is_named:
+            chunks = _moved(chunks, location, source, account)
         location = _locate(chunks, location, source, account)
     paths, start = [], 0
     for chunk in chunks:
@@ -90,7 +94,10 @@ def _normalize(path: pa.Array, location: ImageLocation, source: str, account: Ac
     import pyarrow.compute as pc
 
     if location.template:
-        path = _fill_template(path, location.template)
+        filled = _fill_template(path, location.template)
+        if not filled.equals(path):
+            account.apply("--image-template")
+        path = filled
     if _any(bare := pc.starts_with(path, "//")):
         account.note(f"{source}: image addresses that begin with // are read as https://")
         path = pc.if_else(pc.fill_null(bare, False), pc.binary_join_element_wise("https:", path, ""), path)
@@ -142,16 +149,18 @@ def _slashed(folder: str, text: str) -> str:
 
 
 def _fill_template(path: pa.Array, template: str) -> pa.Array:
-    """Return ids in the template, URLs as they are; a width pads numbers with zeros."""
+    """Return ids in the template, URLs and absolute paths as they are; a width pads numbers with zeros."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     match = TEMPLATE.fullmatch(template)
     assert match is not None  # see `parse_image_template`
     before, width, after = match.groups()
-    ids = path if width is None else pc.if_else(pc.utf8_is_digit(path), pc.utf8_lpad(path, int(width), "0"), path)
+    ids = pc.replace_substring_regex(path, r"^(\d+)\.0$", r"\1")  # pandas writes numbers with gaps so
+    if width is not None:
+        ids = pc.if_else(pc.utf8_is_digit(ids), pc.utf8_lpad(ids, int(width), "0"), ids)
     filled = pc.binary_join_element_wise(pa.scalar(before), ids, pa.scalar(after), "")
-    return pc.if_else(pc.match_substring_regex(path, URL, ignore_case=True), path, filled)
+    return pc.if_else(pc.match_substring_regex(path, NO_ID, ignore_case=True), path, filled)
 
 
 def _absolute(path: pa.Array, start: int, location: ImageLocation, problems: dict[int, BadSample]) -> pa.Array:
@@ -201,8 +210,10 @@ def _locate(chunks: Sequence[pa.Array], location: ImageLocation, source: str, ac
 
     Raises UserError where there are several such folders.
     """
-    names = list(_first_relative(chunks))
+    names = _first(chunks, _is_relative)
     base = location.folders[0]
+    if names:
+        account.apply("--image-root")
     if not names or any(os.path.lexists(os.path.join(base, name)) for name in names):
         return location
     endings = [""] if all(os.path.splitext(name)[1].lower() in PICTURES for name in names) else GUESSED_ENDINGS
@@ -226,17 +237,42 @@ def _locate(chunks: Sequence[pa.Array], location: ImageLocation, source: str, ac
     return replace(location, folders=(folder, os.path.realpath(folder)), ending=ending)
 
 
-def _first_relative(chunks: Sequence[pa.Array]) -> Iterator[str]:
-    """Yield the first CHECKED_NAMES distinct relative paths."""
+def _moved(chunks: Sequence[pa.Array], location: ImageLocation, source: str, account: Account) -> list[pa.Array]:
+    """Return absolute paths of another machine as relative ones, if none of the first is here and one is below."""
+    import pyarrow.compute as pc
+
+    names = _first(chunks, _is_absolute)
+    if any(os.path.lexists(name) for name in names):
+        return [*chunks]
+    prefixes = (name[: place + 1] for name in names for place, letter in enumerate(name) if letter == "/")
+    for prefix in dict.fromkeys(sorted(prefixes, key=len)):
+        tails = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        if any(os.path.isfile(os.path.join(location.folders[0], tail)) for tail in tails):
+            account.note(f"{source}: images below {prefix} are read below {location.folders[0]}")
+            return [pc.if_else(pc.starts_with(chunk, prefix), pc.utf8_slice_codeunits(chunk, len(prefix)), chunk)
+                    for chunk in chunks]
+    return [*chunks]
+
+
+def _is_absolute(path: str) -> bool:
+    return re.match("/|[a-z]:/", path, re.IGNORECASE) is not None
+
+
+def _is_relative(path: str) -> bool:
+    return not path.startswith("/") and not scheme_of(path)
+
+
+def _first(chunks: Sequence[pa.Array], is_wanted: Callable[[str], bool]) -> list[str]:
+    """Return the first CHECKED_NAMES distinct paths of a kind."""
     seen: dict[str, None] = {}
     for chunk in chunks:
         for value in chunk[: 10 * CHECKED_NAMES]:
             text = value.as_py()
-            if text and not text.startswith("/") and not scheme_of(text) and text not in seen:
+            if text and is_wanted(text):
                 seen[text] = None
-                yield text
             if len(seen) == CHECKED_NAMES:
-                return
+                return [*seen]
+    return [*seen]
 
 
 def _folders_within(base: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.batch import BadSample, UserError
 from data.ledger import Account
-from data.sources.lists import is_list, join_columns
+from data.sources.lists import is_list, join_columns, text_field
 from data.sources.rows import KNOWN, ROW, Columns, detect_columns, drop_rows, is_known, rename_to_roles
 
 if TYPE_CHECKING:
@@ -95,13 +95,20 @@ def _field_column(name: str, chunk: Sequence[Record], start: int, problems: dict
         has_lists |= isinstance(value, list)
         texts: list[bytes | None] = []
         try:
-            texts = [_field(record.where, name, item) for item in (value if isinstance(value, list) else [value])]
+            items = [_text_of(item) for item in value] if isinstance(value, list) else [value]
+            texts = [_field(record.where, name, item) for item in items]
         except BadSample as problem:
             problems[place] = problem
         values.append([text for text in texts if text is not None])
     if has_lists:
         return pa.array(values, pa.list_(pa.string()))
     return pa.array([texts[0] if texts else None for texts in values], pa.string())
+
+
+def _text_of(item: Any) -> Any:
+    """Return the text of an object in a list, {"raw": "…"}; everything else as it is."""
+    field = text_field(item) if isinstance(item, dict) else None
+    return item[field] if field else item
 
 
 def _with_same_lists(parts: Sequence[pa.Table]) -> list[pa.Table]:

@@ -19,8 +19,8 @@ import numpy as np
 from data.batch import BadSample, UserError
 from data.ledger import Account
 from data.sources.embedded import EmbeddedPictures, shown_name
-from data.sources.lists import explode, flatten, is_list, join_columns, without_blanks
-from data.sources.paths import ImageLocation, absolute_paths
+from data.sources.lists import decoded, explode, flatten, is_list, join_columns, without_blanks
+from data.sources.paths import ENDINGS, ImageLocation, absolute_paths
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,8 +37,12 @@ KNOWN = {  # role -> names of columns for it, the preferred ones first
 }
 OPTIONAL = ("title_neg", "split")  # roles that a dataset may lack
 NUMBERED = re.compile(r"(.*?)[_ .-]?(\d{1,3})")  # caption_0, caption1, caption 2: a family of columns
+NEGATIVE = re.compile(r"(?<![a-z])(neg|negative|false|wrong|foil|distractor)s?(?![a-z])")  # in names like hard_negative
+TUPLE = ("anchor", "positive")  # of sentence-transformers: either may be the image
 ROW = "row"  # a column beside those of the roles: the row's number in its file, where some are left out already
 LABEL = "label"  # a column beside those of the roles: the name of the row's class, where titles are made of it
+SHOWN = 20  # titles that are looked at for names of pictures
+PICTURE = re.compile(rf"\S+({ENDINGS})", re.IGNORECASE)
 EXTRA_COLUMNS = ("split", LABEL)  # columns that readers may give beside image, title and title_neg
 FLAGS = {"image": "--image-column", "title": "--title-column", "title_neg": "--negative-column",
          "split": "--split-column"}
@@ -103,15 +107,18 @@ def detect_columns(names: list[str], columns: Columns, source: str, account: Acc
             close = difflib.get_close_matches(name, names, 1)
             raise UserError(f"{source}: no column {name!r} for {FLAGS[role]}; {existing}"
                             + (f"; did you mean {close[0]!r}?" if close else ""))
-        images = [*columns.names("image"), *picked.get("image", ())]
-        families = [] if given else _families(role, names, with_bytes, images)
+        taken = [name for other in KNOWN if other != role for name in (*columns.names(other), *picked.get(other, ()))]
+        families = [] if given else _families(role, names, with_bytes, taken)
+        if given:
+            account.apply(FLAGS[role])
         if given or families:
             picked[role] = [*given] or families[0]
         elif role not in OPTIONAL:
             raise UserError(f"{source}: no {role} column ({', '.join(known)}); {existing}; name one with {FLAGS[role]}")
-        if len(families) > 1 or families and len(families[0]) > 1:
-            unused = [name for family in families[1:] for name in family]
-            choices.append(f"{role} = {', '.join(_shown(picked[role]))}"
+        unused = [name for family in families[1:] for name in family]
+        unused += [] if given else _lookalikes(role, names, families)
+        if unused or families and (len(families[0]) > 1 or families[0][0].strip().lower() in TUPLE):
+            choices.append(f"{role} = {', '.join(_shown(picked.get(role, ()))) or 'none'}"
                            + (f" (not used: {', '.join(_shown(unused))})" if unused else ""))
     if choices:
         account.note(f"columns: {'; '.join(choices)}")
@@ -122,13 +129,16 @@ def detect_columns(names: list[str], columns: Columns, source: str, account: Acc
     return picked
 
 
-def _families(role: str, names: Sequence[str], with_bytes: Collection[str], images: Collection[str]) -> list[list[str]]:
-    """Return the columns that a role may have, the preferred ones first: each known name with its numbered columns."""
+def _families(role: str, names: Sequence[str], with_bytes: Collection[str], taken: Collection[str]) -> list[list[str]]:
+    """Return the columns that a role may have, the preferred ones first: each known name with its numbered columns.
+
+    Columns `taken` by other roles have none but that of the image.
+    """
     numbered: dict[str, dict[int, str]] = {base: {} for base in KNOWN[role]}
     for name in reversed(names):
         spelled = name.strip().lower()
         match = NUMBERED.fullmatch(spelled)
-        if role != "image" and (name in images or name in with_bytes):
+        if role != "image" and (name in taken or name in with_bytes):
             continue
         if spelled in numbered:
             numbered[spelled][-1] = name
@@ -139,6 +149,16 @@ def _families(role: str, names: Sequence[str], with_bytes: Collection[str], imag
         families = [[name] for (name,) in families if name in with_bytes or name.strip().lower() != "positive"]
         families.sort(key=lambda family: family[0] not in with_bytes)  # stable
     return families
+
+
+def _lookalikes(role: str, names: Sequence[str], families: Sequence[Sequence[str]]) -> list[str]:
+    """The columns of no family that may be meant for a role: image_2, hard_negative."""
+    known = {name for family in families for name in family}
+    if role == "title_neg":
+        return [name for name in names if name not in known and NEGATIVE.search(name.lower())]
+    matches = [(name, NUMBERED.fullmatch(name.strip().lower())) for name in names if name not in known]
+    return [name for name, match in matches if role == "image" and match and match[1] in KNOWN["image"]
+            and match[1] not in TUPLE]
 
 
 def _shown(names: Sequence[str]) -> list[str]:
@@ -201,12 +221,21 @@ def to_row_columns(table: pa.Table, source: str, location: ImageLocation, accoun
         texts = _texts(values, source, role, bad)
         problems |= {int(row_F[place]): problem for place, problem in bad.items()}
         is_plain = role == "title" and not is_list(table[role].type)
+        if picture := _picture_name(texts):
+            account.note(f"{source}: the {role} column holds names of pictures, such as {picture[:100]!r}; "
+                         f"{FLAGS[role]} names another column")
         columns[role] = pc.fill_null(texts, "") if is_plain else without_blanks(texts, row_F, len(table))
     columns |= {name: table[name] for name in EXTRA_COLUMNS if name in table.column_names}
     numbers = table[ROW].to_numpy() if ROW in table.column_names else np.arange(len(table))
     columns[ROW] = pa.array(numbers)
     rows = drop_rows(pa.table(columns), problems, numbers, source, account)
     return explode(rows, "title") if is_list(rows["title"].type) else rows
+
+
+def _picture_name(texts: pa.ChunkedArray) -> str:
+    """The first text where all of the first ones are names of pictures, else ""."""
+    shown = [text for text in texts.slice(0, SHOWN).to_pylist() if text]
+    return shown[0] if shown and all(PICTURE.fullmatch(text) for text in shown) else ""
 
 
 def drop_rows(table: pa.Table, problems: Mapping[int, BadSample], numbers: np.ndarray, source: str,
@@ -260,6 +289,8 @@ def holds_bytes(kind: pa.DataType) -> bool:
 
 def _unfit(source: str, role: str, kind: pa.DataType) -> UserError:
     wanted = "bytes, a path or a URL" if role == "image" else "one text"
+    if role == "image" and is_list(kind):
+        return UserError(f"{source}: the image column holds {kind}; a row has one image: write a row for each")
     return UserError(f"{source}: the {role} column holds {kind}; it must hold {wanted} a row")
 
 
@@ -277,6 +308,7 @@ def _text_chunk(chunk: pa.Array, source: str, role: str, start: int, problems: d
     """Return the values as text; one that is not UTF-8 becomes null and a problem of its row."""
     import pyarrow as pa
 
+    chunk = decoded(chunk)
     try:
         cast = chunk.cast(pa.string())
         cast.validate(full=True)

@@ -56,6 +56,7 @@ def load_splits(dataset: str, options: ReadOptions = DETECT, ledger: Ledger = di
     except OSError as error:
         raise UserError(f"{error.filename or dataset}: {error.strerror or error}") from error
     account.close(dataset)
+    account.note_unused(options.by_flag())
     if len(splits) == 1 and not splits.keys() & {"valid", "test"}:
         return {"train": replace(next(iter(splits.values())), name="train")}
     return dict(sorted(splits.items(), key=lambda item: (*SPLITS, item[0]).index(item[0])))
@@ -70,7 +71,8 @@ def _parts(dataset: str, context: ReadContext, download: Download, account: Acco
     if path.is_dir():
         return folder_parts(Folder(path, "", context, account))
     if path.is_file():
-        return local_file_parts(UNSPLIT, path, context, account)
+        (split,) = pattern_by_split([path])
+        return local_file_parts(split, path, context, account)
     if path.exists():
         raise NotAFile(path, "a pipe or a device")
     if colon and Path(folder).expanduser().is_dir():

@@ -9,6 +9,7 @@ import numpy as np
 
 from data.batch import BadSample, UserError
 from data.ledger import Account
+from data.sources.lists import decoded
 from data.sources.options import ReadOptions
 from data.sources.rows import ROW, drop_rows
 
@@ -101,7 +102,8 @@ def _values(table: pa.Table) -> np.ndarray:
     if COLUMN not in table.column_names:
         return np.array([], object)
     try:
-        texts = pc.fill_null(pc.utf8_trim_whitespace(table[COLUMN].cast(pa.string())), "")
+        plain = pa.chunked_array([decoded(chunk).cast(pa.string()) for chunk in table[COLUMN].chunks], pa.string())
+        texts = pc.fill_null(pc.utf8_trim_whitespace(plain), "")
         return texts.to_numpy().astype(object)
     except pa.ArrowException:  # lists, or text that is not UTF-8
         return np.full(len(table), "", object)

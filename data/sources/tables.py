@@ -18,14 +18,14 @@ from data.files import open_regular
 from data.ledger import Account
 from data.shards.index import read_index
 from data.shards.manifests import read_manifest
-from data.shards.samples import class_names_beside
+from data.shards.samples import class_names_beside, spell_class
 from data.sources.arrow_tables import read_arrow, read_parquet
 from data.sources.csv_tables import read_csv
 from data.sources.embedded import EmbeddedPictures
 from data.sources.json_tables import read_json, read_json_lines
 from data.sources.options import ReadOptions
 from data.sources.paths import PICTURES
-from data.sources.pictures import SIDECARS, is_picture, pictures
+from data.sources.pictures import SIDECARS, holds_pictures, holds_titled_pictures, is_picture, pictures
 from data.sources.records import from_records
 from data.sources.rows import LABEL, detect_columns, holds_bytes, rename_to_roles
 from data.web.storage import RemoteFile
@@ -78,7 +78,7 @@ def without_sidecars(files: Sequence[File]) -> list[File]:
     images = {name.stem for name in names if is_picture(name.name)}
     has_sidecars = any(name.stem in images for name in names if name.suffix.lower() in SIDECARS)
     return [file for file, name in zip(files, names, strict=True) if name.suffix.lower() != ".json"
-            or not (has_sidecars or name.name in NO_ROWS or name.name.endswith("_stats.json"))]
+            or not (has_sidecars or name.name in NO_ROWS or name.name.endswith(("_stats.json", ".index.json")))]
 
 
 def read_table(path: Path, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
@@ -86,8 +86,14 @@ def read_table(path: Path, options: ReadOptions, account: Account, embedded: Emb
     if path.is_dir():
         message_if_empty = (f"{path}: found neither tables ({' '.join(sorted(TABLES))}), nor shards (.tar), nor train/ "
                             f"valid/ test/, nor images ({' '.join(sorted(PICTURES))})")
-        return from_records(pictures(path, account), options.columns, str(path), message_if_empty, account,
-                            " (images with KEY.txt, KEY.json)")
+        try:
+            return from_records(pictures(path, account), options.columns, str(path), message_if_empty, account,
+                                " (images with KEY.txt, KEY.json)")
+        except UserError:
+            if options.columns.title or not holds_pictures(path) or holds_titled_pictures(path):
+                raise
+            raise UserError(f"{path}: its images have no titles; write the title of each into KEY.txt beside it, or "
+                            "give each class a folder of its own, with no image outside of these") from None
     kind = ending(path)
     if kind not in TABLES | {".tar", ".txt"}:
         known = " ".join((*TEXT_READERS, *ARROW_READERS))
@@ -121,8 +127,8 @@ def _shard(path: Path, options: ReadOptions, account: Account) -> pa.Table:
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        title = pc.list_element(table["title"], 0)
-        is_class = pc.and_(pc.is_in(title, pa.array(classes)), pc.equal(pc.list_value_length(table["title"]), 1))
+        title, is_lone = pc.list_element(table["title"], 0), pc.equal(pc.list_value_length(table["title"]), 1)
+        is_class = pc.and_(pc.is_in(title, pa.array(map(spell_class, classes), pa.string())), is_lone)
         table = table.append_column(LABEL, pc.if_else(is_class, title, pa.scalar(None, pa.string())))
     return table
 

@@ -21,6 +21,9 @@ def shards(cfg: Config, world: World, stop: StopSignal) -> int:
         return 0
     if not cfg.out:
         raise UserError("shards needs a folder to write to: --out DIR")
+    if len(cfg.template) > 1:
+        raise UserError("shards keep titles, not which of them are of one class, so that the titles of several "
+                        "--template would be negatives of each other; leave it out here and give it to train")
     refuse_foreign_shards(cfg.out, cfg.dataset)
     source = read_rows(cfg, world.say)
     reader = make_reader(cfg, ImageSpec.clip())

@@ -257,7 +257,7 @@ HOSTILE: dict[str, tuple[bytes, list[str], list[tuple[str, str]]]] = {  # tar, k
     "blank title": (IMAGE + raw(b"a.txt", b" \t\n") + END, [], [("a", "no-title")]),
     "giant title": (IMAGE + raw(b"a.txt", b"t" * 100_000_000) + END, [], [("a", "too-large")]),
     "title not UTF-8": (IMAGE + raw(b"a.txt", b"\xff") + END, [], [("a", "bad-title")]),
-    "JSON list": (IMAGE + raw(b"a.json", b'["title"]') + END, [], [("a", "bad-json")]),
+    "JSON list": (IMAGE + raw(b"a.json", b'["title"]') + END, ["a"], []),
     "JSON deep": (IMAGE + raw(b"a.json", DEEP) + END, [], [("a", "bad-json")]),
     "JSON broken": (IMAGE + raw(b"a.json", b'{"title": "x') + TITLE + END, [], [("a", "bad-json")]),
     "JSON huge": (IMAGE + raw(b"a.json", b'{"title": "' + b"x" * (1 << 21) + b'"}') + END, [],
@@ -640,3 +640,14 @@ def test_member_names_that_are_not_utf8_are_names_like_others(tmp_path: Path) ->
     lost: list[dict] = []
     index = read_index(tmp_path / "one.tar", lost.append)
     assert index["key"].to_pylist() == ["0", "caf\\xe9", "2"] and not lost
+
+
+def test_numbered_negatives_and_lists_of_titles_in_shards(tmp_path: Path) -> None:
+    """negative_1 … of KEY.json were not used, and nobody was told."""
+    records = [{"title": "a", "negative_2": "y", "negative_1": ["x", ""], "negative_10": "z"}, ["b", "c"]]
+    with webdataset.TarWriter(str(tmp_path / "x.tar")) as writer:
+        for key, record in enumerate(records):
+            writer.write({"__key__": str(key), "jpg": PICTURE, "json": record})
+    table = read_index(tmp_path / "x.tar")
+    assert table["title"].to_pylist() == [["a"], ["b", "c"]]
+    assert table["title_neg"].to_pylist() == [["x", "y", "z"], []]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -109,3 +112,28 @@ def test_templates_may_hold_commas() -> None:
     assert parse_templates(parts) == ("a photo of a {}, a type of pet, in the wild", "a {}")
     with pytest.raises(UserError, match="--template"):
         parse_templates(("a photo",))
+
+
+@pytest.mark.parametrize("write", [str, json.dumps], ids=["pandas", "json"])
+def test_lists_that_pandas_writes_are_titles_one_by_one(tmp_path: Path, write: Callable[[list[str]], str]) -> None:
+    """The whole text "['a dog', 'dogs']" was the title; Flickr30k on the hub is such a table."""
+    frame = pd.DataFrame({"image": IMAGES[:3], "raw": [write(["a dog", "it's"]), write(["a, \"cat\""]), None],
+                          "negative": [write(["x", "y"]), None, write(["z"])]})
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    said: list[str] = []
+    rows = load_splits(str(tmp_path / "table.csv"), log=said.append)["train"]
+    assert rows.title.to_pylist() == ["a dog", "it's", 'a, "cat"', ""]
+    assert rows.title_neg is not None and rows.title_neg.to_pylist() == [["x", "y"], ["x", "y"], [], ["z"]]
+    assert len(said) == 2 and all("spells lists" in line for line in said)
+
+
+def test_lists_of_numpy_are_no_lists_and_brackets_are_text(tmp_path: Path) -> None:
+    """['a' 'b'], an array of two, is one text "ab" to Python."""
+    shown = [str(np.array(["a dog", "dogs"], object)), str(np.array(["a cat"], object))]
+    pd.DataFrame({"image": IMAGES[:2], "title": shown}).to_csv(tmp_path / "table.csv", index=False)
+    read, said, _ = titles(tmp_path / "table.csv")
+    assert read == shown and len(said) == 1 and "looks like lists" in said[0]
+    frame = pd.DataFrame({"image": IMAGES[:2], "title": ["[Official] dog", "cat [4K]"]})
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    read, said, _ = titles(tmp_path / "table.csv")
+    assert read == ["[Official] dog", "cat [4K]"] and not said

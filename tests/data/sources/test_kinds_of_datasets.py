@@ -17,7 +17,9 @@ from PIL import Image
 from data.batch import UserError
 from data.cold import Reader
 from data.images.decode import ImageSpec
-from data.sources.source import ReadOptions, load_splits
+from data.shards.writer import ShardWriter
+from data.sources.source import Columns, ReadOptions, load_splits
+from data.stream.stages import read_shard
 from data.web.fetch import FetchPolicy
 
 datasets = pytest.importorskip("datasets")
@@ -714,3 +716,122 @@ def test_images_of_no_split_are_in_none(folder: Path) -> None:
 def test_pictures_are_told_apart() -> None:
     """The other tests would pass whatever picture a row has."""
     assert [shown(jpeg(number)) for number in range(10)] == np.arange(10).tolist()
+
+
+def test_flags_that_nothing_depends_on_are_said(folder: Path) -> None:
+    """They were ignored without a word, and --image-template changed the names of the files of a folder."""
+    pictures(folder, [f"{name}/{row}.jpg" for name in ("cat", "dog") for row in range(2)])
+    said: list[str] = []
+    options = ReadOptions(Columns(title=("caption",)), delimiter=";", encoding="cp1252", image_root=str(folder),
+                          image_template="{}.png")
+    rows = load_splits(str(folder), options, log=said.append)["train"]
+    assert all(Path(image).is_file() for image in rows.image.to_pylist())
+    assert said[-1].endswith("--title-column, --delimiter, --encoding, --image-root, --image-template")
+    with webdataset.TarWriter(str(folder / "x.tar")) as writer:
+        writer.write({"__key__": "0", "jpg": jpeg(1), "txt": "a dog"})
+    rows = load_splits(str(folder / "x.tar"), ReadOptions(image_template="{}.png"), log=said.append)["train"]
+    assert rows.image[0].as_py().rpartition("+")[2].isdecimal() and "--image-template" in said[-1]
+
+
+def test_tables_beside_splits_are_said(folder: Path) -> None:
+    for name in ("train", "valid", "extra"):
+        frame(folder).to_csv(folder / f"{name}.csv", index=False)
+    said: list[str] = []
+    assert [*load_splits(str(folder), log=said.append)] == ["train", "valid"]
+    assert len(said) == 1 and said[0].endswith("not used beside the splits: extra.csv")
+    for name in ("train", "test", "holdout"):
+        pictures(folder / "images", [f"{name}/cat/0.jpg", f"{name}/dog/1.jpg"])
+    assert [*load_splits(str(folder / "images"), log=said.append)] == ["train", "test"]
+    assert f"{folder}/images: not used beside the splits: holdout/" in said
+
+
+def test_metadata_of_images_in_no_split_is_in_the_ledger(folder: Path) -> None:
+    """Rows of images beside train/ and test/ were gone, and the others had wrong numbers."""
+    pictures(folder, ["train/0.jpg", "test/1.jpg", "other/2.jpg"])
+    names = ["other/2.jpg", "./train/0.jpg", "test/1.jpg", "test/gone.jpg"]
+    pd.DataFrame({"file_name": names, "text": list("abcd")}).to_csv(folder / "metadata.csv", index=False)
+    lost: list[dict[str, Any]] = []
+    splits = load_splits(str(folder), ledger=lost.append)
+    assert {name: rows.title.to_pylist() for name, rows in splits.items()} == {"train": ["b"], "test": ["c", "d"]}
+    assert [(entry["row"], entry["reason"], entry["title"]) for entry in lost] == [(0, "no-split", "a")]
+
+
+@pytest.mark.parametrize("layout", ["coco", "karpathy"])
+def test_one_caption_that_is_null_costs_no_other(folder: Path, layout: str) -> None:
+    pictures(folder, ["images/0.jpg"])
+    if layout == "coco":
+        captions = [{"image_id": 1, "caption": text} for text in ("a", None, "b")]
+        content: dict[str, Any] = {"images": [{"id": 1, "file_name": "0.jpg"}], "annotations": captions}
+    else:
+        sentences = [{"raw": text} for text in ("a", None, "b")]
+        content = {"images": [{"filename": "0.jpg", "split": "train", "sentences": sentences}]}
+    path = folder / ("captions_x.json" if layout == "coco" else "dataset_x.json")
+    path.write_text(json.dumps(content))
+    lost: list[dict[str, Any]] = []
+    assert load_splits(str(folder), ledger=lost.append)["train"].title.to_pylist() == ["a", "b"] and not lost
+
+
+def test_an_object_of_splits(folder: Path) -> None:
+    pictures(folder, ["0.jpg", "1.jpg"])
+    content = {"train": [{"image": "0.jpg", "title": "a"}], "val": [{"image": "1.jpg", "title": "b"}]}
+    (folder / "all.json").write_text(json.dumps(content))
+    splits = load_splits(str(folder / "all.json"))
+    assert {name: rows.title.to_pylist() for name, rows in splits.items()} == {"train": ["a"], "valid": ["b"]}
+
+
+@pytest.mark.parametrize("name", ["test.csv", "val.jsonl", "valid-000.tar"])
+def test_a_file_that_is_named_after_a_split_is_that_split(folder: Path, name: str) -> None:
+    """The one shard of valid beside a stream, or a test.csv, was called train and divided in three."""
+    table = frame(folder)
+    if name.endswith(".csv"):
+        table.to_csv(folder / name, index=False)
+    elif name.endswith(".jsonl"):
+        table.to_json(folder / name, orient="records", lines=True)
+    else:
+        with webdataset.TarWriter(str(folder / name)) as writer:
+            writer.write({"__key__": "0", "jpg": jpeg(1), "txt": "a dog"})
+    assert [*load_splits(str(folder / name))] == ["test" if name == "test.csv" else "valid"]
+
+
+def test_class_names_of_shards_are_spelt_alike_where_they_are_streamed(folder: Path) -> None:
+    """The stream trained on "golden_retriever" and was measured on "golden retriever"."""
+    (folder / "classnames.txt").write_text("golden_retriever\ncat\n")
+    with webdataset.TarWriter(str(folder / "x.tar")) as writer:
+        for key, name in enumerate([0, 1, "tabby_cat"]):
+            writer.write({"__key__": str(key), "jpg": jpeg(key), "cls": name})
+    rows = load_splits(str(folder / "x.tar"))["train"]
+    assert rows.title.to_pylist() == ["golden retriever", "cat", "tabby cat"]
+    assert rows.label is not None and rows.label.to_pylist() == ["golden retriever", "cat", None]
+    streamed = read_shard(0, str(folder / "x.tar"))
+    assert [sample.title for sample in streamed] == rows.title.to_pylist()
+
+
+def test_what_shards_bring_with_them_is_not_called_unused(folder: Path, tmp_path: Path) -> None:
+    with ShardWriter(folder, "train") as writer:
+        for key in range(4):
+            writer.write(str(key), jpeg(key), f"title {key}")
+    (folder / "ledger.jsonl").write_text("")
+    said: list[str] = []
+    load_splits(str(folder), log=said.append)
+    assert not said
+
+
+def test_texts_beside_images_that_a_table_replaces_are_said(folder: Path) -> None:
+    frame(folder).to_csv(folder / "table.csv", index=False)
+    (folder / "0.txt").write_text("another title")
+    said: list[str] = []
+    load_splits(str(folder), log=said.append)
+    assert len(said) == 1 and "table.csv is read, not the texts beside the images" in said[0]
+
+
+def test_a_table_in_many_files_is_not_described_by_each(folder: Path) -> None:
+    """A thousand shards of classes gave a thousand lines, a thousand files with `;` another one."""
+    pictures(folder, ["0.jpg", "1.jpg"])
+    for part in range(40):
+        table = pd.DataFrame({"image": ["0.jpg", "1.jpg"], "label": [f"cat{part}", "dog"]})
+        table.to_csv(folder / f"part-{part:04}.csv", sep=";", index=False)
+    said: list[str] = []
+    assert len(load_splits(str(folder), log=said.append)["train"]) == 80
+    for words in ("separator ';'", "names of 2 classes"):
+        assert sum(words in line for line in said) == 6
+    assert sum(line.startswith("35 more lines like: ") for line in said) == 2 and len(said) == 13

@@ -64,6 +64,14 @@ def test_numbers_are_no_titles_and_a_title_comes_before_a_class(tmp_path: Path) 
     assert rows.title.to_pylist() == ["a x", "a y"]
 
 
+def test_numbers_with_gaps_are_no_titles(tmp_path: Path) -> None:
+    """pandas writes a column of class numbers with a gap as 0.0, 1.0, which became titles."""
+    for labels in ([0, 1, None], [-1, 0, 1]):
+        pd.DataFrame({"image": ["0.jpg", "1.jpg", "2.jpg"], "label": labels}).to_csv(tmp_path / "x.csv", index=False)
+        with pytest.raises(UserError, match="the classes are numbers"):
+            load_splits(str(tmp_path / "x.csv"))
+
+
 def test_every_class_is_on_all_sides_and_no_image_is_on_two() -> None:
     """Whole classes were held out: their titles were never trained on, and the figures were those of other classes."""
     rng = np.random.default_rng(0)

@@ -93,7 +93,7 @@ def test_json_lines_may_mix_texts_and_lists(tmp_path: Path, monkeypatch: pytest.
     lines: list[dict[str, Any]] = [{"image": f"{row}.jpg", "caption": captions[0] if len(captions) == 1 else captions}
                                    for row, captions in enumerate(CAPTIONS)]
     lines[1]["negative"] = ["n", 7]
-    lines.append({"image": "5.jpg", "caption": ["good", {"raw": "bad"}]})
+    lines.append({"image": "5.jpg", "caption": ["good", {"id": "bad"}]})
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows, _, lost = read(tmp_path / "all.jsonl")
     assert shown(rows) == WANTED and rows.title_neg is not None
@@ -118,7 +118,10 @@ FAMILIES = {  # columns of a table -> titles and negatives taken, in order, and 
     ("image", "caption 1", "caption2", "title"): (("title",), (), "title (not used: caption 1, caption2)"),
     ("image", "title", "negative_1", "negative_2"): (("title",), ("negative_1", "negative_2"), "negative_1, negat"),
     ("image", "title", "neg_1", "title_neg"): (("title",), ("title_neg",), "title_neg (not used: neg_1)"),
-    ("anchor", "positive", "negative_1"): (("positive",), ("negative_1",), ""),
+    ("anchor", "positive", "negative_1"): (("positive",), ("negative_1",), "image = anchor; title = positive"),
+    ("image", "title", "hard_negative", "false_caption"): (
+        ("title",), (), "title_neg = none (not used: hard_negative, false_caption)"),
+    ("image", "image_2", "title"): (("title",), (), "image = image (not used: image_2)"),
     ("url", "image_path", "title"): (("title",), (), "image = url (not used: image_path)"),
 }
 
@@ -213,3 +216,74 @@ def test_tars_with_several_captions(tmp_path: Path) -> None:
     assert rows.title.to_pylist() == ["text 0", "text 2", "text 10", "one", "two", "first", "second"]
     assert rows.title_neg is not None and rows.title_neg.to_pylist() == [[], [], [], ["n", "m"], ["n", "m"], [], []]
     assert [(entry["key"], entry["reason"]) for entry in lost] == [("d", "ambiguous"), ("e", "bad-json")]
+
+
+@pytest.mark.parametrize("field", ["raw", "caption", "text"])
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_texts_in_lists_of_objects(tmp_path: Path, ending: str, field: str) -> None:
+    """The same table was read as Parquet and dropped row by row as JSON lines."""
+    objects = [[{field: "a dog", "id": 1}, {field: "dogs", "id": 2}], [{field: "a cat", "id": 3}]]
+    frame = pd.DataFrame({"image": ["0.jpg", "1.jpg"], "captions": objects})
+    path = tmp_path / f"all.{ending}"
+    if ending == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.to_parquet(path)
+    rows, _, lost = read(path)
+    assert shown(rows) == [("0", "a dog"), ("0", "dogs"), ("1", "a cat")] and not lost
+
+
+def test_titles_and_negatives_that_name_pictures_are_said(tmp_path: Path) -> None:
+    """sentence-transformers' anchor may be the text: in a CSV nothing tells, and images and titles changed places."""
+    texts, images = ["a dog", "a cat"], ["0.jpg", "1.jpg"]
+    frame = pd.DataFrame({"anchor": texts, "positive": images, "negative": images[::-1]})
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    _, said, _ = read(tmp_path / "a.csv")
+    assert "image = anchor; title = positive" in said[0]
+    assert "title column holds names of pictures, such as '0.jpg'; --title-column" in said[1]
+    assert "title_neg column holds names of pictures, such as '1.jpg'; --negative-column" in said[2]
+    pictures = pa.array([jpeg(0), jpeg(1)])
+    pq.write_table(pa.table({"anchor": pictures, "positive": texts, "negative": pictures}), tmp_path / "b.parquet")
+    rows, said, _ = read(tmp_path / "b.parquet")
+    assert rows.title.to_pylist() == texts and rows.title_neg is None
+    assert "title_neg = none (not used: negative)" in said[0]
+
+
+@pytest.mark.parametrize("text", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+def test_dictionaries_of_any_text_are_texts(tmp_path: Path, text: pa.DataType) -> None:
+    """A column of polars' Enum was refused; as a column of splits it was not used, without a word."""
+    def encoded(*values: str) -> pa.Array:
+        words = [*dict.fromkeys(values)]
+        codes = pa.array([words.index(value) for value in values], pa.uint8())
+        return pa.DictionaryArray.from_arrays(codes, pa.array(words, text))
+
+    table = pa.table({"image": encoded("0.jpg", "1.jpg", "0.jpg"), "label": encoded("cat", "dog", "cat"),
+                      "negative": encoded("x", "x", "y"), "split": encoded("train", "test", "train")})
+    with pa.ipc.new_file(str(tmp_path / "all.arrow"), table.schema) as file:
+        file.write_table(table)
+    splits = load_splits(str(tmp_path / "all.arrow"), embedded=tmp_path / "cache")
+    assert {name: shown(rows) for name, rows in splits.items()} == {
+        "train": [("0", "cat"), ("0", "cat")], "test": [("1", "dog")]}
+    assert splits["train"].title_neg is not None and splits["train"].title_neg.to_pylist() == [["x"], ["y"]]
+
+
+def test_a_column_plays_one_role(tmp_path: Path) -> None:
+    """A column that the user made a title was its own negative as well."""
+    columns = {name: [f"{name} {row}" for row in range(2)] for name in ("caption", "negative_1", "negative_2")}
+    pd.DataFrame({"image": ["0.jpg", "1.jpg"], **columns}).to_csv(tmp_path / "all.csv", index=False)
+    rows, said, _ = read(tmp_path / "all.csv", Columns(title=("caption", "negative_1")))
+    assert rows.title.to_pylist() == ["caption 0", "negative_1 0", "caption 1", "negative_1 1"]
+    assert rows.title_neg is not None and rows.title_neg.to_pylist() == [
+        [f"negative_2 {row}"] for row in range(2) for _ in range(2)]
+
+
+def test_negatives_that_templates_leave_as_they_are_are_said(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"image": ["0.jpg", "1.jpg"], "label": ["cat", "dog"], "negative": ["dog", None]})
+    frame.to_csv(tmp_path / "all.csv", index=False)
+    said: list[str] = []
+    load_splits(str(tmp_path / "all.csv"), ReadOptions(templates=("a {}",)), log=said.append)
+    assert any("negatives stay as they are" in line for line in said)
+    frame.drop(columns="negative").to_csv(tmp_path / "all.csv", index=False)
+    said.clear()
+    load_splits(str(tmp_path / "all.csv"), ReadOptions(templates=("a {}",)), log=said.append)
+    assert len(said) == 1

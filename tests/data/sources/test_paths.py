@@ -55,6 +55,32 @@ def test_ids_become_paths_by_a_template_below_a_root(tmp_path: Path) -> None:
         images(tmp_path / "table.csv", ["a.jpg"], ReadOptions(image_root=str(tmp_path / "none")))
 
 
+@pytest.mark.parametrize("prefix", ["/no/such/flickr/", "C:\\Users\\me\\flickr\\", "file:///C:/flickr/"])
+def test_absolute_paths_of_another_machine_are_found_below_the_root(tmp_path: Path, prefix: str) -> None:
+    """The error advised --image-root, which did nothing for absolute paths."""
+    slash = "\\" if "\\" in prefix else "/"
+    names = [f"{prefix}part{slash}{row}.jpg" for row in range(3)]
+    touch(*(tmp_path / "pictures" / "part" / f"{row}.jpg" for row in range(2)))
+    read, said = images(tmp_path / "table.csv", names, ReadOptions(image_root=str(tmp_path / "pictures")))
+    assert read == [f"{tmp_path}/pictures/part/{row}.jpg" for row in range(3)]
+    assert "are read below" in said[-1]
+
+
+def test_paths_that_are_here_stay_and_an_unused_root_is_said(tmp_path: Path) -> None:
+    touch(tmp_path / "here/0.jpg", tmp_path / "pictures/0.jpg")
+    options = ReadOptions(image_root=str(tmp_path / "pictures"), image_template="{}.png")
+    read, said = images(tmp_path / "table.csv", [f"{tmp_path}/here/0.jpg"], options)
+    assert read == [f"{tmp_path}/here/0.jpg"]
+    assert len(said) == 1 and "not used" in said[0] and "--image-root, --image-template" in said[0]
+
+
+def test_ids_that_pandas_made_floats_are_numbers_again(tmp_path: Path) -> None:
+    """A column of ids with a gap is written as 7.0."""
+    pd.DataFrame({"image": [7, None], "title": ["a", "b"]}).to_csv(tmp_path / "table.csv", index=False)
+    rows = load_splits(str(tmp_path / "table.csv"), ReadOptions(image_template="{:03}.jpg"))["train"]
+    assert rows.image.to_pylist() == [f"{tmp_path}/007.jpg", ""]
+
+
 @pytest.mark.parametrize(("table", "folder"), [
     ("captions.csv", "Images"), ("results.csv", "flickr30k_images/flickr30k_images"), ("text/table.csv", "images")])
 def test_images_in_a_folder_nearby_are_found_and_that_is_said(tmp_path: Path, table: str, folder: str) -> None:

@@ -249,7 +249,7 @@ def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
     ("train.jsonl", b"\n\n", "holds no rows"),
     ("train.parquet", b"PAR1 nothing of the kind", "not a Parquet file"),
     ("train.xlsx", b"PK", "found neither tables"),
-    ("0.jpg", b"picture", "no title column"),
+    ("0.jpg", b"picture", "no titles; write the title of each into KEY.txt.*a folder of its own"),
 ])
 def test_broken_files_are_named_with_the_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)

@@ -314,3 +314,9 @@ def test_class_names_are_trained_on_and_the_table_says_zero_shot(tiny_model: Pat
     assert line in done.stdout and line in (tmp_path / "run/model/README.md").read_text(encoding="utf-8")
     found = json.loads(inside(["check", *flags, "--json"]).stdout)
     assert not [one for one in found["findings"] if one["kind"].startswith(("repeated-title", "title-in"))]
+
+
+def test_shards_of_several_templates_are_refused(tmp_path: Path) -> None:
+    """Shards do not say which titles are of one class: these became negatives of each other."""
+    done = inside(["shards", "--dataset", tmp_path, "--out", tmp_path / "tar", "--template", "a {},the {}"])
+    assert done.returncode == 2 and "give it to train" in done.stderr

@@ -96,8 +96,8 @@ def detect_columns(names: list[str], columns: Columns, label: str, account: Acco
     """
     existing = f"there are {', '.join(_shown(names)) or 'none'}"
     picked: dict[str, list[str]] = {}
-    choices = []
-    for role, known in KNOWN.items():
+    choices, missing = [], []
+    for role in KNOWN:
         given = columns.of(role)
         for name in set(given) - set(names):
             close = difflib.get_close_matches(name, names, 1)
@@ -107,11 +107,13 @@ def detect_columns(names: list[str], columns: Columns, label: str, account: Acco
         if given or families:
             picked[role] = [*given] or families[0]
         elif role not in OPTIONAL:
-            raise UserError(f"{label}: no {role} column ({', '.join(known)}); {existing}; name one with {FLAGS[role]}")
+            missing.append(role)
         if len(families) > 1 or families and len(families[0]) > 1:
             unused = [name for family in families[1:] for name in family]
             choices.append(f"{role} = {', '.join(_shown(picked[role]))}"
                            + (f" (not used: {', '.join(_shown(unused))})" if unused else ""))
+    if missing:
+        raise _no_column(missing, label, existing)
     if choices:
         account.note(f"columns: {'; '.join(choices)}")
     for column in [name for role in picked for name in picked[role]]:
@@ -119,6 +121,15 @@ def detect_columns(names: list[str], columns: Columns, label: str, account: Acco
             raise UserError(f"{label}: the column {column[:100]!r} is there {names.count(column)} times; rename all "
                             "but one")
     return picked
+
+
+def _no_column(roles: Sequence[str], label: str, existing: str) -> UserError:
+    """The error for roles that no column is known to play: all of them at once, with the flags that name columns."""
+    lacking = " and ".join(f"no {role} column" for role in roles)
+    flags = " and ".join(FLAGS[role] for role in roles)
+    known = "; ".join(f"{role}: {', '.join(KNOWN[role])}" for role in roles)
+    which = "name one with" if len(roles) == 1 else "name them with"
+    return UserError(f"{label}: {lacking}; {existing}; {which} {flags} (found by themselves are {known})")
 
 
 def _families(role: str, names: Sequence[str], with_bytes: Collection[str], images: Collection[str]) -> list[list[str]]:

@@ -86,7 +86,7 @@ def read_table(path: Path, options: ReadOptions, account: Account, embedded: Emb
         message_if_empty = (f"{path}: found neither tables ({' '.join(sorted(TABLES))}), nor shards (.tar), nor train/ "
                             f"valid/ test/, nor images ({' '.join(sorted(PICTURES))})")
         return from_records(pictures(path, account), options.columns, str(path), message_if_empty, account,
-                            " (images with KEY.txt, KEY.json)")
+                            " (images; a title is in KEY.txt or KEY.json beside KEY.jpg)")
     kind = ending(path)
     if kind not in TABLES | {".tar", ".txt"}:
         known = " ".join((*TEXT_READERS, *ARROW_READERS))

@@ -27,6 +27,7 @@ PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", 
 ENDINGS = "|".join(re.escape(ending) for ending in sorted(PICTURES))
 ADDRESS = f"^(https?|{'|'.join(PACKAGES)})://"  # images at such an address are read
 URL = "^[a-z][a-z0-9+.-]+://"
+UNUSUAL = r"[:#\\]"  # without these a path is spelt as it is; one search instead of four
 NUMBERED = rf"(?i)({ENDINGS})#\d+$"  # Flickr8k.token.txt counts the captions of an image so
 TEMPLATE = re.compile(r"([^{}]*)\{(?::?0?(\d+)d?)?\}([^{}]*)")
 FIRST = 20  # rows whose images are looked for where the first are not in their place
@@ -94,6 +95,8 @@ def _spelt(path: pa.Array, places: Places, label: str, account: Account) -> pa.A
     if _any(bare := pc.starts_with(path, "//")):
         account.note(f"{label}: image addresses that begin with // are read as https://")
         path = pc.if_else(pc.fill_null(bare, False), pc.binary_join_element_wise("https:", path, ""), path)
+    if not _any(pc.match_substring_regex(path, UNUSUAL)):
+        return path
     is_file = pc.match_substring_regex(path, "^file:", ignore_case=True)
     path = _changed(path, is_file, path_of_file_url)
     is_url = pc.match_substring_regex(path, URL, ignore_case=True)
@@ -165,7 +168,9 @@ def _absolute(path: pa.Array, start: int, places: Places, problems: dict[int, Ba
     roots = tuple(folder.rstrip("/") + "/" for folder in places.folders)
     full = path
     if places.relative:
-        full = pc.if_else(pc.or_(url, absolute), path, pc.binary_join_element_wise(roots[0], path, places.ending, ""))
+        below = pc.binary_join_element_wise(roots[0], path, *filter(None, [places.ending]), "")
+        named = pc.or_(url, absolute)
+        full = pc.if_else(named, path, below) if _any(named) else below
     if places.anywhere:
         return full
     suspect = pc.or_(pc.match_substring_regex(path, r"(^|/)\.\.(/|$)"), not places.relative)

@@ -40,6 +40,7 @@ NUMBERED = re.compile(r"(.*?)[_ .-]?(\d{1,3})")  # caption_0, caption1, caption 
 ROW = "row"  # a column beside those of the roles: the row's number in its file, where some are left out already
 LABEL = "label"  # another one: the name of the row's class, where titles are made of it
 BESIDE = ("split", LABEL)  # columns that readers may give beside image, title and title_neg
+PIECE = 1 << 16  # image paths that are worked on at one time
 FLAGS = {"image": "--image-column", "title": "--title-column", "title_neg": "--negative-column",
          "split": "--split-column"}
 
@@ -192,14 +193,18 @@ def to_row_columns(table: pa.Table, label: str, places: Places, account: Account
 
     problems: dict[int, BadSample] = {}  # by place in the table
     pictures, paths, start = [], [], 0
-    for chunk in table["image"].chunks:
+    for chunk in _pieces(table["image"]):
         data, path = _bytes_and_path(chunk, label, start, problems)
         path = pc.utf8_trim_whitespace(path)
         paths.append(pc.if_else(pc.or_(pc.is_valid(data), pc.equal(path, "")), pa.scalar(None, pa.string()), path))
         pictures.append(embedded.references(data, label))
         start += len(chunk)
     paths_N = absolute_paths(pa.chunked_array(paths, pa.string()), places, label, account, problems).chunks
-    images = [pc.coalesce(picture, path, "") for picture, path in zip(pictures, paths_N, strict=True)]
+    images = []
+    for picture, path in zip(pictures, paths_N, strict=True):
+        # A coalesce would copy every path, fill_null copies none where each row has one.
+        has_pictures = picture.null_count < len(picture)
+        images.append(pc.coalesce(picture, path, "") if has_pictures else pc.fill_null(path, ""))
     columns = {"image": pa.chunked_array(images, pa.string())}
     for role in [role for role in ("title", "title_neg") if role in table.column_names]:
         values, row_F = flatten(table[role])
@@ -215,6 +220,13 @@ def to_row_columns(table: pa.Table, label: str, places: Places, account: Account
     columns[ROW] = pa.array(numbers)
     rows = without(pa.table(columns), problems, numbers, label, account)
     return a_row_each(rows, "title") if is_list(rows["title"].type) else rows
+
+
+def _pieces(column: pa.ChunkedArray) -> list[pa.Array]:
+    """The chunks of a column, those of text cut to PIECE rows: what is made of one on the way is soon freed."""
+    if holds_bytes(column.type):  # a chunk of pictures in memory is copied to a file of its own
+        return column.chunks
+    return [chunk.slice(start, PIECE) for chunk in column.chunks for start in range(0, len(chunk), PIECE)]
 
 
 def without(table: pa.Table, problems: Mapping[int, BadSample], numbers: np.ndarray, label: str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -70,12 +71,13 @@ def divide_by_column(name: str, tables: Sequence[pa.Table], labels: Sequence[str
     tables. Raises UserError for names of --splits that are not there.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     values = [_values(table) for table in tables]
     counts: dict[str, int] = {}
     for each in values:
-        for value, count in zip(*np.unique(each, return_counts=True), strict=True):
-            counts[str(value)] = counts.get(str(value), 0) + int(count)
+        for entry in sorted(pc.value_counts(each).to_pylist(), key=itemgetter("values")):
+            counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
     blank = counts.pop("", 0)
     if not _says_splits(counts, options, labels, account):
         renamed = _ours([name], options).get(name, name) if options.splits else name
@@ -84,27 +86,27 @@ def divide_by_column(name: str, tables: Sequence[pa.Table], labels: Sequence[str
     divided: dict[str, list[pa.Table]] = {}
     for label, table, value_N in zip(labels, tables, values, strict=True):
         number_N = table[ROW].to_numpy() if ROW in table.column_names else np.arange(len(table))
-        problems = {int(row): BadSample("no-split", "the row names no split") for row in np.flatnonzero(value_N == "")}
+        blank_rows = np.flatnonzero(pc.equal(value_N, ""))
+        problems = {int(row): BadSample("no-split", "the row names no split") for row in blank_rows}
         without(table, problems, number_N, label, account)
-        our_N = np.array([ours.get(str(value), "") for value in value_N], object)
         for split in dict.fromkeys(ours.values()):
-            divided.setdefault(split, []).append(_without_column(table).filter(pa.array(our_N == split)))
+            theirs = pa.array([their for their, our in ours.items() if our == split], pa.string())
+            divided.setdefault(split, []).append(_without_column(table).filter(pc.is_in(value_N, theirs)))
     account.note(_describe(labels[0], counts, blank, ours))
     return divided
 
 
-def _values(table: pa.Table) -> np.ndarray:
-    """The split that each row says, "" for none; an array of str [N]."""
+def _values(table: pa.Table) -> pa.ChunkedArray:
+    """The split that each row says, "" for none; a string for each row, none at all without the column."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     if COLUMN not in table.column_names:
-        return np.array([], object)
+        return pa.chunked_array([], pa.string())
     try:
-        texts = pc.fill_null(pc.utf8_trim_whitespace(table[COLUMN].cast(pa.string())), "")
-        return texts.to_numpy().astype(object)
+        return pc.fill_null(pc.utf8_trim_whitespace(table[COLUMN].cast(pa.string())), "")
     except pa.ArrowException:  # lists, or text that is not UTF-8
-        return np.full(len(table), "", object)
+        return pa.chunked_array([[""] * len(table)], pa.string())
 
 
 def _says_splits(counts: Mapping[str, int], options: ReadOptions, labels: Sequence[str], account: Account) -> bool:

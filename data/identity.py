@@ -62,14 +62,14 @@ class TitleIds:
     def keys(self, titles: pa.StringArray) -> np.ndarray:
         """Return the content keys [P, K] uint8 of all titles: equal exactly where token ids are."""
         if self.cache is None or len(titles) < CHUNK:
-            return keys_of_tokens(self.tokens(titles))
+            return self._keys(titles)
         file = self.cache / f"titles-{_digest(titles, self.name)}.npz"
         unreadable = (OSError, ValueError, KeyError, zipfile.BadZipFile)
         with suppress(*unreadable), open_regular(file) as npz, np.load(npz, allow_pickle=False) as stored:
             keys_PK = stored["keys"]
             if keys_PK.shape == (len(titles), KEY) and keys_PK.dtype == np.uint8:
                 return keys_PK
-        keys_PK = keys_of_tokens(self.tokens(titles))
+        keys_PK = self._keys(titles)
         temporary = file.with_name(f".{secrets.token_hex(8)}.npz")
         with suppress(OSError):  # without the cache titles are only tokenized again
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +79,13 @@ class TitleIds:
             finally:
                 temporary.unlink(missing_ok=True)
         return keys_PK
+
+    def _keys(self, titles: pa.StringArray) -> np.ndarray:
+        """`keys` without the cache, a chunk of titles at a time: the token ids of all would take more memory."""
+        parts = [np.empty((0, KEY), np.uint8)]
+        for chunk in title_chunks(titles):
+            parts.append(keys_of_tokens(TokenLists.of(iter(tokenize(self.tokenizer, chunk, self.max_tokens)))))
+        return np.concatenate(parts)
 
 
 class _Backend(NamedTuple):

@@ -14,6 +14,7 @@ TINY = 64  # pixels; CLIP sees 224
 MEANING = {  # by a pattern of the kind
     TRANSIENT.pattern: "the server may answer another time: the next run asks again",
     "http-4..": "the server says that it is not to be had; it is not asked again without --retry-failed",
+    "missing-file": "no such file; --image-root names the folder of the images, --image-template makes paths of ids",
     "forbidden-address": "a private address, which --allow-host HOST opens",
     "placeholder": "YouTube's stand-in for a thumbnail that is gone",
     "tiny-image": f"the shortest side is below {TINY} pixels",

@@ -100,6 +100,8 @@ def class_names_beside(shard: Path) -> list[str]:
 
 def _text_files(files: Mapping[str, Member]) -> list[Member]:
     """Return KEY.txt, then KEY.0.txt … in order; without these, the only other text."""
+    if [ending for ending in files if ending.endswith("txt")] == ["txt"]:  # nearly always
+        return [files["txt"]]
     numbered = [(match[1], int(match[2]), ending) for ending in files if (match := NUMBERED.fullmatch(ending))]
     endings = [*(["txt"] if "txt" in files else []), *(ending for _, _, ending in sorted(numbered))]
     others = [ending for ending in files if ending.endswith(".txt") and ending not in endings]
@@ -154,8 +156,8 @@ def titles_and_negatives(texts: Sequence[bytes], record: bytes | None) -> tuple[
 
 def _field(fields: Mapping[str, Any], *names: str) -> list[str]:
     """Return the texts, one or a list, of the first of `names` that has any. Raises BadSample."""
-    for name in names:
-        value = fields.get(name)
+    for name in filter(fields.__contains__, names):
+        value = fields[name]
         values = [each for each in (value if isinstance(value, list) else [value]) if each not in (None, "")]
         for each in values:
             try:

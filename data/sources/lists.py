@@ -43,14 +43,15 @@ def flatten(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    values, kind, lengths_N = column, column.type, np.ones(len(column), np.int64)
+    values, kind, row_F = column, column.type, np.arange(len(column))
     if is_list(kind):
         values = pa.chunked_array([chunk.flatten() for chunk in column.chunks], kind.value_type)
         lengths_N = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
+        row_F = np.repeat(row_F, lengths_N)
     if is_list(kind) and pa.types.is_struct(values.type):
         field = text_field([field.name for field in values.type])
         values = pc.struct_field(values, field) if field else values
-    return values, np.repeat(np.arange(len(column)), lengths_N)
+    return values, row_F
 
 
 def text_field(names: Iterable[str]) -> str | None:

@@ -28,6 +28,7 @@ ENDINGS = "|".join(re.escape(ending) for ending in sorted(PICTURES))
 READABLE = f"^(https?|{'|'.join(PACKAGES)})://"  # images at such an address are read
 URL = "^[a-z][a-z0-9+.-]+://"
 NO_ID = "^(/|file:|[a-z][a-z0-9+.-]+://)"
+UNUSUAL = r"[:#\\]"  # without these a path is spelt as it is; one search instead of four
 NUMBERED = rf"(?i)({ENDINGS})#\d+$"  # Flickr8k.token.txt counts the captions of an image so
 TEMPLATE = re.compile(r"([^{}]*)\{(?::?0?(\d+)d?)?\}([^{}]*)")
 CHECKED_NAMES = 20  # images that are looked for in other folders if none of them is in its place
@@ -101,6 +102,8 @@ def _normalize(path: pa.Array, location: ImageLocation, source: str, account: Ac
     if _any(bare := pc.starts_with(path, "//")):
         account.note(f"{source}: image addresses that begin with // are read as https://")
         path = pc.if_else(pc.fill_null(bare, False), pc.binary_join_element_wise("https:", path, ""), path)
+    if not _any(pc.match_substring_regex(path, UNUSUAL)):
+        return path
     is_file = pc.match_substring_regex(path, "^file:", ignore_case=True)
     path = _replace_values(path, is_file, path_of_file_url)
     is_url = pc.match_substring_regex(path, URL, ignore_case=True)
@@ -173,7 +176,9 @@ def _absolute(path: pa.Array, start: int, location: ImageLocation, problems: dic
     roots = tuple(folder.rstrip("/") + "/" for folder in location.folders)
     full = path
     if location.relative:
-        full = pc.if_else(pc.or_(url, absolute), path, pc.binary_join_element_wise(roots[0], path, location.ending, ""))
+        below = pc.binary_join_element_wise(roots[0], path, *filter(None, [location.ending]), "")
+        named = pc.or_(url, absolute)
+        full = pc.if_else(named, path, below) if _any(named) else below
     if location.anywhere:
         return full
     suspect = pc.or_(pc.match_substring_regex(path, r"(^|/)\.\.(/|$)"), not location.relative)

@@ -44,6 +44,7 @@ LABEL = "label"  # a column beside those of the roles: the name of the row's cla
 SHOWN = 20  # titles that are looked at for names of pictures
 PICTURE = re.compile(rf"\S+({ENDINGS})", re.IGNORECASE)
 EXTRA_COLUMNS = ("split", LABEL)  # columns that readers may give beside image, title and title_neg
+PIECE = 1 << 16  # image paths that are worked on at one time
 FLAGS = {"image": "--image-column", "title": "--title-column", "title_neg": "--negative-column",
          "split": "--split-column"}
 
@@ -100,8 +101,8 @@ def detect_columns(names: list[str], columns: Columns, source: str, account: Acc
     """
     existing = f"there are {', '.join(_shown(names)) or 'none'}"
     picked: dict[str, list[str]] = {}
-    choices = []
-    for role, known in KNOWN.items():
+    choices, missing = [], []
+    for role in KNOWN:
         given = columns.names(role)
         for name in set(given) - set(names):
             close = difflib.get_close_matches(name, names, 1)
@@ -114,12 +115,14 @@ def detect_columns(names: list[str], columns: Columns, source: str, account: Acc
         if given or families:
             picked[role] = [*given] or families[0]
         elif role not in OPTIONAL:
-            raise UserError(f"{source}: no {role} column ({', '.join(known)}); {existing}; name one with {FLAGS[role]}")
+            missing.append(role)
         unused = [name for family in families[1:] for name in family]
         unused += [] if given else _lookalikes(role, names, families)
         if unused or families and (len(families[0]) > 1 or families[0][0].strip().lower() in TUPLE):
             choices.append(f"{role} = {', '.join(_shown(picked.get(role, ()))) or 'none'}"
                            + (f" (not used: {', '.join(_shown(unused))})" if unused else ""))
+    if missing:
+        raise _no_column(missing, source, existing)
     if choices:
         account.note(f"columns: {'; '.join(choices)}")
     for column in [name for role in picked for name in picked[role]]:
@@ -127,6 +130,15 @@ def detect_columns(names: list[str], columns: Columns, source: str, account: Acc
             raise UserError(f"{source}: the column {column[:100]!r} is there {names.count(column)} times; rename all "
                             "but one")
     return picked
+
+
+def _no_column(roles: Sequence[str], source: str, existing: str) -> UserError:
+    """Return the error for roles without a known column: all of them at once, with the flags that name columns."""
+    lacking = " and ".join(f"no {role} column" for role in roles)
+    flags = " and ".join(FLAGS[role] for role in roles)
+    known = "; ".join(f"{role}: {', '.join(KNOWN[role])}" for role in roles)
+    which = "name one with" if len(roles) == 1 else "name them with"
+    return UserError(f"{source}: {lacking}; {existing}; {which} {flags} (known names are {known})")
 
 
 def _families(role: str, names: Sequence[str], with_bytes: Collection[str], taken: Collection[str]) -> list[list[str]]:
@@ -202,14 +214,18 @@ def to_row_columns(table: pa.Table, source: str, location: ImageLocation, accoun
 
     problems: dict[int, BadSample] = {}  # by place in the table
     pictures, paths, start = [], [], 0
-    for chunk in table["image"].chunks:
+    for chunk in _pieces(table["image"]):
         data, path = _bytes_and_path(chunk, source, start, problems)
         path = pc.utf8_trim_whitespace(path)
         paths.append(pc.if_else(pc.or_(pc.is_valid(data), pc.equal(path, "")), pa.scalar(None, pa.string()), path))
         pictures.append(embedded.references(data, source))
         start += len(chunk)
     paths_N = absolute_paths(pa.chunked_array(paths, pa.string()), location, source, account, problems).chunks
-    images = [pc.coalesce(picture, path, "") for picture, path in zip(pictures, paths_N, strict=True)]
+    images = []
+    for picture, path in zip(pictures, paths_N, strict=True):
+        # A coalesce would copy every path, fill_null copies none where each row has one.
+        has_pictures = picture.null_count < len(picture)
+        images.append(pc.coalesce(picture, path, "") if has_pictures else pc.fill_null(path, ""))
     columns = {"image": pa.chunked_array(images, pa.string())}
     for role in ("title", "title_neg"):
         if role not in table.column_names:
@@ -232,8 +248,15 @@ def to_row_columns(table: pa.Table, source: str, location: ImageLocation, accoun
     return explode(rows, "title") if is_list(rows["title"].type) else rows
 
 
+def _pieces(column: pa.ChunkedArray) -> list[pa.Array]:
+    """Return the chunks of a column, those of text cut to PIECE rows: what is made of one on the way is soon freed."""
+    if holds_bytes(column.type):  # a chunk of pictures in memory is copied to a file of its own
+        return column.chunks
+    return [chunk.slice(start, PIECE) for chunk in column.chunks for start in range(0, len(chunk), PIECE)]
+
+
 def _picture_name(texts: pa.ChunkedArray) -> str:
-    """The first text where all of the first ones are names of pictures, else ""."""
+    """Return the first text where all of the first ones are names of pictures, else ""."""
     shown = [text for text in texts.slice(0, SHOWN).to_pylist() if text]
     return shown[0] if shown and all(PICTURE.fullmatch(text) for text in shown) else ""
 

@@ -57,9 +57,17 @@ def load_splits(dataset: str, options: ReadOptions = DETECT, ledger: Ledger = di
         raise UserError(f"{error.filename or dataset}: {error.strerror or error}") from error
     account.close(dataset)
     account.note_unused(options.by_flag())
+    _release_memory()
     if len(splits) == 1 and not splits.keys() & {"valid", "test"}:
         return {"train": replace(next(iter(splits.values())), name="train")}
     return dict(sorted(splits.items(), key=lambda item: (*SPLITS, item[0]).index(item[0])))
+
+
+def _release_memory() -> None:
+    """Give back to the system what Arrow keeps of the memory that reading took: 150 MB after a million rows."""
+    import pyarrow as pa
+
+    pa.default_memory_pool().release_unused()
 
 
 def _parts(dataset: str, context: ReadContext, download: Download, account: Account) -> list[DatasetPart]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -56,7 +57,7 @@ def select_groups(groups: Mapping[str, Sequence[T]], options: ReadOptions, accou
 
 def without_split_column(name: str, tables: Sequence[pa.Table], account: Account) -> list[pa.Table]:
     """Return the tables of one of several splits without their column of splits; other names in it are noted."""
-    others = {canonical_split(str(value)) for table in tables for value in _values(table)} - {"", name}
+    others = {canonical_split(value) for table in tables for value in _values(table).unique().to_pylist()} - {"", name}
     if others:
         account.note("the column 'split' is not used, as the dataset names its splits; --split-column split uses it "
                      "instead")
@@ -71,12 +72,13 @@ def divide_by_column(name: str, tables: Sequence[pa.Table], sources: Sequence[st
     not there.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     values = [_values(table) for table in tables]
     counts: dict[str, int] = {}
     for each in values:
-        for value, count in zip(*np.unique(each, return_counts=True), strict=True):
-            counts[str(value)] = counts.get(str(value), 0) + int(count)
+        for entry in sorted(pc.value_counts(each).to_pylist(), key=itemgetter("values")):
+            counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
     blank = counts.pop("", 0)
     if not _names_splits(counts, options, sources, account):
         split = _rename([name], options).get(name, name) if options.splits else name
@@ -85,28 +87,28 @@ def divide_by_column(name: str, tables: Sequence[pa.Table], sources: Sequence[st
     divided: dict[str, list[pa.Table]] = {}
     for source, table, value_N in zip(sources, tables, values, strict=True):
         number_N = table[ROW].to_numpy() if ROW in table.column_names else np.arange(len(table))
-        problems = {int(row): BadSample("no-split", "the row names no split") for row in np.flatnonzero(value_N == "")}
+        blank_rows = np.flatnonzero(pc.equal(value_N, ""))
+        problems = {int(row): BadSample("no-split", "the row names no split") for row in blank_rows}
         drop_rows(table, problems, number_N, source, account)
-        split_N = np.array([renamed.get(str(value), "") for value in value_N], object)
         for split in dict.fromkeys(renamed.values()):
-            divided.setdefault(split, []).append(_without_column(table).filter(pa.array(split_N == split)))
+            names = pa.array([name for name, new in renamed.items() if new == split], pa.string())
+            divided.setdefault(split, []).append(_without_column(table).filter(pc.is_in(value_N, names)))
     account.note(_describe(sources[0], counts, blank, renamed))
     return divided
 
 
-def _values(table: pa.Table) -> np.ndarray:
-    """Return the split that each row names, "" for none; an array of str [N]."""
+def _values(table: pa.Table) -> pa.ChunkedArray:
+    """Return the split that each row names, "" for none; a string for each row, none at all without the column."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     if COLUMN not in table.column_names:
-        return np.array([], object)
+        return pa.chunked_array([], pa.string())
     try:
         plain = pa.chunked_array([decoded(chunk).cast(pa.string()) for chunk in table[COLUMN].chunks], pa.string())
-        texts = pc.fill_null(pc.utf8_trim_whitespace(plain), "")
-        return texts.to_numpy().astype(object)
+        return pc.fill_null(pc.utf8_trim_whitespace(plain), "")
     except pa.ArrowException:  # lists, or text that is not UTF-8
-        return np.full(len(table), "", object)
+        return pa.chunked_array([[""] * len(table)], pa.string())
 
 
 def _names_splits(counts: Mapping[str, int], options: ReadOptions, sources: Sequence[str], account: Account) -> bool:

@@ -88,7 +88,7 @@ def read_table(path: Path, options: ReadOptions, account: Account, embedded: Emb
                             f"valid/ test/, nor images ({' '.join(sorted(PICTURES))})")
         try:
             return from_records(pictures(path, account), options.columns, str(path), message_if_empty, account,
-                                " (images with KEY.txt, KEY.json)")
+                                " (images; a title is in KEY.txt or KEY.json beside KEY.jpg)")
         except UserError:
             if options.columns.title or not holds_pictures(path) or holds_titled_pictures(path):
                 raise

@@ -26,7 +26,7 @@ from data.web.storage import Entry, is_stored
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT = "thumbtune remote shard 1"
+FORMAT = "thumbtune remote shard 2"
 FOLDER = "remote-shards"  # in --cache-dir
 CONTENT = "content"  # the column of content keys; null where the picture cannot be used
 
@@ -38,6 +38,7 @@ class ShardRecord(NamedTuple):
     max_pixels: int  # the limit that its pictures were decoded under
     problems: Sequence[dict[str, Any]]  # ledger entries of samples and damage
     table: pa.Table  # COLUMNS and CONTENT
+    classes: Sequence[str]  # the names of the classes then, from a file beside the shard
 
     def keys(self) -> np.ndarray:
         """Return the content keys [n, 16] of its usable pictures."""
@@ -53,12 +54,12 @@ def record_path(cache: Path, address: str) -> Path:
 
 
 def make_record(entry: Entry, max_pixels: int, problems: Sequence[dict[str, Any]], rows: Sequence[tuple[Any, ...]],
-                keys: Sequence[bytes]) -> ShardRecord:
+                keys: Sequence[bytes], classes: Sequence[str]) -> ShardRecord:
     """Return the record of samples with these values of COLUMNS and these content keys, b"" for an unusable picture."""
     import pyarrow as pa
 
     content = pa.array([key or None for key in keys], pa.binary(KEY))
-    return ShardRecord(entry, max_pixels, problems, table_of(rows).append_column(CONTENT, content))
+    return ShardRecord(entry, max_pixels, problems, table_of(rows).append_column(CONTENT, content), classes)
 
 
 def write_record(cache: Path, record: ShardRecord) -> None:
@@ -68,7 +69,7 @@ def write_record(cache: Path, record: ShardRecord) -> None:
     path = record_path(cache, record.entry.address)
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {"format": FORMAT, "entry": record.entry[:3], "max_pixels": record.max_pixels,
-             "problems": list(record.problems)}
+             "problems": list(record.problems), "classes": list(record.classes)}
     table = record.table.replace_schema_metadata({"facts": json.dumps(facts)})
     temporary = path.with_name(f".{secrets.token_hex(8)}.arrow")
     try:
@@ -90,7 +91,7 @@ def read_record(path: Path) -> ShardRecord | None:
         facts = json.loads(table.schema.metadata[b"facts"])
         if facts["format"] == FORMAT:
             return ShardRecord(Entry(*facts["entry"]), facts["max_pixels"], facts["problems"],
-                               table.replace_schema_metadata(None))
+                               table.replace_schema_metadata(None), facts["classes"])
     return None
 
 

@@ -111,19 +111,25 @@ def read_remote(file: RemoteFile, options: ReadOptions, account: Account, embedd
         raise UserError(f"{file.address}: its record {file.path} is gone or damaged; run again")
     for entry in record.problems:
         account.drop_sample(entry)
-    return _index_as_rows(record.table, file.address, options, account)
+    rows = _index_as_rows(record.table, file.address, options, account)
+    return _with_labels(rows, record.classes)
 
 
 def _shard(path: Path, options: ReadOptions, account: Account) -> pa.Table:
     table = _index_as_rows(read_index(path, account.drop_sample), str(path.absolute()), options, account)
-    if classes := class_names_beside(path):
-        import pyarrow as pa
-        import pyarrow.compute as pc
+    return _with_labels(table, class_names_beside(path))
 
-        title = pc.list_element(table["title"], 0)
-        is_class = pc.and_(pc.is_in(title, pa.array(classes)), pc.equal(pc.list_value_length(table["title"]), 1))
-        table = table.append_column(LABEL, pc.if_else(is_class, title, pa.scalar(None, pa.string())))
-    return table
+
+def _with_labels(table: pa.Table, classes: Sequence[str]) -> pa.Table:
+    """The rows of a shard with LABEL, where there are names of classes: the lone title that is one of them, or null."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not classes:
+        return table
+    title = pc.list_element(table["title"], 0)
+    is_class = pc.and_(pc.is_in(title, pa.array(classes)), pc.equal(pc.list_value_length(table["title"]), 1))
+    return table.append_column(LABEL, pc.if_else(is_class, title, pa.scalar(None, pa.string())))
 
 
 def _index_as_rows(index: pa.Table, shard: str, options: ReadOptions, account: Account) -> pa.Table:

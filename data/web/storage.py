@@ -139,6 +139,17 @@ def read(address: str, most: int) -> bytes:
     return data
 
 
+def read_if_there(address: str, most: int) -> bytes | None:
+    """The bytes of a file of at most `most`; None where there is none that may be read. Raises BadSample."""
+    try:
+        return read(address, most)
+    except BadSample as problem:
+        refusal = problem.__cause__ and problem.__cause__.__cause__
+        if isinstance(refusal, (FileNotFoundError, PermissionError)):  # S3 refuses what it may not say is missing
+            return None
+        raise
+
+
 def read_range(address: str, offset: int, size: int) -> bytes:
     """Exactly `size` bytes from `offset` on, in any thread. Raises BadSample."""
     def attempt() -> bytes:

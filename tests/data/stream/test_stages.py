@@ -8,13 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import tiny_tokenizer
-from scenes import jpeg, wds_shards
+from scenes import entries, jpeg, wds_shards
 
 from data.batch import BadSample, UserError
 from data.cold import Encoders
 from data.shards.writer import ShardWriter
-from data.stream.shards import count_samples, divide_shards, shard_order, split_by_rank
+from data.stream.shards import (
+    count_samples,
+    divide_shards,
+    find_local_shards,
+    local_pattern,
+    shard_order,
+    split_by_rank,
+)
 from data.stream.stages import AHEAD, Decoded, Sample, collate, content_id, read_ahead, read_shard, shuffle
+from data.web import storage
+from data.web.storage import Entry
 
 
 def ignore(shard: int) -> None:
@@ -30,8 +39,10 @@ def test_an_epoch_has_the_samples_that_webdataset_gives(tmp_path: Path) -> None:
         theirs[sample["__key__"], sample["jpg"], sample["txt"].decode()] += 1
     for size in (1, 2, 3):
         order, ours = shard_order(len(shards), 1, 0), Counter[tuple[str, bytes, str]]()
+        stated = entries(shards)
         for rank in range(size):
-            read = read_ahead(split_by_rank(order, rank, size), lambda shard: read_shard(shard, shards[shard]), ignore)
+            own = split_by_rank(order, rank, size)
+            read = read_ahead(own, lambda shard, stated=stated: read_shard(shard, stated[shard]), ignore)
             ours.update((sample.key, sample.image, sample.title) for sample in shuffle(read, 7, str(rank)))
         assert ours == theirs
 
@@ -52,7 +63,7 @@ def test_shards_are_read_in_order_with_few_open_and_none_left_open(tmp_path: Pat
 
     def read(shard: int):  # type: ignore[no-untyped-def]
         started.append(shard)
-        return read_shard(shard, shards[shard])
+        return read_shard(shard, entries(shards)[shard])
 
     stream = read_ahead([3, 1, 0, 2, 5, 7], read, ignore)
     first = [next(stream).shard for _ in range(6)]
@@ -65,12 +76,13 @@ def test_shards_are_read_in_order_with_few_open_and_none_left_open(tmp_path: Pat
     assert AHEAD and not [thread for thread in threading.enumerate() if thread.name == "read-shard"]
 
 
-def test_a_shard_that_is_no_tar_ends_the_run_by_name(tmp_path: Path) -> None:
+def test_a_shard_that_is_no_tar_ends_the_run_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a download that broke off is passed over in silence, or ends in a traceback of a thread."""
+    monkeypatch.setattr(storage, "BACKOFF", 0.0)
     (tmp_path / "train-0.tar").write_bytes(b"<html>" * 500)
     for name, said in (("train-0.tar", "no tar file"), ("train-1.tar", "No such file")):
         with pytest.raises(UserError, match=f"{name}.*{said}"):
-            list(read_ahead([0], partial(read_shard, address=str(tmp_path / name)), ignore))
+            list(read_ahead([0], partial(read_shard, shard=Entry(str(tmp_path / name), 3000, "")), ignore))
 
 
 @pytest.mark.parametrize("size", [0, 1, 10, 1000])
@@ -112,16 +124,21 @@ def test_shards_are_divided_into_those_that_train_and_those_that_are_measured(tm
     """Else valid is trained on; and what cannot be streamed is refused with the way out."""
     for name in ("train-0.tar", "train-1.tar", "valid-0.tar", "test-0.tar", "notes.txt"):
         (tmp_path / name).write_bytes(b"")
-    train, measured = divide_shards(str(tmp_path))
-    assert [Path(shard).name for shard in train] == ["train-0.tar", "train-1.tar"]
-    assert measured == f"{{{tmp_path}/test-0.tar,{tmp_path}/valid-0.tar}}"
-    assert divide_shards(f"{tmp_path}/{{train-0,valid-0}}.tar") == ([f"{tmp_path}/train-0.tar"],
-                                                                    f"{tmp_path}/valid-0.tar")
+    def divide(dataset: object) -> tuple[list[str], list[str]]:
+        divided = divide_shards(find_local_shards(str(dataset)), str(dataset))
+        return ([Path(shard.address).name for shard in divided.train],
+                [Path(shard.address).name for each in divided.measured.values() for shard in each])
+
+    assert divide(tmp_path) == (["train-0.tar", "train-1.tar"], ["test-0.tar", "valid-0.tar"])
+    assert divide(f"{tmp_path}/{{train-0,valid-0}}.tar") == (["train-0.tar"], ["valid-0.tar"])
+    assert local_pattern(find_local_shards(f"{tmp_path}/valid-*.tar")) == f"{tmp_path}/valid-0.tar"
     for dataset, said in ((tmp_path / "train-{0..2}.tar", "train-2.tar: no such file"),
                           (tmp_path / "train-{0..1}.tar", "no shards but train's"),
-                          (tmp_path / "valid-0.tar", "none called train")):
+                          (tmp_path / "valid-0.tar", "no shards but valid's"),
+                          (tmp_path / "{valid,test}-0.tar", "has valid, test; --splits train=NAME"),
+                          (tmp_path / "notes.txt", "none called train")):
         with pytest.raises(UserError, match=said):
-            divide_shards(str(dataset))
+            divide(dataset)
 
 
 def test_indexes_count_the_samples(tmp_path: Path) -> None:
@@ -130,9 +147,9 @@ def test_indexes_count_the_samples(tmp_path: Path) -> None:
         for number in range(10):
             writer.write(f"{number}", jpeg(number), "a title")
     shards = sorted(map(str, tmp_path.glob("*.tar")))
-    assert len(shards) == 3 and count_samples(shards) == 10
+    assert len(shards) == 3 and count_samples(entries(shards)) == 10
     Path(f"{shards[1]}.index.json").unlink()
-    assert count_samples(shards) is None
+    assert count_samples(entries(shards)) is None
 
 
 def test_unusable_samples_are_reported_with_their_shard_and_key(tmp_path: Path) -> None:
@@ -147,6 +164,6 @@ def test_unusable_samples_are_reported_with_their_shard_and_key(tmp_path: Path) 
     def report(shard: str, key: str, problem: BadSample) -> None:
         problems.append((key, problem.reason))
 
-    shard = read_shard(0, str(tmp_path / "train-0.tar"), report=report)
-    assert [sample.key for sample in shard] == ["a"]
+    (shard,) = entries([str(tmp_path / "train-0.tar")])
+    assert [sample.key for sample in read_shard(0, shard, report)] == ["a"]
     assert problems == [("b", "no-image"), ("c", "no-title")]

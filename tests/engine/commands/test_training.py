@@ -47,8 +47,8 @@ def train(home: Path, out: str, *flags: str, stop: int = 0) -> tuple[int, list[s
     world, read = World(rank, rank, size, torch.device("cpu")), list[str]()
     original = stream_batches.read_shard
 
-    def noted(*args: object) -> Iterator[Sample]:
-        read.append(Path(str(args[1])).name)
+    def noted(*args: Any) -> Iterator[Sample]:
+        read.append(args[1].name)
         return original(*args)  # type: ignore[arg-type]
 
     try:

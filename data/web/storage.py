@@ -26,6 +26,8 @@ PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "a
             "abfss": "adlfs", "hf": "huggingface_hub", "memory": "fsspec"}
 VERSIONS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "blob_id", "LastModified", "last_modified",
             "mtime", "created")  # what drivers say of a file's version; the first that is there counts
+CREDENTIALS = r"//[^/@?]*:[^/@?]*@"
+SECRET = re.compile(r"(?i)(^|&)[^=&]*(sig|key|token|secret|credential|auth|passw)[^=&]*=")  # names of parameters
 BLOCK = 8 << 20  # bytes of one request of a stream
 AHEAD = 2  # blocks requested before they are needed
 RETRIES = 5  # further tries of a request after a failure that may pass
@@ -76,7 +78,14 @@ def is_stored(address: str) -> bool:
 
 def public_name(address: str) -> str:
     """The address as messages show it: without a query or credentials."""
-    return re.sub(r"//[^/@]*:[^/@]*@", "//", address.partition("?")[0])
+    return re.sub(CREDENTIALS, "//", address.partition("?")[0])
+
+
+def without_secrets(address: str) -> str:
+    """The address without credentials, and without a query that carries some, as that of a signed address does."""
+    if "://" not in address:
+        return address
+    return public_name(address) if SECRET.search(address.partition("?")[2]) else re.sub(CREDENTIALS, "//", address)
 
 
 def parent(address: str) -> str:

@@ -28,7 +28,7 @@ from data.sources.split_names import select_shards
 from data.store.feature_split import FeatureSplit
 from data.web.limits import FetchPolicy, check_proxy
 from data.web.remote_tables import copy_file
-from data.web.storage import Entry, RemoteFile, is_stored
+from data.web.storage import Entry, RemoteFile, is_stored, without_secrets
 from engine.clip.encoder import CPU_TITLES, BatchedEncoder
 from engine.clip.model import Head, LoadedModel, open_model
 from engine.clip.towers import fingerprint
@@ -132,7 +132,7 @@ def require_split(cfg: Config, split: str, names: Collection[str]) -> None:
     if split in names:
         return
     lone = [*names][0] if len(names) == 1 else ""
-    there = f"--dataset {cfg.dataset} has no split {split!r}; it has {', '.join(names)}"
+    there = f"--dataset {without_secrets(cfg.dataset)} has no split {split!r}; it has {', '.join(names)}"
     if split == WHOLE:
         fix = (f"--splits train={lone} trains on it, divided in three by --seed" if lone else
                "--splits train=NAME,test=NAME says which to use")

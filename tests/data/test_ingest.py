@@ -198,7 +198,7 @@ def test_several_captions_class_names_and_templates_of_a_store_are_those_of_the_
                 fields = {"json": {"caption": [f"a {number}", f"one {number}"], "negatives": [f"no {number}", "none"]}}
             writer.write({"__key__": f"{number:06}", "jpg": image.read_bytes(), **fields})
     (shards / "classnames.txt").write_text("cat\nred_fox\n")
-    flags = ["eval", "--split", "test", "--model", tiny_model, "--precision", "fp32", "--json",
+    flags = ["eval", "--split", "test", "--model", tiny_model, "--precision", "fp32",
              "--template", "a photo of a {},a drawn {}", "--max-bad", "50%"]
     for names in ("cat\nred_fox\n", "cat\nred_fox\nowl\n"):
         (shards / "classnames.txt").write_text(names)

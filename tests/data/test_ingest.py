@@ -200,9 +200,10 @@ def test_several_captions_class_names_and_templates_of_a_store_are_those_of_the_
     (shards / "classnames.txt").write_text("cat\nred_fox\n")
     flags = ["eval", "--split", "test", "--model", tiny_model, "--precision", "fp32",
              "--template", "a photo of a {},a drawn {}", "--max-bad", "50%"]
+    upload(shards, "bucket")
     for names in ("cat\nred_fox\n", "cat\nred_fox\nowl\n"):
         (shards / "classnames.txt").write_text(names)
-        upload(shards, "bucket")
+        Store().pipe_file("/bucket/classnames.txt", names.encode())
         there = inside([*flags, "--dataset", "memory://bucket", "--cache-dir", tmp_path / "cache"])
         here = inside([*flags, "--dataset", shards, "--cache-dir", tmp_path / "local"])
         assert there.returncode == here.returncode == 0, there.stderr + here.stderr

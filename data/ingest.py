@@ -1,8 +1,8 @@
 """Stream shards from a store once, in sequence, straight into the feature store; nothing else is kept of them.
 
 Ranks share the shards. Pictures are decoded in threads while the stream goes on and encoded in CHUNKs, which may reach
-over the end of a shard; the record of a shard (data/shards/records.py) is written when its last feature is stored. A
-killed run begins again at the first shard without a record, and does not encode again what is stored.
+over the end of a shard; the manifest of a shard (data/shards/manifests.py) is written when its last feature is stored. A
+killed run begins again at the first shard without a manifest, and does not encode again what is stored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from data.cold import CHUNK, FeatureWriter, Pipeline, Reader
 from data.images.decode import decode_image
 from data.prefetch import threaded_map
 from data.progress import DownloadProgress
-from data.shards.records import ShardRecord, make_record, read_record, record_path, write_record
+from data.shards.manifests import ShardManifest, make_manifest, read_manifest, manifest_path, write_manifest
 from data.shards.stream import ForwardFile, class_names, stream_samples
 from data.store.features import FeatureStore
 from data.store.segments import key_of
@@ -33,7 +33,7 @@ MAX_AHEAD = 1 << 28  # bytes of pictures that wait for a thread to decode them
 
 
 def ingest_shards(splits: Mapping[str, Sequence[Entry]], pipeline: Pipeline) -> dict[str, list[RemoteFile]]:
-    """Stream the shards of each split that have no record of their present version; return all of them with records.
+    """Stream the shards of each split that have no manifest of their present version; return all of them with manifests.
 
     So are those whose features the store lacks, as after a change of the model. Raises UserError.
     """
@@ -46,12 +46,12 @@ def ingest_shards(splits: Mapping[str, Sequence[Entry]], pipeline: Pipeline) -> 
     missing: dict[str, Entry] = {}
     changed: list[str] = []
     for entry in threaded_map(stat, own, STATS_AT_ONCE, STATS_AT_ONCE):
-        record = read_record(record_path(cache, entry.address))
+        manifest = read_manifest(manifest_path(cache, entry.address))
         names = classes[parent(entry.address)]
-        if record is None or record.classes != names or not _is_current(record, entry, pipeline.reader, store):
+        if manifest is None or manifest.classes != names or not _is_current(manifest, entry, pipeline.reader, store):
             missing[entry.address] = entry
-        if record is not None and (record.entry != entry or record.classes != names):
-            what = "" if record.entry != entry else "the file of class names beside "
+        if manifest is not None and (manifest.entry != entry or manifest.classes != names):
+            what = "" if manifest.entry != entry else "the file of class names beside "
             changed.append(f"{what}{public_name(entry.address)}")
     if changed:
         more = f" (and {len(changed) - 1:,} more shards)" if len(changed) > 1 else ""
@@ -66,14 +66,14 @@ def ingest_shards(splits: Mapping[str, Sequence[Entry]], pipeline: Pipeline) -> 
             store.refresh()
             encoded = f", {store.grown:,} images encoded"
         pipeline.log(f"streamed {len(todo):,} of {len(shards):,} shards once{encoded}")
-    return {name: [RemoteFile(entry.address, record_path(cache, entry.address)) for entry in entries]
+    return {name: [RemoteFile(entry.address, manifest_path(cache, entry.address)) for entry in entries]
             for name, entries in splits.items()}
 
 
-def _is_current(record: ShardRecord, entry: Entry, reader: Reader, store: FeatureStore | None) -> bool:
-    if record.entry != entry or record.max_pixels > reader.max_pixels:
+def _is_current(manifest: ShardManifest, entry: Entry, reader: Reader, store: FeatureStore | None) -> bool:
+    if manifest.entry != entry or manifest.max_pixels > reader.max_pixels:
         return False
-    return store is None or bool((store.locate(record.keys()) >= 0).all())
+    return store is None or bool((store.locate(manifest.keys()) >= 0).all())
 
 
 @dataclass
@@ -154,15 +154,15 @@ class _Ingestion:
             raise self.failure
 
     def _finish(self, ended: deque[_Shard]) -> None:
-        """Write the records of these shards, whose pictures are all encoded."""
+        """Write the manifests of these shards, whose pictures are all encoded."""
         if ended:
             self.writer.flush()
         while ended:
             shard = ended.popleft()
-            record = make_record(shard.entry, self.reader.max_pixels, shard.problems, shard.rows, shard.keys,
+            manifest = make_manifest(shard.entry, self.reader.max_pixels, shard.problems, shard.rows, shard.keys,
                                  shard.classes)
             with disk_errors_as_user_errors(self.pipeline.cache):
-                write_record(self.pipeline.cache, record)
+                write_manifest(self.pipeline.cache, manifest)
             self.progress()
 
     def _pictures(self, entries: Sequence[Entry]) -> Iterator[_Picture]:

@@ -28,7 +28,7 @@ from data.sources.rows import (
     detect_columns,
     holds_bytes,
     rename_to_roles,
-    without,
+    drop_rows,
 )
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def read_parquet(path: Path, options: ReadOptions, account: Account, embedded: E
             used = {*failures, *(name for role in picked for name in picked[role])} - ({image} if is_copied else set())
             whole = file.read(columns=[*used])
         if is_copied:
-            whole = whole.append_column(image, embedded.of_parquet(path, image))
+            whole = whole.append_column(image, embedded.map_parquet_column(path, image))
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         text = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: not a Parquet file that can be read ({text})") from error
@@ -64,7 +64,7 @@ def read_parquet(path: Path, options: ReadOptions, account: Account, embedded: E
         return table
     table = table.append_column(ROW, pa.array(np.arange(len(table))))
     bad = img2dataset.failed(whole)
-    return without(table, bad, np.arange(len(table)), str(path), account)
+    return drop_rows(table, bad, np.arange(len(table)), str(path), account)
 
 
 def read_arrow(path: Path, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
@@ -80,11 +80,11 @@ def read_arrow(path: Path, options: ReadOptions, account: Account, embedded: Emb
     return roles_of(table, options.columns, str(path), account)
 
 
-def roles_of(table: pa.Table, columns: Columns, label: str, account: Account,
+def roles_of(table: pa.Table, columns: Columns, source: str, account: Account,
              classes: ClassNames | None = None) -> pa.Table:
     """The columns of a table in use, under their roles. `classes`: names that the schema does not tell."""
     named = {**class_names(table.schema), **(classes or {})}
-    picked = _detect(table.schema, _with_labels(table.schema, named, columns), label, account)
+    picked = _detect(table.schema, _with_labels(table.schema, named, columns), source, account)
     return _to_roles(table, picked, named)
 
 
@@ -127,10 +127,10 @@ def _holds(schema: pa.Schema, name: str) -> bool:
     return holds_bytes(kind.value_type if _is_list(kind) else kind)
 
 
-def _detect(schema: pa.Schema, columns: Columns, label: str, account: Account) -> dict[str, list[str]]:
+def _detect(schema: pa.Schema, columns: Columns, source: str, account: Account) -> dict[str, list[str]]:
     embedded = {field.name for field in schema if _holds(schema, field.name)} if len(set(schema.names)) == len(
         schema.names) else set[str]()
-    return detect_columns(schema.names, columns, label, account, embedded)
+    return detect_columns(schema.names, columns, source, account, embedded)
 
 
 def _to_roles(table: pa.Table, picked: Mapping[str, Sequence[str]], classes: ClassNames) -> pa.Table:

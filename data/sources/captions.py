@@ -19,9 +19,9 @@ from data.batch import BadSample, UserError
 from data.files import open_unpacked
 from data.ledger import Account
 from data.sources.json_tables import load_json
-from data.sources.parts import Part, Reading, by_word, file_part, file_parts, folders_of, one_kind
+from data.sources.parts import DatasetPart, ReadContext, files_by_word, file_part, file_parts, folder_spellings, unique_splits
 from data.sources.rows import ROW, Columns
-from data.sources.split_names import LONE, our_name
+from data.sources.split_names import UNSPLIT, canonical_split
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,10 +39,10 @@ class Layout(NamedTuple):
     pattern: re.Pattern[str]  # names of its files in a folder, in lower case
     places: tuple[str, ...]  # where they lie in a dataset's folder
     is_one: Callable[[bytes], bool]  # by the first bytes of a file
-    parts: Callable[[Sequence[Path], Reading, Account], list[Part]]
+    parts: Callable[[Sequence[Path], ReadContext, Account], list[DatasetPart]]
 
 
-class Captioned(NamedTuple):
+class CaptionedImage(NamedTuple):
     """An image of a file of captions."""
 
     row: int
@@ -89,24 +89,24 @@ class ImageFinder:
                             f"{file.parent / 'images'}, or name their folder with --image-root")
 
 
-def parts_of(split: str, file: Path, reading: Reading, account: Account) -> list[Part]:
-    """The parts of one file, whose own splits count only where `split` is LONE and there are several."""
-    layout = layout_of(file) if file.is_file() else None
+def local_file_parts(split: str, file: Path, context: ReadContext, account: Account) -> list[DatasetPart]:
+    """The parts of one file, whose own splits count only where `split` is UNSPLIT and there are several."""
+    layout = detect_layout(file) if file.is_file() else None
     if layout is None:
-        return [file_part(split, file, reading)]
-    parts = parts_of_layout(layout, [file], reading, account)
-    has_splits = split == LONE and len({part.split for part in parts}) > 1
+        return [file_part(split, file, context)]
+    parts = layout_parts(layout, [file], context, account)
+    has_splits = split == UNSPLIT and len({part.split for part in parts}) > 1
     return parts if has_splits else [replace(part, split=split) for part in parts]
 
 
-def parts_of_layout(layout: Layout, files: Sequence[Path], reading: Reading, account: Account) -> list[Part]:
+def layout_parts(layout: Layout, files: Sequence[Path], context: ReadContext, account: Account) -> list[DatasetPart]:
     """The parts of a layout, which knows its columns: names of others are not used, and that is said."""
-    if reading.options.columns != Columns() and layout.parts is not _table_parts:
+    if context.options.columns != Columns() and layout.parts is not _table_parts:
         account.note(f"{files[0]}: {layout.name} have columns of their own; those given by name are not used")
-    return layout.parts(files, reading, account)
+    return layout.parts(files, context, account)
 
 
-def layout_of(file: Path) -> Layout | None:
+def detect_layout(file: Path) -> Layout | None:
     """The layout of a file by its first bytes, whatever the file is called."""
     try:
         with open_unpacked(file) as opened:
@@ -116,51 +116,51 @@ def layout_of(file: Path) -> Layout | None:
     return next((each for each in LAYOUTS if file.suffix.lower() in each.endings and each.is_one(head)), None)
 
 
-def layouts_in(folder: Path) -> Iterator[tuple[Layout, list[Path]]]:
+def find_layouts(folder: Path) -> Iterator[tuple[Layout, list[Path]]]:
     """The layouts that a folder holds, each with its files."""
     for layout in LAYOUTS:
         for place in layout.places:
             here = folder / place
             names = sorted(os.listdir(here)) if here.is_dir() else []
             files = [here / name for name in names if layout.pattern.fullmatch(name.lower())]
-            files = [file for file in files if file.is_file() and layout_of(file) is layout]
+            files = [file for file in files if file.is_file() and detect_layout(file) is layout]
             if files:
                 yield layout, files
                 break
 
 
-def _karpathy(files: Sequence[Path], reading: Reading, account: Account) -> list[Part]:
+def _karpathy(files: Sequence[Path], context: ReadContext, account: Account) -> list[DatasetPart]:
     file = _only(files)
     value = load_json(file)
     if not isinstance(value, dict) or not isinstance(value.get("images"), list):
         raise UserError(f"{file}: looks like Karpathy's splits and has no list of \"images\"")
 
-    def images() -> Iterator[Captioned]:
+    def images() -> Iterator[CaptionedImage]:
         for row, entry in enumerate(value["images"]):
             try:
-                split = our_name(str(entry.get("split", LONE)))
+                split = canonical_split(str(entry.get("split", UNSPLIT)))
                 titles = [_text(sentence["raw"]) for sentence in entry["sentences"]]
-                yield Captioned(row, split, _text(entry.get("filepath", "")), _text(entry["filename"]), titles)
+                yield CaptionedImage(row, split, _text(entry.get("filepath", "")), _text(entry["filename"]), titles)
             except (KeyError, TypeError, AttributeError) as error:
                 problem = BadSample("bad-json", f"image {row}: no filename, or sentences without raw ({error!r})")
-                yield Captioned(row, LONE, "", "", [], problem)
+                yield CaptionedImage(row, UNSPLIT, "", "", [], problem)
             except BadSample as bad:
-                yield Captioned(row, LONE, "", "", [], bad)
+                yield CaptionedImage(row, UNSPLIT, "", "", [], bad)
 
-    return _parts(file, list(images()), "Karpathy's splits", reading)
+    return _parts(file, list(images()), "Karpathy's splits", context)
 
 
-def _coco(files: Sequence[Path], reading: Reading, account: Account) -> list[Part]:
-    splits = by_word(files)
+def _coco(files: Sequence[Path], context: ReadContext, account: Account) -> list[DatasetPart]:
+    splits = files_by_word(files)
     if len(files) > 1 and not splits:
         raise UserError(f"{files[0].parent}: which of {', '.join(file.name for file in files[:5])}? Pass one of them")
-    splits = one_kind((split, file.name, [file]) for split, files in splits.items() for file in files)
-    splits = splits or {LONE: list(files)}
-    return [Part(split, str(file), folders_of(file.parent, file.parent.parent), partial(_read_coco, file, reading))
+    splits = unique_splits((split, file.name, [file]) for split, files in splits.items() for file in files)
+    splits = splits or {UNSPLIT: list(files)}
+    return [DatasetPart(split, str(file), folder_spellings(file.parent, file.parent.parent), partial(_read_coco, file, context))
             for split, files in splits.items() for file in files]
 
 
-def _read_coco(file: Path, reading: Reading, account: Account) -> pa.Table:
+def _read_coco(file: Path, context: ReadContext, account: Account) -> pa.Table:
     value = load_json(file)
     captions: dict[Any, list[str]] = defaultdict(list)
     problems: dict[Any, BadSample] = {}
@@ -170,41 +170,41 @@ def _read_coco(file: Path, reading: Reading, account: Account) -> pa.Table:
                 captions[annotation["image_id"]].append(_text(annotation["caption"]))
             except BadSample as bad:
                 problems[annotation["image_id"]] = bad
-        rows = [Captioned(row, "", "", _text(image["file_name"]), captions.pop(image["id"], []),
+        rows = [CaptionedImage(row, "", "", _text(image["file_name"]), captions.pop(image["id"], []),
                           problems.get(image["id"])) for row, image in enumerate(value["images"])]
     except (KeyError, TypeError, BadSample) as error:
         raise UserError(f"{file}: looks like COCO's and is not a file of captions (missing: {error}); those are called "
                         "captions_*.json, with images[].file_name and annotations[].caption") from None
     for row, (image, titles) in enumerate(captions.items(), len(rows)):
         problem = BadSample("no-image", f"{len(titles)} captions of the image {image}, which is not among \"images\"")
-        rows.append(Captioned(row, "", "", "", titles, problem))
-    return _table(file, rows, "COCO's captions", reading, account)
+        rows.append(CaptionedImage(row, "", "", "", titles, problem))
+    return _table(file, rows, "COCO's captions", context, account)
 
 
-def _table_parts(files: Sequence[Path], reading: Reading, account: Account) -> list[Part]:
+def _table_parts(files: Sequence[Path], context: ReadContext, account: Account) -> list[DatasetPart]:
     """Tables that the readers of tables know; only their names are special."""
-    return file_parts(by_word(files) or {LONE: files}, reading)
+    return file_parts(files_by_word(files) or {UNSPLIT: files}, context)
 
 
-def _token(files: Sequence[Path], reading: Reading, account: Account) -> list[Part]:
+def _token(files: Sequence[Path], context: ReadContext, account: Account) -> list[DatasetPart]:
     """Parts of `name.jpg#0<TAB>caption`, with the splits of the lists beside it."""
     file = _only(files)
     splits = _flickr8k_splits(file)
-    captions: list[Captioned] = []
+    captions: list[CaptionedImage] = []
     unused = 0
     with open_unpacked(file) as opened:
         for row, line in enumerate(opened):
             match = re.fullmatch(r"(.+)#\d+\t(.*)", line.decode("utf-8", "replace").rstrip("\r\n"))
             if match is None and line.strip():
                 problem = BadSample("bad-row", f"line {row + 1} is not name.jpg#0<TAB>caption")
-                captions.append(Captioned(row, LONE, "", "", [], problem))
+                captions.append(CaptionedImage(row, UNSPLIT, "", "", [], problem))
             elif match is not None and splits and match[1] not in splits:
                 unused += 1
             elif match is not None:
-                captions.append(Captioned(row, splits.get(match[1], LONE), "", match[1], [match[2].strip()]))
+                captions.append(CaptionedImage(row, splits.get(match[1], UNSPLIT), "", match[1], [match[2].strip()]))
     if unused:
         account.note(f"{file}: {unused:,} captions of images in no split of {file.parent} are not used")
-    return _parts(file, captions, "Flickr's .token files", reading)
+    return _parts(file, captions, "Flickr's .token files", context)
 
 
 def _flickr8k_splits(file: Path) -> dict[str, str]:
@@ -214,7 +214,7 @@ def _flickr8k_splits(file: Path) -> dict[str, str]:
         beside = file.with_name(f"Flickr_8k.{split}Images.txt")
         if beside.is_file():
             with open_unpacked(beside) as opened:
-                splits.update(dict.fromkeys(opened.read().decode("utf-8", "replace").split(), our_name(split)))
+                splits.update(dict.fromkeys(opened.read().decode("utf-8", "replace").split(), canonical_split(split)))
     return splits
 
 
@@ -241,25 +241,25 @@ def _text(value: Any) -> str:
     return value
 
 
-def _parts(file: Path, rows: Iterable[Captioned], name: str, reading: Reading) -> list[Part]:
+def _parts(file: Path, rows: Iterable[CaptionedImage], name: str, context: ReadContext) -> list[DatasetPart]:
     """The parts of one file by the splits of its rows."""
-    splits: dict[str, list[Captioned]] = defaultdict(list)
+    splits: dict[str, list[CaptionedImage]] = defaultdict(list)
     for row in rows:
         splits[row.split].append(row)
     if not splits:
         raise UserError(f"{file}: holds no rows; fill it or remove it")
-    stray = splits.pop(LONE, []) if len(splits) > 1 else []
+    stray = splits.pop(UNSPLIT, []) if len(splits) > 1 else []
     no_split = BadSample("no-split", "the image names no split, and others do")
     for row in stray:  # dropped with the rows of the first split
         next(iter(splits.values())).append(row._replace(problem=row.problem or no_split))
-    return [Part(split, str(file), folders_of(file.parent, file.parent.parent),
-                 partial(_table, file, rows, name, reading)) for split, rows in splits.items()]
+    return [DatasetPart(split, str(file), folder_spellings(file.parent, file.parent.parent),
+                 partial(_table, file, rows, name, context)) for split, rows in splits.items()]
 
 
-def _table(file: Path, rows: Sequence[Captioned], name: str, reading: Reading, account: Account) -> pa.Table:
+def _table(file: Path, rows: Sequence[CaptionedImage], name: str, context: ReadContext, account: Account) -> pa.Table:
     import pyarrow as pa
 
-    finder = ImageFinder(file, reading.options.image_root)
+    finder = ImageFinder(file, context.options.image_root)
     images, titles, numbers = [], [], []
     for row in rows:
         if row.problem is not None:

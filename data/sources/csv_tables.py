@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from data.batch import BadSample, UserError
 from data.ledger import Account
-from data.sources.dialect import ADDRESS, BLOCK, Dialect, roles_found, sniff
+from data.sources.dialect import IMAGE_VALUE, BLOCK, Dialect, roles_found, sniff
 from data.sources.options import ReadOptions, resolve_positions
 from data.sources.records import Record, from_records
 from data.sources.rows import Columns, detect_columns, rename_to_roles
@@ -129,11 +129,11 @@ def _headless_image(cells: Sequence[str], options: ReadOptions) -> int | None:
     if named is None:
         if "image" in roles_found(cells, options):
             return None
-        return next((place for place, cell in enumerate(cells) if ADDRESS.fullmatch(cell)), None)
+        return next((place for place, cell in enumerate(cells) if IMAGE_VALUE.fullmatch(cell)), None)
     if named in cells or not named.isdecimal() or not 1 <= int(named) <= len(cells):
         return None
     place = int(named) - 1
-    return place if ADDRESS.fullmatch(cells[place]) else None
+    return place if IMAGE_VALUE.fullmatch(cells[place]) else None
 
 
 def _by_position(columns: Columns, width: int, image: int) -> Columns:
@@ -224,6 +224,6 @@ def _joined(value: str, column: int, shape: _Shape) -> int:
     images += [line[shape.image] for line in others[-1:] if shape.image < len(line) > 1]
     if shape.image >= column and 1 < len(first) == len(shape.names) - column:
         images.append(first[shape.image - column])
-    is_sure = any(ADDRESS.fullmatch(image) for image in images)
+    is_sure = any(IMAGE_VALUE.fullmatch(image) for image in images)
     is_likely = len(whole) == len(others) - 1 > 1 and all(NAME.fullmatch(line[shape.image]) for line in whole)
     return len(others) if is_sure or is_likely else 0

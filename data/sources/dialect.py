@@ -29,7 +29,7 @@ SEPARATORS = (",", ";", "\t", "|")
 WRONG = 20  # lines that are no UTF-8 for each that is, from which on a file is taken for cp1252
 ENOUGH = 10_000  # lines with accents that tell the encoding
 UTF8 = ("utf-8", "utf-8-sig")
-ADDRESS = re.compile(rf"\s*(https?://\S+|file://\S+|.*({ENDINGS})(#\d+)?)\s*", re.IGNORECASE)
+IMAGE_VALUE = re.compile(rf"\s*(https?://\S+|file://\S+|.*({ENDINGS})(#\d+)?)\s*", re.IGNORECASE)
 EXCEL_LINE = re.compile(r"sep=(.)\s*", re.IGNORECASE)  # Excel's first line, which names the separator
 
 
@@ -140,7 +140,7 @@ def _fit(sample: str, options: ReadOptions, delimiter: str) -> tuple[int, bool, 
         return 0, False, 0.0
     names = [name.strip() for name in rows[0]]
     even = sum(len(row) == len(names) for row in rows) / len(rows)
-    return len(roles_found(names, options)), any(map(ADDRESS.fullmatch, names)), even
+    return len(roles_found(names, options)), any(map(IMAGE_VALUE.fullmatch, names)), even
 
 
 def roles_found(names: Sequence[str], options: ReadOptions) -> set[str]:

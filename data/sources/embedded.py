@@ -61,7 +61,7 @@ class EmbeddedPictures:
         source = pa.BufferReader(content)
         return (pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)).read_all()
 
-    def of_parquet(self, path: Path, column: str) -> pa.ChunkedArray:
+    def map_parquet_column(self, path: Path, column: str) -> pa.ChunkedArray:
         """Map a column of a Parquet file from its copy; a file that has not changed is copied once.
 
         Raises UserError where it cannot be written, OSError and pyarrow.ArrowException where it cannot be read.
@@ -72,7 +72,7 @@ class EmbeddedPictures:
         write_once(copy, partial(self._write, partial(_parquet_batches, path, column, self._log)))
         return self.open(copy).column(0)
 
-    def references(self, values: pa.Array, label: str) -> pa.Array:
+    def references(self, values: pa.Array, source: str) -> pa.Array:
         """Return FILE#OFFSET+SIZE for each value of bytes, null for null and for none; copy first what is in memory."""
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -81,7 +81,7 @@ class EmbeddedPictures:
         if values.null_count == len(values):
             return pa.nulls(len(values), pa.string())
         if pa.types.is_dictionary(kind):
-            return self.references(values.dictionary, label).take(values.indices)
+            return self.references(values.dictionary, source).take(values.indices)
         if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
             values = values.cast(pa.large_binary())
         data, bounds = _content(values)
@@ -89,7 +89,7 @@ class EmbeddedPictures:
             return pa.nulls(len(values), pa.string())
         place = self._find(data)
         if place is None:
-            return self._copied(values, label)
+            return self._copied(values, source)
         path, base = place
         start, size = pa.array(base + bounds[:-1]), pa.array(np.diff(bounds))
         names = pc.binary_join_element_wise(f"{path}#", start.cast(pa.string()), "+", size.cast(pa.string()), "")
@@ -103,7 +103,7 @@ class EmbeddedPictures:
                 return path, offset
         return None
 
-    def _copied(self, values: pa.Array, label: str) -> pa.Array:
+    def _copied(self, values: pa.Array, source: str) -> pa.Array:
         """Copy an array to a file named by its content; return the references to the copy."""
         import pyarrow as pa
 
@@ -114,14 +114,14 @@ class EmbeddedPictures:
         digest.update(values.is_valid().to_numpy(zero_copy_only=False).tobytes())
         digest.update(memoryview(data)[bounds[0] : bounds[-1]])
         batch = pa.record_batch([values], ["image"])
-        copy = self._copy_path(label, digest.digest())
+        copy = self._copy_path(source, digest.digest())
         write_once(copy, partial(self._write, lambda: iter([batch])))
         (chunk,) = self.open(copy).column(0).chunks
-        return self.references(chunk, label)
+        return self.references(chunk, source)
 
-    def _copy_path(self, label: str, identity: bytes) -> Path:
+    def _copy_path(self, source: str, identity: bytes) -> Path:
         if self._folder is None:
-            raise UserError(f"{label} holds pictures, which have to be copied to a folder; give one (--cache-dir)")
+            raise UserError(f"{source} holds pictures, which have to be copied to a folder; give one (--cache-dir)")
         return self._folder / f"{hashlib.blake2b(identity, digest_size=16).hexdigest()}.arrow"
 
     def _write(self, batches: Callable[[], Iterator[pa.RecordBatch]], path: Path) -> None:

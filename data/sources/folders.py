@@ -17,21 +17,21 @@ from data.files import is_output
 from data.ledger import Account
 from data.sources import img2dataset
 from data.sources.arrow_tables import column_names
-from data.sources.captions import layouts_in, parts_of, parts_of_layout
+from data.sources.captions import find_layouts, local_file_parts, layout_parts
 from data.sources.library import is_saved, local_parts, saved_parts
 from data.sources.parts import (
-    FOLDERS,
-    Part,
-    Reading,
-    by_split,
-    by_word,
+    FILE_SPLITS,
+    DatasetPart,
+    ReadContext,
+    files_by_split,
+    files_by_word,
     file_part,
     file_parts,
-    folders_of,
-    one_kind,
+    folder_spellings,
+    unique_splits,
 )
 from data.sources.pictures import PICTURES, class_folders, holds_pictures, holds_titled_pictures, read_class_folders
-from data.sources.split_names import LONE, NAMES, our_name
+from data.sources.split_names import UNSPLIT, SPLIT_NAMES, canonical_split
 from data.sources.tables import ADVICE, TABLES, ending, holds_addresses, read_metadata, without_sidecars
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Folder:
 
     path: Path
     configuration: str
-    reading: Reading
+    context: ReadContext
     account: Account
 
     @cached_property
@@ -74,13 +74,13 @@ class Kind(NamedTuple):
     """A kind of folder: its parts, None for a folder of another kind."""
 
     name: str
-    parts: Callable[[Folder], list[Part] | None]
+    parts: Callable[[Folder], list[DatasetPart] | None]
 
 
-def folder_parts(folder: Folder) -> list[Part]:
+def folder_parts(folder: Folder) -> list[DatasetPart]:
     """The parts of the first kind that the folder is. Raises UserError naming what is there if it is none."""
     if folder.configuration:
-        return local_parts(folder.path, folder.configuration, folder.reading)
+        return local_parts(folder.path, folder.configuration, folder.context)
     for kind in KINDS:
         parts = kind.parts(folder)
         if parts is not None:
@@ -92,39 +92,39 @@ def folder_parts(folder: Folder) -> list[Part]:
     if advice:
         raise UserError(message)
     try:
-        parts = local_parts(folder.path, "", folder.reading)
+        parts = local_parts(folder.path, "", folder.context)
     except UserError as error:
         raise UserError(f"{message}; {str(error).removeprefix(f'{folder.path}: ')}") from error
     folder.account.note(f"{folder.path}: read as the library `datasets` finds its files and splits")
     return parts
 
 
-def _saved(folder: Folder) -> list[Part] | None:
-    return saved_parts(folder.path, folder.reading) if is_saved(folder.path) else None
+def _saved(folder: Folder) -> list[DatasetPart] | None:
+    return saved_parts(folder.path, folder.context) if is_saved(folder.path) else None
 
 
-def _configured(folder: Folder) -> list[Part] | None:
+def _configured(folder: Folder) -> list[DatasetPart] | None:
     """A clone of a hub dataset whose README.md says which files are which split."""
     card = folder.path / "README.md"
     head = CARD.match(card.read_text("utf-8", "replace")) if card.is_file() else None
     if head is None or not re.search(r"^configs:", head[1], re.MULTILINE) or "data_files" not in head[1]:
         return None
     folder.account.note(f"{folder.path}: the splits are those of README.md")
-    return local_parts(folder.path, "", folder.reading)
+    return local_parts(folder.path, "", folder.context)
 
 
-def _named_files(folder: Folder) -> list[Part] | None:
-    return _parts(by_split(folder.entries), folder) or None
+def _named_files(folder: Folder) -> list[DatasetPart] | None:
+    return _parts(files_by_split(folder.entries), folder) or None
 
 
-def _parts(splits: Mapping[str, Sequence[Path]], folder: Folder) -> list[Part]:
+def _parts(splits: Mapping[str, Sequence[Path]], folder: Folder) -> list[DatasetPart]:
     return [part for split, files in splits.items() for file in files
-            for part in parts_of(split, file, folder.reading, folder.account)]
+            for part in local_file_parts(split, file, folder.context, folder.account)]
 
 
-def _captions(folder: Folder) -> list[Part] | None:
+def _captions(folder: Folder) -> list[DatasetPart] | None:
     """Published layouts of captions; where there are several, the first, and that is said."""
-    layouts = list(layouts_in(folder.path))
+    layouts = list(find_layouts(folder.path))
     if not layouts:
         return None
     (layout, files), *others = layouts
@@ -135,36 +135,36 @@ def _captions(folder: Folder) -> list[Part] | None:
         names = ", ".join(dict.fromkeys(file.name for file in unused[:4]))
         folder.account.note(f"{folder.path}: read as {layout.name} ({files[0].name}), not {names}; pass one of those "
                             "files to read it instead")
-    return parts_of_layout(layout, files, folder.reading, folder.account)
+    return layout_parts(layout, files, folder.context, folder.account)
 
 
-def _named_folders(folder: Folder) -> list[Part] | None:
-    named = [entry for entry in folder.entries if entry.name.lower() in FOLDERS and entry.is_dir()]
+def _named_folders(folder: Folder) -> list[DatasetPart] | None:
+    named = [entry for entry in folder.entries if entry.name.lower() in FILE_SPLITS and entry.is_dir()]
     folders = [entry for entry in named if not is_output(entry)]
     if not folders:
         return None
     for entry in named:
         if entry not in folders:
             folder.account.pass_over("own-output", str(entry))
-    splits = one_kind((NAMES[entry.name.lower()], entry.name, [entry]) for entry in folders)
+    splits = unique_splits((SPLIT_NAMES[entry.name.lower()], entry.name, [entry]) for entry in folders)
     metadata = [file for file in folder.tables if METADATA.fullmatch(file.name)]
     if metadata:  # one for all splits, whose images are named from here
-        return [Part(split, str(metadata[0]), folders_of(folder.path),
-                     partial(_read_below, metadata[0], entry.name, folder.reading))
+        return [DatasetPart(split, str(metadata[0]), folder_spellings(folder.path),
+                     partial(_read_below, metadata[0], entry.name, folder.context))
                 for split, (entry,) in splits.items()]
     return [replace(part, split=split) for split, (entry,) in splits.items()
             for part in _without_splits(folder.inner(entry))]
 
 
-def _read_below(metadata: Path, name: str, reading: Reading, account: Account) -> pa.Table:
+def _read_below(metadata: Path, name: str, context: ReadContext, account: Account) -> pa.Table:
     """The rows of a metadata file whose images are below the folder `name`."""
     import pyarrow.compute as pc
 
-    table = read_metadata(metadata, reading.options, account, reading.embedded)
+    table = read_metadata(metadata, context.options, account, context.embedded)
     return table.filter(pc.starts_with(table["image"], f"{name}/"))
 
 
-def _hive(folder: Folder) -> list[Part] | None:
+def _hive(folder: Folder) -> list[DatasetPart] | None:
     """A partitioned table: folders KEY=VALUE; `split=train` names a split."""
     if not any(HIVE.fullmatch(entry.name) and entry.is_dir() for entry in folder.entries):
         return None
@@ -176,21 +176,21 @@ def _hive(folder: Folder) -> list[Part] | None:
             continue
         pairs = [match.groups() for name in names if (match := HIVE.fullmatch(name))]
         keys.update(dict.fromkeys(key for key, _ in pairs))
-        split = next((our_name(value) for key, value in pairs if key.lower() == "split"), LONE)
+        split = next((canonical_split(value) for key, value in pairs if key.lower() == "split"), UNSPLIT)
         splits.setdefault(split, []).append(file)
     if not splits:
         return None
     folder.account.note(f"{folder.path}: a table partitioned by {', '.join(keys)}")
-    return file_parts(splits, folder.reading)
+    return file_parts(splits, folder.context)
 
 
-def _data_folder(folder: Folder) -> list[Part] | None:
+def _data_folder(folder: Folder) -> list[DatasetPart] | None:
     """A clone of a hub dataset without configurations: `data/train-00000-of-00001.parquet`."""
     data = folder.path / "data"
     return _named_files(folder.inner(data)) if data.is_dir() and not is_output(data) else None
 
 
-def _inner(folder: Folder) -> list[Part] | None:
+def _inner(folder: Folder) -> list[DatasetPart] | None:
     """A folder that holds nothing but another one with the dataset, as archives do when they are unpacked."""
     entries = [entry for entry in folder.entries if not entry.name.lower().startswith(("readme", "license"))]
     if len(entries) != 1 or not entries[0].is_dir() or is_output(entries[0]):
@@ -205,52 +205,52 @@ def _inner(folder: Folder) -> list[Part] | None:
     return None
 
 
-def _without_splits(folder: Folder) -> list[Part]:
-    return _rows(folder) or [file_part(LONE, folder.path, folder.reading)]
+def _without_splits(folder: Folder) -> list[DatasetPart]:
+    return _rows(folder) or [file_part(UNSPLIT, folder.path, folder.context)]
 
 
-def _rows(folder: Folder) -> list[Part] | None:
+def _rows(folder: Folder) -> list[DatasetPart] | None:
     """The parts of a folder that names no splits: shards, tables, images."""
     shards = [file for file in folder.entries if file.suffix.lower() == ".tar"]
     tables = folder.tables
     if shards:
         img2dataset.report_failures(tables, folder.account)
-        return file_parts({LONE: shards}, folder.reading)
+        return file_parts({UNSPLIT: shards}, folder.context)
     are_json = all(ending(file) == ".json" for file in tables)
     if tables and holds_titled_pictures(folder.path) and (
-            are_json or all(holds_addresses(each, folder.reading.options) for each in tables)):
+            are_json or all(holds_addresses(each, folder.context.options) for each in tables)):
         what = "" if are_json else "the addresses in "
         folder.account.note(f"{folder.path}: the images with sidecars are read, not {what}{tables[0].name}")
         img2dataset.report_failures(tables, folder.account)
-        return [file_part(LONE, folder.path, folder.reading)]
+        return [file_part(UNSPLIT, folder.path, folder.context)]
     if tables:
         return _tables(folder, tables)
     if class_folders(folder.path):
-        return [Part(LONE, str(folder.path), folders_of(folder.path), partial(read_class_folders, folder.path))]
+        return [DatasetPart(UNSPLIT, str(folder.path), folder_spellings(folder.path), partial(read_class_folders, folder.path))]
     if holds_pictures(folder.path):
-        return [file_part(LONE, folder.path, folder.reading)]
+        return [file_part(UNSPLIT, folder.path, folder.context)]
     return None
 
 
-def _tables(folder: Folder, tables: Sequence[Path]) -> list[Part]:
+def _tables(folder: Folder, tables: Sequence[Path]) -> list[DatasetPart]:
     """The parts of several tables: splits by a word of their names, else parts of one table. Raises UserError."""
     metadata = [file for file in tables if METADATA.fullmatch(file.name)]
     if len(metadata) == 1:
         others = [file.name for file in tables if file not in metadata]
         if others:
             folder.account.note(f"{folder.path}: {metadata[0].name} is read, not {', '.join(others[:4])}")
-        return [Part(LONE, str(metadata[0]), folders_of(folder.path), partial(
-            read_metadata, metadata[0], folder.reading.options, embedded=folder.reading.embedded))]
+        return [DatasetPart(UNSPLIT, str(metadata[0]), folder_spellings(folder.path), partial(
+            read_metadata, metadata[0], folder.context.options, embedded=folder.context.embedded))]
     if len(tables) == 1 or all(img2dataset.PART.fullmatch(file.name) for file in tables):
-        return _parts({LONE: tables}, folder)
-    splits = by_word(tables)
+        return _parts({UNSPLIT: tables}, folder)
+    splits = files_by_word(tables)
     if splits:
         named = "; ".join(f"{split}: {', '.join(file.name for file in files[:3])}" for split, files in splits.items())
         folder.account.note(f"{folder.path}: splits by the words of file names: {named}")
         return _parts(splits, folder)
     if _are_one_table(tables):
         folder.account.note(f"{folder.path}: {len(tables)} numbered files ({tables[0].name}, …) are one table")
-        return file_parts({LONE: tables}, folder.reading)
+        return file_parts({UNSPLIT: tables}, folder.context)
     raise UserError(f"{folder.path}: which of {', '.join(file.name for file in tables[:5])}? Pass one of them or a "
                     "pattern, or call them train, valid and test")
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SHOWN = 3  # class names in a line
 
 
-def class_titles(table: pa.Table, templates: Sequence[str], label: str, account: Account) -> pa.Table:
+def class_titles(table: pa.Table, templates: Sequence[str], source: str, account: Account) -> pa.Table:
     """Return the columns of `to_row_columns` with titles made of class names, where there are such or `templates`.
 
     Each template makes a row. Raises UserError for classes that are numbers.
@@ -38,13 +38,13 @@ def class_titles(table: pa.Table, templates: Sequence[str], label: str, account:
         is_class = pc.and_(is_class, pc.is_valid(table[LABEL]))
     classes = pc.if_else(is_class, text, pa.scalar(None, pa.string()))
     names = sorted(pc.unique(classes.drop_null()).to_pylist())
-    _refuse_numbers(names, label)
+    _refuse_numbers(names, source)
     table = table.drop_columns([LABEL]) if LABEL in table.column_names else table
     if not names:
         return table
     shown = ", ".join(name[:40] for name in names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
     several = f", each in {len(templates)} templates" if len(templates) > 1 else ""
-    account.note(f"{label}: the titles are the names of {len(names):,} classes ({shown}){several}")
+    account.note(f"{source}: the titles are the names of {len(names):,} classes ({shown}){several}")
     spelt = pc.replace_substring(classes, "_", " ")
     titles = []
     for template in templates or ("{}",):
@@ -62,11 +62,11 @@ def class_titles(table: pa.Table, templates: Sequence[str], label: str, account:
     return pa.concat_tables(parts).take(pa.array(row_N))
 
 
-def _refuse_numbers(names: Sequence[str], label: str) -> None:
+def _refuse_numbers(names: Sequence[str], source: str) -> None:
     """Raise UserError where all class names are numbers, which say nothing to a text tower."""
     if names and all(name.isdecimal() for name in names):
         shown = ", ".join(names[:SHOWN])
-        raise UserError(f"{label}: the classes are numbers ({shown}, …), which are no titles; write their names in "
+        raise UserError(f"{source}: the classes are numbers ({shown}, …), which are no titles; write their names in "
                         "place of them, or name a column of text with --title-column")
 
 

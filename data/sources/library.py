@@ -18,8 +18,8 @@ from data.ledger import Account
 from data.sources.arrow_tables import ClassNames, roles_of
 from data.sources.csv_tables import read_csv
 from data.sources.embedded import EmbeddedPictures
-from data.sources.parts import Part, Reading, folders_of
-from data.sources.split_names import LONE
+from data.sources.parts import DatasetPart, ReadContext, folder_spellings
+from data.sources.split_names import UNSPLIT
 from data.sources.tables import TABLES, TEXT_TABLES, ending, read_table
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def is_saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in SAVED)
 
 
-def saved_parts(folder: Path, reading: Reading) -> list[Part]:
+def saved_parts(folder: Path, context: ReadContext) -> list[DatasetPart]:
     """The parts of a saved dataset. Raises UserError."""
     import datasets
 
@@ -44,16 +44,16 @@ def saved_parts(folder: Path, reading: Reading) -> list[Part]:
     except Exception as error:  # of many kinds, from several libraries; all concern this folder
         raise UserError(f"{folder}: was written by save_to_disk and cannot be loaded ({_line(error)}); save it again, "
                         "or write it with to_parquet") from error
-    splits = {LONE: saved} if isinstance(saved, datasets.Dataset) else saved
-    return [Part(str(name), str(folder if name == LONE else folder / str(name)), folders_of(folder),
-                 partial(_read_prepared, split, str(folder), reading)) for name, split in splits.items()]
+    splits = {UNSPLIT: saved} if isinstance(saved, datasets.Dataset) else saved
+    return [DatasetPart(str(name), str(folder if name == UNSPLIT else folder / str(name)), folder_spellings(folder),
+                 partial(_read_prepared, split, str(folder), context)) for name, split in splits.items()]
 
 
-def _read_prepared(split: datasets.Dataset, label: str, reading: Reading, account: Account) -> pa.Table:
+def _read_prepared(split: datasets.Dataset, source: str, context: ReadContext, account: Account) -> pa.Table:
     """A split of the library, as roles; taken from its Arrow table, so that images are not decoded."""
-    table = mapped_table(split, reading.embedded)
-    table = roles_of(table, reading.options.columns, label, account, _classes(split.features))
-    _refuse_archives(table["image"], label)
+    table = mapped_table(split, context.embedded)
+    table = roles_of(table, context.options.columns, source, account, _classes(split.features))
+    _refuse_archives(table["image"], source)
     return table
 
 
@@ -68,35 +68,35 @@ def mapped_table(dataset: datasets.Dataset, embedded: EmbeddedPictures) -> pa.Ta
     return dataset.with_format("arrow")[:]
 
 
-def _refuse_archives(images: pa.ChunkedArray, label: str) -> None:
+def _refuse_archives(images: pa.ChunkedArray, source: str) -> None:
     """Raise UserError for images that the library would read out of an archive: `zip://0.jpg::/data/train.zip`."""
     import pyarrow as pa
 
     first = images[0].as_py() if len(images) and pa.types.is_struct(images.type) else None
     path = (first or {}).get("path") or ""
     if "::" in path and not (first or {}).get("bytes"):
-        raise UserError(f"{label}: its images lie in {path.rpartition('::')[2]}; unpack that and pass the folder")
+        raise UserError(f"{source}: its images lie in {path.rpartition('::')[2]}; unpack that and pass the folder")
 
 
-def local_parts(folder: Path, configuration: str, reading: Reading) -> list[Part]:
+def local_parts(folder: Path, configuration: str, context: ReadContext) -> list[DatasetPart]:
     """The parts of a folder as `datasets.load_dataset(folder)` finds them. Raises UserError."""
     script = folder / f"{folder.name}.py"
     if script.is_file():
         raise UserError(f"{script}: a loading script; scripts are never run here. Convert the dataset once where you "
                         "trust it (to_parquet, save_to_disk) and pass that folder")
-    return _parts(str(folder), configuration, reading, folders_of(folder))
+    return _parts(str(folder), configuration, context, folder_spellings(folder))
 
 
-def hub_parts(name: str, reading: Reading) -> list[Part]:
+def hub_parts(name: str, context: ReadContext) -> list[DatasetPart]:
     """The parts of a hub dataset OWNER/NAME or OWNER/NAME:CONFIGURATION. Raises UserError."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     repository, _, configuration = name.partition(":")
     cached = os.path.join(HF_HUB_CACHE, "datasets--" + repository.replace("/", "--"))
-    return _parts(repository, configuration, reading, [cached])
+    return _parts(repository, configuration, context, [cached])
 
 
-def _parts(name: str, configuration: str, reading: Reading, folders: Sequence[str]) -> list[Part]:
+def _parts(name: str, configuration: str, context: ReadContext, folders: Sequence[str]) -> list[DatasetPart]:
     """The parts of what the library calls `name`: a folder or a hub dataset."""
     import datasets
 
@@ -120,14 +120,14 @@ def _parts(name: str, configuration: str, reading: Reading, folders: Sequence[st
     separator = getattr(builder.config, "sep", None) or ","
     parts = []
     for split in map(str, files if read_here else prepared):
-        label = f"{shown}, split {split}"
+        source = f"{shown}, split {split}"
         if not read_here:
-            read = partial(_read_prepared, prepared[split], label, reading)
-            parts.append(Part(split, label, folders, read, relative=False, anywhere=is_local))
+            read = partial(_read_prepared, prepared[split], source, context)
+            parts.append(DatasetPart(split, source, folders, read, relative=False, anywhere=is_local))
         for path in map(Path, files[split] if read_here else ()):
-            read = partial(read_csv, path, reading.options, delimiter=separator) if ending(path) == ".csv" else partial(
-                read_table, path, reading.options, embedded=reading.embedded)
-            parts.append(Part(split, str(path) if is_local else label, folders_of(path.parent) if is_local else folders,
+            read = partial(read_csv, path, context.options, delimiter=separator) if ending(path) == ".csv" else partial(
+                read_table, path, context.options, embedded=context.embedded)
+            parts.append(DatasetPart(split, str(path) if is_local else source, folder_spellings(path.parent) if is_local else folders,
                               read, relative=is_local, anywhere=is_local))
     return parts
 

@@ -83,7 +83,7 @@ def without_blanks(values: pa.ChunkedArray, row_F: np.ndarray, rows: int) -> pa.
     return as_lists(values.filter(pa.array(is_text_F)), row_F[is_text_F], rows)
 
 
-def a_row_each(table: pa.Table, column: str) -> pa.Table:
+def explode(table: pa.Table, column: str) -> pa.Table:
     """Return the table with a row for each text of `column`, whose lists are `without_blanks`; "" for one without."""
     import pyarrow as pa
     import pyarrow.compute as pc

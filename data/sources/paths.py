@@ -29,14 +29,14 @@ ADDRESS = f"^(https?|{'|'.join(PACKAGES)})://"  # images at such an address are 
 URL = "^[a-z][a-z0-9+.-]+://"
 NUMBERED = rf"(?i)({ENDINGS})#\d+$"  # Flickr8k.token.txt counts the captions of an image so
 TEMPLATE = re.compile(r"([^{}]*)\{(?::?0?(\d+)d?)?\}([^{}]*)")
-FIRST = 20  # rows whose images are looked for where the first are not in their place
-FOLDERS = 200  # folders that are looked in
-BESIDE = frozenset(("images", "image", "imgs", "img", "pictures", "photos", "jpegimages", "thumbnails"))
+CHECKED_NAMES = 20  # rows whose images are looked for where the first are not in their place
+MAX_FOLDERS = 200  # folders that are looked in
+IMAGE_FOLDERS = frozenset(("images", "image", "imgs", "img", "pictures", "photos", "jpegimages", "thumbnails"))
 GUESSED_ENDINGS = ("", ".jpg", ".png", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
-class Places:
+class ImageLocation:
     """The places that the images of a table lie in."""
 
     folders: Sequence[str]  # relative paths start at the first; none but `anywhere` leaves them
@@ -50,7 +50,7 @@ class Places:
         """True for a table in a store, whose relative paths are addresses below its own."""
         return bool(scheme_of(self.folders[0]))
 
-    def under(self, root: str) -> Places:
+    def under(self, root: str) -> ImageLocation:
         """Return the places with the user's folder in place of the table's. Raises UserError."""
         if not root:
             return self
@@ -67,7 +67,7 @@ def parse_image_template(text: str) -> str:
     return text
 
 
-def absolute_paths(column: pa.ChunkedArray, places: Places, label: str, account: Account,
+def absolute_paths(column: pa.ChunkedArray, location: ImageLocation, source: str, account: Account,
                    problems: dict[int, BadSample]) -> pa.ChunkedArray:
     """Return URLs as they are and other paths absolute; null stays null. Blanks around them are gone already.
 
@@ -75,38 +75,38 @@ def absolute_paths(column: pa.ChunkedArray, places: Places, label: str, account:
     """
     import pyarrow as pa
 
-    chunks = [_spelt(chunk, places, label, account) for chunk in column.chunks]
-    if places.relative and not places.in_store:
-        places = _find(chunks, places, label, account)
+    chunks = [_normalize(chunk, location, source, account) for chunk in column.chunks]
+    if location.relative and not location.in_store:
+        location = _locate(chunks, location, source, account)
     paths, start = [], 0
     for chunk in chunks:
-        paths.append(_absolute(chunk, start, places, problems))
+        paths.append(_absolute(chunk, start, location, problems))
         start += len(chunk)
     return pa.chunked_array(paths, pa.string())
 
 
-def _spelt(path: pa.Array, places: Places, label: str, account: Account) -> pa.Array:
+def _normalize(path: pa.Array, location: ImageLocation, source: str, account: Account) -> pa.Array:
     """Paths in the spelling of this machine: ids made paths, file: and // addresses, backslashes, numbered names."""
     import pyarrow.compute as pc
 
-    if places.template:
-        path = _fill_template(path, places.template)
+    if location.template:
+        path = _fill_template(path, location.template)
     if _any(bare := pc.starts_with(path, "//")):
-        account.note(f"{label}: image addresses that begin with // are read as https://")
+        account.note(f"{source}: image addresses that begin with // are read as https://")
         path = pc.if_else(pc.fill_null(bare, False), pc.binary_join_element_wise("https:", path, ""), path)
     is_file = pc.match_substring_regex(path, "^file:", ignore_case=True)
-    path = _changed(path, is_file, path_of_file_url)
+    path = _replace_values(path, is_file, path_of_file_url)
     is_url = pc.match_substring_regex(path, URL, ignore_case=True)
-    if places.relative and not places.in_store:
-        base = places.folders[0]
+    if location.relative and not location.in_store:
+        base = location.folders[0]
         backslashed = pc.and_not(pc.match_substring(path, "\\"), is_url)
-        slashed = _changed(path, backslashed, lambda text: _slashed(base, text))
+        slashed = _replace_values(path, backslashed, lambda text: _slashed(base, text))
         if not slashed.equals(path):
-            account.note(f"{label}: \\ in image paths is read as /")
+            account.note(f"{source}: \\ in image paths is read as /")
             path = slashed
     numbered = pc.and_not(pc.match_substring_regex(path, NUMBERED), is_url)
     if _any(numbered):
-        account.note(f"{label}: image names such as {path.filter(pc.fill_null(numbered, False))[0]} are read without # "
+        account.note(f"{source}: image names such as {path.filter(pc.fill_null(numbered, False))[0]} are read without # "
                      "and the number")
         path = pc.if_else(pc.fill_null(numbered, False), pc.replace_substring_regex(path, NUMBERED, r"\1"), path)
     return path
@@ -118,7 +118,7 @@ def _any(mask: pa.Array) -> bool:
     return bool(pc.any(mask).as_py())
 
 
-def _changed(path: pa.Array, mask: pa.Array, change: Callable[[str], str]) -> pa.Array:
+def _replace_values(path: pa.Array, mask: pa.Array, change: Callable[[str], str]) -> pa.Array:
     """The values with those of `mask` changed."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -155,40 +155,40 @@ def _fill_template(path: pa.Array, template: str) -> pa.Array:
     return pc.if_else(pc.match_substring_regex(path, URL, ignore_case=True), path, filled)
 
 
-def _absolute(path: pa.Array, start: int, places: Places, problems: dict[int, BadSample]) -> pa.Array:
+def _absolute(path: pa.Array, start: int, location: ImageLocation, problems: dict[int, BadSample]) -> pa.Array:
     import pyarrow.compute as pc
 
-    if places.in_store:
-        return _in_store(path, start, places, problems)
-    url = pc.match_substring_regex(path, ADDRESS if places.anywhere else "^https?://", ignore_case=True)
+    if location.in_store:
+        return _in_store(path, start, location, problems)
+    url = pc.match_substring_regex(path, ADDRESS if location.anywhere else "^https?://", ignore_case=True)
     absolute = pc.starts_with(path, "/")
-    roots = tuple(folder.rstrip("/") + "/" for folder in places.folders)
+    roots = tuple(folder.rstrip("/") + "/" for folder in location.folders)
     full = path
-    if places.relative:
-        full = pc.if_else(pc.or_(url, absolute), path, pc.binary_join_element_wise(roots[0], path, places.ending, ""))
-    if places.anywhere:
+    if location.relative:
+        full = pc.if_else(pc.or_(url, absolute), path, pc.binary_join_element_wise(roots[0], path, location.ending, ""))
+    if location.anywhere:
         return full
-    suspect = pc.or_(pc.match_substring_regex(path, r"(^|/)\.\.(/|$)"), not places.relative)
-    if places.relative:
+    suspect = pc.or_(pc.match_substring_regex(path, r"(^|/)\.\.(/|$)"), not location.relative)
+    if location.relative:
         suspect = pc.or_(suspect, pc.and_not(absolute, pc.starts_with(path, roots[0])))
     suspect = pc.fill_null(pc.and_not(suspect, url), False)
-    fix = ("move the images there" if places.relative else
+    fix = ("move the images there" if location.relative else
            "if it is a path in the repository, download that and pass its folder")
     for row in np.flatnonzero(suspect.to_numpy(zero_copy_only=False)):
         if not os.path.normpath(full[row].as_py()).startswith(roots):
             image = path[row].as_py()[:200]
             problems[start + int(row)] = BadSample(
-                "outside-folder", f"the image {image!r} is no URL and no file below {places.folders[0]}; {fix}")
+                "outside-folder", f"the image {image!r} is no URL and no file below {location.folders[0]}; {fix}")
     return full
 
 
-def _in_store(path: pa.Array, start: int, places: Places, problems: dict[int, BadSample]) -> pa.Array:
+def _in_store(path: pa.Array, start: int, location: ImageLocation, problems: dict[int, BadSample]) -> pa.Array:
     """Addresses as they are, other paths as addresses below the table's; what names a local file is a problem."""
     import pyarrow.compute as pc
 
-    folder = places.folders[0]
+    folder = location.folders[0]
     is_address = pc.fill_null(pc.match_substring_regex(path, ADDRESS, ignore_case=True), False)
-    full = pc.if_else(is_address, path, pc.binary_join_element_wise(f"{folder}/", path, places.ending, ""))
+    full = pc.if_else(is_address, path, pc.binary_join_element_wise(f"{folder}/", path, location.ending, ""))
     suspect = pc.fill_null(pc.match_substring_regex(path, r"^/|://|(^|/)\.\.(/|$)"), False)
     for row in np.flatnonzero(pc.and_not(suspect, is_address).to_numpy(zero_copy_only=False)):
         problems[start + int(row)] = BadSample(
@@ -197,18 +197,18 @@ def _in_store(path: pa.Array, start: int, places: Places, problems: dict[int, Ba
     return full
 
 
-def _find(chunks: Sequence[pa.Array], places: Places, label: str, account: Account) -> Places:
-    """The places, in another folder nearby where the first images lie there and none is in its place.
+def _locate(chunks: Sequence[pa.Array], location: ImageLocation, source: str, account: Account) -> ImageLocation:
+    """The location, in another folder nearby where the first images lie there and none is in its place.
 
     Raises UserError where there are several such folders.
     """
     names = list(_first_relative(chunks))
-    base = places.folders[0]
+    base = location.folders[0]
     if not names or any(os.path.lexists(os.path.join(base, name)) for name in names):
         return places
     endings = [""] if all(os.path.splitext(name)[1].lower() in PICTURES for name in names) else GUESSED_ENDINGS
     found: list[tuple[str, str]] = []
-    for nearby in (_folders_within(base), _folders_beside(base) if places.anywhere else []):
+    for nearby in (_folders_within(base), _folders_beside(base) if location.anywhere else []):
         hits: dict[tuple[int, int], tuple[str, str]] = {}  # the same folder by another name counts once
         for folder in nearby:
             for ending in endings:
@@ -217,26 +217,26 @@ def _find(chunks: Sequence[pa.Array], places: Places, label: str, account: Accou
                     hits.setdefault((stat.st_dev, stat.st_ino), (folder, ending))
         found = found or list(hits.values())
     if len(found) > 1:
-        raise UserError(f"{label}: its images are not in {base}, but in {found[0][0]} and in {found[1][0]}; choose "
+        raise UserError(f"{source}: its images are not in {base}, but in {found[0][0]} and in {found[1][0]}; choose "
                         f"with --image-root {found[0][0]}")
     if not found:
         return places
     folder, ending = found[0]
     lacking = f", with {ending} after their names" if ending else ""
-    account.note(f"{label}: the images are read from {folder}{lacking}; --image-root says otherwise")
-    return replace(places, folders=(folder, os.path.realpath(folder)), ending=ending)
+    account.note(f"{source}: the images are read from {folder}{lacking}; --image-root says otherwise")
+    return replace(location, folders=(folder, os.path.realpath(folder)), ending=ending)
 
 
 def _first_relative(chunks: Sequence[pa.Array]) -> Iterator[str]:
-    """The first FIRST distinct relative paths."""
+    """The first CHECKED_NAMES distinct relative paths."""
     seen: dict[str, None] = {}
     for chunk in chunks:
-        for value in chunk[: 10 * FIRST]:
+        for value in chunk[: 10 * CHECKED_NAMES]:
             text = value.as_py()
             if text and not text.startswith("/") and not re.match(URL, text, re.IGNORECASE) and text not in seen:
                 seen[text] = None
                 yield text
-            if len(seen) == FIRST:
+            if len(seen) == CHECKED_NAMES:
                 return
 
 
@@ -244,12 +244,12 @@ def _folders_within(base: str) -> list[str]:
     """The folder itself, those in it and in these: images/, Images/, flickr30k_images/flickr30k_images/."""
     inner = _subfolders(base)
     deeper = [folder for parent in inner for folder in _subfolders(parent)]
-    return [base, *inner, *deeper][:FOLDERS]
+    return [base, *inner, *deeper][:MAX_FOLDERS]
 
 
 def _folders_beside(base: str) -> list[str]:
     """Folders for images beside the table's: any other may hold images of the same names."""
-    return [folder for folder in _subfolders(os.path.dirname(base)) if os.path.basename(folder).lower() in BESIDE]
+    return [folder for folder in _subfolders(os.path.dirname(base)) if os.path.basename(folder).lower() in IMAGE_FOLDERS]
 
 
 def _subfolders(folder: str) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from data.batch import BadSample, UserError
 from data.ledger import Account
 from data.sources.lists import is_list, join_columns
-from data.sources.rows import KNOWN, ROW, Columns, detect_columns, is_known, rename_to_roles, without
+from data.sources.rows import KNOWN, ROW, Columns, detect_columns, is_known, rename_to_roles, drop_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,17 +44,17 @@ def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def from_records(records: Iterator[Record], columns: Columns, label: str, message_if_empty: str, account: Account,
+def from_records(records: Iterator[Record], columns: Columns, source: str, message_if_empty: str, account: Account,
                  kind: str = "") -> pa.Table:
     """Records as a table of the fields in use and ROW; `message_if_empty` is the error where the file holds none.
 
-    `label` names the file, `kind` describes it in errors. A bad field drops its row only if it is in use. A list of
+    `source` names the file, `kind` describes it in errors. A bad field drops its row only if it is in use. A list of
     texts is several titles or negatives.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    named = {name for role in KNOWN for name in columns.of(role)}
+    named = {name for role in KNOWN for name in columns.names(role)}
     names: dict[str, None] = {}
     problems: dict[str, dict[int, BadSample]] = defaultdict(dict)  # by field, then by place in the table
     parts, start, before = [], 0, account.dropped
@@ -69,7 +69,7 @@ def from_records(records: Iterator[Record], columns: Columns, label: str, messag
         return pa.table({name: pa.array([], pa.string()) for name in ("image", "title")})
     if not parts:
         raise UserError(message_if_empty)
-    picked = detect_columns(list(names), columns, label + kind, account)
+    picked = detect_columns(list(names), columns, source + kind, account)
     whole = pa.concat_tables(_alike(parts), promote_options="default")
     table = rename_to_roles(whole, {**picked, ROW: [""]})
     used = [name for role in picked for name in picked[role]]
@@ -78,7 +78,7 @@ def from_records(records: Iterator[Record], columns: Columns, label: str, messag
         lists = pc.indices_nonzero(table["image"].is_valid()).to_pylist()
         problem = BadSample("not-text", f"{picked['image'][0]!r} is a list; it must be text")
         bad |= dict.fromkeys(lists, problem)
-    return without(table, bad, table[ROW].to_numpy(), label, account)
+    return drop_rows(table, bad, table[ROW].to_numpy(), source, account)
 
 
 def _field_column(name: str, chunk: Sequence[Record], start: int, problems: dict[int, BadSample]) -> pa.Array:

@@ -7,14 +7,14 @@ from pathlib import PurePosixPath
 
 from data.batch import UserError
 from data.shards.index import expand_braces
-from data.sources.parts import FOLDERS, by_split, in_splits, one_kind
-from data.sources.split_names import LONE, NAMES
+from data.sources.parts import FILE_SPLITS, files_by_split, pattern_by_split, unique_splits
+from data.sources.split_names import UNSPLIT, SPLIT_NAMES
 from data.sources.tables import TABLES
 from data.web.storage import Entry, expand, is_folder, list_folder, public_name
 
 
 def find_files(dataset: str) -> dict[str, list[Entry]]:
-    """The tables or shards of each split at an address; LONE where no split is named. Raises UserError.
+    """The tables or shards of each split at an address; UNSPLIT where no split is named. Raises UserError.
 
     Size and version of an entry may be missing: `data.web.storage.stat` tells them.
     """
@@ -22,11 +22,11 @@ def find_files(dataset: str) -> dict[str, list[Entry]]:
         addresses = []
         for name in expand_braces(dataset):
             addresses += expand(name) if "*" in name else [name]
-        files = in_splits([Entry(address, 0, "") for address in dict.fromkeys(addresses)])
+        files = pattern_by_split([Entry(address, 0, "") for address in dict.fromkeys(addresses)])
     elif is_folder(dataset):
         files = _find(dataset)
     else:
-        files = in_splits([Entry(dataset, 0, "")])
+        files = pattern_by_split([Entry(dataset, 0, "")])
     for entries in files.values():
         for entry in entries:
             if suffix(entry.name) not in TABLES | {".tar"}:
@@ -42,13 +42,13 @@ def suffix(name: str) -> str:
 
 def _find(folder: str) -> dict[str, list[Entry]]:
     entries = list_folder(folder)
-    if splits := by_split([entry for entry in entries if not entry.is_folder]):
+    if splits := files_by_split([entry for entry in entries if not entry.is_folder]):
         return splits
-    folders = [entry for entry in entries if entry.is_folder and entry.name.lower() in FOLDERS]
+    folders = [entry for entry in entries if entry.is_folder and entry.name.lower() in FILE_SPLITS]
     if folders:
-        return one_kind((NAMES[entry.name.lower()], entry.name, _without_splits(entry.address, None))
+        return unique_splits((SPLIT_NAMES[entry.name.lower()], entry.name, _without_splits(entry.address, None))
                          for entry in folders)
-    return {LONE: _without_splits(folder, entries)}
+    return {UNSPLIT: _without_splits(folder, entries)}
 
 
 def _without_splits(folder: str, entries: Sequence[Entry] | None) -> list[Entry]:

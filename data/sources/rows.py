@@ -19,8 +19,8 @@ import numpy as np
 from data.batch import BadSample, UserError
 from data.ledger import Account
 from data.sources.embedded import EmbeddedPictures, shown_name
-from data.sources.lists import a_row_each, flatten, is_list, join_columns, without_blanks
-from data.sources.paths import Places, absolute_paths
+from data.sources.lists import explode, flatten, is_list, join_columns, without_blanks
+from data.sources.paths import ImageLocation, absolute_paths
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,7 +39,7 @@ OPTIONAL = ("title_neg", "split")  # roles that a dataset may lack
 NUMBERED = re.compile(r"(.*?)[_ .-]?(\d{1,3})")  # caption_0, caption1, caption 2: a family of columns
 ROW = "row"  # a column beside those of the roles: the row's number in its file, where some are left out already
 LABEL = "label"  # another one: the name of the row's class, where titles are made of it
-BESIDE = ("split", LABEL)  # columns that readers may give beside image, title and title_neg
+EXTRA_COLUMNS = ("split", LABEL)  # columns that readers may give beside image, title and title_neg
 FLAGS = {"image": "--image-column", "title": "--title-column", "title_neg": "--negative-column",
          "split": "--split-column"}
 
@@ -53,7 +53,7 @@ class Columns:
     title_neg: tuple[str, ...] = ()
     split: str | None = None
 
-    def of(self, role: str) -> tuple[str, ...]:
+    def names(self, role: str) -> tuple[str, ...]:
         """Return the names given for a role."""
         if role in ("image", "split"):
             name = self.image if role == "image" else self.split
@@ -87,7 +87,7 @@ class Rows:
         return hashlib.blake2b(digests, digest_size=16).hexdigest()
 
 
-def detect_columns(names: list[str], columns: Columns, label: str, account: Account,
+def detect_columns(names: list[str], columns: Columns, source: str, account: Account,
                    with_bytes: Collection[str] = ()) -> dict[str, list[str]]:
     """Role -> the columns that play it: the user's, else the first known name with its numbered family (caption_0, …).
 
@@ -98,16 +98,16 @@ def detect_columns(names: list[str], columns: Columns, label: str, account: Acco
     picked: dict[str, list[str]] = {}
     choices = []
     for role, known in KNOWN.items():
-        given = columns.of(role)
+        given = columns.names(role)
         for name in set(given) - set(names):
             close = difflib.get_close_matches(name, names, 1)
-            raise UserError(f"{label}: no column {name!r} for {FLAGS[role]}; {existing}"
+            raise UserError(f"{source}: no column {name!r} for {FLAGS[role]}; {existing}"
                             + (f"; did you mean {close[0]!r}?" if close else ""))
-        families = [] if given else _families(role, names, with_bytes, [*columns.of("image"), *picked.get("image", ())])
+        families = [] if given else _families(role, names, with_bytes, [*columns.names("image"), *picked.get("image", ())])
         if given or families:
             picked[role] = [*given] or families[0]
         elif role not in OPTIONAL:
-            raise UserError(f"{label}: no {role} column ({', '.join(known)}); {existing}; name one with {FLAGS[role]}")
+            raise UserError(f"{source}: no {role} column ({', '.join(known)}); {existing}; name one with {FLAGS[role]}")
         if len(families) > 1 or families and len(families[0]) > 1:
             unused = [name for family in families[1:] for name in family]
             choices.append(f"{role} = {', '.join(_shown(picked[role]))}"
@@ -116,7 +116,7 @@ def detect_columns(names: list[str], columns: Columns, label: str, account: Acco
         account.note(f"columns: {'; '.join(choices)}")
     for column in [name for role in picked for name in picked[role]]:
         if names.count(column) > 1:
-            raise UserError(f"{label}: the column {column[:100]!r} is there {names.count(column)} times; rename all "
+            raise UserError(f"{source}: the column {column[:100]!r} is there {names.count(column)} times; rename all "
                             "but one")
     return picked
 
@@ -168,9 +168,9 @@ def rename_to_roles(table: pa.Table, picked: Mapping[str, Sequence[str]]) -> pa.
     return pa.table(columns)
 
 
-def to_row_columns(table: pa.Table, label: str, places: Places, account: Account,
+def to_row_columns(table: pa.Table, source: str, location: ImageLocation, account: Account,
                    embedded: EmbeddedPictures) -> pa.Table:
-    """The columns of `rename_to_roles` as `Rows` has them, with ROW and those of BESIDE; images lie in `places`.
+    """The columns of `rename_to_roles` as `Rows` has them, with ROW and those of EXTRA_COLUMNS; images lie in `places`.
 
     A list of titles makes a row of each, with the image and the negatives; blank ones go where another one stays.
     Blanks around paths and addresses go. A row whose text is not UTF-8 or whose image leaves the folders is dropped.
@@ -182,33 +182,33 @@ def to_row_columns(table: pa.Table, label: str, places: Places, account: Account
     problems: dict[int, BadSample] = {}  # by place in the table
     pictures, paths, start = [], [], 0
     for chunk in table["image"].chunks:
-        data, path = _bytes_and_path(chunk, label, start, problems)
+        data, path = _bytes_and_path(chunk, source, start, problems)
         path = pc.utf8_trim_whitespace(path)
         paths.append(pc.if_else(pc.or_(pc.is_valid(data), pc.equal(path, "")), pa.scalar(None, pa.string()), path))
         pictures.append(embedded.references(data, label))
         start += len(chunk)
-    paths_N = absolute_paths(pa.chunked_array(paths, pa.string()), places, label, account, problems).chunks
+    paths_N = absolute_paths(pa.chunked_array(paths, pa.string()), location, source, account, problems).chunks
     images = [pc.coalesce(picture, path, "") for picture, path in zip(pictures, paths_N, strict=True)]
     columns = {"image": pa.chunked_array(images, pa.string())}
     for role in [role for role in ("title", "title_neg") if role in table.column_names]:
         values, row_F = flatten(table[role])
         if not _is_text(values.type):
-            account.note(f"{label}: the {role} column holds {values.type}; its values are used as text")
+            account.note(f"{source}: the {role} column holds {values.type}; its values are used as text")
         bad: dict[int, BadSample] = {}  # by place among the values
-        texts = _texts(values, label, role, bad)
+        texts = _texts(values, source, role, bad)
         problems |= {int(row_F[place]): problem for place, problem in bad.items()}
         is_plain = role == "title" and not is_list(table[role].type)
         columns[role] = pc.fill_null(texts, "") if is_plain else without_blanks(texts, row_F, len(table))
-    columns |= {name: table[name] for name in BESIDE if name in table.column_names}
+    columns |= {name: table[name] for name in EXTRA_COLUMNS if name in table.column_names}
     numbers = table[ROW].to_numpy() if ROW in table.column_names else np.arange(len(table))
     columns[ROW] = pa.array(numbers)
-    rows = without(pa.table(columns), problems, numbers, label, account)
-    return a_row_each(rows, "title") if is_list(rows["title"].type) else rows
+    rows = drop_rows(pa.table(columns), problems, numbers, source, account)
+    return explode(rows, "title") if is_list(rows["title"].type) else rows
 
 
-def without(table: pa.Table, problems: Mapping[int, BadSample], numbers: np.ndarray, label: str,
+def drop_rows(table: pa.Table, problems: Mapping[int, BadSample], numbers: np.ndarray, source: str,
             account: Account) -> pa.Table:
-    """The table without the rows at `problems`, which are dropped by their `numbers` in the file `label`."""
+    """The table without the rows at `problems`, which are dropped by their `numbers` in the file `source`."""
     import pyarrow as pa
 
     if not problems:
@@ -217,7 +217,7 @@ def without(table: pa.Table, problems: Mapping[int, BadSample], numbers: np.ndar
         image, title = table["image"][place].as_py(), table["title"][place].as_py()
         title = next(iter(title), None) if isinstance(title, list) else title
         image = image.get("path") if isinstance(image, dict) else image
-        account.drop(label, int(numbers[place]), problems[place],
+        account.drop(source, int(numbers[place]), problems[place],
                      shown_name(image) or None if isinstance(image, str) else None,
                      title if isinstance(title, str) else None)
     keep = np.ones(len(table), bool)
@@ -225,7 +225,7 @@ def without(table: pa.Table, problems: Mapping[int, BadSample], numbers: np.ndar
     return table.filter(pa.array(keep))
 
 
-def _bytes_and_path(chunk: pa.Array, label: str, start: int,
+def _bytes_and_path(chunk: pa.Array, source: str, start: int,
                     problems: dict[int, BadSample]) -> tuple[pa.Array, pa.Array]:
     """Images of any kind as bytes and string, null where an image is not of that kind."""
     import pyarrow as pa
@@ -240,8 +240,8 @@ def _bytes_and_path(chunk: pa.Array, label: str, start: int,
     else:
         path = chunk
     if not holds_bytes(data.type) and not pa.types.is_null(data.type):
-        raise _unfit(label, "image", data.type)
-    return data, _text_chunk(path, label, "image", start, problems)
+        raise _unfit(source, "image", data.type)
+    return data, _text_chunk(path, source, "image", start, problems)
 
 
 def holds_bytes(kind: pa.DataType) -> bool:
@@ -264,22 +264,22 @@ def _is_text(kind: pa.DataType) -> bool:
     return not any(is_kind(kind) for is_kind in numbers)
 
 
-def _unfit(label: str, role: str, kind: pa.DataType) -> UserError:
+def _unfit(source: str, role: str, kind: pa.DataType) -> UserError:
     wanted = "bytes, a path or a URL" if role == "image" else "one text"
-    return UserError(f"{label}: the {role} column holds {kind}; it must hold {wanted} a row")
+    return UserError(f"{source}: the {role} column holds {kind}; it must hold {wanted} a row")
 
 
-def _texts(column: pa.ChunkedArray, label: str, role: str, problems: dict[int, BadSample]) -> pa.ChunkedArray:
+def _texts(column: pa.ChunkedArray, source: str, role: str, problems: dict[int, BadSample]) -> pa.ChunkedArray:
     import pyarrow as pa
 
     chunks, start = [], 0
     for chunk in column.chunks:
-        chunks.append(_text_chunk(chunk, label, role, start, problems))
+        chunks.append(_text_chunk(chunk, source, role, start, problems))
         start += len(chunk)
     return pa.chunked_array(chunks, pa.string())
 
 
-def _text_chunk(chunk: pa.Array, label: str, role: str, start: int, problems: dict[int, BadSample]) -> pa.Array:
+def _text_chunk(chunk: pa.Array, source: str, role: str, start: int, problems: dict[int, BadSample]) -> pa.Array:
     """The values as text; one that is not UTF-8 becomes null and a problem of its row."""
     import pyarrow as pa
 
@@ -288,13 +288,13 @@ def _text_chunk(chunk: pa.Array, label: str, role: str, start: int, problems: di
         cast.validate(full=True)
         return cast
     except pa.ArrowNotImplementedError:
-        raise _unfit(label, role, chunk.type) from None
+        raise _unfit(source, role, chunk.type) from None
     except pa.ArrowInvalid:
         pass
     try:
         raw = chunk.cast(pa.large_binary())
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
-        raise _unfit(label, role, chunk.type) from None
+        raise _unfit(source, role, chunk.type) from None
     texts: list[str | None] = []
     for row, value in enumerate(raw, start):
         data = value.as_py()
@@ -306,15 +306,15 @@ def _text_chunk(chunk: pa.Array, label: str, role: str, start: int, problems: di
     return pa.array(texts, pa.string())
 
 
-def join_tables(name: str, tables: Sequence[pa.Table], label: str, account: Account) -> Rows:
+def join_tables(name: str, tables: Sequence[pa.Table], source: str, account: Account) -> Rows:
     """The tables of `to_row_columns` one after the other. Raises UserError if they hold no row that can be used."""
     import pyarrow as pa
 
     table = pa.concat_tables(tables, promote_options="default")
     if not table.num_rows and account.dropped:
-        raise UserError(f"{label}: no row can be used ({account.dropped:,} dropped); {account.example}")
+        raise UserError(f"{source}: no row can be used ({account.dropped:,} dropped); {account.example}")
     if not table.num_rows:
-        raise UserError(f"{label}: holds no rows; fill it or remove it")
+        raise UserError(f"{source}: holds no rows; fill it or remove it")
     negative, classes = (table[role] if role in table.column_names else None for role in ("title_neg", LABEL))
     return Rows(name, table["image"], table["title"], negative, classes)
 

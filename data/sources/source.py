@@ -11,19 +11,19 @@ from typing import NoReturn
 from data.batch import UserError
 from data.files import NotAFile
 from data.ledger import Account, Ledger, discard
-from data.sources.captions import parts_of
+from data.sources.captions import local_file_parts
 from data.sources.embedded import EmbeddedPictures
 from data.sources.folders import Folder, folder_parts
 from data.sources.labels import class_titles
 from data.sources.library import hub_parts
 from data.sources.options import ReadOptions as ReadOptions
-from data.sources.parts import Part, Reading, expand, file_parts, in_splits
+from data.sources.parts import DatasetPart, ReadContext, expand, file_parts, pattern_by_split
 from data.sources.paths import path_of_file_url
 from data.sources.rows import Columns as Columns
 from data.sources.rows import Rows as Rows
 from data.sources.rows import join_tables, to_row_columns
-from data.sources.split import ORDER, WHOLE
-from data.sources.split_names import LONE, divide_by_column, select_groups, without_split_column
+from data.sources.split import SPLITS, "train"
+from data.sources.split_names import UNSPLIT, divide_by_column, select_groups, without_split_column
 from data.sources.tables import TABLES, ending
 from data.web.storage import RemoteFile, parent, scheme_of
 
@@ -52,58 +52,58 @@ def load_splits(dataset: str, options: ReadOptions = DETECT, ledger: Ledger = di
     account = Account(ledger, log)
     if scheme_of(dataset) == "file":
         dataset = path_of_file_url(dataset)
-    reading = Reading(options, EmbeddedPictures(embedded, log), is_own="://" not in dataset)
+    context = ReadContext(options, EmbeddedPictures(embedded, log), is_local="://" not in dataset)
     try:
-        splits = _read(_parts(dataset, reading, download, account), reading, account)
+        splits = _read(_parts(dataset, context, download, account), context, account)
     except OSError as error:
         raise UserError(f"{error.filename or dataset}: {error.strerror or error}") from error
     account.close(dataset)
     if len(splits) == 1 and not splits.keys() & {"valid", "test"}:
-        return {WHOLE: replace(next(iter(splits.values())), name=WHOLE)}
-    return dict(sorted(splits.items(), key=lambda item: (*ORDER, item[0]).index(item[0])))
+        return {"train": replace(next(iter(splits.values())), name="train")}
+    return dict(sorted(splits.items(), key=lambda item: (*SPLITS, item[0]).index(item[0])))
 
 
-def _parts(dataset: str, reading: Reading, download: Download, account: Account) -> list[Part]:
+def _parts(dataset: str, context: ReadContext, download: Download, account: Account) -> list[DatasetPart]:
     """The parts of what the user named. Raises UserError, OSError."""
     path = Path(dataset).expanduser()
     folder, colon, configuration = dataset.rpartition(":")
     if "://" in dataset:
-        return file_parts(download(dataset), reading)
+        return file_parts(download(dataset), context)
     if path.is_dir():
-        return folder_parts(Folder(path, "", reading, account))
+        return folder_parts(Folder(path, "", context, account))
     if path.is_file():
-        return parts_of(LONE, path, reading, account)
+        return local_file_parts(UNSPLIT, path, context, account)
     if path.exists():
         raise NotAFile(path, "a pipe or a device")
     if colon and Path(folder).expanduser().is_dir():
-        return folder_parts(Folder(Path(folder).expanduser(), configuration, reading, account))
+        return folder_parts(Folder(Path(folder).expanduser(), configuration, context, account))
     if "{" in dataset or "*" in dataset:
-        return file_parts(in_splits(list(expand(str(path)))), reading)
+        return file_parts(pattern_by_split(list(expand(str(path)))), context)
     if re.fullmatch(r"[\w.-]*\w/[\w.-]+(:[\w.-]+)?", dataset) and ending(path) not in TABLES | {".tar"}:
-        return hub_parts(dataset, reading)
+        return hub_parts(dataset, context)
     raise UserError(f"{dataset}: there is no such file or folder, and a hub dataset's name is OWNER/NAME")
 
 
-def _read(parts: Sequence[Part], reading: Reading, account: Account) -> dict[str, Rows]:
+def _read(parts: Sequence[DatasetPart], context: ReadContext, account: Account) -> dict[str, Rows]:
     """The rows of each split, its parts one after the other; a lone group is divided by its column of splits."""
-    options = reading.options
-    groups: dict[str, list[Part]] = {}
+    options = context.options
+    groups: dict[str, list[DatasetPart]] = {}
     for part in parts:
         groups.setdefault(part.split, []).append(part)
     rows: dict[str, Rows] = {}
     for name, group in select_groups(groups, options, account).items():
-        account.begin(None if name == LONE else name)
+        account.begin(None if name == UNSPLIT else name)
         tables = []
         for part in group:
-            places = part.places(options)
-            table = to_row_columns(part.read(account), part.label, places, account, reading.embedded)
-            tables.append(class_titles(table, options.templates, part.label, account))
-        labels = [part.label for part in group]
+            location = part.image_location(options)
+            table = to_row_columns(part.read(account), part.source, places, account, context.embedded)
+            tables.append(class_titles(table, options.templates, part.source, account))
+        sources = [part.source for part in group]
         if len(groups) > 1 and options.columns.split is None:
             divided = {name: without_split_column(name, tables, account)}
         else:
-            divided = divide_by_column(name, tables, labels, options, account)
-        label = labels[0] if len({*labels}) == 1 else parent(labels[0])
+            divided = divide_by_column(name, tables, sources, options, account)
+        source = sources[0] if len({*sources}) == 1 else parent(sources[0])
         for split, each in divided.items():
-            rows[split] = join_tables(split, each, label, account)
+            rows[split] = join_tables(split, each, source, account)
     return rows

@@ -23,7 +23,7 @@ from data.store.segments import key_of
 from data.store.stat_cache import StatCache
 from data.titles import is_blank
 
-ORDER = ("train", "valid", "test")
+SPLITS = ("train", "valid", "test")
 WHOLE = "train"  # the name of a lone split, which is to be made three
 HELD_OUT = 0.15  # share of valid, and of test, when a dataset has one split only
 
@@ -38,12 +38,12 @@ def divide_lone_split(splits: Mapping[str, Rows], reader: Reader, cache: Path, s
     split with any model and with none; but a model's `titles` also keep titles together that are the same only because
     they are cut, see `clip_words`. Where titles are class names, each class is divided by its images instead.
     """
-    if list(splits) != [WHOLE]:
+    if list(splits) != ["train"]:
         return dict(splits)
-    rows = splits[WHOLE]
+    rows = splits["train"]
     inputs = build_catalogue(splits, replace(clip_words(), cache=cache / "seen"))
     key_MK = _content_keys(inputs, reader, cache, team, log)
-    image_N = distinct(key_MK)[0][inputs.image_N[WHOLE]]
+    image_N = distinct(key_MK)[0][inputs.image_N["train"]]
     image_N = _codes(image_N, _has_no_image(inputs))
     if rows.label is not None:
         parts = stratified_split(seed, class_codes(rows), image_N)
@@ -78,11 +78,11 @@ def _has_no_image(inputs: Catalogue) -> np.ndarray:
     """The rows of the one split that name no image, bool [N]."""
     import pyarrow.compute as pc
 
-    return pc.equal(inputs.references, "").to_numpy(zero_copy_only=False)[inputs.image_N[WHOLE]]
+    return pc.equal(inputs.references, "").to_numpy(zero_copy_only=False)[inputs.image_N["train"]]
 
 
 def _title_codes(inputs: Catalogue) -> np.ndarray:
-    title_N = inputs.title_N[WHOLE]
+    title_N = inputs.title_N["train"]
     return _codes(title_N, is_blank(inputs.titles)[title_N])
 
 
@@ -119,7 +119,7 @@ def three_way_split(seed: int, *codes: np.ndarray) -> dict[str, np.ndarray]:
     ends = np.round(ends * len(single) / max(1, ends[-1])).astype(np.int64)
     for k, (first, last) in enumerate(pairwise([0, *ends])):
         split_N[single[first:last]] = k
-    parts = {name: np.flatnonzero(split_N[group_N] == k) for k, name in enumerate(ORDER)}
+    parts = {name: np.flatnonzero(split_N[group_N] == k) for k, name in enumerate(SPLITS)}
     return {name: part for name, part in parts.items() if len(part)}
 
 
@@ -138,8 +138,8 @@ def stratified_split(seed: int, class_N: np.ndarray, image_N: np.ndarray) -> dic
     for members in np.split(groups, ends):
         parts = three_way_split(seed, np.arange(len(members)))
         for name, part in parts.items():
-            split_N[members[part]] = ORDER.index(name)
-    found = {name: np.flatnonzero(split_N[group_N] == k) for k, name in enumerate(ORDER)}
+            split_N[members[part]] = SPLITS.index(name)
+    found = {name: np.flatnonzero(split_N[group_N] == k) for k, name in enumerate(SPLITS)}
     return {name: part for name, part in found.items() if len(part)}
 
 

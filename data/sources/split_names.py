@@ -10,23 +10,23 @@ import numpy as np
 from data.batch import BadSample, UserError
 from data.ledger import Account
 from data.sources.options import ReadOptions
-from data.sources.rows import ROW, without
+from data.sources.rows import ROW, drop_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 T = TypeVar("T")
-LONE = "all"  # the split of a dataset that names none
-ORDER = ("train", "valid", "test")
+UNSPLIT = "all"  # the split of a dataset that names none
+SPLITS = ("train", "valid", "test")
 COLUMN = "split"  # the role of a column that says the split of each row
-NAMES = {  # spellings of our splits; restval are the rows of COCO that Karpathy adds to train
+SPLIT_NAMES = {  # spellings of our splits; restval are the rows of COCO that Karpathy adds to train
     "train": "train", "training": "train", "restval": "train", "valid": "valid", "validation": "valid", "val": "valid",
     "dev": "valid", "test": "test", "testing": "test"}
 
 
-def our_name(name: str) -> str:
+def canonical_split(name: str) -> str:
     """Return our name of a split: valid for val; one of another kind keeps its own."""
-    return NAMES.get(name.strip().lower(), name.strip())
+    return SPLIT_NAMES.get(name.strip().lower(), name.strip())
 
 
 def select_groups(groups: Mapping[str, Sequence[T]], options: ReadOptions, account: Account) -> dict[str, list[T]]:
@@ -36,7 +36,7 @@ def select_groups(groups: Mapping[str, Sequence[T]], options: ReadOptions, accou
     that are not there.
     """
     if options.columns.split is not None and len(groups) > 1:
-        return {LONE: [table for group in groups.values() for table in group]}
+        return {UNSPLIT: [table for group in groups.values() for table in group]}
     if len(groups) == 1:
         return {name: list(group) for name, group in groups.items()}
     ours = _ours(list(groups), options)
@@ -67,18 +67,18 @@ def select_shards(shards: Mapping[str, Sequence[T]], options: ReadOptions, accou
 
 def without_split_column(name: str, tables: Sequence[pa.Table], account: Account) -> list[pa.Table]:
     """Return the tables of one of several splits without their column of splits, and say so where it says another."""
-    others = {our_name(str(value)) for table in tables for value in _values(table)} - {"", name}
+    others = {canonical_split(str(value)) for table in tables for value in _values(table)} - {"", name}
     if others:
         account.note("the column 'split' is not used, as the dataset names its splits; --split-column split uses it "
                      "instead")
     return [_without_column(table) for table in tables]
 
 
-def divide_by_column(name: str, tables: Sequence[pa.Table], labels: Sequence[str], options: ReadOptions,
+def divide_by_column(name: str, tables: Sequence[pa.Table], sources: Sequence[str], options: ReadOptions,
                      account: Account) -> dict[str, list[pa.Table]]:
     """Return the tables of the split `name` by the split that their rows say.
 
-    Where they say none, by `name` itself, as --splits has it. Rows that name no split are dropped. `labels` name the
+    Where they say none, by `name` itself, as --splits has it. Rows that name no split are dropped. `sources` name the
     tables. Raises UserError for names of --splits that are not there.
     """
     import pyarrow as pa
@@ -89,19 +89,19 @@ def divide_by_column(name: str, tables: Sequence[pa.Table], labels: Sequence[str
         for value, count in zip(*np.unique(each, return_counts=True), strict=True):
             counts[str(value)] = counts.get(str(value), 0) + int(count)
     blank = counts.pop("", 0)
-    if not _says_splits(counts, options, labels, account):
+    if not _says_splits(counts, options, sources, account):
         renamed = _ours([name], options).get(name, name) if options.splits else name
         return {renamed: [_without_column(table) for table in tables]}
     ours = _ours(list(counts), options)
     divided: dict[str, list[pa.Table]] = {}
-    for label, table, value_N in zip(labels, tables, values, strict=True):
+    for source, table, value_N in zip(sources, tables, values, strict=True):
         number_N = table[ROW].to_numpy() if ROW in table.column_names else np.arange(len(table))
         problems = {int(row): BadSample("no-split", "the row names no split") for row in np.flatnonzero(value_N == "")}
-        without(table, problems, number_N, label, account)
+        drop_rows(table, problems, number_N, source, account)
         our_N = np.array([ours.get(str(value), "") for value in value_N], object)
         for split in dict.fromkeys(ours.values()):
             divided.setdefault(split, []).append(_without_column(table).filter(pa.array(our_N == split)))
-    account.note(_describe(labels[0], counts, blank, ours))
+    account.note(_describe(sources[0], counts, blank, ours))
     return divided
 
 
@@ -119,16 +119,16 @@ def _values(table: pa.Table) -> np.ndarray:
         return np.full(len(table), "", object)
 
 
-def _says_splits(counts: Mapping[str, int], options: ReadOptions, labels: Sequence[str], account: Account) -> bool:
+def _says_splits(counts: Mapping[str, int], options: ReadOptions, sources: Sequence[str], account: Account) -> bool:
     """True if rows are divided by the column: the user's, or one with one of the usual values. Raises UserError."""
     if not counts and options.columns.split is not None:
-        raise UserError(f"{labels[0]}: --split-column {options.columns.split} holds no names of splits")
+        raise UserError(f"{sources[0]}: --split-column {options.columns.split} holds no names of splits")
     if not counts:
         return False
-    if options.columns.split is not None or any(value.lower() in NAMES for value in counts):
+    if options.columns.split is not None or any(value.lower() in SPLIT_NAMES for value in counts):
         return True
     shown = ", ".join(value[:40] for value in sorted(counts)[:3])
-    account.note(f"{labels[0]}: the column 'split' ({shown}, …) names neither train, valid nor test and is not used; "
+    account.note(f"{sources[0]}: the column 'split' ({shown}, …) names neither train, valid nor test and is not used; "
                  "--split-column split uses it")
     return False
 
@@ -140,31 +140,31 @@ def _without_column(table: pa.Table) -> pa.Table:
 def _ours(names: Sequence[str], options: ReadOptions) -> dict[str, str]:
     """Our split of each of the dataset's own `names`; those that --splits does not name are absent."""
     if not options.splits:
-        return {name: our_name(name) for name in names}
+        return {name: canonical_split(name) for name in names}
     ours: dict[str, str] = {}
     for our, theirs in options.splits.items():
         for their in theirs:
             matches = [name for name in names if name == their]
-            matches = matches or [name for name in names if our_name(name) == our_name(their)
-                                  or (name == LONE and their in (LONE, ORDER[0]))]
+            matches = matches or [name for name in names if canonical_split(name) == canonical_split(their)
+                                  or (name == UNSPLIT and their in (UNSPLIT, SPLITS[0]))]
             if not matches:
-                ordered = sorted(names, key=lambda name: (*ORDER, name).index(name))
-                there = ", ".join("train (it names no splits)" if name == LONE else name for name in ordered)
+                ordered = sorted(names, key=lambda name: (*SPLITS, name).index(name))
+                there = ", ".join("train (it names no splits)" if name == UNSPLIT else name for name in ordered)
                 raise UserError(f"--splits {our}={their}: there is no split {their!r}; there is {there}")
             for name in matches:
                 if name in ours:
                     raise UserError(f"--splits uses {name!r} twice; name it once")
-                ours[name] = our_name(our)
+                ours[name] = canonical_split(our)
     return ours
 
 
-def _describe(label: str, counts: Mapping[str, int], blank: int, ours: Mapping[str, str]) -> str:
+def _describe(source: str, counts: Mapping[str, int], blank: int, ours: Mapping[str, str]) -> str:
     parts = []
     for split in dict.fromkeys(ours.values()):
         own = [name for name in counts if ours.get(name) == split]
         spelt = f" ({' + '.join(own)})" if own != [split] else ""
         parts.append(f"{split} {sum(counts[name] for name in own):,}{spelt}")
     unused = [f"{name} {count:,}" for name, count in counts.items() if name not in ours]
-    text = f"{label}: rows by its column of splits: {', '.join(parts)}"
+    text = f"{source}: rows by its column of splits: {', '.join(parts)}"
     text += f"; {blank:,} that name none are dropped" if blank else ""
     return text + (f"; not used: {', '.join(unused)}" if unused else "")

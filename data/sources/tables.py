@@ -17,7 +17,7 @@ from data.batch import UserError
 from data.files import open_regular
 from data.ledger import Account
 from data.shards.index import read_index
-from data.shards.records import read_record
+from data.shards.manifests import read_manifest
 from data.shards.samples import class_names_beside
 from data.sources.arrow_tables import read_arrow, read_parquet
 from data.sources.csv_tables import read_csv
@@ -32,7 +32,7 @@ from data.web.storage import RemoteFile
 if TYPE_CHECKING:
     import pyarrow as pa
 
-class Named(Protocol):
+class HasName(Protocol):
     """A file or folder, here or in a store, by its name."""
 
     @property
@@ -40,7 +40,7 @@ class Named(Protocol):
         """The last part of its path or address."""
 
 
-File = TypeVar("File", bound=Named)
+File = TypeVar("File", bound=HasName)
 ADDRESS = re.compile(r"\s*(https?:)?//", re.IGNORECASE)
 TEXT_READERS: dict[str, Callable[[Path, ReadOptions, Account], pa.Table]] = {  # also with .gz after the ending
     ".csv": partial(read_csv, delimiter=","), ".tsv": partial(read_csv, delimiter="\t"), ".jsonl": read_json_lines,
@@ -103,16 +103,16 @@ def read_table(path: Path, options: ReadOptions, account: Account, embedded: Emb
 
 
 def read_remote(file: RemoteFile, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
-    """A table of a store by its copy, or a shard by its record. Raises UserError."""
+    """A table of a store by its copy, or a shard by its manifest. Raises UserError."""
     if ending(file.name) != ".tar":
         return read_table(file.path, options, account, embedded)
-    record = read_record(file.path)
-    if record is None:
-        raise UserError(f"{file.address}: its record {file.path} is gone or damaged; run again")
-    for entry in record.problems:
+    manifest = read_manifest(file.path)
+    if manifest is None:
+        raise UserError(f"{file.address}: its manifest {file.path} is gone or damaged; run again")
+    for entry in manifest.problems:
         account.drop_sample(entry)
-    rows = _index_as_rows(record.table, file.address, options, account)
-    return _with_labels(rows, record.classes)
+    rows = _index_as_rows(manifest.table, file.address, options, account)
+    return _with_labels(rows, manifest.classes)
 
 
 def _shard(path: Path, options: ReadOptions, account: Account) -> pa.Table:

@@ -21,7 +21,7 @@ import numpy as np
 from data.cold import is_url
 from data.files import open_regular
 from data.shards.index import is_range, parse_reference
-from data.shards.records import recorded_keys
+from data.shards.manifests import manifest_keys
 from data.store.segments import KEY
 from data.web.fetched import cached_path
 from data.web.storage import is_stored
@@ -33,7 +33,7 @@ class StatCache:
     """Content keys of M references whose files have not changed since they were last read.
 
     `paths` are files, URLs (with fetched bytes in the folder `fetched`), ranges of files, or "". Members of streamed
-    shards are known by the records of these; other images in a store count, as URLs do, as unchanged. `keys` [M, 16]
+    shards are known by the manifests of these; other images in a store count, as URLs do, as unchanged. `keys` [M, 16]
     are valid where `known` [M] is true. A cache that cannot be read counts as empty; failed writes are ignored.
     """
 
@@ -49,7 +49,7 @@ class StatCache:
             if stamp_M3.shape == self._stamp_M3.shape and keys.shape == self.keys.shape and keys.dtype == np.uint8:
                 self.known = (stamp_M3 == self._stamp_M3).all(1) & (self._stamp_M3[:, 0] >= 0)
                 self.keys = keys
-        recorded, is_recorded = recorded_keys(fetched.parent, paths)
+        recorded, is_recorded = manifest_keys(fetched.parent, paths)
         self.keys[is_recorded], self.known[is_recorded] = recorded[is_recorded], True
 
     def remember(self, keys: np.ndarray, good: np.ndarray) -> None:

@@ -50,7 +50,7 @@ class Entry(NamedTuple):
 
 
 class RemoteFile(NamedTuple):
-    """A file at an address, and what this machine holds of it: the copy of a table, the record of a shard."""
+    """A file at an address, and what this machine holds of it: the copy of a table, the manifest of a shard."""
 
     address: str
     path: Path

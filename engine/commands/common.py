@@ -19,11 +19,11 @@ from data.ledger import Account
 from data.pairs import Pairs, data_key, open_pairs
 from data.sources.labels import count_classes
 from data.sources.options import ReadOptions, parse_delimiter, parse_encoding, parse_splits, parse_templates
-from data.sources.parts import in_splits
+from data.sources.parts import pattern_by_split
 from data.sources.paths import parse_image_template
 from data.sources.remote import find_files
 from data.sources.source import Columns, Download, Rows, load_splits
-from data.sources.split import ORDER, WHOLE, divide_lone_split
+from data.sources.split import SPLITS, "train", divide_lone_split
 from data.sources.split_names import select_shards
 from data.store.feature_split import FeatureSplit
 from data.web.limits import FetchPolicy, check_proxy
@@ -54,7 +54,7 @@ class Source(NamedTuple):
     def split_names(self) -> list[str]:
         """Return the names of the splits; a lone split counts as the three that it will be."""
         names = list(self.rows or self.shards)
-        return list(ORDER) if len(names) == 1 and names[0] not in ORDER[1:] else names
+        return list(SPLITS) if len(names) == 1 and names[0] not in SPLITS[1:] else names
 
 
 def open_run(cfg: Config, world: World) -> tuple[Path, bool]:
@@ -83,7 +83,7 @@ def read_rows(cfg: Config, log: Callable[[str], None], stream: bool = False) -> 
         if not stored:
             from data.web.remote_files import fetch_files  # its client takes a fifth of a second to import
 
-            return in_splits(fetch_files(dataset, cache / "shards", fetch_policy(cfg), log))
+            return pattern_by_split(fetch_files(dataset, cache / "shards", fetch_policy(cfg), log))
         copies = {name: [copy_file(entry.address, cache / "stored", log) for entry in entries]
                   for name, entries in stored.items()}
         if not is_sharded:
@@ -133,7 +133,7 @@ def require_split(cfg: Config, split: str, names: Collection[str]) -> None:
         return
     lone = [*names][0] if len(names) == 1 else ""
     there = f"--dataset {without_secrets(cfg.dataset)} has no split {split!r}; it has {', '.join(names)}"
-    if split == WHOLE:
+    if split == "train":
         fix = (f"--splits train={lone} trains on it, divided in three by --seed" if lone else
                "--splits train=NAME,test=NAME says which to use")
         raise UserError(f"{there}; {fix}")
@@ -152,7 +152,7 @@ def divide_source(cfg: Config, world: World, rows: Mapping[str, Rows], reader: R
     if splits.keys() != rows.keys():
         total = sum(len(split) for split in rows.values())
         sizes = ", ".join(f"{name} {len(split):,}" for name, split in splits.items())
-        classes = count_classes(rows).get(WHOLE)
+        classes = count_classes(rows).get("train")
         by_class = f", the images of each of {classes:,} classes apart" if classes else ""
         world.say(f"one split of {total:,} rows, made three by --seed {cfg.seed}{by_class}: {sizes}")
     return splits
@@ -246,9 +246,9 @@ def stream_shards(cfg: Config, world: World, source: Source, pipeline: Pipeline,
     if not source.shards:
         return source
     shards = source.shards
-    if len(shards) > 1 and only in ORDER[1:] and only in shards:
+    if len(shards) > 1 and only in SPLITS[1:] and only in shards:
         shards = {only: shards[only]}
-    files = ingest_shards({name: shards[name] for name in sorted(shards, key=[*ORDER, *shards].index)}, pipeline)
+    files = ingest_shards({name: shards[name] for name in sorted(shards, key=[*SPLITS, *shards].index)}, pipeline)
     return load_source(replace(cfg, splits=()), world.say, lambda dataset: files)  # --splits has named the shards
 
 

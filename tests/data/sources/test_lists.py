@@ -23,7 +23,7 @@ from data.shards.pack import pack
 from data.sources import records
 from data.sources.embedded import EmbeddedPictures
 from data.sources.options import ReadOptions
-from data.sources.paths import Places
+from data.sources.paths import ImageLocation
 from data.sources.rows import to_row_columns
 from data.sources.source import DETECT, Columns, Rows, load_splits
 from data.sources.split import divide_lone_split
@@ -76,7 +76,7 @@ def test_a_list_of_captions_is_a_row_each(tmp_path: Path, kind: str) -> None:
     table = pa.table({"image": images, "title": lists(kind), "title_neg": given})
     sliced = pa.concat_tables([table, table]).slice(1, 8)
     for part, wanted in ((table, WANTED), (sliced, [*WANTED[3:], *WANTED[:6]])):
-        columns = to_row_columns(part, "x", Places([str(tmp_path)]), Account(), EmbeddedPictures())
+        columns = to_row_columns(part, "x", ImageLocation([str(tmp_path)]), Account(), EmbeddedPictures())
         rows = Rows("train", *(columns[name] for name in ("image", "title", "title_neg")))
         negatives = {"0": ["n"], "1": [], "2": [], "3": ["m"], "4": ["o", "p"]}
         assert shown(rows) == wanted

@@ -1,6 +1,6 @@
 """Records of shards in a store that were streamed once: their samples, content keys and problems.
 
-A record is an Arrow file in `--cache-dir/remote-shards/`, written when all features of the shard are in the store.
+A manifest is an Arrow file in `--cache-dir/remote-shards/`, written when all features of the shard are in the store.
 Rows and content keys then come from it, and the shard is not read again while its size and version stay.
 """
 
@@ -31,7 +31,7 @@ FOLDER = "remote-shards"  # in --cache-dir
 CONTENT = "content"  # the column of content keys; null where the picture cannot be used
 
 
-class ShardRecord(NamedTuple):
+class ShardManifest(NamedTuple):
     """A shard that was streamed."""
 
     entry: Entry
@@ -48,29 +48,29 @@ class ShardRecord(NamedTuple):
         return np.frombuffer(b"".join(content.to_pylist()), np.uint8).reshape(-1, KEY)
 
 
-def record_path(cache: Path, address: str) -> Path:
-    """The path of the record of a shard."""
+def manifest_path(cache: Path, address: str) -> Path:
+    """The path of the manifest of a shard."""
     return cache / FOLDER / f"{hashlib.blake2b(address.encode(), digest_size=16).hexdigest()}.arrow"
 
 
-def make_record(entry: Entry, max_pixels: int, problems: Sequence[dict[str, Any]], rows: Sequence[tuple[Any, ...]],
-                keys: Sequence[bytes], classes: Sequence[str]) -> ShardRecord:
-    """Return the record of samples with these values of COLUMNS and these content keys, b"" for an unusable picture."""
+def make_manifest(entry: Entry, max_pixels: int, problems: Sequence[dict[str, Any]], rows: Sequence[tuple[Any, ...]],
+                keys: Sequence[bytes], classes: Sequence[str]) -> ShardManifest:
+    """Return the manifest of samples with these values of COLUMNS and these content keys, b"" for an unusable picture."""
     import pyarrow as pa
 
     content = pa.array([key or None for key in keys], pa.binary(KEY))
-    return ShardRecord(entry, max_pixels, problems, table_of(rows).append_column(CONTENT, content), classes)
+    return ShardManifest(entry, max_pixels, problems, table_of(rows).append_column(CONTENT, content), classes)
 
 
-def write_record(cache: Path, record: ShardRecord) -> None:
-    """Write a record, whole or not at all. Raises OSError."""
+def write_manifest(cache: Path, manifest: ShardManifest) -> None:
+    """Write a manifest, whole or not at all. Raises OSError."""
     import pyarrow as pa
 
-    path = record_path(cache, record.entry.address)
+    path = manifest_path(cache, manifest.entry.address)
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"format": FORMAT, "entry": record.entry[:3], "max_pixels": record.max_pixels,
-             "problems": list(record.problems), "classes": list(record.classes)}
-    table = record.table.replace_schema_metadata({"facts": json.dumps(facts)})
+    facts = {"format": FORMAT, "entry": manifest.entry[:3], "max_pixels": manifest.max_pixels,
+             "problems": list(manifest.problems), "classes": list(manifest.classes)}
+    table = manifest.table.replace_schema_metadata({"facts": json.dumps(facts)})
     temporary = path.with_name(f".{secrets.token_hex(8)}.arrow")
     try:
         with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
@@ -81,8 +81,8 @@ def write_record(cache: Path, record: ShardRecord) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_record(path: Path) -> ShardRecord | None:
-    """The record at a path; None if there is none or it is damaged."""
+def read_manifest(path: Path) -> ShardManifest | None:
+    """The manifest at a path; None if there is none or it is damaged."""
     import pyarrow as pa
 
     with suppress(OSError, ValueError, KeyError, TypeError, pa.ArrowException):
@@ -90,12 +90,12 @@ def read_record(path: Path) -> ShardRecord | None:
             table = pa.ipc.open_file(file).read_all()
         facts = json.loads(table.schema.metadata[b"facts"])
         if facts["format"] == FORMAT:
-            return ShardRecord(Entry(*facts["entry"]), facts["max_pixels"], facts["problems"],
+            return ShardManifest(Entry(*facts["entry"]), facts["max_pixels"], facts["problems"],
                                table.replace_schema_metadata(None), facts["classes"])
     return None
 
 
-def recorded_keys(cache: Path, references: Sequence[str | None]) -> tuple[np.ndarray, np.ndarray]:
+def manifest_keys(cache: Path, references: Sequence[str | None]) -> tuple[np.ndarray, np.ndarray]:
     """Return the content keys [M, 16] of references to members of streamed shards, and which [M] are known."""
     key_MK, known_M = np.zeros((len(references), KEY), np.uint8), np.zeros(len(references), bool)
     places: dict[str, list[tuple[int, int]]] = {}  # shard -> offset, place in `references`
@@ -105,10 +105,10 @@ def recorded_keys(cache: Path, references: Sequence[str | None]) -> tuple[np.nda
                 shard, offset, _ = parse_reference(reference)
                 places.setdefault(shard, []).append((offset, place))
     for shard, wanted in places.items():
-        record = read_record(record_path(cache, shard))
-        if record is None:
+        manifest = read_manifest(manifest_path(cache, shard))
+        if manifest is None:
             continue
-        content = dict(zip(record.table["image_offset"].to_pylist(), record.table[CONTENT].to_pylist(), strict=True))
+        content = dict(zip(manifest.table["image_offset"].to_pylist(), manifest.table[CONTENT].to_pylist(), strict=True))
         for offset, place in wanted:
             if key := content.get(offset):
                 key_MK[place], known_M[place] = np.frombuffer(key, np.uint8), True

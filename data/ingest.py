@@ -22,11 +22,11 @@ from data.images.decode import decode_image
 from data.prefetch import threaded_map
 from data.progress import DownloadProgress
 from data.shards.manifests import ShardManifest, make_manifest, manifest_path, read_manifest, write_manifest
-from data.shards.stream import ForwardFile, stream_samples
+from data.shards.stream import ForwardFile, class_names, stream_samples
 from data.store.features import FeatureStore
 from data.store.segments import key_of
 from data.web.fetched import disk_errors_as_user_errors
-from data.web.storage import Entry, RemoteFile, open_stream, public_name, stat
+from data.web.storage import Entry, RemoteFile, open_stream, parent, public_name, stat
 
 STATS_AT_ONCE = 16  # shards whose version is asked for at the same time
 MAX_AHEAD = 1 << 28  # bytes of pictures that wait for a thread to decode them
@@ -42,16 +42,23 @@ def ingest_shards(splits: Mapping[str, Sequence[Entry]], pipeline: Pipeline) -> 
     shards = list({entry.address: entry for entries in splits.values() for entry in entries})
     store = pipeline.encoders.image_store(cache) if pipeline.encoders.stored else None
     own = shards[team.rank :: team.size]
+    classes = {folder: class_names(f"{folder}/x.tar") for folder in sorted({*map(parent, shards)})}
     missing: dict[str, Entry] = {}
+    changed: list[str] = []
     for entry in threaded_map(stat, own, STATS_AT_ONCE, STATS_AT_ONCE):
         manifest = read_manifest(manifest_path(cache, entry.address))
-        if manifest is None or not _is_current(manifest, entry, pipeline.reader, store):
+        names = classes[parent(entry.address)]
+        if manifest is None or manifest.classes != names or not _is_current(manifest, entry, pipeline.reader, store):
             missing[entry.address] = entry
-        if manifest is not None and manifest.entry != entry:
-            pipeline.log(f"{public_name(entry.address)} has changed since it was streamed: it is streamed again")
+        if manifest is not None and (manifest.entry != entry or manifest.classes != names):
+            what = "" if manifest.entry != entry else "the file of class names beside "
+            changed.append(f"{what}{public_name(entry.address)}")
+    if changed:
+        more = f" (and {len(changed) - 1:,} more shards)" if len(changed) > 1 else ""
+        pipeline.log(f"{changed[0]} has changed since it was streamed: it is streamed again{more}")
     all_missing = {address: entry for part in team.exchange(missing) for address, entry in part.items()}
     todo = [all_missing[address] for address in shards if address in all_missing]
-    _Ingestion(pipeline, store).run(todo[team.rank :: team.size])
+    _Ingestion(pipeline, store, classes).run(todo[team.rank :: team.size])
     team.exchange(None)  # every rank has written
     if todo:
         encoded = ""
@@ -74,6 +81,7 @@ class _Shard:
     """A shard being streamed."""
 
     entry: Entry
+    classes: Sequence[str]  # the names of the classes, from a file beside the shard
     rows: list[tuple[Any, ...]] = field(default_factory=list)  # values of COLUMNS
     keys: list[bytes] = field(default_factory=list)  # in the order of `rows`
     problems: list[dict[str, Any]] = field(default_factory=list)
@@ -113,8 +121,8 @@ class _ByteBudget:
 class _Ingestion:
     """Streams this rank's shards."""
 
-    def __init__(self, pipeline: Pipeline, store: FeatureStore | None) -> None:
-        self.pipeline, self.reader = pipeline, pipeline.reader
+    def __init__(self, pipeline: Pipeline, store: FeatureStore | None, classes: Mapping[str, Sequence[str]]) -> None:
+        self.pipeline, self.reader, self.classes = pipeline, pipeline.reader, classes
         self.writer = FeatureWriter(store, pipeline.encoders.image)
         self.decode = partial(decode_image, spec=self.reader.spec, max_pixels=self.reader.max_pixels)
         self.budget = _ByteBudget()
@@ -151,7 +159,8 @@ class _Ingestion:
             self.writer.flush()
         while ended:
             shard = ended.popleft()
-            manifest = make_manifest(shard.entry, self.reader.max_pixels, shard.problems, shard.rows, shard.keys)
+            manifest = make_manifest(shard.entry, self.reader.max_pixels, shard.problems, shard.rows, shard.keys,
+                                 shard.classes)
             with disk_errors_as_user_errors(self.pipeline.cache):
                 write_manifest(self.pipeline.cache, manifest)
             self.progress()
@@ -165,10 +174,10 @@ class _Ingestion:
 
     def _pictures_of(self, entry: Entry) -> Iterator[_Picture]:
         """Yield the pictures of a shard in the order of its samples, then an end mark."""
-        shard = _Shard(entry)
+        shard = _Shard(entry, self.classes[parent(entry.address)])
         with open_stream(entry.address, entry) as stream:
             file = ForwardFile(stream, entry.size, public_name(entry.address))
-            for sample in stream_samples(file, shard.report):
+            for sample in stream_samples(file, shard.report, shard.classes):
                 shard.rows.append(sample.values)
                 self.budget.take(len(sample.image))
                 self.progress.add_bytes(len(sample.image))

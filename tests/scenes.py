@@ -5,12 +5,16 @@ from __future__ import annotations
 import colorsys
 import csv
 import io
+import os
 import random
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
+
+from data.web.storage import Entry
 
 COLOURS = {"red": (220, 40, 40), "orange": (245, 140, 20), "yellow": (250, 225, 40), "green": (40, 160, 60),
            "teal": (20, 150, 150), "blue": (40, 80, 220), "purple": (130, 50, 180), "pink": (250, 140, 190),
@@ -118,6 +122,11 @@ def wds_shards(folder: Path, split: str, samples: int, per_shard: int, negatives
             sample = {"__key__": f"{split}{number:05d}", "jpg": jpeg(number), "txt": f"{number} {scene_title(number)}"}
             writer.write({**sample, "json": {"title_neg": scene_title(number + 1)}} if negatives else sample)
     return sorted(map(str, folder.glob(f"{split}-*.tar")))
+
+
+def entries(shards: Sequence[str]) -> list[Entry]:
+    """Local shards as a stream takes them."""
+    return [Entry(shard, os.path.getsize(shard), "") for shard in shards]
 
 
 def youtube_pairs(folder: Path, base_url: str, n: tuple[int, int, int] = (53, 11, 12)) -> Path:

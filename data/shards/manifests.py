@@ -24,7 +24,7 @@ from data.web.storage import Entry, is_stored
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT = "thumbtune remote shard 1"
+FORMAT = "thumbtune remote shard 2"
 FOLDER = "remote-shards"  # in --cache-dir
 CONTENT = "content"  # the column of content keys; null where the picture cannot be used
 
@@ -36,6 +36,7 @@ class ShardManifest(NamedTuple):
     max_pixels: int  # the limit that its pictures were decoded under
     problems: Sequence[dict[str, Any]]  # ledger entries of samples and damage
     table: pa.Table  # COLUMNS and CONTENT
+    classes: Sequence[str]  # the names of the classes then, from a file beside the shard
 
     def keys(self) -> np.ndarray:
         """Return the content keys [n, 16] of its usable pictures."""
@@ -51,12 +52,12 @@ def manifest_path(cache: Path, address: str) -> Path:
 
 
 def make_manifest(entry: Entry, max_pixels: int, problems: Sequence[dict[str, Any]], rows: Sequence[tuple[Any, ...]],
-                  keys: Sequence[bytes]) -> ShardManifest:
+                  keys: Sequence[bytes], classes: Sequence[str]) -> ShardManifest:
     """Return the manifest of samples: their values of COLUMNS and content keys, b"" for a picture that is unusable."""
     import pyarrow as pa
 
     content = pa.array([key or None for key in keys], pa.binary(KEY))
-    return ShardManifest(entry, max_pixels, problems, table_of(rows).append_column(CONTENT, content))
+    return ShardManifest(entry, max_pixels, problems, table_of(rows).append_column(CONTENT, content), classes)
 
 
 def write_manifest(cache: Path, manifest: ShardManifest) -> None:
@@ -66,7 +67,7 @@ def write_manifest(cache: Path, manifest: ShardManifest) -> None:
     path = manifest_path(cache, manifest.entry.address)
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {"format": FORMAT, "entry": manifest.entry[:3], "max_pixels": manifest.max_pixels,
-             "problems": list(manifest.problems)}
+             "problems": list(manifest.problems), "classes": list(manifest.classes)}
     table = manifest.table.replace_schema_metadata({"facts": json.dumps(facts)})
     with replaced_file(path) as temporary:
         with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
@@ -83,7 +84,7 @@ def read_manifest(path: Path) -> ShardManifest | None:
         facts = json.loads(table.schema.metadata[b"facts"])
         if facts["format"] == FORMAT:
             return ShardManifest(Entry(*facts["entry"]), facts["max_pixels"], facts["problems"],
-                               table.replace_schema_metadata(None))
+                               table.replace_schema_metadata(None), facts["classes"])
     return None
 
 

@@ -94,8 +94,13 @@ def class_names_beside(shard: Path) -> list[str]:
     for folder in (shard.absolute().parent, shard.absolute().parent.parent):
         for name in CLASS_FILES:
             if (folder / name).is_file():
-                return read_text(folder / name).removeprefix("\ufeff").splitlines()
+                return parse_class_names(read_text(folder / name))
     return []
+
+
+def parse_class_names(text: str) -> list[str]:
+    """The names of classes, one a line."""
+    return text.removeprefix("\ufeff").splitlines()
 
 
 def _text_files(files: Mapping[str, Member]) -> list[Member]:

@@ -7,12 +7,23 @@ and keeps the bytes that they seek back to.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from data.batch import BadSample
-from data.shards.samples import IMAGES, MAX_IMAGE, MAX_TEXT, row, samples
+from data.batch import BadSample, UserError
+from data.shards.samples import (
+    CLASS_FILES,
+    IMAGES,
+    MAX_IMAGE,
+    MAX_TEXT,
+    class_names_beside,
+    parse_class_names,
+    row,
+    samples,
+)
 from data.shards.tar import BLOCK, Member, members, read_at
+from data.web.storage import is_stored, parent, public_name, read_if_there
 
 MAX_HELD = 2 * MAX_IMAGE  # bytes of the files of one sample that are kept until it is complete
 SKIP = 1 << 20  # bytes read at once where nothing is kept
@@ -91,14 +102,33 @@ class ForwardFile:
         return data
 
 
-def stream_samples(file: ForwardFile, report: Callable[[str, BadSample], None]) -> Iterator[StreamedSample]:
+def class_names(shard: str) -> list[str]:
+    """Return the class names of a shard, as `class_names_beside` finds them, also in a store. Raises UserError."""
+    if not is_stored(shard):
+        return class_names_beside(Path(shard))
+    for folder in filter(is_stored, (parent(shard), parent(parent(shard)))):
+        for name in CLASS_FILES:
+            address = f"{folder}/{name}"
+            try:
+                content = read_if_there(address, MAX_TEXT)
+                if content is not None:
+                    return parse_class_names(content.decode())
+            except BadSample as problem:
+                raise UserError(problem.detail) from problem
+            except UnicodeDecodeError:
+                raise UserError(f"{public_name(address)}: the names of classes must be UTF-8 text") from None
+    return []
+
+
+def stream_samples(file: ForwardFile, report: Callable[[str, BadSample], None],
+                   classes: Sequence[str] = ()) -> Iterator[StreamedSample]:
     """Yield the samples of a tar in order, with their images; `report` gets the key and problem of unusable ones.
 
-    Raises UserError if it is no tar, OSError.
+    `classes` are the names that KEY.cls has the numbers of. Raises UserError if it is no tar, OSError.
     """
     for key, files in samples(_held(members(file, report), file)):
         try:
-            values = (key, *row(file, files))
+            values = (key, *row(file, files, classes))
             sample = StreamedSample(values, read_at(file, *values[1:3]))
         except BadSample as problem:
             report(key, problem)

@@ -61,6 +61,8 @@ def class_titles(table: pa.Table, templates: Sequence[str], source: str, account
         return table.set_column(table.column_names.index("title"), "title", titles[0])
     row_N = np.repeat(np.arange(len(table)), len(titles))
     row_N += np.tile(np.arange(len(titles)) * len(table), len(table))  # the titles of a row follow each other
+    is_class_N = classes.is_valid().to_numpy()
+    row_N = row_N[(row_N < len(table)) | is_class_N[row_N % len(table)]]  # a title that is no class name stays one
     parts = [table.set_column(table.column_names.index("title"), "title", title) for title in titles]
     return pa.concat_tables(parts).take(pa.array(row_N))
 

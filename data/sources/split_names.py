@@ -55,6 +55,18 @@ def select_groups(groups: Mapping[str, Sequence[T]], options: ReadOptions, accou
     return selected
 
 
+def select_shards(shards: Mapping[str, Sequence[T]], options: ReadOptions, account: Account) -> dict[str, list[T]]:
+    """Return shards by our split, as `select_groups` does; shards have no column of splits that could say another.
+
+    Raises UserError for names of --splits that are not there.
+    """
+    selected = select_groups(shards, options, account)
+    if len(shards) == 1 and options.splits:
+        ours = _rename([*selected], options)
+        return {ours[name]: group for name, group in selected.items()}
+    return selected
+
+
 def without_split_column(name: str, tables: Sequence[pa.Table], account: Account) -> list[pa.Table]:
     """Return the tables of one of several splits without their column of splits; other names in it are noted."""
     others = {canonical_split(value) for table in tables for value in _values(table).unique().to_pylist()} - {"", name}

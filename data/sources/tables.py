@@ -118,19 +118,26 @@ def read_remote(file: RemoteFile, options: ReadOptions, account: Account, embedd
         raise UserError(f"{file.address}: its manifest {file.path} is gone or damaged; run again")
     for entry in manifest.problems:
         account.drop_sample(entry)
-    return _index_as_rows(manifest.table, file.address, options, account)
+    rows = _index_as_rows(manifest.table, file.address, options, account)
+    return _with_labels(rows, manifest.classes)
 
 
 def _shard(path: Path, options: ReadOptions, account: Account) -> pa.Table:
     table = _index_as_rows(read_index(path, account.drop_sample), str(path.absolute()), options, account)
-    if classes := class_names_beside(path):
-        import pyarrow as pa
-        import pyarrow.compute as pc
+    return _with_labels(table, class_names_beside(path))
 
-        title, is_lone = pc.list_element(table["title"], 0), pc.equal(pc.list_value_length(table["title"]), 1)
-        is_class = pc.and_(pc.is_in(title, pa.array(map(spell_class, classes), pa.string())), is_lone)
-        table = table.append_column(LABEL, pc.if_else(is_class, title, pa.scalar(None, pa.string())))
-    return table
+
+
+def _with_labels(table: pa.Table, classes: Sequence[str]) -> pa.Table:
+    """Return the rows of a shard with LABEL, where classes have names: the lone title that is one of them, or null."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not classes:
+        return table
+    title, is_lone = pc.list_element(table["title"], 0), pc.equal(pc.list_value_length(table["title"]), 1)
+    is_class = pc.and_(pc.is_in(title, pa.array(map(spell_class, classes), pa.string())), is_lone)
+    return table.append_column(LABEL, pc.if_else(is_class, title, pa.scalar(None, pa.string())))
 
 
 def _index_as_rows(index: pa.Table, shard: str, options: ReadOptions, account: Account) -> pa.Table:

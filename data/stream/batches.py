@@ -14,15 +14,16 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import Any, BinaryIO
+from typing import Any
 
 from data.batch import BadSample, Batch, UserError, share
 from data.catalogue import check_bad_share, describe_reasons
 from data.cold import Pipeline
 from data.prefetch import prefetch_to_device, threaded_map
-from data.shards.tar import open_tar
 from data.stream.shards import shard_order, split_by_rank
 from data.stream.stages import Decoded, Sample, collate, decode, read_ahead, read_shard, shuffle
+from data.stream.titles import TitleRules
+from data.web.storage import Entry, public_name
 
 KEYS_KEPT = 64  # steps whose sample keys are kept, to name what a gradient failed on
 
@@ -63,6 +64,7 @@ class Problems:
     samples: int  # of an epoch
     max_bad: float
     entries: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
+    keep: Callable[[], None] = lambda: None  # writes the ledger when the stream ends the run
 
     def report(self, shard: str, key: str, problem: BadSample) -> None:
         """Add the entry of a sample, or of damage."""
@@ -85,7 +87,7 @@ class Problems:
 class ShardBatches:
     """Batches of pixels and tokens from shards that are read in sequence."""
 
-    shards: Sequence[str]  # paths or addresses, sorted
+    shards: Sequence[Entry]  # sorted
     samples: int  # of an epoch, over all ranks
     batch_size: int  # of all ranks together
     seed: int
@@ -94,7 +96,7 @@ class ShardBatches:
     pipeline: Pipeline
     problems: Problems
     resumed: tuple[int, Collection[int]] = (0, ())  # the step that a run goes on from, the shards finished then
-    open_shard: Callable[[str], BinaryIO] = open_tar
+    rules: TitleRules = TitleRules()
     keys: dict[int, list[str]] = field(default_factory=dict)  # of the samples of the latest steps
     unused_negatives: int = 0  # samples that have more of them than `negatives`
     _progress: dict[int, Progress] = field(default_factory=dict)  # by epoch
@@ -126,6 +128,13 @@ class ShardBatches:
         return prefetch_to_device(batches, self.pipeline.device)
 
     def _decoded_batches(self, step: int) -> Iterator[list[Decoded]]:
+        try:
+            yield from self._epochs(step)
+        except UserError:
+            self.problems.keep()
+            raise
+
+    def _epochs(self, step: int) -> Iterator[list[Decoded]]:
         for epoch in count(step // self.steps_per_epoch):
             finished = self.resumed[1] if step and step == self.resumed[0] else ()
             progress = self._progress[epoch] = Progress(finished)
@@ -148,7 +157,7 @@ class ShardBatches:
                 batch.append(item)
         progress.trained(used, step)
         self.unused_negatives += sum(len(item.sample.negatives) > self.negatives for item in batch)
-        self.keys[step - 1] = [f"{self.shards[item.sample.shard]}, {item.sample.key}" for item in batch]
+        self.keys[step - 1] = [f"{self._name(item.sample.shard)}, {item.sample.key}" for item in batch]
         self.keys.pop(step - 1 - KEYS_KEPT, None)
         self.problems.check()  # of this rank alone: more than --max-bad of all is clear then
         return batch
@@ -171,11 +180,14 @@ class ShardBatches:
                         yield item
             if not usable and not skipped:
                 reasons = describe_reasons([*self.problems.entries.values()])
-                raise UserError(f"{self.shards[own[0]]} and {len(own) - 1} more shards hold no usable sample "
+                raise UserError(f"{self._name(own[0])} and {len(own) - 1} more shards hold no usable sample "
                                 f"({reasons})")
 
     def _read(self, shard: int) -> Iterator[Sample]:
-        return read_shard(shard, self.shards[shard], self.open_shard, self.problems.report)
+        return read_shard(shard, self.shards[shard], self.problems.report, self.rules)
+
+    def _name(self, shard: int) -> str:
+        return public_name(self.shards[shard].address)
 
     def _report(self, sample: Sample, problem: BadSample) -> None:
-        self.problems.report(self.shards[sample.shard], sample.key, problem)
+        self.problems.report(self._name(sample.shard), sample.key, problem)

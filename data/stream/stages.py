@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from queue import Empty, Queue
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,12 +23,16 @@ from data.cold import Encoders, Reader
 from data.images.augment import random_region
 from data.images.decode import collate_tokens, decode_image, tokenize
 from data.prefetch import threaded_map
-from data.shards.samples import class_names_beside, row, samples
-from data.shards.tar import members, open_tar, read_at
+from data.shards.stream import ForwardFile, stream_samples
 from data.store.segments import key_of
+from data.stream.shards import open_shard
+from data.stream.titles import AS_THEY_ARE, TitleRules
+from data.web import storage
+from data.web.storage import Entry, public_name
 
 OPEN = 3  # shards that are read at once
 AHEAD = 64  # samples of each of them that wait to be taken
+RETRIES = 2  # further tries of a shard on this machine that cannot be read; a store's requests have their own
 Report = Callable[[str, str, BadSample], None]  # shard, key, problem
 Item = TypeVar("Item")
 
@@ -41,6 +45,7 @@ class Sample(NamedTuple):
     image: bytes
     title: str
     negatives: Sequence[str]
+    class_name: str = ""  # of a title that is made of one; the titles of a class are no negatives of each other
 
 
 class Decoded(NamedTuple):
@@ -51,23 +56,35 @@ class Decoded(NamedTuple):
     pixels_CSS: np.ndarray | None
 
 
-def read_shard(number: int, address: str, open_shard: Callable[[str], BinaryIO] = open_tar,
-               report: Report = lambda shard, key, problem: None) -> Generator[Sample]:
-    """Yield the samples of one shard in order; what cannot be used is reported. Raises UserError."""
-    classes = class_names_beside(Path(address))
-    try:
-        with open_shard(address) as file:
-            for key, files in samples(members(file, partial(report, address))):
-                try:
-                    offset, size, titles, negatives = row(file, files, classes)
-                    image = read_at(file, offset, size)
-                except BadSample as problem:
-                    report(address, key, problem)
-                    continue
-                for title in titles:
-                    yield Sample(number, key, image, title, negatives)
-    except OSError as error:
-        raise UserError(f"{address}: {error.strerror or error}") from error
+def read_shard(number: int, shard: Entry, report: Report = lambda shard, key, problem: None,
+               rules: TitleRules = AS_THEY_ARE) -> Generator[Sample]:
+    """Yield the samples of one shard in order; what cannot be used is reported. Raises UserError.
+
+    A shard that fails is opened again and read from the sample that was reached.
+    """
+    given = 0
+    for tried in range(RETRIES + 1):
+        try:
+            for sample in islice(_read_once(number, shard, report, rules), given, None):
+                given += 1
+                yield sample
+            return
+        except OSError as error:
+            if tried == RETRIES:
+                raise UserError(f"{public_name(shard.address)}: {error.strerror or error}") from error
+        time.sleep(storage.BACKOFF * 2**tried)
+
+
+def _read_once(number: int, shard: Entry, report: Report, rules: TitleRules) -> Iterator[Sample]:
+    """Yield the samples of one shard. Raises UserError, OSError."""
+    name, classes = public_name(shard.address), rules.classes_of(shard)
+    known = frozenset(classes)
+    with open_shard(shard) as stream:
+        file = ForwardFile(stream, shard.size, name)
+        for (key, _, _, texts, negatives), image in stream_samples(file, partial(report, name), classes):
+            for title, class_name in rules.titles(texts, known):
+                yield Sample(number, key, image, title, negatives, class_name)
+        file.skip_rest()  # a store says at the end whether the shard has changed meanwhile
 
 
 class _Reading:
@@ -175,6 +192,9 @@ def collate(batch: Sequence[Decoded], encoders: Encoders, crop: tuple[int, int],
             texts.append(item.sample.negatives[place] if there[-1] else item.sample.title)
     tokens = tokenize(encoders.tokenizer, texts, encoders.max_tokens)
     ids = [content_id(np.array(row_ids, np.int32).tobytes()) for row_ids in tokens]
+    for place, item in enumerate(batch):
+        if item.sample.class_name:  # titles of one class are the same to the loss, whatever their templates
+            ids[place] = content_id(item.sample.class_name.encode("utf-8", "surrogatepass"))
     id_KB = torch.where(torch.tensor(there, dtype=torch.bool), torch.tensor(ids, dtype=torch.int64), -1)
     id_KB = id_KB.reshape(1 + negatives, len(batch))
     title = collate_tokens(tokens[: len(batch)], encoders.pad_id)

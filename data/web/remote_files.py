@@ -40,7 +40,8 @@ def fetch_files(pattern: str, folder: Path, policy: FetchPolicy, log: Callable[[
     stay.
     """
     if "*" in pattern:
-        raise UserError(f"{pattern}: a server cannot be asked what * stands for; write a range such as {{000..009}}")
+        raise UserError(f"{public_name(pattern)}: a server cannot be asked what * stands for; write a range such as "
+                        "{000..009}")
     urls = list(dict.fromkeys(expand_braces(pattern)))
     paths = {}
     for url in urls:
@@ -60,10 +61,10 @@ def web_name(url: str) -> str:
     try:
         name = web_url(url).name
     except BadSample as bad:
-        raise UserError(f"{url}: {bad.detail}") from None
+        raise UserError(f"{public_name(url)}: {bad.detail}") from None
     if not re.fullmatch(r"[\w.-]{1,200}\.(tar|csv|tsv|jsonl|parquet)", name):
-        raise UserError(f"{url}: only shards (.tar) and tables (.csv .tsv .jsonl .parquet) are read from such "
-                        "addresses; download other files and pass their folder")
+        raise UserError(f"{public_name(url)}: only shards (.tar) and tables (.csv .tsv .jsonl .parquet) are "
+                        "read from such addresses; download other files and pass their folder")
     return name
 
 
@@ -116,8 +117,8 @@ class _Download:
 
     def refuse(self, bad: BadSample) -> UserError:
         """Return the error for a file that cannot be fetched, with the reason."""
-        return UserError(f"{self.url} cannot be fetched ({bad}); run again to go on where it stopped, or leave it out "
-                         "of the pattern")
+        return UserError(f"{public_name(self.url)} cannot be fetched ({bad}); run again to go on where it stopped, or "
+                         "leave it out of the pattern")
 
     def keep(self) -> None:
         """Give the part, which is whole, its name."""

@@ -28,6 +28,8 @@ PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "a
             "abfss": "adlfs", "hf": "huggingface_hub", "memory": "fsspec"}
 VERSIONS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "blob_id", "LastModified", "last_modified",
             "mtime", "created")  # keys of a file's version in drivers' answers; the first present one counts
+CREDENTIALS = r"//[^/@?]*:[^/@?]*@"
+SECRET = re.compile(r"(?i)(^|&)[^=&]*(sig|key|token|secret|credential|auth|passw)[^=&]*=")  # names of parameters
 BLOCK = 8 << 20  # bytes of one request of a stream
 AHEAD = 2  # blocks requested before they are needed
 RETRIES = 5  # further tries of a request after a failure that may pass
@@ -78,7 +80,14 @@ def is_stored(address: str) -> bool:
 
 def public_name(address: str) -> str:
     """Return the address as messages show it, without a query or credentials."""
-    return re.sub(r"//[^/@]*:[^/@]*@", "//", address.partition("?")[0])
+    return re.sub(CREDENTIALS, "//", address.partition("?")[0])
+
+
+def without_secrets(address: str) -> str:
+    """Return the address without credentials, and without a query that carries some, as that of a signed address."""
+    if "://" not in address:
+        return address
+    return public_name(address) if SECRET.search(address.partition("?")[2]) else re.sub(CREDENTIALS, "//", address)
 
 
 def parent(address: str) -> str:
@@ -139,6 +148,17 @@ def read(address: str, most: int) -> bytes:
     if len(data) > most:
         raise BadSample("too-large", f"{public_name(address)}: more than {most} bytes")
     return data
+
+
+def read_if_there(address: str, most: int) -> bytes | None:
+    """The bytes of a file of at most `most`; None where there is none that may be read. Raises BadSample."""
+    try:
+        return read(address, most)
+    except BadSample as problem:
+        refusal = problem.__cause__ and problem.__cause__.__cause__
+        if isinstance(refusal, (FileNotFoundError, PermissionError)):  # S3 refuses what it may not say is missing
+            return None
+        raise
 
 
 def read_range(address: str, offset: int, size: int) -> bytes:

@@ -14,7 +14,8 @@ from data.cold import Encoders, Pipeline, Reader
 from data.files import write_mark
 from data.images.decode import ImageSpec, tokenizer_fingerprint
 from data.ingest import ingest_shards
-from data.inputs import AddedSplit
+from data.inputs import AddedSplit, StreamedPairs
+from data.ledger import Account
 from data.pairs import Pairs, data_key, open_pairs
 from data.sources.labels import count_classes
 from data.sources.options import ReadOptions, parse_delimiter, parse_encoding, parse_splits, parse_templates
@@ -23,11 +24,11 @@ from data.sources.paths import parse_image_template
 from data.sources.remote import find_files
 from data.sources.source import Columns, Download, Rows, load_splits
 from data.sources.split import ContentReader, divide_lone_split
-from data.sources.split_names import SPLITS
+from data.sources.split_names import SPLITS, select_shards
 from data.store.feature_split import FeatureSplit
 from data.web.limits import FetchPolicy, check_proxy
 from data.web.remote_tables import copy_file
-from data.web.storage import Entry, RemoteFile, is_stored
+from data.web.storage import Entry, RemoteFile, is_stored, without_secrets
 from engine.clip.encoder import CPU_TITLES, BatchedEncoder
 from engine.clip.model import Head, LoadedModel, ModelOptions, open_model
 from engine.clip.towers import fingerprint
@@ -76,7 +77,7 @@ def read_rows(cfg: Config, log: Callable[[str], None], stream: bool = False) -> 
     stored = find_files(cfg.dataset) if is_stored(cfg.dataset) else {}
     is_sharded = any(entry.name.endswith(".tar") for entries in stored.values() for entry in entries)
     if stream and is_sharded:
-        return Source({}, [], stored)
+        return Source({}, [], select_shards(stored, read_options(cfg), Account(log=log)))
 
     def download(dataset: str) -> Mapping[str, Sequence[Path | RemoteFile]]:
         if not stored:
@@ -107,13 +108,14 @@ def read_options(cfg: Config) -> ReadOptions:
                        cfg.image_root, parse_image_template(cfg.image_template), parse_templates(cfg.template))
 
 
-def open_source(cfg: Config, world: World, split: str = "train") -> Source:
-    """Read the rows, before anything slow or written.
+def open_source(cfg: Config, world: World, split: str = "train",
+                shards: Mapping[str, Sequence[Entry]] | None = None) -> Source:
+    """Read the rows, before anything slow or written; `shards` are those of a store to be measured, if known.
 
     Raises UserError where `split` or a split of --eval-splits is missing. A lone split is whole, under the name
     train, and counts as the three that it will be.
     """
-    source = read_rows(cfg, world.say, stream=True)
+    source = Source({}, [], shards) if shards else read_rows(cfg, world.say, stream=True)
     names = source.split_names()
     if cfg.probe:
         names.append("probe")
@@ -130,7 +132,7 @@ def require_split(cfg: Config, split: str, names: Collection[str]) -> None:
     if split in names:
         return
     lone = [*names][0] if len(names) == 1 else ""
-    there = f"--dataset {cfg.dataset} has no split {split!r}; it has {', '.join(names)}"
+    there = f"--dataset {without_secrets(cfg.dataset)} has no split {split!r}; it has {', '.join(names)}"
     if split == "train":
         fix = (f"--splits train={lone} trains on it, divided in three by --seed" if lone else
                "--splits train=NAME,test=NAME says which to use")
@@ -218,6 +220,7 @@ def open_data(cfg: Config, world: World, model: LoadedModel, source: Source, onl
     reader = make_reader(cfg, spec)
     encoders = make_encoders(model, spec.fingerprint(), world.device, cfg.compile)
     pipeline = Pipeline(reader, encoders, team, cache_folder(cfg), world.device, world.live)
+    streamed = bool(source.shards)
     source = stream_shards(cfg, world, source, pipeline, only)
     rows = divide_source(cfg, world, source.rows, reader, encoders, team)
     if only or not cfg.shuffle_buffer:
@@ -229,6 +232,9 @@ def open_data(cfg: Config, world: World, model: LoadedModel, source: Source, onl
     measured = [name for name in rows if not cfg.eval_splits or name in cfg.eval_splits]
     pairs = open_pairs(rows, unreadable, pipeline, cfg.max_bad, cfg.mine_negatives, measured)
     world.say(pairs.describe())
+    if streamed and isinstance(pairs.inputs, StreamedPairs) and not only and not cfg.shuffle_buffer:
+        world.say("every step reads its pictures from the store, one request each; --shuffle-buffer N reads the "
+                  "shards in sequence")
     return pairs
 
 
@@ -243,7 +249,7 @@ def stream_shards(cfg: Config, world: World, source: Source, pipeline: Pipeline,
     if len(shards) > 1 and only in SPLITS[1:] and only in shards:
         shards = {only: shards[only]}
     files = ingest_shards({name: shards[name] for name in sorted(shards, key=[*SPLITS, *shards].index)}, pipeline)
-    return load_source(cfg, world.say, lambda dataset: files)
+    return load_source(replace(cfg, splits=()), world.say, lambda dataset: files)  # --splits has named the shards
 
 
 def open_probe(cfg: Config, world: World) -> Source | None:

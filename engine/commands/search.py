@@ -14,7 +14,7 @@ from data import gallery
 from data.batch import ALONE
 from data.cold import Pipeline
 from data.images.decode import ImageSpec
-from data.web.storage import scheme_of
+from data.web.storage import scheme_of, without_secrets
 from engine.clip.model import ModelOptions, open_model
 from engine.commands.common import (
     cache_folder,
@@ -50,7 +50,8 @@ def search(cfg: Config, world: World, stop: StopSignal) -> int:
     cache = cache_folder(cfg)
     pipeline = Pipeline(reader, encoders, ALONE, cache, world.device, world.live)
     rows = stream_shards(cfg, world, source, pipeline).rows
-    splits = gallery.select_splits(divide_source(cfg, world, rows, reader, encoders), cfg.split, cfg.dataset)
+    splits = gallery.select_splits(divide_source(cfg, world, rows, reader, encoders), cfg.split,
+                                   without_secrets(cfg.dataset))
     head = model.head
     with torch.no_grad():
         if titles:

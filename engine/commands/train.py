@@ -42,15 +42,15 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     """Measure the base model, run the loop, measure the tuned model, export it."""
     # Open everything, what a typo breaks first: a misspelt split is an error before a model is loaded.
     out, resuming = open_run(cfg, world)
-    row_cfg, shards = split_dataset(cfg)
-    source = open_source(row_cfg, world)
+    row_cfg, shards = split_dataset(cfg, world.say)
+    source = open_source(row_cfg, world, shards=shards.measured)
     probe = open_probe(cfg, world)
     model = load_model(cfg, world)
     refuse_cached(cfg, model)
     trained = model.trained_model(cfg.micro_batch)
     pairs = open_data(row_cfg, world, model, source)
     pairs = with_probe(cfg, world, model, pairs, probe)
-    training = open_training(cfg, world, pairs, shards, out)
+    training = open_training(cfg, world, pairs, shards.train, out)
     cfg = fit_to_data(cfg, training.rows)
     plan = Plan(training.rows, cfg.batch_size, cfg.epochs)
     names = evaluated_splits(cfg, pairs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +14,27 @@ from torch import nn
 from data.batch import Batches, UserError
 from data.files import read_text
 from data.inputs import StreamedPairs
+from data.ledger import Account
 from data.pairs import Pairs, data_key
 from data.prefetch import EpochBatches, OrderDigest
+from data.sources.options import parse_templates
+from data.sources.parts import pattern_by_split
+from data.sources.remote import find_files
+from data.sources.split_names import select_shards
 from data.stream.batches import Problems, ShardBatches
-from data.stream.shards import count_samples, divide_shards, shards_digest
+from data.stream.shards import (
+    Divided,
+    count_samples,
+    divide_shards,
+    find_local_shards,
+    local_pattern,
+    shards_digest,
+)
 from data.stream.stages import count_negatives, read_shard
+from data.stream.titles import TitleRules
+from data.web.storage import Entry, is_stored, scheme_of
 from engine.clip.model import LoadedModel
+from engine.commands.common import cache_folder, fetch_policy, read_options
 from engine.config.fields import Config
 from engine.ranks.world import World
 from engine.run_folder import folder
@@ -120,7 +135,7 @@ class ShardTraining:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Digests of the measured splits, and of names and sizes of the shards."""
+        """Digests of the measured splits, and of names, sizes and versions of the shards."""
         return {**self.pairs.identity, data_key("train"): shards_digest(self.stream.shards)}
 
     def order(self, cfg: Config) -> Order:
@@ -160,6 +175,10 @@ class ShardTraining:
                            f"shard ({stream.negatives}); those are not used")
         stream.problems.check(state.step * stream.batch_size)
 
+    def keep_ledger(self) -> None:
+        """Write what this rank knows to be dropped, when the stream ends the run before a checkpoint does."""
+        folder.write_ledger(self.out / "ledger.jsonl", [*self.pairs.ledger, *self.stream.problems.entries.values()])
+
     def guard(self, cfg: Config, world: World, out: Path, trained: nn.Module) -> NonfiniteGuard:
         """Return a guard that names the samples of a step; a stream is not read again to find which it was."""
         def rows(step: int) -> list[str]:
@@ -168,18 +187,31 @@ class ShardTraining:
         return NonfiniteGuard(out, trained, None, rows, world)
 
 
-def split_dataset(cfg: Config) -> tuple[Config, list[str]]:
+def split_dataset(cfg: Config, log: Callable[[str], None]) -> tuple[Config, Divided]:
     """Return the settings that read what is opened row by row, and the shards of train that are streamed, if any.
 
-    Raises UserError where --shuffle-buffer has no shards to stream.
+    Of shards in a store, those to be measured come with them. Raises UserError where --shuffle-buffer has no shards to
+    stream.
     """
     if not cfg.shuffle_buffer:
-        return cfg, []
-    shards, measured = divide_shards(cfg.dataset)
-    return replace(cfg, dataset=measured), shards
+        return cfg, Divided([], {})
+    if is_stored(cfg.dataset):
+        found = find_files(cfg.dataset)
+    elif scheme_of(cfg.dataset) in ("http", "https"):
+        from data.web.remote_files import fetch_files  # its client takes a fifth of a second to import
+
+        paths = fetch_files(cfg.dataset, cache_folder(cfg) / "shards", fetch_policy(cfg), log)
+        found = pattern_by_split([Entry(str(path), 0, "") for path in paths])
+    else:
+        found = find_local_shards(cfg.dataset)
+    divided = divide_shards(select_shards(found, read_options(cfg), Account(log=log)), cfg.dataset)
+    if is_stored(cfg.dataset):
+        return cfg, divided
+    splits = tuple(pair for pair in cfg.splits if pair.partition("=")[0].strip() in divided.measured)
+    return replace(cfg, dataset=local_pattern(divided.measured), splits=splits), Divided(divided.train, {})
 
 
-def open_training(cfg: Config, world: World, pairs: Pairs, shards: Sequence[str],
+def open_training(cfg: Config, world: World, pairs: Pairs, shards: Sequence[Entry],
                   out: Path) -> RowTraining | ShardTraining:
     """Return the training data: the rows of train, or a stream of `shards`. Raises UserError."""
     if not shards:
@@ -187,18 +219,21 @@ def open_training(cfg: Config, world: World, pairs: Pairs, shards: Sequence[str]
     if len(shards) < world.size:
         raise UserError(f"train has {len(shards)} shards for {world.size} ranks, and each rank reads whole ones; write "
                         "smaller shards or use fewer ranks")
-    samples = cfg.train_samples or count_samples(shards)
+    rules = TitleRules.of(shards, parse_templates(cfg.template))
+    samples = cfg.train_samples or count_samples(shards, rules)
     if not samples:
         raise UserError("not every shard of train has an index that counts its samples; give --train-samples N, how "
                         "many make an epoch, or write the shards with `run.py shards`")
     assert isinstance(pairs.inputs, StreamedPairs)  # see `refuse_cached`
     problems = Problems(samples, cfg.max_bad)
-    negatives = count_negatives(read_shard(0, shards[0]), LOOKED_AT)
+    negatives = count_negatives(read_shard(0, shards[0], rules=rules), LOOKED_AT)
     stream = ShardBatches(shards, samples, cfg.batch_size, cfg.seed, cfg.shuffle_buffer, negatives,
-                          pairs.inputs.pipeline, problems)
+                          pairs.inputs.pipeline, problems, rules=rules)
     world.say(f"stream: train {samples:,} samples an epoch; shards: {len(shards):,}; shuffle buffer: "
               f"{cfg.shuffle_buffer:,} a rank; leaks of train into the measured splits are not looked for")
-    return ShardTraining(pairs, stream, world, out)
+    training = ShardTraining(pairs, stream, world, out)
+    problems.keep = training.keep_ledger
+    return training
 
 
 def refuse_cached(cfg: Config, model: LoadedModel) -> None:

@@ -61,9 +61,9 @@ def verify(cfg: Config, world: World, stop: StopSignal) -> int:
 
 def rerun(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path]) -> list[Finding]:
     """Train some steps of the run in `run` again, and measure its exported model again. Raises UserError."""
-    cfg, shards = split_dataset(cfg)
-    source = open_source(cfg, world)
-    if shards:
+    cfg, shards = split_dataset(cfg, world.say)
+    source = open_source(cfg, world, shards=shards.measured)
+    if shards.train:
         findings = [Finding("replay", verification.UNCHECKED, "resuming changes the order of a stream of shards")]
     else:
         findings = replay(cfg, world, run, checkpoints, source)

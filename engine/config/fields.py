@@ -228,11 +228,15 @@ def flag_of(name: str) -> str:
 
 
 def as_dict(config: Config, command: str) -> dict[str, Any]:
-    """Return the settings of a command as plain JSON values, without a proxy that carries a password."""
+    """Return the settings of a command as plain JSON values, without what is secret in addresses."""
+    from data.web.storage import without_secrets  # it imports torch, which --help does not wait for
+
     plain: dict[str, Any] = {}
     for name in command_settings(command):
         value = getattr(config, name)
         plain[name] = list(value) if isinstance(value, tuple) else value
+        if isinstance(value, str):
+            plain[name] = without_secrets(value)
         if name == "proxy" and "@" in value:
             plain[name] = ""
     return plain

@@ -54,8 +54,10 @@ def explain_crash(command: str, error: BaseException, rank: int) -> str:
     for folder in (CURRENT_RUN.folder, Path(tempfile.gettempdir()), Path.cwd()):
         if folder is None or not folder.is_dir():
             continue
-        with suppress(OSError):
+        with suppress(OSError, ImportError):
+            from data.web.storage import without_secrets  # it imports torch, which --help does not wait for
+
             path = folder / (name if folder == CURRENT_RUN.folder else f"thumbtune-{name}")
-            path.write_text(f"{sys.argv}\n{text}", encoding="utf-8", errors="backslashreplace")
+            path.write_text(f"{[*map(without_secrets, sys.argv)]}\n{text}", encoding="utf-8", errors="backslashreplace")
             return f"run.py {command} failed: {summary} (not foreseen; the traceback is in {path})"
     return f"run.py {command} failed: {summary} (not foreseen, and the traceback could not be written)"

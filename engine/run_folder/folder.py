@@ -21,6 +21,7 @@ import torch
 
 from data.batch import UserError
 from data.files import changed_files, lock_folder, read_text, recover_folders, replace_text, sha256
+from data.web.storage import without_secrets
 from engine.config.fields import Config
 from engine.config.settings import known_settings
 from engine.ranks.world import World
@@ -126,7 +127,7 @@ def _provenance(settings: Mapping[str, object], world: World, precision: torch.d
     return {
         "config": settings,
         "precision": str(precision).removeprefix("torch."),
-        "command": " ".join(sys.argv),
+        "command": " ".join(map(without_secrets, sys.argv)),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "git_commit": _commit(),
         "host": platform.node(),

@@ -74,7 +74,7 @@ def write_shards(pairs: Path, out: Path) -> Path:
 
 
 def upload(folder: Path, place: str) -> None:
-    for path in folder.glob("*.tar"):
+    for path in [*folder.glob("*.tar"), *folder.glob("*.txt")]:
         Store().pipe_file(f"/{place}/{path.name}", path.read_bytes())
 
 
@@ -184,3 +184,45 @@ def test_check_and_a_lone_split_read_shards_of_a_store(tiny_model: Path, pairs: 
     train("memory://bucket/part*", tiny_model, tmp_path / "run", tmp_path / "cache-run")
     train(shards, tiny_model, tmp_path / "local", tmp_path / "cache-local")
     assert_equal_runs(tmp_path / "local", tmp_path / "run")
+
+
+def test_several_captions_class_names_and_templates_of_a_store_are_those_of_the_folder(tiny_model: Path, pairs: Path,
+                                                                                       tmp_path: Path) -> None:
+    """A run from a store would lose captions, negatives or classes, or keep class names that have been mended."""
+    shards, images = tmp_path / "shards", sorted((pairs / "images").iterdir())
+    shards.mkdir()
+    with webdataset.ShardWriter(f"{shards}/test-%06d.tar", maxcount=9, verbose=0) as writer:
+        for number, image in enumerate(images[:24]):
+            fields: dict[str, Any] = {"cls": number % 3}
+            if number % 2:
+                fields = {"json": {"caption": [f"a {number}", f"one {number}"], "negatives": [f"no {number}", "none"]}}
+            writer.write({"__key__": f"{number:06}", "jpg": image.read_bytes(), **fields})
+    (shards / "classnames.txt").write_text("cat\nred_fox\n")
+    flags = ["eval", "--split", "test", "--model", tiny_model, "--precision", "fp32",
+             "--template", "a photo of a {},a drawn {}", "--max-bad", "50%"]
+    upload(shards, "bucket")
+    for names in ("cat\nred_fox\n", "cat\nred_fox\nowl\n"):
+        (shards / "classnames.txt").write_text(names)
+        Store().pipe_file("/bucket/classnames.txt", names.encode())
+        there = inside([*flags, "--dataset", "memory://bucket", "--cache-dir", tmp_path / "cache"])
+        here = inside([*flags, "--dataset", shards, "--cache-dir", tmp_path / "local"])
+        assert there.returncode == here.returncode == 0, there.stderr + here.stderr
+        assert there.stdout == here.stdout
+    assert "the file of class names beside memory://bucket/test-000000.tar has changed" in there.stderr
+
+
+def test_splits_names_the_splits_of_shards_in_a_store(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
+    """The error would name a flag that leads to the same error."""
+    shards = write_shards(pairs, tmp_path / "shards")
+    for path in [*shards.glob("train*"), *shards.glob("valid*")]:
+        path.unlink()
+    upload(shards, "bucket")
+    arguments = ["--model", tiny_model, "--cache-dir", tmp_path / "cache", *FLAGS[2:], "--batch-size", 4]
+    refused = inside(["--dataset", "memory://bucket", "--out", tmp_path / "refused", *arguments])
+    assert refused.returncode == 2 and "--splits train=test trains on it" in refused.stderr, refused.stderr
+    for dataset, out in (("memory://bucket", "run"), (shards, "local")):
+        done = inside(["--dataset", dataset, "--splits", "train=test", "--out", tmp_path / out, *arguments])
+        assert done.returncode == 0, done.stderr
+    assert_equal_runs(tmp_path / "local", tmp_path / "run")
+    missing = inside(["--dataset", "memory://bucket", "--splits", "train=dev", "--out", tmp_path / "x", *arguments])
+    assert missing.returncode == 2 and "there is no split 'dev'; there is test" in missing.stderr, missing.stderr

@@ -21,6 +21,7 @@ from data.shards.writer import ShardWriter
 from data.sources.source import Columns, ReadOptions, load_splits
 from data.stream.stages import read_shard
 from data.web.fetch import FetchPolicy
+from data.web.storage import Entry
 
 datasets = pytest.importorskip("datasets")
 pd = pytest.importorskip("pandas")
@@ -802,7 +803,8 @@ def test_class_names_of_shards_are_spelt_alike_where_they_are_streamed(folder: P
     rows = load_splits(str(folder / "x.tar"))["train"]
     assert rows.title.to_pylist() == ["golden retriever", "cat", "tabby cat"]
     assert rows.label is not None and rows.label.to_pylist() == ["golden retriever", "cat", None]
-    streamed = read_shard(0, str(folder / "x.tar"))
+    shard = folder / "x.tar"
+    streamed = read_shard(0, Entry(str(shard), shard.stat().st_size, ""))
     assert [sample.title for sample in streamed] == rows.title.to_pylist()
 
 

@@ -92,4 +92,4 @@ def test_every_class_is_on_all_sides_and_no_image_is_on_two() -> None:
 def test_rows_without_a_class_are_rows_without_a_title(tmp_path: Path) -> None:
     pd.DataFrame({"image": ["a.jpg", "b.jpg"], "label": ["cat", None]}).to_parquet(tmp_path / "table.parquet")
     rows = load_splits(str(tmp_path / "table.parquet"), ReadOptions(templates=("a {}", "one {}")))["train"]
-    assert rows.title.to_pylist() == ["a cat", "one cat", "", ""] and class_codes(rows).tolist() == [0, 0, -1, -1]
+    assert rows.title.to_pylist() == ["a cat", "one cat", ""] and class_codes(rows).tolist() == [0, 0, -1]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_tokenizer
-from scenes import wds_shards
+from scenes import entries, wds_shards
 
 from data.batch import Batch, Team, UserError
 from data.cold import Encoders, Pipeline, Reader
@@ -16,6 +16,7 @@ from data.images.decode import ImageSpec
 from data.stream.batches import Problems, ShardBatches
 from data.stream.stages import Sample, read_shard
 from data.web.fetch import FetchPolicy
+from data.web.storage import Entry
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def stream(shards: list[str], rank: int = 0, size: int = 1, augment: bool = Fals
     reader = Reader(Path("fetched"), ImageSpec.clip(32), FetchPolicy(), 25_000_000, 2, augment=augment)
     team = Team(rank, size, lambda value: [value])
     pipeline = Pipeline(reader, encoders, team, Path("cache"), torch.device("cpu"), print)
-    made = ShardBatches(shards, 30, 8, 42, 4, 1, pipeline, Problems(30, 0.05))
+    made = ShardBatches(entries(shards), 30, 8, 42, 4, 1, pipeline, Problems(30, 0.05))
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
@@ -82,13 +83,13 @@ def test_a_resumed_epoch_reads_no_finished_shard_and_no_sample_of_it(shards: lis
         seen = Counter(key for rank in ranks for step in keys(rank, 3) for key in step)
         finished = sorted({shard for rank in ranks for shard in rank.finished(3)})
         assert finished and all(rank.finished(4) == [] for rank in ranks)  # a new epoch
-        held = {sample.key for shard in finished for sample in read_shard(shard, shards[shard])}
+        held = {sample.key for shard in finished for sample in read_shard(shard, entries(shards)[shard])}
         assert held <= seen.keys()
         read: list[str] = []
 
-        def noted(shard: int, address: str, *args: object, read: list[str] = read) -> object:
-            read.append(address)
-            return read_shard(shard, address, *args)  # type: ignore[arg-type]
+        def noted(shard: int, entry: Entry, *args: object, read: list[str] = read) -> object:
+            read.append(entry.address)
+            return read_shard(shard, entry, *args)  # type: ignore[arg-type]
 
         monkeypatch.setattr("data.stream.batches.read_shard", noted)
         for other in (size, 1):  # on as many ranks, or on one

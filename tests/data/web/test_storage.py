@@ -18,7 +18,10 @@ from data.batch import BadSample, UserError
 from data.sources.remote import find_files
 from data.sources.source import load_splits
 from data.web import storage
+from data.web.limits import FetchPolicy
+from data.web.remote_files import fetch_files
 from data.web.remote_tables import copy_file
+from engine.config.fields import Config, as_dict
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +68,7 @@ def test_a_table_of_a_store_names_images_of_stores_and_none_of_this_machine(stor
     store.pipe_file("/bucket/data/pairs.csv", table.to_csv(index=False).encode())
     entries: list[dict[str, Any]] = []
     rows = load_splits("memory://bucket/data/pairs.csv", ledger=entries.append, download=bring(tmp_path))["train"]
-    kept = [str(value) for value in rows.image.to_pylist()]
+    kept = rows.image.to_pylist()
     assert kept == ["memory://bucket/data/images/1.jpg", "s3://other/2.jpg", "https://host/3.jpg"]
     assert [entry["row"] for entry in entries] == [3, 4, 5, 6, 7]
     assert {entry["reason"] for entry in entries} == {"outside-folder"}
@@ -166,3 +169,18 @@ def test_a_picture_is_bounded(store: MemoryFileSystem) -> None:
         storage.read_range("memory://bucket/x.jpg", 90, 20)
     with pytest.raises(BadSample, match="missing-file"):
         storage.read("memory://bucket/y.jpg", 99)
+
+
+def test_what_is_secret_in_an_address_is_left_out_of_files_and_messages() -> None:
+    """Else a signed address opens the bucket to whoever reads config.json, a log or a report."""
+    for address, kept in {"https://u:PW@h/{a,b}.tar?X-Amz-Signature=1&x=2": "https://h/{a,b}.tar",
+                          "az://c/x.tar?se=1&sig=2": "az://c/x.tar", "https://h/x.csv?id=3": "https://h/x.csv?id=3",
+                          "https://h/x.csv?mail=a:b@c": "https://h/x.csv?mail=a:b@c", "/data/a?key=1": "/data/a?key=1",
+                          "shawhin/yt": "shawhin/yt"}.items():
+        assert storage.without_secrets(address) == kept
+    cfg = Config(dataset="https://h/x.tar?token=T", probe="s3://k:S@b/x")
+    assert as_dict(cfg, "train")["dataset"] == "https://h/x.tar" and as_dict(cfg, "train")["probe"] == "s3://b/x"
+    for name in ("x.zip", "*.tar"):
+        with pytest.raises(UserError) as caught:
+            fetch_files(f"https://u:PW@h/{name}?sig=SECRET", Path("nowhere"), FetchPolicy(), print)
+        assert "PW" not in str(caught.value) and "SECRET" not in str(caught.value)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fsspec.implementations.memory import MemoryFileSystem
 from helpers import inside, on_ranks
 from scenes import make_pairs, wds_shards
 
@@ -23,6 +25,11 @@ from engine.ranks.world import World
 
 FLAGS = ["--trainable", "all", "--shuffle-buffer", "4", "--train-samples", "32", "--batch-size", "8", "--epochs", "2",
          "--precision", "fp32", "--lr", "1e-3", "--save-every", "1"]
+
+
+def of_samples(count: int) -> list[str]:
+    """FLAGS for shards of train that hold `count` samples."""
+    return [str(count) if flag == "32" else flag for flag in FLAGS]
 
 
 class StopAt(StopSignal):
@@ -47,8 +54,8 @@ def train(home: Path, out: str, *flags: str, stop: int = 0) -> tuple[int, list[s
     world, read = World(rank, rank, size, torch.device("cpu")), list[str]()
     original = stream_batches.read_shard
 
-    def noted(*args: object) -> Iterator[Sample]:
-        read.append(Path(str(args[1])).name)
+    def noted(*args: Any) -> Iterator[Sample]:
+        read.append(args[1].name)
         return original(*args)  # type: ignore[arg-type]
 
     try:
@@ -139,3 +146,45 @@ def test_a_stream_is_refused_where_it_cannot_be(home: Path, tmp_path: Path) -> N
                         (["--dataset", tmp_path / "pairs", *buffer], "`run.py shards` writes them")):
         done = inside([*base, *flags])
         assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) <= 3, done.stderr
+
+
+def test_a_stream_from_a_store_is_the_stream_of_the_same_files_here(home: Path, tmp_path: Path) -> None:
+    """Else training from s3:// trains on other batches, or needs a copy of the dataset; --splits is the same too."""
+    store = MemoryFileSystem()
+    for path in (home / "shards").glob("*.tar"):
+        store.pipe_file(f"/bucket/{path.name}", path.read_bytes())
+    base = ["--model", home / "tiny", "--cache-dir", home / "cache"]
+    for splits in ([], ["--splits", "train=test,valid=train"]):
+        name = "".join(splits[:1])
+        for dataset in (home / "shards", "memory://bucket/{train,valid,test}-*.tar"):
+            out = tmp_path / f"{name}{'memory' in str(dataset)}"
+            flags = of_samples(8) if splits else FLAGS
+            done = inside([*base, *splits, "--dataset", dataset, "--out", out, *flags])
+            assert done.returncode == 0, done.stderr
+            assert bool(splits) == ("--splits leaves out valid" in done.stderr)
+        here, there = tmp_path / f"{name}False", tmp_path / f"{name}True"
+        assert steps(here) == steps(there) and len(steps(here)) == (2 if splits else 8)
+        assert (here / "metrics.json").read_text() == (there / "metrics.json").read_text()
+    assert not list((home / "cache").rglob("*.tar"))
+    alone = inside([*base, *FLAGS, "--dataset", "memory://bucket/test-*.tar", "--out", tmp_path / "alone"])
+    assert alone.returncode == 2 and "no shards but test's" in alone.stderr, alone.stderr
+    MemoryFileSystem.store.clear()
+
+
+def test_a_run_that_bad_samples_end_has_them_in_its_ledger(home: Path, tmp_path: Path) -> None:
+    """Else the run stops for its bad samples and does not say which they were."""
+    folder = tmp_path / "shards"
+    for split, samples in (("train", 16), ("valid", 8)):
+        wds_shards(folder, split, samples, 8)
+    with tarfile.open(folder / "train-000000.tar") as tar:
+        places = [(member.offset_data, member.size) for member in tar if member.name.endswith(".jpg")]
+    with open(folder / "train-000000.tar", "r+b") as file:
+        for offset, size in places[:3]:
+            file.seek(offset)
+            file.write(bytes(size))
+    done = inside(["--dataset", folder, "--model", home / "tiny", "--cache-dir", home / "cache", "--out",
+                   tmp_path / "run", *of_samples(16)])
+    assert done.returncode == 2 and "cannot be used" in done.stderr and "--max-bad" in done.stderr, done.stderr
+    ledger = [json.loads(line) for line in (tmp_path / "run/ledger.jsonl").read_text().splitlines()]
+    assert {entry["split"] for entry in ledger} == {"train"} and 1 <= len(ledger) <= 3
+    assert all(entry["key"] in ("train00000", "train00001", "train00002") for entry in ledger)

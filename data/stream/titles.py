@@ -1,0 +1,44 @@
+"""The titles that a sample of a stream trains with: its own, or made of the name of its class as `labels.py` does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from data.shards.stream import class_names
+from data.web.storage import Entry, parent
+
+
+@dataclass(frozen=True)
+class TitleRules:
+    """Tells which texts are class names, and makes titles of them."""
+
+    templates: Sequence[str] = ()  # of --template
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by folder of shards, from a file there
+
+    @classmethod
+    def of(cls, shards: Iterable[Entry], templates: Sequence[str]) -> TitleRules:
+        """Return the rules for these shards. Raises UserError."""
+        folders = {parent(shard.address): shard.address for shard in shards}
+        return cls(templates, {folder: class_names(address) for folder, address in folders.items()})
+
+    def classes_of(self, shard: Entry) -> Sequence[str]:
+        """Return the names of the classes of a shard."""
+        return self.classes.get(parent(shard.address), ())
+
+    def titles(self, texts: Sequence[str], known: frozenset[str]) -> list[tuple[str, str]]:
+        """Return each title with the class name that it is made of, "" where it is none.
+
+        The lone text of a sample is a class name if it is `known`; without any, --template says that all texts are.
+        """
+        is_class = len(texts) == 1 and texts[0] in known if known else bool(self.templates)
+        if not is_class:
+            return [(text, "") for text in texts]
+        titles = []
+        for name in texts:
+            spelt = name.strip().replace("_", " ")
+            titles += [(template.replace("{}", spelt), name.strip()) for template in self.templates or ("{}",)]
+        return titles
+
+
+AS_THEY_ARE = TitleRules()

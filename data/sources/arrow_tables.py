@@ -17,20 +17,11 @@ from data.batch import UserError
 from data.files import open_regular
 from data.ledger import Account
 from data.sources import img2dataset
+from data.sources.columns import CLASS_COLUMNS, KNOWN, Columns, detect_columns
 from data.sources.embedded import EmbeddedPictures
 from data.sources.lists import is_list
 from data.sources.options import ReadOptions
-from data.sources.rows import (
-    CLASS_COLUMNS,
-    KNOWN,
-    LABEL,
-    ROW,
-    Columns,
-    detect_columns,
-    drop_rows,
-    holds_bytes,
-    rename_to_roles,
-)
+from data.sources.rows import LABEL, ROW, drop_rows, holds_bytes, rename_to_roles
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from data.batch import BadSample, UserError
 from data.ledger import Account
+from data.sources.columns import Columns, detect_columns
 from data.sources.dialect import BLOCK, IMAGE_VALUE, Dialect, roles_found, sniff
 from data.sources.lists import is_list, parse_lists, spell_lists
 from data.sources.options import ReadOptions, resolve_positions
 from data.sources.records import Record, from_records
-from data.sources.rows import Columns, detect_columns, rename_to_roles
+from data.sources.rows import rename_to_roles
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from data.files import BlockStream, open_unpacked
+from data.sources.columns import FLAGS, KNOWN
 from data.sources.options import ReadOptions, resolve_positions
 from data.sources.paths import ENDINGS
-from data.sources.rows import FLAGS, KNOWN
 
 BLOCK = 1 << 24  # bytes of a file read at one time
 SAMPLE = 1 << 16  # characters from which the separator is detected

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from data.batch import UserError
-from data.sources.rows import FLAGS, Columns
+from data.sources.columns import FLAGS, Columns
 
 SEPARATOR_NAMES = {"tab": "\t", r"\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}  # for the shell
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.batch import BadSample, UserError
 from data.ledger import Account
+from data.sources.columns import KNOWN, Columns, detect_columns, is_known
 from data.sources.lists import is_list, join_columns, text_field
-from data.sources.rows import KNOWN, ROW, Columns, detect_columns, drop_rows, is_known, rename_to_roles
+from data.sources.rows import ROW, drop_rows, rename_to_roles
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -12,6 +12,7 @@ from data.batch import UserError
 from data.files import NotAFile
 from data.ledger import Account, Ledger, discard
 from data.sources.captions import local_file_parts
+from data.sources.columns import Columns as Columns
 from data.sources.embedded import EmbeddedPictures
 from data.sources.folders import Folder, folder_parts
 from data.sources.labels import class_titles
@@ -19,7 +20,6 @@ from data.sources.library import hub_parts
 from data.sources.options import ReadOptions as ReadOptions
 from data.sources.parts import DatasetPart, ReadContext, expand_pattern, file_parts, pattern_by_split
 from data.sources.paths import path_of_file_url
-from data.sources.rows import Columns as Columns
 from data.sources.rows import Rows as Rows
 from data.sources.rows import join_tables, to_row_columns
 from data.sources.split_names import SPLITS, UNSPLIT, divide_by_column, select_groups, without_split_column

@@ -20,6 +20,7 @@ from data.shards.index import read_index
 from data.shards.manifests import read_manifest
 from data.shards.samples import class_names_beside, spell_class
 from data.sources.arrow_tables import read_arrow, read_parquet
+from data.sources.columns import detect_columns
 from data.sources.csv_tables import read_csv
 from data.sources.embedded import EmbeddedPictures
 from data.sources.json_tables import read_json, read_json_lines
@@ -27,7 +28,7 @@ from data.sources.options import ReadOptions
 from data.sources.paths import PICTURES
 from data.sources.pictures import SIDECARS, holds_pictures, holds_titled_pictures, is_picture, pictures
 from data.sources.records import from_records
-from data.sources.rows import LABEL, detect_columns, holds_bytes, rename_to_roles
+from data.sources.rows import LABEL, holds_bytes, rename_to_roles
 from data.web.storage import RemoteFile
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from data.shards.samples import spell_class
 from data.shards.stream import class_names
 from data.web.storage import Entry, parent
 
@@ -36,8 +37,8 @@ class TitleRules:
             return [(text, "") for text in texts]
         titles = []
         for name in texts:
-            spelt = name.strip().replace("_", " ")
-            titles += [(template.replace("{}", spelt), name.strip()) for template in self.templates or ("{}",)]
+            spelt = spell_class(name)
+            titles += [(template.replace("{}", spelt), spelt) for template in self.templates or ("{}",)]
         return titles
 
 

@@ -158,9 +158,6 @@ def check(config: Config) -> None:
     if config.shuffle_buffer and config.mine_negatives != "off":
         raise ValueError("--mine-negatives looks at all titles of train, --shuffle-buffer knows none before it reads "
                          "it; leave one out")
-    if config.shuffle_buffer and config.template:
-        raise ValueError("--shuffle-buffer reads the titles of train as they are, --template would change those of the "
-                         "other splits alone; leave one out")
     if config.interpolate not in ("", "auto") and not 0 <= _number(config.interpolate) <= 1:
         raise ValueError(f"--interpolate is a share of tuned within 0 and 1, or auto; not {config.interpolate}")
     if config.html and Path(config.html).expanduser().is_dir():

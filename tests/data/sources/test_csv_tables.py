@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 
 from data.batch import UserError
+from data.sources.columns import Columns
 from data.sources.options import ReadOptions, parse_delimiter, parse_encoding, parse_templates
-from data.sources.rows import Columns
 from data.sources.source import DETECT, load_splits
 
 TITLES = ["a café, small", "“quoted” – dash", "two\nlines", 'say "hi"', "a;b|c\td", "plain", " padded "]

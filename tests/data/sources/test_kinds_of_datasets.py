@@ -20,6 +20,7 @@ from data.images.decode import ImageSpec
 from data.shards.writer import ShardWriter
 from data.sources.source import Columns, ReadOptions, load_splits
 from data.stream.stages import read_shard
+from data.stream.titles import TitleRules
 from data.web.fetch import FetchPolicy
 from data.web.storage import Entry
 
@@ -804,7 +805,8 @@ def test_class_names_of_shards_are_spelt_alike_where_they_are_streamed(folder: P
     assert rows.title.to_pylist() == ["golden retriever", "cat", "tabby cat"]
     assert rows.label is not None and rows.label.to_pylist() == ["golden retriever", "cat", None]
     shard = folder / "x.tar"
-    streamed = read_shard(0, Entry(str(shard), shard.stat().st_size, ""))
+    entry = Entry(str(shard), shard.stat().st_size, "")
+    streamed = read_shard(0, entry, rules=TitleRules.of([entry], ()))
     assert [sample.title for sample in streamed] == rows.title.to_pylist()
 
 

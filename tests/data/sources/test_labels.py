@@ -11,9 +11,10 @@ import torch
 
 from data.batch import UserError
 from data.catalogue import build_catalogue
+from data.sources.columns import Columns
 from data.sources.labels import class_codes, count_classes
 from data.sources.options import ReadOptions
-from data.sources.rows import Columns, Rows
+from data.sources.rows import Rows
 from data.sources.source import load_splits
 from data.sources.split import stratified_split
 

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from data.batch import UserError
+from data.sources.columns import Columns
 from data.sources.options import ReadOptions, parse_splits
-from data.sources.rows import Columns
 from data.sources.source import load_splits
 
 VALUES = ["train"] * 6 + ["restval"] * 3 + ["Val"] * 2 + ["test"] * 2 + ["extra", " "]

@@ -140,7 +140,6 @@ def test_a_stream_is_refused_where_it_cannot_be(home: Path, tmp_path: Path) -> N
     for flags, said in (([*shards, "--shuffle-buffer", "4"], "--trainable all"),
                         ([*shards, *buffer], "--train-samples N"),
                         ([*shards, *buffer, "--mine-negatives", "hard"], "leave one out"),
-                        ([*shards, *buffer, "--template", "a photo of a {}"], "leave one out"),
                         ([*shards, "--train-samples", "9"], "add --shuffle-buffer N"),
                         ([*shards, *buffer, "--eval-splits", "train"], "--eval-splits train: there is valid, test"),
                         (["--dataset", tmp_path / "pairs", *buffer], "`run.py shards` writes them")):

@@ -128,8 +128,8 @@ def open_source(cfg: Config, world: World, split: str = "train",
 
 
 def require_split(cfg: Config, split: str, names: Collection[str]) -> None:
-    """Raises UserError where `split` is not among the names, with the flag that would name one."""
-    if split in names:
+    """Raise UserError where `split` is neither all nor among the names, with the flag that would name one."""
+    if split == "all" or split in names:
         return
     lone = [*names][0] if len(names) == 1 else ""
     there = f"--dataset {without_secrets(cfg.dataset)} has no split {split!r}; it has {', '.join(names)}"
@@ -212,7 +212,7 @@ def make_encoders(model: LoadedModel, image_preprocessing: str, device: torch.de
 def open_data(cfg: Config, world: World, model: LoadedModel, source: Source, only: str = "") -> Pairs:
     """Return the pairs of `source`: every image and title read and, where features are stored, encoded once.
 
-    Rows that cannot be used are dropped and counted. `only` names the one split that is opened.
+    Rows that cannot be used are dropped and counted. `only` names the one split that is opened, or all.
     """
     mark_cache(cfg, world)
     spec = ImageSpec.from_processor(model.clip.image_processor)
@@ -226,7 +226,7 @@ def open_data(cfg: Config, world: World, model: LoadedModel, source: Source, onl
     if only or not cfg.shuffle_buffer:
         require_split(cfg, only or "train", rows)
     unreadable = source.unreadable
-    if only:
+    if only not in ("", "all"):
         rows = {only: rows[only]}
         unreadable = [entry for entry in unreadable if entry.get("split", only) == only]
     measured = [name for name in rows if not cfg.eval_splits or name in cfg.eval_splits]

@@ -1,4 +1,4 @@
-"""`run.py eval`: the metrics of any CLIPModel on one split."""
+"""`run.py eval`: the metrics of any CLIPModel on one split, or on all."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ def evaluate(cfg: Config, world: World, stop: StopSignal) -> int:
     source = open_source(cfg, world, cfg.split)
     model = load_model(cfg, world)
     pairs = open_data(cfg, world, model, source, only=cfg.split)
-    retrieval = evaluate_splits(pairs.feature_splits([cfg.split]), model.head, world)[cfg.split]
-    scores = {cfg.split: retrieval.summarise()}
+    results = evaluate_splits(pairs.feature_splits(list(pairs.splits)), model.head, world)
+    scores = {name: retrieval.summarise() for name, retrieval in results.items()}
+    collapsed = {name: retrieval.collapsed for name, retrieval in results.items() if retrieval.collapsed}
     if world.is_main:
         world.say(metrics_table({model.clip.name: scores}, pairs.classes))
         print(json.dumps(scores, indent=2))
         if out:
             folder.write_json(out / "metrics.json", scores)
             folder.write_ledger(out / "ledger.jsonl", pairs.ledger)
-        if retrieval.collapsed:
-            print(f"run.py eval: {cfg.split}: {retrieval.collapsed}", file=sys.stderr, flush=True)
-    return 1 if retrieval.collapsed else 0
+        for name, problem in collapsed.items():
+            print(f"run.py eval: {name}: {problem}", file=sys.stderr, flush=True)
+    return 1 if collapsed else 0

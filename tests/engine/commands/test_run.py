@@ -164,6 +164,9 @@ def test_eval_prints_what_a_run_measures(pairs: Path, tiny_model: Path, tmp_path
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout) == {"test": metrics[when]["test"]}
         assert "triplet accuracy" in done.stderr
+    done = inside(["eval", "--model", tiny_model, "--dataset", pairs, "--cache-dir", tmp_path / "cache", "--precision",
+                   "fp32", "--split", "all"])
+    assert json.loads(done.stdout) == metrics["base"]
 
 
 def test_profile_names_the_regions(pairs: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -73,8 +73,8 @@ def metric_tables(metrics: Metrics, first: str) -> str:
             folded += f"<details><summary>{escape_text(split)}</summary>{table}</details>"
     return (f'{_split_table(metrics, first)}<p class="soft small">Square brackets: 95 % interval; what is drawn anew '
             'are images with their titles, connected through shared ones, not rows. R@K: share of images (or titles) '
-            'whose best right answer is among the first K. Triplet accuracy: share whose own title beats its hard '
-            f'negative.</p>{folded}')
+            'whose best right answer is among the first K. Triplet accuracy: share of hard negatives that the own '
+            f'title beats.</p>{folded}')
 
 
 def _split_table(metrics: Metrics, split: str) -> str:

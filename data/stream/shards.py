@@ -102,7 +102,7 @@ def count_samples(shards: Sequence[Entry], rules: TitleRules = AS_THEY_ARE) -> i
     for shard, titles in zip(shards, threaded_map(_titles, shards, ASKED_AT_ONCE, ASKED_AT_ONCE), strict=True):
         if titles is None:
             return None
-        known = frozenset(rules.classes_of(shard))
+        known = rules.known_names(shard)
         total += sum(len(rules.titles(texts, known)) for texts in titles)
     return total
 

@@ -23,7 +23,6 @@ from data.cold import Encoders, Reader
 from data.images.augment import random_region
 from data.images.decode import collate_tokens, decode_image, tokenize
 from data.prefetch import threaded_map
-from data.shards.samples import spell_class
 from data.shards.stream import ForwardFile, stream_samples
 from data.store.segments import key_of
 from data.stream.shards import open_shard
@@ -78,8 +77,7 @@ def read_shard(number: int, shard: Entry, report: Report = lambda shard, key, pr
 
 def _read_once(number: int, shard: Entry, report: Report, rules: TitleRules) -> Iterator[Sample]:
     """Yield the samples of one shard. Raises UserError, OSError."""
-    name, classes = public_name(shard.address), rules.classes_of(shard)
-    known = frozenset(map(spell_class, classes))
+    name, classes, known = public_name(shard.address), rules.classes_of(shard), rules.known_names(shard)
     with open_shard(shard) as stream:
         file = ForwardFile(stream, shard.size, name)
         for (key, _, _, texts, negatives), image in stream_samples(file, partial(report, name), classes):

@@ -27,6 +27,10 @@ class TitleRules:
         """Return the names of the classes of a shard."""
         return self.classes.get(parent(shard.address), ())
 
+    def known_names(self, shard: Entry) -> frozenset[str]:
+        """Return the titles in a shard that are names of its classes, spelt as `row` gives them."""
+        return frozenset(map(spell_class, self.classes_of(shard)))
+
     def titles(self, texts: Sequence[str], known: frozenset[str]) -> list[tuple[str, str]]:
         """Return each title with the class name that it is made of, "" where it is none.
 

@@ -237,6 +237,17 @@ def test_a_shard_that_fails_is_read_again_from_where_it_was_and_then_named(tmp_p
         list(read_shard(0, stored))
 
 
+def test_an_index_counts_the_titles_that_a_stream_of_class_names_yields(tmp_path: Path) -> None:
+    """Else an epoch ends before all titles of a class of several words were seen."""
+    with ShardWriter(tmp_path, "train") as writer:
+        for key, title in enumerate(("golden retriever", "cat", "a dog in the rain")):
+            writer.write(f"{key}", jpeg(key), title)
+    (tmp_path / "classnames.txt").write_text("golden_retriever\ncat\n")
+    shards = entries(sorted(map(str, tmp_path.glob("*.tar"))))
+    rules = TitleRules.of(shards, ("a photo of a {}", "a {}, drawn"))
+    assert count_samples(shards, rules) == len(list(read_shard(0, shards[0], rules=rules))) == 5
+
+
 def test_class_names_and_templates_make_the_titles_that_rows_have(tmp_path: Path) -> None:
     """Else a stream trains on "17" or "golden_retriever" and is measured on "a photo of a golden retriever"."""
     webdataset = pytest.importorskip("webdataset")

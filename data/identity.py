@@ -9,7 +9,6 @@ Dimension key: P titles, K bytes of a key, n keys, D distinct ones, N rows of a 
 from __future__ import annotations
 
 import hashlib
-import secrets
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from data.files import open_regular
+from data.files import open_regular, replaced_file
 from data.images.decode import FastTokenizer, tokenize
 from data.store.segments import KEY, key_of
 from data.titles import CHUNK, TokenLists, title_chunks
@@ -70,14 +69,10 @@ class TitleIds:
             if keys_PK.shape == (len(titles), KEY) and keys_PK.dtype == np.uint8:
                 return keys_PK
         keys_PK = self._keys(titles)
-        temporary = file.with_name(f".{secrets.token_hex(8)}.npz")
         with suppress(OSError):  # without the cache titles are only tokenized again
             file.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with replaced_file(file, durable=False) as temporary:
                 np.savez(temporary, keys=keys_PK)
-                temporary.replace(file)
-            finally:
-                temporary.unlink(missing_ok=True)
         return keys_PK
 
     def _keys(self, titles: pa.StringArray) -> np.ndarray:

@@ -80,7 +80,7 @@ def loop(step: Callable[[Inputs, int, float], tuple[Tensor, Tensor]], stream: It
         evaluate_now = plan.due(state.step, cfg.eval_every) and not state.stopped
         save_now = plan.due(state.step, cfg.save_every) or evaluate_now or state.stopped
         if plan.due(state.step, cfg.log_every) or save_now:
-            grad_norms = log.flush(plan.steps)  # the only host sync, besides stop_signal's about once a second
+            grad_norms = log.flush()  # the only host sync, besides stop_signal's about once a second
             callbacks.check_gradients(state.step, grad_norms)
         if save_now:  # before the evaluation, which a signal may cut off
             with log.pause_step_clock("checkpoint"):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -42,37 +42,6 @@ from engine.run_folder.checkpoint import Order, Saver, State
 from engine.run_folder.nonfinite import NonfiniteGuard
 
 LOOKED_AT = 64  # samples of the first shard in which negatives are looked for
-
-
-class Training(Protocol):
-    """The training data of a run."""
-
-    @property
-    def pairs(self) -> Pairs:
-        """The splits that are opened row by row, the measured ones among them."""
-
-    @property
-    def rows(self) -> int:
-        """Rows of an epoch, over all ranks."""
-
-    @property
-    def identity(self) -> Mapping[str, str]:
-        """Digests of the data, train included."""
-
-    def order(self, cfg: Config) -> Order:
-        """Return the order of the rows, as checkpoints record it."""
-
-    def ledger(self, out: Path) -> Sequence[Mapping[str, Any]]:
-        """Return what is known to be dropped when the run begins or goes on."""
-
-    def batches(self, cfg: Config, state: State) -> Batches:
-        """Return this rank's inputs of a run that goes on from `state`."""
-
-    def save(self, saver: Saver, state: State) -> None:
-        """Write a checkpoint."""
-
-    def guard(self, cfg: Config, world: World, out: Path, trained: nn.Module) -> NonfiniteGuard:
-        """Return the guard that ends a run whose gradients stay not finite, and names the rows to blame."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +95,7 @@ class ShardTraining:
     stream: ShardBatches
     world: World
     out: Path
-    told: bool = False  # that some negatives are not used
+    has_reported_negatives: bool = False  # those that are not used
 
     @property
     def rows(self) -> int:
@@ -169,8 +138,8 @@ class ShardTraining:
         self.world.on_main(lambda: folder.write_ledger(self.out / "ledger.jsonl", ledger))
         saver.save(state)
         unused = sum(count for _, _, count in parts)
-        if unused and not self.told:
-            self.told = True
+        if unused and not self.has_reported_negatives:
+            self.has_reported_negatives = True
             self.world.say(f"{unused:,} samples so far have more negatives than the first {LOOKED_AT} of the first "
                            f"shard ({stream.negatives}); those are not used")
         stream.problems.check(state.step * stream.batch_size)
@@ -185,6 +154,9 @@ class ShardTraining:
             return [key for keys in world.exchange(self.stream.keys.get(step, [])) for key in keys]
 
         return NonfiniteGuard(out, trained, None, rows, world)
+
+
+Training = RowTraining | ShardTraining
 
 
 def split_dataset(cfg: Config, log: Callable[[str], None]) -> tuple[Config, Divided]:
@@ -211,8 +183,7 @@ def split_dataset(cfg: Config, log: Callable[[str], None]) -> tuple[Config, Divi
     return replace(cfg, dataset=local_pattern(divided.measured), splits=splits), Divided(divided.train, {})
 
 
-def open_training(cfg: Config, world: World, pairs: Pairs, shards: Sequence[Entry],
-                  out: Path) -> RowTraining | ShardTraining:
+def open_training(cfg: Config, world: World, pairs: Pairs, shards: Sequence[Entry], out: Path) -> Training:
     """Return the training data: the rows of train, or a stream of `shards`. Raises UserError."""
     if not shards:
         return RowTraining(pairs)

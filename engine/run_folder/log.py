@@ -112,7 +112,7 @@ class Log:
         """Keep one step until the next flush; `loss` is this rank's part, both tensors stay on the device."""
         self._pending.append(LoggedStep(step, loss, grad_norm, lr, rows))
 
-    def flush(self, total_steps: int) -> list[float]:
+    def flush(self) -> list[float]:
         """Sum the losses over ranks, copy everything to the host at once, write it; return the new gradient norms."""
         if not self._pending:
             return []
@@ -122,7 +122,7 @@ class Log:
         seconds = time.perf_counter() - self._flushed_at
         if self.world.is_main:
             self._write(loss_values, norm_values)
-            self._report_progress(loss_values[-1], seconds, total_steps)
+            self._report_progress(loss_values[-1], seconds)
         self._pending.clear()
         self._flushed_at, self._waited = time.perf_counter(), 0.0
         return norm_values
@@ -137,7 +137,7 @@ class Log:
                 self.board.scalars({"fit/loss": loss, "fit/lr": lr, "fit/grad_norm": norm}, step)
         self._files[0].flush()
 
-    def _report_progress(self, loss: float, seconds: float, total_steps: int) -> None:
+    def _report_progress(self, loss: float, seconds: float) -> None:
         """Write speed and memory to TensorBoard, and the progress line; that of the last step stays on the terminal."""
         step, lr = self._pending[-1].step, self._pending[-1].lr
         pairs = sum(entry.rows for entry in self._pending)
@@ -145,9 +145,10 @@ class Log:
         if self.board.due("speed", step):
             self.board.scalars({"machine/pairs_per_second": speed, "machine/data_wait_share": wait,
                                 **memory(self.world.device)}, step)
-        eta = (total_steps - step) * seconds / len(self._pending)
-        show = self.world.say if step == total_steps else self.world.live
-        show(f"step {step}/{total_steps}  epoch {step / self.plan.steps_per_epoch:.2f}  loss {loss:.4f}{self._recall}  "
+        eta = (self.plan.steps - step) * seconds / len(self._pending)
+        show = self.world.say if step == self.plan.steps else self.world.live
+        epoch = step / self.plan.steps_per_epoch
+        show(f"step {step}/{self.plan.steps}  epoch {epoch:.2f}  loss {loss:.4f}{self._recall}  "
              f"lr {lr:.2e}  {speed:,.0f} pairs/s  wait {wait:.0%}  eta {_duration(eta)}")
 
     def metrics(self, scores: Metrics, step: int) -> None:
@@ -215,7 +216,7 @@ class NullLog(Log):
     def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, rows: int) -> None:
         """Keep nothing."""
 
-    def flush(self, total_steps: int) -> list[float]:
+    def flush(self) -> list[float]:
         """Write nothing; return no gradient norms."""
         return []
 

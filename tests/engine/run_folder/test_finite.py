@@ -45,7 +45,7 @@ class Norms(NullLog):
     def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, rows: int) -> None:
         self.norms.append(grad_norm.item())
 
-    def flush(self, total_steps: int) -> list[float]:
+    def flush(self) -> list[float]:
         fresh, self.norms = self.norms, []
         return fresh
 

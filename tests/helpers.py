@@ -15,12 +15,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from http.server import ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import pytest
 import torch
@@ -28,7 +29,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from scenes import make_pairs as make_pairs
 
-from engine.ranks.world import close
+from engine.ranks.signals import StopSignal
+from engine.ranks.world import World, close
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
 P = ParamSpec("P")
@@ -126,6 +131,39 @@ class Loopback(ThreadingHTTPServer):
     """
 
     request_queue_size = 512
+
+
+@contextmanager
+def served(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Serve by `handler` on a free port of this machine; the address."""
+    with Loopback(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class StopAt(StopSignal):
+    """As if a signal had come during one step."""
+
+    def __init__(self, step: int) -> None:
+        self._received, self._graceful, self._step = 0, False, step
+
+    def _exit(self) -> None:
+        raise SystemExit(128 + self._received)
+
+    def agreed_signal(self, world: World, step: int) -> int:
+        self._received = signal.SIGTERM if step == self._step else 0
+        return self._received
+
+
+def write_frame(frame: pd.DataFrame, path: Path) -> None:
+    """Write a table as pandas does, by the ending of the file."""
+    if path.suffix == ".csv":
+        frame.to_csv(path, index=False)
+    elif path.suffix == ".jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.to_parquet(path)
 
 
 def start(args: Sequence[object], ranks: int = 1, env: Mapping[str, str] | None = None,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import Loopback, make_pairs, run
+from helpers import Loopback, make_pairs, run, served
 from PIL import Image, ImageEnhance
 from scenes import SCENES, scene_thumbnail
 
@@ -64,10 +64,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             pass
 
     monkeypatch.setattr("data.web.guard.YOUTUBE", re.compile(r"127\.0\.0\.1"))
-    with Loopback(("127.0.0.1", 0), Host) as host:
-        threading.Thread(target=host.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{host.server_port}"
-        host.shutdown()
+    with served(Host) as url:
+        yield url
 
 
 class Table:

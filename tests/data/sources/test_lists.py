@@ -12,6 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import write_frame
 from PIL import Image
 
 from data.batch import UserError
@@ -134,12 +135,7 @@ def test_columns_of_one_family_are_taken_together_and_choices_are_said(
     titles, negatives, line = FAMILIES[names]
     frame = pd.DataFrame({name: [f"{name} {row}" for row in range(3)] for name in names})
     path = tmp_path / f"all.{ending}"
-    if ending == "csv":
-        frame.to_csv(path, index=False)
-    elif ending == "jsonl":
-        frame.to_json(path, orient="records", lines=True)
-    else:
-        frame.to_parquet(path)
+    write_frame(frame, path)
     rows, said, _ = read(path)
     wanted = [f"{name} {row}" for row in range(3) for name in titles]
     if ending == "csv" and all(name.startswith(" ") for name in names[1:]):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from helpers import write_frame
 
 from data.batch import UserError
 from data.sources.columns import Columns
@@ -32,12 +33,7 @@ def sizes(dataset: Path, *splits: str, column: str | None = None) -> tuple[
 def test_a_column_of_splits_divides_a_table(tmp_path: Path, ending: str) -> None:
     """Karpathy's test rows were trained on: the column that says so was not looked at."""
     path = tmp_path / f"table.{ending}"
-    if ending == "csv":
-        FRAME.to_csv(path, index=False)
-    elif ending == "jsonl":
-        FRAME.to_json(path, orient="records", lines=True)
-    else:
-        FRAME.to_parquet(path)
+    write_frame(FRAME, path)
     found, said, lost = sizes(path)
     assert found == {"train": 9, "valid": 2, "test": 2, "extra": 1}
     assert [(entry["row"], entry["reason"]) for entry in lost] == [(14, "no-split")]

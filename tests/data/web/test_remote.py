@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Loopback, make_pairs, picture, run, start
+from helpers import make_pairs, picture, run, served, start
 
 import data.web.policy
 from data.batch import UserError
@@ -95,10 +95,8 @@ class Server:
             def log_message(this, *_: object) -> None:
                 pass
 
-        with Loopback(("127.0.0.1", 0), Handler) as server:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            yield f"http://127.0.0.1:{server.server_port}"
-            server.shutdown()
+        with served(Handler) as url:
+            yield url
 
 
 def write_shards(folder: Path, sizes: dict[str, int], size: int = 700, seed: int = 0) -> Path:

@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import json
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from helpers import Loopback, inside, make_pairs, run
+from helpers import inside, make_pairs, run, served
 
 SHARED = Path(__file__).resolve().parents[4] / "shared"
 
@@ -39,10 +38,8 @@ def faulty_server(folder: Path, asked: Counter[str]) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with Loopback(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with served(Handler) as url:
+        yield url
 
 
 def write_urls(source: Path, folder: Path, url: str) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fsspec.implementations.memory import MemoryFileSystem
-from helpers import inside, on_ranks
+from helpers import StopAt, inside, on_ranks
 from scenes import make_pairs, wds_shards
 
 from data import files as durable
@@ -20,7 +19,6 @@ from data.stream import batches as stream_batches
 from data.stream.stages import Sample
 from engine.commands.train import train as run_train
 from engine.config.cli import parse
-from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
 
 FLAGS = ["--trainable", "all", "--shuffle-buffer", "4", "--train-samples", "32", "--batch-size", "8", "--epochs", "2",
@@ -30,20 +28,6 @@ FLAGS = ["--trainable", "all", "--shuffle-buffer", "4", "--train-samples", "32",
 def of_samples(count: int) -> list[str]:
     """FLAGS for shards of train that hold `count` samples."""
     return [str(count) if flag == "32" else flag for flag in FLAGS]
-
-
-class StopAt(StopSignal):
-    """As if a signal had come during one step."""
-
-    def __init__(self, step: int) -> None:
-        self._received, self._graceful, self._step = 0, False, step
-
-    def _exit(self) -> None:
-        raise SystemExit(128 + self._received)
-
-    def agreed_signal(self, world: World, step: int) -> int:
-        self._received = signal.SIGTERM if step == self._step else 0
-        return self._received
 
 
 def train(home: Path, out: str, *flags: str, stop: int = 0) -> tuple[int, list[str]]:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, Loopback, family, full, kill, last_flags, on_ranks, start
+from helpers import ROOT, family, full, kill, last_flags, on_ranks, served, start
 
 import run
 from data.batch import RunFailed
@@ -218,11 +218,8 @@ def dripping_server() -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with Loopback(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with served(Handler) as url:
+        yield url
 
 
 def test_a_signal_while_fetching_waits_for_no_server(tiny_model: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import random
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,33 +11,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import HANGS_S, ROOT, full, make_pairs, on_ranks, start
+from helpers import HANGS_S, ROOT, StopAt, full, make_pairs, on_ranks, start
 from safetensors.torch import load_file
 
 from data import files as durable
 from data.batch import UserError
 from engine.commands.train import train as run_train
 from engine.config.cli import parse
-from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
 
 FLAGS = ["--precision", "fp32", "--lr", "1e-3", "--batch-size", "4", "--eval-every", "15", "--log-every", "7"]
 RUN = [*FLAGS, "--epochs", "4", "--keep", "1"]  # of 37 pairs: 40 steps
 ROWS = range(4, 18) if full(0, 1) else (4, 5, 9, 17)  # 1 to 4 batches and a row
-
-
-class StopAt(StopSignal):
-    """As if a signal had come during one step."""
-
-    def __init__(self, step: int) -> None:
-        self._received, self._graceful, self._step = 0, False, step
-
-    def _exit(self) -> None:
-        raise SystemExit(128 + self._received)
-
-    def agreed_signal(self, world: World, step: int) -> int:
-        self._received = signal.SIGTERM if step == self._step else 0
-        return self._received
 
 
 def train(home: Path, out: str, *flags: str, stop: int = 0, data: str = "pairs") -> int:

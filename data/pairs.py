@@ -77,11 +77,11 @@ def open_pairs(rows: Mapping[str, Rows], unread: Sequence[Mapping[str, Any]], pi
         decoded = DecodedImages({image for name in measured for image in catalogue.image_N[name].tolist()})
         results = _check_images(catalogue, decoded, pipeline)
     else:
-        results = _decode_images(catalogue, images, pipeline)
+        results = add_missing_images(catalogue, images, pipeline)
     splits, image_keys, example_D, ledger = keep_usable_rows(catalogue, results, unread, max_bad)
     if mining != "off" or images is not None:
-        titles = _encode_titles(catalogue, pipeline)
-        title_table = _table(titles, catalogue.title_keys)
+        titles = add_missing_titles(catalogue, pipeline)
+        title_table = stored_table(titles, catalogue.title_keys)
     if mining != "off":
         features_PT, unmined = title_table.to(torch.device("cpu")), [*splits.values()]
         splits = {name: mine_negatives(split, features_PT, mining, unmined) for name, split in splits.items()}
@@ -96,7 +96,7 @@ def open_pairs(rows: Mapping[str, Rows], unread: Sequence[Mapping[str, Any]], pi
     if images is None:
         streamed = StreamedPairs.open(catalogue, splits, example_D, pipeline, decoded)
         return Pairs(splits, ledger, identity, contents, streamed, streamed, album, classes=count_classes(rows))
-    image_table, seconds = _table(images, image_keys), time.monotonic() - began
+    image_table, seconds = stored_table(images, image_keys), time.monotonic() - began
     feature_splits = make_feature_splits(splits, image_table, title_table, device, catalogue.title_group_P)
     cached = CachedPairs(feature_splits, pipeline.team)
     inputs = StreamedPairs.open(catalogue, splits, example_D, pipeline, decoded) if reader.augment else cached
@@ -115,7 +115,7 @@ def _check_images(catalogue: Catalogue, decoded: DecodedImages, pipeline: Pipeli
     return stats.exchange(results, own[is_known], team)
 
 
-def _decode_images(catalogue: Catalogue, images: FeatureStore, pipeline: Pipeline) -> list[DecodeResults]:
+def add_missing_images(catalogue: Catalogue, images: FeatureStore, pipeline: Pipeline) -> list[DecodeResults]:
     """Return every rank's results for its share of the images.
 
     An unchanged file whose features are stored is not read again.
@@ -128,7 +128,7 @@ def _decode_images(catalogue: Catalogue, images: FeatureStore, pipeline: Pipelin
     return stats.exchange(results, own[is_known], team)
 
 
-def _encode_titles(catalogue: Catalogue, pipeline: Pipeline) -> FeatureStore:
+def add_missing_titles(catalogue: Catalogue, pipeline: Pipeline) -> FeatureStore:
     """Return the store of title features after all ranks have added what it lacked."""
     encoders, team = pipeline.encoders, pipeline.team
     store = encoders.title_store(pipeline.cache)
@@ -160,7 +160,7 @@ def _fingerprint(contents: Contents, split: Split, catalogue: Catalogue) -> str:
     return digest.hexdigest()
 
 
-def _table(store: FeatureStore, keys: np.ndarray) -> StoredTable:
+def stored_table(store: FeatureStore, keys: np.ndarray) -> StoredTable:
     """Return the features of `keys` in their order, whichever rank wrote them."""
     store.refresh()
     rows = store.locate(keys)

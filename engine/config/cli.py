@@ -48,6 +48,8 @@ COMMANDS = {
     "shards": Command("write any dataset as WebDataset tar shards into --out; goes on after a kill"),
     "check": Command("what is wrong with a dataset: dead links, bad images and titles, repeats, leaks between splits"),
     "search": Command("the best thumbnails for a title, or the best titles for a picture", {"split": "all"}),
+    "embed": Command("write the embeddings of all images and titles into --out, for faiss, databases, clip-retrieval",
+                     {"split": "all"}),
     "export": Command("a run, or its projections alone, as a Hugging Face folder; or push it to the hub",
                       {"model": ""}),
     "verify": Command("prove a run: checksums, some steps trained again, the exported model measured again; without "

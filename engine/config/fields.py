@@ -12,9 +12,9 @@ from typing import Any
 # Commands that take a setting.
 TRAINING = ("train", "demo", "sweep")
 SINGLE_RUN = ("train", "demo")
-OWN_DATA = ("train", "sweep", "eval", "shards", "check", "search")  # demo draws its pairs
+OWN_DATA = ("train", "sweep", "eval", "shards", "check", "search", "embed")  # demo draws its pairs
 IMAGES = (*OWN_DATA, "verify")
-TOWERS = (*TRAINING, "eval", "search", "verify")
+TOWERS = (*TRAINING, "eval", "search", "embed", "verify")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Config:
 
     # The model.
     model: str = setting("sentence-transformers/clip-ViT-L-14", "model",
-                         ("train", "sweep", "eval", "search", "export", "verify"),
+                         ("train", "sweep", "eval", "search", "embed", "export", "verify"),
                          "hub name or folder of a CLIPModel", resumable=True)
     run: str = setting("", "model", ("export", "verify"),
                        "run folder; export takes projections.safetensors alone, or its folder, too")
@@ -78,8 +78,8 @@ class Config:
                              advanced=True)
     encoding: str = setting("", "data", OWN_DATA, "encoding of text tables, such as cp1252 (default: found)",
                             advanced=True)
-    split: str = setting("test", "data", ("eval", "search"),
-                         "the split to measure or to search in; all: every split")
+    split: str = setting("test", "data", ("eval", "search", "embed"),
+                         "the split to measure, to search in or to embed; all: every split")
     probe: str = setting("", "data", SINGLE_RUN,
                          "pairs of another kind, to see what tuning forgets (their test split)")
     mine_negatives: str = setting("off", "data", TRAINING, "give rows without a negative the most similar title (hard) "
@@ -93,7 +93,7 @@ class Config:
     proxy: str = setting("", "data", IMAGES,
                          "fetch images and shards through this HTTP proxy, such as http://HOST:3128",
                          resumable=True, advanced=True)
-    max_bad: float = setting(0.05, "data", ("train", "sweep", "eval", "shards"),
+    max_bad: float = setting(0.05, "data", ("train", "sweep", "eval", "shards", "embed"),
                              "stop when a larger share of the rows (5% or 0.05) is unusable",
                              high=1, range_text="a share of the rows, such as 5% or 0.05", resumable=True)
     max_pixels: int = setting(25_000_000, "data", IMAGES, "refuse images with more pixels than this",
@@ -136,7 +136,8 @@ class Config:
                                   "samples; 0: exact random order")
     train_samples: int = setting(0, "recipe", ("train",), "with --shuffle-buffer: samples of an epoch (default: as the "
                                  "shards' indexes count)")
-    seed: int = setting(42, "recipe", (*TRAINING, "check", "search"), "seeds the order of the pairs", high=2**32)
+    seed: int = setting(42, "recipe", (*TRAINING, "check", "search", "embed"), "seeds the order of the pairs",
+                        high=2**32)
     interpolate: str = setting("", "recipe", TRAINING, "export a mix of base and tuned: a share of tuned within 0 and "
                                "1, or auto (best on valid)")
     recipe: str = setting("reference", "recipe", TRAINING, "settings to start from; flags win",
@@ -170,7 +171,7 @@ class Config:
                             "the best; 0: never stop, export the last", resumable=True)
 
     # Where results go and what is shown.
-    out: str = setting("", "output", (*TRAINING, "eval", "shards"), "run folder (default: runs/DATE-DATASET)",
+    out: str = setting("", "output", (*TRAINING, "eval", "shards", "embed"), "run folder (default: runs/DATE-DATASET)",
                        resumable=True)
     cache_dir: str = setting("~/.cache/thumbtune", "output", (*IMAGES, "demo"), "feature store and fetched images",
                              resumable=True)
@@ -183,7 +184,12 @@ class Config:
                           resumable=True)
     html: str = setting("", "output", ("search",), "write a page with the pictures to this file")
     to: str = setting("", "output", ("export",), "folder to write the Hugging Face model to")
-    dtype: str = setting("fp32", "output", ("export",), "how weights are stored", choices=("fp32", "fp16", "bf16"))
+    format: str = setting("transformers", "output", ("export",), "whose folder --to is: transformers and "
+                          "sentence-transformers, or open_clip", choices=("transformers", "open_clip"))
+    dtype: str = setting("fp32", "output", ("export", "embed"), "how weights or embeddings are stored",
+                         choices=("fp32", "fp16", "bf16"))
+    vectors: str = setting("both", "output", ("embed",), "where embeddings go: .npy files (faiss, clip-retrieval), the "
+                           "Parquet files (databases), or both", choices=("both", "npy", "parquet"))
     push_to_hub: str = setting("", "output", (*TRAINING, "export"), "push the model to OWNER/NAME on the hub",
                                resumable=True)
     private: bool = setting(False, "output", (*TRAINING, "export"), "make that hub repository private",

@@ -9,6 +9,7 @@ from data.batch import UserError
 from engine.clip.loading import load_clip
 from engine.config.fields import Config
 from engine.publish import export as publish
+from engine.publish import open_clip
 from engine.publish.hub import check_push, push
 from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
@@ -27,6 +28,9 @@ def export(cfg: Config, world: World, stop: StopSignal) -> int:
         return 0
     if not cfg.run or not (cfg.to or cfg.push_to_hub):
         raise UserError("export what and where? --run DIR, and --to DIR or --push-to-hub NAME or both")
+    if cfg.push_to_hub and cfg.format != "transformers":
+        raise UserError(f"--push-to-hub pushes a folder of transformers, not of {cfg.format}; write it with --to and "
+                        "push it with `hf upload`")
     if cfg.push_to_hub:
         check_push(cfg.push_to_hub, world.say)
     with TemporaryDirectory() as scratch:
@@ -34,17 +38,20 @@ def export(cfg: Config, world: World, stop: StopSignal) -> int:
         folder = publish.finished_model(cfg.run) if unchanged else None
         if folder is None:
             folder = publish.new_folder(cfg.to) if cfg.to else Path(scratch) / "model"
-            rebuild(cfg, folder)
+            rebuild(cfg, folder, world)
             world.say(f"model {folder}")
         if cfg.push_to_hub:
             push(folder, cfg, cfg.run, PUSH_SETTINGS, world.say)
     return 0
 
 
-def rebuild(cfg: Config, folder: Path) -> None:
-    """Write a whole Hugging Face folder: the base model with the trained tensors of --run."""
+def rebuild(cfg: Config, folder: Path, world: World) -> None:
+    """Write a whole folder of transformers or open_clip: the base model with the trained tensors of --run."""
     tuned = publish.read_tuned(cfg.run, cfg.checkpoint)
     clip = load_clip(cfg.model or tuned.origin.base, None if cfg.model else tuned.origin.commit or None)
     publish.restore(clip, tuned)
-    metrics = tuned.origin.metrics
-    publish.export(clip, folder, tuned, metrics_table(metrics) if metrics else "", cfg.license, cfg.dtype)
+    table = metrics_table(tuned.origin.metrics) if tuned.origin.metrics else ""
+    if cfg.format == "open_clip":
+        open_clip.export(clip, folder, tuned, table, cfg, world.say)
+        return
+    publish.export(clip, folder, tuned, table, cfg.license, cfg.dtype)

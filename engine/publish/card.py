@@ -19,21 +19,24 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?", re.AS
 REPORTED = ("image_to_text_R@1", "image_to_text_R@10", "image_to_text_mrr", "text_to_image_R@1", "text_to_image_R@10",
             "text_to_image_mrr", "triplet_accuracy")  # shares: the hub lists single numbers, without their unit
 CARD = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+LOADING = {library: Path(__file__).with_name(f"load_{library}.md").read_text(encoding="utf-8").rstrip()
+           for library in ("transformers", "open_clip")}  # whose folder it is -> how to load it
 
 
-def write_card(path: Path, origin: Origin, table: str, licence: str) -> None:
-    """Write README.md: front matter that the hub accepts whatever the names are, then text."""
+def write_card(path: Path, origin: Origin, table: str, licence: str, library: str = "transformers") -> None:
+    """Write README.md: front matter that the hub accepts whatever the names are, then text; `library` loads the model.
+    """
     from huggingface_hub import ModelCardData
 
     base, dataset = _public_name(origin.base), _public_name(origin.dataset)
     front_matter = ModelCardData(
-        library_name="transformers",
+        library_name=library,
         pipeline_tag="zero-shot-image-classification",
         license=licence,
         license_name="see-base-model-and-data" if licence == "other" else None,
         base_model=origin.base if origin.commit else None,
         datasets=[origin.dataset.partition(":")[0]] if HUB_NAME.fullmatch(origin.dataset) else None,
-        tags=["clip", "sentence-transformers", "thumbtune"],
+        tags=["clip", *(["sentence-transformers"] if library == "transformers" else []), "thumbtune"],
         model_name=f"{base} tuned",
         eval_results=_results(origin),
     ).to_yaml()
@@ -46,7 +49,8 @@ def write_card(path: Path, origin: Origin, table: str, licence: str) -> None:
         toml = toml_value(tuple(value) if isinstance(value, list) else value).replace("`", "'")
         recipe.append(f"{key.replace('_', '-')} = {toml}")
     text = CARD.format(base=base, dataset=dataset, link=link, table=table or "Not measured.", here=HERE,
-                       trainable="`, `".join(trained), recipe="\n".join(recipe))
+                       loading=LOADING[library].format(here=HERE), trainable="`, `".join(trained),
+                       recipe="\n".join(recipe))
     path.write_text(f"---\n{front_matter}\n---\n\n{text}", encoding="utf-8", errors="replace")
 
 

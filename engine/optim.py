@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -69,6 +70,12 @@ class AdamWL2SP(torch.optim.AdamW):
     The weights at construction are the pretrained ones, so construct it before a checkpoint's weights are loaded.
     ProLIP (Fahes et al. 2024, arXiv 2410.05270) uses the penalty to tune CLIP's projection on few pairs.
     """
+
+    # torch wraps these so that its compiler does not trace them, and the wrappers import the compiler: a second of CPU
+    # time in a process that compiles nothing. The plain methods do the same; `step` alone needs its no_grad back.
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, l2_sp: float) -> None:
         parameters = list(parameters)

@@ -18,6 +18,7 @@ from data.cold import Reader
 from data.images.decode import decode_whole
 
 QUALITY = 78
+PNG_LEVEL = 1  # a sheet of small pictures takes a quarter of the time of Pillow's 6, and 1.2 times its bytes
 
 
 @dataclass(frozen=True)
@@ -48,4 +49,11 @@ def small_jpeg(data: bytes, side: int, max_pixels: int) -> bytes:
     pixels_HWC = decode_whole(data, side, max_pixels).transpose(1, 2, 0)
     out = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels_HWC)).save(out, "JPEG", quality=QUALITY)
+    return out.getvalue()
+
+
+def png(pixels_HWC: np.ndarray) -> bytes:
+    """Return uint8 RGB pixels as a PNG."""
+    out = io.BytesIO()
+    Image.fromarray(pixels_HWC).save(out, "PNG", compress_level=PNG_LEVEL)
     return out.getvalue()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -50,6 +52,8 @@ def load_splits(dataset: str, options: ReadOptions = DETECT, ledger: Ledger = di
     account = Account(ledger, log)
     if scheme_of(dataset) == "file":
         dataset = path_of_file_url(dataset)
+    if Path(dataset).expanduser().exists():  # else the datasets library reads it, which needs pandas
+        keep_pandas_out()
     context = ReadContext(options, EmbeddedPictures(embedded, log), is_local="://" not in dataset)
     try:
         splits = _read(_parts(dataset, context, download, account), context, account)
@@ -61,6 +65,24 @@ def load_splits(dataset: str, options: ReadOptions = DETECT, ledger: Ledger = di
     if len(splits) == 1 and not splits.keys() & {"valid", "test"}:
         return {"train": replace(next(iter(splits.values())), name="train")}
     return dict(sorted(splits.items(), key=lambda item: (*SPLITS, item[0]).index(item[0])))
+
+
+def keep_pandas_out() -> None:
+    """Let pyarrow look for pandas now and find none: it would import it, .2 s, to compare values with its types.
+
+    An installed pandas still works with pyarrow afterwards, but pd.NA and pd.NaT in a column of Python objects do not.
+    """
+    if "pandas" in sys.modules:
+        return
+    import pyarrow as pa
+
+    sys.modules["pandas"] = None  # type: ignore[assignment]  # an import in Python or C++ fails, one in Cython is None
+    try:
+        for _ in range(2):  # first the Cython half of pyarrow looks, then the C++ half
+            with suppress(ImportError, AttributeError):
+                pa.array([])
+    finally:
+        del sys.modules["pandas"]
 
 
 def _release_memory() -> None:

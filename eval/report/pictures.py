@@ -7,11 +7,11 @@ Dimension key: N pictures, S side in pixels, H height, W width, C colour channel
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -76,21 +76,41 @@ def heat_map(image_NE: Tensor, title_NE: Tensor, cell: int = 14) -> np.ndarray:
     return np.asarray(sheet)
 
 
-def sprites(pictures: Sequence[bytes], titles: Sequence[str], side: int = 64) -> Tensor:
-    """Draw small squares for the projector, first the pictures, then the titles as text: float [N, 3, side, side]."""
-    tiles = [Image.new("RGB", (side, side), PAPER) for _ in (*pictures, *titles)]
-    for tile, data in zip(tiles, pictures, strict=False):
-        if data:
-            small = Image.open(io.BytesIO(data))
-            small.thumbnail((side, side))
-            tile.paste(small, ((side - small.width) // 2, (side - small.height) // 2))
-    for tile, text in zip(tiles[len(pictures):], titles, strict=True):
-        pen = ImageDraw.Draw(tile)
-        pen.rectangle((0, 0, side - 1, side - 1), "#fff8c5", "#9a6700")
-        for line in range(4):
-            pen.text((3, 4 + 14 * line), _clean(text)[line * 10:line * 10 + 10], INK, _font(10))
-    stacked = np.stack([np.asarray(tile) for tile in tiles])
-    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
+def sprite_sheet(pictures: Sequence[bytes], titles: Sequence[str], side: int = 64) -> np.ndarray:
+    """Draw small squares for the projector, first the pictures, then the titles as text: uint8 [H, H, 3].
+
+    They fill the sheet row by row, as many in a row as there are rows.
+    """
+    across = math.ceil(math.sqrt(len(pictures) + len(titles)))
+    sheet = Image.new("RGB", (across * side, across * side))
+    for place, data in enumerate(pictures):
+        _paste_tile(sheet, place, _picture_tile(data, side))
+    for place, text in enumerate(titles, len(pictures)):
+        _paste_tile(sheet, place, _title_tile(_clean(text), side))
+    return np.asarray(sheet)
+
+
+def _paste_tile(sheet: Image.Image, place: int, tile: Image.Image) -> None:
+    row, column = divmod(place, sheet.width // tile.width)
+    sheet.paste(tile, (column * tile.width, row * tile.height))
+
+
+def _picture_tile(data: bytes, side: int) -> Image.Image:
+    tile = Image.new("RGB", (side, side), PAPER)
+    if data:
+        small = Image.open(io.BytesIO(data))
+        small.thumbnail((side, side))
+        tile.paste(small, ((side - small.width) // 2, (side - small.height) // 2))
+    return tile
+
+
+def _title_tile(text: str, side: int) -> Image.Image:
+    tile = Image.new("RGB", (side, side), PAPER)
+    pen = ImageDraw.Draw(tile)
+    pen.rectangle((0, 0, side - 1, side - 1), "#fff8c5", "#9a6700")
+    for line in range(4):
+        pen.text((3, 4 + 14 * line), text[line * 10:line * 10 + 10], INK, _font(10))
+    return tile
 
 
 def _paper(height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eval.metrics import Retrieval
 from eval.report.answers import AnswersByDirection, answer_queries, load_answers, save_answers
-from eval.report.pictures import draw_image_to_text, draw_text_to_image, heat_map, sprites
+from eval.report.pictures import draw_image_to_text, draw_text_to_image, heat_map, sprite_sheet
 from eval.retrieval import SplitEmbeddings
 
 SHEET = 8  # queries in a picture of answers
@@ -30,9 +30,9 @@ class Board(Protocol):
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """Write the distribution of values."""
 
-    def embedding(self, name: str, vectors: Tensor, labels: Sequence[Sequence[str]], sprite_NCSS: Tensor,
+    def embedding(self, name: str, vectors: Tensor, labels: Sequence[Sequence[str]], sprites_HHC: np.ndarray,
                   step: int) -> None:
-        """Write points for the projector."""
+        """Write points for the projector, with a square sheet of their pictures, as many across as down."""
 
 
 def shown_split(names: Collection[str]) -> str:
@@ -50,6 +50,7 @@ class AnswerLog:
         self.title = partial(title, split)
         self.picture = cache(partial(picture, split))
         self.answers: dict[str, AnswersByDirection] = {}
+        self._sprites: dict[tuple[int, ...], np.ndarray] = {}  # the sheet of the rows drawn last
         if resumed:
             self.answers |= load_answers(self.path)[1]
 
@@ -77,9 +78,12 @@ class AnswerLog:
         board.picture(f"similarity/{self.split}", heat_map(image_QE[:MAP], title_QE[:MAP]), step)
         if len(row_Q) < 2:  # the projector needs two points
             return
-        titles = list(map(self.title, distinct.title_row_W[title_Q].tolist()))
-        pictures = list(map(self.picture, row_Q.tolist()))
+        title_row_Q = distinct.title_row_W[title_Q]
+        titles = list(map(self.title, title_row_Q.tolist()))
         lines = [" ".join(text.split())[:120] for text in titles]  # a tab would start a new column
         labels = [(line, "image") for line in lines] + [(line, "title") for line in lines]
         vectors = torch.cat([image_QE, title_QE]).cpu()
-        board.embedding(when, vectors, labels, sprites(pictures, titles), step)
+        rows = (*row_Q.tolist(), *title_row_Q.tolist())
+        if rows not in self._sprites:  # base and tuned model show the same points
+            self._sprites = {rows: sprite_sheet(list(map(self.picture, row_Q.tolist())), titles)}
+        board.embedding(when, vectors, labels, self._sprites[rows], step)

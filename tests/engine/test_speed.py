@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import EXACT, gradient, in_float64, inside, make_pairs, noting, on_ranks, run
+from helpers import EXACT, ROOT, gradient, in_float64, inside, make_pairs, noting, on_ranks, run
 from torch import Tensor
 
 from data.batch import Tokens, UserError
@@ -21,6 +23,30 @@ from eval.distinct import Distinct
 from eval.metrics import retrieval_ranks
 
 CPU = torch.device("cpu")
+# Libraries that take .1 to 2 s of CPU time to import and that a run with everything in its store has no use for.
+# Those that transformers imports are its own affair, for as long as a run imports it.
+UNUSED = ["scipy", "pandas", "sympy", "datasets", "aiohttp", "sklearn", "matplotlib", "torchvision",
+          "torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.distributed.fsdp",
+          "torch.fx.experimental.symbolic_shapes", "pyarrow.dataset", "pyarrow.parquet", "sentence_transformers"]
+WARM_RUN = """
+import sys
+unused, imported = {unused!r}, []
+class Watcher:
+    def find_spec(self, name, path=None, target=None):
+        frame, importers = sys._getframe(), set()
+        while name in unused and frame:
+            importers.add(frame.f_globals.get("__name__", "").split(".")[0])
+            frame = frame.f_back
+        if name in unused and "transformers" not in importers:
+            imported.append(name)
+sys.meta_path.insert(0, Watcher())
+import run
+assert run.main({train!r}) == 0 and run.main({evaluate!r}) == 0
+print("IMPORTED", sorted(imported))
+import pandas, pyarrow
+frame = pandas.DataFrame({{"title": ["a", None], "score": [1.0, float("nan")]}})
+print("NULLS", [column.null_count for column in pyarrow.Table.from_pandas(frame).columns], pyarrow.array(frame.score))
+"""
 
 
 def test_pieces_of_a_batch_give_the_whole(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,3 +171,15 @@ def test_augmented_runs_are_the_same_on_two_ranks_and_differ_by_epoch(tiny_model
     assert sum(one[:3]) != pytest.approx(sum(one[3:]), abs=1e-4)  # other crops in the other epoch, nothing learned
     base = [json.loads((tmp_path / name / "metrics.json").read_text())["base"] for name in ("plain", "one")]
     assert base[0] == base[1]  # measured on whole images
+
+
+def test_a_warm_run_imports_no_library_that_it_does_not_use(pairs: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Importing them took a warm run more CPU time than all it did; an installed pandas still works with pyarrow."""
+    data = ["--model", str(tiny_model), "--dataset", str(pairs), "--cache-dir", str(tmp_path / "cache")]
+    train = ["train", *data, "--epochs", "1", "--out", str(tmp_path / "run")]
+    assert inside(["eval", *data, "--split", "all"]).returncode == 0
+    code = WARM_RUN.format(unused=UNUSED, train=train, evaluate=["eval", *data])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert "IMPORTED []" in done.stdout, done.stdout + done.stderr
+    assert "features: 0 images and 0 titles encoded" in done.stderr
+    assert "NULLS [1, 1]" in done.stdout

@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from google.protobuf import text_format
 from helpers import ROOT
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch import nn
 
 import run as command_line
@@ -109,7 +112,15 @@ def test_curves_pictures_and_hparams_are_where_people_look(finished: tuple[Path,
     assert set(main.Tags()["images"]) == {"retrieval/test image_to_text", "retrieval/test text_to_image",
                                           "similarity/test"}
     assert {tag.split("/")[0] for tag in main.Tags()["histograms"]} == {"margin"}
-    assert [path.parent.name for path in sorted(out.glob("tensorboard/*/*/sprite.png"))] == ["base", "tuned"]
+    projector = text_format.Parse((out / "tensorboard" / "projector_config.pbtxt").read_text(), ProjectorConfig())
+    assert [points.tensor_name for points in projector.embeddings] == ["base:00000", "tuned:00006"]
+    for points in projector.embeddings:
+        tensors, metadata = (len((out / "tensorboard" / path).read_text().splitlines())
+                             for path in (points.tensor_path, points.metadata_path))
+        assert metadata == tensors + 1  # a header
+        with Image.open(out / "tensorboard" / points.sprite.image_path) as sprites:
+            tiles = sprites.width // points.sprite.single_image_dim[0]
+            assert sprites.width == sprites.height and (tiles - 1) ** 2 < tensors <= tiles**2
     assert len(list((out / "tensorboard").rglob("events.*"))) == 2  # hparams opened no run of their own
     plugins = main.summary_metadata
     assert {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"} <= set(plugins)

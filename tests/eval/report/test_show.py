@@ -30,8 +30,9 @@ class Recorder:
     def histogram(self, name: str, values: torch.Tensor, step: int) -> None:
         self.given[name] = values
 
-    def embedding(self, name: str, vectors: torch.Tensor, labels: Any, sprite_NCSS: torch.Tensor, step: int) -> None:
-        assert len(vectors) == len(labels) == len(sprite_NCSS)
+    def embedding(self, name: str, vectors: torch.Tensor, labels: Any, sprites_HHC: np.ndarray, step: int) -> None:
+        assert len(vectors) == len(labels)
+        assert sprites_HHC.shape[0] == sprites_HHC.shape[1]
         assert not [label for label in labels if set("\t\n\r") & set("".join(label))]  # it would break the table
         self.given[name] = vectors
 

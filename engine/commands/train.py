@@ -74,13 +74,15 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     if state.step and "base" not in metrics:  # metrics.json was deleted
         metrics["base"] = summaries(base)
     # 5. Cut the log after the checkpoint's step; the loop writes the later steps again.
-    log = Log(out, world, plan, state, drift, Reference(comparable_settings(cfg), metrics.get("base", {})))
+    step_world = training.step_world(cfg, world, model)
+    log = Log(out, step_world, plan, state, drift, Reference(comparable_settings(cfg), metrics.get("base", {})))
     answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture, resumed=state.step > 0)
     evaluator = Evaluator(pairs, names, model, plan, state, saver, log, answers, world, metrics, base)
     # 6. `fit` asks for the inputs from `state.step` on: the order of pairs is a function of seed and epoch.
-    batches = training.batches(cfg, state)
-    guard = training.guard(cfg, world, out, trained)
-    replica = Replica(distribute(trained, world.size), saver.optimizer, world, model.precision)
+    batches = training.batches(cfg, state, step_world)
+    guard = training.guard(cfg, step_world, out, trained)
+    replica = Replica(distribute(trained, step_world.size), saver.optimizer, step_world, model.precision)
+    saver.require_equal_weights(state.step)
 
     with closing(log), stop.graceful_exit(), profiler(cfg.profile, out / "profile", world.rank, log) as trace:
         evaluate = stop.immediate_exit()(evaluator)  # a signal may cut it off: the trained weights are saved before

@@ -6,7 +6,7 @@ texts (titles, negative 1 of all rows, negative 2 of all rows, …), C candidate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -47,7 +47,7 @@ class Callbacks:
     evaluate: Callable[[], None] = lambda: None
     save_checkpoint: Callable[[State], None] = lambda state: None
     stop_signal: Callable[[int], int] = lambda step: 0  # number of the signal that ends the run after `step`, or 0
-    check_gradients: Callable[[int, list[float]], None] = lambda step, norms: None  # norms of the steps before `step`
+    check_gradients: Callable[[Mapping[int, float]], None] = lambda norms: None  # gradient norms by step
 
 
 def fit(replica: Replica, batches: Batches, plan: Plan, state: State, cfg: Config, callbacks: Callbacks) -> None:
@@ -80,8 +80,8 @@ def loop(step: Callable[[Inputs, int, float], tuple[Tensor, Tensor]], stream: It
         evaluate_now = plan.due(state.step, cfg.eval_every) and not state.stopped
         save_now = plan.due(state.step, cfg.save_every) or evaluate_now or state.stopped
         if plan.due(state.step, cfg.log_every) or save_now:
-            grad_norms = log.flush()  # the only host sync, besides stop_signal's about once a second
-            callbacks.check_gradients(state.step, grad_norms)
+            # Nothing waits for the device but this flush before a checkpoint, and stop_signal about once a second.
+            callbacks.check_gradients(log.flush(wait=save_now))
         if save_now:  # before the evaluation, which a signal may cut off
             with log.pause_step_clock("checkpoint"):
                 callbacks.save_checkpoint(state)

@@ -36,15 +36,14 @@ class CachedPairs:
     """Features from the store, constant for the whole run."""
 
     splits: Mapping[str, FeatureSplit]
-    team: Team
 
     def feature_splits(self, names: Collection[str]) -> Mapping[str, FeatureSplit]:
         """Return the features of these splits."""
         return {name: split for name, split in self.splits.items() if name in names}
 
-    def batches(self, split: str, batch_size: int, seed: int) -> CachedBatches:
-        """Return this rank's batches of features."""
-        return self.splits[split].batches(batch_size, seed, self.team.rank, self.team.size)
+    def batches(self, split: str, batch_size: int, seed: int, rank: int, size: int) -> CachedBatches:
+        """Return the batches of features of `rank` of `size` ranks."""
+        return self.splits[split].batches(batch_size, seed, rank, size)
 
 
 @dataclass(frozen=True)
@@ -83,10 +82,9 @@ class StreamedPairs:
         return make_feature_splits({split.name: split for split in splits}, image_DV, title_PT, self.pipeline.device,
                                    None if group_P is None else group_P[torch.from_numpy(used_P)])
 
-    def batches(self, split: str, batch_size: int, seed: int) -> StreamedBatches:
-        """Return this rank's batches of pixels and tokens."""
-        team = self.pipeline.team
-        order = EpochBatches(len(self.splits[split]), batch_size, seed, team.rank, team.size)
+    def batches(self, split: str, batch_size: int, seed: int, rank: int, size: int) -> StreamedBatches:
+        """Return the batches of pixels and tokens of `rank` of `size` ranks."""
+        order = EpochBatches(len(self.splits[split]), batch_size, seed, rank, size)
         return StreamedBatches(self, self.splits[split], order)
 
 

@@ -49,9 +49,9 @@ class Pairs:
         """Return the features of the splits `names` that there are; streaming encodes them anew on each call."""
         return self.features.feature_splits(names)
 
-    def batches(self, split: str, batch_size: int, seed: int) -> Batches:
-        """Return this rank's inputs of a training run; `batch_size` is that of all ranks together."""
-        return self.inputs.batches(split, batch_size, seed)
+    def batches(self, split: str, batch_size: int, seed: int, rank: int, size: int) -> Batches:
+        """Return the inputs of `rank` in a training run; `batch_size` is that of all `size` ranks together."""
+        return self.inputs.batches(split, batch_size, seed, rank, size)
 
     def describe(self) -> str:
         """Return the kept rows of each split, the dropped rows, and the state of the feature store, if there is one."""
@@ -98,7 +98,7 @@ def open_pairs(rows: Mapping[str, Rows], unread: Sequence[Mapping[str, Any]], pi
         return Pairs(splits, ledger, identity, contents, streamed, streamed, album, classes=count_classes(rows))
     image_table, seconds = stored_table(images, image_keys), time.monotonic() - began
     feature_splits = make_feature_splits(splits, image_table, title_table, device, catalogue.title_group_P)
-    cached = CachedPairs(feature_splits, pipeline.team)
+    cached = CachedPairs(feature_splits)
     inputs = StreamedPairs.open(catalogue, splits, example_D, pipeline, decoded) if reader.augment else cached
     report = _describe_store(cache, images, titles, seconds)
     return Pairs(splits, ledger, identity, contents, cached, inputs, album, report, count_classes(rows))

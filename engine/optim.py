@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,11 +65,25 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str = "linear", 
     }[schedule]
 
 
+class TowerRates(NamedTuple):
+    """Peak learning rates of layers inside the towers; 0: the rate of everything else, for text that of the towers."""
+
+    tower: float = 0.0
+    text: float = 0.0
+
+    def of(self, name: str) -> float:
+        """Return the rate of a parameter by its name in CLIPModel; 0: that of everything else."""
+        if name.startswith("text_model."):
+            return self.text or self.tower
+        return self.tower if name.startswith("vision_model.") else 0.0
+
+
 class AdamWL2SP(torch.optim.AdamW):
     """AdamW with the L2-SP penalty l2_sp * ||W - W_pretrained||_F^2 (Li et al. 2018, arXiv 1802.01483).
 
     The weights at construction are the pretrained ones, so construct it before a checkpoint's weights are loaded.
     ProLIP (Fahes et al. 2024, arXiv 2410.05270) uses the penalty to tune CLIP's projection on few pairs.
+    The learning rate of a group is the step's times the group's `lr_scale`.
     """
 
     # torch wraps these so that its compiler does not trace them, and the wrappers import the compiler: a second of CPU
@@ -77,11 +92,11 @@ class AdamWL2SP(torch.optim.AdamW):
     zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, l2_sp: float) -> None:
-        parameters = list(parameters)
+    def __init__(self, groups: Sequence[dict[str, Any]], parameters: Sequence[nn.Parameter], lr: float,
+                 l2_sp: float) -> None:
         # fused: one pass over the parameters; capturable: a CUDA graph can replay the step.
-        super().__init__(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=True,
-                         capturable=parameters[0].is_cuda)
+        super().__init__(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=True, capturable=parameters[0].is_cuda)
+        self.parameters = parameters  # in one order, however they are grouped: the gradient norm adds up the same
         self.l2_sp = l2_sp
         self.pretrained = [(p, p.detach().clone()) for p in parameters] if l2_sp else []
 
@@ -101,22 +116,45 @@ class AdamWL2SP(torch.optim.AdamW):
 
 
 def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, l2_sp: float = 0.0) -> AdamWL2SP:
-    """Return AdamW with the reference's betas .9/.999 and eps 1e-8."""
-    return AdamWL2SP(parameters, lr, weight_decay, l2_sp)
+    """Return AdamW with the reference's betas .9/.999 and eps 1e-8, and one learning rate."""
+    named = {str(number): parameter for number, parameter in enumerate(parameters)}
+    return adamw_by_name(named, lr, weight_decay, l2_sp, TowerRates())
 
 
-def update(optimizer: torch.optim.AdamW, lr: float | Tensor, clip_norm: float) -> Tensor:
+def adamw_by_name(named: Mapping[str, nn.Parameter], lr: float, weight_decay: float, l2_sp: float,
+                  rates: TowerRates) -> AdamWL2SP:
+    """Return AdamW with learning rates by name.
+
+    Weight decay is of matrices alone: vectors and numbers (biases, norms, logit_scale) have none, as in open_clip's and
+    transformers' trainers. Raises UserError for a rate of layers that do not train.
+    """
+    both, text = ("vision_model.", "text_model."), ("text_model.",)
+    for flag, rate, where, prefixes in (("--lr-tower", rates.tower, "the towers", both),
+                                        ("--lr-text", rates.text, "the text tower", text)):
+        if rate and not any(name.startswith(prefixes) for name in named):
+            raise UserError(f"{flag} is the rate of layers inside {where}, and none of them trains; leave it out or "
+                            f"unfreeze some, such as --trainable projection,{prefixes[0]}encoder.layers.11")
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        rate = rates.of(name)
+        decay = weight_decay if parameter.dim() > 1 else 0.0
+        groups.setdefault((rate / lr if rate else 1.0, decay), []).append(parameter)
+    return AdamWL2SP([{"params": members, "lr_scale": scale, "weight_decay": decay}
+                      for (scale, decay), members in groups.items()], list(named.values()), lr, l2_sp)
+
+
+def update(optimizer: AdamWL2SP, lr: float | Tensor, clip_norm: float) -> Tensor:
     """Clip the gradients, step, clear them; return the gradient norm before clipping, on the device.
 
-    A norm that is not finite skips the update without a host sync: where `found_inf` is set, the fused kernel changes
-    neither weights nor moments. The gradients are the same on every rank, so all ranks skip together.
+    `lr` is the rate of groups whose `lr_scale` is 1. A norm that is not finite skips the update without a host sync:
+    where `found_inf` is set, the fused kernel changes neither weights nor moments. The gradients are the same on every
+    rank, so all ranks skip together.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = nn.utils.get_total_norm([p.grad for p in optimizer.parameters if p.grad is not None])
     if clip_norm:  # the fused kernel divides the gradients by grad_scale as it reads them: no extra pass over them
         optimizer.grad_scale = ((norm + 1e-6) / clip_norm).clamp_(min=1)  # type: ignore[attr-defined]
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr if group["lr_scale"] == 1 else lr * group["lr_scale"]
     optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -6,7 +6,7 @@ texts (titles, negative 1 of all rows, negative 2 of all rows, …), C candidate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -47,7 +47,7 @@ class Callbacks:
     evaluate: Callable[[], None] = lambda: None
     save_checkpoint: Callable[[State], None] = lambda state: None
     stop_signal: Callable[[int], int] = lambda step: 0  # number of the signal that ends the run after `step`, or 0
-    check_gradients: Callable[[int, list[float]], None] = lambda step, norms: None  # norms of the steps before `step`
+    check_gradients: Callable[[Mapping[int, float]], None] = lambda norms: None  # gradient norms by step
 
 
 def fit(replica: Replica, batches: Batches, plan: Plan, state: State, cfg: Config, callbacks: Callbacks) -> None:
@@ -80,8 +80,8 @@ def loop(step: Callable[[Inputs, int, float], tuple[Tensor, Tensor]], stream: It
         evaluate_now = plan.due(state.step, cfg.eval_every) and not state.stopped
         save_now = plan.due(state.step, cfg.save_every) or evaluate_now or state.stopped
         if plan.due(state.step, cfg.log_every) or save_now:
-            grad_norms = log.flush()  # the only host sync, besides stop_signal's about once a second
-            callbacks.check_gradients(state.step, grad_norms)
+            # Nothing waits for the device but this flush before a checkpoint, and stop_signal about once a second.
+            callbacks.check_gradients(log.flush(wait=save_now))
         if save_now:  # before the evaluation, which a signal may cut off
             with log.pause_step_clock("checkpoint"):
                 callbacks.save_checkpoint(state)
@@ -128,29 +128,40 @@ def global_batch_loss(objective: Objective, world: World, out: Embeddings, input
     shares = [share(rows, rank, world.size) for rank in range(world.size)]
     sizes, first_row = [stop - start for start, stop in shares], shares[world.rank][0]
     image_BE, text_XE, scale = out
-    titles = gather_titles(world, text_XE, inputs, sizes)
+    symmetric = objective.loss == "symmetric"
+    titles, images = gather_candidates(world, out, inputs, sizes, symmetric)
     image_to_text = objective.sum_over_rows(image_BE, titles, scale, first_row)
-    if objective.loss != "symmetric":
+    if not symmetric:
         return image_to_text / rows
-    images = Candidates(world.gather(image_BE, sizes), titles.title_id_C[:rows], titles.image_id_C[:rows])
     text_to_image = replace(objective, hardness=0.0).sum_over_rows(text_XE[: len(image_BE)], images, scale, first_row)
     return (image_to_text + text_to_image) / (2 * rows)
 
 
-def gather_titles(world: World, text_XE: Tensor, inputs: Batch | Features, sizes: Sequence[int]) -> Candidates:
-    """Return the titles of all ranks, then negative 1 of all rows, …, with gradient; rank r holds sizes[r] rows."""
+def gather_candidates(world: World, out: Embeddings, inputs: Batch | Features, sizes: Sequence[int],
+                      with_images: bool) -> tuple[Candidates, Candidates]:
+    """Return the texts and the images of all ranks as candidates, with gradient; rank r holds sizes[r] rows.
+
+    The texts are the titles, then negative 1 of all rows, …. The images are empty unless `with_images`. Several ranks
+    exchange all of it in one collective: a small one costs as long as it takes to start it.
+    """
+    image_BE, text_XE, _ = out
     ids = [inputs.image_id_B, inputs.title_id_B]
     if inputs.negative_id_BH is not None:
         ids += inputs.negative_id_BH.unbind(1)
+    if not with_images:
+        image_BE = image_BE[:, :0]
     if world.size > 1:
-        ids = list(world.gather(torch.stack(ids, 1), sizes).unbind(1))
-        text_BKE = text_XE.unflatten(0, (len(ids) - 1, len(inputs.title_id_B))).transpose(0, 1)
-        text_XE = world.gather(text_BKE, sizes).transpose(0, 1).flatten(0, 1)
+        texts, width = len(ids) - 1, text_XE.shape[1]
+        text_BF = text_XE.unflatten(0, (texts, len(inputs.title_id_B))).transpose(0, 1).flatten(1)
+        rows_GF, ids_GN = world.gather(torch.cat([text_BF, image_BE], 1), torch.stack(ids, 1), sizes)
+        text_XE = rows_GF[:, : texts * width].unflatten(1, (texts, width)).transpose(0, 1).flatten(0, 1)
+        image_BE, ids = rows_GF[:, texts * width :], list(ids_GN.unbind(1))
     image_id_G, title_id_G, *negative_ids = ids
+    images = Candidates(image_BE, title_id_G, image_id_G)
     if not negative_ids:
-        return Candidates(text_XE, title_id_G, image_id_G)
+        return Candidates(text_XE, title_id_G, image_id_G), images
     no_images = [torch.full_like(image_id_G, -1)] * len(negative_ids)
-    return Candidates(text_XE, torch.cat([title_id_G, *negative_ids]), torch.cat([image_id_G, *no_images]))
+    return Candidates(text_XE, torch.cat([title_id_G, *negative_ids]), torch.cat([image_id_G, *no_images])), images
 
 
 @contextmanager

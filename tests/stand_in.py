@@ -78,17 +78,20 @@ def launch(kernel: Any, args: Any, kwargs: dict[str, Any], syncs: list[str]) -> 
         syncs.append(f"{caller()}: {kernel}, an index from the host")
     if kernel in COPIES:
         target = wanted or args[0].device
-        source = args[1] if kernel is aten.copy_.default else args[0]
-        free = getattr(source, "pinned", False) and (kwargs.get("non_blocking") or args[2:] == (True,))
-        if target.type != source.device.type and not free:
-            syncs.append(f"{caller()}: {kernel} from {source.device.type} to {target.type}")
+        ends = args[:2] if kernel is aten.copy_.default else args[:1]
+        asynchronous = kwargs.get("non_blocking") or args[2:] == (True,)
+        free = asynchronous and any(getattr(end, "pinned", False) for end in ends)
+        if target.type != ends[-1].device.type and not free:
+            syncs.append(f"{caller()}: {kernel} from {ends[-1].device.type} to {target.type}")
     elif there and (kernel in ASKS or (kernel in INDEXED and any(
             isinstance(index, Tensor) and index.dtype is torch.bool for index in tree_leaves(args[1])))):
         syncs.append(f"{caller()}: {kernel}")
     here_too = {**kwargs, **({"device": torch.device("cpu")} if wanted is not None else {})}
-    here_too.pop("pin_memory", None)
+    pin = here_too.pop("pin_memory", False)
     bare_args, bare_kwargs = tree_map(plain, (args, here_too))
     out = kernel(*bare_args, **bare_kwargs)
+    if pin:
+        out.pinned = True
     if there if wanted is None else wanted == GPU:
         out = tree_map(lambda x: OnGPU(x) if isinstance(x, Tensor) else x, out)
     return return_and_correct_aliasing(kernel, args, kwargs, out) if there or not tensors else out
@@ -164,11 +167,13 @@ def stand_in(free: int = 2**33) -> Iterator[StandIn]:
                             "stream": nullcontext()}.items():
             patch.setattr(torch.cuda, name, lambda *_, value=value: value)
         patch.setattr(torch.cuda, "Stream", Stream)
+        events: list[Event] = []
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
         torch._C._set_only_lift_cpu_tensors(True)
         try:
             with StandIn() as device:
+                patch.setattr(torch.cuda, "Event", partial(Event, events, device.syncs))
                 yield device
         finally:
             torch._C._set_only_lift_cpu_tensors(lifted)
@@ -189,6 +194,22 @@ class Stream:
 
     def wait_stream(self, other: Stream) -> None:
         """Nothing to wait for."""
+
+
+class Event:
+    """A wait for the newest one is a wait for all work; for an earlier one, whose work is long done, it is none."""
+
+    def __init__(self, recorded: list[Event], syncs: list[str]) -> None:
+        self.recorded, self.syncs = recorded, syncs
+
+    def record(self) -> None:
+        """It is the newest."""
+        self.recorded.append(self)
+
+    def synchronize(self) -> None:
+        """Note a wait."""
+        if self.recorded[-1] is self:
+            self.syncs.append(f"{caller()}: a wait for an event")
 
 
 def pinned(tensor: Tensor) -> Tensor:

@@ -160,6 +160,8 @@ FLAGS = [
     "log_every",
     "loss",
     "lr",
+    "lr_text",
+    "lr_tower",
     "max_bad",
     "max_pixels",
     "micro_batch",

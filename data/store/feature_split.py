@@ -61,6 +61,13 @@ class FeatureSplit:
     def __len__(self) -> int:
         return len(self.image_row_N)
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Widths of image and text features."""
+        image, title = (table.store.width if isinstance(table, StoredTable) else table.shape[1]
+                        for table in (self.image_MV, self.title_PT))
+        return image, title
+
     def parts(self) -> Iterator[Features]:
         """Yield the features of all pairs in order, in parts: all at once may be as large as the tables."""
         negatives = 1 if self.negative_row_NH is None else self.negative_row_NH.shape[1]

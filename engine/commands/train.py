@@ -19,7 +19,7 @@ from engine.commands.common import evaluate_splits, load_model, open_data, open_
 from engine.commands.training import Training, open_training, refuse_cached, split_dataset
 from engine.config.fields import Config, as_dict, config_fields
 from engine.config.recipes import fit_to_data
-from engine.optim import Plan, adamw
+from engine.optim import Plan, TowerRates, adamw_by_name
 from engine.publish.export import Origin, Tuned, export
 from engine.publish.hub import push
 from engine.ranks.signals import StopSignal
@@ -74,22 +74,23 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     if state.step and "base" not in metrics:  # metrics.json was deleted
         metrics["base"] = summaries(base)
     # 5. Cut the log after the checkpoint's step; the loop writes the later steps again.
-    log = Log(out, world, plan, state, drift, Reference(comparable_settings(cfg), metrics.get("base", {})))
+    step_world = training.step_world(cfg, world, model)
+    log = Log(out, step_world, plan, state, drift, Reference(comparable_settings(cfg), metrics.get("base", {})))
     answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture, resumed=state.step > 0)
     evaluator = Evaluator(pairs, names, model, plan, state, saver, log, answers, world, metrics, base)
     # 6. `fit` asks for the inputs from `state.step` on: the order of pairs is a function of seed and epoch.
-    batches = training.batches(cfg, state)
-    guard = training.guard(cfg, world, out, trained)
-    replica = Replica(distribute(trained, world.size), saver.optimizer, world, model.precision)
+    batches = training.batches(cfg, state, step_world)
+    guard = training.guard(cfg, step_world, out, trained)
+    replica = Replica(distribute(trained, step_world.size), saver.optimizer, step_world, model.precision)
+    saver.require_equal_weights(state.step)
 
     with closing(log), stop.graceful_exit(), profiler(cfg.profile, out / "profile", world.rank, log) as trace:
         evaluate = stop.immediate_exit()(evaluator)  # a signal may cut it off: the trained weights are saved before
         evaluation_missing = state.evaluated < state.step and plan.due(state.step, cfg.eval_every)
         if state.step == 0 or evaluation_missing:
             evaluate()
-        stop_signal = partial(stop.agreed_signal, world)
-        save = partial(training.save, saver)
-        fit(replica, batches, plan, state, cfg, Callbacks(log, trace, evaluate, save, stop_signal, guard.check))
+        fit(replica, batches, plan, state, cfg, Callbacks(log, trace, evaluate, partial(training.save, saver),
+                                                          partial(stop.agreed_signal, world), guard.check))
         best_step = saver.load_best_weights(state, world.say)
         if best_step:
             evaluate(best_step)
@@ -116,7 +117,8 @@ def make_saver(cfg: Config, world: World, out: Path, model: LoadedModel, trainin
     identity = identity_of(training.identity, training.pairs, ["train", *names])
     identity |= {"the precision": str(model.precision), "the number of pairs": str(training.rows)}
     recipe = {name: value for name, value in as_dict(cfg, "train").items() if not config_fields()[name].resumable}
-    optimizer = adamw(model.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp)
+    rates = TowerRates(cfg.lr_tower, cfg.lr_text)
+    optimizer = adamw_by_name(model.trainable, cfg.lr, cfg.weight_decay, cfg.l2_sp, rates)
     return Saver(out, model.trainable, optimizer, identity, recipe, training.order(cfg), cfg.keep, cfg.best_metric,
                  cfg.patience, world)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from data.batch import Batches, UserError
 from data.files import read_text
-from data.inputs import StreamedPairs
+from data.inputs import CachedPairs, StreamedPairs
 from data.ledger import Account
 from data.pairs import Pairs, data_key
 from data.prefetch import EpochBatches, OrderDigest
@@ -36,6 +36,7 @@ from data.web.storage import Entry, is_stored, scheme_of
 from engine.clip.model import LoadedModel
 from engine.commands.common import cache_folder, fetch_policy, read_options
 from engine.config.fields import Config
+from engine.ranks.sharing import world_of_steps
 from engine.ranks.world import World
 from engine.run_folder import folder
 from engine.run_folder.checkpoint import Order, Saver, State
@@ -68,9 +69,17 @@ class RowTraining:
         """Return the rows that the opening dropped."""
         return self.pairs.ledger
 
-    def batches(self, cfg: Config, state: State) -> Batches:
-        """Return this rank's inputs; any state has its place in the order."""
-        return self.pairs.batches("train", cfg.batch_size, cfg.seed)
+    def step_world(self, cfg: Config, world: World, model: LoadedModel) -> World:
+        """Return the world whose ranks share a step: all of them, or each rank alone where that is faster."""
+        inputs = self.pairs.inputs
+        if not isinstance(inputs, CachedPairs):
+            return world
+        embedding = model.head.visual_projection.weight.shape[0]
+        return world_of_steps(world, inputs.splits["train"], cfg.batch_size, embedding, cfg.loss == "symmetric")
+
+    def batches(self, cfg: Config, state: State, world: World) -> Batches:
+        """Return this rank's inputs among the ranks of `world`; any state has its place in the order."""
+        return self.pairs.batches("train", cfg.batch_size, cfg.seed, world.rank, world.size)
 
     def save(self, saver: Saver, state: State) -> None:
         """Write a checkpoint."""
@@ -84,7 +93,7 @@ class RowTraining:
             order = EpochBatches(len(train), cfg.batch_size, cfg.seed)
             return train.row_N[next(order.from_step(step)).numpy()].tolist()
 
-        return NonfiniteGuard(out, trained, self.pairs.batches("train", cfg.batch_size, cfg.seed), rows, world)
+        return NonfiniteGuard(out, trained, self.batches(cfg, State(), world), rows, world)
 
 
 @dataclass
@@ -118,7 +127,11 @@ class ShardTraining:
             self.stream.problems.add([line for line in lines if line.get("split") == "train"])
         return [*self.pairs.ledger, *self.stream.problems.entries.values()]
 
-    def batches(self, cfg: Config, state: State) -> Batches:
+    def step_world(self, cfg: Config, world: World, model: LoadedModel) -> World:
+        """Return `world`: every rank reads other shards."""
+        return world
+
+    def batches(self, cfg: Config, state: State, world: World) -> Batches:
         """Return this rank's inputs: shards that are finished in the current epoch are not read again."""
         self.stream = replace(self.stream, batch_size=cfg.batch_size, resumed=(state.step, state.shards))
         return self.stream

@@ -27,6 +27,7 @@ from engine.optim import Plan
 from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
 from engine.run_folder import verification
+from engine.run_folder.checkpoint import State
 from engine.run_folder.folder import read_json, settings_of
 from engine.run_folder.replay import ReopenedRun, replay_steps
 from engine.run_folder.verification import Finding
@@ -89,9 +90,11 @@ def replay(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path], so
     pairs = open_data(cfg, world, model, source)
     pairs = with_probe(cfg, world, model, pairs, open_probe(cfg, world))
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
-    saver = make_saver(cfg, world, run, model, RowTraining(pairs), evaluated_splits(cfg, pairs))
-    batches = pairs.batches("train", cfg.batch_size, cfg.seed)
-    return replay_steps(cfg, world, ReopenedRun(run, checkpoints, model, saver, plan, pairs.ledger, batches))
+    training = RowTraining(pairs)
+    saver = make_saver(cfg, world, run, model, training, evaluated_splits(cfg, pairs))
+    step_world = training.step_world(cfg, world, model)
+    batches = training.batches(cfg, State(), step_world)
+    return replay_steps(cfg, step_world, ReopenedRun(run, checkpoints, model, saver, plan, pairs.ledger, batches))
 
 
 def verify_store(cfg: Config, world: World) -> int:

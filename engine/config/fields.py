@@ -109,12 +109,16 @@ class Config:
     epochs: int = setting(2, "recipe", TRAINING, "passes over the training pairs", low=1)
     batch_size: int = setting(16, "recipe", TRAINING, "pairs a step, over all ranks together", low=1)
     lr: float = setting(1e-4, "recipe", TRAINING, "peak learning rate")
+    lr_tower: float = setting(0.0, "recipe", SINGLE_RUN, "that of layers inside the towers; 0: as --lr", advanced=True)
+    lr_text: float = setting(0.0, "recipe", SINGLE_RUN, "that of layers inside the text tower; 0: as --lr-tower",
+                             advanced=True)
     schedule: str = setting("linear", "recipe", TRAINING, "decay of the learning rate",
                             choices=("linear", "cosine", "constant"), advanced=True)
     warmup: float = setting(0.0, "recipe", TRAINING, "share of all steps spent warming the learning rate up",
                             high=math.nextafter(1.0, 0.0), range_text="a share of all steps between 0 and 1 (not 1)",
                             advanced=True)
-    weight_decay: float = setting(0.0, "recipe", TRAINING, "AdamW weight decay", advanced=True)
+    weight_decay: float = setting(0.0, "recipe", TRAINING, "AdamW weight decay, of matrices (not of biases, norms)",
+                                  advanced=True)
     clip_norm: float = setting(1.0, "recipe", TRAINING, "gradient norm is clipped at this; 0 turns clipping off",
                                advanced=True)
     scale: float = setting(20.0, "recipe", TRAINING, "inverse temperature of the loss", low=1e-9)

@@ -153,6 +153,8 @@ def check(config: Config) -> None:
     if config.loss == "sigmoid" and config.hardness:
         raise ValueError("--loss sigmoid judges each pair alone, --hardness needs a softmax; leave it out or use "
                          "--loss symmetric")
+    if (config.lr_tower or config.lr_text) and not config.lr:
+        raise ValueError("--lr-tower and --lr-text follow the schedule of --lr; give an --lr above 0")
     if config.train_samples and not config.shuffle_buffer:
         raise ValueError("--train-samples counts the samples of a stream; leave it out or add --shuffle-buffer N")
     if config.shuffle_buffer and config.mine_negatives != "off":

@@ -15,12 +15,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -49,12 +50,17 @@ class World:
     timeout_s: float = 600.0
     store: dist.Store | None = None
     quiet: bool = False
+    main: bool = True  # False where another process prints and writes for this one: see `alone`
     _barriers: Iterator[int] = field(default_factory=count, init=False, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
         """True on the one rank that writes and prints."""
-        return self.rank == 0
+        return self.rank == 0 and self.main
+
+    def alone(self) -> World:
+        """Return this process as a world of its own: nothing waits for other ranks; only rank 0 prints and writes."""
+        return replace(self, rank=0, size=1, store=None, main=self.is_main)
 
     def say(self, text: str) -> None:
         """Print a line on stderr from rank 0; from any rank it counts as progress for `monitored_exchange`."""
@@ -76,12 +82,13 @@ class World:
         if self.store is not None:
             self.store.add(f"progress/{self.rank}", 1)
 
-    def gather(self, rows_BX: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Return the rows of all ranks in rank order, [G, ...]; the gradient flows back to the rank that owns a row.
+    def gather(self, rows_BX: Tensor, ids_BN: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the rows and their int64 ids of all ranks in rank order, [G, X] and [G, N], by one collective.
 
-        `sizes[r]` is how many rows rank r holds; it may be 0.
+        The gradient of a row flows back to the rank that owns it. `sizes[r]` is how many rows rank r holds; it may be
+        0.
         """
-        return rows_BX if self.size == 1 else _Gather.apply(rows_BX, tuple(sizes), self.rank)
+        return (rows_BX, ids_BN) if self.size == 1 else _Gather.apply(rows_BX, ids_BN, tuple(sizes), self.rank)
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum of `value` over all ranks; with several ranks a new tensor."""
@@ -176,27 +183,49 @@ def _is_collective_error(error: RuntimeError) -> bool:
     return named is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
+# torch 2.13 renames these two; older versions know the old names alone.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
 class _Gather(torch.autograd.Function):
-    """Forward: all_gather of any numbers of rows. Backward: sum the gradient over ranks, keep this rank's rows."""
+    """Forward: one all_gather of rows and ids. Backward: one reduce_scatter of the rows' gradient.
+
+    Ranks with fewer rows than others fill up what they send, as both collectives take equal parts.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows_BX: Tensor, sizes: tuple[int, ...], rank: int) -> Tensor:
+    def forward(ctx: Any, rows_BX: Tensor, ids_BN: Tensor, sizes: tuple[int, ...], rank: int) -> tuple[Tensor, Tensor]:
         ctx.sizes, ctx.rank = sizes, rank
-        longest = max(sizes)
-        padded = rows_BX.new_zeros((longest, *rows_BX.shape[1:]))
-        padded[: len(rows_BX)] = rows_BX
-        parts = [torch.empty_like(padded) for _ in sizes]
+        longest, row_bytes = max(sizes), rows_BX.shape[1] * rows_BX.element_size()
+        bytes_BP = torch.cat([rows_BX.contiguous().view(torch.uint8), ids_BN.contiguous().view(torch.uint8)], 1)
+        bytes_BP = F.pad(bytes_BP, (0, 0, 0, longest - len(bytes_BP)))
+        bytes_GP = bytes_BP.new_empty(len(sizes) * longest, bytes_BP.shape[1])
         with explain_collective_errors("gathering candidates"):
-            dist.all_gather(parts, padded)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+            _all_gather(bytes_GP, bytes_BP)
+        bytes_GP = _without_padding(bytes_GP, sizes)
+        ids_GN = bytes_GP[:, row_bytes:].contiguous().view(ids_BN.dtype)
+        ctx.mark_non_differentiable(ids_GN)
+        return bytes_GP[:, :row_bytes].contiguous().view(rows_BX.dtype), ids_GN
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        total_GX = grads[0].contiguous().clone()
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        grad_GX, longest = grads[0].contiguous(), max(ctx.sizes)
+        if min(ctx.sizes) < longest:
+            parts = [F.pad(part, (0, 0, 0, longest - len(part))) for part in grad_GX.split(ctx.sizes)]
+            grad_GX = torch.cat(parts)
+        own_BX = grad_GX.new_empty(longest, grad_GX.shape[1])
         with explain_collective_errors("summing gradients of candidates"):
-            dist.all_reduce(total_GX)
-        start = sum(ctx.sizes[: ctx.rank])
-        return total_GX[start : start + ctx.sizes[ctx.rank]], None, None
+            _reduce_scatter(own_BX, grad_GX)
+        return own_BX[: ctx.sizes[ctx.rank]], None, None, None
+
+
+def _without_padding(rows_GX: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return the first sizes[r] rows of each of len(sizes) equal parts."""
+    longest = max(sizes)
+    if min(sizes) == longest:
+        return rows_GX
+    return torch.cat([part[:size] for part, size in zip(rows_GX.split(longest), sizes, strict=True)])
 
 
 def pick_device(wanted: str, local_rank: int) -> torch.device:

@@ -18,6 +18,7 @@ The order of events when `run.py train --resume` continues a run:
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -29,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data.batch import UserError
+from data.batch import RunFailed, UserError
 from data.files import delete_folder, read_text, recover_folders, replace_link, replaced_folder, sha256
 from engine.optim import AdamWL2SP
 from engine.ranks.world import World
@@ -92,6 +93,18 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], optimizer: Mapping
             (folder / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
     replace_link(root / "last", name)
     delete_old(root, keep)
+
+
+def weights_digest(named: Mapping[str, Tensor]) -> str:
+    """Return a digest of fp32 weights by which ranks are compared: of the sums of each row's bits, taken as integers.
+
+    Integers add up to the same in any order, on any device; only the sums are copied to the host.
+    """
+    digest = hashlib.sha256()
+    for tensor in named.values():
+        rows = tensor.detach().reshape(len(tensor) if tensor.dim() else 1, -1).view(torch.int32).sum(1)
+        digest.update(rows.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -176,12 +189,26 @@ class Saver:
         state.enough = 0 < self.patience <= state.worse
 
     def save(self, state: State) -> None:
-        """Write a checkpoint from rank 0 while the others wait. Raises RunFailed on all ranks when writing fails."""
+        """Write a checkpoint from rank 0 while the others wait. Raises RunFailed on all ranks when writing fails.
+
+        It is refused where the ranks hold different weights.
+        """
+        self.require_equal_weights(state.step)
+
         def write() -> None:
             content = {"state": asdict(state), "identity": dict(self.identity), "recipe": dict(self.recipe),
                        "order": self.order.at_step(state.step)}
             save(self.run, state.step, self.named, self._moments(), content, self.keep)
         self.world.on_main(write)
+
+    def require_equal_weights(self, step: int) -> None:
+        """Raise RunFailed on all ranks where a rank holds other weights than rank 0."""
+        digests = self.world.exchange(weights_digest(self.named))
+        apart = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if apart:
+            names = f"rank {apart[0]} holds" if len(apart) == 1 else f"ranks {', '.join(map(str, apart))} hold"
+            raise RunFailed(f"after step {step} {names} other weights than rank 0: the ranks differ in base model, "
+                            "processor or library versions; start all of them from one environment on equal machines")
 
     def _moments(self) -> dict[str, Tensor]:
         moments: dict[str, Tensor] = {}

@@ -1,14 +1,15 @@
 """The log of a run: steps.jsonl, evaluations.jsonl, TensorBoard, one progress line on the console. Rank 0 writes.
 
-Nothing here waits for the device except `flush` and `metrics`.
+Nothing here waits for the device except `metrics` and, where everything has to be on the disk, `flush`.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -36,6 +37,16 @@ class LoggedStep(NamedTuple):
     rows: int
 
 
+class Flush(NamedTuple):
+    """Steps whose values are on the way to the host."""
+
+    steps: list[LoggedStep]
+    values: Tensor  # losses of all ranks and gradient norms [2, steps], on the host
+    arrived: torch.cuda.Event | None  # when they are there; None: now
+    seconds: float  # that the steps took
+    waited: float  # of these, for data
+
+
 class Reference(NamedTuple):
     """The settings and metrics that TensorBoard compares a run by."""
 
@@ -56,6 +67,7 @@ class Log:
                  reference: Reference = NO_REFERENCE) -> None:
         self.world, self.plan = world, plan
         self._pending: list[LoggedStep] = []
+        self._copying: deque[Flush] = deque()
         self._began = time.perf_counter()
         self._flushed_at = self._began  # moved on by the time that is not spent on steps
         self._waited = 0.0  # for data since the last flush
@@ -112,23 +124,46 @@ class Log:
         """Keep one step until the next flush; `loss` is this rank's part, both tensors stay on the device."""
         self._pending.append(LoggedStep(step, loss, grad_norm, lr, rows))
 
-    def flush(self) -> list[float]:
-        """Sum the losses over ranks, copy everything to the host at once, write it; return the new gradient norms."""
-        if not self._pending:
-            return []
-        losses = self.world.sum(torch.stack([entry.loss for entry in self._pending]))
-        norms = torch.stack([entry.grad_norm for entry in self._pending])
-        loss_values, norm_values = torch.stack([losses, norms]).tolist()
-        seconds = time.perf_counter() - self._flushed_at
-        if self.world.is_main:
-            self._write(loss_values, norm_values)
-            self._report_progress(loss_values[-1], seconds)
-        self._pending.clear()
-        self._flushed_at, self._waited = time.perf_counter(), 0.0
-        return norm_values
+    def flush(self, wait: bool = False) -> dict[int, float]:
+        """Write steps; return their gradient norms by step.
 
-    def _write(self, losses: list[float], norms: list[float]) -> None:
-        for entry, loss, norm in zip(self._pending, losses, norms, strict=True):
+        From a GPU values are copied without a wait: each flush starts a copy and writes the steps of the one before.
+        With `wait` it also writes its own.
+        """
+        if self._pending:
+            self._copying.append(self._start_copy())
+        norms: dict[int, float] = {}
+        while self._copying and (wait or len(self._copying) > 1 or self._copying[0].arrived is None):
+            norms |= self._write(self._copying.popleft())
+        self._flushed_at, self._waited = time.perf_counter(), 0.0
+        return norms
+
+    def _start_copy(self) -> Flush:
+        """Sum the losses over ranks and start copying all values to the host."""
+        steps, self._pending = self._pending, []
+        losses = self.world.sum(torch.stack([entry.loss for entry in steps]))
+        values = torch.stack([losses, torch.stack([entry.grad_norm for entry in steps])])
+        seconds = time.perf_counter() - self._flushed_at
+        if values.device.type != "cuda":
+            return Flush(steps, values.cpu(), None, seconds, self._waited)
+        on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        on_host.copy_(values, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return Flush(steps, on_host, arrived, seconds, self._waited)
+
+    def _write(self, flush: Flush) -> dict[int, float]:
+        """Write the steps of a flush, on rank 0; return their gradient norms by step."""
+        if flush.arrived is not None:
+            flush.arrived.synchronize()
+        losses, norms = flush.values.tolist()
+        if self.world.is_main:
+            self._write_steps(flush.steps, losses, norms)
+            self._report_progress(flush, losses[-1])
+        return dict(zip((entry.step for entry in flush.steps), norms, strict=True))
+
+    def _write_steps(self, steps: Sequence[LoggedStep], losses: list[float], norms: list[float]) -> None:
+        for entry, loss, norm in zip(steps, losses, norms, strict=True):
             step, lr = entry.step, entry.lr
             line = {"step": step, "epoch": self._epoch(step), "loss": loss, "lr": lr, "grad_norm": norm,
                     "rows": entry.rows}
@@ -137,15 +172,15 @@ class Log:
                 self.board.scalars({"fit/loss": loss, "fit/lr": lr, "fit/grad_norm": norm}, step)
         self._files[0].flush()
 
-    def _report_progress(self, loss: float, seconds: float) -> None:
+    def _report_progress(self, flush: Flush, loss: float) -> None:
         """Write speed and memory to TensorBoard, and the progress line; that of the last step stays on the terminal."""
-        step, lr = self._pending[-1].step, self._pending[-1].lr
-        pairs = sum(entry.rows for entry in self._pending)
-        speed, wait = pairs / seconds, self._waited / seconds
+        step, lr = flush.steps[-1].step, flush.steps[-1].lr
+        pairs = sum(entry.rows for entry in flush.steps)
+        speed, wait = pairs / flush.seconds, flush.waited / flush.seconds
         if self.board.due("speed", step):
             self.board.scalars({"machine/pairs_per_second": speed, "machine/data_wait_share": wait,
                                 **memory(self.world.device)}, step)
-        eta = (self.plan.steps - step) * seconds / len(self._pending)
+        eta = (self.plan.steps - step) * flush.seconds / len(flush.steps)
         show = self.world.say if step == self.plan.steps else self.world.live
         epoch = step / self.plan.steps_per_epoch
         show(f"step {step}/{self.plan.steps}  epoch {epoch:.2f}  loss {loss:.4f}{self._recall}  "
@@ -187,7 +222,10 @@ class Log:
                 self.board.scalars(scores, round(100 * point["alpha"]))
 
     def close(self) -> None:
-        """Flush and close the files, and erase the progress line."""
+        """Write what is on the way to the host, close the files, and erase the progress line."""
+        with suppress(RuntimeError):  # of a GPU that has failed; that error ends the run
+            while self._copying:
+                self._write(self._copying.popleft())
         self.world.live("")
         for file in self._files:
             file.close()
@@ -216,9 +254,9 @@ class NullLog(Log):
     def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, rows: int) -> None:
         """Keep nothing."""
 
-    def flush(self) -> list[float]:
+    def flush(self, wait: bool = False) -> dict[int, float]:
         """Write nothing; return no gradient norms."""
-        return []
+        return {}
 
 
 def _floats(values: Mapping[str, object]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -36,10 +36,10 @@ class NonfiniteGuard:
         self.run, self.model, self.batches, self.rows, self.world = run, model, batches, rows, world
         self.skipped: list[int] = []  # the latest steps in a row (from 0) that were skipped
 
-    def check(self, step: int, norms: Sequence[float]) -> None:
-        """Check the gradient norms of the steps before `step`. Raises RunFailed once three in a row were skipped."""
-        for at, norm in enumerate(norms, step - len(norms)):
-            self.skipped = [] if math.isfinite(norm) else [*self.skipped, at]
+    def check(self, norms: Mapping[int, float]) -> None:
+        """Check the gradient norms of further steps (from 1). Raises RunFailed once three in a row were skipped."""
+        for step, norm in norms.items():
+            self.skipped = [] if math.isfinite(norm) else [*self.skipped, step - 1]
             if len(self.skipped) == IN_A_ROW:
                 raise RunFailed(self._write_report())
 

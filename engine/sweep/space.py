@@ -14,7 +14,8 @@ from engine.config.fields import Config, config_fields
 from engine.config.settings import Settings, check, suggest
 
 RECIPE = [name for name, spec in config_fields().items() if spec.group == "recipe" and name not in ("recipe", "mode")]
-SEARCHABLE = [name for name in RECIPE if name not in ("trainable", "seed")]
+SEARCHABLE = [name for name in RECIPE
+              if name not in ("trainable", "seed") and "sweep" in config_fields()[name].commands]
 PATIENCE = 1_000  # draws in a row without a new combination: the space counts as exhausted
 
 Choices = list[Any]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -78,10 +79,10 @@ class TrainingRun:
         plan, world = Plan(self.rows, self.batch, self.epochs), World(0, 0, 1, self.device)
         head = Head(self.parts.clip, config.scale).to(self.device)
         model = StreamingModel(self.parts.towers, head) if self.streamed else head
-        silent = World(1, 0, 1, self.device)  # a log that writes nothing: the disk is not what is measured
-        log = Log(self.folder, silent, plan, State(), WeightDrift({}))
+        log = Log(self.folder, replace(world, quiet=True), plan, State(), WeightDrift({}))
         replica = Replica(model, adamw(self.parts.trainable.values(), 1e-6, 0.0), world, self.parts.precision)
-        fit(replica, self.batches, plan, State(), config, Callbacks(log))
+        with closing(log):
+            fit(replica, self.batches, plan, State(), config, Callbacks(log))
 
 
 @dataclass(frozen=True)

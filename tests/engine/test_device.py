@@ -31,10 +31,13 @@ from engine.clip.model import ModelOptions, build_model
 from engine.commands import train as train_command
 from engine.config.cli import parse
 from engine.loss import Objective
-from engine.optim import adamw
+from engine.optim import Plan, adamw
 from engine.ranks import world as dist
 from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
+from engine.run_folder.board import WeightDrift
+from engine.run_folder.checkpoint import State
+from engine.run_folder.log import Log
 from engine.run_folder.profiler import Profiler
 from engine.train import Replica, Step
 from eval.distinct import Distinct
@@ -120,11 +123,11 @@ class Endless(StopSignal):
 
 def trained(model: Path, pairs: Path, folder: Path, patch: pytest.MonkeyPatch, *flags: str, device: str = "cuda",
             free: int = 2**33, end: int = -1) -> list[dict[str, Any]]:
-    """steps.jsonl of a run; on the stand-in, AssertionError where a step waits."""
+    """steps.jsonl of a run; on the stand-in, AssertionError where a step waits, or a flush without need."""
     places = {"model": model, "dataset": pairs, "out": folder / "run", "cache-dir": folder / "cache", "device": device}
     _, cfg = parse("run.py", ["train", *(f"--{name}={place}" for name, place in places.items()), "--quiet",
                               "--epochs=1", "--eval-splits=valid", *flags])
-    call = Step.__call__
+    call, flush = Step.__call__, Log.flush
     with stand_in(free) if device == "cuda" else nullcontext() as gpu:
         def watched(self: Step, *args: Any) -> Any:
             before = len(gpu.syncs) if gpu else 0
@@ -132,7 +135,14 @@ def trained(model: Path, pairs: Path, folder: Path, patch: pytest.MonkeyPatch, *
             assert not gpu or len(gpu.syncs) == before, set(gpu.syncs[before:])
             return result
 
+        def watched_flush(self: Log, wait: bool = False) -> dict[int, float]:
+            before = len(gpu.syncs) if gpu else 0
+            norms = flush(self, wait)
+            assert wait or not gpu or len(gpu.syncs) == before, set(gpu.syncs[before:])
+            return norms
+
         patch.setattr(train.Step, "__call__", watched)
+        patch.setattr(Log, "flush", watched_flush)
         # transformers looks at addresses, which a stand-in has not
         patch.setattr(train_command, "write_results", lambda *_: 0)
         try:
@@ -147,7 +157,7 @@ def trained(model: Path, pairs: Path, folder: Path, patch: pytest.MonkeyPatch, *
 @pytest.mark.parametrize("trainable", ["projection,logit_scale", "projection,text_model.encoder.layers.1"])
 def test_a_run_is_the_cpus(trainable: str, tiny_model: Path, pairs: Path, tmp_path: Path,
                            monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = ["--trainable", trainable, "--precision", "fp32"]
+    flags = ["--trainable", trainable, "--precision", "fp32", "--log-every", "1"]
     here = trained(tiny_model, pairs, tmp_path / "cpu", monkeypatch, *flags, device="cpu")
     there = trained(tiny_model, pairs, tmp_path / "gpu", monkeypatch, *flags)
     assert len(here) == 3 and here == [pytest.approx(step, rel=1e-4) for step in there]
@@ -158,6 +168,23 @@ def test_a_resumed_run_and_tables_beside_the_gpu_change_nothing(tiny_model: Path
     whole = trained(tiny_model, pairs, tmp_path / "whole", monkeypatch, free=0)
     trained(tiny_model, pairs, tmp_path / "cut", monkeypatch, end=2)
     assert trained(tiny_model, pairs, tmp_path / "cut", monkeypatch, "--resume") == whole
+
+
+def test_the_log_waits_for_no_copy_unless_all_has_to_be_written(tmp_path: Path) -> None:
+    """Each flush writes the steps of the one before; a checkpoint, and the end, find every step written."""
+    def steps() -> list[int]:
+        return [json.loads(line)["step"] for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+
+    with stand_in() as gpu:
+        log = Log(tmp_path, World(0, 0, 1, GPU, quiet=True), Plan(90, 9, 1), State(), WeightDrift({}))
+        for step, expected, wait in ((1, [], False), (2, [1], False), (3, [2, 3], True), (4, [], False)):
+            log.step(step, torch.tensor(step / 2, device=GPU), torch.tensor(float(step), device=GPU), 0.1, 9)
+            gpu.syncs.clear()
+            assert log.flush(wait) == {number: float(number) for number in expected}
+            assert bool(gpu.syncs) is wait
+        assert steps() == [1, 2, 3] and log.flush() == {}
+        log.close()
+    assert steps() == [1, 2, 3, 4]
 
 
 def residents(folder: Path) -> tuple[FeatureSplit, FeatureSplit]:

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from helpers import on_ranks
+from helpers import gradient, on_ranks
 from torch import Tensor
 
-from engine.optim import adamw, learning_rate, update
+from data.batch import UserError
+from engine.optim import TowerRates, adamw, adamw_by_name, learning_rate, update
 
 
 @pytest.mark.parametrize(("schedule", "warmup"), [("linear", 0.0), ("linear", 0.3), ("cosine", 0.0), ("cosine", 0.2),
@@ -28,18 +29,53 @@ def test_schedules_equal_those_of_transformers(schedule: str, warmup: float) -> 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])
 def test_update_equals_plain_adamw(clip_norm: float) -> None:
     torch.manual_seed(0)
-    ours, theirs = (torch.nn.Parameter(torch.arange(6.0)) for _ in range(2))
+    ours, theirs = (torch.nn.Parameter(torch.arange(6.0).view(2, 3)) for _ in range(2))
     optimizer, plain = adamw([ours], 1e-2, 0.1), torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1)
     for step in range(5):
-        gradient = torch.randn(6)
-        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        slope = torch.randn(2, 3)
+        ours.grad, theirs.grad = slope.clone(), slope.clone()
         norm = update(optimizer, 1e-2 / (step + 1), clip_norm)
-        assert norm.item() == pytest.approx(gradient.norm().item())
+        assert norm.item() == pytest.approx(slope.norm().item())
         if clip_norm:
             torch.nn.utils.clip_grad_norm_([theirs], clip_norm)
         plain.param_groups[0]["lr"] = 1e-2 / (step + 1)
         plain.step()
         torch.testing.assert_close(ours, theirs)
+
+
+def test_towers_have_rates_of_their_own_and_only_matrices_decay() -> None:
+    """Else unfrozen layers are torn apart by a projection's rate, and norms and biases shrink towards 0."""
+    names = {"visual_projection.weight": (2, 3), "logit_scale": (), "vision_model.post_layernorm.weight": (3,),
+             "vision_model.layers.1.weight": (3, 2), "text_model.layers.1.weight": (2, 2),
+             "text_model.layers.1.bias": (2,)}
+    torch.manual_seed(0)
+    ours, theirs = ({name: torch.nn.Parameter(torch.ones(shape)) for name, shape in names.items()} for _ in range(2))
+    optimizer = adamw_by_name(ours, 1e-2, 0.5, 0.0, TowerRates(tower=1e-3, text=2e-3))
+    rates = dict.fromkeys(names, 1e-2) | dict.fromkeys([name for name in names if "vision_model" in name], 1e-3)
+    rates |= dict.fromkeys([name for name in names if "text_model" in name], 2e-3)
+    plain = torch.optim.AdamW([{"params": [theirs[name]], "lr": rates[name], "weight_decay": 0.5 * (len(shape) > 1)}
+                               for name, shape in names.items()])
+    for factor in (1.0, 0.5, 0.25):  # a schedule
+        for name, shape in names.items():
+            ours[name].grad = torch.randn(shape)
+            theirs[name].grad = gradient(ours[name]).clone()
+        update(optimizer, 1e-2 * factor, 0.0)
+        for group, name in zip(plain.param_groups, names, strict=True):
+            group["lr"] = rates[name] * factor
+        plain.step()
+    for name, parameter in ours.items():
+        torch.testing.assert_close(parameter, theirs[name])
+
+
+def test_rates_of_layers_that_do_not_train_are_refused_and_projections_are_one_group() -> None:
+    names = ("visual_projection.weight", "text_projection.weight")
+    parameters = {name: torch.nn.Parameter(torch.ones(2, 2)) for name in names}
+    assert len(adamw_by_name(parameters, 1e-2, 0.5, 0.1, TowerRates()).param_groups) == 1  # one kernel, as ever
+    vision = {**parameters, "vision_model.layers.1.weight": torch.nn.Parameter(torch.ones(2, 2))}
+    for named, rates, flag in ((parameters, TowerRates(tower=1.0), "--lr-tower"),
+                               (vision, TowerRates(text=1.0), "--lr-text")):
+        with pytest.raises(UserError, match=flag):
+            adamw_by_name(named, 1e-2, 0.0, 0.0, rates)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -274,18 +274,31 @@ def test_a_seal_names_what_was_altered(tmp_path: Path) -> None:
     assert manifest_problems(tmp_path) == ["metrics.json changed", "model/model.safetensors: No such file or directory"]
 
 
-def _one_refuses(folder: str) -> str:
-    """Rank 0's disk is full: every rank has to hear of it."""
-    world = World(torch.distributed.get_rank(), 0, torch.distributed.get_world_size(), torch.device("cpu"))
+def _refusals(folder: str) -> list[str]:
+    """What each rank says where rank 0's disk is full, and where rank 1's weights have lost their last bit."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    world = World(rank, 0, size, torch.device("cpu"))
+    torch.manual_seed(0)
+    ours, said = saver(Path(folder), world=world), []
 
-    def action() -> None:
+    def full_disk() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", folder)
-    try:
-        world.on_main(action)
-    except RunFailed as error:
-        return str(error)
-    return "nothing"
+
+    ours.require_equal_weights(0)
+    for action in (lambda: world.on_main(full_disk), lambda: ours.save(State(step=7))):
+        try:
+            action()
+        except RunFailed as error:
+            said.append(str(error))
+        if rank == 1:
+            weight = ours.named["weight"].detach()
+            weight.view(torch.int32)[1, 2] ^= 1
+    return said
 
 
-def test_all_ranks_hear_of_a_full_disk(tmp_path: Path) -> None:
-    assert on_ranks(2, _one_refuses, str(tmp_path)) == [f"[Errno 28] No space left on device: {str(tmp_path)!r}"] * 2
+def test_all_ranks_hear_of_a_full_disk_and_of_weights_that_are_not_equal(tmp_path: Path) -> None:
+    """Else ranks that compute steps on their own would train models apart, and rank 0's would be exported."""
+    disk = f"[Errno 28] No space left on device: {str(tmp_path)!r}"
+    for said in on_ranks(2, _refusals, str(run_folder(tmp_path))):
+        assert said[0] == disk and said[1].startswith("after step 7 rank 1 holds other weights than rank 0")
+    assert not (tmp_path / "checkpoints").exists()

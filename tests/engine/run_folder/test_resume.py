@@ -18,6 +18,7 @@ from data import files as durable
 from data.batch import UserError
 from engine.commands.train import train as run_train
 from engine.config.cli import parse
+from engine.ranks import sharing
 from engine.ranks.world import World
 
 FLAGS = ["--precision", "fp32", "--lr", "1e-3", "--batch-size", "4", "--eval-every", "15", "--log-every", "7"]
@@ -65,13 +66,17 @@ def stopped_everywhere(home: Path, ranks: int, mode: str) -> list[int]:
 
 
 def rows_of_all_sizes(home: Path) -> None:
+    """Runs on all ranks there are: by steps that every rank computes whole, then by steps that ranks share."""
     size = dist.get_world_size() if dist.is_initialized() else 1
-    for rows in ROWS:
-        assert train(home, f"rows-{rows}-{size}", *FLAGS, "--epochs", "2", data=f"rows-{rows}") == 0
+    for kind, limit in (("whole", 1e12), ("shared", 0.0)):
+        sharing.MAX_REPLICATED_FLOP["cpu"] = limit
+        for rows in ROWS:
+            flags = [*FLAGS, "--epochs", "2", "--loss", "symmetric"]
+            assert train(home, f"{kind}-{rows}-{size}", *flags, data=f"rows-{rows}") == 0
 
 
 def on_two(home: Path) -> list[int]:
-    rows_of_all_sizes(home)
+    rows_of_all_sizes(home)  # from here on ranks share steps
     assert train(home, "sizes", *RUN, stop=13) == 143  # goes on alone
     return stopped_everywhere(home, 2, "cached")
 
@@ -124,10 +129,12 @@ def test_two_ranks_then_one_then_three_train_the_same_batches(home: Path) -> Non
 def test_any_number_of_rows_and_ranks_gives_the_same_metrics(home: Path) -> None:
     rows_of_all_sizes(home)
     for rows in ROWS:
-        one, *more = (home / f"rows-{rows}-{size}" for size in (1, 2, 3))
-        for other in more:
-            assert losses(other) == pytest.approx(losses(one), abs=1e-5)
-            assert json.loads((other / "metrics.json").read_text()) == json.loads((one / "metrics.json").read_text())
+        one = home / f"whole-{rows}-1"
+        for size in (2, 3):
+            whole, shared = home / f"whole-{rows}-{size}", home / f"shared-{rows}-{size}"
+            assert result(whole) == result(one)  # to the byte: steps, weights, moments, metrics
+            assert losses(shared) == pytest.approx(losses(one), abs=1e-5)
+            assert json.loads((shared / "metrics.json").read_text()) == json.loads((one / "metrics.json").read_text())
 
 
 def change_title(home: Path, data: str, split: str) -> None:

@@ -134,19 +134,6 @@ class Towers(nn.Module):
         return Features(image_BV, title_BT, negative_BHT, batch.image_id_B, batch.title_id_B, batch.negative_id_BH)
 
 
-def pick_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of autocast; `auto` is bf16 only on hardware with bf16 units, as it is slower elsewhere.
-
-    Measured: a CPU without such units runs bf16 autocast 4.3x slower than fp32, one with them 1.8x faster.
-    """
-    if wanted != "auto":
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
-    capabilities = torch.cpu.get_capabilities()
-    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
-
-
 def fingerprint(clip: Clip, tower: str, preprocessing: str, precision: torch.dtype) -> str:
     """Return the id of a feature space: a digest of the tower's config, weights, preprocessing and precision.
 

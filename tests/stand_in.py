@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
+from engine.clip import encoder
+
 GPU, META = torch.device("cuda", 0), torch.device("meta")
 ROOT = Path(__file__).resolve().parents[1]
 aten = torch.ops.aten
@@ -164,6 +166,8 @@ def stand_in(free: int = 2**33) -> Iterator[StandIn]:
                             "stream": nullcontext()}.items():
             patch.setattr(torch.cuda, name, lambda *_, value=value: value)
         patch.setattr(torch.cuda, "Stream", Stream)
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(encoder, "capture", captured)
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
         torch._C._set_only_lift_cpu_tensors(True)
@@ -189,6 +193,34 @@ class Stream:
 
     def wait_stream(self, other: Stream) -> None:
         """Nothing to wait for."""
+
+
+class Event:
+    """A point in time; nothing on the way there takes any."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        pass
+
+    def record(self) -> None:
+        """Nothing to note."""
+
+    def query(self) -> bool:
+        """All work is done."""
+        return True
+
+    def elapsed_time(self, end: Event) -> float:
+        """Milliseconds."""
+        return 0.0
+
+
+def captured(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    """A CUDA graph of pretence: as in a real one, a replay reads and writes the tensors of the capture."""
+    output = function()
+
+    def replay() -> None:
+        output.copy_(function())
+
+    return output, replay
 
 
 def pinned(tensor: Tensor) -> Tensor:

@@ -151,8 +151,9 @@ class OneShapeGraph:
         """Record the kernels of `encode` for this shape and compare one replay with `features`."""
         self._disabled = True
         try:
-            self._pixels = pixels.clone()
-            self._features, self._replay = capture(lambda: self.encode(self._pixels))
+            graph_input = pixels.clone()
+            self._features, self._replay = capture(lambda: self.encode(graph_input))
+            self._pixels = graph_input
             if self._replayed(pixels).equal(features):
                 return
             problem = "replayed, it does something else"

@@ -60,7 +60,7 @@ def test_a_tower_that_trains_is_never_a_copy(tiny_model: Path) -> None:
     image, text = features(parts)
     with torch.no_grad():
         for weight in parts.trainable.values():
-            weight += 0.1
+            weight.add_(0.1)
     changed, same = features(parts)
     assert not changed.equal(image) and same.equal(text) and parts.towers._held.keys() == {"text_model"}
 
@@ -109,7 +109,12 @@ def test_a_cold_pass_on_a_gpu_is_the_cpus_with_its_graph(tiny_model: Path) -> No
 def test_a_compilation_is_begun_only_where_the_tower_is_the_limit(busy: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the feed is, a minute of compiling makes nothing faster."""
     compiled: list[object] = []
-    monkeypatch.setattr(torch, "compile", noting(lambda encode, dynamic: encode, lambda encode, **_: compiled.append(1)))
+
+    def compile_nothing(encode: Any, dynamic: bool) -> Any:
+        compiled.append(encode)
+        return encode
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
     monkeypatch.setattr(module, "COMPILE_AFTER", 20)
     monkeypatch.setattr(DeviceClock, "busy_share", lambda clock: busy)
     with stand_in():

@@ -20,7 +20,7 @@ from contextlib import suppress
 from importlib import import_module
 
 from engine.config.cli import parse
-from engine.config.fields import Config
+from engine.config.fields import TOWERS, Config
 from engine.run_folder.crash import CURRENT_RUN, explain_crash
 
 
@@ -48,13 +48,16 @@ def run(command: str, cfg: Config) -> int:
     from safetensors import SafetensorError  # it wraps errors of the disk too
 
     from data.batch import RunFailed, UserError
+    from engine.device import explain_out_of_memory
     from engine.ranks import world
 
     name = {"eval": "evaluate"}.get(command, command)  # a module called eval would hide the builtin
     try:
         run_command = getattr(import_module(f"engine.commands.{name}"), name)
-        with world.explain_collective_errors("averaging gradients"):  # the other collectives name themselves
-            return run_command(cfg, world.init(cfg.device, cfg.dist_timeout, cfg.quiet), stop)
+        device = cfg.device if command in TOWERS else "cpu"  # the others run no tower, whatever the machine has
+        # The collectives that do not name themselves average gradients.
+        with world.explain_collective_errors("averaging gradients"), explain_out_of_memory(command, cfg):
+            return run_command(cfg, world.init(device, cfg.dist_timeout, cfg.quiet), stop)
     except BrokenPipeError:  # stdout was closed, as by `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return leave(141)

@@ -35,7 +35,7 @@ class Replica:
     model: nn.Module  # Batch or Features -> Embeddings; several ranks: wrapped in DistributedDataParallel
     optimizer: AdamWL2SP
     world: World
-    precision: torch.dtype  # of autocast in the model; the loss is fp32
+    precision: torch.dtype  # of the towers, and of autocast in what trains where it is bf16; the loss is fp32
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ class Step:
     def __call__(self, inputs: Batch | Features, rows: int, lr: float | Tensor) -> tuple[Tensor, Tensor]:
         """Return this rank's part of the loss of `rows` rows, and the gradient norm of all; both on the device."""
         world, optimizer, precision = self.replica.world, self.replica.optimizer, self.replica.precision
-        region, device, mixed = self.profiler.region, world.device.type, precision.itemsize < 4
+        # Beside fp16 towers the projections train in fp32: small gradients would be 0 in fp16.
+        region, device, mixed = self.profiler.region, world.device.type, precision is torch.bfloat16
         with region("project"), torch.autocast(device, precision, enabled=mixed):
             out = self.replica.model(inputs)
         with region("loss"), tf32_products() if mixed and device == "cuda" else nullcontext():

@@ -22,6 +22,8 @@ FOREIGN = re.compile("((local_)?(rank|world_size)|master_(addr|port)|columns|(ht
                      "|(torchelastic|slurm|hf|transformers)_.*)", re.IGNORECASE)
 for name in filter(FOREIGN.fullmatch, os.environ.keys() - {"HF_HUB_OFFLINE"}):
     del os.environ[name]
+if not torch.cuda.is_available():  # a GPU that torch cannot use is an error of `--device auto`, the default
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

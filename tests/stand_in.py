@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
+from engine.clip import encoder
+
 GPU, META = torch.device("cuda", 0), torch.device("meta")
 ROOT = Path(__file__).resolve().parents[1]
 aten = torch.ops.aten
@@ -168,6 +170,7 @@ def stand_in(free: int = 2**33) -> Iterator[StandIn]:
             patch.setattr(torch.cuda, name, lambda *_, value=value: value)
         patch.setattr(torch.cuda, "Stream", Stream)
         events: list[Event] = []
+        patch.setattr(encoder, "capture", captured)
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
         torch._C._set_only_lift_cpu_tensors(True)
@@ -199,7 +202,7 @@ class Stream:
 class Event:
     """A wait for the newest one is a wait for all work; for an earlier one, whose work is long done, it is none."""
 
-    def __init__(self, recorded: list[Event], syncs: list[str]) -> None:
+    def __init__(self, recorded: list[Event], syncs: list[str], enable_timing: bool = False) -> None:
         self.recorded, self.syncs = recorded, syncs
 
     def record(self) -> None:
@@ -210,6 +213,24 @@ class Event:
         """Note a wait."""
         if self.recorded[-1] is self:
             self.syncs.append(f"{caller()}: a wait for an event")
+
+    def query(self) -> bool:
+        """All work is done."""
+        return True
+
+    def elapsed_time(self, end: Event) -> float:
+        """Milliseconds."""
+        return 0.0
+
+
+def captured(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    """A CUDA graph of pretence: as in a real one, a replay reads and writes the tensors of the capture."""
+    output = function()
+
+    def replay() -> None:
+        output.copy_(function())
+
+    return output, replay
 
 
 def pinned(tensor: Tensor) -> Tensor:

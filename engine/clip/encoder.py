@@ -1,11 +1,15 @@
-"""Run frozen towers without autograd, in batches that fit into memory, compiled where that is worth it.
+"""Run frozen towers without autograd, in batches that fit into memory, compiled or replayed where that is worth it.
 
 Dimension key: B batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from subprocess import SubprocessError
 from typing import Any
 
 import torch
@@ -19,15 +23,17 @@ CPU_BATCH = 32  # measured best: the activations of 64 exceed the caches, and ar
 CPU_TITLES = 96  # batch of titles, likewise: a title has some 14 tokens where an image has 50
 GPU_BATCH = 512  # enough to keep a GPU busy
 PADDED_TO = 64  # compiled batches are padded to multiples of this, the batch of the cold pass
+GRAPH_AFTER = 3  # batches of one shape in a row; then it is worth a CUDA graph
 COMPILE_AFTER = 20_000  # inputs; below, a compilation of about a minute costs more than it saves
+TOWER_IS_LIMIT = 0.8  # share of the time that the device encodes; below it, a faster tower would wait for pictures
 
 
 class BatchedEncoder:
     """Applies `encode` (Towers.image or Towers.text) to any number of inputs, pixels or tokens.
 
-    `batch` inputs are encoded at a time; where a GPU runs out of memory, `batch` is halved from then on. `compiled` is
-    auto, on or off: auto compiles on a GPU after COMPILE_AFTER inputs. Only inputs of one shape can be compiled, not
-    titles.
+    `batch` inputs are encoded at a time; where a GPU runs out of memory, `batch` is halved from then on. Titles have
+    many shapes and run eagerly. So do images on a CPU; on a GPU, batches of one shape are replayed as a CUDA graph.
+    `compiled` is auto, on or off: auto compiles on a GPU after COMPILE_AFTER images if the tower is the limit.
     """
 
     def __init__(self, encode: Callable[[Any], Tensor], device: torch.device, precision: torch.dtype,
@@ -35,7 +41,9 @@ class BatchedEncoder:
         self.encode, self.device, self.precision, self.compiled = encode, device, precision, compiled
         self.batch = (cpu_batch or CPU_BATCH) if device.type == "cpu" else GPU_BATCH
         self._seen = 0
-        self._fast: Callable[[Tensor], Tensor] | None = None
+        self._clock: DeviceClock | None = None
+        self._fast: Callable[[Tensor], Tensor] | None = None  # compiled
+        self._graphs = OneShapeGraph(encode) if device.type == "cuda" else None
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Return the features of all inputs, on the device."""
@@ -58,12 +66,28 @@ class BatchedEncoder:
         return features[0] if len(features) == 1 else torch.cat(features)
 
     def _run(self, part: Inputs) -> Tensor:
-        moved = _apply(lambda tensor: tensor.to(self.device), part)
-        with torch.no_grad(), torch.autocast(self.device.type, self.precision, enabled=self.precision.itemsize < 4):
-            many = self.device.type == "cuda" and self._seen >= COMPILE_AFTER
-            if isinstance(moved, Tensor) and (self.compiled == "on" or (self.compiled == "auto" and many)):
+        moved = _apply(lambda tensor: tensor.to(self.device, non_blocking=True), part)
+        mixed = self.precision.itemsize < 4
+        with torch.no_grad(), torch.autocast(self.device.type, self.precision, mixed, cache_enabled=False):
+            if not isinstance(moved, Tensor) or not len(moved):
+                return self.encode(moved)
+            if self._should_compile():
                 return self._run_compiled(moved)
-            return self.encode(moved)
+            if self._graphs is None:
+                return self.encode(moved)
+            self._clock = self._clock or DeviceClock()
+            with self._clock.encoding():
+                return self._graphs(moved)
+
+    def _should_compile(self) -> bool:
+        """Return whether to run compiled; the first batch never is, as the towers cast their weights in it."""
+        if self._fast is not None or self.compiled == "on":
+            return self._seen > 0 and self.compiled != "off"
+        if self.compiled == "off" or self._clock is None or self._clock.inputs_since(self._seen) < COMPILE_AFTER:
+            return False
+        is_limit = self._clock.busy_share() >= TOWER_IS_LIMIT
+        self._clock = None if is_limit else DeviceClock(self._seen)  # ask again after as many
+        return is_limit
 
     def _run_compiled(self, pixels: Tensor) -> Tensor:
         """Encode a padded batch, so that there are few shapes to compile: one for the batches of the cold pass."""
@@ -72,9 +96,107 @@ class BatchedEncoder:
             short = min(self.batch - len(pixels), -len(pixels) % PADDED_TO)
             padded = torch.cat([pixels, pixels.new_zeros(short, *pixels.shape[1:])]) if short else pixels
             return self._fast(padded)[: len(pixels)]
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            raise UserError(f"the towers do not compile here ({str(error).splitlines()[0]}); use --compile off"
-                            ) from error
+        except (RuntimeError, SubprocessError, OSError) as error:
+            if not _is_compile_error(error):
+                raise
+            problem = str(error).strip().splitlines()[0][:150]
+            if self.compiled == "on":
+                raise UserError(f"the towers do not compile here ({problem}); use --compile off") from error
+            warnings.warn(f"the image tower runs uncompiled, as it does not compile here ({problem}); --compile off "
+                          "does not try", stacklevel=2)
+            self.compiled, self._fast = "off", None
+            return self.encode(pixels)
+
+
+def _is_compile_error(error: Exception) -> bool:
+    """Return whether torch.compile failed, or Triton, which builds with a C compiler as late as at the first launch."""
+    if not isinstance(error, RuntimeError):
+        return True  # the C compiler is missing, or lacks Python.h
+    return isinstance(error, torch._dynamo.exc.TorchDynamoException) or "C compiler" in str(error)
+
+
+class OneShapeGraph:
+    """`encode`, as a CUDA graph for the shape that comes GRAPH_AFTER times in a row; other shapes run eagerly.
+
+    One launch instead of some 400, without Python between them, which leaves the main thread to the feed. The graph
+    is used only if it gives the very features of the eager pass.
+    """
+
+    def __init__(self, encode: Callable[[Tensor], Tensor]) -> None:
+        self.encode = encode
+        self._shape, self._repeats, self._disabled = torch.Size(), 0, False
+        self._pixels: Tensor | None = None  # the graph's input
+        self._features: Tensor  # and its output
+        self._replay: Callable[[], None]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return the features of pixels that lie on the device."""
+        if self._pixels is not None and pixels.shape == self._shape:
+            return self._replayed(pixels)
+        features = self.encode(pixels)
+        if self._pixels is None and not self._disabled:
+            self._repeats = self._repeats + 1 if pixels.shape == self._shape else 1
+            self._shape = pixels.shape
+            if self._repeats >= GRAPH_AFTER:
+                self._capture(pixels, features)
+        return features
+
+    def _replayed(self, pixels: Tensor) -> Tensor:
+        assert self._pixels is not None
+        self._pixels.copy_(pixels)
+        self._replay()
+        return self._features.clone()
+
+    def _capture(self, pixels: Tensor, features: Tensor) -> None:
+        """Record the kernels of `encode` for this shape and compare one replay with `features`."""
+        self._disabled = True
+        try:
+            graph_input = pixels.clone()
+            self._features, self._replay = capture(lambda: self.encode(graph_input))
+            self._pixels = graph_input
+            if self._replayed(pixels).equal(features):
+                return
+            problem = "replayed, it does something else"
+        except RuntimeError as error:  # memory among them: the graph keeps its activations
+            problem = f"it cannot be captured ({str(error.__context__ or error).strip().splitlines()[0][:150]})"
+        self._pixels = None
+        warnings.warn(f"no CUDA graph of the image tower: {problem}", stacklevel=2)
+
+
+def capture(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    """Record the kernels of `function` as a CUDA graph without running them; return its output and the replay."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        output = function()
+    return output, graph.replay
+
+
+class DeviceClock:
+    """The share of the time since its making in which the device encodes, from CUDA events: no host waits for them."""
+
+    def __init__(self, seen: int = 0) -> None:
+        self._seen, self._began, self._busy_ms = seen, time.monotonic(), 0.0
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        """Inside, kernels are launched whose time counts as busy."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        yield
+        end.record()
+        self._spans.append((start, end))
+        while self._spans and self._spans[0][1].query():
+            start, end = self._spans.pop(0)
+            self._busy_ms += start.elapsed_time(end)
+
+    def inputs_since(self, seen: int) -> int:
+        """Return how many of `seen` inputs came after the making."""
+        return seen - self._seen
+
+    def busy_share(self) -> float:
+        """Return the share so far, of batches that are finished."""
+        return self._busy_ms / 1000 / max(1e-9, time.monotonic() - self._began)
 
 
 class QuickGelu(nn.Module):

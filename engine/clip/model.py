@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from data.batch import Batch, Features, UserError, map_tensors
 from data.images.decode import ImageSpec, collate_tokens, tokenize
 from engine.clip.loading import Clip, load_clip
-from engine.clip.towers import Towers, describe_trainable, freeze, pick_mode, pick_precision
+from engine.clip.towers import Towers, describe_trainable, freeze, pick_mode
+from engine.device import pick_precision
 
 PROBE_TITLES = ("a red bicycle in the rain", "how to bake bread at home")
 SAME = 16 * torch.finfo(torch.float32).eps  # bound on rounding between the entries of two equal unit vectors

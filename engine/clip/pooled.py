@@ -84,6 +84,7 @@ def _layer(layer: Any, hidden_RE: Tensor, groups: Groups, causal: bool, pooled_B
 def _attend(attention: CLIPAttention, rows_RE: Tensor, groups: Groups, causal: bool,
             pooled_B: Tensor | None) -> Tensor:
     """Compute attention within each input."""
+    rows_RE = rows_RE.to(attention.q_proj.weight.dtype)  # once, where autocast would cast for each of three products
     sizes = [count * length for count, length in groups]
     query_sizes = sizes if pooled_B is None else [count for count, _ in groups]
     queries_RE = attention.q_proj(rows_RE if pooled_B is None else rows_RE[pooled_B])

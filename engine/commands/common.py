@@ -33,6 +33,7 @@ from engine.clip.encoder import CPU_TITLES, BatchedEncoder
 from engine.clip.model import Head, LoadedModel, ModelOptions, open_model
 from engine.clip.towers import fingerprint
 from engine.config.fields import Config
+from engine.device import describe_device
 from engine.publish.hub import check_push
 from engine.ranks.world import World
 from engine.run_folder.folder import open_folder
@@ -188,6 +189,7 @@ def make_reader(cfg: Config, spec: ImageSpec) -> Reader:
 
 def load_model(cfg: Config, world: World) -> LoadedModel:
     """Load --model onto this rank's device, all frozen but the parameters that --trainable names."""
+    world.say(describe_device(cfg, world.device, world.size))
     options = ModelOptions(cfg.trainable, cfg.mode, cfg.scale, cfg.precision, cfg.augment, cfg.gradient_checkpointing)
     model = open_model(cfg.model, options, world.device)
     world.say(model.describe())

@@ -205,8 +205,8 @@ class Config:
     # The machine.
     device: str = setting("auto", "machine", TOWERS, "where to compute", choices=("auto", "cpu", "cuda"),
                           resumable=True)
-    precision: str = setting("auto", "machine", TOWERS, "auto: bf16 where it is faster",
-                             choices=("auto", "bf16", "fp32"))
+    precision: str = setting("auto", "machine", TOWERS, "auto: bf16, or fp16 on older GPUs, where it is faster",
+                             choices=("auto", "bf16", "fp16", "fp32"))
     workers: int = setting(2, "machine", (*IMAGES, "demo"), "threads a rank that decode images", low=1, resumable=True)
     compile: str = setting("auto", "machine", TOWERS, "the image tower; auto: a GPU's, for many images",
                            choices=("auto", "on", "off"), resumable=True, advanced=True)

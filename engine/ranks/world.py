@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data.batch import RunFailed, UserError
+from engine.device import open_device
 from engine.ranks.rendezvous import POLL_S, agree_session_id
 
 Value = TypeVar("Value")
@@ -228,18 +229,6 @@ def _without_padding(rows_GX: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(rows_GX.split(longest), sizes, strict=True)])
 
 
-def pick_device(wanted: str, local_rank: int) -> torch.device:
-    """Return this rank's GPU, or the CPU for `cpu` or for `auto` without a GPU. Raises UserError for `cuda` without."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device is visible; use --device cpu")
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} visible); "
-                         "start fewer processes or use --device cpu")
-    return torch.device("cuda", local_rank)
-
-
 def read_launch_environment() -> tuple[int, int, int]:
     """Return rank, local rank and world size from torchrun's environment variables; 0, 0, 1 without them.
 
@@ -263,9 +252,7 @@ def read_launch_environment() -> tuple[int, int, int]:
 def init(wanted: str, timeout_s: float, quiet: bool = False) -> World:
     """Join the process group of torchrun's environment; without one, return a world of one. Raises UserError."""
     rank, local_rank, size = read_launch_environment()
-    device = pick_device(wanted, local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = open_device(wanted, local_rank)
     if size == 1:
         return World(rank, local_rank, size, device, timeout_s, quiet=quiet)
     timeout = datetime.timedelta(seconds=timeout_s)

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from data.demo.demo import write_demo
-from engine.clip.towers import pick_precision
 from engine.config.cli import DEMO_MODEL
+from engine.device import pick_precision
 
 from .harness import Bench, Figure, NotMeasured, Race, amount, children_cpu, timed
 from .inputs import CPU, vit_b32, write_pairs

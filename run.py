@@ -45,22 +45,25 @@ def run(command: str, cfg: Config) -> int:
     stop = StopSignal()  # before torch is loaded, which takes a while
     from safetensors import SafetensorError  # it wraps errors of the disk too
 
-    from data.batch import RunFailed, UserError
+    from data.batch import AgreedError, RunFailed, UserError
     from engine.ranks import world
+    from engine.ranks.agreement import require_same_settings
 
     name = {"eval": "evaluate"}.get(command, command)  # a module called eval would hide the builtin
     try:
         run_command = getattr(import_module(f"engine.commands.{name}"), name)
         with world.explain_collective_errors("averaging gradients"):  # the other collectives name themselves
-            return run_command(cfg, world.init(cfg.device, cfg.dist_timeout, cfg.quiet), stop)
+            ranks = world.init(cfg.device, cfg.dist_timeout, cfg.quiet)
+            require_same_settings(ranks, command, cfg)
+            return run_command(cfg, ranks, stop)
     except BrokenPipeError:  # stdout was closed, as by `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return leave(141)
     except (UserError, RunFailed, OSError, SafetensorError) as error:  # the last two: a full disk, a folder gone
-        if rank_from_environment():
-            time.sleep(2)  # let rank 0 print first: it has most likely met the same error
-        mistake = isinstance(error, UserError)
-        say_error(f"run.py {command}{'' if mistake else ' failed'}: {error}")
+        rank, mistake = rank_from_environment(), isinstance(error, UserError)
+        if not (rank and isinstance(error, AgreedError)):
+            time.sleep(2 * bool(rank))  # let rank 0 print first: it has most likely met the same error
+            say_error(f"run.py {command}{'' if mistake else ' failed'}: {error}")
         return leave(2 if mistake else 1)
     except SystemExit as signalled:
         return leave(int(signalled.code or 0))

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
-from data.batch import RunFailed, UserError
+from data.batch import RunFailed, Team, UserError
 from engine.ranks.launch import Launch, choose_interface, read_launch
 from engine.ranks.rendezvous import POLL_S, agree_session_id
 
@@ -59,6 +59,11 @@ class World:
     def is_main(self) -> bool:
         """True on the one rank that writes and prints."""
         return self.rank == 0
+
+    @property
+    def team(self) -> Team:
+        """This rank among all ranks, as data/ knows it."""
+        return Team(self.rank, self.size, self.monitored_exchange)
 
     def say(self, text: str) -> None:
         """Print a line on stderr from rank 0; from any rank it counts as progress for `monitored_exchange`."""

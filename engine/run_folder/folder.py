@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from data.batch import UserError
+from data.batch import AgreedError, UserError
 from data.files import changed_files, lock_folder, read_text, recover_folders, replace_text, sha256
 from data.web.storage import without_secrets
 from engine.config.fields import Config
@@ -48,7 +48,7 @@ def open_folder(cfg: Config, world: World) -> tuple[Path, bool]:
             problem = str(error)
     problem, opened = world.exchange((problem, opened))[0]
     if problem or opened is None:
-        raise UserError(problem)
+        raise AgreedError(problem)
     CURRENT_RUN.folder = opened[0]
     return opened
 
@@ -116,7 +116,8 @@ def _launch_id() -> str | None:
         return None
     started = namespace = ""
     with suppress(OSError, IndexError):  # no /proc
-        started = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]  # clock ticks since the machine was started
+        fields = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()
+        started = fields[19]  # clock ticks since the machine was started
         namespace = os.readlink("/proc/self/ns/pid")
     return f"{run_id} {platform.node()} {os.getppid()} {started} {namespace}".rstrip()
 

@@ -47,9 +47,10 @@ def run(command: str, cfg: Config) -> int:
     stop = StopSignal()  # before torch is loaded, which takes a while
     from safetensors import SafetensorError  # it wraps errors of the disk too
 
-    from data.batch import RunFailed, UserError
+    from data.batch import AgreedError, RunFailed, UserError
     from engine.device import explain_out_of_memory
     from engine.ranks import world
+    from engine.ranks.agreement import require_same_settings
 
     name = {"eval": "evaluate"}.get(command, command)  # a module called eval would hide the builtin
     try:
@@ -57,15 +58,17 @@ def run(command: str, cfg: Config) -> int:
         device = cfg.device if command in TOWERS else "cpu"  # the others run no tower, whatever the machine has
         # The collectives that do not name themselves average gradients.
         with world.explain_collective_errors("averaging gradients"), explain_out_of_memory(command, cfg):
-            return run_command(cfg, world.init(device, cfg.dist_timeout, cfg.quiet), stop)
+            ranks = world.init(device, cfg.dist_timeout, cfg.quiet)
+            require_same_settings(ranks, command, cfg)
+            return run_command(cfg, ranks, stop)
     except BrokenPipeError:  # stdout was closed, as by `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return leave(141)
     except (UserError, RunFailed, OSError, SafetensorError) as error:  # the last two: a full disk, a folder gone
-        if rank_from_environment():
-            time.sleep(2)  # let rank 0 print first: it has most likely met the same error
-        mistake = isinstance(error, UserError)
-        say_error(f"run.py {command}{'' if mistake else ' failed'}: {error}")
+        rank, mistake = rank_from_environment(), isinstance(error, UserError)
+        if not (rank and isinstance(error, AgreedError)):
+            time.sleep(2 * bool(rank))  # let rank 0 print first: it has most likely met the same error
+            say_error(f"run.py {command}{'' if mistake else ' failed'}: {error}")
         return leave(2 if mistake else 1)
     except SystemExit as signalled:
         return leave(int(signalled.code or 0))

@@ -21,6 +21,10 @@ class UserError(Exception):
     """A mistake that the user can fix: one sentence that names the thing and the fix. Exit code 2, no traceback."""
 
 
+class AgreedError(UserError):
+    """A UserError that every rank raises at the same time: rank 0 prints it."""
+
+
 class RunFailed(Exception):
     """A failure of the run itself, not of its arguments: one sentence. Exit code 1, no traceback."""
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.agreement import require_same_images
 from data.batch import Batches, UserError, share
 from data.catalogue import Catalogue, DecodeResults, Split, build_catalogue, keep_usable_rows
 from data.cold import DecodedImages, Pipeline, check_images, encode_missing_images, encode_missing_titles
@@ -109,7 +110,9 @@ def _check_images(catalogue: Catalogue, decoded: DecodedImages, pipeline: Pipeli
     reader, team = pipeline.reader, pipeline.team
     own = owned_references(np.arange(len(catalogue.references)), team)
     folder = pipeline.cache / "seen" / f"decoded-{reader.max_pixels}"  # what --max-pixels refused may decode now
-    stats = StatCache(folder, catalogue.references.to_pylist(), reader.folder)
+    references = catalogue.references.to_pylist()
+    stats = StatCache(folder, references, reader.folder)
+    require_same_images(references, stats, reader, team)
     is_known = stats.known[own]
     results = check_images(catalogue, reader, own[~is_known].tolist(), decoded, pipeline.log)
     return stats.exchange(results, own[is_known], team)
@@ -122,7 +125,9 @@ def add_missing_images(catalogue: Catalogue, images: FeatureStore, pipeline: Pip
     """
     reader, encode, team, log = pipeline.reader, pipeline.encoders.image, pipeline.team, pipeline.log
     own = np.arange(*share(len(catalogue.references), team.rank, team.size))
-    stats = StatCache(pipeline.cache / "seen", catalogue.references.to_pylist(), reader.folder)
+    references = catalogue.references.to_pylist()
+    stats = StatCache(pipeline.cache / "seen", references, reader.folder)
+    require_same_images(references, stats, reader, team)
     is_known = stats.known[own] & (images.locate(stats.keys[own]) >= 0)
     results = encode_missing_images(catalogue, reader, own[~is_known].tolist(), images, encode, log)
     return stats.exchange(results, own[is_known], team)

@@ -45,8 +45,11 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
         if reason := why_no_cuda():
             raise UserError(f"--device auto: there is an NVIDIA device, and {reason}; or use --device cpu")
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} visible); "
+    visible = torch.cuda.device_count()
+    if visible == 1:
+        local_rank = 0  # the launcher gave this rank one GPU, such as srun --gpus-per-task=1
+    if local_rank >= visible:
+        raise UserError(f"local rank {local_rank} has no GPU of its own ({visible} visible); "
                         "start fewer processes or use --device cpu")
     device = torch.device("cuda", local_rank)
     _refuse_missing_kernels(device)

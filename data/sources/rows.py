@@ -55,7 +55,7 @@ class Rows:
     def fingerprint(self) -> str:
         """Return a digest of all values in order, however chunked; no file is opened."""
         columns = self.image, self.title, self.title_neg
-        digests = b"".join(b"none" if column is None else _digest(column) for column in columns)
+        digests = b"".join(b"none" if column is None else digest_column(column) for column in columns)
         return hashlib.blake2b(digests, digest_size=16).hexdigest()
 
 
@@ -256,14 +256,14 @@ def _take(column: pa.ChunkedArray, indices: np.ndarray) -> pa.ChunkedArray:
     return taken if (np.diff(order) > 0).all() else taken.take(pa.array(np.argsort(order)))
 
 
-def _digest(column: pa.ChunkedArray) -> bytes:
+def digest_column(column: pa.ChunkedArray) -> bytes:
     """Return a digest of a column's values: their lengths (-1 for null), then their bytes."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     if is_list(column.type):
         values, row_F = flatten(column)
-        return np.bincount(row_F, minlength=len(column)).tobytes() + _digest(values)
+        return np.bincount(row_F, minlength=len(column)).tobytes() + digest_column(values)
     lengths, content = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     for chunk in column.chunks:
         chunk = chunk.cast(pa.large_binary())

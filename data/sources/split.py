@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.agreement import require_same_images
 from data.batch import ALONE, Team, share
 from data.catalogue import Catalogue, DecodeResults, build_catalogue, keys_and_usable
 from data.cold import Reader, decode_distinct
@@ -41,7 +42,9 @@ class ContentReader:
         """Return the content key of each reference, uint8 [M, K]; one that cannot be read has a key of its own."""
         M, team = len(inputs.references), self.team
         own = np.arange(*share(M, team.rank, team.size))
-        stats = StatCache(self.cache / "seen", inputs.references.to_pylist(), self.reader.folder)
+        references = inputs.references.to_pylist()
+        stats = StatCache(self.cache / "seen", references, self.reader.folder)
+        require_same_images(references, stats, self.reader, team)
         is_known = stats.known[own]
         results = DecodeResults()
         for result in decode_distinct(inputs, self.reader, own[~is_known].tolist(), lambda key: True, self.log):

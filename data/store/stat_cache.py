@@ -34,21 +34,22 @@ class StatCache:
     """Content keys of M references whose files have not changed since they were last read.
 
     `paths` are files, URLs (with fetched bytes in the folder `fetched`), ranges of files, or "". Members of streamed
-    shards are known by the manifests of these; other images in a store count, as URLs do, as unchanged. `keys` [M, 16]
-    are valid where `known` [M] is true. A cache that cannot be read counts as empty; failed writes are ignored.
+    shards are known by the manifests of these; other images in a store count, as URLs do, as unchanged. `stamps` [M, 3]
+    are size, modification and change time, -1 where there is no file; `keys` [M, 16] are valid where `known` [M] is
+    true. A cache that cannot be read counts as empty; failed writes are ignored.
     """
 
     def __init__(self, folder: Path, paths: Sequence[str], fetched: Path) -> None:
         names = hashlib.blake2b("\0".join(paths).encode("utf-8", "replace"), digest_size=16)
         self._file, self._began = folder / f"{names.hexdigest()}.npz", time.time()
-        self._stamp_M3 = _stamps(paths, fetched)
+        self.stamps = _stamps(paths, fetched)
         self.keys = np.zeros((len(paths), KEY), np.uint8)
         self.known = np.zeros(len(paths), bool)
         unreadable = (OSError, ValueError, KeyError, zipfile.BadZipFile)
         with suppress(*unreadable), open_regular(self._file) as npz, np.load(npz) as file:
             stamp_M3, keys = file["stamps"], file["keys"]
-            if stamp_M3.shape == self._stamp_M3.shape and keys.shape == self.keys.shape and keys.dtype == np.uint8:
-                self.known = (stamp_M3 == self._stamp_M3).all(1) & (self._stamp_M3[:, 0] >= 0)
+            if stamp_M3.shape == self.stamps.shape and keys.shape == self.keys.shape and keys.dtype == np.uint8:
+                self.known = (stamp_M3 == self.stamps).all(1) & (self.stamps[:, 0] >= 0)
                 self.keys = keys
         recorded, is_recorded = manifest_keys(fetched.parent, paths)
         self.keys[is_recorded], self.known[is_recorded] = recorded[is_recorded], True
@@ -66,8 +67,8 @@ class StatCache:
 
     def remember(self, keys: np.ndarray, good: np.ndarray) -> None:
         """Save the keys [M, 16] of the `good` [M] references."""
-        settled = self._stamp_M3[:, 1:].max(1) < (self._began - SETTLED) * 1e9
-        stamp_M3 = np.where((good & settled)[:, None], self._stamp_M3, -1)
+        settled = self.stamps[:, 1:].max(1) < (self._began - SETTLED) * 1e9
+        stamp_M3 = np.where((good & settled)[:, None], self.stamps, -1)
         with suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with replaced_file(self._file, durable=False) as temporary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from data.agreement import require_agreement, rows_to_compare
 from data.batch import ALONE, Team, UserError
 from data.cold import Encoders, Pipeline, Reader
 from data.files import write_mark
@@ -218,12 +220,15 @@ def open_data(cfg: Config, world: World, model: LoadedModel, source: Source, onl
     """
     mark_cache(cfg, world)
     spec = ImageSpec.from_processor(model.clip.image_processor)
-    team = Team(world.rank, world.size, world.monitored_exchange)
+    team = world.team
     reader = make_reader(cfg, spec)
     encoders = make_encoders(model, spec.fingerprint(), world.device, cfg.compile)
     pipeline = Pipeline(reader, encoders, team, cache_folder(cfg), world.device, world.live)
+    require_agreement(team, model_to_compare(model, encoders))
     streamed = bool(source.shards)
     source = stream_shards(cfg, world, source, pipeline, only)
+    if team.size > 1:
+        require_agreement(team, rows_to_compare(source.rows))
     rows = divide_source(cfg, world, source.rows, reader, encoders, team)
     if only or not cfg.shuffle_buffer:
         require_split(cfg, only or "train", rows)
@@ -233,11 +238,22 @@ def open_data(cfg: Config, world: World, model: LoadedModel, source: Source, onl
         unreadable = [entry for entry in unreadable if entry.get("split", only) == only]
     measured = [name for name in rows if not cfg.eval_splits or name in cfg.eval_splits]
     pairs = open_pairs(rows, unreadable, pipeline, cfg.max_bad, cfg.mine_negatives, measured)
+    require_agreement(team, pairs.identity)
     world.say(pairs.describe())
     if streamed and isinstance(pairs.inputs, StreamedPairs) and not only and not cfg.shuffle_buffer:
         world.say("every step reads its pictures from the store, one request each; --shuffle-buffer N reads the "
                   "shards in sequence")
     return pairs
+
+
+def model_to_compare(model: LoadedModel, encoders: Encoders) -> dict[str, object]:
+    """Return digests of the base model for ranks to compare: weights, preprocessing, precision."""
+    weights = hashlib.sha256()
+    for name, tensor in sorted(model.head.state_dict().items()):
+        values = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+        weights.update(name.encode() + values.numpy().tobytes())
+    return {"the image tower": encoders.image_space, "the text tower": encoders.text_space,
+            "the precision": str(model.precision), "the base weights of the projections": weights.hexdigest()}
 
 
 def stream_shards(cfg: Config, world: World, source: Source, pipeline: Pipeline, only: str = "") -> Source:

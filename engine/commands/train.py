@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from data.agreement import require_agreement
 from data.identity import Overlap, describe_overlap, overlap
 from data.pairs import Pairs, data_key
 from data.store.feature_split import FeatureSplit
@@ -63,6 +64,8 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     base = evaluate_splits(pairs.feature_splits(names), model.head, world) if resuming else {}
     # 2. Load weights, optimizer moments and step of the newest valid checkpoint; other data or settings end here.
     state = saver.resume(world.say) if resuming else State()
+    require_agreement(world.team, {**saver.identity, "the checkpoint to go on from": state.step,
+                                   "the number of steps": plan.steps})
     if (state.enough or state.step == plan.steps) and folder.is_complete(out, as_dict(cfg, "train"), world):
         return repeat_results(world, out)
     # 3. Replace config.json and ledger.jsonl, after every refusal: a refused resume leaves both files as they were.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 AGREE_EVERY_S = 1.0  # how often ranks exchange which signals they received
 EXIT_LIMIT_S = 5.0  # how long working threads may delay an exit that saves nothing
-ORPHAN_LIMIT_S = 2.0  # how long a rank whose launcher is gone may take to save
+REPEAT_S = 1.0  # within which torchrun repeats a SIGINT that was sent to all processes
 WATCH_S = 0.25  # between two checks of the launcher
 GRACE_S = 30.0  # how long a run may take to save before a repeated signal ends it; torchrun kills after as long
 HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -37,6 +37,7 @@ class StopSignal:
         self._received = 0
         self._received_at = 0.0
         self._graceful = False
+        self._has_launcher = "TORCHELASTIC_RUN_ID" in os.environ
         self._agreed_step = 0  # the last step at which ranks exchanged their signals
         self._agreed_at = time.monotonic()
         self._agree_every = 1  # steps
@@ -45,12 +46,14 @@ class StopSignal:
             if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
         atexit.register(ignore_signals_during_shutdown)
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # any other parent, as under nohup or tmux, may exit before the run
+        if self._has_launcher:  # any other parent, as under nohup or tmux, may exit before the run
             threading.Thread(target=self._watch_launcher, args=(os.getppid(),), name="launcher", daemon=True).start()
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self._received:
-            if number == signal.SIGINT or time.monotonic() - self._received_at > GRACE_S:
+            seconds = time.monotonic() - self._received_at
+            is_repeated = self._has_launcher and seconds < REPEAT_S  # torchrun hands on what the rank has received too
+            if (number == signal.SIGINT and not is_repeated) or seconds > GRACE_S:
                 os._exit(exit_code(number))
             return
         self._received, self._received_at = number, time.monotonic()
@@ -58,12 +61,15 @@ class StopSignal:
             self._exit()
 
     def _watch_launcher(self, launcher: int) -> None:
-        """Wait until the launcher is gone, then act as on SIGTERM and exit after ORPHAN_LIMIT_S in any case."""
+        """Wait until the launcher is gone, then act as on SIGTERM and exit after GRACE_S in any case.
+
+        SIGUSR1 to a whole job (SLURM's `--signal`) ends torchrun at once, and the ranks have yet to save.
+        """
         while os.getppid() == launcher:
             time.sleep(WATCH_S)
         if not self._received:  # else the launcher sent a signal before it exited
             os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(ORPHAN_LIMIT_S)
+        time.sleep(GRACE_S)
         os._exit(exit_code(signal.SIGTERM))
 
     def _exit(self) -> None:

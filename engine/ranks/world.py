@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import gc
 import os
+import platform
 import re
 import shutil
 import sys
@@ -25,11 +26,14 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from data.batch import RunFailed, UserError
+from data.batch import RunFailed, Team, UserError
 from engine.device import open_device
+from engine.ranks.launch import Launch, choose_interface, read_launch
 from engine.ranks.rendezvous import POLL_S, agree_session_id
 
 Value = TypeVar("Value")
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+UNCERTAIN_WAIT = datetime.timedelta(seconds=30)  # for other ranks where the environment may be that of a script
 CLEAR = "\x1b[2K"  # erases the progress line of a terminal
 
 
@@ -63,6 +67,11 @@ class World:
         """Return this process as a world of its own: nothing waits for other ranks; only rank 0 prints and writes."""
         return replace(self, rank=0, size=1, store=None, main=self.is_main)
 
+    @property
+    def team(self) -> Team:
+        """This rank among all ranks, as data/ knows it."""
+        return Team(self.rank, self.size, self.monitored_exchange)
+
     def say(self, text: str) -> None:
         """Print a line on stderr from rank 0; from any rank it counts as progress for `monitored_exchange`."""
         self._count_progress()
@@ -81,7 +90,8 @@ class World:
 
     def _count_progress(self) -> None:
         if self.store is not None:
-            self.store.add(f"progress/{self.rank}", 1)
+            with suppress(dist.DistError, RuntimeError):  # torchrun, which holds the store, was killed: save first
+                self.store.add(f"progress/{self.rank}", 1)
 
     def gather(self, rows_BX: Tensor, ids_BN: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the rows and their int64 ids of all ranks in rank order, [G, X] and [G, N], by one collective.
@@ -173,6 +183,9 @@ def explain_collective_errors(operation: str) -> Iterator[None]:
         cause = "a rank is lost"
         if re.search("[Tt]imed out|timeout", str(error)):
             cause = "a rank did not answer in time (--dist-timeout)"
+        if re.search("[Cc]onnect|Unable to find (address|interface)|NCCL.*socket", str(error)):
+            networks = [f"{name} is {os.environ.get(name, 'not set')}" for name in INTERFACES]
+            cause += f" or the network between them is another ({', '.join(networks)}; both name an interface)"
         raise RunFailed(f"rank {os.environ.get('RANK', 0)}, {operation}: {cause}; {first_line}") from error
 
 
@@ -181,7 +194,7 @@ def _is_collective_error(error: RuntimeError) -> bool:
     if isinstance(error, dist.DistError):
         return True
     named = re.search("gloo|Connection|Timed out|NCCL", str(error))
-    return named is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return named is not None and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 # torch 2.13 renames these two; older versions know the old names alone.
@@ -229,41 +242,65 @@ def _without_padding(rows_GX: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(rows_GX.split(longest), sizes, strict=True)])
 
 
-def read_launch_environment() -> tuple[int, int, int]:
-    """Return rank, local rank and world size from torchrun's environment variables; 0, 0, 1 without them.
-
-    Raises UserError where one is no number or the rank is not below the world size.
-    """
-    values = {}
-    for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)):
-        text = os.environ.get(name, str(default)).strip()
-        if not (text.isascii() and text.isdecimal()):
-            raise UserError(f"the environment variable {name} is {text!r}, which is no number; torchrun sets it, "
-                            f"without torchrun `unset {name}`")
-        values[name] = int(text)
-    rank, local_rank, size = values.values()
-    if rank >= size:
-        raise UserError(f"the environment variables RANK and WORLD_SIZE say rank {rank} of {size}"
-                        f"{'' if 'WORLD_SIZE' in os.environ else ' (WORLD_SIZE is not set)'}; start several ranks with "
-                        "`torchrun --nproc-per-node N run.py`, without torchrun `unset RANK WORLD_SIZE`")
-    return rank, local_rank, size
-
-
 def init(wanted: str, timeout_s: float, quiet: bool = False) -> World:
-    """Join the process group of torchrun's environment; without one, return a world of one. Raises UserError."""
-    rank, local_rank, size = read_launch_environment()
-    device = open_device(wanted, local_rank)
-    if size == 1:
-        return World(rank, local_rank, size, device, timeout_s, quiet=quiet)
-    timeout = datetime.timedelta(seconds=timeout_s)
-    with explain_collective_errors("joining"):
-        store = _rendezvous_store(rank, size, timeout)
-        store.set_timeout(timeout)
-        store = dist.PrefixStore(agree_session_id(store, rank, size, timeout_s), store)
-        # Objects go over gloo on a GPU too: it waits for no kernel, and a stalled rank raises instead of aborting.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    return World(rank, local_rank, size, device, timeout_s, dist.PrefixStore("thumbtune", store), quiet)
+    """Join the other ranks of torchrun, srun or mpirun; without a launcher return a world of one. Raises UserError."""
+    launch = read_launch()
+    device = open_device(wanted, launch.local_rank)
+    store, timeout = None, datetime.timedelta(seconds=timeout_s)
+    if launch.size > 1:
+        choose_interface(launch)
+        with explain_collective_errors("joining"):
+            launch, store = _meet(launch, timeout)
+    rank, size = launch.rank, launch.size
+    if store is None:
+        world = World(rank, launch.local_rank, size, device, timeout_s, quiet=quiet)
+    else:
+        with explain_collective_errors("joining"):
+            store = dist.PrefixStore(agree_session_id(store, rank, size, timeout_s), store)
+            refuse_shared_devices(store, rank, size, device)
+            # Objects go over gloo on a GPU too: it waits for no kernel, and a stalled rank raises instead of aborting.
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        world = World(rank, launch.local_rank, size, device, timeout_s, dist.PrefixStore("thumbtune", store), quiet)
+    if launch.remark:
+        world.say(launch.remark)
+    return world
+
+
+def _meet(launch: Launch, timeout: datetime.timedelta) -> tuple[Launch, dist.Store | None]:
+    """Return the store that all ranks share, or a launch of one where no other rank comes and none may exist."""
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        store = _rendezvous_store(launch.rank, launch.size, timeout if launch.certain else min(timeout, UNCERTAIN_WAIT))
+    except dist.DistStoreError:
+        if launch.certain:
+            raise
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            os.environ.pop(name, None)
+        return Launch(launcher=launch.launcher, remark=f"one process: {launch.launcher}'s variables say "
+                      f"{launch.size} tasks, but no other came to {where} within {UNCERTAIN_WAIT.seconds} s; `srun "
+                      "python run.py` starts all of them"), None
+    store.set_timeout(timeout)
+    if launch.launcher != "torchrun":
+        launch = replace(launch, remark=f"joined {launch.size} ranks that {launch.launcher} started, rank 0 at {where}")
+    return launch, store
+
+
+def refuse_shared_devices(store: dist.Store, rank: int, size: int, device: torch.device) -> None:
+    """Raise UserError on all ranks where two of them have one GPU, or not all a GPU: NCCL would fail later."""
+    name = device.type
+    if device.type == "cuda":
+        name = f"{platform.node()} {torch.cuda.get_device_properties(device).uuid}"
+    store.set(f"device/{rank}", name)
+    names = [store.get(f"device/{other}").decode() for other in range(size)]
+    kinds = ["cuda" if " " in each else each for each in names]
+    for other in range(size):
+        if kinds[other] != kinds[0]:
+            raise UserError(f"rank {other} runs on {kinds[other]}, rank 0 on {kinds[0]}; give all ranks a GPU, or "
+                            "--device cpu")
+        if kinds[other] == "cuda" and (first := names.index(names[other])) != other:
+            raise UserError(f"ranks {first} and {other} have the same GPU ({names[other]}); start one process a GPU "
+                            "(torchrun --nproc-per-node, srun --gpus-per-task=1), or use --device cpu")
 
 
 def _rendezvous_store(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:

@@ -21,13 +21,13 @@ class NewRunFolder:
     made: list[Path] = field(default_factory=list)  # innermost first
     marked: bool = False  # by this process
 
-    def make(self, folder: Path, holds_run: bool) -> None:
+    def make(self, folder: Path, holds_run: bool, is_new: bool = False) -> None:
         """Make a folder and mark it as a run's, unless it holds other files; note which folders were created.
 
-        Raises OSError.
+        Raises OSError; with `is_new`, FileExistsError where there is one already.
         """
         self.made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=not is_new)
         self.folder = folder
         if not kind_of(folder) and (holds_run or not any(folder.iterdir())):
             write_mark(folder, "run")

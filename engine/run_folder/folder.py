@@ -14,12 +14,13 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.batch import UserError
+from data.batch import AgreedError, UserError
 from data.files import changed_files, lock_folder, read_text, recover_folders, replace_text, sha256
 from data.web.storage import without_secrets
 from engine.config.fields import Config
@@ -47,25 +48,28 @@ def open_folder(cfg: Config, world: World) -> tuple[Path, bool]:
             problem = str(error)
     problem, opened = world.exchange((problem, opened))[0]
     if problem or opened is None:
-        raise UserError(problem)
+        raise AgreedError(problem)
     CURRENT_RUN.folder = opened[0]
     return opened
 
 
 def _open(cfg: Config) -> tuple[Path, bool]:
     dataset = re.sub(r"[^\w.-]+", "-", Path(cfg.dataset.rstrip("/")).name) or "pairs"
-    wanted = Path(cfg.out or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}-{dataset}").expanduser()
-    restarted = _folder_before_restart([wanted] if cfg.out else sorted(Path("runs").glob("*"), reverse=True))
-    folder = restarted or wanted
-    holds_run = is_run(folder)
+    named = [Path(cfg.out).expanduser()] if cfg.out else []
+    restarted = _folder_before_restart(named or sorted(Path("runs").glob("*"), reverse=True))
+    folder = restarted or (named[0] if named else Path("runs", f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{dataset}"))
+    holds_run = bool(restarted or named) and is_run(folder)
     if holds_run and cfg.resume == "off" and not restarted:
         raise UserError(f"--out {folder} already holds a run; choose another folder or carry on with --resume")
     if cfg.resume == "on" and not holds_run:
         raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
-    if not holds_run:
+    if named and not holds_run:
         refuse_out(folder, RUN_FILES, cfg.dataset)
     try:
-        CURRENT_RUN.make(folder, holds_run)
+        if restarted or named:
+            CURRENT_RUN.make(folder, holds_run)
+        else:
+            folder = _make_new_folder(folder.name)
         locked = lock_folder(folder)
     except OSError as error:
         raise UserError(f"--out {folder} cannot be made: {error.strerror}") from None
@@ -75,6 +79,17 @@ def _open(cfg: Config) -> tuple[Path, bool]:
     if holds_run:
         refuse_foreign_parts(folder)
     return folder, holds_run
+
+
+def _make_new_folder(name: str) -> Path:
+    """Make a folder in runs/ that no other run has, also not one that starts in the same second. Raises OSError."""
+    folder = Path("runs", name)
+    for number in count(2):
+        with suppress(FileExistsError):
+            CURRENT_RUN.make(folder, holds_run=False, is_new=True)
+            break
+        folder = Path("runs", f"{name}-{number}")
+    return folder
 
 
 def _folder_before_restart(folders: Iterable[Path]) -> Path | None:
@@ -91,9 +106,20 @@ def _folder_before_restart(folders: Iterable[Path]) -> Path | None:
 
 
 def _launch_id() -> str | None:
-    """Return an id of the launch by torchrun, the same after it restarts its ranks; None without torchrun."""
+    """Return an id of the launch by torchrun, the same after it restarts its ranks; None without torchrun.
+
+    Two containers may have the same host name, and torchrun the same process id in both: the time at which it was
+    started, and the namespace that its process id is of, tell them apart.
+    """
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    return run_id and f"{run_id} {platform.node()} {os.getppid()}"
+    if not run_id:
+        return None
+    started = namespace = ""
+    with suppress(OSError, IndexError):  # no /proc
+        fields = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()
+        started = fields[19]  # clock ticks since the machine was started
+        namespace = os.readlink("/proc/self/ns/pid")
+    return f"{run_id} {platform.node()} {os.getppid()} {started} {namespace}".rstrip()
 
 
 def settings_of(folder: Path) -> Config:

@@ -1,0 +1,100 @@
+"""Ranks compare what they are about to work on, so that no two train on different things without a word.
+
+Dimension key: M image references, K bytes of a key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data.batch import AgreedError, BadSample, Team
+from data.cold import Reader, is_url
+from data.sources.rows import Rows, digest_column
+from data.store.segments import key_of
+from data.store.stat_cache import StatCache
+from data.web.storage import is_stored
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SAMPLED = 64  # images that every rank reads where the files of two ranks may be copies
+SHOWN = 60  # characters of a value in an error
+
+
+def require_agreement(team: Team, things: Mapping[str, object]) -> None:
+    """Raise AgreedError on all ranks where a thing is not the same on all of them, naming the rank and the things.
+
+    `things` are values by name; those of flags (`--lr`) are shown, others are digests.
+    """
+    if team.size == 1:
+        return
+    parts = team.exchange((platform.node(), dict(things)))
+    host_0, first = parts[0]
+    for rank, (host, other) in enumerate(parts):
+        names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        if names:
+            shown = [_shown(name, other.get(name), first.get(name)) for name in names[:3]]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise AgreedError(f"rank {rank} on {host} differs from rank 0 on {host_0} in {', '.join(shown)}{more}; "
+                              "start all ranks with the same settings, data and model")
+
+
+def _shown(name: str, value: object, value_0: object) -> str:
+    return f"{name} ({str(value)[:SHOWN]}, not {str(value_0)[:SHOWN]})" if name.startswith("--") else name
+
+
+def rows_to_compare(splits: Mapping[str, Rows]) -> dict[str, object]:
+    """Return digests of the rows of each split, in order; of images the names without their folders."""
+    things: dict[str, object] = {"the splits": {name: len(rows) for name, rows in splits.items()}}
+    for name, rows in splits.items():
+        things[f"the titles of {name} or their order"] = _digest(rows.title)
+        things[f"the image names of {name} or their order"] = _digest(_without_folders(rows.image))
+        for what, column in (("negatives", rows.title_neg), ("classes", rows.label)):
+            if column is not None:
+                things[f"the {what} of {name}"] = _digest(column)
+    return things
+
+
+def _digest(column: pa.ChunkedArray) -> str:
+    return hashlib.sha256(digest_column(column)).hexdigest()
+
+
+def _without_folders(paths: pa.ChunkedArray) -> pa.ChunkedArray:
+    import pyarrow.compute as pc
+
+    return pc.replace_substring_regex(paths, "^.*/", "")
+
+
+def require_same_images(references: Sequence[str], stats: StatCache, reader: Reader, team: Team) -> None:
+    """Raise AgreedError on all ranks where two ranks see different files under the names of the M `references`.
+
+    Each image is read by one rank, so nothing later would notice. Files with the same sizes and times on all ranks are
+    the same files; of others, as of copies on each node, the sizes and the contents of SAMPLED ones are compared.
+    """
+    if team.size == 1:
+        return
+    is_local = np.array([bool(path) and not is_url(path) and not is_stored(path) for path in references], bool)
+    stamp_M3 = stats.stamps * is_local[:, None]
+    size_M = np.ascontiguousarray(stamp_M3[:, 0])
+    parts = team.exchange((key_of(stamp_M3.tobytes()), key_of(size_M.tobytes())))
+    if len({stamps for stamps, _ in parts}) == 1:
+        return
+    if len({sizes for _, sizes in parts}) > 1:
+        values = dict(enumerate(size_M.tolist()))
+    else:
+        local = np.flatnonzero(is_local)
+        sample = local[np.unique(np.linspace(0, max(0, len(local) - 1), SAMPLED).astype(np.int64))[: len(local)]]
+        values = {place: _key(references[place], reader) for place in sample.tolist()}
+    require_agreement(team, {f"the image {references[place]}": value for place, value in values.items()})
+
+
+def _key(reference: str, reader: Reader) -> bytes:
+    try:
+        return key_of(reader.read(reference))
+    except BadSample as problem:
+        return problem.reason.encode()

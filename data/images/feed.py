@@ -15,8 +15,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -34,12 +36,16 @@ LOT, SMALL_LOT = 256, 64  # pictures handed on at once: of many, and of few, whe
 MANY = 4096  # pictures
 PIECE = 16  # pictures that a worker takes at once: 20 ms of work where handing it out takes .1 ms
 MIN_PICTURES = 2048  # that processes are started for: loading their libraries takes 1.5 s of one core
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # "max PERIOD" or "QUOTA PERIOD"
 SHOWN_S = 5.0  # a feed that takes less says nothing of its rates
 
 
 def cores_of_rank() -> int:
     """Return how many of the cores that this process may use are its share, beside the other ranks of the machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # a container's limit, which the affinity does not show
+        quota, period = map(int, CPU_LIMIT.read_text().split())
+        cores = min(cores, -(-quota // period))
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
     return max(1, cores // max(1, int(ranks) if ranks.isascii() and ranks.isdecimal() else 1))
 

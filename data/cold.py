@@ -5,37 +5,34 @@ Dimension key: V/T image/text feature width, B rows of a batch.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import BadSample, Team, Tokens
+from data.batch import BadSample, Team, Tokens, UserError
 from data.catalogue import Catalogue, DecodeResult, DecodeResults, as_keys
-from data.files import NotAFile, read_regular
 from data.identity import TitleIds
-from data.images.augment import Region
-from data.images.decode import ImageSpec, collate_tokens, decode_image, tokenize
+from data.images.decode import collate_tokens, tokenize
+from data.images.feed import Feed, Lot, grouped
+from data.images.reader import Reader
+from data.images.worker import Job, KnownKeys, Task, ToPixels
 from data.prefetch import batched, threaded_map
 from data.progress import Progress
-from data.shards.index import is_range, read_member, read_stored
+from data.sources.embedded import shown_name
 from data.store.features import FeatureStore
-from data.store.segments import key_of
-from data.web.fetched import Fetched, cached_path, delete_fetched
-from data.web.limits import FetchPolicy, unused_proxy
-from data.web.storage import PACKAGES, is_stored
+from data.web.limits import unused_proxy
+from data.web.storage import PACKAGES
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerFast
 
-CHUNK = 64  # images that the tower encodes at once
 TITLES = 512  # titles that the tower encodes at once
 SEGMENT = 4096  # features written at once
 PIXELS = 1 << 28  # bytes of decoded images that a rank keeps from the opening for the first evaluation
@@ -43,51 +40,6 @@ NO_PICTURE = {"empty", "not-image", "truncated", "undecodable"}  # reasons of `d
 URL_START = "^(?i)https?://"
 STORE_START = f"^(?i)({'|'.join(PACKAGES)})://"
 STORE_REQUESTS = 32  # images that are read from a store at the same time
-
-
-@dataclass(frozen=True)
-class Reader:
-    """Reads image references: fetched bytes, files, and ranges of files (members of shards, embedded pictures)."""
-
-    folder: Path  # of fetched bytes
-    spec: ImageSpec
-    policy: FetchPolicy
-    max_pixels: int
-    workers: int
-    retry_failed: bool = False
-    augment: bool = False  # training uses random crops
-
-    def fetch(self, urls: Iterable[str]) -> Generator[Fetched]:
-        """Fetch these URLs into the folder; yield the result of each as it arrives."""
-        from data.web.fetch import fetch  # its client takes a fifth of a second to import
-
-        return fetch(urls, self.folder, self.policy, self.retry_failed)
-
-    def forget(self, reference: str) -> None:
-        """Delete the fetched bytes of a reference that are no picture, so that a later run fetches them again."""
-        if is_url(reference):
-            delete_fetched(reference, self.folder)
-
-    def read(self, reference: str) -> bytes:
-        """Return the bytes of a reference. Raises BadSample when they are missing or cannot be read."""
-        try:
-            if not reference:
-                raise BadSample("no-image", "the row names no image")
-            if is_stored(reference):
-                return read_stored(reference, self.policy.max_bytes)
-            if is_url(reference):
-                return read_regular(cached_path(reference, self.folder))
-            return read_member(reference) if is_range(reference) else read_regular(reference)
-        except FileNotFoundError:
-            raise BadSample("missing-file", reference) from None
-        except NotAFile as error:
-            raise BadSample("not-a-file", f"{reference}: {error.strerror}") from None
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            raise BadSample("unreadable-file", f"{reference}: {error}") from None
-
-    def pixels(self, reference: str, region: Callable[[int, int], Region] | None = None) -> np.ndarray:
-        """Return uint8 pixels [3, S, S] of a reference, or of a region of it. Raises BadSample."""
-        return decode_image(self.read(reference), self.spec, self.max_pixels, region)
 
 
 @dataclass(frozen=True)
@@ -138,39 +90,44 @@ class Pipeline:
     log: Callable[[str], None]
 
 
-def is_url(path: str) -> bool:
-    """Return whether a reference has to be fetched."""
-    return path.lower().startswith(("http://", "https://"))
+def decode_lots(catalogue: Catalogue, references: Sequence[int], feed: Feed) -> Iterator[Lot[int]]:
+    """Read and decode the given references; yield them in lots, which are valid until the next one is asked for."""
+    reader = feed.reader
+    progress = Progress("images", len(references), feed.log)
+
+    def tasks() -> Iterator[tuple[int, Task | BadSample]]:
+        for index, read in _available(catalogue, reader, np.asarray(references, np.int64), feed.log):
+            if isinstance(read, BadSample):
+                yield index, read
+            else:
+                yield index, Task(catalogue.references[index].as_py() if read is None else read)
+
+    with closing(feed.lots(grouped(tasks(), feed.lot))) as lots:
+        for lot in lots:
+            for index, outcome in zip(lot.tags, lot.outcomes, strict=True):
+                if outcome.problem is not None and outcome.problem[0] in NO_PICTURE:
+                    reader.forget(catalogue.references[index].as_py())
+                progress(problem=BadSample(*outcome.problem) if outcome.problem else None)
+            yield lot
 
 
-def decode_distinct(catalogue: Catalogue, reader: Reader, references: Sequence[int], known: Callable[[bytes], bool],
-                    log: Callable[[str], None],
-                    decode: Callable[[bytes], np.ndarray] | None = None) -> Iterator[DecodeResult]:
-    """Read the given references, and decode those whose content key is not `known`; in any order, in bounded memory.
+def as_results(lot: Lot[int]) -> Iterator[DecodeResult]:
+    """Yield the result of each reference of a lot; pixels are valid as long as the lot."""
+    for place, (index, outcome) in enumerate(zip(lot.tags, lot.outcomes, strict=True)):
+        if outcome.problem is not None:
+            yield DecodeResult(index, b"", BadSample(*outcome.problem))
+        else:
+            yield DecodeResult(index, outcome.key, None, lot.records[place] if outcome.is_filled else None)
 
-    `decode` replaces the reader's own decoding into pixels, and may raise BadSample as that does.
+
+def decode_distinct(catalogue: Catalogue, reader: Reader, references: Sequence[int], job: Job,
+                    log: Callable[[str], None]) -> Iterator[DecodeResult]:
+    """Read the given references and decode them by `job`, in bounded memory.
+
+    A result's pixels, or whatever the job makes, are valid until the next result is asked for.
     """
-    decode = decode or partial(decode_image, spec=reader.spec, max_pixels=reader.max_pixels)
-
-    def read_and_decode(available: tuple[int, BadSample | bytes | None]) -> DecodeResult:
-        index, read = available
-        if isinstance(read, BadSample):
-            return DecodeResult(index, b"", read)
-        reference = catalogue.references[index].as_py()
-        try:
-            data = read or reader.read(reference)
-            key = key_of(data)
-            return DecodeResult(index, key, None, None if known(key) else decode(data))
-        except BadSample as failure:
-            if failure.reason in NO_PICTURE:
-                reader.forget(reference)
-            return DecodeResult(index, b"", failure)
-
-    progress = Progress("images", len(references), log)
-    available = _available(catalogue, reader, np.asarray(references, np.int64), log)
-    for result in threaded_map(read_and_decode, available, reader.workers, 2 * CHUNK):
-        progress(problem=result.problem)
-        yield result
+    for lot in decode_lots(catalogue, references, Feed(job, reader, len(references), log)):
+        yield from as_results(lot)
 
 
 def _matching(references: pa.StringArray, pattern: str) -> np.ndarray:
@@ -230,7 +187,7 @@ class DecodedImages:
     def keep(self, reference: int, pixels_CSS: np.ndarray) -> None:
         """Keep the pixels of a reference, if they are wanted and there is room."""
         if reference in self._wanted and pixels_CSS.nbytes <= self._room:
-            self._pixels[reference] = pixels_CSS
+            self._pixels[reference] = pixels_CSS.copy()
             self._room -= pixels_CSS.nbytes
 
     def take(self) -> dict[int, np.ndarray]:
@@ -243,7 +200,7 @@ def check_images(catalogue: Catalogue, reader: Reader, references: Sequence[int]
                  log: Callable[[str], None]) -> DecodeResults:
     """Read and decode the given references, to know before the first step which rows streaming can use."""
     results = DecodeResults()
-    for result in decode_distinct(catalogue, reader, references, lambda key: False, log):
+    for result in decode_distinct(catalogue, reader, references, ToPixels(reader.spec, reader.max_pixels), log):
         results.add(result)
         if result.pixels is not None:
             decoded.keep(result.reference, result.pixels)
@@ -252,48 +209,62 @@ def check_images(catalogue: Catalogue, reader: Reader, references: Sequence[int]
 
 class FeatureWriter:
     """Encodes the pictures that a store lacks, and stores their features in segments; without a store it does nothing.
-
-    `known` may be called from any thread.
     """
 
     def __init__(self, store: FeatureStore | None, encode: Callable[[Tensor], Tensor]) -> None:
         self.store, self.encode = store, encode
         self._unwritten: dict[bytes, Tensor] = {}  # key -> features [V] that are not yet in the store
-        self._lock = threading.Lock()
 
-    def known(self, key: bytes) -> bool:
-        """Return whether the features of a content key are computed."""
-        with self._lock:
-            return self.store is not None and (key in self._unwritten or self.store.locate(as_keys([key]))[0] >= 0)
+    def known_keys(self) -> KnownKeys:
+        """Return what the store holds now, as far as its checksums have not been looked at."""
+        return KnownKeys(*(self.store.sorted_keys() if self.store is not None else ()))
 
-    def add(self, chunk: Sequence[DecodeResult]) -> None:
-        """Encode the new pictures of a chunk at once."""
-        if self.store is None:
-            return
-        new = {each.key: each.pixels for each in chunk if each.pixels is not None and not self.known(each.key)}
-        if new:
-            features_BV = self.encode(torch.from_numpy(np.stack(list(new.values())))).cpu()
-            with self._lock:
-                self._unwritten.update(zip(new, features_BV, strict=True))
+    def add(self, lot: Lot[Any]) -> list[int]:
+        """Encode the new pictures of a lot at once.
+
+        Returns the places of those that were not decoded, as they are known, and that turn out to be damaged.
+        """
+        store, places = self.store, dict[bytes, int]()
+        for place, outcome in enumerate(lot.outcomes):
+            if outcome.problem is None and outcome.key not in self._unwritten:
+                places.setdefault(outcome.key, place)
+        if store is None or not places:
+            return []
+        is_new = store.locate(as_keys([*places])) < 0
+        new = [(key, place) for (key, place), new in zip(places.items(), is_new.tolist(), strict=True) if new]
+        fresh = {key: place for key, place in new if lot.outcomes[place].is_filled}
+        if fresh:
+            rows = [*fresh.values()]
+            records = lot.records if len(rows) == len(lot.records) else lot.records[rows]
+            self._unwritten.update(zip(fresh, self.encode(torch.from_numpy(records)).cpu(), strict=True))
         if len(self._unwritten) >= SEGMENT:
             self.flush()
+        return [place for key, place in new if key not in fresh]
 
     def flush(self) -> None:
         """Store what has been encoded. Raises UserError."""
-        with self._lock:
-            if self.store is not None and self._unwritten:
-                self.store.append(as_keys(list(self._unwritten)), torch.stack(list(self._unwritten.values())))
-                self._unwritten.clear()
+        if self.store is not None and self._unwritten:
+            self.store.append(as_keys(list(self._unwritten)), torch.stack(list(self._unwritten.values())))
+            self._unwritten.clear()
 
 
 def encode_missing_images(catalogue: Catalogue, reader: Reader, references: Sequence[int], store: FeatureStore,
                           encode: Callable[[Tensor], Tensor], log: Callable[[str], None]) -> DecodeResults:
-    """Read the given references; encode those that the store does not hold yet, in CHUNKs, and store the features."""
+    """Read the given references; encode those that the store does not hold yet, in lots, and store the features."""
     results, writer = DecodeResults(), FeatureWriter(store, encode)
-    for chunk in batched(decode_distinct(catalogue, reader, references, writer.known, log), CHUNK):
-        for result in chunk:
-            results.add(result)
-        writer.add(chunk)
+    todo, is_again = references, False
+    while len(todo):
+        known = KnownKeys() if is_again else writer.known_keys()
+        job = ToPixels(reader.spec, reader.max_pixels, known)
+        feed = Feed(job, reader, len(todo), log, pinned=torch.cuda.is_initialized())
+        damaged: list[int] = []
+        for lot in decode_lots(catalogue, todo, feed):
+            again = [lot.tags[place] for place in writer.add(lot)]
+            damaged += again
+            for result in as_results(lot):
+                if result.reference not in again:
+                    results.add(result)
+        todo, is_again = damaged, True
     writer.flush()
     return results
 
@@ -328,11 +299,25 @@ def encode_images(catalogue: Catalogue, references: np.ndarray, pipeline: Pipeli
     Those whose pixels are in `decoded` are not read again.
     """
     reader, encode, width = pipeline.reader, pipeline.encoders.image, pipeline.encoders.image_width
+    feed = Feed(ToPixels(reader.spec, reader.max_pixels), reader, len(references) - len(decoded), pipeline.log)
 
-    def pixels(index: int) -> np.ndarray:
-        kept = decoded.pop(index, None)
-        return reader.pixels(catalogue.references[index].as_py()) if kept is None else kept
+    def tasks() -> Iterator[tuple[int, Task | np.ndarray]]:
+        for index in references.tolist():
+            kept = decoded.pop(index, None)
+            yield index, Task(catalogue.references[index].as_py()) if kept is None else kept
 
-    images = threaded_map(pixels, references.tolist(), reader.workers, 2 * CHUNK)
-    parts = [encode(torch.from_numpy(np.stack(chunk))).cpu() for chunk in batched(images, CHUNK)]
+    parts = []
+    with closing(feed.lots(grouped(tasks(), feed.lot))) as lots:
+        for lot in lots:
+            require_pixels(lot, catalogue)
+            parts.append(encode(torch.from_numpy(lot.records)).cpu())
     return torch.cat(parts) if parts else torch.empty(0, width)
+
+
+def require_pixels(lot: Lot[int], catalogue: Catalogue) -> None:
+    """Raise UserError where a picture of a lot cannot be decoded, as it could when the run began."""
+    for index, outcome in zip(lot.tags, lot.outcomes, strict=True):
+        if outcome.problem is not None:
+            name = shown_name(catalogue.references[index].as_py()) or "a picture of the dataset"
+            raise UserError(f"{name} could be decoded when the run began, and cannot be now: "
+                            f"{BadSample(*outcome.problem)}; mend it and run again")

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from data.batch import BadSample, UserError
 from data.catalogue import build_catalogue
-from data.cold import Encoders, Reader, encode_missing_images, encode_missing_titles, encode_titles, is_url
+from data.cold import Encoders, encode_missing_images, encode_missing_titles, encode_titles
 from data.identity import distinct
 from data.images.album import small_jpeg
 from data.images.decode import decode_image, tokenize
+from data.images.reader import Reader, is_url
 from data.sources.embedded import shown_name
 from data.sources.source import Rows
 from data.store.feature_split import StoredTable

@@ -1,35 +1,36 @@
 """Stream shards from a store once, in sequence, straight into the feature store; nothing else is kept of them.
 
-Ranks share the shards. Pictures are decoded in threads while the stream goes on and encoded in CHUNKs, which may reach
-over the end of a shard; a shard's manifest (data/shards/manifests.py) is written when its last feature is stored. A
+Ranks share the shards. Pictures are decoded while the stream goes on and encoded in lots, which may reach over the end
+of a shard; a shard's manifest (data/shards/manifests.py) is written when its last feature is stored. A
 killed run begins again at the first shard without a manifest, and does not encode again what is stored.
 """
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 from data.batch import BadSample
-from data.catalogue import DecodeResult
-from data.cold import CHUNK, FeatureWriter, Pipeline, Reader
-from data.images.decode import decode_image
+from data.cold import FeatureWriter, Pipeline
+from data.images.feed import Feed, Lot
+from data.images.reader import Reader
+from data.images.worker import KnownKeys, Task, ToPixels
 from data.prefetch import threaded_map
 from data.progress import DownloadProgress
 from data.shards.manifests import ShardManifest, make_manifest, manifest_path, read_manifest, write_manifest
 from data.shards.stream import ForwardFile, class_names, stream_samples
 from data.store.features import FeatureStore
-from data.store.segments import key_of
 from data.web.fetched import disk_errors_as_user_errors
 from data.web.storage import Entry, RemoteFile, open_stream, parent, public_name, stat
 
 STATS_AT_ONCE = 16  # shards whose version is asked for at the same time
-MAX_AHEAD = 1 << 28  # bytes of pictures that wait for a thread to decode them
+MAX_AHEAD = 1 << 28  # bytes of pictures that wait to be decoded
+PICTURE_BYTES = 50_000  # of a picture, to tell how many a shard may hold before it is read
+END = BadSample("end")  # takes the place of a picture behind the last one of a shard
 
 
 def ingest_shards(splits: Mapping[str, Sequence[Entry]], pipeline: Pipeline) -> dict[str, list[RemoteFile]]:
@@ -92,40 +93,12 @@ class _Shard:
                               "detail": problem.detail})
 
 
-class _Picture(NamedTuple):
-    """The picture of a shard's next row; None marks the end of the shard."""
-
-    shard: _Shard
-    data: bytes | None
-
-
-class _ByteBudget:
-    """Lets the stream wait while more than MAX_AHEAD bytes of pictures have not been decoded."""
-
-    def __init__(self) -> None:
-        self._changed, self._used = threading.Condition(), 0
-
-    def take(self, size: int) -> None:
-        """Wait for room, then use `size` bytes of it; one picture is always let through."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._used == 0 or self._used + size <= MAX_AHEAD)
-            self._used += size
-
-    def give_back(self, size: int) -> None:
-        """Free `size` bytes."""
-        with self._changed:
-            self._used -= size
-            self._changed.notify()
-
-
 class _Ingestion:
     """Streams this rank's shards."""
 
     def __init__(self, pipeline: Pipeline, store: FeatureStore | None, classes: Mapping[str, Sequence[str]]) -> None:
         self.pipeline, self.reader, self.classes = pipeline, pipeline.reader, classes
         self.writer = FeatureWriter(store, pipeline.encoders.image)
-        self.decode = partial(decode_image, spec=self.reader.spec, max_pixels=self.reader.max_pixels)
-        self.budget = _ByteBudget()
         self.failure: Exception | None = None
         self.progress: DownloadProgress
 
@@ -134,65 +107,76 @@ class _Ingestion:
         self.progress = DownloadProgress("shards streamed", len(entries), self.pipeline.log)
         for entry in entries:
             self.progress.expect(entry.size)
-        chunk: list[DecodeResult] = []
-        ended = deque[_Shard]()  # all of whose pictures are decoded, but perhaps not stored
-        workers = self.reader.workers
-        for shard, result in threaded_map(self._decode, self._pictures(entries), workers, 2 * CHUNK):
-            if result is None:
-                ended.append(shard)
-            else:
-                shard.keys.append(result.key)
-                chunk.append(result)
-            if len(chunk) == CHUNK or not chunk:
-                self.writer.add(chunk)
-                chunk = []
-                self._finish(ended)
-        self.writer.add(chunk)
-        self._finish(ended)
+        todo, known = list(entries), self.writer.known_keys()
+        while todo:  # a second time those of which a stored feature turned out to be damaged
+            todo, known = self._stream(todo, known), KnownKeys()
         self.writer.flush()  # of a shard that failed, so that another run need not encode it again
         if self.failure is not None:
             raise self.failure
 
-    def _finish(self, ended: deque[_Shard]) -> None:
-        """Write the manifests of these shards, whose pictures are all encoded."""
+    def _stream(self, entries: Sequence[Entry], known: KnownKeys) -> list[Entry]:
+        """Stream these shards; return those that have to be streamed again, as pictures of them were not decoded."""
+        job = ToPixels(self.reader.spec, self.reader.max_pixels, known)
+        feed = Feed(job, self.reader, sum(entry.size for entry in entries) // PICTURE_BYTES, self.pipeline.log)
+        damaged: dict[str, Entry] = {}
+        with closing(feed.lots(self._groups(entries, feed))) as lots:
+            for lot in lots:
+                for place in self.writer.add(lot):
+                    damaged[lot.tags[place].entry.address] = lot.tags[place].entry
+                self._finish(self._add(lot), damaged)
+        return [*damaged.values()]
+
+    def _add(self, lot: Lot[_Shard]) -> deque[_Shard]:
+        """Note the keys of a lot; return the shards that end in it."""
+        ended = deque[_Shard]()
+        for shard, outcome in zip(lot.tags, lot.outcomes, strict=True):
+            if outcome.problem == (END.reason, END.detail):
+                ended.append(shard)
+            else:
+                shard.keys.append(b"" if outcome.problem else outcome.key)
+        return ended
+
+    def _finish(self, ended: deque[_Shard], damaged: Mapping[str, Entry]) -> None:
+        """Write the manifests of these shards, whose pictures are all encoded, but not of those that are `damaged`."""
         if ended:
             self.writer.flush()
         while ended:
             shard = ended.popleft()
+            if shard.entry.address in damaged:
+                continue
             manifest = make_manifest(shard.entry, self.reader.max_pixels, shard.problems, shard.rows, shard.keys,
                                  shard.classes)
             with disk_errors_as_user_errors(self.pipeline.cache):
                 write_manifest(self.pipeline.cache, manifest)
             self.progress()
 
-    def _pictures(self, entries: Sequence[Entry]) -> Iterator[_Picture]:
-        """Yield the pictures of shards in order, up to the first `failure`."""
+    def _groups(self, entries: Sequence[Entry], feed: Feed) -> Iterator[list[tuple[_Shard, Task | BadSample]]]:
+        """Yield the pictures of shards in order, up to the first `failure`, as groups that a feed takes.
+
+        All groups that wait in the feed hold MAX_AHEAD bytes at most, and one picture each in any case.
+        """
+        group: list[tuple[_Shard, Task | BadSample]] = []
+        size = 0
         try:
-            yield from chain.from_iterable(map(self._pictures_of, entries))
+            for shard, data in chain.from_iterable(map(self._pictures_of, entries)):
+                group.append((shard, END if data is None else Task(data)))
+                size += len(data or b"")
+                if len(group) == feed.lot or size > MAX_AHEAD // feed.slots:
+                    yield group
+                    group, size = [], 0
         except Exception as error:
             self.failure = error
+        if group:
+            yield group
 
-    def _pictures_of(self, entry: Entry) -> Iterator[_Picture]:
-        """Yield the pictures of a shard in the order of its samples, then an end mark."""
+    def _pictures_of(self, entry: Entry) -> Iterator[tuple[_Shard, bytes | None]]:
+        """Yield the pictures of a shard in the order of its samples, then None."""
         shard = _Shard(entry, self.classes[parent(entry.address)])
         with open_stream(entry.address, entry) as stream:
             file = ForwardFile(stream, entry.size, public_name(entry.address))
             for sample in stream_samples(file, shard.report, shard.classes):
                 shard.rows.append(sample.values)
-                self.budget.take(len(sample.image))
                 self.progress.add_bytes(len(sample.image))
-                yield _Picture(shard, sample.image)
+                yield shard, sample.image
             file.skip_rest()  # the stream's last block comes only if the shard has not changed meanwhile
-        yield _Picture(shard, None)
-
-    def _decode(self, picture: _Picture) -> tuple[_Shard, DecodeResult | None]:
-        shard, data = picture
-        if data is None:
-            return shard, None
-        try:
-            key = key_of(data)
-            return shard, DecodeResult(0, key, None, None if self.writer.known(key) else self.decode(data))
-        except BadSample as problem:
-            return shard, DecodeResult(0, b"", problem)
-        finally:
-            self.budget.give_back(len(data))
+        yield shard, None

@@ -5,9 +5,10 @@ Dimension key: B rows of a batch, D distinct images by content, P distinct title
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from data.batch import Batch, CachedBatches, Team, Tokens, share
 from data.catalogue import Catalogue, Split
-from data.cold import DecodedImages, Pipeline, encode_images, encode_titles
+from data.cold import DecodedImages, Pipeline, encode_images, encode_titles, require_pixels
 from data.identity import TitleIds
-from data.images.augment import random_region
 from data.images.decode import collate_tokens
-from data.prefetch import EpochBatches, prefetch_to_device, threaded_map
+from data.images.feed import Feed, Lot
+from data.images.worker import Task, ToPixels
+from data.prefetch import EpochBatches, prefetch_to_device
 from data.store.feature_split import FeatureSplit, StoredTable, loss_ids
 
 
@@ -90,30 +92,49 @@ class StreamedPairs:
 
 @dataclass(frozen=True)
 class StreamedBatches:
-    """Batches of pixels and tokens, made in threads ahead of the loop."""
+    """Batches of pixels and tokens, decoded ahead of the loop."""
 
     pairs: StreamedPairs
     split: Split
     order: EpochBatches
 
     def from_step(self, step: int) -> Iterator[Batch]:
-        """Yield the inputs of every step from `step` on, on the device, without end."""
-        workers = self.pairs.pipeline.reader.workers
-        steps = enumerate(self.order.from_step(step), step)
-        made = threaded_map(self._make, steps, workers, workers + 1)
-        return prefetch_to_device(made, self.pairs.pipeline.device)
+        """Yield the inputs of every step from `step` on, on the device, without end.
 
-    def _make(self, step_and_rows: tuple[int, Tensor]) -> Batch:
-        """Read and decode the images of a step, randomly cropped with --augment, and pad its titles."""
-        step, rows_B = step_and_rows
+        On a CPU, the pixels of a step are valid until the next one is asked for.
+        """
+        return prefetch_to_device(self._batches(step), self.pairs.pipeline.device)
+
+    def _batches(self, first_step: int) -> Iterator[Batch]:
+        reader, size = self.pairs.pipeline.reader, self.order.size
+        largest = -(-min(self.order.batch_size, len(self.split)) // size)
+        feed = Feed(ToPixels(reader.spec, reader.max_pixels), reader, len(self.split) // size, lot=largest)
+        under_way = deque[Tensor]()  # the row numbers of steps that are being decoded
+
+        def groups() -> Iterator[list[tuple[int, Task]]]:
+            for step, rows_B in enumerate(self.order.from_step(first_step), first_step):
+                under_way.append(rows_B)
+                yield self._tasks(step, rows_B)
+
+        with closing(feed.lots(groups())) as lots:
+            for lot in lots:
+                yield self._make(under_way.popleft(), lot)
+
+    def _tasks(self, step: int, rows_B: Tensor) -> list[tuple[int, Task]]:
+        """Return the images of a step to be decoded, randomly cropped with --augment, by reference."""
         epoch = step // -(-len(self.split) // self.order.batch_size)
+        tasks = []
+        for row, image in zip(rows_B.tolist(), self.split.image_N[rows_B].tolist(), strict=True):
+            reference = int(self.pairs.example_D[image])
+            crop = (self.order.seed, epoch, row) if self.pairs.pipeline.reader.augment else None
+            tasks.append((reference, Task(self.pairs.catalogue.references[reference].as_py(), crop)))
+        return tasks
+
+    def _make(self, rows_B: Tensor, lot: Lot[int]) -> Batch:
+        """Return the batch of these rows: their decoded images, and their titles padded."""
+        require_pixels(lot, self.pairs.catalogue)
         image_B, title_B = self.split.image_N[rows_B], self.split.title_N[rows_B]
-        pixels = [self._pixels(epoch, row, image)
-                  for row, image in zip(rows_B.tolist(), image_B.tolist(), strict=True)]
-        if pixels:
-            pixels_BCSS = torch.from_numpy(np.stack(pixels))
-        else:
-            pixels_BCSS = torch.empty(0, 3, *self.pairs.pipeline.reader.spec.crop, dtype=torch.uint8)
+        pixels_BCSS = torch.from_numpy(lot.records)
         title, group_P = self._tokens(title_B), self.pairs.catalogue.title_group_P
         title_id_B = loss_ids(title_B, group_P)
         if self.split.negative_N is None:
@@ -121,12 +142,6 @@ class StreamedBatches:
         negative_BH = self.split.negative_N[rows_B]
         negative = self._tokens(negative_BH.clamp(min=0).T.flatten())
         return Batch(pixels_BCSS, title, negative, image_B, title_id_B, loss_ids(negative_BH, group_P))
-
-    def _pixels(self, epoch: int, row: int, image: int) -> np.ndarray:
-        reader = self.pairs.pipeline.reader
-        reference = self.pairs.catalogue.references[int(self.pairs.example_D[image])].as_py()
-        crop = partial(random_region, self.order.seed, epoch, row) if reader.augment else None
-        return reader.pixels(reference, crop)
 
     def _tokens(self, titles_B: Tensor) -> Tokens:
         ids = [self.pairs.token_ids[title] for title in titles_B.tolist()]

@@ -18,9 +18,10 @@ import numpy as np
 from data.batch import BadSample
 from data.catalogue import Catalogue, build_catalogue
 from data.check.findings import SEVERITIES, TINY, Finding
-from data.check.similar import LOOK, first_similar, picture_signature
-from data.cold import Reader, decode_distinct, is_url
+from data.check.similar import LOOK, ToSignature, first_similar
+from data.cold import decode_distinct
 from data.identity import distinct
+from data.images.reader import Reader, is_url
 from data.ledger import dropped_rows
 from data.sources.embedded import shown_name
 from data.sources.labels import class_codes
@@ -97,8 +98,7 @@ def _signatures(inputs: Catalogue, reader: Reader, log: Callable[[str], None]) -
     key_MK = np.zeros((M, KEY), np.uint8)
     looks_M = np.zeros(M, LOOK)
     problems: dict[int, BadSample] = {}
-    signature = partial(picture_signature, max_pixels=reader.max_pixels)
-    for result in decode_distinct(inputs, reader, range(M), lambda key: False, log, signature):
+    for result in decode_distinct(inputs, reader, range(M), ToSignature(reader.max_pixels), log):
         if result.problem is not None:
             problems[result.reference] = result.problem
         else:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -24,6 +26,18 @@ BANDS, FLIPS = 4, (0, *(1 << bit for bit in range(16)))
 SAME_CELL, SAME_MEAN = 20, 32  # levels of 255 by which cells may differ once exposure is evened out, and exposures may
 CHUNK = 1 << 18  # candidate pairs at a time, 2 MB an array
 SLICE = 1 << 14  # pairs whose cells are compared at a time, 12 MB an array
+
+
+@dataclass(frozen=True)
+class ToSignature:
+    """Decodes into the LOOK of an image, in whatever process pictures are decoded."""
+
+    max_pixels: int
+    record: ClassVar[np.dtype] = LOOK
+
+    def decode(self, data: bytes, key: bytes, crop: tuple[int, int, int] | None) -> np.ndarray:
+        """Return the LOOK. Raises BadSample."""
+        return picture_signature(data, self.max_pixels)
 
 
 def picture_signature(data: bytes, max_pixels: int) -> np.ndarray:

@@ -14,8 +14,8 @@ from PIL import Image
 
 from data.batch import BadSample
 from data.catalogue import Catalogue, Split
-from data.cold import Reader
 from data.images.decode import decode_whole
+from data.images.reader import Reader
 
 QUALITY = 78
 PNG_LEVEL = 1  # a sheet of small pictures takes a quarter of the time of Pillow's 6, and 1.2 times its bytes

@@ -5,18 +5,18 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
 from data.batch import BadSample
-from data.cold import Reader, is_url
-from data.images.decode import decode_image
-from data.prefetch import threaded_map
+from data.images.decode import ImageSpec, decode_image
+from data.images.feed import Feed, grouped
+from data.images.reader import Reader, is_url
+from data.images.worker import Outcome, Task
 from data.progress import Progress
 from data.shards.writer import ShardWriter
 from data.sources.embedded import shown_name
@@ -41,10 +41,8 @@ def pack(splits: Mapping[str, Rows], reader: Reader, out: Path, side: int,
             done = writer.done()
             pending = np.array([row for row in range(len(rows)) if _key(row) not in done], np.int64)
             progress = Progress(f"{name} rows", len(pending), log)
-            available = _available(rows, pending, reader)
-            images = threaded_map(partial(_image, rows, reader, side), available, reader.workers, 4 * reader.workers)
-            for row, image in zip(pending.tolist(), images, strict=True):
-                problem = image if isinstance(image, BadSample) else _write(writer, rows, row, image)
+            for row, outcome in _packed(rows, pending, reader, side, log):
+                problem = BadSample(*outcome.problem) if outcome.problem else _write(writer, rows, row, outcome.content)
                 progress(problem=problem)
                 if problem is not None:
                     ledger.append({"split": name, "row": row, "image": shown_name(rows.image[row].as_py()) or None,
@@ -97,20 +95,32 @@ def _available(rows: Rows, pending: np.ndarray, reader: Reader) -> Iterator[tupl
             yield row, BadSample(result.reason, result.detail) if result.reason else None
 
 
-def _image(rows: Rows, reader: Reader, side: int, available: tuple[int, BadSample | None]) -> bytes | BadSample:
-    """The bytes to store, once they are known to decode; a problem is returned, not raised, so that order is kept."""
-    row, problem = available
-    if problem is not None:
-        return problem
-    try:
-        data = reader.read(rows.image[row].as_py())
-        spec = replace(reader.spec, resize=side, crop=(side, side)) if side else reader.spec
-        pixels_CSS = decode_image(data, spec, reader.max_pixels)
-    except BadSample as bad:
-        return bad
-    if not side:
-        return data
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels_CSS.transpose(1, 2, 0))).save(
-        buffer, "jpeg", quality=QUALITY, subsampling=0)
-    return buffer.getvalue()
+def _packed(rows: Rows, pending: np.ndarray, reader: Reader, side: int,
+            log: Callable[[str], None]) -> Iterator[tuple[int, Outcome]]:
+    """Yield the pending rows in order, each with the bytes to store, once they are known to decode."""
+    spec = replace(reader.spec, resize=side, crop=(side, side)) if side else reader.spec
+    feed = Feed(ToStored(spec, reader.max_pixels, is_crop=side > 0), reader, len(pending), log)
+    tasks = ((row, problem or Task(rows.image[row].as_py())) for row, problem in _available(rows, pending, reader))
+    with closing(feed.lots(grouped(tasks, feed.lot))) as lots:
+        for lot in lots:
+            yield from zip(lot.tags, lot.outcomes, strict=True)
+
+
+@dataclass(frozen=True)
+class ToStored:
+    """Decodes a picture to know that it can be, and returns its bytes, or those of a JPEG of the crop."""
+
+    spec: ImageSpec
+    max_pixels: int
+    is_crop: bool
+    record: ClassVar[np.dtype] = np.dtype((np.uint8, (0,)))
+
+    def decode(self, data: bytes, key: bytes, crop: tuple[int, int, int] | None) -> bytes:
+        """Return the bytes to store. Raises BadSample."""
+        pixels_CSS = decode_image(data, self.spec, self.max_pixels)
+        if not self.is_crop:
+            return data
+        buffer = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(pixels_CSS.transpose(1, 2, 0))).save(
+            buffer, "jpeg", quality=QUALITY, subsampling=0)
+        return buffer.getvalue()

@@ -16,8 +16,10 @@ import torch
 from data.agreement import require_same_images
 from data.batch import ALONE, Team, share
 from data.catalogue import Catalogue, DecodeResults, build_catalogue, keys_and_usable
-from data.cold import Reader, decode_distinct
+from data.cold import decode_distinct
 from data.identity import TitleIds, clip_words, distinct
+from data.images.reader import Reader
+from data.images.worker import ToKey
 from data.ledger import discard
 from data.sources.labels import class_codes
 from data.sources.rows import Rows
@@ -47,7 +49,7 @@ class ContentReader:
         require_same_images(references, stats, self.reader, team)
         is_known = stats.known[own]
         results = DecodeResults()
-        for result in decode_distinct(inputs, self.reader, own[~is_known].tolist(), lambda key: True, self.log):
+        for result in decode_distinct(inputs, self.reader, own[~is_known].tolist(), ToKey(), self.log):
             results.add(result)
         key_MK, good_M = keys_and_usable(stats.exchange(results, own[is_known], team), M)
         for reference in np.flatnonzero(~good_M):

@@ -74,6 +74,10 @@ class FeatureStore:
             if self._verify(wanted & ~self._verified):
                 return rows
 
+    def sorted_keys(self) -> list[np.ndarray]:
+        """Return all keys as sorted arrays [n] S16; the values that belong to them are not verified."""
+        return [keys for keys, _ in self._index]
+
     def gather(self, rows: np.ndarray) -> Tensor:
         """Return values [n, width] of row numbers from `locate`, in a new CPU tensor; IndexError for any others."""
         out = torch.empty(len(rows), self.width, dtype=self.dtype)

@@ -19,8 +19,8 @@ import numpy as np
 
 from data.batch import Team
 from data.catalogue import DecodeResult, DecodeResults, keys_and_usable
-from data.cold import is_url
 from data.files import open_regular, replaced_file
+from data.images.reader import is_url
 from data.shards.index import is_range, parse_reference
 from data.shards.manifests import manifest_keys
 from data.store.segments import KEY

@@ -173,8 +173,8 @@ class ShardBatches:
             with closing(read_ahead(own, self._read, progress.end_of)) as read:
                 seed = f"{self.seed} {epoch} {repeat} {team.rank}"
                 shuffled = shuffle(map(progress.begin, read), self.shuffle_buffer, seed)
-                ahead = 2 * -(-self.batch_size // team.size)
-                with closing(decode(shuffled, reader, (self.seed, epoch), self._report, ahead)) as decoded:
+                pictures = self.samples // team.size
+                with closing(decode(shuffled, reader, (self.seed, epoch), self._report, pictures)) as decoded:
                     for item in decoded:
                         usable += item.pixels_CSS is not None
                         yield item

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from data.batch import BadSample, Batch, UserError
-from data.cold import Encoders, Reader
-from data.images.augment import random_region
-from data.images.decode import collate_tokens, decode_image, tokenize
-from data.prefetch import threaded_map
+from data.cold import Encoders
+from data.images.decode import collate_tokens, tokenize
+from data.images.feed import Feed, grouped
+from data.images.reader import Reader
+from data.images.worker import Task, ToPixels, content_number
 from data.shards.stream import ForwardFile, stream_samples
 from data.store.segments import key_of
 from data.stream.shards import open_shard
@@ -158,21 +159,21 @@ def shuffle(items: Iterable[Item], size: int, seed: str) -> Iterator[Item]:
 
 
 def decode(stream: Iterable[Sample], reader: Reader, crop_seed: tuple[int, int], report: Callable[[Sample, BadSample],
-           None], ahead: int) -> Generator[Decoded]:
-    """Decode in threads, in order, `ahead` samples before they are taken; with --augment a random crop of each.
+           None], pictures: int) -> Generator[Decoded]:
+    """Decode in order, ahead of what is taken; with --augment a random crop of each. `pictures` is about how many.
 
     `crop_seed` is seed and epoch; a crop is a function of both and of the image's content.
     """
-    def decode_one(sample: Sample) -> Decoded:
-        image_id = content_id(sample.image)
-        region = partial(random_region, *crop_seed, image_id) if reader.augment else None
-        try:
-            return Decoded(sample, image_id, decode_image(sample.image, reader.spec, reader.max_pixels, region))
-        except BadSample as problem:
-            report(sample, problem)
-            return Decoded(sample, image_id, None)
-
-    yield from threaded_map(decode_one, stream, reader.workers, ahead)
+    feed = Feed(ToPixels(reader.spec, reader.max_pixels), reader, pictures)
+    crop = (*crop_seed, None) if reader.augment else None
+    tasks = ((sample, Task(sample.image, crop)) for sample in stream)
+    with closing(feed.lots(grouped(tasks, feed.lot))) as lots:
+        for lot in lots:
+            for sample, outcome, pixels_CSS in zip(lot.tags, lot.outcomes, lot.records, strict=True):
+                image_id = content_number(outcome.key or key_of(sample.image))
+                if outcome.problem is not None:
+                    report(sample, BadSample(*outcome.problem))
+                yield Decoded(sample, image_id, None if outcome.problem else pixels_CSS.copy())
 
 
 def collate(batch: Sequence[Decoded], encoders: Encoders, crop: tuple[int, int], negatives: int) -> Batch:
@@ -205,7 +206,7 @@ def collate(batch: Sequence[Decoded], encoders: Encoders, crop: tuple[int, int],
 
 def content_id(data: bytes) -> int:
     """Return a number of 63 bits for a content; two contents share one with a chance of 1e-19."""
-    return int.from_bytes(key_of(data)[:8], "little") >> 1
+    return content_number(key_of(data))
 
 
 def count_negatives(shard: Generator[Sample], looked_at: int) -> int:

@@ -32,8 +32,8 @@ IMPORT_CLIP = "import transformers.models.clip.modeling_clip"
 IMPORT_TORCH = "import torch"
 EPOCHS = {2: (">= 6", ">= 9"), 20: (">= 38", "")}  # of the reference job: goals in fp32 and in bf16
 COUNT_DECODES = """
-import data.cold, engine.commands.train as train, json, run
-decode, encode, evaluate = data.cold.decode_image, data.inputs.encode_images, train.Evaluator.__call__
+import data.images.worker, data.inputs, engine.commands.train as train, json, run
+decode, encode, evaluate = data.images.worker.decode_image, data.inputs.encode_images, train.Evaluator.__call__
 decodes, opening, encoded = [], [], []
 def counted_decode(*args, **options):
     decodes.append(1)
@@ -45,7 +45,7 @@ def counted_encode(*args):
 def noted_evaluation(self, *args):
     evaluate(self, *args)
     opening.append(len(decodes))
-data.cold.decode_image, data.inputs.encode_images = counted_decode, counted_encode
+data.images.worker.decode_image, data.inputs.encode_images = counted_decode, counted_encode
 train.Evaluator.__call__ = noted_evaluation
 run.main({args!r})
 print(json.dumps([opening[0], encoded[-1]]))

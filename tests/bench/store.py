@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from data.catalogue import Catalogue, build_catalogue
-from data.cold import CHUNK, Reader, encode_missing_images, encode_missing_titles, encode_titles
+from data.cold import Reader, encode_missing_images, encode_missing_titles, encode_titles
 from data.identity import clip_words
 from data.images.decode import ImageSpec, decode_image, tokenize
+from data.images.feed import SMALL_LOT as LOT
 from data.sources.source import load_splits
 from data.sources.split import ContentReader, divide_lone_split
 from data.store.feature_split import StoredTable
@@ -66,7 +67,7 @@ class ColdPass:
         """On one core they cannot overlap, so their sum is the limit; a GPU would leave the slower of them."""
         for reference in self.references:
             decode_image(self.reader.read(reference), self.reader.spec)
-        for chunk in self.pixels.split(CHUNK):
+        for chunk in self.pixels.split(LOT):
             self.model.image(chunk)
         encode_titles(self.ids, 0, self.model.text, self.model.widths[1])
 

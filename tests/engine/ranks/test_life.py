@@ -49,7 +49,7 @@ PHASES = {  # what is made slow, how slow, and from which call on; when it says 
     "training": ("engine.train", "learning_rate", 0.05, 20),
     "evaluation": ("engine.run_folder.checkpoint", "Saver.record_evaluation", 60, 1),  # after the base model's
     "saving": ("engine.run_folder.checkpoint", "save_file", 1, 0),
-    "decoding": ("data.cold", "decode_image", 1, 0),
+    "decoding": ("data.images.worker", "decode_image", 1, 0),
 }
 
 

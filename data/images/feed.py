@@ -1,0 +1,274 @@
+"""Pictures in lots: read and decoded by worker processes or threads straight into memory that the consumer sees.
+
+    groups of tasks ─▶ pieces of 16 ─▶ threads, or processes (processes.py) ─▶ records of a lot, in the order of tasks
+
+A lot is a part of a ring in shared memory, so that handing it on copies nothing. Threads begin at once; where there are
+many pictures and several workers, processes take over as soon as they are up, since threads share Python's lock.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from data.batch import BadSample
+from data.images.processes import Backlog, Piece, Processes
+from data.images.reader import Reader
+from data.images.worker import MAX_WORKERS, NOTES, Job, Outcome, Spent, Task, do_task, records_in
+
+Item = TypeVar("Item")
+Tag = TypeVar("Tag")
+
+LOT, SMALL_LOT = 256, 64  # pictures handed on at once: of many, and of few, where a long first lot is a long wait
+MANY = 4096  # pictures
+PIECE = 16  # pictures that a worker takes at once: 20 ms of work where handing it out takes .1 ms
+MIN_PICTURES = 2048  # that processes are started for: loading their libraries takes 1.5 s of one core
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # "max PERIOD" or "QUOTA PERIOD"
+SHOWN_S = 5.0  # a feed that takes less says nothing of its rates
+
+
+def cores_of_rank() -> int:
+    """Return how many of the cores that this process may use are its share, beside the other ranks of the machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # a container's limit, which the affinity does not show
+        quota, period = map(int, CPU_LIMIT.read_text().split())
+        cores = min(cores, -(-quota // period))
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, cores // max(1, int(ranks) if ranks.isascii() and ranks.isdecimal() else 1))
+
+
+class Lot(NamedTuple, Generic[Tag]):
+    """Pictures in the order of their tasks."""
+
+    tags: list[Tag]  # what came with the tasks
+    outcomes: list[Outcome]
+    records: np.ndarray  # [n, …], of those that are filled; valid until the next lot is asked for
+
+
+@dataclass
+class Times:
+    """How long a feed has taken, and for what."""
+
+    pictures: int = 0
+    spent: Spent = field(default_factory=Spent)
+    waited: float = 0.0  # seconds that the consumer waited
+    total: float = 0.0
+    by: str = ""  # who decodes
+
+    def add(self, spent: Spent) -> None:
+        """Add what a worker has spent."""
+        self.spent.bytes += spent.bytes
+        self.spent.reading += spent.reading
+        self.spent.decoding += spent.decoding
+
+    @property
+    def waited_share(self) -> float:
+        """The share of the time that the consumer waited."""
+        return self.waited / self.total if self.total else 0.0
+
+    def describe(self) -> str:
+        """Return the rates of reading, decoding and handing on."""
+        mb = self.spent.bytes / 1e6
+        read, decoded = max(self.spent.reading, 1e-9), max(self.spent.decoding, 1e-9)
+        return (f"read {mb / read:,.0f} MB/s and decoded {self.pictures / decoded:,.0f}/s by each of {self.by}, "
+                f"{self.pictures / max(self.total, 1e-9):,.0f}/s handed on; waiting for pictures "
+                f"{self.waited_share:.0%}")
+
+
+class Feed:
+    """Decodes pictures by a job, about `pictures` of them in all, which decides on lots and processes."""
+
+    def __init__(self, job: Job, reader: Reader, pictures: int, log: Callable[[str], None] = lambda text: None,
+                 lot: int = 0, pinned: bool = False) -> None:
+        self.job, self.reader, self.log, self.pinned = job, reader, log, pinned and pictures >= MANY
+        self.lot = lot or (LOT if pictures >= MANY else SMALL_LOT)
+        self.workers = min(reader.workers, MAX_WORKERS)
+        self.use_processes = self.workers > 1 and cores_of_rank() > 1 and pictures >= MIN_PICTURES
+        self.slots = 2 + -(-2 * PIECE * self.workers // self.lot)  # one at the consumer's, two pieces for each worker
+        self.times = Times()
+
+    def lots(self, groups: Iterable[Iterable[tuple[Tag, Task | BadSample | np.ndarray]]]) -> Generator[Lot[Tag]]:
+        """Yield a lot for each group of at most `lot` tasks, in order.
+
+        A BadSample and a record that is already there are handed through.
+        """
+        with _Ring(self) as ring:
+            began = asked = time.perf_counter()
+            waiting = deque[_LotUnderWay[Tag]]()
+            slot = 0
+            for group in groups:
+                while waiting and (len(waiting) == self.slots - 1 or waiting[0].is_done()):
+                    lot = waiting.popleft().result()
+                    self._note_times(began, asked, lot)
+                    yield lot
+                    asked = time.perf_counter()
+                waiting.append(ring.begin(group, slot % self.slots))
+                slot += 1
+            while waiting:
+                lot = waiting.popleft().result()
+                self._note_times(began, asked, lot)
+                yield lot
+                asked = time.perf_counter()
+        self.times.total = asked - began
+        if self.times.total >= SHOWN_S:
+            self.log(f"pictures: {self.times.describe()}")
+
+    def _note_times(self, began: float, asked: float, lot: Lot[Tag]) -> None:
+        now = time.perf_counter()
+        self.times.waited += now - asked
+        self.times.total = now - began
+        self.times.pictures += len(lot.tags)
+
+
+class _LotUnderWay(Generic[Tag]):
+    """A lot of which some pieces may not be decoded."""
+
+    def __init__(self, records: np.ndarray) -> None:
+        self.records, self.tags, self.pieces = records, list[Tag](), list[Piece]()
+
+    def is_done(self) -> bool:
+        """Return whether nothing of it is still to be decoded."""
+        return all(piece.done.done() for piece in self.pieces)
+
+    def result(self) -> Lot[Tag]:
+        """Wait for all of it. Raises what a worker has raised."""
+        outcomes = list[Outcome]()
+        for piece in self.pieces:
+            piece.done.result()
+            outcomes += [piece.outcomes[place] for place in range(len(piece.outcomes))]
+        return Lot(self.tags, outcomes, self.records[: len(outcomes)])
+
+
+class _Ring:
+    """The memory of a feed, and the threads and processes that fill it; a context manager."""
+
+    def __init__(self, feed: Feed) -> None:
+        self.feed, self.backlog = feed, Backlog()
+        size = NOTES + feed.slots * feed.lot * feed.job.record.itemsize
+        self.descriptor, self.memory = shared_memory(size)
+        self.records = records_in(self.memory, feed.job)
+        self.processes: Processes | None = None
+        self._threads = list[threading.Thread]()
+
+    def __enter__(self) -> _Ring:
+        feed = self.feed
+        feed.times.by = f"{feed.workers} thread{'s' * (feed.workers > 1)}"
+        if feed.use_processes:
+            self.processes = Processes(self)
+            self.processes.start()
+        if feed.pinned:
+            register(self.memory)
+        self.start_threads()
+        return self
+
+    def start_threads(self) -> None:
+        """Let threads decode."""
+        self.backlog.set(for_threads=True)
+        for number in range(self.feed.workers):
+            self._threads.append(threading.Thread(target=self._decode, name=f"decode-{number}", daemon=True))
+            self._threads[-1].start()
+
+    def __exit__(self, *_: object) -> None:
+        self.backlog.set(closed=True)
+        if self.processes is not None:
+            self.processes.close()
+        for thread in self._threads:
+            thread.join()
+        if self.feed.pinned:
+            unregister(self.memory)
+        os.close(self.descriptor)
+
+    def begin(self, group: Iterable[tuple[Tag, Task | BadSample | np.ndarray]], slot: int) -> _LotUnderWay[Tag]:
+        """Hand out the tasks of a group, to be decoded into this part of the ring."""
+        first = slot * self.feed.lot
+        lot = _LotUnderWay[Tag](self.records[first : first + self.feed.lot])
+        for pairs in _batches(group, PIECE):
+            piece = Piece(first + len(lot.tags))
+            for place, (tag, task) in enumerate(pairs):
+                lot.tags.append(tag)
+                if isinstance(task, Task):
+                    piece.tasks[place] = task
+                elif isinstance(task, BadSample):
+                    piece.outcomes[place] = Outcome(b"", (task.reason, task.detail))
+                else:
+                    self.records[piece.start + place] = task
+                    piece.outcomes[place] = Outcome(b"", is_filled=True)
+            lot.pieces.append(piece)
+            self.backlog.put(piece)
+            if self.processes is not None:
+                self.processes.wake()
+        return lot
+
+    def _decode(self) -> None:
+        """Decode pieces in a thread."""
+        feed = self.feed
+        while (piece := self.backlog.wait()) is not None:
+            spent, outcomes = Spent(), dict[int, Outcome]()
+            try:
+                for place, task in piece.tasks.items():
+                    if self.backlog.closed:
+                        return
+                    outcomes[place] = do_task(task, feed.job, feed.reader, self.records, piece.start + place, spent)
+            except BaseException as error:  # is raised where the lot is taken
+                piece.done.set_exception(error)
+                continue
+            self.finish(piece, outcomes, spent)
+
+    def finish(self, piece: Piece, outcomes: dict[int, Outcome], spent: Spent) -> None:
+        """Set the outcomes of a piece."""
+        self.feed.times.add(spent)
+        piece.finish(outcomes)
+
+
+def shared_memory(size: int) -> tuple[int, mmap.mmap]:
+    """Return a descriptor and a mapping of memory without a name, which may be larger than what /dev/shm holds.
+
+    Raises OSError.
+    """
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("thumbtune-pictures")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.ftruncate(descriptor, size)
+    return descriptor, mmap.mmap(descriptor, size)
+
+
+def register(memory: mmap.mmap) -> None:
+    """Make memory page-locked for CUDA, so that copies to a GPU are fast and need no copy before them."""
+    pointer = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pointer, len(memory), 0))
+
+
+def unregister(memory: mmap.mmap) -> None:
+    """Undo `register`."""
+    pointer = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(pointer))
+
+
+def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    source = iter(items)
+    while batch := list(islice(source, size)):
+        yield batch
+
+
+def grouped(items: Iterable[Item], size: int) -> Iterator[Iterator[Item]]:
+    """Yield groups of `size` items as iterators, each to be used up before the next is asked for."""
+    source = iter(items)
+    for first in source:
+        yield chain([first], islice(source, size - 1))
+
+

@@ -1,0 +1,319 @@
+"""Worker processes of a feed: one thread of the main process hands out pieces, collects outcomes and buries the dead.
+
+A worker that dies, or is killed since it has not finished a picture in time, is replaced. The picture that it had in
+hand is unusable, as `decoder-crashed`; the others of its piece are decoded again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data.images.reader import Reader
+from data.images.worker import IDLE, Job, Outcome, Spent, Task, notes_in, stop_reason
+
+if TYPE_CHECKING:
+    from data.images.feed import _Ring
+
+HANG_S = 120  # seconds that one picture may take; the largest that is allowed by default takes one
+LOOK_S = 1.0  # seconds between two looks at what workers are doing
+QUEUED = 1 << 15  # bytes of a piece that a busy worker may be sent: more might not fit into its socket
+TRIES = 3  # workers that may end before they are ready
+START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); " \
+        "from data.images.worker import serve; serve(int(sys.argv[2]))"
+# Signals of a terminal or scheduler go to all processes of a group, and are for the main process to act on.
+LEFT_TO_MAIN = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
+
+
+class Piece:
+    """Tasks of consecutive records, decoded by one worker."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start  # the record of its first task
+        self.tasks: dict[int, Task] = {}  # by place in the piece; without those whose outcome is known
+        self.outcomes: dict[int, Outcome] = {}
+        self.done: Future[None] = Future()
+
+    @property
+    def size(self) -> int:
+        """Characters and bytes of its tasks' sources."""
+        return sum(len(task.source) for task in self.tasks.values())
+
+    def finish(self, outcomes: dict[int, Outcome]) -> None:
+        """Set the outcomes of the tasks that were left."""
+        self.outcomes |= outcomes
+        self.done.set_result(None)
+
+
+class Backlog:
+    """Pieces that wait for a worker."""
+
+    def __init__(self) -> None:
+        self._pieces = deque[Piece]()
+        self._changed = threading.Condition()
+        self.closed, self.for_threads = False, True
+
+    def put(self, piece: Piece, first: bool = False) -> None:
+        """Add a piece at the end, or as the first."""
+        with self._changed:
+            self._pieces.appendleft(piece) if first else self._pieces.append(piece)
+            self._changed.notify()
+
+    def take(self) -> Piece | None:
+        """Return the next piece, None where there is none."""
+        with self._changed:
+            return self._pieces.popleft() if self._pieces else None
+
+    def wait(self) -> Piece | None:
+        """Wait for a piece and return it; None when threads are to end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._pieces or self.closed or not self.for_threads)
+            return self._pieces.popleft() if self._pieces and self.for_threads and not self.closed else None
+
+    def set(self, closed: bool = False, for_threads: bool = True) -> None:
+        """Say that the feed is closed, or whether threads take part."""
+        with self._changed:
+            self.closed, self.for_threads = self.closed or closed, for_threads
+            self._changed.notify_all()
+
+
+class Server:
+    """The program that forks workers; started when it is first needed, and one for all feeds of this process."""
+
+    _current: Server | None = None
+    _starting = threading.Lock()
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        path = [str(Path(__file__).resolve().parents[2]), *sys.path]
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_MAIN)  # is inherited
+        try:
+            with theirs:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", START, json.dumps(path), str(theirs.fileno())], stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()], env={**os.environ, **one_thread, "CUDA_VISIBLE_DEVICES": ""})
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._socket, self._requests = ours, Connection(os.dup(ours.fileno()))
+        self._lock = threading.Lock()
+        self._feeds = 0
+
+    @classmethod
+    def get(cls) -> Server:
+        """Return the server of this process, which may still be loading. Raises OSError."""
+        with cls._starting:
+            if cls._current is None or cls._current.process.poll() is not None:
+                cls._current = Server()
+            return cls._current
+
+    def open(self, job: Job, reader: Reader, memory: int) -> int:
+        """Return the number of a new feed. Raises OSError."""
+        with self._lock:
+            self._feeds += 1
+            self._requests.send(("open", self._feeds, 0))
+            self._requests.send((job, reader))
+            socket.send_fds(self._socket, [b"."], [memory])
+            return self._feeds
+
+    def start(self, feed: int, number: int) -> Connection:
+        """Have a worker forked; return this end of its socket. Raises OSError."""
+        ours, theirs = socket.socketpair()
+        with self._lock, theirs:
+            self._requests.send(("start", feed, number))
+            socket.send_fds(self._socket, [b"."], [theirs.fileno()])
+        return Connection(ours.detach())
+
+    def exit_code(self, process: int) -> int | None:
+        """Wait for a worker that is ending; None where the server has ended itself."""
+        try:
+            with self._lock:
+                self._requests.send(("status", 0, process))
+                return int(self._requests.recv())
+        except (EOFError, OSError):
+            return None
+
+    def close(self, feed: int) -> None:
+        """End a feed; its workers end with their sockets."""
+        with suppress(OSError), self._lock:
+            self._requests.send(("close", feed, 0))
+
+    @classmethod
+    def stop(cls) -> None:
+        """End the server of this process, if there is one."""
+        with cls._starting:
+            if cls._current is not None:
+                cls._current._requests.close()
+                cls._current._socket.close()
+                cls._current.process.wait()
+                cls._current = None
+
+
+class _Worker:
+    """A worker process as the main process sees it."""
+
+    def __init__(self, number: int, connection: Connection) -> None:
+        self.number, self.connection = number, connection
+        self.process = 0  # known when it is ready
+        self.pieces = deque[Piece]()  # the first is being decoded
+        self.seen, self.seen_for = (0, IDLE), 0.0  # the latest note, and for how many seconds it has been the same
+        self.hangs = False
+
+    def kill(self) -> None:
+        """End the process; it is known when it is ready."""
+        if self.process:
+            with suppress(ProcessLookupError):
+                os.kill(self.process, signal.SIGKILL)
+
+
+class Processes:
+    """The worker processes of a feed."""
+
+    def __init__(self, ring: _Ring) -> None:
+        self.ring, self.backlog, self.notes = ring, ring.backlog, notes_in(ring.memory)
+        self._workers: dict[Connection, _Worker] = {}
+        self._awake, self._wake = socket.socketpair()
+        self._wake.setblocking(False)
+        self._awake.setblocking(False)
+        self._early = 0  # deaths of workers that were not ready
+        self._closed = False
+        self._feed = 0
+        self._thread = threading.Thread(target=self._run, name="decoding-processes", daemon=True)
+
+    def start(self) -> None:
+        """Begin to start processes."""
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Say that there is a new piece."""
+        with suppress(BlockingIOError):
+            self._wake.send(b".")
+
+    def close(self) -> None:
+        """End the processes."""
+        self._closed = True
+        self.wake()
+        self._thread.join()
+        self._wake.close()
+        self._awake.close()
+
+    def _run(self) -> None:
+        server = None
+        try:
+            server = self._server = Server.get()
+            self._feed = server.open(self.ring.feed.job, self.ring.feed.reader, self.ring.descriptor)
+            for number in range(self.ring.feed.workers):
+                self._start(number)
+            looked = time.monotonic()
+            while not self._closed:
+                for end in wait([self._awake, *self._workers], LOOK_S):
+                    if isinstance(end, Connection):
+                        self._hear(self._workers[end])
+                    else:
+                        self._empty_wake()
+                self._hand_out()
+                if (now := time.monotonic()) - looked >= LOOK_S:
+                    self._look_for_hangs()
+                    looked = now
+        except Exception as error:  # whatever it is, the run goes on
+            self._fall_back(f"{type(error).__name__}: {error}")
+        finally:
+            for worker in self._workers.values():
+                worker.kill()
+                worker.connection.close()
+            if server is not None and self._feed:
+                server.close(self._feed)
+
+    def _empty_wake(self) -> None:
+        with suppress(BlockingIOError):
+            self._awake.recv(1 << 12)
+
+    def _start(self, number: int) -> None:
+        self.notes[number] = 0, IDLE
+        worker = _Worker(number, self._server.start(self._feed, number))
+        self._workers[worker.connection] = worker
+
+    def _hear(self, worker: _Worker) -> None:
+        """Take a message of a worker, or the news that it has ended."""
+        try:
+            message = worker.connection.recv()
+        except (EOFError, OSError):
+            self._bury(worker)
+            return
+        if isinstance(message, int):
+            worker.process = message
+            self.ring.feed.times.by = f"{self.ring.feed.workers} processes"
+            self.backlog.set(for_threads=False)
+            return
+        piece = worker.pieces.popleft()
+        if isinstance(message, Exception):
+            piece.done.set_exception(message)
+        else:
+            self.ring.finish(piece, *message)
+
+    def _hand_out(self) -> None:
+        """Send pieces to ready workers: to each one, and a small one to begin with as soon as that is done."""
+        for already in (0, 1):
+            for worker in [*self._workers.values()]:
+                if worker.process and len(worker.pieces) == already and (piece := self.backlog.take()) is not None:
+                    if already and piece.size > QUEUED:
+                        self.backlog.put(piece, first=True)
+                        return
+                    worker.pieces.append(piece)
+                    with suppress(OSError):  # it has ended, which its socket says next
+                        worker.connection.send((piece.start, piece.tasks))
+
+    def _look_for_hangs(self) -> None:
+        """Kill workers that are at one picture for HANG_S, not counting the time in which this process was stopped."""
+        for worker in self._workers.values():
+            note = int(self.notes[worker.number, 0]), int(self.notes[worker.number, 1])
+            worker.seen_for = worker.seen_for + LOOK_S if note == worker.seen and note[1] != IDLE else 0.0
+            worker.seen = note
+            if worker.seen_for >= HANG_S and not worker.hangs:
+                worker.hangs = True
+                worker.kill()
+
+    def _bury(self, worker: _Worker) -> None:
+        """Replace a worker that has ended, and name the picture that it had in hand."""
+        del self._workers[worker.connection]
+        worker.connection.close()
+        status = self._server.exit_code(worker.process) if worker.process else None
+        place = int(self.notes[worker.number, 1])
+        if status is not None and worker.pieces and place != IDLE:
+            detail = f"did not end within {HANG_S} s" if worker.hangs else stop_reason(status)
+            piece = worker.pieces[0]
+            del piece.tasks[place]
+            piece.outcomes[place] = Outcome(b"", ("decoder-crashed", f"the process that decoded it {detail}"))
+            if not piece.tasks:
+                self.ring.finish(worker.pieces.popleft(), {}, Spent())
+        elif status is None:
+            self._early += 1
+        for piece in reversed(worker.pieces):
+            self.backlog.put(piece, first=True)
+        if self._early >= TRIES:
+            raise OSError("they end at once")
+        self._start(worker.number)
+
+    def _fall_back(self, reason: str) -> None:
+        """Let threads decode from now on."""
+        if self._closed:
+            return
+        self.ring.feed.log(f"decoding in processes is not possible here ({reason}): threads decode")
+        for worker in self._workers.values():
+            worker.kill()
+            for piece in reversed(worker.pieces):
+                self.backlog.put(piece, first=True)
+        if not self.backlog.for_threads:
+            self.ring.start_threads()

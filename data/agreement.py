@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data.batch import AgreedError, BadSample, Team
-from data.cold import Reader, is_url
+from data.images.reader import Reader, is_url
 from data.sources.rows import Rows, digest_column
 from data.store.segments import key_of
 from data.store.stat_cache import StatCache

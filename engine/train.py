@@ -81,7 +81,7 @@ def loop(step: Callable[[Inputs, int, float], tuple[Tensor, Tensor]], stream: It
         save_now = plan.due(state.step, cfg.save_every) or evaluate_now or state.stopped
         if plan.due(state.step, cfg.log_every) or save_now:
             # Nothing waits for the device but this flush before a checkpoint, and stop_signal about once a second.
-            callbacks.check_gradients(log.flush(wait=save_now))
+            callbacks.check_gradients(log.flush(wait=bool(save_now)))
         if save_now:  # before the evaluation, which a signal may cut off
             with log.pause_step_clock("checkpoint"):
                 callbacks.save_checkpoint(state)

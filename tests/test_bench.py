@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
-from bench import gpu
+from bench import gpu, jobs
 from bench.harness import Bench, Figure, Race, amount
 from bench.inputs import image_flops, random_clip
 from stand_in import GPU, stand_in
@@ -29,6 +30,11 @@ def test_figures_know_whether_they_reach_their_goal(tmp_path: Path) -> None:
     assert "not measured: one core" in bench.table() and bench.as_json()[0]["values"] == [3.0, 5.0, 4.0]
     assert (bench.figures[-1].ours, bench.figures[-1].against) == ("0.2 x/s", "0.1 x/s")
     assert amount(0.0021) == "2.1 ms" and amount(2.0, 10, "pairs") == "5 pairs/s"
+
+
+def test_the_parts_of_a_warm_train_are_functions_that_it_has() -> None:
+    """A renamed function would end the measurement."""
+    assert all(callable(resolve_name(name)) for names in jobs.PARTS.values() for name in names)
 
 
 def test_flops_of_an_image_are_those_of_its_products() -> None:

@@ -62,6 +62,53 @@ build_catalogue(rows)
 peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 print(json.dumps([loaded - start, time.process_time() - loaded, peak]))
 """
+# Parts of a warm train and the functions that do them; a function inside another counts for its own part alone.
+PARTS = {
+    "rows of the dataset": ["engine.commands.train.open_source"],
+    "model": ["engine.commands.train.load_model"],
+    "identity of images and titles, stored features": ["engine.commands.train.open_data"],
+    "opening TensorBoard and logs": ["engine.commands.train.Log"],
+    "evaluations, intervals and tests": ["engine.commands.train.evaluate_splits", "engine.commands.train.summaries",
+                                         "engine.commands.train.differences"],
+    "answers, pictures and projector": ["eval.report.show.AnswerLog.record"],
+    "checkpoints": ["engine.run_folder.checkpoint.Saver.save"],
+    "steps and their log": ["engine.commands.train.fit"],
+    "exported model and card": ["engine.commands.train.export", "engine.publish.export.Origin.of"],
+    "report page": ["engine.commands.train.write_run_report"],
+}
+TIME_PARTS = """
+import atexit, gc, time
+gc.set_threshold(100_000)  # as run.py does
+atexit.register(gc.freeze)
+import torch
+seconds = {{"import torch": time.process_time()}}
+import json, sys, run
+from functools import wraps
+from pkgutil import resolve_name
+import engine.commands.train
+seconds["our own modules"] = time.process_time() - seconds["import torch"]
+inner = [0.0]
+def count(part, function):
+    @wraps(function)
+    def counted(*args, **options):
+        start = time.process_time()
+        inner.append(0.0)
+        try:
+            return function(*args, **options)
+        finally:
+            taken = time.process_time() - start
+            seconds[part] = seconds.get(part, 0.0) + taken - inner.pop()
+            inner[-1] += taken
+    return counted
+for part, names in {parts!r}.items():
+    for name in names:
+        owner, _, attribute = name.rpartition(".")
+        setattr(resolve_name(owner), attribute, count(part, getattr(resolve_name(owner), attribute)))
+before = time.process_time()
+code = run.main({args!r})
+seconds["the rest of the run"] = time.process_time() - before - inner[0]
+print(json.dumps(seconds))
+"""
 SPACE = "lr=1e-3,3e-3,1e-2 epochs=2,5 loss=image-to-text,symmetric"
 
 
@@ -204,6 +251,22 @@ def warm_jobs(bench: Bench) -> None:
                                  ("P14", "warm search of a new title", "<= 4", jobs.search)):
         what = f"{what} ({jobs.model.name}, {jobs.dataset.name} pairs), against python -c 'import torch'"
         bench.race(Race(row, what, goal, arm, partial(python, IMPORT_TORCH), cost=True, rounds=3, clock=children_cpu))
+
+
+def warm_parts(bench: Bench) -> None:
+    """Parts of P13: CPU seconds of a warm train by what they are spent on; median of three runs."""
+    jobs = stored_jobs(bench)
+    jobs.train()
+    runs = []
+    for _ in range(1 if bench.quick else 3):
+        out = str(bench.scratch / f"parts-{next(jobs.numbers)}")
+        args = ["train", "--model", str(jobs.model), "--epochs", "2", "--out", out, "--quiet", *jobs.data]
+        start = children_cpu()
+        seconds = json.loads(python(TIME_PARTS.format(parts=PARTS, args=args))[0].splitlines()[-1])
+        seconds["start and end of Python"] = children_cpu() - start - sum(seconds.values())
+        runs.append(seconds)
+    for part in runs[0]:
+        bench.add(Figure("parts", f"of a warm train: {part}: CPU s", values=[seconds[part] for seconds in runs]))
 
 
 def sweep(bench: Bench) -> None:

@@ -160,7 +160,8 @@ def test_the_loss_multiplies_in_bf16_on_a_gpu_in_bf16_alone(monkeypatch: pytest.
     layer, cfg, plan = nn.Linear(2, 2), Config(cuda_graph="off"), Plan(4, 4, 1)
     for device, precision in ((GPU, torch.bfloat16), (GPU, torch.float32), (GPU, torch.float16), (CPU, torch.bfloat16)):
         replica = train.Replica(layer, adamw(layer.parameters(), 0.1, 0.0), World(0, 0, 1, device), precision)
-        batches = FeatureSplit(*torch.ones(2, 4, 2), torch.arange(4), torch.arange(4)).batches(4, 0)
+        table, ids = torch.ones(4, 2), torch.arange(4)
+        batches = FeatureSplit(table, table, ids, ids).batches(4, 0)
         train.fit(replica, batches, plan, State(step=plan.steps), cfg, train.Callbacks())
     assert seen == [torch.bfloat16, None, None, None]
 

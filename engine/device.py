@@ -40,10 +40,10 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        if wanted == "cuda":
-            raise UserError(f"--device cuda: {why_no_cuda() or 'no CUDA device is visible'}; or use --device cpu")
         if reason := why_no_cuda():
-            raise UserError(f"--device auto: there is an NVIDIA device, and {reason}; or use --device cpu")
+            raise UserError(f"--device {wanted}: there is an NVIDIA device, and {reason}; or use --device cpu")
+        if wanted == "cuda":
+            raise UserError("--device cuda: no CUDA device is visible; use --device cpu")
         return torch.device("cpu")
     visible = torch.cuda.device_count()
     if visible == 1:

@@ -20,7 +20,7 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differe
 
 from data.batch import UserError
 
-MAX_LOGITS = {"cpu": 3 << 19, "cuda": 1 << 24}  # logits per chunk, by device; a batch with fewer is one chunk
+MAX_LOGITS = {"cpu": 3 << 19, "cuda": 1 << 26}  # logits per chunk, by device; a batch with fewer is one chunk
 IGNORED_LOGIT = -1e30  # exp of it is 0, as of -inf, but 0 times it is 0 and not NaN
 SIGMOID_BIAS = -10.0  # Zhai et al. 2023, section 3.2; constant, see `sigmoid`
 
@@ -83,6 +83,7 @@ class Objective:
     loss: str = "image-to-text"  # a key of LOSSES; "symmetric" adds the text-to-image direction
     duplicates: str = "mask"
     hardness: float = 0.0  # added to the logits of negatives: hardness * cosine, without gradient
+    products: torch.dtype | None = None  # of the factors of matrix products, summed in fp32; None: the embeddings'
 
     def sum_over_rows(self, query_BE: Tensor, candidates: Candidates, scale: Tensor, first_row: int) -> Tensor:
         """Return the loss of the queries, summed; the right answer of query i is candidate first_row + i.
@@ -98,7 +99,7 @@ class Objective:
                 logits_RC.masked_fill_(ignored_RC, IGNORED_LOGIT)
             return LOSSES[self.loss](logits_RC, target_RC, ignored_RC)
 
-        return chunked(loss_of_chunk, scale * query_BE, candidates.embedding_CE)
+        return chunked(loss_of_chunk, scale * query_BE, candidates.embedding_CE, self.products)
 
     def targets(self, candidates: Candidates, own: int, rows: int) -> tuple[Tensor, Tensor]:
         """Return the target probabilities and the ignored candidates, both [rows, C], the latter bool.
@@ -120,7 +121,8 @@ class Objective:
         return target_RC, same_RC.logical_or_(absent_C)
 
 
-def chunked(loss_of_chunk: Callable[[Tensor, int], Tensor], query_BE: Tensor, candidate_CE: Tensor) -> Tensor:
+def chunked(loss_of_chunk: Callable[[Tensor, int], Tensor], query_BE: Tensor, candidate_CE: Tensor,
+            products: torch.dtype | None = None) -> Tensor:
     """Return the sum of `loss_of_chunk(logits_RC, first row)` over chunks of the logits query_BE @ candidate_CE.T.
 
     One chunk is left to autograd. With more, each one's gradient is computed right after its loss, so that only one
@@ -128,8 +130,36 @@ def chunked(loss_of_chunk: Callable[[Tensor, int], Tensor], query_BE: Tensor, ca
     """
     rows = max(1, MAX_LOGITS[query_BE.device.type] // len(candidate_CE))
     if len(query_BE) <= rows:
-        return loss_of_chunk(query_BE @ candidate_CE.T, 0)
-    return _Chunked.apply(query_BE, candidate_CE, loss_of_chunk, rows)
+        logits_BC = query_BE @ candidate_CE.T if products is None else _Logits.apply(query_BE, candidate_CE, products)
+        return loss_of_chunk(logits_BC, 0)
+    return _Chunked.apply(query_BE, candidate_CE, loss_of_chunk, rows, products)
+
+
+def multiply(left_RX: Tensor, right_XC: Tensor) -> Tensor:
+    """Return the matrix product; that of half-precision factors in fp32, in which a GPU's tensor cores add them up."""
+    if left_RX.dtype.itemsize >= 4:
+        return left_RX @ right_XC
+    if left_RX.is_cuda:
+        return torch.mm(left_RX, right_XC, out_dtype=torch.float32)
+    return left_RX.float() @ right_XC.float()
+
+
+class _Logits(torch.autograd.Function):
+    """query_BE @ candidate_CE.T with factors in half precision, forwards and backwards."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, query_BE: Tensor, candidate_CE: Tensor, products: torch.dtype) -> Tensor:
+        low_query_BE, low_candidate_CE = query_BE.to(products), candidate_CE.to(products)
+        ctx.save_for_backward(low_query_BE, low_candidate_CE)
+        return multiply(low_query_BE, low_candidate_CE.T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: BackwardCFunction, grad_BC: Tensor) -> tuple[Tensor, Tensor, None]:
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        query_BE, candidate_CE = saved
+        low_grad_BC = grad_BC.to(query_BE.dtype)
+        return multiply(low_grad_BC, candidate_CE), multiply(low_grad_BC.T, query_BE), None
 
 
 class _Chunked(torch.autograd.Function):
@@ -137,27 +167,34 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, query_BE: Tensor, candidate_CE: Tensor,
-                loss_of_chunk: Callable[[Tensor, int], Tensor], rows: int) -> Tensor:
+                loss_of_chunk: Callable[[Tensor, int], Tensor], rows: int, products: torch.dtype | None) -> Tensor:
         total = query_BE.new_zeros(())
         query_grad_BE, candidate_grad_CE = torch.empty_like(query_BE), torch.zeros_like(candidate_CE)
         with torch.enable_grad():
             if loss_of_chunk(query_BE.new_zeros(0, len(candidate_CE)), 0).requires_grad:
                 raise UserError("a loss computed in chunks has a gradient by its logits alone, and this one depends on "
                                 "another trained tensor; raise MAX_LOGITS in engine/loss.py above the logits of a step")
+        factors = products or query_BE.dtype
+        candidate_CE = candidate_CE.to(factors)
         for low in range(0, len(query_BE), rows):
-            query_RE = query_BE[low : low + rows]
-            logits_RC = (query_RE @ candidate_CE.T).requires_grad_()
+            query_RE = query_BE[low : low + rows].to(factors)
+            logits_RC = multiply(query_RE, candidate_CE.T).requires_grad_()
             with torch.enable_grad():
                 loss = loss_of_chunk(logits_RC, low)
             (grad_RC,) = torch.autograd.grad(loss, logits_RC)
             total += loss.detach()
-            torch.mm(grad_RC, candidate_CE, out=query_grad_BE[low : low + rows])
-            candidate_grad_CE.addmm_(grad_RC.T, query_RE)
+            grad_RC = grad_RC.to(factors)
+            if products is None:  # without another [R, E] and [C, E] a chunk
+                torch.mm(grad_RC, candidate_CE, out=query_grad_BE[low : low + rows])
+                candidate_grad_CE.addmm_(grad_RC.T, query_RE)
+            else:
+                query_grad_BE[low : low + rows] = multiply(grad_RC, candidate_CE)
+                candidate_grad_CE += multiply(grad_RC.T, query_RE)
         ctx.save_for_backward(query_grad_BE, candidate_grad_CE)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: BackwardCFunction, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: BackwardCFunction, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         query_grad_BE, candidate_grad_CE = (saved * grad for saved in ctx.saved_tensors)
-        return query_grad_BE, candidate_grad_CE, None, None
+        return query_grad_BE, candidate_grad_CE, None, None, None

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.batch import UserError
+from eval.banded import BandedRanks, has_fast_half
 from eval.distinct import Distinct
 from eval.intervals import Interval, PairedTest, Units, mean_interval, median_interval, paired_test, share_interval
 
@@ -40,21 +41,22 @@ def retrieval_ranks(image_UE: Tensor, title_WE: Tensor, distinct: Distinct, chun
     Embeddings are L2-normalised, so that a score is a cosine. `chunk` is the tile (R images, C titles), rounded up to
     multiples of 64. `shard` (index, count) takes every count-th tile from the index-th on, and `all_reduce` sums the
     counts of all shards: integers, so their number changes nothing. Raises NotFinite for NaN or infinity.
+
+    On a GPU from Ampere on, products run in fp16, and what is close to a threshold is computed again: eval/banded.py.
     """
+    if has_fast_half(image_UE.device) and torch.float64 not in (image_UE.dtype, title_WE.dtype):
+        return _banded_ranks(image_UE, title_WE, distinct, chunk, shard, all_reduce)
     sizes, on_cpu = (len(image_UE), len(title_WE)), image_UE.device.type == "cpu"
-    limits = chunk or (CPU_TILE if on_cpu else ACCELERATOR_TILE)
-    tile = [math.ceil(min(limit, size) / BLOCK) * BLOCK for limit, size in zip(limits, sizes, strict=True)]
+    tile = _tile(chunk or (CPU_TILE if on_cpu else ACCELERATOR_TILE), sizes)
     scores = _Scores(image_UE, title_WE, distinct, [BLOCK, BLOCK] if on_cpu else tile)
     best_U, best_W = scores.best_right()
-    if not bool(best_U.isfinite().all() & best_W.isfinite().all()):
-        raise NotFinite("the model's embeddings hold NaN or infinity; use an earlier checkpoint or another model")
+    _require_finite(best_U, best_W)
 
     rank_U, rank_W = (torch.zeros_like(order) for order in (scores.order_U, scores.order_W))
     right = scores.pairs_by(tile)
     tile_RC = best_U.new_empty(tile)
-    corners = [(row, col) for row in range(0, sizes[0], tile[0]) for col in range(0, sizes[1], tile[1])]
     image_row = -1
-    for row, col in corners[shard[0]::shard[1]]:
+    for row, col in _corners(sizes, tile)[shard[0]::shard[1]]:
         if row != image_row:
             image_RE, image_row = scores.images(row, tile[0]), row
         scores_RC = scores.of(image_RE, col, tile_RC)[:sizes[0] - row, :sizes[1] - col]
@@ -65,6 +67,36 @@ def retrieval_ranks(image_UE: Tensor, title_WE: Tensor, distinct: Distinct, chun
         _count_at_least(scores_RC, best_U[rows], best_W[cols], rank_U[rows], rank_W[cols])
     counts = all_reduce(torch.cat([rank_U, rank_W]))
     return counts[:sizes[0]][scores.order_U.argsort()], counts[sizes[0]:][scores.order_W.argsort()]
+
+
+def _banded_ranks(image_UE: Tensor, title_WE: Tensor, distinct: Distinct, chunk: tuple[int, int] | None,
+                  shard: tuple[int, int], all_reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Do `retrieval_ranks` with low-precision products and an exact recount."""
+    sizes = len(image_UE), len(title_WE)
+    with torch.autocast(image_UE.device.type, enabled=False):
+        ranks = BandedRanks(_at_least_fp32(image_UE), _at_least_fp32(title_WE), distinct)
+        _require_finite(ranks.best_U, ranks.best_W)
+        tile = _tile(chunk or ranks.tile(), sizes)
+        for row, col in _corners(sizes, tile)[shard[0]::shard[1]]:
+            ranks.add_tile(row, col, tile)
+    counts = all_reduce(torch.cat([ranks.rank_U, ranks.rank_W]))
+    return counts[:sizes[0]], counts[sizes[0]:]
+
+
+def _tile(limits: tuple[int, int], sizes: tuple[int, int]) -> list[int]:
+    """The sides of a tile: the limits or, where there are fewer items, those, in whole blocks."""
+    return [math.ceil(min(limit, size) / BLOCK) * BLOCK for limit, size in zip(limits, sizes, strict=True)]
+
+
+def _corners(sizes: tuple[int, int], tile: list[int]) -> list[tuple[int, int]]:
+    """The first row and column of every tile."""
+    return [(row, col) for row in range(0, sizes[0], tile[0]) for col in range(0, sizes[1], tile[1])]
+
+
+def _require_finite(best_U: Tensor, best_W: Tensor) -> None:
+    """Raise NotFinite unless every best right score is a number; each image and title has one."""
+    if not bool(best_U.isfinite().all() & best_W.isfinite().all()):
+        raise NotFinite("the model's embeddings hold NaN or infinity; use an earlier checkpoint or another model")
 
 
 def _count_at_least(scores_RC: Tensor, best_R: Tensor, best_C: Tensor, rank_R: Tensor, rank_C: Tensor) -> None:

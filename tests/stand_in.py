@@ -30,6 +30,7 @@ INDEXED = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)  
 ASKS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.is_nonzero.default,
         aten.masked_select.default, aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default,
         aten.repeat_interleave.Tensor, aten.bincount.default)
+EMULATED = {aten.mm.dtype: lambda left, right, dtype: left.to(dtype) @ right.to(dtype)}  # kernels that a CPU lacks
 
 
 class OnGPU(torch.Tensor):
@@ -91,7 +92,7 @@ def launch(kernel: Any, args: Any, kwargs: dict[str, Any], syncs: list[str]) -> 
     here_too = {**kwargs, **({"device": torch.device("cpu")} if wanted is not None else {})}
     pin = here_too.pop("pin_memory", False)
     bare_args, bare_kwargs = tree_map(plain, (args, here_too))
-    out = kernel(*bare_args, **bare_kwargs)
+    out = EMULATED.get(kernel, kernel)(*bare_args, **bare_kwargs)
     if pin:
         out.pinned = True
     if there if wanted is None else wanted == GPU:

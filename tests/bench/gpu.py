@@ -18,7 +18,7 @@ from torch import Tensor
 from data.batch import CachedBatches
 from data.cold import encode_missing_images
 from data.store.features import FeatureStore
-from engine.clip.encoder import BatchedEncoder
+from engine.clip.encoder import GRAPH_AFTER, BatchedEncoder
 from engine.clip.model import ModelOptions, build_model
 from engine.cuda_graph import MIN_STEPS, WARMUP_STEPS
 from eval.distinct import Distinct
@@ -70,7 +70,8 @@ def tower_rate(model: Model, device: torch.device, compiled: str, calls: int) ->
     """The same of the image tower, in batches as `BatchedEncoder` takes them."""
     encode = BatchedEncoder(model.parts.towers.image, device, model.parts.precision, compiled)
     pixels = noise_pixels(encode.batch).to(device)
-    encode(pixels)  # compiles
+    for _ in range(GRAPH_AFTER + 1):  # eager at first, then compiles or captures
+        encode(pixels)
     taken = median(seconds(partial(encode, pixels), device) for _ in range(calls))
     return len(pixels) * image_flops(model.parts.clip.config.vision_config) / taken
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import inside
+from helpers import inside, noting
 from torch import nn
 
 from data.batch import Features, RunFailed, UserError
+from data.store.feature_split import FeatureSplit
 from engine import device as module
 from engine import train
 from engine.commands import common
@@ -24,8 +25,9 @@ from engine.device import (
     pick_precision,
 )
 from engine.loss import Objective
-from engine.optim import adamw
+from engine.optim import Plan, adamw
 from engine.ranks.world import World
+from engine.run_folder.checkpoint import State
 from engine.run_folder.profiler import Profiler
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -149,6 +151,19 @@ def test_beside_fp16_towers_small_gradients_survive(monkeypatch: pytest.MonkeyPa
     inputs = Features(torch.randn(3, 4), torch.randn(3, 4), None, ids, ids, None)
     train.Step(replica, Objective(), 1.0, Profiler())(inputs, 3, 0.1)
     assert dtypes == {torch.float32}
+
+
+def test_the_loss_multiplies_in_bf16_on_a_gpu_in_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32, which a user asks for by name, and on a CPU, which has no such products with fp32 sums, it does not."""
+    seen: list[torch.dtype | None] = []
+    monkeypatch.setattr(train, "Objective", noting(Objective, lambda *args: seen.append(args[3])))
+    layer, cfg, plan = nn.Linear(2, 2), Config(cuda_graph="off"), Plan(4, 4, 1)
+    for device, precision in ((GPU, torch.bfloat16), (GPU, torch.float32), (GPU, torch.float16), (CPU, torch.bfloat16)):
+        replica = train.Replica(layer, adamw(layer.parameters(), 0.1, 0.0), World(0, 0, 1, device), precision)
+        table, ids = torch.ones(4, 2), torch.arange(4)
+        batches = FeatureSplit(table, table, ids, ids).batches(4, 0)
+        train.fit(replica, batches, plan, State(step=plan.steps), cfg, train.Callbacks())
+    assert seen == [torch.bfloat16, None, None, None]
 
 
 @pytest.mark.parametrize(("error", "says"), [

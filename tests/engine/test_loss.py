@@ -182,6 +182,31 @@ def test_gradient_is_the_slope(kind: Objective, monkeypatch: pytest.MonkeyPatch)
     assert torch.autograd.gradcheck(value, tuple(part.requires_grad_() for part in inputs))
 
 
+@pytest.mark.parametrize("max_logits", [1 << 20, 90])  # one chunk; two rows each
+def test_half_precision_products_round_their_factors_and_nothing_else(max_logits: int,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """A logit rounded to bf16 is off by .06 at 20, which would drown the loss of a well-trained model."""
+    monkeypatch.setitem(losses.MAX_LOGITS, "cpu", max_logits)
+    torch.manual_seed(7)
+    query, candidate = (F.normalize(torch.randn(rows, 64), dim=-1).requires_grad_() for rows in (20, 40))
+    ids = torch.arange(40) // 2
+    titles, scale = Candidates(candidate, ids, ids), torch.tensor(16.0)  # a power of 2, which rounds nothing
+    loss = Objective(hardness=1.0, products=torch.bfloat16).sum_over_rows(query, titles, scale, 0)
+    loss.backward()
+
+    rounded_query, rounded = (16 * query.detach()).bfloat16().float(), candidate.detach().bfloat16().float()
+    logits = (rounded_query @ rounded.T).requires_grad_()
+    target, ignored = Objective().targets(titles, 0, 20)
+    harder = logits + (logits * (target == 0) / 16).detach()
+    expected = losses.info_nce(harder.masked_fill(ignored, losses.IGNORED_LOGIT), target, ignored)
+    (grad,) = torch.autograd.grad(expected, logits)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    half, noise = torch.finfo(torch.bfloat16).eps / 2, 1e-5
+    for ours, wanted, most in ((gradient(query), 16 * grad @ rounded, 16 * grad.abs() @ rounded.abs()),
+                               (gradient(candidate), grad.T @ rounded_query, grad.abs().T @ rounded_query.abs())):
+        assert ours.dtype == torch.float32 and ((ours - wanted).abs() <= half * most + noise).all()
+
+
 @pytest.mark.parametrize(("kind", "options"), [
     (Objective(duplicates="keep"), {}),
     (Objective("symmetric", "keep"), {"directions": ("query_to_doc", "doc_to_query"),

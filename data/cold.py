@@ -104,10 +104,15 @@ def decode_lots(catalogue: Catalogue, references: Sequence[int], feed: Feed) -> 
 
     with closing(feed.lots(grouped(tasks(), feed.lot))) as lots:
         for lot in lots:
+            good = 0
             for index, outcome in zip(lot.tags, lot.outcomes, strict=True):
-                if outcome.problem is not None and outcome.problem[0] in NO_PICTURE:
+                if outcome.problem is None:
+                    good += 1
+                    continue
+                if outcome.problem[0] in NO_PICTURE:
                     reader.forget(catalogue.references[index].as_py())
-                progress(problem=BadSample(*outcome.problem) if outcome.problem else None)
+                progress(problem=BadSample(*outcome.problem))
+            progress(good)
             yield lot
 
 

@@ -189,6 +189,7 @@ class Processes:
         self._awake.setblocking(False)
         self._early = 0  # deaths of workers that were not ready
         self._closed = False
+        self._has_room = True  # perhaps a worker could take a piece
         self._feed = 0
         self._thread = threading.Thread(target=self._run, name="decoding-processes", daemon=True)
 
@@ -197,9 +198,11 @@ class Processes:
         self._thread.start()
 
     def wake(self) -> None:
-        """Say that there is a new piece."""
-        with suppress(BlockingIOError):
-            self._wake.send(b".")
+        """Say that there is a new piece, if a worker could take it."""
+        if self._has_room or self._closed:
+            self._has_room = False
+            with suppress(BlockingIOError):
+                self._wake.send(b".")
 
     def close(self) -> None:
         """End the processes."""
@@ -223,6 +226,7 @@ class Processes:
                         self._hear(self._workers[end])
                     else:
                         self._empty_wake()
+                self._has_room = True  # before looking at the backlog, so that no new piece is overlooked
                 self._hand_out()
                 if (now := time.monotonic()) - looked >= LOOK_S:
                     self._look_for_hangs()
@@ -267,13 +271,17 @@ class Processes:
         """Send pieces to ready workers: to each one, and a small one to begin with as soon as that is done."""
         for already in (0, 1):
             for worker in [*self._workers.values()]:
-                if worker.process and len(worker.pieces) == already and (piece := self.backlog.take()) is not None:
+                if worker.process and len(worker.pieces) == already:
+                    piece = self.backlog.take()
+                    if piece is None:
+                        return
                     if already and piece.size > QUEUED:
                         self.backlog.put(piece, first=True)
                         return
                     worker.pieces.append(piece)
                     with suppress(OSError):  # it has ended, which its socket says next
                         worker.connection.send((piece.start, piece.tasks))
+        self._has_room = False
 
     def _look_for_hangs(self) -> None:
         """Kill workers that are at one picture for HANG_S, not counting the time in which this process was stopped."""

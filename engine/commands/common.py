@@ -15,6 +15,7 @@ from data.batch import ALONE, Team, UserError
 from data.cold import Encoders, Pipeline, Reader
 from data.files import write_mark
 from data.images.decode import ImageSpec, tokenizer_fingerprint
+from data.images.feed import cores_of_rank
 from data.ingest import ingest_shards
 from data.inputs import AddedSplit, StreamedPairs
 from data.ledger import Account
@@ -186,7 +187,8 @@ def fetch_policy(cfg: Config) -> FetchPolicy:
 def make_reader(cfg: Config, spec: ImageSpec) -> Reader:
     """Return the reader that turns an image reference into the pixels `spec` describes."""
     fetched = cache_folder(cfg) / "fetched"
-    return Reader(fetched, spec, fetch_policy(cfg), cfg.max_pixels, cfg.workers, cfg.retry_failed, cfg.augment)
+    workers = cfg.workers or cores_of_rank()
+    return Reader(fetched, spec, fetch_policy(cfg), cfg.max_pixels, workers, cfg.retry_failed, cfg.augment)
 
 
 def load_model(cfg: Config, world: World) -> LoadedModel:

@@ -207,7 +207,8 @@ class Config:
                           resumable=True)
     precision: str = setting("auto", "machine", TOWERS, "auto: bf16, or fp16 on older GPUs, where it is faster",
                              choices=("auto", "bf16", "fp16", "fp32"))
-    workers: int = setting(2, "machine", (*IMAGES, "demo"), "threads a rank that decode images", low=1, resumable=True)
+    workers: int = setting(0, "machine", (*IMAGES, "demo"), "processes or threads a rank that decode images; "
+                            "0: one for each core of its share", resumable=True)
     compile: str = setting("auto", "machine", TOWERS, "the image tower; auto: a GPU's, for many images",
                            choices=("auto", "on", "off"), resumable=True, advanced=True)
     cuda_graph: str = setting("auto", "machine", TRAINING,

@@ -129,6 +129,7 @@ def test_where_processes_cannot_be_had_threads_go_on(tmp_path: Path, monkeypatch
     assert [line for line in said if "threads decode" in line]
     monkeypatch.setattr(processes, "START", "raise SystemExit(1)")  # nor where it does not even start
     require_all_but({}, decoded(contents, tmp_path, log=said.append), contents)
+    Server.stop()  # else the next test may meet it before it has ended
 
 
 @pytest.mark.usefixtures("by_processes")

@@ -52,8 +52,8 @@ def run(command: str, cfg: Config) -> int:
     name = {"eval": "evaluate"}.get(command, command)  # a module called eval would hide the builtin
     try:
         run_command = getattr(import_module(f"engine.commands.{name}"), name)
-        with world.explain_collective_errors("averaging gradients"):  # the other collectives name themselves
-            ranks = world.init(cfg.device, cfg.dist_timeout, cfg.quiet)
+        with world.explain_collective_errors("averaging gradients", watched=False):  # other collectives name themselves
+            ranks = world.init(cfg.device, cfg.dist_timeout, cfg.quiet, command)
             require_same_settings(ranks, command, cfg)
             return run_command(cfg, ranks, stop)
     except BrokenPipeError:  # stdout was closed, as by `| head`

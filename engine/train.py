@@ -20,7 +20,7 @@ from engine.config.fields import Config
 from engine.cuda_graph import GraphedStep, should_capture
 from engine.loss import Candidates, Objective
 from engine.optim import AdamWL2SP, Plan, learning_rate, update
-from engine.ranks.world import World
+from engine.ranks.world import World, explain_collective_errors
 from engine.run_folder.checkpoint import State
 from engine.run_folder.log import Log, NullLog
 from engine.run_folder.profiler import Profiler
@@ -107,7 +107,7 @@ class Step:
             out = self.replica.model(inputs)
         with region("loss"), tf32_products() if mixed and device == "cuda" else nullcontext():
             loss = global_batch_loss(self.objective, world, out, inputs, rows)
-        with region("backward"):
+        with region("backward"), explain_collective_errors("averaging gradients"):
             loss.backward(torch.full_like(loss, world.size))  # DDP averages over ranks, the parts of the loss add up
             loss = optimizer.add_penalty(loss.detach(), world.size)
         with region("optim"):

@@ -24,7 +24,7 @@ from engine.optim import Plan, adamw
 from engine.publish.export import Origin, Tuned, export
 from engine.publish.hub import push
 from engine.ranks.signals import StopSignal
-from engine.ranks.world import World
+from engine.ranks.world import World, explain_collective_errors
 from engine.run_folder import folder
 from engine.run_folder.board import Metrics, WeightDrift, comparable_settings
 from engine.run_folder.checkpoint import Saver, State
@@ -83,7 +83,9 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     # 6. `fit` asks for the inputs from `state.step` on: the order of pairs is a function of seed and epoch.
     batches = training.batches(cfg, state)
     guard = training.guard(cfg, world, out, trained)
-    replica = Replica(distribute(trained, world.size), saver.optimizer, world, model.precision)
+    with explain_collective_errors("sharing the weights"):
+        replica_model = distribute(trained, world.size)
+    replica = Replica(replica_model, saver.optimizer, world, model.precision)
 
     with closing(log), stop.graceful_exit(), profiler(cfg.profile, out / "profile", world.rank, log) as trace:
         evaluate = stop.immediate_exit()(evaluator)  # a signal may cut it off: the trained weights are saved before
@@ -228,8 +230,9 @@ def write_results(cfg: Config, world: World, model: LoadedModel, out: Path, metr
         print(metrics_table(metrics), flush=True)
         world.say(f"run folder  {out}\nmodel       {out / 'model'}\n{page}"
                   f"TensorBoard tensorboard --logdir {out.parent}")
-        if cfg.push_to_hub:
-            push(out / "model", cfg, str(out), ["push_to_hub", "private"], world.say)
+    world.monitored_exchange(None)  # the others end when the results are whole, or where rank 0 shows no sign of life
+    if world.is_main and cfg.push_to_hub:
+        push(out / "model", cfg, str(out), ["push_to_hub", "private"], world.say)
     return 0
 
 

@@ -45,8 +45,11 @@ def find_caches(cache: Path, team: Team, log: Callable[[str], None]) -> Team:
         with suppress(OSError):  # read-only: found by the files of others
             token.write_text("ranks look for this file\n", encoding="utf-8")
     try:
-        names = [name for name, _ in team.exchange((token.name, platform.node()))]
-        seen = _look_for(cache, {rank: names[rank] for rank in {*leaders}}) if leaders[team.rank] == team.rank else []
+        names = team.exchange(token.name)
+        seen: list[int] = []
+        if leaders[team.rank] == team.rank:
+            far = {rank for rank in {*leaders} if places[rank][0] != places[team.rank][0]}
+            seen = _look_for(cache, {rank: names[rank] for rank in {*leaders}}, far)
         parts = team.exchange((min([*seen, leaders[team.rank]]), platform.node()))
     finally:
         token.unlink(missing_ok=True)
@@ -69,13 +72,13 @@ def _machine() -> str:
     return platform.node()
 
 
-def _look_for(cache: Path, names: dict[int, str]) -> list[int]:
-    """Return the ranks whose file is in the folder."""
+def _look_for(cache: Path, names: dict[int, str], far: set[int]) -> list[int]:
+    """Return the ranks whose file is in the folder; those of `far` ranks, on other machines, may come late."""
     deadline = time.monotonic() + NETWORK_FOLDER_S
     seen: list[int] = []
     while len(seen) < len(names):
         seen = [rank for rank, name in names.items() if _exists(cache / name)]
-        if len(seen) == len(names) or time.monotonic() > deadline:
+        if far <= {*seen} or time.monotonic() > deadline:
             break
         time.sleep(POLL_S)
     return seen

@@ -63,9 +63,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     drift = WeightDrift(model.trainable)
     base = evaluate_splits(pairs.feature_splits(names), model.head, world) if resuming else {}
     # 2. Load weights, optimizer moments and step of the newest valid checkpoint; other data or settings end here.
-    state = saver.resume(world.say) if resuming else State()
-    require_agreement(world.team, {**saver.identity, "the checkpoint to go on from": state.step,
-                                   "the number of steps": plan.steps})
+    state = first_state(saver, world, plan, resuming)
     if (state.enough or state.step == plan.steps) and folder.is_complete(out, as_dict(cfg, "train"), world):
         return repeat_results(world, out)
     # 3. Replace config.json and ledger.jsonl, after every refusal: a refused resume leaves both files as they were.
@@ -84,8 +82,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     batches = training.batches(cfg, state)
     guard = training.guard(cfg, world, out, trained)
     with explain_collective_errors("sharing the weights"):
-        replica_model = distribute(trained, world.size)
-    replica = Replica(replica_model, saver.optimizer, world, model.precision)
+        replica = Replica(distribute(trained, world.size), saver.optimizer, world, model.precision)
 
     with closing(log), stop.graceful_exit(), profiler(cfg.profile, out / "profile", world.rank, log) as trace:
         evaluate = stop.immediate_exit()(evaluator)  # a signal may cut it off: the trained weights are saved before
@@ -124,6 +121,14 @@ def make_saver(cfg: Config, world: World, out: Path, model: LoadedModel, trainin
     optimizer = adamw(model.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp)
     return Saver(out, model.trainable, optimizer, identity, recipe, training.order(cfg), cfg.keep, cfg.best_metric,
                  cfg.patience, world)
+
+
+def first_state(saver: Saver, world: World, plan: Plan, resuming: bool) -> State:
+    """Return the state to train from. Raises AgreedError where ranks would train on other data or from another step."""
+    state = saver.resume(world.say) if resuming else State()
+    require_agreement(world.team, {**saver.identity, "the checkpoint to go on from": state.step,
+                                   "the number of steps": plan.steps})
+    return state
 
 
 def identity_of(identity: Mapping[str, str], pairs: Pairs, names: Collection[str]) -> dict[str, str]:

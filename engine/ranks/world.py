@@ -136,7 +136,7 @@ class World:
                     progress[rank], changed_at[rank] = count, now
                 elif now - changed_at[rank] > self.timeout_s:
                     raise RunFailed(f"rank {self.rank} has heard nothing of rank {rank} for {self.timeout_s:g} s while "
-                                    "reading the data; --dist-timeout sets how long to wait")
+                                    "waiting for it; --dist-timeout sets how long to wait")
             time.sleep(POLL_S)
 
     def on_main(self, action: Callable[[], None]) -> None:

@@ -57,8 +57,9 @@ def run(command: str, cfg: Config) -> int:
         run_command = getattr(import_module(f"engine.commands.{name}"), name)
         device = cfg.device if command in TOWERS else "cpu"  # the others run no tower, whatever the machine has
         # The collectives that do not name themselves average gradients.
-        with world.explain_collective_errors("averaging gradients"), explain_out_of_memory(command, cfg):
-            ranks = world.init(device, cfg.dist_timeout, cfg.quiet)
+        with (world.explain_collective_errors("averaging gradients", watched=False),
+              explain_out_of_memory(command, cfg)):
+            ranks = world.init(device, cfg.dist_timeout, cfg.quiet, command)
             require_same_settings(ranks, command, cfg)
             return run_command(cfg, ranks, stop)
     except BrokenPipeError:  # stdout was closed, as by `| head`

@@ -90,7 +90,8 @@ def require_same_images(references: Sequence[str], stats: StatCache, reader: Rea
         local = np.flatnonzero(is_local)
         sample = local[np.unique(np.linspace(0, max(0, len(local) - 1), SAMPLED).astype(np.int64))[: len(local)]]
         values = {place: _key(references[place], reader) for place in sample.tolist()}
-    require_agreement(team, {f"the image {references[place]}": value for place, value in values.items()})
+    names = {place: f"image {place} ({references[place].rpartition('/')[2]})" for place in values}  # of any folder
+    require_agreement(team, {names[place]: value for place, value in values.items()})
 
 
 def _key(reference: str, reader: Reader) -> bytes:

@@ -123,6 +123,17 @@ class Team:
     rank: int
     size: int
     exchange: Exchange
+    cache_of: tuple[int, ...] = ()  # by rank: the lowest rank with the same cache folder; (): all have one
+
+    @property
+    def has_caches(self) -> bool:
+        """True where ranks have several cache folders, as one on each node."""
+        return len({*self.cache_of}) > 1
+
+    @property
+    def leads_cache(self) -> bool:
+        """True on one rank of each cache folder, which writes what is written once."""
+        return self.rank == (self.cache_of[self.rank] if self.cache_of else 0)
 
 
 ALONE = Team(0, 1, lambda value: [value])

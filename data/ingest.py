@@ -14,8 +14,11 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
+import numpy as np
+
 from data.batch import BadSample
 from data.cold import FeatureWriter, Pipeline
+from data.identity import distinct
 from data.images.feed import Feed, Lot
 from data.images.reader import Reader
 from data.images.worker import KnownKeys, Task, ToPixels
@@ -24,6 +27,8 @@ from data.progress import DownloadProgress
 from data.shards.manifests import ShardManifest, make_manifest, manifest_path, read_manifest, write_manifest
 from data.shards.stream import ForwardFile, class_names, stream_samples
 from data.store.features import FeatureStore
+from data.store.segments import KEY
+from data.store.sharing import share_features, share_files
 from data.web.fetched import disk_errors_as_user_errors
 from data.web.storage import Entry, RemoteFile, open_stream, parent, public_name, stat
 
@@ -61,6 +66,7 @@ def ingest_shards(splits: Mapping[str, Sequence[Entry]], pipeline: Pipeline) -> 
     todo = [all_missing[address] for address in shards if address in all_missing]
     _Ingestion(pipeline, store, classes).run(todo[team.rank :: team.size])
     team.exchange(None)  # every rank has written
+    _share(shards, store, pipeline)
     if todo:
         encoded = ""
         if store is not None:
@@ -69,6 +75,19 @@ def ingest_shards(splits: Mapping[str, Sequence[Entry]], pipeline: Pipeline) -> 
         pipeline.log(f"streamed {len(todo):,} of {len(shards):,} shards once{encoded}")
     return {name: [RemoteFile(entry.address, manifest_path(cache, entry.address)) for entry in entries]
             for name, entries in splits.items()}
+
+
+def _share(shards: Sequence[str], store: FeatureStore | None, pipeline: Pipeline) -> None:
+    """Give every rank's cache the manifests and features of all shards."""
+    if not pipeline.team.has_caches:
+        return
+    paths = [manifest_path(pipeline.cache, address) for address in shards]
+    with disk_errors_as_user_errors(pipeline.cache):
+        share_files(paths, pipeline.team)
+    if store is not None:
+        manifests = filter(None, map(read_manifest, paths))
+        keys = np.concatenate([np.empty((0, KEY), np.uint8), *(manifest.keys() for manifest in manifests)])
+        share_features(store, keys[distinct(keys)[1]], pipeline.team, pipeline.log)
 
 
 def _is_current(manifest: ShardManifest, entry: Entry, reader: Reader, store: FeatureStore | None) -> bool:

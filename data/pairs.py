@@ -16,9 +16,17 @@ import numpy as np
 import torch
 
 from data.agreement import require_same_images
-from data.batch import Batches, UserError, share
-from data.catalogue import Catalogue, DecodeResults, Split, build_catalogue, keep_usable_rows
-from data.cold import DecodedImages, Pipeline, check_images, encode_missing_images, encode_missing_titles
+from data.batch import Batches, Team, UserError, share
+from data.catalogue import Catalogue, DecodeResults, Split, build_catalogue, keep_usable_rows, keys_and_usable
+from data.cold import (
+    DecodedImages,
+    Pipeline,
+    Reader,
+    check_images,
+    encode_missing_images,
+    encode_missing_titles,
+    is_url,
+)
 from data.identity import Contents
 from data.images.album import RowPreviews
 from data.inputs import CachedPairs, FeatureSource, StreamedPairs, make_feature_splits, owned_references
@@ -29,6 +37,7 @@ from data.sources.source import Rows
 from data.store.feature_split import FeatureSplit, StoredTable
 from data.store.features import FeatureStore
 from data.store.segments import spaces
+from data.store.sharing import NETWORK_FOLDER_S, missing_everywhere, share_features
 from data.store.stat_cache import StatCache
 
 
@@ -80,6 +89,8 @@ def open_pairs(rows: Mapping[str, Rows], unread: Sequence[Mapping[str, Any]], pi
     else:
         results = add_missing_images(catalogue, images, pipeline)
     splits, image_keys, example_D, ledger = keep_usable_rows(catalogue, results, unread, max_bad)
+    if images is not None:
+        share_features(images, image_keys, pipeline.team, pipeline.log)
     if mining != "off" or images is not None:
         titles = add_missing_titles(catalogue, pipeline)
         title_table = stored_table(titles, catalogue.title_keys)
@@ -115,7 +126,23 @@ def _check_images(catalogue: Catalogue, decoded: DecodedImages, pipeline: Pipeli
     require_same_images(references, stats, reader, team)
     is_known = stats.known[own]
     results = check_images(catalogue, reader, own[~is_known].tolist(), decoded, pipeline.log)
-    return stats.exchange(results, own[is_known], team)
+    all_results = stats.exchange(results, own[is_known], team)
+    if team.has_caches:
+        _fetch_for_this_cache(references, all_results, reader, team)
+    return all_results
+
+
+def _fetch_for_this_cache(references: Sequence[str], results: Sequence[DecodeResults], reader: Reader,
+                          team: Team) -> None:
+    """Fetch the URLs whose bytes only another rank's cache holds: in streaming any rank may need any image."""
+    members = [rank for rank in range(team.size) if team.cache_of[rank] == team.cache_of[team.rank]]
+    usable = np.flatnonzero(keys_and_usable(results, len(references))[1])
+    urls = [references[place] for place in usable.tolist() if is_url(references[place])]
+    failed = [fetched for fetched in reader.fetch(urls[members.index(team.rank) :: len(members)]) if fetched.reason]
+    if any(team.exchange(bool(failed))):
+        example = f", such as {failed[0].url} ({failed[0].reason})" if failed else ""
+        raise UserError(f"{len(failed):,} images that other ranks fetched cannot be fetched by rank {team.rank}"
+                        f"{example}; give all ranks one --cache-dir, or run again")
 
 
 def add_missing_images(catalogue: Catalogue, images: FeatureStore, pipeline: Pipeline) -> list[DecodeResults]:
@@ -137,8 +164,7 @@ def add_missing_titles(catalogue: Catalogue, pipeline: Pipeline) -> FeatureStore
     """Return the store of title features after all ranks have added what it lacked."""
     encoders, team = pipeline.encoders, pipeline.team
     store = encoders.title_store(pipeline.cache)
-    # All ranks divide rank 0's view of the store: a rank that opens it later may find some features written already.
-    missing = team.exchange(np.flatnonzero(store.locate(catalogue.title_keys) < 0))[0]
+    missing = missing_everywhere(store, catalogue.title_keys, team)
     own = missing[slice(*share(len(missing), team.rank, team.size))]
 
     def tokens(part: slice) -> list[list[int]]:
@@ -146,6 +172,7 @@ def add_missing_titles(catalogue: Catalogue, pipeline: Pipeline) -> FeatureStore
 
     encode_missing_titles(tokens, catalogue.title_keys[own], store, encoders.pad_id, encoders.text, pipeline.log)
     team.exchange(None)  # every rank has written
+    share_features(store, catalogue.title_keys, team, pipeline.log)
     return store
 
 
@@ -167,11 +194,10 @@ def _fingerprint(contents: Contents, split: Split, catalogue: Catalogue) -> str:
 
 def stored_table(store: FeatureStore, keys: np.ndarray) -> StoredTable:
     """Return the features of `keys` in their order, whichever rank wrote them."""
-    store.refresh()
-    rows = store.locate(keys)
+    rows = store.wait_for(keys, NETWORK_FOLDER_S)
     if (rows < 0).any():
-        raise UserError(f"{(rows < 0).sum():,} features written by other ranks are not in {store.folder}; "
-                        "--cache-dir must be one folder that all ranks share")
+        raise UserError(f"{(rows < 0).sum():,} features written by other ranks are not in {store.folder}; does another "
+                        "program delete files there?")
     return StoredTable(store, rows)
 
 

@@ -19,7 +19,7 @@ from engine.config.fields import Config
 from engine.cuda_graph import GraphedStep, should_capture
 from engine.loss import Candidates, Objective
 from engine.optim import AdamWL2SP, Plan, learning_rate, update
-from engine.ranks.world import World
+from engine.ranks.world import World, explain_collective_errors
 from engine.run_folder.checkpoint import State
 from engine.run_folder.log import Log, NullLog
 from engine.run_folder.profiler import Profiler
@@ -109,7 +109,7 @@ class Step:
             out = self.replica.model(inputs)
         with region("loss"):
             loss = global_batch_loss(self.objective, world, out, inputs, rows)
-        with region("backward"):
+        with region("backward"), explain_collective_errors("averaging gradients"):
             # DDP averages over ranks, and the parts of the loss add up. Given the factor as a gradient, torch would
             # import sympy to compare shapes: .3 s.
             (loss if world.size == 1 else loss * world.size).backward()

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,6 +30,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from scenes import make_pairs as make_pairs
 
+from data.batch import AgreedError, Team
 from engine.ranks.signals import StopSignal
 from engine.ranks.world import World, close
 
@@ -272,6 +274,30 @@ def _on_rank(rank: int, size: int, folder: str, function: Callable[..., Any], ar
     dist.barrier()
     close()
     Path(folder, str(rank)).write_bytes(pickle.dumps(result))
+
+
+def as_ranks(size: int, function: Callable[[Team], R]) -> list[R | Exception]:
+    """Call `function` as each of `size` ranks, in threads that exchange values; what each returned or raised."""
+    barrier, values = threading.Barrier(size, timeout=HANGS_S), [None] * size
+
+    def call(rank: int) -> R | Exception:
+        def exchange(value: Any) -> list[Any]:
+            values[rank] = value
+            barrier.wait()
+            parts = list(values)
+            barrier.wait()
+            return parts
+
+        try:
+            return function(Team(rank, size, exchange))
+        except AgreedError as error:
+            return error
+        except Exception as error:
+            barrier.abort()  # the others wait for this one
+            return error
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(call, range(size)))
 
 
 def picture(number: int, size: int = 700) -> bytes:

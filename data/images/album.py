@@ -38,7 +38,7 @@ class RowPreviews:
         """Return the image as a JPEG whose longer side has `side` pixels; empty when it can no longer be read."""
         image = int(self.splits[split].image_N[row])
         try:
-            data = self.reader.read(self.catalogue.references[int(self.example_D[image])].as_py())
+            data = self.reader.fetch_and_read(self.catalogue.references[int(self.example_D[image])].as_py())
             return small_jpeg(data, side, self.reader.max_pixels)
         except BadSample:
             return b""

@@ -40,6 +40,13 @@ class Reader:
         if is_url(reference):
             delete_fetched(reference, self.folder)
 
+    def fetch_and_read(self, reference: str) -> bytes:
+        """Do `read`; a URL whose bytes are not here, as where another node has fetched them, is fetched first."""
+        if is_url(reference) and not cached_path(reference, self.folder).exists():
+            for _ in self.fetch([reference]):
+                pass
+        return self.read(reference)
+
     def read(self, reference: str) -> bytes:
         """Return the bytes of a reference. Raises BadSample when they are missing or cannot be read."""
         try:

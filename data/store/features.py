@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +17,7 @@ from data.batch import UserError
 from data.store.segments import BLOCK, KEY, SUFFIX, Layout, Segment, open_segment, remove_stale, write_segment
 
 CHUNK = 8192  # rows moved to a device at a time
+POLL_S = 0.2
 PIECE = 256  # rows copied at a time: few enough to stay in the processor's cache between two copies
 
 
@@ -64,6 +67,20 @@ class FeatureStore:
             raise UserError(f"cannot read features in {self.folder}: {error.strerror or error}; "
                             "mend its permissions or choose another --cache-dir") from error
         self._rebuild()
+
+    def wait_for(self, keys: np.ndarray, seconds: float) -> np.ndarray:
+        """Return `locate` of keys that other ranks have just written, waiting for those that are not to be seen yet.
+
+        An NFS client may show an older listing of the folder, until it has changed something there itself.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            self.refresh()
+            rows = self.locate(keys)
+            if (rows >= 0).all() or time.monotonic() > deadline:
+                return rows
+            with suppress(OSError), tempfile.TemporaryFile(dir=self.folder):
+                time.sleep(POLL_S)
 
     def locate(self, keys: np.ndarray) -> np.ndarray:
         """Return row numbers [n] int64 of keys [n, 16] uint8, -1 where missing; every row returned is verified."""

@@ -61,7 +61,7 @@ class StatCache:
             results.add(DecodeResult(reference, self.keys[reference].tobytes(), None))
         parts = team.exchange((results, has_new))
         all_results = [part for part, _ in parts]
-        if team.rank == 0 and any(has_new for _, has_new in parts):
+        if team.leads_cache and any(has_new for _, has_new in parts):
             self.remember(*keys_and_usable(all_results, len(self.known)))
         return all_results
 

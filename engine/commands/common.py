@@ -29,6 +29,7 @@ from data.sources.source import Columns, Download, Rows, load_splits
 from data.sources.split import ContentReader, divide_lone_split
 from data.sources.split_names import SPLITS, select_shards
 from data.store.feature_split import FeatureSplit
+from data.store.sharing import find_caches
 from data.web.limits import FetchPolicy, check_proxy
 from data.web.remote_tables import copy_file
 from data.web.storage import Entry, RemoteFile, is_stored, without_secrets
@@ -167,11 +168,11 @@ def cache_folder(cfg: Config) -> Path:
     return Path(cfg.cache_dir).expanduser()
 
 
-def mark_cache(cfg: Config, world: World) -> None:
+def mark_cache(cfg: Config) -> None:
     """Mark a --cache-dir that is new or empty as ours, so that it is not read as data. Raises UserError."""
     folder = cache_folder(cfg)
     try:
-        if world.is_main and not (folder.exists() and any(folder.iterdir())):
+        if not (folder.exists() and any(folder.iterdir())):
             folder.mkdir(parents=True, exist_ok=True)
             write_mark(folder, "cache")
     except OSError as error:
@@ -220,9 +221,9 @@ def open_data(cfg: Config, world: World, model: LoadedModel, source: Source, onl
 
     Rows that cannot be used are dropped and counted. `only` names the one split that is opened, or all.
     """
-    mark_cache(cfg, world)
+    mark_cache(cfg)
     spec = ImageSpec.from_processor(model.clip.image_processor)
-    team = world.team
+    team = find_caches(cache_folder(cfg), world.team, world.say)
     reader = make_reader(cfg, spec)
     encoders = make_encoders(model, spec.fingerprint(), world.device, cfg.compile)
     pipeline = Pipeline(reader, encoders, team, cache_folder(cfg), world.device, world.live)

@@ -24,7 +24,7 @@ from engine.optim import Plan, TowerRates, adamw_by_name
 from engine.publish.export import Origin, Tuned, export
 from engine.publish.hub import push
 from engine.ranks.signals import StopSignal
-from engine.ranks.world import World
+from engine.ranks.world import World, explain_collective_errors
 from engine.run_folder import folder
 from engine.run_folder.board import Metrics, WeightDrift, comparable_settings
 from engine.run_folder.checkpoint import Saver, State
@@ -63,9 +63,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     drift = WeightDrift(model.trainable)
     base = evaluate_splits(pairs.feature_splits(names), model.head, world) if resuming else {}
     # 2. Load weights, optimizer moments and step of the newest valid checkpoint; other data or settings end here.
-    state = saver.resume(world.say) if resuming else State()
-    require_agreement(world.team, {**saver.identity, "the checkpoint to go on from": state.step,
-                                   "the number of steps": plan.steps})
+    state = first_state(saver, world, plan, resuming)
     if (state.enough or state.step == plan.steps) and folder.is_complete(out, as_dict(cfg, "train"), world):
         return repeat_results(world, out)
     # 3. Replace config.json and ledger.jsonl, after every refusal: a refused resume leaves both files as they were.
@@ -84,7 +82,8 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     # 6. `fit` asks for the inputs from `state.step` on: the order of pairs is a function of seed and epoch.
     batches = training.batches(cfg, state, step_world)
     guard = training.guard(cfg, step_world, out, trained)
-    replica = Replica(distribute(trained, step_world.size), saver.optimizer, step_world, model.precision)
+    with explain_collective_errors("sharing the weights"):
+        replica = Replica(distribute(trained, step_world.size), saver.optimizer, step_world, model.precision)
     saver.require_equal_weights(state.step)
 
     with closing(log), stop.graceful_exit(), profiler(cfg.profile, out / "profile", world.rank, log) as trace:
@@ -124,6 +123,14 @@ def make_saver(cfg: Config, world: World, out: Path, model: LoadedModel, trainin
     optimizer = adamw_by_name(model.trainable, cfg.lr, cfg.weight_decay, cfg.l2_sp, rates)
     return Saver(out, model.trainable, optimizer, identity, recipe, training.order(cfg), cfg.keep, cfg.best_metric,
                  cfg.patience, world)
+
+
+def first_state(saver: Saver, world: World, plan: Plan, resuming: bool) -> State:
+    """Return the state to train from. Raises AgreedError where ranks would train on other data or from another step."""
+    state = saver.resume(world.say) if resuming else State()
+    require_agreement(world.team, {**saver.identity, "the checkpoint to go on from": state.step,
+                                   "the number of steps": plan.steps})
+    return state
 
 
 def identity_of(identity: Mapping[str, str], pairs: Pairs, names: Collection[str]) -> dict[str, str]:
@@ -230,8 +237,9 @@ def write_results(cfg: Config, world: World, model: LoadedModel, out: Path, metr
         print(metrics_table(metrics), flush=True)
         world.say(f"run folder  {out}\nmodel       {out / 'model'}\n{page}"
                   f"TensorBoard tensorboard --logdir {out.parent}")
-        if cfg.push_to_hub:
-            push(out / "model", cfg, str(out), ["push_to_hub", "private"], world.say)
+    world.monitored_exchange(None)  # the others end when the results are whole, or where rank 0 shows no sign of life
+    if world.is_main and cfg.push_to_hub:
+        push(out / "model", cfg, str(out), ["push_to_hub", "private"], world.say)
     return 0
 
 

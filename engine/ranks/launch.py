@@ -62,8 +62,10 @@ def read_launch() -> Launch:
         if launch.local_size:
             own["LOCAL_WORLD_SIZE"] = launch.local_size
         os.environ |= {name: str(value) for name, value in own.items()}
-        os.environ.setdefault("MASTER_ADDR", _address_of_rank_0(launch))
-        os.environ.setdefault("MASTER_PORT", str(_port()))
+        if "MASTER_ADDR" not in os.environ:
+            os.environ["MASTER_ADDR"] = _address_of_rank_0(launch)
+        if "MASTER_PORT" not in os.environ:
+            os.environ["MASTER_PORT"] = str(_port())
     if "MASTER_PORT" in os.environ and not 0 < _number("MASTER_PORT", launch.launcher) < 1 << 16:
         raise UserError(f"the environment variable MASTER_PORT is {os.environ['MASTER_PORT']}, which is no port; it "
                         "must be within 1 and 65535")

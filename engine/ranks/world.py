@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, TypeVar
@@ -30,9 +30,11 @@ from data.batch import RunFailed, Team, UserError
 from engine.device import open_device
 from engine.ranks.launch import Launch, choose_interface, read_launch
 from engine.ranks.rendezvous import POLL_S, agree_session_id
+from engine.ranks.watchdog import AwakeClock, Watchdog
 
 Value = TypeVar("Value")
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+ENDLESS = datetime.timedelta(days=1000)  # for gloo, where a Watchdog counts instead
 UNCERTAIN_WAIT = datetime.timedelta(seconds=30)  # for other ranks where the environment may be that of a script
 CLEAR = "\x1b[2K"  # erases the progress line of a terminal
 
@@ -125,22 +127,24 @@ class World:
         Raises RunFailed naming a rank that reported none for `timeout_s` seconds.
         """
         if self.store is not None:
-            self._monitored_barrier(self.store, next(self._barriers))
+            with explain_collective_errors("waiting for late ranks", watched=False):
+                self._monitored_barrier(self.store, next(self._barriers))
         return self.exchange(value)
 
     def _monitored_barrier(self, store: dist.Store, number: int) -> None:
         store.set(f"arrived/{number}/{self.rank}", "")
         late = set(range(self.size))
+        clock = AwakeClock()
         progress = dict.fromkeys(late, -1)
-        changed_at = dict.fromkeys(late, time.monotonic())
+        changed_at = dict.fromkeys(late, clock.read())
         while late := {rank for rank in late if not store.check([f"arrived/{number}/{rank}"])}:
             for rank in late:
-                now, count = time.monotonic(), store.add(f"progress/{rank}", 0)
+                now, count = clock.read(), store.add(f"progress/{rank}", 0)
                 if count != progress[rank]:
                     progress[rank], changed_at[rank] = count, now
                 elif now - changed_at[rank] > self.timeout_s:
                     raise RunFailed(f"rank {self.rank} has heard nothing of rank {rank} for {self.timeout_s:g} s while "
-                                    "reading the data; --dist-timeout sets how long to wait")
+                                    "waiting for it; --dist-timeout sets how long to wait")
             time.sleep(POLL_S)
 
     def on_main(self, action: Callable[[], None]) -> None:
@@ -172,10 +176,15 @@ def _print(text: str, end: str = "\n") -> None:
 
 
 @contextmanager
-def explain_collective_errors(operation: str) -> Iterator[None]:
-    """Inside, a failure to communicate with other ranks becomes a RunFailed that names this rank and the operation."""
+def explain_collective_errors(operation: str, watched: bool = True) -> Iterator[None]:
+    """Inside, a failure to communicate with other ranks becomes a RunFailed that names this rank and the operation.
+
+    Where all of the block waits for other ranks, it is `watched`: the process ends when they do not answer in time.
+    """
+    watchdog = _watchdogs[-1] if watched and _watchdogs else None
     try:
-        yield
+        with watchdog.waiting(operation) if watchdog else nullcontext():
+            yield
     except RuntimeError as error:
         if not _is_collective_error(error):
             raise
@@ -187,6 +196,9 @@ def explain_collective_errors(operation: str) -> Iterator[None]:
             networks = [f"{name} is {os.environ.get(name, 'not set')}" for name in INTERFACES]
             cause += f" or the network between them is another ({', '.join(networks)}; both name an interface)"
         raise RunFailed(f"rank {os.environ.get('RANK', 0)}, {operation}: {cause}; {first_line}") from error
+
+
+_watchdogs: list[Watchdog] = []  # of this process, once it has joined others
 
 
 def _is_collective_error(error: RuntimeError) -> bool:
@@ -242,7 +254,7 @@ def _without_padding(rows_GX: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(rows_GX.split(longest), sizes, strict=True)])
 
 
-def init(wanted: str, timeout_s: float, quiet: bool = False) -> World:
+def init(wanted: str, timeout_s: float, quiet: bool = False, command: str = "train") -> World:
     """Join the other ranks of torchrun, srun or mpirun; without a launcher return a world of one. Raises UserError."""
     launch = read_launch()
     device = open_device(wanted, launch.local_rank)
@@ -260,6 +272,9 @@ def init(wanted: str, timeout_s: float, quiet: bool = False) -> World:
             refuse_shared_devices(store, rank, size, device)
             # Objects go over gloo on a GPU too: it waits for no kernel, and a stalled rank raises instead of aborting.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            if device.type == "cpu":
+                _watchdogs.append(Watchdog(command, rank, timeout_s))
+                timeout = ENDLESS
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         world = World(rank, launch.local_rank, size, device, timeout_s, dist.PrefixStore("thumbtune", store), quiet)
     if launch.remark:

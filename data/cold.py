@@ -21,7 +21,7 @@ from data.catalogue import Catalogue, DecodeResult, DecodeResults, as_keys
 from data.files import NotAFile, read_regular
 from data.identity import TitleIds
 from data.images.augment import Region
-from data.images.decode import ImageSpec, collate_tokens, decode_image, tokenize
+from data.images.decode import ImageSpec, PaddingTokenizer, collate_tokens, decode_image, tokenize
 from data.prefetch import batched, threaded_map
 from data.progress import Progress
 from data.shards.index import is_range, read_member, read_stored
@@ -33,7 +33,6 @@ from data.web.storage import PACKAGES, is_stored
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from transformers import PreTrainedTokenizerFast
 
 CHUNK = 64  # images that the tower encodes at once
 TITLES = 512  # titles that the tower encodes at once
@@ -101,7 +100,7 @@ class Encoders:
     image_space: str
     text_space: str
     stored: bool  # features are constants, computed once and kept in the feature store
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PaddingTokenizer
     max_tokens: int
 
     @property

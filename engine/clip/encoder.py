@@ -5,6 +5,7 @@ Dimension key: B batch.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,20 @@ class BatchedEncoder:
         except torch._dynamo.exc.BackendCompilerFailed as error:
             raise UserError(f"the towers do not compile here ({str(error).splitlines()[0]}); use --compile off"
                             ) from error
+
+
+class LazyEncoder:
+    """An encoder that is made, and its tower loaded, when there is something to encode."""
+
+    def __init__(self, make: Callable[[], BatchedEncoder]) -> None:
+        self._make, self._lock = make, threading.Lock()
+        self._encoder: BatchedEncoder | None = None
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """Return the features of all inputs, on the device."""
+        with self._lock:  # several threads may have the first input
+            self._encoder = self._encoder or self._make()
+        return self._encoder(inputs)
 
 
 class QuickGelu(nn.Module):

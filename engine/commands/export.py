@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 
 from data.batch import UserError
 from engine.clip.loading import load_clip
+from engine.commands.common import model_records
 from engine.config.fields import Config
 from engine.publish import export as publish
 from engine.publish.hub import check_push, push
@@ -34,17 +35,18 @@ def export(cfg: Config, world: World, stop: StopSignal) -> int:
         folder = publish.finished_model(cfg.run) if unchanged else None
         if folder is None:
             folder = publish.new_folder(cfg.to) if cfg.to else Path(scratch) / "model"
-            rebuild(cfg, folder)
+            rebuild(cfg, world, folder)
             world.say(f"model {folder}")
         if cfg.push_to_hub:
             push(folder, cfg, cfg.run, PUSH_SETTINGS, world.say)
     return 0
 
 
-def rebuild(cfg: Config, folder: Path) -> None:
+def rebuild(cfg: Config, world: World, folder: Path) -> None:
     """Write a whole Hugging Face folder: the base model with the trained tensors of --run."""
     tuned = publish.read_tuned(cfg.run, cfg.checkpoint)
-    clip = load_clip(cfg.model or tuned.origin.base, None if cfg.model else tuned.origin.commit or None)
-    publish.restore(clip, tuned)
+    commit = None if cfg.model else tuned.origin.commit or None
+    clip = load_clip(cfg.model or tuned.origin.base, commit, model_records(cfg, world))
+    publish.require_base(clip, tuned)
     metrics = tuned.origin.metrics
     publish.export(clip, folder, tuned, metrics_table(metrics) if metrics else "", cfg.license, cfg.dtype)

@@ -72,7 +72,7 @@ def tower_rate(model: Model, device: torch.device, compiled: str, calls: int) ->
     pixels = noise_pixels(encode.batch).to(device)
     encode(pixels)  # compiles
     taken = median(seconds(partial(encode, pixels), device) for _ in range(calls))
-    return len(pixels) * image_flops(model.parts.clip.config.vision_config) / taken
+    return len(pixels) * image_flops(model.parts.clip.vision_model.config) / taken
 
 
 def cold_passes(bench: Bench) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from engine.clip.whole import WholeModel
 
 RECORD_VERSION = 1  # raise it whenever ModelFacts, or a check of a whole model, changes
-TOWERS = ("vision_model", "text_model")
+RECORD_NAME = re.compile(r"[0-9a-f]{32}\.json")
 Stamp = list[str | int]  # of one file: name, and what changes when its content does
 Stamps = list[Stamp]
 
@@ -141,6 +142,15 @@ class ModelRecords:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replaced_file(path, durable=False) as temporary:
                 temporary.write_bytes(_checksum(text) + b"\n" + text)
+
+    def prune(self, keep: str) -> int:
+        """Delete the records of all models but `keep`, "" for none; return the bytes freed."""
+        freed = 0
+        for path in sorted(self.folder.glob("*.json")):
+            if RECORD_NAME.fullmatch(path.name) and not (keep and path == self._path(keep, None)):
+                freed += path.stat().st_size
+                path.unlink(missing_ok=True)
+        return freed
 
     def _path(self, name: str, commit: str | None) -> Path:
         path = Path(name).expanduser()

@@ -54,7 +54,7 @@ def search(cfg: Config, world: World, stop: StopSignal) -> int:
     head = model.head
     with torch.no_grad():
         if titles:
-            query_QE = head.text(gallery.title_features(titles, encoders).to(world.device))
+            query_QE = head.text(gallery.title_features(titles, encoders, cache).to(world.device))
             images = gallery.open_images(splits, reader, encoders, cache, world.say)
             results = rank_items(cfg, titles, query_QE, images, head.image)
         else:

@@ -14,6 +14,7 @@ from engine.commands.common import (
     evaluate_splits,
     load_model,
     make_encoders,
+    model_records,
     open_data,
     open_probe,
     open_source,
@@ -106,5 +107,6 @@ def verify_store(cfg: Config, world: World) -> int:
             encoders = make_encoders(load_model(cfg, world, reread=True))
             keep = {encoders.image_space, encoders.text_space}
         kept = sorted(keep & {space.name for space in spaces})
-        print(f"pruned {delete_spaces(cache, keep) / 1e6:,.1f} MB; kept {', '.join(kept) or 'nothing'}")
+        freed = delete_spaces(cache, keep) + model_records(cfg, world).prune(cfg.model)
+        print(f"pruned {freed / 1e6:,.1f} MB; kept {', '.join(kept) or 'nothing'}")
     return int(any(space.damaged for space in spaces))

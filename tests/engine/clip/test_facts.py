@@ -5,9 +5,11 @@ When one of these fails, a warm run trains on another model than the one named, 
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,8 @@ from engine.clip.towers import ImageTower, TextTower
 from engine.publish.export import write_model
 
 ADDED = "re"
-ODD_TITLES = [*TITLES, "", " ", "<cat-toy>s <|endoftext|> <|startoftext|>", "ＦＵＬＬ\u3000width e\u0301 \ud800", f"{ADDED} a{ADDED}b, c {ADDED} d", "!?"]
+ODD_TITLES = [*TITLES, "", " ", "<cat-toy>s <|endoftext|> <|startoftext|>", "ＦＵＬＬ\u3000width e\u0301 \ud800",
+              f"{ADDED} a{ADDED}b, c {ADDED} d", "!?"]
 
 
 @pytest.fixture
@@ -80,6 +83,8 @@ def test_a_recorded_model_is_the_same_to_the_bit(name: str, folder: Path, tmp_pa
     assert tokenize(warm.tokenizer, ODD_TITLES, 77) == tokenize(cold.tokenizer, ODD_TITLES, 77) == wanted
     assert exported(warm, tmp_path / "warm") == exported(cold, tmp_path / "cold")
     assert not {"model", "vision_model", "text_model"} & warm.__dict__.keys()
+    TextTower(warm)
+    assert not warm.is_loaded and "vision_model" not in warm.__dict__  # a new title loads the text tower alone
     for ours, whole in zip(features(warm), features(cold), strict=True):
         assert torch.equal(ours, whole)
     assert not warm.is_loaded and warm.model.text_projection is warm.head.text_projection  # one head, however loaded
@@ -172,6 +177,21 @@ def test_a_record_that_does_not_hold_counts_as_absent(damage: str, folder: Path,
     assert load_clip(str(folder), records=records).record  # it has been written anew
 
 
+def test_a_record_of_another_model_is_found_by_reading_all(folder: Path, tmp_path: Path) -> None:
+    """`verify` does not trust a record, and says where one was wrong."""
+    records = ModelRecords(tmp_path / "models")
+    cold = recorded(folder, records)
+    record = records.find(str(folder))
+    assert record
+    records.write(str(folder), record._replace(facts=replace(cold.facts, pad_id=7)))
+    said: list[str] = []
+    write_record(load_clip(str(folder)), records, said.append)
+    assert len(said) == 1 and "recorded anew" in said[0]
+    again = records.find(str(folder))
+    assert again and again.facts == cold.facts
+    assert records.prune(str(folder)) == 0 and records.prune("") > 0 and records.find(str(folder)) is None
+
+
 def test_one_rank_writes_and_a_model_is_found_by_any_path(folder: Path, tmp_path: Path,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     recorded(folder, ModelRecords(tmp_path / "models", writes=False))
@@ -233,9 +253,11 @@ def test_a_warm_run_imports_no_transformers_and_exports_the_same_bytes(tiny_st_m
     """Seconds of every run, and the memory of both towers, for what the store holds already."""
     model = ["--model", str(tiny_st_model), "--cache-dir", str(tmp_path / "cache"), "--precision", "fp32"]
     assert call(*model, "--dataset", pairs, "--out", tmp_path / "cold") == 0
+    title = next(csv.DictReader((pairs / "train.csv").open(encoding="utf-8")))["title"]
     (tmp_path / "warm.py").write_text(WARM.format(commands=[
         [*model, "--dataset", str(pairs), "--out", str(tmp_path / "warm")],
         ["eval", *model, "--dataset", str(pairs), "--split", "test"],
+        ["search", *model, "--dataset", str(pairs), title],
         ["export", "--run", str(tmp_path / "warm"), "--to", str(tmp_path / "out"), *model[2:4]]]))
     process = start([], program=tmp_path / "warm.py", env={"PYTHONPATH": str(ROOT)})
     error = process.communicate(timeout=HANGS_S)[1]

@@ -18,7 +18,7 @@ from torch import Tensor
 from data.batch import BadSample, Team, Tokens, UserError
 from data.catalogue import Catalogue, DecodeResult, DecodeResults, as_keys
 from data.identity import TitleIds
-from data.images.decode import collate_tokens, tokenize
+from data.images.decode import PaddingTokenizer, collate_tokens, tokenize
 from data.images.feed import Feed, Lot, grouped
 from data.images.reader import Reader
 from data.images.worker import Job, KnownKeys, Task, ToPixels
@@ -31,7 +31,6 @@ from data.web.storage import PACKAGES
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from transformers import PreTrainedTokenizerFast
 
 TITLES = 512  # titles that the tower encodes at once
 SEGMENT = 4096  # features written at once
@@ -53,7 +52,7 @@ class Encoders:
     image_space: str
     text_space: str
     stored: bool  # features are constants, computed once and kept in the feature store
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PaddingTokenizer
     max_tokens: int
 
     @property

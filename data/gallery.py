@@ -19,7 +19,7 @@ from torch import Tensor
 from data.batch import BadSample, UserError
 from data.catalogue import build_catalogue
 from data.cold import Encoders, encode_missing_images, encode_missing_titles, encode_titles
-from data.identity import distinct
+from data.identity import distinct, keys_of_tokens
 from data.images.album import small_jpeg
 from data.images.decode import decode_image, tokenize
 from data.images.reader import Reader, is_url
@@ -28,7 +28,7 @@ from data.sources.source import Rows
 from data.store.feature_split import StoredTable
 from data.store.features import FeatureStore
 from data.store.stat_cache import StatCache
-from data.titles import is_blank
+from data.titles import TokenLists, is_blank
 
 SIDE = 320  # pixels of the longer side of a preview
 
@@ -129,10 +129,17 @@ def _gallery(splits: Mapping[str, Rows], store: FeatureStore, keys: np.ndarray, 
     return Gallery(splits, StoredTable(store, store.locate(keys[order])), first[order])
 
 
-def title_features(titles: Sequence[str], encoders: Encoders) -> Tensor:
-    """Return text features [Q, T] of queries; they are not stored."""
+def title_features(titles: Sequence[str], encoders: Encoders, cache: Path) -> Tensor:
+    """Return text features [Q, T] of queries, stored ones where there are; others are encoded, and not stored."""
     ids = tokenize(encoders.tokenizer, titles, encoders.max_tokens)
-    return encode_titles(ids, encoders.pad_id, encoders.text, encoders.text_width)
+    store = encoders.title_store(cache)
+    rows = store.locate(keys_of_tokens(TokenLists.of(iter(ids))))
+    known = np.flatnonzero(rows >= 0)
+    new = np.flatnonzero(rows < 0)
+    features_QT = torch.empty(len(ids), encoders.text_width)
+    features_QT[known] = store.gather(rows[known])
+    features_QT[new] = encode_titles([ids[i] for i in new], encoders.pad_id, encoders.text, encoders.text_width)
+    return features_QT
 
 
 def image_features(image: str, reader: Reader, encoders: Encoders) -> Tensor:

@@ -18,17 +18,10 @@ import torch
 from data.agreement import require_same_images
 from data.batch import Batches, Team, UserError, share
 from data.catalogue import Catalogue, DecodeResults, Split, build_catalogue, keep_usable_rows, keys_and_usable
-from data.cold import (
-    DecodedImages,
-    Pipeline,
-    Reader,
-    check_images,
-    encode_missing_images,
-    encode_missing_titles,
-    is_url,
-)
+from data.cold import DecodedImages, Pipeline, check_images, encode_missing_images, encode_missing_titles
 from data.identity import Contents
 from data.images.album import RowPreviews
+from data.images.reader import Reader, is_url
 from data.inputs import CachedPairs, FeatureSource, StreamedPairs, make_feature_splits, owned_references
 from data.ledger import dropped_rows
 from data.mine import mine_negatives

@@ -261,11 +261,26 @@ def _resize_cropped(image: Image.Image, has_alpha: bool, x: _Axis, y: _Axis, res
 
 
 class FastTokenizer(Protocol):
-    """A transformers tokenizer that is backed by the tokenizers library."""
+    """A tokenizer that is backed by the tokenizers library: transformers' own, or a ModelTokenizer."""
 
     @property
     def backend_tokenizer(self) -> Tokenizer:
         """The tokenizers object."""
+
+
+class PaddingTokenizer(FastTokenizer, Protocol):
+    """A FastTokenizer that knows the id of its padding token."""
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id that fills batches of titles."""
+
+
+class ModelTokenizer(NamedTuple):
+    """A model's tokenizer without transformers."""
+
+    backend_tokenizer: Tokenizer
+    pad_token_id: int
 
 
 def tokenize(tokenizer: FastTokenizer, titles: Sequence[str], max_length: int) -> list[list[int]]:

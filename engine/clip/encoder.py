@@ -5,6 +5,7 @@ Dimension key: B batch.
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -197,6 +198,20 @@ class DeviceClock:
     def busy_share(self) -> float:
         """Return the share so far, of batches that are finished."""
         return self._busy_ms / 1000 / max(1e-9, time.monotonic() - self._began)
+
+
+class LazyEncoder:
+    """An encoder that is made, and its tower loaded, when there is something to encode."""
+
+    def __init__(self, make: Callable[[], BatchedEncoder]) -> None:
+        self._make, self._lock = make, threading.Lock()
+        self._encoder: BatchedEncoder | None = None
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """Return the features of all inputs, on the device."""
+        with self._lock:  # several threads may have the first input
+            self._encoder = self._encoder or self._make()
+        return self._encoder(inputs)
 
 
 class QuickGelu(nn.Module):

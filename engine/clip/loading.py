@@ -1,334 +1,170 @@
-"""Load a CLIPModel folder, its tokenizer and its image processor, and refuse whatever does not fit together.
-
-transformers builds an empty tokenizer where files are missing, draws missing weights at random, and pads over what a
-config leaves out. Here each of these is a UserError of one line that names the file and the fix. No code of a folder
-runs: `auto_map` is refused, and pickled weights are read with `weights_only`.
-"""
+"""A CLIPModel as a run uses it: its facts and projections at once, its towers when something has to be encoded."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from data.batch import UserError
-from data.images.decode import ImageSpec, tokenize
-from engine.clip.model_files import ModelFiles
+from data.images.decode import ImageSpec, ModelTokenizer
+from engine.clip.facts import (
+    ModelFacts,
+    ModelRecord,
+    ModelRecords,
+    StampedFolder,
+    refuse_changed,
+    stamped_folder,
+    tensor_digest,
+)
+from engine.clip.weights import UNREADABLE, locate_weights, read_weights
+from engine.clip.whole import WholeModel, load_tower, load_whole
 
 if TYPE_CHECKING:
-    from transformers import CLIPConfig, CLIPModel
+    from transformers import CLIPModel, CLIPTextModel, CLIPVisionModel
 
-CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
-# In the order in which transformers looks for them.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".h5", ".msgpack")
-HISTORIC_EOS = 2  # in configs of old transformers versions; it means: pool at the highest token id
-HISTORIC_BOS = 0
+HEAD = ("logit_scale", "visual_projection.weight", "text_projection.weight")
 
 
-@dataclass(frozen=True)
+class HeadLayers(NamedTuple):
+    """The parts of a CLIPModel behind its towers."""
+
+    visual_projection: nn.Linear
+    text_projection: nn.Linear
+    logit_scale: nn.Parameter
+
+
 class Clip:
-    """A loaded CLIPModel in fp32 with its own preprocessing."""
+    """A CLIPModel in fp32, frozen, with its own preprocessing.
 
-    name: str
-    model: CLIPModel
-    processor: Any
-    commit: str | None
+    It is `whole`, or begins with what a `record` knows of it: then the head comes from the weight files at once, and
+    a tower or the whole model on first use. Either way there is one head, whose training changes the `model`.
+    """
 
-    @cached_property
-    def digests(self) -> Mapping[str, str]:
-        """BLAKE2b of every tensor as it was loaded, by name; computed once, as gigabytes take seconds."""
-        return {name: _digest(tensor) for name, tensor in self.model.state_dict().items()}
+    def __init__(self, name: str, whole: WholeModel | None = None, record: ModelRecord | None = None,
+                 stamped: StampedFolder | None = None) -> None:
+        self.name, self.record, self.stamped = name, record, stamped
+        if whole is not None:
+            self.facts = ModelFacts.of(whole)
+            self.model = whole.model.requires_grad_(False)
+            self.head = HeadLayers(self.model.visual_projection, self.model.text_projection, self.model.logit_scale)
+        elif record is not None:
+            self.facts = record.facts
+            self.head = _read_head(record)
 
     @property
-    def image_processor(self) -> Any:
-        """The processor's image half."""
-        return self.processor.image_processor
+    def commit(self) -> str | None:
+        """The commit of a hub repository; None for a folder."""
+        return self.facts.commit
 
     @property
-    def tokenizer(self) -> Any:
-        """The processor's title half."""
-        return self.processor.tokenizer
+    def spec(self) -> ImageSpec:
+        """How the model's images are prepared."""
+        return self.facts.spec
 
     @property
     def max_tokens(self) -> int:
         """The longest title the text tower has positions for, special tokens included."""
-        return int(self.config.text_config.max_position_embeddings)
+        return self.facts.max_tokens
+
+    @cached_property
+    def tokenizer(self) -> ModelTokenizer:
+        """The model's tokenizer, of the file that is exported with it."""
+        from tokenizers import Tokenizer
+
+        return ModelTokenizer(Tokenizer.from_str(self.facts.files["tokenizer.json"]), self.facts.pad_id)
 
     @property
-    def config(self) -> Any:
-        """The CLIPModel's config, with its vision_config and text_config."""
-        return self.model.config
+    def is_loaded(self) -> bool:
+        """Whether the whole model is in memory."""
+        return "model" in self.__dict__
+
+    @cached_property
+    def model(self) -> CLIPModel:
+        """The whole model."""
+        model = load_whole(self.name, self.commit).model.requires_grad_(False)
+        model.visual_projection, model.text_projection, model.logit_scale = self.head
+        return model
+
+    @cached_property
+    def vision_model(self) -> CLIPVisionModel:
+        """The image tower."""
+        return self._tower("vision_model")
+
+    @cached_property
+    def text_model(self) -> CLIPTextModel:
+        """The text tower."""
+        return self._tower("text_model")
+
+    def _tower(self, name: str) -> Any:
+        if self.is_loaded:
+            return getattr(self.model, name)
+        return load_tower(self.name, self.commit, name).requires_grad_(False)
+
+    def named_parameters(self, names: Collection[str]) -> dict[str, nn.Parameter]:
+        """Return all parameters in memory by name, in the model's order; the whole model if the head lacks a name."""
+        head: dict[str, Any] = {"logit_scale": self.head.logit_scale}
+        for name in ("visual_projection", "text_projection"):
+            head[f"{name}.weight"] = getattr(self.head, name).weight
+        if self.is_loaded or not head.keys() >= set(names):
+            return dict(self.model.named_parameters())
+        return {name: head[name] for name in self.facts.shapes if name in head}
+
+    def frozen_weights(self, trained: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield all parameters but the `trained` ones, in fp32. Raises UserError where the files have changed."""
+        names = [name for name in self.facts.shapes if name not in trained]
+        if self.is_loaded or self.record is None:
+            loaded = dict(self.model.named_parameters())
+            yield from ((name, loaded[name].detach().cpu()) for name in names)
+            return
+        refuse_changed(self.record, self.name)
+        yield from read_weights(self.record.folder / self.facts.subfolder, self.record.weights, names)
 
 
-def _digest(tensor: Tensor) -> str:
-    shape = str(tuple(tensor.shape)).encode()[:16]
-    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(content.data, digest_size=32, person=shape).hexdigest()
+def _read_head(record: ModelRecord) -> HeadLayers:
+    """Read the head from the weight files. Raises one of UNREADABLE, which a digest of another content is as well."""
+    tensors = {}
+    for name, tensor in read_weights(record.folder / record.facts.subfolder, record.weights, HEAD):
+        if tensor_digest(tensor) != record.facts.digests[name]:
+            raise ValueError(f"{name} is not the one of the record")
+        tensors[name] = tensor.clone()
+    return HeadLayers(_linear(tensors["visual_projection.weight"]), _linear(tensors["text_projection.weight"]),
+                      nn.Parameter(tensors["logit_scale"], requires_grad=False))
 
 
-def load_clip(name: str, commit: str | None = None) -> Clip:
-    """Load a plain CLIPModel or a sentence-transformers folder, by hub name (at `commit`) or path, in fp32.
+def _linear(weight_EW: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight_EW.shape[1], weight_EW.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight_EW, requires_grad=False)
+    return layer
 
-    Raises UserError when there is no such model, when it is something other than a CLIPModel, and when its files are
-    damaged, incomplete or do not fit one another.
+
+def load_clip(name: str, commit: str | None = None, records: ModelRecords | None = None) -> Clip:
+    """Open a model by its record, if there is one that fits; load it whole, with every check, if not.
+
+    Raises UserError as `load_whole` does.
     """
-    try:
-        with _quiet_transformers():
-            files = ModelFiles(name, commit)
-            config = _load_config(files)
-            processor = _load_processor(files, config)
-            return Clip(name, _load_model(files, config), processor, files.commit())
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # of many kinds, from several libraries; all of them are about this model
-        raise UserError(_load_failure(name, error)) from error
+    record = records.find(name, commit) if records else None
+    if record:
+        try:
+            return Clip(name, record=record)
+        except UNREADABLE:  # what is wrong with the files is for a whole load to say
+            pass
+    before = stamped_folder(name, commit)
+    whole = load_whole(name, commit)
+    # The hub may have given a newer snapshot, whose files nobody edits; a folder must be as it was before the load.
+    return Clip(name, whole, stamped=stamped_folder(name, whole.commit) if whole.commit else before)
 
 
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars, which every rank prints, and its warnings, which are errors here."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def _one_line(error: Exception) -> str:
-    """Return the message of an error on one line, cut to 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _load_failure(name: str, error: Exception) -> str:
-    if Path(name).expanduser().is_dir():
-        return f"--model {name} does not load as a CLIPModel folder: {_one_line(error)}"
-    return (f"--model {name}: no such folder, and the hub did not give it ({_one_line(error)}); check the name and "
-            "the network, or `hf auth login` for a private model")
-
-
-def _load_config(files: ModelFiles) -> CLIPConfig:
-    """Load config.json; refuse whatever would load something else than a plain CLIPModel."""
-    from transformers import CLIPConfig
-    from transformers.utils import cached_file
-
-    if files.path("adapter_config.json"):
-        files.refuse("adapter_config.json: a PEFT adapter (LoRA); put it into its base model with merge_and_unload() "
-                     "and give the folder saved from that")
-    if not files.path("config.json"):
-        cached_file(files.source, "config.json", **files.where)  # raises the hub's reason: no such name, no network
-        files.refuse("there is no config.json; give the folder or repository of a CLIPModel")
-    for name in CONFIGS:
-        if _has_key(files.config(name), "auto_map"):
-            files.refuse(f"{name} names code of its own (auto_map), which is never run; give a model that transformers "
-                         "has a CLIPModel for, or remove auto_map if this is one")
-    content = files.config("config.json")
-    if content.get("model_type") != "clip":
-        files.refuse(f"config.json says this is a {content.get('model_type')!r} model; thumbtune tunes CLIPModel "
-                     "checkpoints (model_type 'clip')")
-    for part in (content, content.get("text_config"), content.get("vision_config")):
-        _refuse_variants(files, part or {})
-    try:
-        return CLIPConfig.from_pretrained(files.source, **files.where)
-    except Exception as error:  # of many kinds; all of them are about this file
-        files.refuse(f"config.json holds no CLIPConfig ({_one_line(error)}); copy it again from the base model")
-
-
-def _has_key(content: object, key: str) -> bool:
-    """Return whether a dictionary, or one anywhere inside it, has this key."""
-    if not isinstance(content, dict):
-        return False
-    return key in content or any(_has_key(part, key) for part in content.values())
-
-
-def _refuse_variants(files: ModelFiles, config: Mapping[str, Any]) -> None:
-    """Refuse a config that needs other weights or another attention than a plain CLIPModel has."""
-    if quantized := config.get("quantization_config"):
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        files.refuse(f"config.json has a quantization_config ({method}), and rounded weights are no base to tune; give "
-                     "the checkpoint that was quantized")
-    for key in ("_attn_implementation", "attn_implementation", "_flash_attn_2_enabled"):
-        if config.get(key) not in (None, False, "eager", "sdpa"):
-            files.refuse(f"config.json has {key}={config[key]!r}; thumbtune runs attention through torch, so remove "
-                         f"{key}")
-
-
-def _load_processor(files: ModelFiles, config: CLIPConfig) -> Any:
-    """Load the CLIPProcessor and compare its image processor and tokenizer with the config."""
-    from transformers import CLIPProcessor
-
-    tables = _tokenizer_files(files)
-    settings = files.config("processor_config.json").get("image_processor")
-    source = "processor_config.json" if settings else "preprocessor_config.json"
-    settings = settings or files.config(source)
-    if not settings:
-        files.refuse("there is no preprocessor_config.json, so nothing says how images are prepared; copy it from the "
-                     "base model")
-    try:
-        processor = CLIPProcessor.from_pretrained(files.source, **files.where, trust_remote_code=False)
-    except Exception:
-        for name in tables:
-            files.read(name)  # raises UserError where the file is the reason
-        raise
-    _check_images(files, source, settings, processor.image_processor, config)
-    text: Any = config.text_config  # declared as a dictionary or None as well, which it is before __post_init__ alone
-    _check_tokenizer(files, processor.tokenizer, text)
-    _set_lengths(processor.tokenizer, text.max_position_embeddings)
-    return processor
-
-
-def _check_images(files: ModelFiles, source: str, settings: Mapping[str, Any], image_processor: Any,
-                  config: CLIPConfig) -> None:
-    """Compare the image processor with the vision tower. `settings` are those in the file `source`."""
-    for key in ("image_mean", "image_std") if settings.get("do_normalize", True) else ():
-        values = settings.get(key)
-        if not isinstance(values, list) or len(values) != 3 or (key == "image_std" and min(values) <= 0):
-            files.refuse(f"{source} has {key}={values}; write the three values the model was trained with")
-    vision: Any = config.vision_config
-    side = vision.image_size
-    crop = ImageSpec.from_processor(image_processor).crop
-    if list(crop) != (side if isinstance(side, list) else [side, side]):
-        files.refuse(f"{source} crops to {crop[0]}x{crop[1]} pixels where vision_config.image_size in config.json is "
-                     f"{side}; copy both from the same model")
-
-
-def _tokenizer_files(files: ModelFiles) -> list[str]:
-    """Return the tokenizer's JSON files. Refuses a folder without: transformers would make an empty tokenizer."""
-    whole = files.path("tokenizer.json")
-    missing = [name for name in ("vocab.json", "merges.txt") if not files.path(name)]
-    if missing and whole is None:
-        files.refuse(f"the tokenizer is missing: there is no tokenizer.json and no {' or '.join(missing)}; copy the "
-                     "tokenizer files from the base model")
-    names = ("tokenizer.json", "vocab.json", "special_tokens_map.json", "added_tokens.json")
-    return [name for name in names if files.path(name)]
-
-
-def _check_tokenizer(files: ModelFiles, tokenizer: Any, text: Any) -> None:
-    """Compare the tokenizer with the text tower: its ids have embeddings, and a title ends where the tower pools."""
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        files.refuse(f"tokenizer_config.json names {type(tokenizer).__name__}, which has no fast version; give a model "
-                     "with a tokenizer.json")
-    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    known = tokenizer.get_vocab()
-    highest = max(known, key=known.__getitem__)
-    if not isinstance(text.eos_token_id, int):
-        files.refuse(f"config.json has text_config.eos_token_id={text.eos_token_id}; write the one id that titles end "
-                     f"with ({eos})")
-    if known[highest] >= text.vocab_size:
-        files.refuse(f"the tokenizer's token {highest!r} has the id {known[highest]}, but text_config.vocab_size in "
-                     f"config.json is {text.vocab_size}; remove added tokens, or give the tokenizer of this model")
-    if tokenizer.pad_token_id is None:
-        files.refuse(f'tokenizer_config.json names no pad_token; add "pad_token": "{tokenizer.eos_token}"')
-    if text.eos_token_id == HISTORIC_EOS:
-        if eos is not None and known[highest] > eos:
-            files.refuse(f"config.json has text_config.eos_token_id=2, which pools at the highest id of a title, and "
-                         f"the tokenizer's {highest!r} is above the end of text; write eos_token_id {eos}")
-    elif eos != text.eos_token_id:
-        files.refuse(f"the tokenizer ends titles with the id {eos}, but text_config.eos_token_id in config.json is "
-                     f"{text.eos_token_id}; copy both from the same model")
-    if text.bos_token_id not in (None, HISTORIC_BOS, bos):
-        files.refuse(f"the tokenizer begins titles with the id {bos}, but text_config.bos_token_id in config.json is "
-                     f"{text.bos_token_id}; copy both from the same model")
-    title = tokenize(tokenizer, ["a title"], text.max_position_embeddings)[0]
-    if title[0] != bos or title[-1] != eos or len(title) < 3:
-        files.refuse(f"the tokenizer turns 'a title' into {title}, which does not begin with {bos} and end with {eos}; "
-                     "copy tokenizer.json and tokenizer_config.json from the base model")
-
-
-def _set_lengths(tokenizer: Any, max_tokens: int) -> None:
-    """Make other libraries that load the exported tokenizer cut and pad titles as `tokenize` does."""
-    tokenizer.model_max_length = max_tokens
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    for key in ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of"):  # of a stored truncation
-        tokenizer.init_kwargs.pop(key, None)
-
-
-def _load_model(files: ModelFiles, config: CLIPConfig) -> CLIPModel:
-    """Load the CLIPModel in fp32; refuse weights that are missing, unexpected, of another shape or not finite."""
-    from pickle import UnpicklingError
-
-    from safetensors import SafetensorError
-    from transformers import CLIPModel
-
-    weights = _check_weight_files(files) if files.is_local else "the checkpoint"
-    loaded: Any  # declared as the model alone, without the report that output_loading_info adds
-    try:
-        loaded = CLIPModel.from_pretrained(
-            files.source, **files.where, config=config, dtype=torch.float32, trust_remote_code=False,
-            output_loading_info=True, ignore_mismatched_sizes=True)
-    except (UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
-        raise UserError(f"--model {files.name}: {weights}: its weights are damaged, or hold code, which is never run; "
-                        "give them as safetensors") from error
-    model, report = loaded
-    for name, stored, expected in sorted(report["mismatched_keys"]):
-        files.refuse(f"{weights} has {name} as {_shape(stored)}, but config.json asks for {_shape(expected)}; copy "
-                     "both from the same model")
-    missing, unexpected = report["missing_keys"], report["unexpected_keys"]
-    if missing or unexpected:
-        files.refuse(f"{weights} is not this CLIPModel: {len(missing)} weights are missing{_first_name(missing)}, "
-                     f"{len(unexpected)} unexpected{_first_name(unexpected)}; "
-                     "give one saved by CLIPModel.save_pretrained")
-    if bad := non_finite(model):
-        files.refuse(f"{weights} holds NaN or infinity in {bad}; give another checkpoint (a cast to fp16 may have "
-                     "overflowed)")
-    return model.eval()
-
-
-def _shape(size: Collection[int]) -> str:
-    return "x".join(map(str, size))
-
-
-def _first_name(names: Collection[str]) -> str:
-    """Return the first of `names` in brackets, for a message; nothing where there are none."""
-    return f" ({min(names)}{', …' if len(names) > 1 else ''})" if names else ""
-
-
-def non_finite(model: nn.Module) -> str | None:
-    """Return the name of a parameter that holds NaN or infinity; None where all are finite."""
-    for name, parameter in model.named_parameters():
-        value = parameter.detach()
-        # The sum is cheaper than a mask, and not finite where a value is not; it may overflow where all are finite.
-        if not value.sum().isfinite() and not value.isfinite().all():
-            return name
-    return None
-
-
-def _check_weight_files(files: ModelFiles) -> str:
-    """Check the files of a local folder that transformers reads the weights from; return the first one's name."""
-    from safetensors import SafetensorError, safe_open
-
-    first = next((name for name in WEIGHTS if files.path(name)), None)
-    if first is None:
-        folder = Path(files.source) / files.where["subfolder"]
-        others = sorted(path.name for path in folder.iterdir() if path.suffix in OTHER_WEIGHTS)
-        only = f" (only {', '.join(others[:3])})" if others else ""
-        files.refuse(f"there are no weights: no model.safetensors{only}; save the model with "
-                     "CLIPModel.save_pretrained")
-    index = files.config(first).get("weight_map") if first.endswith(".index.json") else {}
-    if not isinstance(index, dict):
-        files.refuse(f"{first} has no weight_map; copy it again from where the model came from")
-    for name in sorted(set(index.values())) or [first]:
-        path = files.path(name)
-        if path is None:
-            files.refuse(f"{name} is missing, which {first} lists; copy it from where the model came from")
-        if name.endswith(".safetensors"):
-            try:
-                with safe_open(path, "pt"):
-                    pass  # the header is whole, and the file has the length that it states
-            except SafetensorError as error:
-                files.refuse(f"{name}: its weights are damaged or cut off ({error}); copy it again from where the "
-                             "model came from")
-    return first
+def write_record(clip: Clip, records: ModelRecords, log: Callable[[str], None]) -> None:
+    """Leave a record of a model that has been loaded whole, if its weights can be read one by one."""
+    if clip.stamped is None:
+        return
+    known = records.find(clip.name)
+    if known and known.facts != clip.facts:  # the model was read again in spite of it, by `verify`
+        log(f"what an earlier run recorded of {clip.name} is not what its files hold; recorded anew")
+    folder, stamps = clip.stamped
+    with suppress(*UNREADABLE):
+        weights = locate_weights(folder / clip.facts.subfolder, clip.facts.shapes)
+        records.write(clip.name, ModelRecord(clip.facts, folder, stamps, weights))

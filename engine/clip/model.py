@@ -8,6 +8,7 @@ E embedding.
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -17,9 +18,11 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from data.batch import Batch, Features, UserError, map_tensors
-from data.images.decode import ImageSpec, collate_tokens, tokenize
+from data.images.decode import collate_tokens, tokenize
+from engine.clip.encoder import CPU_TITLES, BatchedEncoder, LazyEncoder
+from engine.clip.facts import ModelRecords
 from engine.clip.loading import Clip, load_clip
-from engine.clip.towers import Towers, describe_trainable, freeze, pick_mode
+from engine.clip.towers import ImageTower, TextTower, Towers, describe_trainable, freeze, pick_mode
 from engine.device import pick_precision
 
 PROBE_TITLES = ("a red bicycle in the rain", "how to bake bread at home")
@@ -69,10 +72,8 @@ class Head(nn.Module):
 
     def __init__(self, clip: Clip, scale: float) -> None:
         super().__init__()
-        self.visual_projection = clip.model.visual_projection
-        self.text_projection = clip.model.text_projection
+        self.visual_projection, self.text_projection, self.logit_scale = clip.head
         self.register_buffer("fixed_scale", torch.tensor(scale), persistent=False)
-        self.logit_scale = clip.model.logit_scale
 
     def image(self, features_BV: Tensor) -> Tensor:
         """[B, V] -> [B, E], unit length, fp32 also under autocast."""
@@ -156,20 +157,43 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A loaded CLIPModel, its towers and head as modules, and its trainable parameters."""
+    """A CLIPModel, its head as a module, its towers as modules on first use, and its trainable parameters."""
 
     clip: Clip
-    towers: Towers
     head: Head
     trainable: dict[str, nn.Parameter]
     cached: bool
     stored: bool  # the towers are frozen: evaluation uses stored features even where training streams
     precision: torch.dtype
+    device: torch.device
+    recompute: bool  # as in ModelOptions
+
+    @cached_property
+    def towers(self) -> Towers:
+        """Both towers on the device."""
+        towers = Towers(self.clip).to(self.device)
+        if self.recompute:
+            towers.recompute()
+        return towers
+
+    def encoders(self, compiled: str = "off") -> tuple[LazyEncoder, LazyEncoder]:
+        """Return the image and the text tower as encoders, each of which loads its tower on first use."""
+        def image() -> BatchedEncoder:
+            tower = ImageTower(self.clip).to(self.device) if self.cached else self.towers.image
+            return BatchedEncoder(tower, self.device, self.precision, compiled)
+
+        def text() -> BatchedEncoder:
+            tower = TextTower(self.clip).to(self.device) if self.cached else self.towers.text
+            return BatchedEncoder(tower, self.device, self.precision, cpu_batch=CPU_TITLES)
+
+        return LazyEncoder(image), LazyEncoder(text)
 
     def describe(self) -> str:
-        """Return one line: trainable parameters, mode and precision."""
+        """Return one line: trainable parameters, mode, precision and, where a record has named it, the commit."""
         mode = "cached features" if self.cached else "streaming through the towers"
-        return f"{describe_trainable(self.clip.model, self.trainable)}; {mode}, {str(self.precision)[6:]}"
+        known = f"; {self.clip.name} as recorded at commit {self.clip.commit[:12]}" if (
+            self.clip.record and self.clip.commit) else ""
+        return f"{describe_trainable(self.clip, self.trainable)}; {mode}, {str(self.precision)[6:]}{known}"
 
     def trained_model(self, micro_batch: int = 0) -> nn.Module:
         """Return the module to train: it takes Features if cached, a Batch if streaming, `micro_batch` rows at once.
@@ -185,29 +209,32 @@ class LoadedModel:
         return MicroBatched(streamed, micro_batch) if micro_batch else streamed
 
 
-def open_model(name: str, options: ModelOptions, device: torch.device) -> LoadedModel:
-    """Load a CLIPModel, freeze it by name, put it on the device. Raises UserError for options that contradict."""
-    model = build_model(load_clip(name), options, device)
-    refuse_collapse(model, device)
+def open_model(name: str, options: ModelOptions, device: torch.device,
+               records: ModelRecords | None = None) -> LoadedModel:
+    """Open a CLIPModel, freeze it by name, put it on the device. Raises UserError for options that contradict.
+
+    One that is loaded whole is checked for collapse; a model with a record has passed that.
+    """
+    model = build_model(load_clip(name, records=records), options, device)
+    if model.clip.record is None:
+        refuse_collapse(model, device)
     return model
 
 
 def build_model(clip: Clip, options: ModelOptions, device: torch.device) -> LoadedModel:
-    """Freeze a loaded CLIPModel by name and put it on the device. Raises UserError for options that contradict."""
+    """Freeze a CLIPModel by name and put its head on the device. Raises UserError for options that contradict."""
     if options.augment and options.mode == "cached":
         raise UserError("--augment shows other pixels in every epoch, --mode cached the same; leave one out")
-    tuned = freeze(clip.model, options.trainable)
+    tuned = freeze(clip, options.trainable)
     is_frozen = pick_mode(options.mode, tuned)
-    towers, head = Towers(clip).to(device), Head(clip, options.scale).to(device)
-    if options.recompute:
-        towers.recompute()
-    return LoadedModel(clip, towers, head, tuned, cached=is_frozen and not options.augment, stored=is_frozen,
-                       precision=pick_precision(options.precision, device))
+    return LoadedModel(clip, Head(clip, options.scale).to(device), tuned, cached=is_frozen and not options.augment,
+                       stored=is_frozen, precision=pick_precision(options.precision, device), device=device,
+                       recompute=options.recompute)
 
 
 def refuse_collapse(model: LoadedModel, device: torch.device) -> None:
     """Embed two titles and two gradients in fp32; UserError where both embeddings of a kind are equal, or NaN."""
-    clip, side = model.clip, ImageSpec.from_processor(model.clip.image_processor).crop
+    clip, side = model.clip, model.clip.spec.crop
     ramp_HW = torch.linspace(0, 255, side[0]).byte()[:, None].expand(side)
     pixels_BCSS = torch.stack([ramp_HW, ramp_HW.flip(0)])[:, None].expand(2, 3, *side).contiguous()
     tokens = collate_tokens(tokenize(clip.tokenizer, PROBE_TITLES, clip.max_tokens), clip.tokenizer.pad_token_id)

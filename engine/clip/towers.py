@@ -10,7 +10,7 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,31 +18,28 @@ from torch.utils.checkpoint import checkpoint
 
 from data.batch import Batch, Features, Tokens, UserError
 from engine.clip.encoder import use_quick_gelu
-from engine.clip.loading import Clip
+from engine.clip.loading import HEAD, Clip
 from engine.clip.pooled import can_pool, pool_images, pool_texts
 
-if TYPE_CHECKING:
-    from transformers import CLIPModel
-
 PROBE_PATCHES = 16
-HEAD = ("visual_projection.", "text_projection.", "logit_scale")
 
 
-def freeze(model: CLIPModel, trainable: Sequence[str]) -> dict[str, nn.Parameter]:
+def freeze(clip: Clip, trainable: Sequence[str]) -> dict[str, nn.Parameter]:
     """Let only parameters train whose name holds one of `trainable` (`all`: every one); return them by name.
 
     CLIP's own `logit_scale` stays frozen unless asked for by name: the loss has its own scale.
     Raises UserError when nothing matches, naming what there is.
     """
-    named = dict(model.named_parameters())
+    names = list(clip.facts.shapes)
     def wanted(name: str) -> bool:
         if name == "logit_scale":
             return "logit_scale" in trainable
         return any(part == "all" or part in name for part in trainable)
     for part in trainable:
-        if part != "all" and not any(part in name for name in named):
-            tops = sorted({".".join(name.split(".")[:2]) for name in named})
+        if part != "all" and not any(part in name for name in names):
+            tops = sorted({".".join(name.split(".")[:2]) for name in names})
             raise UserError(f"--trainable {part} matches no parameter; names begin with {', '.join(tops)}")
+    named = clip.named_parameters([name for name in names if wanted(name)])
     for name, parameter in named.items():
         parameter.requires_grad_(wanted(name))
     return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
@@ -53,89 +50,98 @@ def pick_mode(wanted: str, trainable: dict[str, nn.Parameter]) -> bool:
 
     Raises UserError when `cached` is asked for although a layer inside a tower trains.
     """
-    inside = [name for name in trainable if not name.startswith(HEAD)]
+    inside = [name for name in trainable if name not in HEAD]
     if wanted == "cached" and inside:
         raise UserError(f"--mode cached cannot train {inside[0]}: features change with it; use --mode streaming")
     return wanted != "streaming" and not inside
 
 
-def describe_trainable(model: CLIPModel, trainable: dict[str, nn.Parameter]) -> str:
+def describe_trainable(clip: Clip, trainable: dict[str, nn.Parameter]) -> str:
     """Return one line with the number of trainable parameters, e.g. `1,376,256 of 427,616,513 (0.32 %)`, and names."""
     # logit_scale is a scalar of the loss; the reference counts it, so the totals are comparable.
-    total = sum(p.numel() for p in model.parameters())
+    total = clip.facts.parameters
     count = sum(p.numel() for p in trainable.values())
     shown = list(trainable) if len(trainable) <= 4 else [*list(trainable)[:3], f"… {len(trainable) - 3} more"]
     return f"{count:,} of {total:,} parameters train ({100 * count / total:.2f} %): {', '.join(shown)}"
 
 
-class Towers(nn.Module):
-    """Both towers up to their pooled outputs; uint8 pixels are normalised here, on the device."""
+class Tower(nn.Module):
+    """One of the model's towers; while all of it is frozen, its weights are held in the dtype of autocast."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        use_quick_gelu(model)
+        self.model = model
+        self.pools = can_pool(model)
+        self._held: list[Any] = []  # in a list, as it is no part of this module: the model that is exported stays fp32
+
+    def for_pass(self, device: torch.device) -> Any:
+        """Return the tower for one pass on a device."""
+        if not torch.is_autocast_enabled(device.type) or any(x.requires_grad for x in self.model.parameters()):
+            return self.model
+        if not self._held:
+            self._held.append(hold_weights(self.model, torch.get_autocast_dtype(device.type)))
+        return self._held[0]
+
+
+class ImageTower(Tower):
+    """uint8 pixels [B, 3, S, S] -> image features [B, V], fp32; they are normalised here, on the device."""
 
     gain_C11: Tensor
     shift_C11: Tensor
 
     def __init__(self, clip: Clip) -> None:
-        super().__init__()
-        self.vision_model: Any = clip.model.vision_model
-        self.text_model: Any = clip.model.text_model
-        for tower in (self.vision_model, self.text_model):
-            use_quick_gelu(tower)
-        self._held: dict[str, nn.Module] = {}  # no parts of this module: the model that is exported stays fp32
-        self.pools = can_pool(self.vision_model) and can_pool(self.text_model)
-        settings = clip.image_processor
-        mean = torch.tensor(settings.image_mean if settings.do_normalize else [0.0] * 3)
-        std = torch.tensor(settings.image_std if settings.do_normalize else [1.0] * 3)
-        rescale = settings.rescale_factor if settings.do_rescale else 1.0
-        self.register_buffer("gain_C11", (rescale / std)[:, None, None], persistent=False)
+        super().__init__(clip.vision_model)
+        mean, std = torch.tensor(clip.spec.mean), torch.tensor(clip.spec.std)
+        self.register_buffer("gain_C11", (clip.spec.rescale / std)[:, None, None], persistent=False)
         self.register_buffer("shift_C11", (-mean / std)[:, None, None], persistent=False)
 
-    def image(self, pixels_BCSS: Tensor) -> Tensor:
-        """uint8 pixels [B, 3, S, S] -> image features [B, V], fp32."""
+    def forward(self, pixels_BCSS: Tensor, patches: int | None = None) -> Tensor:
+        """Return features, of the first `patches` of each image alone where the tower pools."""
         if not len(pixels_BCSS):
-            return self.gain_C11.new_zeros(0, self.vision_model.config.hidden_size)
-        return self._image(pixels_BCSS)
-
-    def probe(self, pixels_BCSS: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Return features of a few inputs, to check the model; images are cut to their first PROBE_PATCHES patches.
-
-        On a CPU whole images would cost a ViT-L/14 seconds in every run.
-        """
-        return self._image(pixels_BCSS, PROBE_PATCHES), self._text(tokens)
-
-    def _image(self, pixels_BCSS: Tensor, patches: int | None = None) -> Tensor:
+            return self.gain_C11.new_zeros(0, self.model.config.hidden_size)
         normalised = torch.addcmul(self.shift_C11, pixels_BCSS.float(), self.gain_C11)
-        tower = self._tower("vision_model")
+        tower = self.for_pass(normalised.device)
         if self.pools and not torch.is_grad_enabled():
             return pool_images(tower, normalised, patches).float()
         return tower(pixel_values=normalised).pooler_output.float()
 
-    def text(self, tokens: Tokens) -> Tensor:
-        """Tokens [B, L] -> text features [B, T], fp32: the hidden state at the first EOS."""
-        if not len(tokens.ids_BL):
-            return self.gain_C11.new_zeros(0, self.text_model.config.hidden_size)
-        return self._text(tokens)
 
-    def _text(self, tokens: Tokens) -> Tensor:
-        tower = self._tower("text_model")
+class TextTower(Tower):
+    """Tokens [B, L] -> text features [B, T], fp32: the hidden state at the first EOS."""
+
+    def __init__(self, clip: Clip) -> None:
+        super().__init__(clip.text_model)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Return features."""
+        if not len(tokens.ids_BL):
+            return torch.zeros(0, self.model.config.hidden_size, device=tokens.ids_BL.device)
+        tower = self.for_pass(tokens.ids_BL.device)
         if self.pools and not torch.is_grad_enabled():
             return pool_texts(tower, tokens).float()
         # Without the mask: attention is causal, so padding does not reach the EOS before it, and transformers would
         # read the values of a mask on the host, a sync.
         return tower(input_ids=tokens.ids_BL).pooler_output.float()
 
-    def _tower(self, name: str) -> Any:
-        """Return a tower for one pass: under autocast, one that is frozen holds its weights in autocast's dtype."""
-        tower = getattr(self, name)
-        device = self.gain_C11.device.type
-        if not torch.is_autocast_enabled(device) or any(weight.requires_grad for weight in tower.parameters()):
-            return tower
-        if name not in self._held:
-            self._held[name] = hold_weights(tower, torch.get_autocast_dtype(device))
-        return self._held[name]
+
+class Towers(nn.Module):
+    """Both towers up to their pooled outputs."""
+
+    def __init__(self, clip: Clip) -> None:
+        super().__init__()
+        self.image, self.text = ImageTower(clip), TextTower(clip)
+
+    def probe(self, pixels_BCSS: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Return features of a few inputs, to check the model; images are cut to their first PROBE_PATCHES patches.
+
+        On a CPU whole images would cost a ViT-L/14 seconds in every run.
+        """
+        return self.image(pixels_BCSS, PROBE_PATCHES), self.text(tokens)
 
     def recompute(self) -> None:
         """Checkpoint each layer: keep its input alone and compute its activations again in the backward pass."""
-        for tower in (self.vision_model, self.text_model):
+        for tower in (self.image.model, self.text.model):
             for layer in tower.encoder.layers:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
@@ -168,9 +174,8 @@ def fingerprint(clip: Clip, tower: str, preprocessing: str, precision: torch.dty
 
     `tower` is vision_model or text_model.
     """
-    config = getattr(clip.model, tower).config.to_json_string()
-    digest = hashlib.sha256(f"{preprocessing}|{precision}|{config}".encode())
-    for name, tensor in sorted(clip.digests.items()):
+    digest = hashlib.sha256(f"{preprocessing}|{precision}|{clip.facts.configs[tower]}".encode())
+    for name, tensor in sorted(clip.facts.digests.items()):
         if name.startswith(f"{tower}."):
             digest.update(f"{name}={tensor}".encode())
     return digest.hexdigest()

@@ -14,7 +14,7 @@ from data.agreement import require_agreement, rows_to_compare
 from data.batch import ALONE, Team, UserError
 from data.cold import Encoders, Pipeline, Reader
 from data.files import write_mark
-from data.images.decode import ImageSpec, tokenizer_fingerprint
+from data.images.decode import ImageSpec
 from data.images.feed import cores_of_rank
 from data.ingest import ingest_shards
 from data.inputs import AddedSplit, StreamedPairs
@@ -33,7 +33,8 @@ from data.store.sharing import find_caches
 from data.web.limits import FetchPolicy, check_proxy
 from data.web.remote_tables import copy_file
 from data.web.storage import Entry, RemoteFile, is_stored, without_secrets
-from engine.clip.encoder import CPU_TITLES, BatchedEncoder
+from engine.clip.facts import ModelRecords
+from engine.clip.loading import write_record
 from engine.clip.model import Head, LoadedModel, ModelOptions, open_model
 from engine.clip.towers import fingerprint
 from engine.config.fields import Config
@@ -192,27 +193,44 @@ def make_reader(cfg: Config, spec: ImageSpec) -> Reader:
     return Reader(fetched, spec, fetch_policy(cfg), cfg.max_pixels, workers, cfg.retry_failed, cfg.augment)
 
 
-def load_model(cfg: Config, world: World) -> LoadedModel:
-    """Load --model onto this rank's device, all frozen but the parameters that --trainable names."""
+def load_model(cfg: Config, world: World, reread: bool = False) -> LoadedModel:
+    """Open --model for this rank's device, all frozen but the parameters that --trainable names.
+
+    With `reread` the whole model is loaded and checked, whatever an earlier run has recorded of it.
+    """
     world.say(describe_device(cfg, world.device, world.size))
     options = ModelOptions(cfg.trainable, cfg.mode, cfg.scale, cfg.precision, cfg.augment, cfg.gradient_checkpointing)
-    model = open_model(cfg.model, options, world.device)
+    model = open_recorded(cfg, world, options, reread)
     world.say(model.describe())
     return model
 
 
-def make_encoders(model: LoadedModel, image_preprocessing: str, device: torch.device,
-                  compile_image_tower: str = "off") -> Encoders:
+def open_recorded(cfg: Config, world: World, options: ModelOptions, reread: bool = False) -> LoadedModel:
+    """Open --model by its record in --cache-dir, or whole; then rank 0 leaves a record for the next run."""
+    records = model_records(cfg, world)
+    model = open_model(cfg.model, options, world.device, None if reread else records)
+    if model.clip.record is None:
+        mark_cache(cfg)
+        write_record(model.clip, records, world.say)
+    return model
+
+
+def model_records(cfg: Config, world: World) -> ModelRecords:
+    """Return the records of models in --cache-dir, which rank 0 writes."""
+    return ModelRecords(cache_folder(cfg) / "models", world.is_main)
+
+
+def make_encoders(model: LoadedModel, compile_image_tower: str = "off") -> Encoders:
     """Return the towers as the encoders that data/ works with: no autograd, the run's precision, a name by content."""
-    clip, precision = model.clip, model.precision
-    title_preprocessing = tokenizer_fingerprint(clip.tokenizer, clip.max_tokens)
+    clip, facts, precision = model.clip, model.clip.facts, model.precision
+    image, text = model.encoders(compile_image_tower)
     return Encoders(
-        image=BatchedEncoder(model.towers.image, device, precision, compile_image_tower),
-        image_width=clip.config.vision_config.hidden_size,
-        image_space=fingerprint(clip, "vision_model", image_preprocessing, precision),
-        text=BatchedEncoder(model.towers.text, device, precision, cpu_batch=CPU_TITLES),
-        text_width=clip.config.text_config.hidden_size,
-        text_space=fingerprint(clip, "text_model", title_preprocessing, precision),
+        image=image,
+        image_width=facts.widths["vision_model"],
+        image_space=fingerprint(clip, "vision_model", clip.spec.fingerprint(), precision),
+        text=text,
+        text_width=facts.widths["text_model"],
+        text_space=fingerprint(clip, "text_model", facts.tokenizer_fingerprint, precision),
         stored=model.stored, tokenizer=clip.tokenizer, max_tokens=clip.max_tokens)
 
 
@@ -222,10 +240,9 @@ def open_data(cfg: Config, world: World, model: LoadedModel, source: Source, onl
     Rows that cannot be used are dropped and counted. `only` names the one split that is opened, or all.
     """
     mark_cache(cfg)
-    spec = ImageSpec.from_processor(model.clip.image_processor)
     team = find_caches(cache_folder(cfg), world.team, world.say)
-    reader = make_reader(cfg, spec)
-    encoders = make_encoders(model, spec.fingerprint(), world.device, cfg.compile)
+    reader = make_reader(cfg, model.clip.spec)
+    encoders = make_encoders(model, cfg.compile)
     pipeline = Pipeline(reader, encoders, team, cache_folder(cfg), world.device, world.live)
     require_agreement(team, model_to_compare(model, encoders))
     streamed = bool(source.shards)

@@ -7,19 +7,20 @@ import json
 
 import torch
 
-from data.batch import Team, UserError
+from data.batch import UserError
 from data.cold import Encoders, Pipeline
 from data.embedding_tables import EmbeddingTables, open_tables
-from data.images.decode import ImageSpec
 from data.ledger import dropped_rows
+from data.store.sharing import find_caches
 from data.web.storage import without_secrets
-from engine.clip.model import LoadedModel, ModelOptions, open_model
+from engine.clip.model import LoadedModel, ModelOptions
 from engine.commands.common import (
     cache_folder,
     divide_source,
     make_encoders,
     make_reader,
     mark_cache,
+    open_recorded,
     open_source,
     stream_shards,
 )
@@ -38,13 +39,12 @@ def embed(cfg: Config, world: World, stop: StopSignal) -> int:
         raise UserError(f"--dtype {cfg.dtype} cannot be stored in .npy files; use fp32 or fp16")
     folder = check_folder(cfg.out, cfg.dataset)
     source = open_source(cfg, world, cfg.split)
-    model = open_model(cfg.model, ModelOptions(cfg.trainable, "cached", cfg.scale, cfg.precision), world.device)
+    model = open_recorded(cfg, world, ModelOptions(cfg.trainable, "cached", cfg.scale, cfg.precision))
 
-    mark_cache(cfg, world)
-    spec = ImageSpec.from_processor(model.clip.image_processor)
-    team = Team(world.rank, world.size, world.monitored_exchange)
-    reader = make_reader(cfg, spec)
-    encoders = make_encoders(model, spec.fingerprint(), world.device, cfg.compile)
+    mark_cache(cfg)
+    team = find_caches(cache_folder(cfg), world.team, world.say)
+    reader = make_reader(cfg, model.clip.spec)
+    encoders = make_encoders(model, cfg.compile)
     pipeline = Pipeline(reader, encoders, team, cache_folder(cfg), world.device, world.live)
     source = stream_shards(cfg, world, source, pipeline, cfg.split)
     rows, unreadable = source.rows, source.unreadable
@@ -71,7 +71,7 @@ def embed(cfg: Config, world: World, stop: StopSignal) -> int:
 
 def describe(cfg: Config, model: LoadedModel, encoders: Encoders, tables: EmbeddingTables) -> dict[str, object]:
     """Return what embeddings.json says; its identity is a digest of everything that decides a byte of the files."""
-    projections = [model.clip.digests[f"{name}_projection.weight"] for name in ("visual", "text")]
+    projections = [model.clip.facts.digests[f"{name}_projection.weight"] for name in ("visual", "text")]
     settings = [LAYOUT, PART, cfg.dtype, cfg.vectors, encoders.image_space, encoders.text_space, *projections]
     identity = hashlib.sha256(json.dumps([*settings, tables.digest()]).encode()).hexdigest()
     return {"model": cfg.model, "dataset": without_secrets(cfg.dataset), "split": cfg.split, "dtype": cfg.dtype,

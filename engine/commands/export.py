@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 
 from data.batch import UserError
 from engine.clip.loading import load_clip
+from engine.commands.common import model_records
 from engine.config.fields import Config
 from engine.publish import export as publish
 from engine.publish import open_clip
@@ -38,18 +39,19 @@ def export(cfg: Config, world: World, stop: StopSignal) -> int:
         folder = publish.finished_model(cfg.run) if unchanged else None
         if folder is None:
             folder = publish.new_folder(cfg.to) if cfg.to else Path(scratch) / "model"
-            rebuild(cfg, folder, world)
+            rebuild(cfg, world, folder)
             world.say(f"model {folder}")
         if cfg.push_to_hub:
             push(folder, cfg, cfg.run, PUSH_SETTINGS, world.say)
     return 0
 
 
-def rebuild(cfg: Config, folder: Path, world: World) -> None:
+def rebuild(cfg: Config, world: World, folder: Path) -> None:
     """Write a whole folder of transformers or open_clip: the base model with the trained tensors of --run."""
     tuned = publish.read_tuned(cfg.run, cfg.checkpoint)
-    clip = load_clip(cfg.model or tuned.origin.base, None if cfg.model else tuned.origin.commit or None)
-    publish.restore(clip, tuned)
+    commit = None if cfg.model else tuned.origin.commit or None
+    clip = load_clip(cfg.model or tuned.origin.base, commit, model_records(cfg, world))
+    publish.require_base(clip, tuned)
     table = metrics_table(tuned.origin.metrics) if tuned.origin.metrics else ""
     if cfg.format == "open_clip":
         open_clip.export(clip, folder, tuned, table, cfg, world.say)

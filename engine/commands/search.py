@@ -13,14 +13,14 @@ from torch import Tensor
 from data import gallery
 from data.batch import ALONE
 from data.cold import Pipeline
-from data.images.decode import ImageSpec
 from data.web.storage import scheme_of, without_secrets
-from engine.clip.model import ModelOptions, open_model
+from engine.clip.model import ModelOptions
 from engine.commands.common import (
     cache_folder,
     divide_source,
     make_encoders,
     make_reader,
+    open_recorded,
     read_rows,
     stream_shards,
 )
@@ -43,10 +43,9 @@ def search(cfg: Config, world: World, stop: StopSignal) -> int:
 
     # Without titles the query is --image; read_queries has seen to it that there is one of the two.
     source = read_rows(cfg, world.say, stream=True)
-    model = open_model(cfg.model, ModelOptions(cfg.trainable, "cached", cfg.scale, cfg.precision), world.device)
-    spec = ImageSpec.from_processor(model.clip.image_processor)
-    reader = make_reader(cfg, spec)
-    encoders = make_encoders(model, spec.fingerprint(), world.device)
+    model = open_recorded(cfg, world, ModelOptions(cfg.trainable, "cached", cfg.scale, cfg.precision))
+    reader = make_reader(cfg, model.clip.spec)
+    encoders = make_encoders(model)
     cache = cache_folder(cfg)
     pipeline = Pipeline(reader, encoders, ALONE, cache, world.device, world.live)
     rows = stream_shards(cfg, world, source, pipeline).rows
@@ -55,7 +54,7 @@ def search(cfg: Config, world: World, stop: StopSignal) -> int:
     head = model.head
     with torch.no_grad():
         if titles:
-            query_QE = head.text(gallery.title_features(titles, encoders).to(world.device))
+            query_QE = head.text(gallery.title_features(titles, encoders, cache).to(world.device))
             images = gallery.open_images(splits, reader, encoders, cache, world.say)
             results = rank_items(cfg, titles, query_QE, images, head.image)
         else:

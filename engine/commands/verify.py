@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.batch import UserError
-from data.images.decode import ImageSpec
 from data.store.upkeep import delete_spaces, describe_spaces, verify_spaces
 from engine.commands.common import (
     Source,
@@ -15,6 +14,7 @@ from engine.commands.common import (
     evaluate_splits,
     load_model,
     make_encoders,
+    model_records,
     open_data,
     open_probe,
     open_source,
@@ -73,7 +73,7 @@ def rerun(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path]) -> 
 
     # Open the same pairs with the exported model.
     tuned_cfg = replace(cfg, model=str(run / "model"))
-    tuned = load_model(tuned_cfg, world)
+    tuned = load_model(tuned_cfg, world, reread=True)
     probe = open_probe(tuned_cfg, world)
     pairs = with_probe(tuned_cfg, world, tuned, open_data(tuned_cfg, world, tuned, source), probe)
     recorded = read_json(run / "metrics.json").get("tuned", {})
@@ -86,7 +86,7 @@ def rerun(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path]) -> 
 def replay(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path], source: Source) -> list[Finding]:
     """Train some steps of a run again."""
     # Open the run as `train` does, from the base model.
-    model = load_model(cfg, world)
+    model = load_model(cfg, world, reread=True)
     pairs = open_data(cfg, world, model, source)
     pairs = with_probe(cfg, world, model, pairs, open_probe(cfg, world))
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
@@ -107,10 +107,9 @@ def verify_store(cfg: Config, world: World) -> int:
     if cfg.prune:
         keep: set[str] = set()
         if cfg.model:
-            model = load_model(cfg, world)
-            spec = ImageSpec.from_processor(model.clip.image_processor)
-            encoders = make_encoders(model, spec.fingerprint(), world.device)
+            encoders = make_encoders(load_model(cfg, world, reread=True))
             keep = {encoders.image_space, encoders.text_space}
         kept = sorted(keep & {space.name for space in spaces})
-        print(f"pruned {delete_spaces(cache, keep) / 1e6:,.1f} MB; kept {', '.join(kept) or 'nothing'}")
+        freed = delete_spaces(cache, keep) + model_records(cfg, world).prune(cfg.model)
+        print(f"pruned {freed / 1e6:,.1f} MB; kept {', '.join(kept) or 'nothing'}")
     return int(any(space.damaged for space in spaces))

@@ -177,8 +177,8 @@ class Config:
     # Where results go and what is shown.
     out: str = setting("", "output", (*TRAINING, "eval", "shards", "embed"), "run folder (default: runs/DATE-DATASET)",
                        resumable=True)
-    cache_dir: str = setting("~/.cache/thumbtune", "output", (*IMAGES, "demo"), "feature store and fetched images",
-                             resumable=True)
+    cache_dir: str = setting("~/.cache/thumbtune", "output", (*IMAGES, "demo", "export"),
+                             "feature store and fetched images", resumable=True)
     resize: int = setting(0, "output", ("shards",),
                           "store JPEG crops of this many pixels a side; 0 keeps the original bytes")
     prune: bool = setting(False, "output", ("verify",), "delete the stored features of all models but --model")

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.batch import UserError
 from data.files import recover_folders, replaced_folder
 from data.web.storage import public_name, scheme_of
-from engine.clip.loading import Clip, non_finite
+from engine.clip.loading import Clip
+from engine.clip.whole import is_finite
 from engine.config.fields import Config, as_dict, config_fields
 from engine.publish.card import write_card
 from engine.run_folder import checkpoint
@@ -76,9 +77,8 @@ def recipe_of(settings: Mapping[str, Any]) -> dict[str, Any]:
 def frozen_digest(clip: Clip, trained: Collection[str]) -> str:
     """Return the SHA-256 of all parameters but the `trained` ones: equal for a base and the models tuned from it."""
     digest = hashlib.sha256()
-    for name in sorted(name for name, _ in clip.model.named_parameters()):
-        if name not in trained:
-            digest.update(f"{name}={clip.digests[name]}\n".encode())
+    for name in sorted(clip.facts.shapes.keys() - set(trained)):
+        digest.update(f"{name}={clip.facts.digests[name]}\n".encode())
     return digest.hexdigest()
 
 
@@ -91,12 +91,29 @@ def export(clip: Clip, folder: Path, tuned: Tuned, table: str, licence: str = "o
     with replaced_folder(folder, "model") as new:
         tensors = {name: value.detach().cpu().float().contiguous() for name, value in tuned.tensors.items()}
         save_file(tensors, new / PROJECTIONS_FILE, _header(tuned.origin))
-        nn.Module.to(clip.model, DTYPES[dtype])
-        if overflown := non_finite(clip.model):
-            raise UserError(f"--dtype {dtype} cannot hold {overflown}; use --dtype bf16 or fp32")
-        clip.model.save_pretrained(new)
-        clip.processor.save_pretrained(new)
+        write_model(clip, tensors, new, dtype)
         write_card(new / "README.md", tuned.origin, table, licence)
+
+
+def write_model(clip: Clip, trained: Mapping[str, Tensor], folder: Path, dtype: str) -> None:
+    """Write the base model's weights, the `trained` ones in their place, and the small files beside them.
+
+    The weights come from the base's own files where the model is not in memory, and the folder is the same to the byte.
+    """
+    save_file(weights_of(clip, trained, dtype), folder / "model.safetensors", {"format": "pt"})
+    for name, text in clip.facts.files.items():
+        if name == "config.json":
+            config = json.loads(text) | {"dtype": str(DTYPES[dtype])[6:]}
+            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def weights_of(clip: Clip, trained: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """Return all weights, the `trained` ones in place of the base's. Raises UserError where `dtype` overflows."""
+    weights = {name: value.to(DTYPES[dtype]) for name, value in (*clip.frozen_weights(trained), *trained.items())}
+    if overflown := next((name for name, value in weights.items() if not is_finite(value)), None):
+        raise UserError(f"--dtype {dtype} cannot hold {overflown}; use --dtype bf16 or fp32")
+    return weights
 
 
 def finished_model(run: str) -> Path | None:
@@ -199,17 +216,13 @@ def _header(origin: Origin) -> dict[str, str]:
     return {"thumbtune": json.dumps(asdict(origin))}
 
 
-def restore(clip: Clip, tuned: Tuned) -> None:
-    """Copy trained tensors into the base model. Raises UserError when they were trained on another base."""
-    named = dict(clip.model.named_parameters())
+def require_base(clip: Clip, tuned: Tuned) -> None:
+    """Raise UserError when these tensors were trained on another base model."""
     for name, value in tuned.tensors.items():
-        if name not in named or named[name].shape != value.shape:
+        if clip.facts.shapes.get(name) != tuple(value.shape):
             raise UserError(f"--model {clip.name} is not the base of these tensors: {name} does not fit; "
                             f"they were trained on {tuned.origin.base}")
     if tuned.origin.frozen and frozen_digest(clip, tuned.tensors.keys()) != tuned.origin.frozen:
         at = f" at commit {tuned.origin.commit}" if tuned.origin.commit else ""
         raise UserError(f"--model {clip.name} is not the base of these tensors: its frozen weights differ; "
                         f"they were trained on {tuned.origin.base}{at}")
-    with torch.no_grad():
-        for name, value in tuned.tensors.items():
-            named[name].copy_(value)

@@ -18,21 +18,23 @@ from typing import Any, NoReturn
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.batch import UserError
 from data.files import replaced_folder
 from data.images.decode import ImageSpec, collate_tokens, decode_image, tokenize
-from engine.clip.loading import HISTORIC_EOS, Clip, non_finite
+from engine.clip.loading import Clip
 from engine.clip.model import Head
 from engine.clip.towers import Towers
+from engine.clip.whole import HISTORIC_EOS
 from engine.config.fields import Config
 from engine.publish.card import HERE, write_card
-from engine.publish.export import DTYPES, Tuned
+from engine.publish.export import Tuned, weights_of
 from engine.run_folder.folder import write_json
 
 WEIGHTS = "open_clip_model.safetensors"
 CONFIG = "open_clip_config.json"
+NO_TOKENIZER = {"config.json", "preprocessor_config.json", "processor_config.json"}
 # SHA-256 of CLIP's tokens in the order of their ids, without the two of start and end, which open_clip names otherwise.
 CLIP_VOCABULARY = "2aa62de6fbcee25ff9208d541af84acf036f885617f7384bb2a433bf4492e29e"
 DEFAULT_EPS = 1e-5  # of open_clip's layer norms
@@ -64,14 +66,16 @@ def export(clip: Clip, folder: Path, tuned: Tuned, table: str, cfg: Config, say:
     """
     config = open_clip_config(clip)
     with replaced_folder(folder, "model") as new:
-        nn.Module.to(clip.model, DTYPES[cfg.dtype])
-        if overflown := non_finite(clip.model):
-            raise UserError(f"--dtype {cfg.dtype} cannot hold {overflown}; use --dtype bf16 or fp32")
-        save_file(convert(clip.model.state_dict()), new / WEIGHTS, {"format": "pt"})
+        save_file(convert(weights_of(clip, tuned.tensors, cfg.dtype)), new / WEIGHTS, {"format": "pt"})
         write_json(new / CONFIG, config)
         if "hf_tokenizer_name" in config["model_cfg"]["text_cfg"]:
-            clip.tokenizer.save_pretrained(new)
+            for name in clip.facts.files.keys() - NO_TOKENIZER:
+                (new / name).write_text(clip.facts.files[name], encoding="utf-8")
         write_card(new / "README.md", tuned.origin, table, cfg.license, "open_clip")
+        with torch.no_grad():
+            for name, parameter in clip.named_parameters(tuned.tensors).items():
+                if name in tuned.tensors:
+                    parameter.copy_(tuned.tensors[name])
         say(compare(clip, new))
 
 
@@ -102,7 +106,8 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def open_clip_config(clip: Clip) -> dict[str, Any]:
     """Return open_clip_config.json: the towers' sizes and the preprocessing. Raises UserError for what has no name."""
-    vision, text = clip.config.vision_config, clip.config.text_config
+    config: Any = clip.model.config
+    vision, text = config.vision_config, config.text_config
     activations = {vision.hidden_act, text.hidden_act}
     if activations not in ({"quick_gelu"}, {"gelu"}):
         _refuse(f"has quick_gelu or gelu in both towers, not {' and '.join(sorted(activations))}")
@@ -111,10 +116,10 @@ def open_clip_config(clip: Clip) -> dict[str, Any]:
     vision_cfg = {"image_size": vision.image_size, "patch_size": vision.patch_size,
                   "head_width": vision.hidden_size // vision.num_attention_heads, **_layers(vision)}
     text_cfg = {"context_length": clip.max_tokens, "vocab_size": text.vocab_size,
-                "heads": text.num_attention_heads, **_layers(text), **_tokens(clip)}
-    return {"model_cfg": {"embed_dim": clip.config.projection_dim, "quick_gelu": activations == {"quick_gelu"},
+                "heads": text.num_attention_heads, **_layers(text), **_tokens(clip, text.eos_token_id)}
+    return {"model_cfg": {"embed_dim": config.projection_dim, "quick_gelu": activations == {"quick_gelu"},
                           "vision_cfg": vision_cfg, "text_cfg": text_cfg},
-            "preprocess_cfg": _preprocessing(ImageSpec.from_processor(clip.image_processor))}
+            "preprocess_cfg": _preprocessing(clip.spec)}
 
 
 def _refuse(reason: str) -> NoReturn:
@@ -131,18 +136,18 @@ def _layers(tower: Any) -> dict[str, Any]:
     return {"width": width, "layers": tower.num_hidden_layers, "mlp_ratio": ratio, **eps}
 
 
-def _tokens(clip: Clip) -> dict[str, Any]:
-    """Return how titles become tokens, and which of them is pooled; nothing for CLIP's own vocabulary.
+def _tokens(clip: Clip, pooled: int) -> dict[str, Any]:
+    """Return how titles become tokens, and that the id `pooled` is pooled; nothing for CLIP's own vocabulary.
 
     open_clip pools at the highest id of a title unless told of an end token. That is the first end of text where no
     token has a higher id, and what transformers does for the historic end token 2.
     """
-    known = clip.tokenizer.get_vocab()
+    known = clip.tokenizer.backend_tokenizer.get_vocab()
     tokens = sorted(known, key=known.__getitem__)
-    eos = clip.tokenizer.eos_token_id
+    eos = tokenize(clip.tokenizer, [""], clip.max_tokens)[0][-1]
     is_clip = vocabulary_digest(tokens) == CLIP_VOCABULARY
     pooling: dict[str, Any] = {}
-    if clip.config.text_config.eos_token_id != HISTORIC_EOS and eos != known[tokens[-1]]:
+    if pooled != HISTORIC_EOS and eos != known[tokens[-1]]:
         pooling = {"pool_type": "eos", "eos_id": eos}
     return pooling if is_clip and not pooling else {"hf_tokenizer_name": HERE, **pooling}
 
@@ -170,7 +175,7 @@ def _preprocessing(spec: ImageSpec) -> dict[str, Any]:
 def compare(clip: Clip, folder: Path) -> str:
     """Return how far open_clip's embeddings of a few drawn pictures and titles are from ours, as a line.
 
-    The model's weights are fp32 afterwards. Raises UserError where they differ by more than rounding.
+    Raises UserError where they differ by more than rounding.
     """
     if find_spec("open_clip") is None:
         return "not compared with open_clip, which is not installed here"
@@ -178,7 +183,7 @@ def compare(clip: Clip, folder: Path) -> str:
         import open_clip
     except Exception as error:  # a torchvision of another torch raises errors of several kinds
         return f"not compared with open_clip, which cannot be imported here ({type(error).__name__}: {error})"
-    pictures = draw_pictures(*ImageSpec.from_processor(clip.image_processor).crop)
+    pictures = draw_pictures(*clip.spec.crop)
     name = f"local-dir:{folder}"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
     with torch.no_grad():
@@ -202,13 +207,12 @@ def draw_pictures(height: int, width: int) -> list[Image.Image]:
 
 def embed(clip: Clip, pictures: list[Image.Image]) -> Tensor:
     """Return our unit embeddings of pictures, then of TITLES, in fp32."""
-    nn.Module.to(clip.model, torch.float32)
-    spec, towers, head = ImageSpec.from_processor(clip.image_processor), Towers(clip), Head(clip, 1.0)
+    towers, head = Towers(clip), Head(clip, 1.0)
     pixels = []
     for picture in pictures:
         file = io.BytesIO()
         picture.save(file, "PNG")
-        pixels.append(torch.from_numpy(decode_image(file.getvalue(), spec)))
+        pixels.append(torch.from_numpy(decode_image(file.getvalue(), clip.spec)))
     tokens = collate_tokens(tokenize(clip.tokenizer, TITLES, clip.max_tokens), clip.tokenizer.pad_token_id)
     with torch.no_grad():
         return torch.cat([head.image(towers.image(torch.stack(pixels))), head.text(towers.text(tokens))])

@@ -11,7 +11,7 @@ import torch
 from data.store.feature_split import FeatureSplit
 from engine.ranks.world import World
 
-# A step of more floating point operations is shared. For GPUs this is a prediction, to be measured (tests/gpu/check.sh):
+# A step of more floating point operations is shared. For GPUs this is predicted, to be measured (tests/gpu/check.sh):
 # a shared step of cached features takes about 1.5 ms for its launches and three collectives, whatever its size, and a
 # whole step replayed as a CUDA graph .3 ms. The 1.2 ms between them are 2.5e11 operations at 200 TFLOP/s (an H100's
 # TF32 and bf16, well below their peak): about 7,000 rows of ViT-L/14.

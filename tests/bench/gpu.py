@@ -73,7 +73,7 @@ def tower_rate(model: Model, device: torch.device, compiled: str, calls: int) ->
     for _ in range(GRAPH_AFTER + 1):  # eager at first, then compiles or captures
         encode(pixels)
     taken = median(seconds(partial(encode, pixels), device) for _ in range(calls))
-    return len(pixels) * image_flops(model.parts.clip.config.vision_config) / taken
+    return len(pixels) * image_flops(model.parts.clip.vision_model.config) / taken
 
 
 def cold_passes(bench: Bench) -> None:

@@ -24,6 +24,7 @@ from data.store.feature_split import FeatureSplit
 from engine.clip.encoder import CPU_TITLES, BatchedEncoder
 from engine.clip.loading import Clip
 from engine.clip.model import LoadedModel, ModelOptions, build_model
+from engine.clip.whole import WholeModel
 from engine.config.cli import DEMO_MODEL
 
 # Shapes by name: vision (width, layers, heads, patch), text (width, layers, heads), embedding; the rest as OpenAI's.
@@ -48,10 +49,10 @@ class Model:
     @classmethod
     def of(cls, parts: LoadedModel, device: torch.device = CPU) -> Model:
         """Both towers in the model's precision on this device."""
-        config = parts.clip.config
+        widths = parts.clip.facts.widths
         return cls(parts, BatchedEncoder(parts.towers.image, device, parts.precision),
                    BatchedEncoder(parts.towers.text, device, parts.precision, cpu_batch=CPU_TITLES),
-                   (config.vision_config.hidden_size, config.text_config.hidden_size))
+                   (widths["vision_model"], widths["text_model"]))
 
 
 def random_clip(shape: str, seed: int = 0) -> Clip:
@@ -66,7 +67,7 @@ def random_clip(shape: str, seed: int = 0) -> Clip:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=embedding)).eval()
-    return Clip(shape, model, CLIPProcessor(CLIPImageProcessorPil(), tokenizer), None)
+    return Clip(shape, WholeModel(model, CLIPProcessor(CLIPImageProcessorPil(), tokenizer)))
 
 
 @cache

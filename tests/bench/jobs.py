@@ -18,6 +18,7 @@ import torch
 from data.demo.demo import write_demo
 from engine.config.cli import DEMO_MODEL
 from engine.device import pick_precision
+from engine.publish.export import write_model
 
 from .harness import Bench, Figure, NotMeasured, Race, amount, children_cpu, timed
 from .inputs import CPU, vit_b32, write_pairs
@@ -131,9 +132,8 @@ def save_model(bench: Bench) -> Path:
     """ViT-B/32 with random weights as a folder that transformers and sentence-transformers load."""
     folder = bench.scratch / "model"
     if not folder.exists():
-        clip = vit_b32().parts.clip
-        clip.model.save_pretrained(folder)
-        clip.processor.save_pretrained(folder)
+        folder.mkdir()
+        write_model(vit_b32().parts.clip, {}, folder, "fp32")
     return folder
 
 

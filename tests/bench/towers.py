@@ -32,7 +32,7 @@ def image_tower(bench: Bench) -> None:
     """P3: floating point operations a second in the image tower against a plain matrix product's."""
     model, batch = vit_b32(), 32 if bench.quick else 64
     a, b, out = (torch.randn(SGEMM, SGEMM) for _ in range(3))
-    pixels, flops = noise_pixels(batch), batch * image_flops(model.parts.clip.config.vision_config)
+    pixels, flops = noise_pixels(batch), batch * image_flops(model.parts.clip.vision_model.config)
     bench.race(Race("P3", f"image tower, {batch} images: share of the rate of a matrix product of {SGEMM}", ">= 0.9",
                     lambda: model.image(pixels), lambda: [torch.mm(a, b, out=out) for _ in range(8)],
                     work=(flops / 1e9, 8 * 2 * SGEMM**3 / 1e9), unit="GFLOP"))
@@ -56,7 +56,7 @@ def text_tower(bench: Bench) -> None:
 @torch.no_grad()
 def by_transformers(parts: LoadedModel, tokens: Tokens) -> Tensor:
     """Text features as transformers computes them: every layer for every token, padding included."""
-    return parts.towers.text_model(input_ids=tokens.ids_BL, attention_mask=tokens.mask_BL).pooler_output
+    return parts.clip.text_model(input_ids=tokens.ids_BL, attention_mask=tokens.mask_BL).pooler_output
 
 
 @dataclass

@@ -143,8 +143,7 @@ def test_other_models_on_one_rank_are_refused_on_all(tiny_model: Path, tmp_path:
 
     def things(folder: Path) -> dict[str, object]:
         model = open_model(str(folder), ModelOptions(precision="fp32"), CPU)
-        spec = ImageSpec.from_processor(model.clip.image_processor)
-        return model_to_compare(model, make_encoders(model, spec.fingerprint(), CPU))
+        return model_to_compare(model, make_encoders(model))
 
     base = things(tiny_model)
     for name, words in names.items():

@@ -123,10 +123,9 @@ def opened(model: Path, trainable: str = "projection", precision: str = "fp32",
 def run(parts: LoadedModel, monkeypatch: pytest.MonkeyPatch | None, bad: int = -1, device: torch.device = CPU,
         **recipe: Any) -> tuple[Steps, list[Tensor]]:
     """A run of the loop; with a `monkeypatch` from a graph, on a CPU a tape. The batch of step `bad` holds a NaN."""
-    config = parts.clip.config
     generator = torch.Generator().manual_seed(0)
-    image, title = (torch.randn(ROWS + 1, width, generator=generator) for width in (
-        config.vision_config.hidden_size, config.text_config.hidden_size))
+    image, title = (torch.randn(ROWS + 1, width, generator=generator)
+                    for width in parts.clip.facts.widths.values())
     image[ROWS, 0] = float("nan")
     each = torch.arange(ROWS + 1)
     negatives = torch.stack([each // 3, each - 1], 1)

@@ -231,8 +231,8 @@ def test_embeddings_of_turned_pictures_equal_sentence_transformers(tmp_path: Pat
     theirs = SentenceTransformer(str(tiny_model), device="cpu").encode(
         [image.convert("RGB") for image in decoded], normalize_embeddings=True, convert_to_tensor=True)
     parts = open_model(str(tiny_model), ModelOptions(precision="fp32"), torch.device("cpu"))
-    spec = ImageSpec.from_processor(parts.clip.image_processor)
-    towers = make_encoders(parts, spec.fingerprint(), torch.device("cpu"))
+    spec = parts.clip.spec
+    towers = make_encoders(parts)
     pixels = torch.from_numpy(np.stack([decode_image(path.read_bytes(), spec) for path in cases.values()]))
     with torch.no_grad():
         ours = parts.head.image(towers.image(pixels))

@@ -32,7 +32,7 @@ def features(parts: LoadedModel) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8, generator=generator)
     ids = torch.randint(200, (5, 9), generator=generator)
-    ids[:, -1] = parts.clip.config.text_config.eos_token_id
+    ids[:, -1] = int(parts.clip.text_model.config.eos_token_id)
     return [BatchedEncoder(parts.towers.image, CPU, torch.bfloat16)(pixels),
             BatchedEncoder(parts.towers.text, CPU, torch.bfloat16)(Tokens(ids, torch.ones_like(ids)))]
 
@@ -47,9 +47,10 @@ def test_weights_held_in_bf16_give_autocasts_features_to_the_bit_and_leave_the_m
     after = parts.clip.model.state_dict()
     assert after.keys() == before.keys() and all(after[name].equal(tensor) for name, tensor in before.items())
     assert {tensor.dtype for tensor in after.values()} <= {torch.float32, torch.int64}
-    copies = {tensor.dtype for tower in parts.towers._held.values() for tensor in tower.parameters()}
+    copies = {tensor.dtype for tower in (parts.towers.image, parts.towers.text)
+              for tensor in tower._held[0].parameters()}
     assert copies == {torch.bfloat16, torch.float32}
-    monkeypatch.setattr(towers_module.Towers, "_tower", lambda towers, name: getattr(towers, name))
+    monkeypatch.setattr(towers_module.Tower, "for_pass", lambda tower, device: tower.model)
     for ours, autocasts in zip(held, features(parts), strict=True):
         assert ours.equal(autocasts)
 
@@ -62,7 +63,7 @@ def test_a_tower_that_trains_is_never_a_copy(tiny_model: Path) -> None:
         for weight in parts.trainable.values():
             weight.add_(0.1)
     changed, same = features(parts)
-    assert not changed.equal(image) and same.equal(text) and parts.towers._held.keys() == {"text_model"}
+    assert not changed.equal(image) and same.equal(text) and not parts.towers.image._held and parts.towers.text._held
 
 
 def test_a_graph_replays_one_shape_and_gives_what_the_eager_pass_gives(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -399,11 +399,11 @@ def pictures(pairs: Path) -> list[Path]:
 
 def embedded(model: str, pairs: Path) -> Tensor:
     """Our embeddings of some pictures and of TITLES."""
-    from data.images.decode import ImageSpec, collate_tokens, decode_image, tokenize
+    from data.images.decode import collate_tokens, decode_image, tokenize
     from engine.clip.model import ModelOptions, open_model
 
     parts = open_model(model, ModelOptions(precision="fp32"), torch.device("cpu"))
-    clip, spec = parts.clip, ImageSpec.from_processor(parts.clip.image_processor)
+    clip, spec = parts.clip, parts.clip.spec
     pixels = torch.stack([torch.from_numpy(decode_image(path.read_bytes(), spec)) for path in pictures(pairs)])
     tokens = collate_tokens(tokenize(clip.tokenizer, TITLES, clip.max_tokens), clip.tokenizer.pad_token_id)
     with torch.no_grad():

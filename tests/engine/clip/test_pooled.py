@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers import EXACT, in_float64
+from helpers import EXACT, in_float64, tiny_tokenizer
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from data.batch import Tokens
 from data.images.decode import collate_tokens
 from engine.clip.loading import Clip
 from engine.clip.towers import Towers
-
-PROCESSOR = SimpleNamespace(image_processor=SimpleNamespace(
-    do_normalize=True, image_mean=[0.5, 0.4, 0.4], image_std=[0.3] * 3, do_rescale=True, rescale_factor=1 / 255))
+from engine.clip.whole import WholeModel
 
 
 def small(eos: int = 95, act: str = "quick_gelu", layers: int = 3, **config: Any) -> Clip:
@@ -33,7 +31,8 @@ def small(eos: int = 95, act: str = "quick_gelu", layers: int = 3, **config: Any
     for name, parameter in model.named_parameters():
         if name.endswith("proj.weight"):
             parameter.data.mul_(4)
-    return Clip("small", model, PROCESSOR, None)
+    processor = CLIPProcessor(CLIPImageProcessorPil(image_mean=[0.5, 0.4, 0.4], image_std=[0.3] * 3), tiny_tokenizer())
+    return Clip("small", WholeModel(model, processor))
 
 
 def titles(eos: int = 95) -> Tokens:
@@ -46,11 +45,11 @@ def titles(eos: int = 95) -> Tokens:
 def both(clip: Clip, tokens: Tokens, precision: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
     """(ours, transformers' own), images and titles; ours must not have gone through transformers' own pass."""
     towers = Towers(clip)
-    assert towers.pools
+    assert towers.image.pools and towers.text.pools
     pixels = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
     with torch.no_grad(), torch.autocast("cpu", precision, enabled=precision.itemsize < 4):
         ours = towers.image(pixels), towers.text(tokens)
-        towers.pools = False
+        towers.image.pools = towers.text.pools = False
         return list(zip(ours, (towers.image(pixels), towers.text(tokens)), strict=True))
 
 
@@ -92,15 +91,15 @@ def test_a_layer_of_another_class_runs_as_it_is() -> None:
     clip = small()
     clip.model.vision_model.encoder.layers[0].__class__ = Doubled
     towers, pixels = Towers(clip), torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-    assert not towers.pools
+    assert not towers.image.pools
     with torch.no_grad():
         doubled = towers.image(pixels)
-        towers.pools = True
+        towers.image.pools = True
         assert not torch.allclose(doubled, towers.image(pixels), atol=1e-2)
 
 
 def test_where_layers_train_autograd_sees_all_of_transformers_pass() -> None:
     clip = small()
-    towers = Towers(clip)
+    towers = Towers(clip).requires_grad_()
     towers.text(titles()).sum().backward()
     assert all(parameter.grad is not None for parameter in clip.model.text_model.parameters())

@@ -112,10 +112,10 @@ def test_a_warm_store_runs_no_tower_over_the_gallery(odd: Path, cache: Path, tin
             return encode(self, inputs)
         return limited
 
-    from engine.clip.towers import Towers
+    from engine.clip.towers import ImageTower, TextTower
 
-    monkeypatch.setattr(Towers, "image", encode(0, Towers.image))
-    monkeypatch.setattr(Towers, "text", encode(1, Towers.text))
+    monkeypatch.setattr(ImageTower, "forward", encode(0, ImageTower.forward))
+    monkeypatch.setattr(TextTower, "forward", encode(1, TextTower.forward))
     again = search(capsys, *flags, "another title", "--top", "30", "--html", tmp_path / "page.html").splitlines()
     assert again[0] == "another title" and len(again) == 29
     assert any("alert(1)" in line for line in again) and not any("\x1b" in line or "\u202e" in line for line in again)

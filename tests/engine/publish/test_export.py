@@ -46,14 +46,14 @@ def test_other_libraries_give_the_same_embeddings(tuned: Path, pairs: Path) -> N
     from sentence_transformers import SentenceTransformer
     from transformers import CLIPModel, CLIPProcessor
 
-    from data.images.decode import ImageSpec, collate_tokens, decode_image, tokenize
+    from data.images.decode import collate_tokens, decode_image, tokenize
     from engine.clip.loading import load_clip
     from engine.clip.model import Head
     from engine.clip.towers import Towers
 
     folder, pictures = tuned / "model", sorted((pairs / "images").iterdir())[:8]
     clip = load_clip(str(folder))
-    towers, head, spec = Towers(clip).eval(), Head(clip, 20.0), ImageSpec.from_processor(clip.image_processor)
+    towers, head, spec = Towers(clip).eval(), Head(clip, 20.0), clip.spec
     pixels = torch.stack([torch.from_numpy(decode_image(path.read_bytes(), spec)) for path in pictures])
     tokens = collate_tokens(tokenize(clip.tokenizer, TITLES, clip.max_tokens), clip.tokenizer.pad_token_id)
     images = [Image.open(path) for path in pictures]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data.batch import UserError
-from data.images.decode import ImageSpec, collate_tokens, decode_image, tokenize
+from data.images.decode import collate_tokens, decode_image, tokenize
 from engine.clip.loading import load_clip
 from engine.clip.model import Head
 from engine.clip.towers import Towers
@@ -122,7 +123,7 @@ def peer() -> Any:
 def ours(folder: Path, pictures: list[Image.Image]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalised pixels, token ids, and our unit embeddings of both, of a transformers folder."""
     clip = load_clip(str(folder))
-    spec, towers, head = ImageSpec.from_processor(clip.image_processor), Towers(clip).eval(), Head(clip, 20.0)
+    spec, towers, head = clip.spec, Towers(clip).eval(), Head(clip, 20.0)
     encoded = []
     for picture in pictures:
         file = io.BytesIO()
@@ -166,9 +167,9 @@ def test_an_end_of_text_that_is_not_the_highest_id_is_named(tiny_model: Path) ->
     """open_clip pools at the highest id by default: titles would be pooled at an added token instead."""
     clip = load_clip(str(tiny_model))
     assert "pool_type" not in publish.open_clip_config(clip)["model_cfg"]["text_cfg"]
-    clip.tokenizer.add_tokens(["<|extra|>"])
+    clip.tokenizer.backend_tokenizer.add_tokens(["<|extra|>"])
     text = publish.open_clip_config(clip)["model_cfg"]["text_cfg"]
-    assert (text["pool_type"], text["eos_id"]) == ("eos", clip.tokenizer.eos_token_id)
+    assert (text["pool_type"], text["eos_id"]) == ("eos", tokenize(clip.tokenizer, [""], clip.max_tokens)[0][-1])
 
 
 @pytest.mark.parametrize("change", ["activation", "resize", "tensor"])
@@ -177,9 +178,9 @@ def test_what_open_clip_cannot_hold_is_refused(change: str, tiny_model: Path) ->
     clip = load_clip(str(tiny_model))
     state = clip.model.state_dict()
     if change == "activation":
-        clip.config.text_config.hidden_act = "gelu"
+        clip.model.text_model.config.hidden_act = "gelu"
     elif change == "resize":
-        clip.image_processor.size = {"shortest_edge": 36}
+        clip.facts = replace(clip.facts, spec=replace(clip.spec, resize=36))
     else:
         state["visual_projection.bias"] = torch.zeros(16)
     with pytest.raises(UserError, match="--format open_clip"):

@@ -13,10 +13,10 @@ import torch
 from helpers import HANGS_S, ROOT, kill
 
 from data.batch import UserError
+from engine.device import pick_device
 from engine.ranks import launch
 from engine.ranks.launch import Launch, choose_interface, first_host, interface_towards, read_launch
 from engine.ranks.watchdog import AwakeClock
-from engine.ranks.world import pick_device
 
 LAUNCHER = re.compile("(local_)?(rank|world_size)|master_(addr|port)|gloo_socket_ifname|(slurm|ompi|pmi|mpi)_.*", re.I)
 

@@ -1,0 +1,239 @@
+"""Facts of a CLIPModel, which a run needs before it loads a tower, and the record of them in the cache folder.
+
+The first run loads the whole model, with every check of engine/clip/whole.py, and rank 0 leaves a record. Later runs
+open the record instead, as long as no file of the model and no version of a library has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.batch import UserError
+from data.files import read_regular, replaced_file
+from data.images.decode import TOKENS_VERSION, ImageSpec, tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from engine.clip.whole import WholeModel
+
+RECORD_VERSION = 1  # raise it whenever ModelFacts, or a check of a whole model, changes
+RECORD_NAME = re.compile(r"[0-9a-f]{32}\.json")
+Stamp = list[str | int]  # of one file: name, and what changes when its content does
+Stamps = list[Stamp]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Settings, names and digests of a CLIPModel in plain values: all but its tensors."""
+
+    commit: str | None  # of a hub repository
+    subfolder: str  # of the CLIPModel in a sentence-transformers folder
+    configs: Mapping[str, str]  # by tower: its config as JSON, as transformers writes it
+    widths: Mapping[str, int]  # by tower: of its features
+    max_tokens: int  # the longest title that the text tower has positions for, special tokens included
+    pad_id: int
+    tokenizer_fingerprint: str
+    spec: ImageSpec
+    shapes: Mapping[str, tuple[int, ...]]  # of all parameters, in the model's order
+    digests: Mapping[str, str]  # BLAKE2b of every tensor in fp32
+    files: Mapping[str, str]  # the small files that transformers saves with a model and its processor
+
+    @classmethod
+    def of(cls, whole: WholeModel) -> ModelFacts:
+        """Return the facts of a model that has been loaded."""
+        model, tokenizer = whole.model, whole.processor.tokenizer
+        config: Any = model.config
+        parts = {"vision_model": config.vision_config, "text_model": config.text_config}
+        max_tokens = config.text_config.max_position_embeddings
+        return cls(
+            commit=whole.commit,
+            subfolder=whole.subfolder,
+            configs={name: part.to_json_string() for name, part in parts.items()},
+            widths={name: part.hidden_size for name, part in parts.items()},
+            max_tokens=max_tokens,
+            pad_id=tokenizer.pad_token_id,
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer, max_tokens),
+            spec=ImageSpec.from_processor(whole.processor.image_processor),
+            shapes={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
+            digests={name: tensor_digest(tensor) for name, tensor in model.state_dict().items()},
+            files=saved_files(whole))
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ModelFacts:
+        """Return the facts that `asdict` and JSON have made `values` of."""
+        spec: dict[str, Any] = {}
+        for name, value in values["spec"].items():
+            spec[name] = tuple(value) if isinstance(value, list) else value
+        shapes = {name: tuple(shape) for name, shape in values["shapes"].items()}
+        return cls(**{**values, "spec": ImageSpec(**spec), "shapes": shapes})
+
+    @property
+    def parameters(self) -> int:
+        """Number of all parameters."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Return the BLAKE2b of a tensor's shape and values."""
+    shape = str(tuple(tensor.shape)).encode()[:16]
+    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(content.data, digest_size=32, person=shape).hexdigest()
+
+
+def saved_files(whole: WholeModel) -> dict[str, str]:
+    """Return the files that `save_pretrained` of the model, in fp32, and of its processor write beside the weights."""
+    config = whole.model.config
+    config.architectures, config.dtype = ["CLIPModel"], "float32"
+    with TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        whole.processor.save_pretrained(folder)
+        return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
+
+
+class ModelRecord(NamedTuple):
+    """Facts of a model, the folder of its files, and which weight file holds each parameter."""
+
+    facts: ModelFacts
+    folder: Path
+    stamps: Stamps
+    weights: Mapping[str, str]  # parameter name -> path of a file within the folder
+
+
+@dataclass(frozen=True)
+class ModelRecords:
+    """The records of a cache folder. A damaged one counts as absent, and so does one of other files or libraries."""
+
+    folder: Path
+    writes: bool = True  # one rank does
+
+    def find(self, name: str, commit: str | None = None) -> ModelRecord | None:
+        """Return the record of a model whose files are as they were; None without one."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            folder = find_folder(name, commit)
+            content = _read_checked(self._path(name, commit))
+            if content["versions"] != _versions() or content["folder"] != str(folder):
+                return None
+            facts = ModelFacts.from_json(content["facts"])
+            if folder is not None and content["stamps"] == stamp_files(folder):
+                return ModelRecord(facts, folder, content["stamps"], content["weights"])
+        return None
+
+    def write(self, name: str, record: ModelRecord) -> None:
+        """Write a record, unless files have changed since their stamps were taken. Without it models load again."""
+        with suppress(OSError):
+            if not self.writes or stamp_files(record.folder) != record.stamps:
+                return
+            content = {"versions": _versions(), "folder": str(record.folder), "stamps": record.stamps,
+                       "weights": record.weights, "facts": asdict(record.facts)}
+            text = json.dumps(content).encode()
+            path = self._path(name, None)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replaced_file(path, durable=False) as temporary:
+                temporary.write_bytes(_checksum(text) + b"\n" + text)
+
+    def prune(self, keep: str) -> int:
+        """Delete the records of all models but `keep`, "" for none; return the bytes freed."""
+        freed = 0
+        for path in sorted(self.folder.glob("*.json")):
+            if RECORD_NAME.fullmatch(path.name) and not (keep and path == self._path(keep, None)):
+                freed += path.stat().st_size
+                path.unlink(missing_ok=True)
+        return freed
+
+    def _path(self, name: str, commit: str | None) -> Path:
+        path = Path(name).expanduser()
+        source = str(path.resolve()) if path.is_dir() else f"{name}@{commit or 'main'}"
+        return self.folder / f"{hashlib.sha256(source.encode()).hexdigest()[:32]}.json"
+
+
+def _versions() -> dict[str, str | int]:
+    return {"record": RECORD_VERSION, "tokens": TOKENS_VERSION, "torch": torch.__version__,
+            **{package: version(package) for package in ("transformers", "tokenizers")}}
+
+
+def _checksum(text: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=32).hexdigest().encode()
+
+
+def _read_checked(path: Path) -> dict[str, Any]:
+    """Return the content of a record. Raises OSError, or ValueError for a damaged one."""
+    checksum, _, text = read_regular(path).partition(b"\n")
+    if _checksum(text) != checksum:
+        raise ValueError(f"{path} is damaged")
+    return json.loads(text)
+
+
+def find_folder(name: str, commit: str | None = None) -> Path | None:
+    """Return a model's folder, or its snapshot in the hub's cache; None where it is not on this machine.
+
+    Without a `commit` it is the one that the branch main had when it was last fetched.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    repository = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    with suppress(OSError):
+        commit = commit or (repository / "refs" / "main").read_text(encoding="utf-8").strip()
+        snapshot = repository / "snapshots" / commit
+        return snapshot if snapshot.is_dir() else None
+    return None
+
+
+class StampedFolder(NamedTuple):
+    """A model's folder, or its snapshot, and the stamps of its files at one time."""
+
+    folder: Path
+    stamps: Stamps
+
+
+def stamped_folder(name: str, commit: str | None = None) -> StampedFolder | None:
+    """Return a model's folder with the stamps of its files now; None where it cannot be read."""
+    with suppress(OSError):
+        folder = find_folder(name, commit)
+        return StampedFolder(folder, stamp_files(folder)) if folder else None
+    return None
+
+
+def stamp_files(folder: Path) -> Stamps:
+    """Return a stamp of every file in a model's folder and in the folders within, as sentence-transformers has them.
+
+    A snapshot of the hub links to files whose names are digests of their content. Of others the stamp is size, inode,
+    device, and times of the last change: that of the inode cannot be set back, as the content's can. Raises OSError.
+    """
+    stamps = []
+    parts = [folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())]
+    for path in (path for part in parts for path in sorted(part.iterdir()) if path.is_file()):
+        status = path.stat()
+        stamp: Stamp = [str(path.relative_to(folder)), status.st_size]
+        target = path.readlink() if path.is_symlink() else path
+        if target.parent.name == "blobs":
+            stamp.append(target.name)
+        else:
+            stamp += [status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]
+        stamps.append(stamp)
+    return stamps
+
+
+def refuse_changed(record: ModelRecord, name: str) -> None:
+    """Raise UserError where files have changed since the record was opened."""
+    try:
+        changed = stamp_files(record.folder) != record.stamps
+    except OSError:
+        changed = True
+    if changed:
+        raise UserError(f"--model {name}: its files have changed since this run began; put them back, and "
+                        "`run.py export --run DIR --to NEW` writes the model from the last checkpoint")

@@ -198,9 +198,9 @@ def load_model(cfg: Config, world: World, reread: bool = False) -> LoadedModel:
 
     With `reread` the whole model is loaded and checked, whatever an earlier run has recorded of it.
     """
-    world.say(describe_device(cfg, world.device, world.size))
     options = ModelOptions(cfg.trainable, cfg.mode, cfg.scale, cfg.precision, cfg.augment, cfg.gradient_checkpointing)
     model = open_recorded(cfg, world, options, reread)
+    world.say(describe_device(cfg, world.device, world.size))
     world.say(model.describe())
     return model
 

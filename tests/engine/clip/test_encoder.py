@@ -32,7 +32,8 @@ def features(parts: LoadedModel) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8, generator=generator)
     ids = torch.randint(200, (5, 9), generator=generator)
-    ids[:, -1] = int(parts.clip.text_model.config.eos_token_id)
+    eos: Any = parts.clip.text_model.config.eos_token_id
+    ids[:, -1] = eos
     return [BatchedEncoder(parts.towers.image, CPU, torch.bfloat16)(pixels),
             BatchedEncoder(parts.towers.text, CPU, torch.bfloat16)(Tokens(ids, torch.ones_like(ids)))]
 

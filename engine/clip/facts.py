@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from engine.clip.whole import WholeModel
 
 RECORD_VERSION = 1  # raise it whenever ModelFacts, or a check of a whole model, changes
-RECORD_NAME = re.compile(r"[0-9a-f]{32}\.json")
 Stamp = list[str | int]  # of one file: name, and what changes when its content does
 Stamps = list[Stamp]
 
@@ -144,12 +142,15 @@ class ModelRecords:
                 temporary.write_bytes(_checksum(text) + b"\n" + text)
 
     def prune(self, keep: str) -> int:
-        """Delete the records of all models but `keep`, "" for none; return the bytes freed."""
+        """Delete the undamaged records of all models but `keep`, "" for none; return the bytes freed."""
         freed = 0
         for path in sorted(self.folder.glob("*.json")):
-            if RECORD_NAME.fullmatch(path.name) and not (keep and path == self._path(keep, None)):
+            if keep and path == self._path(keep, None):
+                continue
+            with suppress(OSError, ValueError):  # a file of somebody else's has no checksum
+                _read_checked(path)
                 freed += path.stat().st_size
-                path.unlink(missing_ok=True)
+                path.unlink()
         return freed
 
     def _path(self, name: str, commit: str | None) -> Path:

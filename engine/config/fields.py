@@ -181,7 +181,7 @@ class Config:
                              "feature store and fetched images", resumable=True)
     resize: int = setting(0, "output", ("shards",),
                           "store JPEG crops of this many pixels a side; 0 keeps the original bytes")
-    prune: bool = setting(False, "output", ("verify",), "delete the stored features of all models but --model")
+    prune: bool = setting(False, "output", ("verify",), "delete stored features and records of all models but --model")
     strict: bool = setting(False, "output", ("check",), "exit 1 when there are errors")
     json: bool = setting(False, "output", ("check", "search"), "print JSON to stdout")
     quiet: bool = setting(False, "output", (*TOWERS, "shards", "check"), "say nothing but errors and the final table",

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 import torch
 from helpers import HANGS_S, ROOT, call, start
 from safetensors.torch import load_file, save_file
-from test_loading import TITLES, WHOLE
+from test_loading import TITLES, WHOLE, Surgery, weights
 from torch import Tensor
 
 from data.images.decode import collate_tokens, tokenize
@@ -68,11 +67,17 @@ def with_added_word(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", [*WHOLE, "a word that is an added token"])
+MORE: dict[str, Surgery] = {
+    "a word that is an added token": with_added_word,
+    "fp16 weights": weights(lambda tensors: {name: value.half() for name, value in tensors.items()}),
+    "bf16 weights": weights(lambda tensors: {name: value.bfloat16() for name, value in tensors.items()})}
+
+
+@pytest.mark.parametrize("name", [*WHOLE, *MORE])
 def test_a_recorded_model_is_the_same_to_the_bit(name: str, folder: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    {**WHOLE, "a word that is an added token": with_added_word}[name](folder)
+    (WHOLE | MORE)[name](folder)
     records = ModelRecords(tmp_path / "cache" / "models")
     cold = recorded(folder, records)
     warm = load_clip(str(folder), records=records)
@@ -118,7 +123,7 @@ def restore_another(folder: Path) -> None:
     replace_by_copy(folder)
 
 
-CHANGES: dict[str, Callable[[Path], object]] = {
+CHANGES: dict[str, Surgery] = {
     "overwritten in place": overwrite, "replaced": replace_by_copy, "folder replaced": restore_another}
 
 

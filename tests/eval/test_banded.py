@@ -115,6 +115,7 @@ def test_what_fp16_cannot_hold_is_computed_exactly() -> None:
     assert_ranks(banded_ranks(image, title, (None, torch.arange(200)), torch.float16), exact_ranks(image, title))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU needs no stand-in")
 def test_on_a_gpu_ranks_come_from_the_band_and_are_the_cpus() -> None:
     image, title = whole_numbers(300, 64, 500, 0), whole_numbers(300, 64, 500, 1)
     image_id, title_id = ids_of("random duplicates", 300)

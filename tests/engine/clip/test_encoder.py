@@ -21,6 +21,7 @@ from engine.clip.loading import load_clip
 from engine.clip.model import LoadedModel, ModelOptions, build_model
 
 CPU = torch.device("cpu")
+needs_stand_in = pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU needs no stand-in")
 
 
 def opened(model: Path, *trainable: str) -> LoadedModel:
@@ -96,6 +97,7 @@ def test_a_graph_that_cannot_be_is_said_once_and_the_tower_runs_without(problem:
     assert len(caught) == 1
 
 
+@needs_stand_in
 def test_a_cold_pass_on_a_gpu_is_the_cpus_with_its_graph(tiny_model: Path) -> None:
     parts, lots = opened(tiny_model), torch.randint(256, (6, 4, 3, 32, 32), dtype=torch.uint8)
     here = [BatchedEncoder(parts.towers.image, CPU, torch.float32)(lot) for lot in lots]
@@ -107,6 +109,7 @@ def test_a_cold_pass_on_a_gpu_is_the_cpus_with_its_graph(tiny_model: Path) -> No
     torch.testing.assert_close(found, here)
 
 
+@needs_stand_in
 @pytest.mark.parametrize("busy", [0.5, 0.9])
 def test_a_compilation_is_begun_only_where_the_tower_is_the_limit(busy: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the feed is, a minute of compiling makes nothing faster."""
@@ -126,6 +129,7 @@ def test_a_compilation_is_begun_only_where_the_tower_is_the_limit(busy: float, m
             assert len(compiled) == (busy > 0.8 and count > 5)
 
 
+@needs_stand_in
 @pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler. Please specify via CC"),
                                    CalledProcessError(1, ["gcc", "cuda_utils.c"]), FileNotFoundError("gcc")])
 def test_without_a_c_compiler_auto_goes_on_and_on_refuses(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,8 +210,8 @@ class Config:
     gradient_checkpointing: bool = setting(False, "machine", SINGLE_RUN,
                                            "where layers in towers train: less memory, more time",
                                            resumable=True, advanced=True)
-    profile: bool = setting(False, "machine", SINGLE_RUN, "write a trace of a few steps to the run folder",
-                            resumable=True)
+    profile: str = setting("off", "machine", SINGLE_RUN, "write a trace of a few steps to the run folder; 100:110: of "
+                           "steps 100 to 109 (the first is 0), with stacks and memory", bare="on", resumable=True)
     dist_timeout: float = setting(600.0, "machine", TOWERS, "seconds after which a stalled rank is an error",
                                   low=1, high=1e7, resumable=True, advanced=True)
 

@@ -84,8 +84,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     guard = training.guard(cfg, step_world, out, trained)
     replica = Replica(distribute(trained, step_world.size), saver.optimizer, step_world, model.precision)
     saver.require_equal_weights(state.step)
-
-    with closing(log), stop.graceful_exit(), profiler(cfg.profile, state.step, out / "profile", world.rank, log) as prof:
+    with closing(log), stop.graceful_exit(), profiler(cfg.profile, state.step, out, world.rank, log) as prof:
         evaluate = stop.immediate_exit()(evaluator)  # a signal may cut it off: the trained weights are saved before
         evaluation_missing = state.evaluated < state.step and plan.due(state.step, cfg.eval_every)
         if state.step == 0 or evaluation_missing:

@@ -172,7 +172,7 @@ def require_profiled_steps(text: str, steps: int) -> None:
         raise UserError(f"--profile {text}: the run has {steps:,} steps; name some of 0:{steps}")
 
 
-def profiler(text: str, step: int, folder: Path, rank: int, log: Log) -> Profiler:
+def profiler(text: str, step: int, run: Path, rank: int, log: Log) -> Profiler:
     """Return a Trace of the steps that --profile asks for in a run that goes on after `step`, else the null object."""
     if text == "off":
         return Profiler()
@@ -180,7 +180,7 @@ def profiler(text: str, step: int, folder: Path, rank: int, log: Log) -> Profile
     if named and named.stop <= step:
         log.say(f"--profile {text}: the run goes on after step {step}, so these steps are not recorded")
         return Profiler()
-    prefix = folder / f"rank{rank}.{time.time_ns() // 1_000_000}"
+    prefix = run / "profile" / f"rank{rank}.{time.time_ns() // 1_000_000}"
     if named is None:
         return Trace(prefix, log, SKIPPED, RECORDED, detailed=False)
     first = max(named.start, step)

@@ -84,7 +84,7 @@ def test_ranks_share_the_work_and_mine_the_same(size: int, monkeypatch: pytest.M
     split, features_PT = make_split(50, True)
     computed: list[int] = []
     monkeypatch.setattr(module._TitlesOfImages, "mask", noting(
-        module._TitlesOfImages.mask, lambda _, image_R: computed.append(len(image_R))))
+        module._TitlesOfImages.mask, lambda self, image_R: computed.append(len(image_R))))
     for how, work in (("hard", 50), ("far", 50 * size)):
         alone = mine_negatives(split, features_PT, how).negative_N
         values: dict[int, object] = {}

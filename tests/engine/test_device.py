@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import noting
+from helpers import HAS_GPU, noting
 from stand_in import GPU, plain, stand_in
 from torch import Tensor
 
@@ -45,7 +45,7 @@ from eval.metrics import retrieval_ranks, triplet_correct
 from eval.retrieval import measure_split
 from eval.search import top_k
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU needs no stand-in")
+pytestmark = pytest.mark.skipif(HAS_GPU, reason="a real GPU needs no stand-in")
 CPU, ROWS = torch.device("cpu"), 8
 
 

@@ -165,7 +165,7 @@ def test_a_replayed_step_is_the_step_to_the_bit(trainable: str, precision: str, 
     assert all(one.equal(other) for one, other in zip(weights, same, strict=True))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_real_graph_does_what_the_step_does(precision: str, tiny_model: Path,
                                               monkeypatch: pytest.MonkeyPatch) -> None:

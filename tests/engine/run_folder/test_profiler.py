@@ -37,7 +37,7 @@ def test_kernels_belong_to_the_region_that_launched_them() -> None:
 
 
 def test_a_range_has_its_steps_with_stacks_and_memory(pairs: Path, tiny_model: Path, tmp_path: Path) -> None:
-    args = ["--model", tiny_model, "--dataset", pairs, "--cache-dir", tmp_path / "cache", "--out", tmp_path / "run",
+    args: list[str | Path] = ["--model", tiny_model, "--dataset", pairs, "--cache-dir", tmp_path / "cache", "--out", tmp_path / "run",
             "--precision", "fp32", "--batch-size", "4", "--epochs", "1", "--eval-splits", "valid"]  # ten steps
     done = inside([*args, "--profile", "3:5"])
     assert done.returncode == 0 and "time of 2 recorded steps" in done.stderr, done.stderr
@@ -68,10 +68,13 @@ def test_files_of_before_and_bare_flags_mean_on(tmp_path: Path) -> None:
 
 def test_steps_that_are_over_when_a_run_goes_on_are_not_recorded(tmp_path: Path) -> None:
     said: list[str] = []
-    log = NullLog()
-    log.say = said.append  # type: ignore[method-assign]
-    assert type(profiler("3:5", 5, tmp_path, 0, log)) is Profiler and "not recorded" in said[0]
-    assert isinstance(profiler("3:5", 4, tmp_path, 0, log), Trace)
+
+    class Said(NullLog):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    assert type(profiler("3:5", 5, tmp_path, 0, Said())) is Profiler and "not recorded" in said[0]
+    assert isinstance(profiler("3:5", 4, tmp_path, 0, Said()), Trace)
 
 
 def test_a_gpu_writes_its_allocations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

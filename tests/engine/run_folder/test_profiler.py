@@ -37,8 +37,9 @@ def test_kernels_belong_to_the_region_that_launched_them() -> None:
 
 
 def test_a_range_has_its_steps_with_stacks_and_memory(pairs: Path, tiny_model: Path, tmp_path: Path) -> None:
-    args: list[str | Path] = ["--model", tiny_model, "--dataset", pairs, "--cache-dir", tmp_path / "cache", "--out", tmp_path / "run",
-            "--precision", "fp32", "--batch-size", "4", "--epochs", "1", "--eval-splits", "valid"]  # ten steps
+    args: list[str | Path] = ["--model", tiny_model, "--dataset", pairs, "--cache-dir", tmp_path / "cache", "--out",
+                              tmp_path / "run", "--precision", "fp32", "--batch-size", "4", "--epochs", "1",
+                              "--eval-splits", "valid"]  # ten steps
     done = inside([*args, "--profile", "3:5"])
     assert done.returncode == 0 and "time of 2 recorded steps" in done.stderr, done.stderr
     (trace,) = (tmp_path / "run" / "profile").glob("rank0.*.pt.trace.json")

@@ -16,7 +16,7 @@ from torch import Tensor
 from data.batch import ALONE, Team
 from data.catalogue import Split
 
-MAX_SIMILARITIES = 1 << 24  # at a time: 64 MiB in fp32, whatever the number of titles
+MAX_SIMILARITIES = {"cpu": 1 << 24, "cuda": 1 << 28}  # at a time: 64 MiB and 1 GiB in fp32, however many titles
 
 
 def mine_negatives(split: Split, title_PT: Tensor, rule: str, known_splits: Sequence[Split] = (),
@@ -40,7 +40,7 @@ def mine_negatives(split: Split, title_PT: Tensor, rule: str, known_splits: Sequ
     unit_UT = F.normalize(title_PT[used_U.to(device)].float(), dim=-1)
     titles = _TitlesOfImages([split, *known_splits], used_U, device)
     taken_U = torch.zeros(len(used_U), dtype=torch.bool, device=device)
-    rows_at_once = max(1, MAX_SIMILARITIES // len(used_U))
+    rows_at_once = max(1, MAX_SIMILARITIES.get(device.type, 1 << 24) // len(used_U))
     hard = rule == "hard"
     picks: dict[int, Tensor] = {}  # by chunk
     for number, start in enumerate(range(0, len(given_NH), rows_at_once)):

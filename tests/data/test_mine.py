@@ -30,7 +30,7 @@ def make_split(rows: int, given: bool) -> tuple[Split, torch.Tensor]:
 @pytest.mark.parametrize("how", ["hard", "far"])
 @pytest.mark.parametrize("given", [False, True])
 def test_equals_the_rule_written_out(how: str, given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_SIMILARITIES", 7 * 20)  # rows of 20 titles
+    monkeypatch.setitem(module.MAX_SIMILARITIES, "cpu", 7 * 20)  # rows of 20 titles
     split, features_PT = make_split(50, given)
     mined = mine_negatives(split, features_PT, how).negative_N
     assert mined is not None
@@ -80,7 +80,7 @@ def test_no_title_of_the_rows_own_image_is_mined(how: str) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_share_the_work_and_mine_the_same(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a run's data would depend on the number of GPUs; ranks are threads that meet in their exchange."""
-    monkeypatch.setattr(module, "MAX_SIMILARITIES", 7 * 20)
+    monkeypatch.setitem(module.MAX_SIMILARITIES, "cpu", 7 * 20)
     split, features_PT = make_split(50, True)
     computed: list[int] = []
     monkeypatch.setattr(module._TitlesOfImages, "mask", noting(

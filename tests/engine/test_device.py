@@ -158,6 +158,7 @@ def trained(model: Path, pairs: Path, folder: Path, patch: pytest.MonkeyPatch, *
 def test_a_run_is_the_cpus(trainable: str, tiny_model: Path, pairs: Path, tmp_path: Path,
                            monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--trainable", trainable, "--precision", "fp32", "--log-every", "1"]
+    flags += ["--lr-text", "1e-5", "--weight-decay", "0.1"] if "layers" in trainable else []
     here = trained(tiny_model, pairs, tmp_path / "cpu", monkeypatch, *flags, device="cpu")
     there = trained(tiny_model, pairs, tmp_path / "gpu", monkeypatch, *flags)
     assert len(here) == 3 and here == [pytest.approx(step, rel=1e-4) for step in there]

@@ -5,11 +5,11 @@
 #
 # One line a check: PASS, FAIL, INFO (a number without a goal) or SKIP. Nothing stops at a failure. Logs and numbers go to
 # $OUT (default: a temporary folder). The checks share BUDGET seconds (570): what no longer fits is skipped.
-# CHECK_DEVICE=cpu rehearses the script at toy sizes on a machine without a GPU: one check at a time, limits times four.
+# CHECK_DEVICE=cpu rehearses the script at toy sizes on a machine without a GPU: one check at a time, limits times PATIENCE (4).
 set -u
 PY=${PY:-python3}
 export CHECK_DEVICE=${CHECK_DEVICE:-cuda}
-if [ "$CHECK_DEVICE" = cpu ]; then PATIENCE=4; export OMP_NUM_THREADS=1; else PATIENCE=1; fi
+if [ "$CHECK_DEVICE" = cpu ]; then PATIENCE=${PATIENCE:-4}; export OMP_NUM_THREADS=1; else PATIENCE=1; fi
 BUDGET=${BUDGET:-$((570 * PATIENCE))}
 BEGAN=$(date +%s)
 WORK=$(mktemp -d "${TMPDIR:-/tmp}/gpu-check.XXXXXX")

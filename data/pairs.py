@@ -27,7 +27,7 @@ from data.ledger import dropped_rows
 from data.mine import mine_negatives
 from data.sources.labels import count_classes
 from data.sources.source import Rows
-from data.store.feature_split import FeatureSplit, StoredTable
+from data.store.feature_split import FeatureSplit, StoredTable, fits
 from data.store.features import FeatureStore
 from data.store.segments import spaces
 from data.store.sharing import NETWORK_FOLDER_S, missing_everywhere, share_features
@@ -88,8 +88,11 @@ def open_pairs(rows: Mapping[str, Rows], unread: Sequence[Mapping[str, Any]], pi
         titles = add_missing_titles(catalogue, pipeline)
         title_table = stored_table(titles, catalogue.title_keys)
     if mining != "off":
-        features_PT, unmined = title_table.to(torch.device("cpu")), [*splits.values()]
-        splits = {name: mine_negatives(split, features_PT, mining, unmined) for name, split in splits.items()}
+        place = device if fits(title_table, device) else torch.device("cpu")
+        pipeline.log(f"mining {mining} negatives on {place.type}")
+        features_PT, unmined = title_table.to(place), [*splits.values()]
+        splits = {name: mine_negatives(split, features_PT, mining, unmined, pipeline.team)
+                  for name, split in splits.items()}
 
     contents, identity = {}, {}
     for name, split in splits.items():

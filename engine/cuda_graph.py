@@ -1,4 +1,4 @@
-"""The cached step as a CUDA graph: one call launches its sixty-odd kernels, each of which runs shorter than its launch.
+"""The cached step as a CUDA graph: one call launches its ninety-odd kernels, most of them shorter than their launch.
 
 A graph repeats what was captured: the same kernels on the same addresses with the same Python values. So row numbers
 and learning rate are copied into fixed tensors, and only full batches are replayed; a short one has other shapes and
@@ -139,9 +139,10 @@ class GraphedStep:
 
 
 def should_capture(batches: Batches, steps: int, world: World) -> TypeGuard[CachedBatches]:
-    """Return whether a graph is possible and worth it: one GPU, features on it, enough steps.
+    """Return whether a graph is possible and worth it: whole steps on each GPU, features on it, enough steps.
 
-    Several ranks run eagerly: NCCL's watchdog, which names a stalled rank, cannot see into a graph.
+    Steps that ranks share run eagerly: NCCL's watchdog, which names a stalled rank, cannot see into a graph, and they
+    are long enough (ranks/sharing.py) that the launches hide behind the products.
     """
     return (world.device.type == "cuda" and world.size == 1 and steps >= MIN_STEPS
             and isinstance(batches, CachedBatches) and batches.device.type == "cuda")

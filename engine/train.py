@@ -79,7 +79,7 @@ def loop(step: Callable[[Inputs, int, float], tuple[Tensor, Tensor]], stream: It
         state.stopped = callbacks.stop_signal(state.step)
 
         evaluate_now = plan.due(state.step, cfg.eval_every) and not state.stopped
-        save_now = plan.due(state.step, cfg.save_every) or evaluate_now or state.stopped
+        save_now = plan.due(state.step, cfg.save_every) or evaluate_now or bool(state.stopped)
         if plan.due(state.step, cfg.log_every) or save_now:
             # Nothing waits for the device but this flush before a checkpoint, and stop_signal about once a second.
             callbacks.check_gradients(log.flush(wait=bool(save_now)))
@@ -143,16 +143,15 @@ def gather_candidates(world: World, out: Embeddings, inputs: Batch | Features, s
                       with_images: bool) -> tuple[Candidates, Candidates]:
     """Return the texts and the images of all ranks as candidates, with gradient; rank r holds sizes[r] rows.
 
-    The texts are the titles, then negative 1 of all rows, …. The images are empty unless `with_images`. Several ranks
-    exchange all of it in one collective: a small one costs as long as it takes to start it.
+    The texts are the titles, then negative 1 of all rows, …. Without `with_images` those of other ranks are not
+    gathered. Several ranks exchange all of it in one collective: a small one costs as long as it takes to start it.
     """
     image_BE, text_XE, _ = out
     ids = [inputs.image_id_B, inputs.title_id_B]
     if inputs.negative_id_BH is not None:
         ids += inputs.negative_id_BH.unbind(1)
-    if not with_images:
-        image_BE = image_BE[:, :0]
     if world.size > 1:
+        image_BE = image_BE if with_images else image_BE[:, :0]
         texts, width = len(ids) - 1, text_XE.shape[1]
         text_BF = text_XE.unflatten(0, (texts, len(inputs.title_id_B))).transpose(0, 1).flatten(1)
         rows_GF, ids_GN = world.gather(torch.cat([text_BF, image_BE], 1), torch.stack(ids, 1), sizes)

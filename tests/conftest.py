@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_pairs, tiny_clip
+from helpers import HAS_GPU, make_pairs, tiny_clip
 from hub import Hub
 from scenes import youtube_pairs
 
@@ -24,6 +24,40 @@ for name in filter(FOREIGN.fullmatch, os.environ.keys() - {"HF_HUB_OFFLINE"}):
     del os.environ[name]
 if not torch.cuda.is_available():  # a GPU that torch cannot use is an error of `--device auto`, the default
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+GPUS, gpu_is_available = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.is_available
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPU from all tests, and from the processes they start, but for those marked `gpu`.
+
+    The same tests do the same on every machine, and those of two and three ranks run on the CPU of a machine with one
+    GPU. xdist's own process, which runs no test, hands its environment on to its workers, so it leaves it alone.
+    `helpers` has looked for a GPU before: the driver reads the variable once, so marked tests can still see it.
+    """
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        setattr(torch.cuda, "is_available", lambda: False)  # noqa: B010  # mypy takes no assignment to a function
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def show_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test that is marked `gpu` see it."""
+    if request.node.get_closest_marker("gpu") is None:
+        return
+    monkeypatch.setattr(torch.cuda, "is_available", gpu_is_available)
+    if GPUS is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", GPUS)
 
 
 @pytest.fixture(scope="session")

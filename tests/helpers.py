@@ -42,6 +42,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+HAS_GPU = torch.cuda.is_available()  # of this machine, also for tests that do not see it: see conftest.py
 HANGS_S = 500  # what still runs then will not end, on however slow a machine; pytest's own limit is above it
 EXACT = 1e-9  # of float64, whose rounding (2^-53) may be multiplied by ten million before it shows
 

@@ -10,6 +10,7 @@ import torch
 from bench import gpu, jobs
 from bench.harness import Bench, Figure, Race, amount
 from bench.inputs import image_flops, random_clip
+from helpers import HAS_GPU
 from stand_in import GPU, stand_in
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,7 +45,7 @@ def test_flops_of_an_image_are_those_of_its_products() -> None:
     assert image_flops(clip.vision_model.config) == pytest.approx(counter.get_total_flops() / 2, rel=0.02)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU needs no stand-in")
+@pytest.mark.skipif(HAS_GPU, reason="a real GPU needs no stand-in")
 def test_the_gpus_figures_open_their_models(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "random_clip", lambda shape: load_clip(str(tiny_model)))
     for name in ("product_rate", "tower_rate", "epoch_seconds", "steps_without_sync"):

@@ -135,6 +135,11 @@ def loss_ids(title_ids: Tensor, title_group_P: Tensor | None) -> Tensor:
     return title_group_P[title_ids.clamp(min=0)].masked_fill(title_ids < 0, -1)
 
 
+def fits(table: StoredTable, device: torch.device) -> bool:
+    """Return whether there is room on the device for a table and for it in fp32."""
+    return table.nbytes + 4 * len(table.rows) * table.store.width <= _room(device)
+
+
 def _room(device: torch.device) -> int:
     """Return the bytes that tables may take: 4/5 of a GPU's free memory; of the host's, this rank's share of a half."""
     if device.type == "cuda":

@@ -29,7 +29,7 @@ from engine.run_folder import folder
 from engine.run_folder.board import Metrics, WeightDrift, comparable_settings
 from engine.run_folder.checkpoint import Saver, State
 from engine.run_folder.log import Log, Reference
-from engine.run_folder.profiler import profiler
+from engine.run_folder.profiler import profiler, require_profiled_steps
 from engine.sweep.interpolate import interpolate, snapshot
 from engine.train import Callbacks, Replica, fit
 from eval.metrics import Retrieval
@@ -54,6 +54,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     training = open_training(cfg, world, pairs, shards.train, out)
     cfg = fit_to_data(cfg, training.rows)
     plan = Plan(training.rows, cfg.batch_size, cfg.epochs)
+    require_profiled_steps(cfg.profile, plan.steps)
     names = evaluated_splits(cfg, pairs)
     saver = make_saver(cfg, world, out, model, training, names)
 
@@ -85,13 +86,12 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     with explain_collective_errors("sharing the weights"):
         replica = Replica(distribute(trained, step_world.size), saver.optimizer, step_world, model.precision)
     saver.require_equal_weights(state.step)
-
-    with closing(log), stop.graceful_exit(), profiler(cfg.profile, out / "profile", world.rank, log) as trace:
+    with closing(log), stop.graceful_exit(), profiler(cfg.profile, state.step, out, world.rank, log) as prof:
         evaluate = stop.immediate_exit()(evaluator)  # a signal may cut it off: the trained weights are saved before
         evaluation_missing = state.evaluated < state.step and plan.due(state.step, cfg.eval_every)
         if state.step == 0 or evaluation_missing:
             evaluate()
-        fit(replica, batches, plan, state, cfg, Callbacks(log, trace, evaluate, partial(training.save, saver),
+        fit(replica, batches, plan, state, cfg, Callbacks(log, prof, evaluate, partial(training.save, saver),
                                                           partial(stop.agreed_signal, world), guard.check))
         best_step = saver.load_best_weights(state, world.say)
         if best_step:

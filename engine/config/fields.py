@@ -158,7 +158,7 @@ class Config:
     # When to evaluate and to save.
     eval_splits: tuple[str, ...] = setting((), "loop", SINGLE_RUN, "splits to measure (default: all; on the way train "
                                            "and valid); a train split of millions is best left out")
-    log_every: int = setting(10, "loop", TRAINING, "steps between flushes of the log (the only host sync)",
+    log_every: int = setting(10, "loop", TRAINING, "steps between flushes of the log",
                              low=1, resumable=True, advanced=True)
     eval_every: int = setting(0, "loop", SINGLE_RUN, "steps between evaluations; 0: every epoch", resumable=True)
     save_every: int = setting(0, "loop", SINGLE_RUN, "steps between checkpoints; 0: every epoch",
@@ -212,13 +212,13 @@ class Config:
     compile: str = setting("auto", "machine", TOWERS, "the image tower; auto: a GPU's, for many images",
                            choices=("auto", "on", "off"), resumable=True, advanced=True)
     cuda_graph: str = setting("auto", "machine", TRAINING,
-                              "launch a whole cached step at once; auto: one GPU, 500 steps or so",
+                              "launch a whole cached step at once; auto: on a GPU, from 500 steps on",
                               choices=("auto", "off"), resumable=True, advanced=True)
     gradient_checkpointing: bool = setting(False, "machine", SINGLE_RUN,
                                            "where layers in towers train: less memory, more time",
                                            resumable=True, advanced=True)
-    profile: bool = setting(False, "machine", SINGLE_RUN, "write a trace of a few steps to the run folder",
-                            resumable=True)
+    profile: str = setting("off", "machine", SINGLE_RUN, "write a trace of a few steps to the run folder; 100:110: of "
+                           "steps 100 to 109 (the first is 0), with stacks and memory", bare="on", resumable=True)
     dist_timeout: float = setting(600.0, "machine", TOWERS, "seconds after which a stalled rank is an error",
                                   low=1, high=1e7, resumable=True, advanced=True)
 

@@ -15,6 +15,7 @@ from typing import Any
 from data.files import read_text
 from engine.config.fields import Config, Setting, config_fields, flag_of
 
+MAX_PROFILED = 1_000  # steps in a trace: a viewer does not open larger ones
 Settings = dict[str, Any]  # values of Config by name
 DIRECTIONS = ("image_to_text", "text_to_image")
 RETRIEVAL_METRICS = ("R@1", "R@5", "R@10", "median_rank", "mean_rank", "mrr")
@@ -63,15 +64,18 @@ def read_toml(path: Path) -> Settings:
         name = key.replace("-", "_")
         if name not in known:
             raise ValueError(f"--config {path}: " + suggest("key", name, list(known)))
-        values[name] = _from_toml(value, known[name].default)
+        values[name] = _as_setting(value, known[name])
         if not _has_type_of(values[name], known[name].default):
             expected, given = type(known[name].default).__name__, type(values[name]).__name__
             raise ValueError(f"--config {path}: {key} must be {expected}, not {given}")
     return values
 
 
-def _from_toml(value: object, default: object) -> object:
-    """Return a TOML value as the setting with this default holds it: lists as tuples, `5%` as a number."""
+def _as_setting(value: object, spec: Setting) -> object:
+    """Return a value of TOML or JSON as the setting holds it: lists as tuples, `5%` as number, true as bare flag."""
+    default = spec.default
+    if spec.bare and isinstance(value, bool):
+        return spec.bare if value else default
     if isinstance(default, tuple) and isinstance(value, list):
         return tuple(value)
     if isinstance(default, tuple) and isinstance(value, str):
@@ -141,15 +145,27 @@ def known_settings(saved: Settings) -> Settings:
     """Return the settings in a run's config.json as Config holds them; those of other versions are left out."""
     settings = {}
     for name in config_fields().keys() & saved.keys():
-        value = saved[name]
-        settings[name] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+        settings[name] = _as_setting(saved[name], config_fields()[name])
     return settings
+
+
+def profiled_steps(text: str) -> range | None:
+    """Return the steps (from 0) that --profile names as FIRST:END, None for on and off. Raises ValueError."""
+    if text in ("on", "off"):
+        return None
+    first, colon, end = text.partition(":")
+    steps = range(int(first), int(end)) if colon and first.isdecimal() and end.isdecimal() else range(0)
+    if not 0 < len(steps) <= MAX_PROFILED:
+        raise ValueError(f"--profile {text} is no range of steps; write FIRST:END, such as 100:110 for ten steps, at "
+                         f"most {MAX_PROFILED:,}, or --profile alone for a few of the first")
+    return steps
 
 
 def check(config: Config) -> None:
     """Raise ValueError with one sentence for a value that cannot work."""
     for name, spec in config_fields().items():
         check_value(flag_of(name), getattr(config, name), spec)
+    profiled_steps(config.profile)
     if config.loss == "sigmoid" and config.hardness:
         raise ValueError("--loss sigmoid judges each pair alone, --hardness needs a softmax; leave it out or use "
                          "--loss symmetric")

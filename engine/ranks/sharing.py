@@ -11,9 +11,9 @@ import torch
 from data.store.feature_split import FeatureSplit
 from engine.ranks.world import World
 
-# A step of more floating point operations is shared. For GPUs this is predicted, to be measured (tests/gpu/check.sh):
-# a shared step of cached features takes about 1.5 ms for its launches and three collectives, whatever its size, and a
-# whole step replayed as a CUDA graph .3 ms. The 1.2 ms between them are 2.5e11 operations at 200 TFLOP/s (an H100's
+# A step of more floating point operations is shared. For GPUs this is a prediction, to be measured: a shared step of
+# cached features takes about 1.5 ms for its launches and three collectives, whatever its size, and a whole step that is
+# replayed as a CUDA graph .3 ms. The 1.2 ms between them are 2.5e11 operations at 200 TFLOP/s (an H100's
 # TF32 and bf16, well below their peak): about 7,000 rows of ViT-L/14.
 # Measured on CPUs, two ranks over gloo on one machine, CPU time a step, shared / whole, with ViT-B/32's widths:
 # .06 GFLOP 9.8 / 4.9 ms, .26 GFLOP 10.7 / 7.1 ms, .57 GFLOP 10.7 / 11.5 ms; with ViT-L/14's: .13 GFLOP 11.0 / 6.2 ms,

@@ -46,6 +46,20 @@ def open_random(shape: str, device: torch.device) -> Model:
     return Model.of(build_model(random_clip(shape), ModelOptions(), device), device)
 
 
+def machine(bench: Bench) -> None:
+    """GPU: rates of the matrix product by precision, and of copies of pixels to the device."""
+    device, size = cuda_device(), 4096 if bench.quick else 8192
+    for name, precision, products in (("bf16", torch.bfloat16, "highest"), ("TF32", torch.float32, "high"),
+                                      ("fp32", torch.float32, "highest")):
+        torch.set_float32_matmul_precision(products)
+        bench.add(Figure("GPU", f"product of {size}, {name}: TFLOP/s", "",
+                         [product_rate(size, precision, device) / 1e12]))
+    pixels = noise_pixels(64)
+    for name, source in (("pageable", pixels), ("pinned", pixels.pin_memory())):
+        taken = median(seconds(partial(source.to, device, non_blocking=True), device) for _ in range(20))
+        bench.add(Figure("GPU", f"64 images to the device, {name}: GB/s", "", [pixels.nbytes / taken / 1e9]))
+
+
 def towers(bench: Bench) -> None:
     """GPU: image towers, eager and compiled, as a share of the matrix product's rate."""
     device = cuda_device()

@@ -1,11 +1,17 @@
 """Mined negatives against the rule written out naively."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import noting
 
 from data import mine as module
+from data.batch import Team
 from data.catalogue import Split
 from data.mine import mine_negatives
 
@@ -24,7 +30,7 @@ def make_split(rows: int, given: bool) -> tuple[Split, torch.Tensor]:
 @pytest.mark.parametrize("how", ["hard", "far"])
 @pytest.mark.parametrize("given", [False, True])
 def test_equals_the_rule_written_out(how: str, given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK", 7)
+    monkeypatch.setitem(module.MAX_SIMILARITIES, "cpu", 7 * 20)  # rows of 20 titles
     split, features_PT = make_split(50, given)
     mined = mine_negatives(split, features_PT, how).negative_N
     assert mined is not None
@@ -69,3 +75,31 @@ def test_no_title_of_the_rows_own_image_is_mined(how: str) -> None:
     few = Split("train", np.arange(4), torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 2, 0]), None)
     mined = mine_negatives(few, features_PT, how).negative_N
     assert mined is not None and mined[:3].tolist() == [[-1]] * 3  # all there is goes with image 0
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_share_the_work_and_mine_the_same(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a run's data would depend on the number of GPUs; ranks are threads that meet in their exchange."""
+    monkeypatch.setitem(module.MAX_SIMILARITIES, "cpu", 7 * 20)
+    split, features_PT = make_split(50, True)
+    computed: list[int] = []
+    monkeypatch.setattr(module._TitlesOfImages, "mask", noting(
+        module._TitlesOfImages.mask, lambda self, image_R: computed.append(len(image_R))))
+    for how, work in (("hard", 50), ("far", 50 * size)):
+        alone = mine_negatives(split, features_PT, how).negative_N
+        values: dict[int, object] = {}
+        meet = threading.Barrier(size)
+
+        def exchange(rank: int, value: object, values: dict = values, meet: threading.Barrier = meet) -> list:
+            values[rank] = value
+            meet.wait(60)
+            return [values[other] for other in range(size)]
+
+        def mine(rank: int, how: str = how) -> Split:
+            return mine_negatives(split, features_PT, how, team=Team(rank, size, partial(exchange, rank)))
+
+        computed.clear()
+        with ThreadPoolExecutor(size) as pool:
+            for mined in pool.map(mine, range(size)):
+                assert alone is not None and mined.negative_N is not None and mined.negative_N.equal(alone)
+        assert sum(computed) == work

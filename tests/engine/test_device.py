@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import HAS_GPU
 from stand_in import GPU, plain, stand_in
 from torch import Tensor
 
@@ -44,7 +45,7 @@ from eval.metrics import retrieval_ranks, triplet_correct
 from eval.retrieval import measure_split
 from eval.search import top_k
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU needs no stand-in")
+pytestmark = pytest.mark.skipif(HAS_GPU, reason="a real GPU needs no stand-in")
 CPU, ROWS = torch.device("cpu"), 8
 
 
@@ -154,6 +155,7 @@ def trained(model: Path, pairs: Path, folder: Path, patch: pytest.MonkeyPatch, *
 def test_a_run_is_the_cpus(trainable: str, tiny_model: Path, pairs: Path, tmp_path: Path,
                            monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--trainable", trainable, "--precision", "fp32", "--log-every", "1"]
+    flags += ["--lr-text", "1e-5", "--weight-decay", "0.1"] if "layers" in trainable else []
     here = trained(tiny_model, pairs, tmp_path / "cpu", monkeypatch, *flags, device="cpu")
     there = trained(tiny_model, pairs, tmp_path / "gpu", monkeypatch, *flags)
     assert len(here) == 3 and here == [pytest.approx(step, rel=1e-4) for step in there]

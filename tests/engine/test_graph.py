@@ -164,7 +164,7 @@ def test_a_replayed_step_is_the_step_to_the_bit(trainable: str, precision: str, 
     assert all(one.equal(other) for one, other in zip(weights, same, strict=True))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_real_graph_does_what_the_step_does(precision: str, tiny_model: Path,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,12 +221,14 @@ class Streamed:
         return iter(())
 
 
-def test_several_ranks_short_runs_and_host_tables_have_no_graph() -> None:
+def test_shared_steps_short_runs_and_host_tables_have_no_graph() -> None:
     gpu, rows, ids = torch.device("cuda"), EpochBatches(ROWS, BATCH, 0), torch.arange(ROWS)
     pairs = FeatureSplit(torch.randn(ROWS, 2), torch.randn(ROWS, 2), ids, ids)
     for size, steps, place, expected in ((1, MIN_STEPS, gpu, True), (2, MIN_STEPS, gpu, False),
                                          (1, MIN_STEPS - 1, gpu, False), (1, MIN_STEPS, CPU, False)):
         batches = CachedBatches(rows, pairs.features, place)
         assert should_capture(batches, steps, World(0, 0, size, gpu)) is expected
+    whole = CachedBatches(rows, pairs.features, gpu)
+    assert should_capture(whole, MIN_STEPS, World(1, 1, 8, gpu).alone())  # each rank computes whole steps
     assert not should_capture(Streamed(), MIN_STEPS, World(0, 0, 1, gpu))
     assert not should_capture(CachedBatches(rows, pairs.features, CPU), MIN_STEPS, World(0, 0, 1, CPU))

@@ -5,11 +5,11 @@
 #
 # One line a check: PASS, FAIL, INFO (a number without a goal) or SKIP. Nothing stops at a failure. Logs and numbers go to
 # $OUT (default: a temporary folder). The checks share BUDGET seconds (570): what no longer fits is skipped.
-# CHECK_DEVICE=cpu rehearses the script at toy sizes on a machine without a GPU: one check at a time, limits times four.
+# CHECK_DEVICE=cpu rehearses the script at toy sizes on a machine without a GPU: one check at a time, limits times PATIENCE (4).
 set -u
 PY=${PY:-python3}
 export CHECK_DEVICE=${CHECK_DEVICE:-cuda}
-if [ "$CHECK_DEVICE" = cpu ]; then PATIENCE=4; export OMP_NUM_THREADS=1; else PATIENCE=1; fi
+if [ "$CHECK_DEVICE" = cpu ]; then PATIENCE=${PATIENCE:-4}; export OMP_NUM_THREADS=1; else PATIENCE=1; fi
 BUDGET=${BUDGET:-$((570 * PATIENCE))}
 BEGAN=$(date +%s)
 WORK=$(mktemp -d "${TMPDIR:-/tmp}/gpu-check.XXXXXX")
@@ -43,31 +43,36 @@ beside() { check "$@" & [ "$CHECK_DEVICE" = cpu ] && wait; }
 echo "commit $(git log -1 --format=%h 2>/dev/null), $BUDGET s, logs in $OUT"
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 
-# One: is it right? Processes side by side, for no time is taken.
-beside draw 60
-check cuda_tests 150
+# Limits add up to BUDGET where checks beside one another count once. One: is it right? Nobody takes the time, so processes
+# run side by side.
+beside draw 40
+check cuda_tests 60
 wait
-beside run:cpu32 170 --device cpu --precision fp32
-beside run:graph 170 --device "$CHECK_DEVICE" --precision bf16
-beside run:eager 170 --device "$CHECK_DEVICE" --precision bf16 --cuda-graph off
-beside run:streaming 170 --device "$CHECK_DEVICE" --precision bf16 --mode streaming
-beside run:gpu32 170 --device "$CHECK_DEVICE" --precision fp32
-check demo 200
+beside run:cpu32 90 --device cpu --precision fp32
+beside run:graph 90 --device "$CHECK_DEVICE" --precision bf16
+beside run:eager 90 --device "$CHECK_DEVICE" --precision bf16 --cuda-graph off
+beside run:streaming 90 --device "$CHECK_DEVICE" --precision bf16 --mode streaming
+beside run:gpu32 90 --device "$CHECK_DEVICE" --precision fp32
+check demo 90
 wait
-check losses 30
-beside signals 170
-beside two_ranks 110
-beside nccl 100
-beside profile 150
-beside fp32 90
-check after_the_run 160
+check losses 10
+beside signals 90
+beside two_ranks 60
+beside nccl 60
+beside profile 80
+beside fp32 60
+check after_the_run 90
 wait
-check out_of_memory 60
+check out_of_memory 25
 
-# Two: is it fast? One at a time.
-check no_sync 90
-check log_and_memory 90
-for figures in epochs cold towers recall; do check "bench:$figures" 200; done
+# Two: is it fast? One at a time, the dearest last.
+check bench:machine 20
+check no_sync 40
+check log_and_memory 35
+check bench:epochs 40
+check bench:recall 30
+check bench:cold 50
+check bench:towers 90
 
 tar -C "$WORK" -czf "$OUT/logs.tgz" log
 echo "---"

@@ -104,8 +104,8 @@ def draw(variant: str, flags: list[str]) -> None:
 
 def cuda_tests(variant: str, flags: list[str]) -> None:
     """The tests that only a GPU can run."""
-    pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider"]
-    chosen = ["tests/engine/test_graph.py", "tests/data/store/test_features.py", "-k", "real_graph or gpu_features"]
+    pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
+    chosen = ["tests/engine/test_graph.py", "tests/data/store/test_features.py"]
     done = subprocess.run([*pytest, *chosen], capture_output=True, text=True, timeout=150, check=False)
     print(done.stdout, done.stderr)
     line = last_line(done)
@@ -180,14 +180,15 @@ def nccl(variant: str, flags: list[str]) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29871", "RANK": "0", "WORLD_SIZE": "1"}
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", rank=0, world_size=1,
                                          timeout=datetime.timedelta(seconds=60))
-    rows = torch.randn(5, 4, device=here, requires_grad=True)
-    gathered = _Gather.apply(rows, (5,), 0)
+    rows, ids = torch.randn(5, 4, device=here, requires_grad=True), torch.arange(10, device=here).view(5, 2)
+    gathered, gathered_ids = _Gather.apply(rows, ids, (5,), 0)
     (gathered * 2).sum().backward()
     answers: list[object] = [None]
     torch.distributed.all_gather_object(answers, {"rows": 5})
     torch.distributed.barrier()
-    right = gathered.equal(rows) and rows.grad is not None and bool((rows.grad == 2).all()) and answers == [{"rows": 5}]
-    results = []
+    right = gathered.equal(rows) and gathered_ids.equal(ids)
+    right = right and rows.grad is not None and bool((rows.grad == 2).all()) and answers == [{"rows": 5}]
+    results, took = [], []
     for size in (1, 2):  # 2: wrapped in DistributedDataParallel
         parts = demo_parts()
         optimizer = adamw(parts.trainable.values(), 1e-3, 0.0)
@@ -198,25 +199,39 @@ def nccl(variant: str, flags: list[str]) -> None:
         for _ in range(20):
             loss, _ = step(inputs, 256, 1e-3)
         results.append(float(loss))
+        took.append(seconds(lambda: [step(inputs, 256, 1e-3) for _ in range(50)], here) / 50)  # noqa: B023
     log = Heard()
     train(parts, 256 * MIN_STEPS, 256, log)
-    close()
     verdict(right and abs(results[0] - results[1]) < 1e-3 and not log.said,
             f"loss {results[0]:.4f}, in DDP {results[1]:.4f}" + "".join(f"; {text}" for text in log.said))
+    exchanged = seconds(lambda: exchange_rows(here), here) / 50
+    verdict(None, f"for MAX_REPLICATED_FLOP: an eager step of 256 rows {took[0] * 1e3:.2f} ms, in DDP "
+                  f"{took[1] * 1e3:.2f} ms, gather and reduce-scatter of a group of one {exchanged * 1e3:.2f} ms")
+    close()
+
+
+def exchange_rows(here: torch.device) -> None:
+    """Fifty times what ranks exchange of 512 rows of 768, forward and backward."""
+    rows, ids = torch.randn(512, 768, device=here, requires_grad=True), torch.arange(1024, device=here).view(512, 2)
+    for _ in range(50):
+        _Gather.apply(rows, ids, (512,), 0)[0].sum().backward()
 
 
 def profile(variant: str, flags: list[str]) -> None:
-    """A trace with the step's regions, and kernels on a GPU."""
-    done = run_py(*training("profiled", 12 if GPU else 1, "--profile", *ON_DEVICE))
-    traces = sorted((RUNS / "profiled" / "profile").glob("*.json*"))
-    if done.returncode or not traces:
+    """A trace of a range of steps with the step's regions; on a GPU kernels, the graph and a memory snapshot."""
+    steps = "510:520" if GPU else "2:4"
+    done = run_py(*training("profiled", 12 if GPU else 1, "--profile", steps, *ON_DEVICE))
+    folder = RUNS / "profiled" / "profile"
+    traces, snapshots = sorted(folder.glob("rank0.*.json")), sorted(folder.glob("rank0.*.memory.pickle"))
+    if done.returncode or not traces or (GPU and not snapshots):
         return verdict(False, f"exit {done.returncode}, {len(traces)} traces: {last_line(done)}")
     (OUT / "trace.json.gz").write_bytes(gzip.compress(traces[0].read_bytes()))
     events = json.loads(traces[0].read_text())["traceEvents"]
     kernels = sum(event.get("cat") == "kernel" for event in events)
     regions = {event.get("name") for event in events} & {"load", "project", "loss", "backward", "optim", "graph"}
-    verdict(bool(regions) and (not GPU or (kernels > 0 and "graph" in regions)),
-            f"{kernels} kernels, regions {', '.join(sorted(regions))}")
+    shares = re.search(r"time of [^\n]*recorded steps[^\n]*", done.stderr)
+    verdict(bool(regions and shares) and (not GPU or (kernels > 0 and "graph" in regions)),
+            f"{kernels} kernels, regions {', '.join(sorted(regions))}; {shares[0] if shares else 'no shares'}")
 
 
 def out_of_memory(variant: str, flags: list[str]) -> None:
@@ -377,7 +392,8 @@ def train(parts: LoadedModel, rows: int, batch: int, log: Log, config: Config = 
 CHECKS: dict[str, Callable[[str, list[str]], None]] = {
     "draw": draw, "cuda_tests": cuda_tests, "demo": demo, "run": run, "losses": compare_losses, "signals": signals,
     "two_ranks": two_ranks, "nccl": nccl, "profile": profile, "out_of_memory": out_of_memory, "fp32": fp32,
-    "after_the_run": after_the_run, "no_sync": no_sync, "log_and_memory": log_and_memory, "bench": bench}
+    "after_the_run": after_the_run, "no_sync": no_sync, "log_and_memory": log_and_memory,
+    "bench": bench}
 
 if __name__ == "__main__":
     check, _, kind = sys.argv[1].partition(":")

@@ -432,7 +432,7 @@ def test_shares_are_even_and_cover_the_batch() -> None:
     assert not epoch_order(50, 1, 2).equal(epoch_order(50, 1, 1)) and epoch_order(50, 1, 2).equal(epoch_order(50, 2, 1))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("room", [0, None])
 def test_gpu_features_equal_the_host_and_never_wait(tmp_path: Path, room: int | None) -> None:
     host = make_split(tmp_path, mapped=True, negatives=True)

@@ -100,6 +100,10 @@ MISTAKES = {  # arguments -> what the answer has to name
     # choosing and checking
     "no such recipe": (["--recipe", "bst"], "reference"),
     "losses that do not go together": (["--loss", "sigmoid", "--hardness", "1"], "--loss symmetric"),
+    "rate of towers that do not train": ([*DATA, "--lr-tower", "1e-5"], "none of them trains"),
+    "rate of towers without a schedule": (["--lr", "0", "--lr-text", "1e-5"], "an --lr above 0"),
+    "no range of steps": (["--profile", "100"], "such as 100:110"),
+    "steps that a run does not have": ([*DATA, "--profile", "100:110"], "the run has 6 steps"),
     "more than all of the tuned weights": (["--interpolate", "2"], "within 0 and 1"),
     "metric that is not measured": ([*DATA, "--best-metric", "recall"], "image_to_text_R@1"),
     "nothing to sweep": (SWEEP, '--space "lr='),

@@ -77,7 +77,7 @@ def rows_of_all_sizes(home: Path) -> None:
 
 def on_two(home: Path) -> list[int]:
     rows_of_all_sizes(home)  # from here on ranks share steps
-    assert train(home, "sizes", *RUN, stop=13) == 143  # goes on alone
+    assert train(home, "sizes", *RUN, "--profile", "3:5", stop=13) == 143  # goes on alone
     return stopped_everywhere(home, 2, "cached")
 
 
@@ -122,6 +122,8 @@ def test_two_ranks_then_one_then_three_train_the_same_batches(home: Path) -> Non
     whole, changed = home / "cached-2", home / "sizes"
     assert losses(changed) == pytest.approx(losses(whole), abs=1e-5)
     assert result(changed)[-1] == result(whole)[-1]  # the order of all rows
+    traces = sorted(path.name.split(".")[0] for path in (changed / "profile").iterdir())
+    assert traces == ["rank0", "rank1"]  # steps 3 and 4 of both ranks; when the run went on they were over
     theirs, ours = (load_file(out / "model" / "model.safetensors") for out in (whole, changed))
     assert all((theirs[name] - ours[name]).abs().max() < 1e-5 for name in theirs)
 

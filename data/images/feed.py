@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from data.batch import BadSample
-from data.images.processes import Backlog, Piece, Processes
+from data.images.processes import Backlog, Piece, Processes, Server
 from data.images.reader import Reader
 from data.images.worker import MAX_WORKERS, NOTES, Job, Outcome, Spent, Task, do_task, records_in
 
@@ -171,7 +171,10 @@ class _Ring:
             self.processes.start()
         if feed.pinned:
             register(self.memory)
-        self.start_threads()
+        if self.processes is None or not Server.can_fork_now():
+            self.start_threads()
+        else:
+            self.backlog.set(for_threads=False)
         return self
 
     def start_threads(self) -> None:

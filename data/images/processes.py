@@ -110,6 +110,7 @@ class Server:
         self._socket, self._requests = ours, Connection(os.dup(ours.fileno()))
         self._lock = threading.Lock()
         self._feeds = 0
+        self.is_loaded = False  # it has forked a worker
 
     @classmethod
     def get(cls) -> Server:
@@ -118,6 +119,11 @@ class Server:
             if cls._current is None or cls._current.process.poll() is not None:
                 cls._current = Server()
             return cls._current
+
+    @classmethod
+    def can_fork_now(cls) -> bool:
+        """Return whether there is a server that has loaded its libraries."""
+        return cls._current is not None and cls._current.is_loaded and cls._current.process.poll() is None
 
     def open(self, job: Job, reader: Reader, memory: int) -> int:
         """Return the number of a new feed. Raises OSError."""
@@ -257,7 +263,7 @@ class Processes:
             self._bury(worker)
             return
         if isinstance(message, int):
-            worker.process = message
+            worker.process, self._server.is_loaded = message, True
             self.ring.feed.times.by = f"{self.ring.feed.workers} processes"
             self.backlog.set(for_threads=False)
             return

@@ -7,7 +7,7 @@ import io
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,11 +16,14 @@ import numpy as np
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from data.cold import DecodedImages, check_images
+from data.cold import decode_lots
 from data.images.decode import ImageSpec, decode_image
-from data.prefetch import threaded_map
+from data.images.feed import MANY, Feed, grouped
+from data.images.reader import Reader
+from data.images.worker import Task, ToPixels
 from data.shards.index import read_index, read_member
 from data.shards.writer import ShardWriter
+from data.web.limits import FetchPolicy
 
 from .harness import Bench, Figure, NotMeasured, Race, timed
 from .inputs import photograph
@@ -63,13 +66,24 @@ def process_all(pictures: list[bytes], processor: CLIPImageProcessorPil) -> list
 
 def feed(bench: Bench) -> None:
     """P16: CPU time of the main process for each picture that the cold pass hands on, whoever decodes it."""
-    images = 64 if bench.quick else 512
+    images = 512 if bench.quick else 2048
     catalogue, reader = read_pairs(bench.scratch / "feed", images, WORKERS)
-    arm = partial(check_images, catalogue, reader, range(images), DecodedImages(), lambda text: None)
+
+    def arm() -> None:
+        for _ in decode_lots(catalogue, range(images), feed_of(reader, WORKERS)):
+            pass
+
     arm()
     spent = [1e3 * timed(arm, time.process_time) / images for _ in range(2 if bench.quick else 5)]
     bench.add(Figure("P16", "feed of the cold pass, 480x360: CPU time of the main process, ms a picture", "<= 0.05",
                      spent))
+
+
+def feed_of(reader: Reader, workers: int) -> Feed:
+    """The feed of a long pass, in which processes decode whatever their number."""
+    feed = Feed(ToPixels(reader.spec, reader.max_pixels), replace(reader, workers=workers), MANY)
+    feed.use_processes = True
+    return feed
 
 
 @dataclass(frozen=True)
@@ -89,11 +103,11 @@ class Shards:
             pass
 
     def decoded(self, workers: int) -> None:
-        """The same, decoded to 224 x 224 by `workers`."""
-        spec = ImageSpec.clip()
-        images = threaded_map(lambda reference: decode_image(read_member(reference), spec), self._references(), workers,
-                              128)
-        for _ in images:
+        """The same, decoded to 224 x 224 by as many processes."""
+        reader = Reader(Path(), ImageSpec.clip(), FetchPolicy(), 25_000_000, workers)
+        feed = feed_of(reader, workers)
+        tasks = ((reference, Task(reference)) for reference in self._references())
+        for _ in feed.lots(grouped(tasks, feed.lot)):
             pass
 
     def decoded_webdataset(self) -> None:
@@ -117,19 +131,19 @@ class Shards:
 
 
 def shards(bench: Bench) -> None:
-    """P17 and raw shards: samples a second by the clock, and how two workers compare with one."""
+    """P17 and raw shards: samples a second by the clock, and how two processes compare with one."""
     samples = 200 if bench.quick else 1000
     made = Shards(write_shards(bench.scratch / "shards", samples))
     work = (samples, samples)
     one, two = partial(made.decoded, 1), partial(made.decoded, 2)
     if len(os.sched_getaffinity(0)) > 1:
-        bench.race(Race("P17", "shards decoded to 224, two workers against one", ">= 1.9", two, one, work, "samples",
-                        rounds=3, clock=time.perf_counter))
+        bench.race(Race("P17", "shards decoded to 224, two decoding processes against one", ">= 1.9", two, one, work,
+                        "samples", rounds=3, clock=time.perf_counter))
     if importlib.util.find_spec("webdataset") is None:
         raise NotMeasured("webdataset, to compare with, is not installed")
     bench.race(Race("shards", "raw samples against the webdataset package", ">= 1", made.raw, made.raw_webdataset, work,
                     "samples", rounds=3, clock=time.perf_counter))
-    bench.race(Race("P17", "shards decoded to 224, two workers against webdataset's loader with two", ">= 1.5", two,
+    bench.race(Race("P17", "shards decoded to 224, two processes against webdataset's loader with two", ">= 1.5", two,
                     made.decoded_webdataset, work, "samples", rounds=3, clock=time.perf_counter))
 
 

@@ -68,15 +68,20 @@ class AdamWL2SP(torch.optim.AdamW):
 
     The weights at construction are the pretrained ones, so construct it before a checkpoint's weights are loaded.
     ProLIP (Fahes et al. 2024, arXiv 2410.05270) uses the penalty to tune CLIP's projection on few pairs.
+    `relative`: rate and penalty of each tensor are in units of the standard deviation of its pretrained values.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, l2_sp: float) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, l2_sp: float,
+                 relative: bool = False) -> None:
         parameters = list(parameters)
+        groups = [{"params": [p], "unit": weight_unit(p)} for p in parameters] if relative else parameters
         # fused: one pass over the parameters; capturable: a CUDA graph can replay the step.
-        super().__init__(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=True,
+        super().__init__(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=True,
                          capturable=parameters[0].is_cuda)
-        self.l2_sp = l2_sp
-        self.pretrained = [(p, p.detach().clone()) for p in parameters] if l2_sp else []
+        self.pretrained = []
+        for parameter in parameters if l2_sp else ():
+            strength = l2_sp / weight_unit(parameter) ** 2 if relative else l2_sp
+            self.pretrained.append((parameter, parameter.detach().clone(), strength))
 
     @torch.no_grad()
     def add_penalty(self, loss: Tensor, world_size: int) -> Tensor:
@@ -84,18 +89,28 @@ class AdamWL2SP(torch.optim.AdamW):
 
         `loss` is this rank's part of the loss; without L2-SP it is returned as it is.
         """
-        for parameter, pretrained in self.pretrained:
+        for parameter, pretrained, strength in self.pretrained:
             difference = parameter - pretrained
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(difference)
-            parameter.grad.add_(difference, alpha=2 * self.l2_sp)
-            loss = loss + difference.square().sum() * (self.l2_sp / world_size)
+            parameter.grad.add_(difference, alpha=2 * strength)
+            loss = loss + difference.square().sum() * (strength / world_size)
         return loss
 
 
-def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, l2_sp: float = 0.0) -> AdamWL2SP:
+def weight_unit(weight: Tensor) -> float:
+    """Return the standard deviation of a tensor's values: the unit of a relative learning rate. Raises UserError."""
+    unit = float(weight.detach().double().std(correction=0))
+    if not unit > 0:
+        raise UserError("--relative measures learning rates in standard deviations of pretrained weights, and a trained "
+                        "tensor has none (all its values are equal, or NaN); leave it out of --trainable")
+    return unit
+
+
+def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, l2_sp: float = 0.0,
+          relative: bool = False) -> AdamWL2SP:
     """Return AdamW with the reference's betas .9/.999 and eps 1e-8."""
-    return AdamWL2SP(parameters, lr, weight_decay, l2_sp)
+    return AdamWL2SP(parameters, lr, weight_decay, l2_sp, relative)
 
 
 def update(optimizer: torch.optim.AdamW, lr: float | Tensor, clip_norm: float) -> Tensor:
@@ -109,7 +124,7 @@ def update(optimizer: torch.optim.AdamW, lr: float | Tensor, clip_norm: float) -
     if clip_norm:  # the fused kernel divides the gradients by grad_scale as it reads them: no extra pass over them
         optimizer.grad_scale = ((norm + 1e-6) / clip_norm).clamp_(min=1)  # type: ignore[attr-defined]
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["unit"] if "unit" in group else lr
     optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

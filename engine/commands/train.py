@@ -116,7 +116,7 @@ def make_saver(cfg: Config, world: World, out: Path, model: LoadedModel, trainin
     identity = identity_of(training.identity, training.pairs, ["train", *names])
     identity |= {"the precision": str(model.precision), "the number of pairs": str(training.rows)}
     recipe = {name: value for name, value in as_dict(cfg, "train").items() if not config_fields()[name].resumable}
-    optimizer = adamw(model.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp)
+    optimizer = adamw(model.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp, cfg.relative)
     return Saver(out, model.trainable, optimizer, identity, recipe, training.order(cfg), cfg.keep, cfg.best_metric,
                  cfg.patience, world)
 

@@ -128,6 +128,8 @@ class Config:
                               "weight of similar negatives: adds X * cosine to their logits", advanced=True)
     l2_sp: float = setting(0.0, "recipe", TRAINING,
                            "weight of the squared distance to the pretrained weights, of what trains")
+    relative: bool = setting(False, "recipe", TRAINING, "lr and l2-sp in units of the standard deviation of each "
+                             "pretrained tensor", advanced=True)
     micro_batch: int = setting(0, "recipe", TRAINING,
                                "streaming: rows a rank whose activations are held at once; 0: all", advanced=True)
     augment: bool = setting(False, "recipe", SINGLE_RUN,

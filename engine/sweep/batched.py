@@ -22,7 +22,7 @@ from data.prefetch import EpochBatches
 from data.store.feature_split import FeatureSplit
 from engine.config.fields import Config
 from engine.loss import IGNORED_LOGIT, LOSSES, MAX_LOGITS, Candidates, Objective
-from engine.optim import Plan, learning_rate
+from engine.optim import Plan, learning_rate, weight_unit
 
 PROJECTIONS = ("visual_projection.weight", "text_projection.weight")
 
@@ -159,6 +159,7 @@ class _RunState:
     """The weights of one configuration and their moments, views of no other's."""
 
     cfg: Config
+    units: list[float]  # of the learning rates
     weights: list[Tensor]
     means: list[Tensor]
     squares: list[Tensor]
@@ -170,26 +171,30 @@ class _BatchedAdamW:
 
     def __init__(self, weights: Projections, configs: Sequence[Config]) -> None:
         self.base = [weight_K[0].clone() for weight_K in weights]
-        self.penalty_K = torch.tensor([cfg.l2_sp for cfg in configs], device=self.base[0].device)
-        self.has_penalty = any(cfg.l2_sp for cfg in configs)
         self.runs: list[_RunState] = []
         for run, cfg in enumerate(configs):
             own = [weight_K[run] for weight_K in weights]
-            self.runs.append(_RunState(cfg, own, [torch.zeros_like(w) for w in own], [torch.zeros_like(w) for w in own],
-                                       [torch.zeros((), device=w.device) for w in own]))
+            units = [weight_unit(weight) if cfg.relative else 1.0 for weight in own]
+            moments = [[torch.zeros_like(weight) for weight in own] for _ in range(2)]
+            self.runs.append(_RunState(cfg, units, own, *moments, [torch.zeros((), device=w.device) for w in own]))
+        penalties = [[cfg.l2_sp / unit**2 for unit in run.units] for cfg, run in zip(configs, self.runs, strict=True)]
+        self.penalty_KW = torch.tensor(penalties, device=self.base[0].device)
+        self.has_penalty = any(cfg.l2_sp for cfg in configs)
 
     @torch.no_grad()
     def step(self, leaves: Projections, rates: Sequence[float]) -> None:
         """Update the configurations of `leaves`, the first ones, each with its learning rate."""
         grads_K = [leaf.grad for leaf in leaves if leaf.grad is not None]
         if self.has_penalty:
-            for leaf, grad_K, base in zip(leaves, grads_K, self.base, strict=True):
-                grad_K.add_((leaf - base) * (2 * self.penalty_K[:len(leaf), None, None]))
+            for number, (leaf, grad_K, base) in enumerate(zip(leaves, grads_K, self.base, strict=True)):
+                grad_K.add_((leaf - base) * (2 * self.penalty_KW[:len(leaf), number, None, None]))
         norm_K = torch.stack([grad_K.flatten(1).norm(dim=1) for grad_K in grads_K]).norm(dim=0)
         skipped_K = (~norm_K.isfinite()).float()
-        for number, (run, lr) in enumerate(zip(self.runs, rates, strict=False)):
-            cfg = run.cfg
-            shrink = ((norm_K[number] + 1e-6) / cfg.clip_norm).clamp(min=1) if cfg.clip_norm else None
-            adamw(run.weights, [grad_K[number] for grad_K in grads_K], run.means, run.squares, [], run.steps,
-                  fused=True, grad_scale=shrink, found_inf=skipped_K[number], amsgrad=False, beta1=0.9, beta2=0.999,
-                  lr=lr, weight_decay=cfg.weight_decay, eps=1e-8, maximize=False)
+        for number, (run, rate) in enumerate(zip(self.runs, rates, strict=False)):
+            clip_norm = run.cfg.clip_norm
+            shrink = ((norm_K[number] + 1e-6) / clip_norm).clamp(min=1) if clip_norm else None
+            for place, unit in enumerate(run.units):
+                adamw([run.weights[place]], [grads_K[place][number]], [run.means[place]], [run.squares[place]], [],
+                      [run.steps[place]], fused=True, grad_scale=shrink, found_inf=skipped_K[number], amsgrad=False,
+                      beta1=0.9, beta2=0.999, lr=rate * unit, weight_decay=run.cfg.weight_decay, eps=1e-8,
+                      maximize=False)

@@ -61,7 +61,7 @@ class Tuner:
         """Train the head on `pairs` with the settings `cfg`, without log, evaluation and checkpoints."""
         self.reset()
         self.parts.head.fixed_scale.fill_(cfg.scale)
-        optimizer = adamw(self.parts.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp)
+        optimizer = adamw(self.parts.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp, cfg.relative)
         replica = Replica(self.parts.head, optimizer, self.world, self.parts.precision)
         plan = Plan(len(pairs), cfg.batch_size, cfg.epochs)
         fit(replica, self.batches(pairs, cfg.batch_size, cfg.seed), plan, State(), cfg, Callbacks())

@@ -1,0 +1,100 @@
+"""Regularised canonical correlation of stored features, in closed form, joined to the base's projections.
+
+Canonical correlation finds the directions of image and text features that agree on the given pairs. Its maps are put
+beside the base's projections and both are squeezed back to the base's width, so the result is two ordinary projections.
+Sources: Hotelling 1936, "Relations between two sets of variates"; Li et al. 2024, "CSA" (arXiv 2410.07610), which
+weights each direction by its correlation.
+Dimension key: N pairs, V/T image/text feature width (D for either), E embedding, R directions with variance, Q
+canonical directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from data.store.feature_split import FeatureSplit
+from engine.sweep.batched import Projections
+
+RIDGE = 10.0  # times the mean variance of a feature; with little data only the strongest directions count
+DIRECTIONS = 64
+FLOOR = 0.1  # of the mean variance, added where outputs are squeezed: few pairs say nothing of most directions
+
+
+def cca_projections(base: Projections, pairs: FeatureSplit, weights: Sequence[float]) -> list[Projections]:
+    """Return the base's projections joined to the canonical directions of `pairs`, for each weight of the latter."""
+    features = pairs.features(torch.arange(len(pairs)))
+    image_ND, text_ND = features.image_BV.float(), features.title_BT.float()
+    image_DQ, text_DQ = canonical_directions(image_ND, text_ND)
+    sides = [(base.image_KEV, image_DQ, image_ND), (base.text_KET, text_DQ, text_ND)]
+    return [join_and_squeeze(sides, weight) for weight in weights]
+
+
+def canonical_directions(image_NV: Tensor, text_NT: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the maps [V, Q] and [T, Q] of the canonical directions, each times the root of its correlation.
+
+    A projection has no bias, so features are not centred: the direction of their mean is left out instead.
+    """
+    image_DR, image_NR = _whiten(_without_mean(image_NV))
+    text_DR, text_NR = _whiten(_without_mean(text_NT))
+    left_RQ, correlation_Q, right_QR = torch.linalg.svd(image_NR.T @ text_NR / len(image_NV), full_matrices=False)
+    count = min(DIRECTIONS, len(correlation_Q))
+    root_Q = correlation_Q[:count].clamp(min=0).sqrt()
+    return _mean_free(image_NV, image_DR @ left_RQ[:, :count] * root_Q), _mean_free(
+        text_NT, text_DR @ right_QR[:count].T * root_Q)
+
+
+def _without_mean(features_ND: Tensor) -> Tensor:
+    """Return the features without their part along their mean; their mean is then 0."""
+    mean_D = features_ND.mean(0)
+    along_N = features_ND @ mean_D / mean_D.square().sum().clamp(min=1e-20)
+    return features_ND - along_N[:, None] * mean_D
+
+
+def _mean_free(features_ND: Tensor, map_DQ: Tensor) -> Tensor:
+    """Return the map without its part along the mean of the features."""
+    unit_D = torch.nn.functional.normalize(features_ND.mean(0), dim=0)
+    return map_DQ - torch.outer(unit_D, unit_D @ map_DQ)
+
+
+def _whiten(features_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the map [D, R] that whitens centred features up to the ridge, and the whitened features [N, R]."""
+    rows, width = features_ND.shape
+    few = rows < width
+    moments = features_ND @ features_ND.T if few else features_ND.T @ features_ND  # the smaller of the two
+    variance_R, vector = torch.linalg.eigh(moments.double() / rows)
+    keep = variance_R > variance_R[-1] * 1e-6
+    variance_R, vector = variance_R[keep], vector[:, keep]
+    if few:
+        vector = features_ND.T.double() @ vector / (variance_R * rows).sqrt()
+    ridge = RIDGE * float(features_ND.square().mean())
+    map_DR = (vector / (variance_R + ridge).sqrt()).float()
+    return map_DR, features_ND @ map_DR
+
+
+def join_and_squeeze(sides: Sequence[tuple[Tensor, Tensor, Tensor]], weight: float) -> Projections:
+    """Return two projections of the base's width, given for each side its base's, its directions and its features.
+
+    `weight` is the share of the canonical directions in the squared length of a joined embedding. The joined maps are
+    squeezed by the principal directions of both sides' outputs together.
+    """
+    joined, moments = [], []
+    for base_ED, map_DQ, features_ND in sides:
+        parts = []
+        for part_ED, share in ((base_ED, 1 - weight), (map_DQ.T, weight)):
+            length = (features_ND @ part_ED.T).square().sum(1).mean().sqrt()
+            parts.append(part_ED * (share**0.5 / length))
+        joined_FD = torch.cat(parts)
+        output_NF = torch.nn.functional.normalize(features_ND @ joined_FD.T, dim=1)
+        floor = FLOOR * float(features_ND.square().mean())
+        moments.append(output_NF.T @ output_NF / len(output_NF) + floor * (joined_FD @ joined_FD.T))
+        joined.append(joined_FD)
+    width = len(sides[0][0])
+    principal_FE = torch.linalg.eigh(moments[0] + moments[1])[1][:, -width:]
+    squeezed = []
+    for (base_ED, _, _), joined_FD in zip(sides, joined, strict=True):
+        tuned_ED = principal_FE.T @ joined_FD
+        squeezed.append(tuned_ED * (base_ED.std() / tuned_ED.std()))
+    return Projections(*squeezed)

@@ -18,7 +18,6 @@ from engine.clip.model import LoadedModel, distribute
 from engine.commands.common import evaluate_splits, load_model, open_data, open_probe, open_run, open_source, with_probe
 from engine.commands.training import Training, open_training, refuse_cached, split_dataset
 from engine.config.fields import Config, as_dict, config_fields
-from engine.config.recipes import fit_to_data
 from engine.optim import Plan, adamw
 from engine.publish.export import Origin, Tuned, export
 from engine.publish.hub import push
@@ -50,8 +49,11 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     trained = model.trained_model(cfg.micro_batch)
     pairs = open_data(row_cfg, world, model, source)
     pairs = with_probe(cfg, world, model, pairs, probe)
+    if cfg.recipe == "auto":
+        from engine.commands.auto import train_auto  # it builds on this module
+
+        return train_auto(cfg, world, out, model, pairs)
     training = open_training(cfg, world, pairs, shards.train, out)
-    cfg = fit_to_data(cfg, training.rows)
     plan = Plan(training.rows, cfg.batch_size, cfg.epochs)
     names = evaluated_splits(cfg, pairs)
     saver = make_saver(cfg, world, out, model, training, names)

@@ -20,12 +20,13 @@ from engine.sweep.batched import Projections
 
 RIDGE = 10.0  # times the mean variance of a feature; with little data only the strongest directions count
 DIRECTIONS = 64
+MOST_PAIRS = 32_768  # of more, so many are looked at, evenly spaced
 FLOOR = 0.1  # of the mean variance, added where outputs are squeezed: few pairs say nothing of most directions
 
 
 def cca_projections(base: Projections, pairs: FeatureSplit, weights: Sequence[float]) -> list[Projections]:
     """Return the base's projections joined to the canonical directions of `pairs`, for each weight of the latter."""
-    features = pairs.features(torch.arange(len(pairs)))
+    features = pairs.features(torch.linspace(0, len(pairs) - 1, min(len(pairs), MOST_PAIRS)).long())
     image_ND, text_ND = features.image_BV.float(), features.title_BT.float()
     image_DQ, text_DQ = canonical_directions(image_ND, text_ND)
     sides = [(base.image_KEV, image_DQ, image_ND), (base.text_KET, text_DQ, text_ND)]

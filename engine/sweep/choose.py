@@ -31,6 +31,7 @@ L2_SP = 6.4e-5  # in the same unit: .01 where the weights' standard deviation is
 BATCH, EPOCHS, STEPS = 128, 40, 640
 SHARP, SCALES = 20.0, (10.0, 30.0)  # the loss's scale: the second where the base's own best one is above SHARP
 SCALE_GRID = tuple(2.0 * 1.25**step for step in range(21))
+RUN_SETTINGS = ("lr", "relative", "l2_sp", "scale", "loss", "batch_size", "epochs", "schedule", "interpolate")
 LARGE, HELD_OUT = 3_000, 2_000  # above LARGE pairs, one part of at most HELD_OUT is held out
 
 
@@ -68,6 +69,15 @@ class Choice:
         if self.candidate == self.best:
             return f"{line}: the best on held-out pairs, by more than chance better than any nearer to the base"
         return f"{line}: as good as the best ({self.best.describe()}) up to chance, and nearer to the base"
+
+
+    def as_json(self, settings: Config) -> dict[str, Any]:
+        """Return the entry of metrics.json; `settings` are those of the run on all pairs."""
+        run = {}
+        if self.candidate.kind == "run":
+            run = {"settings": {name: getattr(settings, name) for name in RUN_SETTINGS}}
+        return {"chosen": self.candidate.describe(), "why": self.describe(), "kind": self.candidate.kind, **run,
+                "held_out": self.curve}
 
 
 class HeldOutScores(NamedTuple):
@@ -111,8 +121,8 @@ def split_pairs(pairs: FeatureSplit, seed: int) -> list[tuple[int, Fold]]:
 
 
 def run_settings(cfg: Config, rate: float, rows: int, scale: float) -> Config:
-    """Return the settings of a training run on so many pairs."""
-    batch = min(BATCH, rows)
+    """Return the settings of a training run on so many pairs; its steps are at most STEPS, however many there are."""
+    batch = min(max(BATCH, -(-rows // STEPS)), rows)
     epochs = max(1, min(EPOCHS, STEPS // -(-rows // batch)))
     return replace(cfg, lr=rate, relative=True, l2_sp=L2_SP, scale=scale, loss="symmetric", batch_size=batch,
                    epochs=epochs, schedule="linear", warmup=0.0)

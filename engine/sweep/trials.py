@@ -23,6 +23,7 @@ from engine.optim import Plan, adamw
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import State
 from engine.run_folder.folder import write_json
+from engine.run_folder.log import Log, NullLog
 from engine.sweep.batched import PROJECTIONS, Projections, group_configurations, train_together
 from engine.sweep.interpolate import blend, snapshot
 from engine.sweep.space import RECIPE
@@ -57,14 +58,14 @@ class Tuner:
         """Restore the base weights."""
         blend(self.parts.trainable, self.base, self.base, 0.0)
 
-    def tune(self, cfg: Config, pairs: FeatureSplit) -> None:
-        """Train the head on `pairs` with the settings `cfg`, without log, evaluation and checkpoints."""
+    def tune(self, cfg: Config, pairs: FeatureSplit, log: Log | None = None) -> None:
+        """Train the head on `pairs` with the settings `cfg`, without evaluation and checkpoints."""
         self.reset()
         self.parts.head.fixed_scale.fill_(cfg.scale)
         optimizer = adamw(self.parts.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp, cfg.relative)
         replica = Replica(self.parts.head, optimizer, self.world, self.parts.precision)
         plan = Plan(len(pairs), cfg.batch_size, cfg.epochs)
-        fit(replica, self.batches(pairs, cfg.batch_size, cfg.seed), plan, State(), cfg, Callbacks())
+        fit(replica, self.batches(pairs, cfg.batch_size, cfg.seed), plan, State(), cfg, Callbacks(log or NullLog()))
         if cfg.interpolate:
             blend(self.parts.trainable, self.base, snapshot(self.parts.trainable), float(cfg.interpolate))
 

@@ -102,8 +102,8 @@ def weight_unit(weight: Tensor) -> float:
     """Return the standard deviation of a tensor's values: the unit of a relative learning rate. Raises UserError."""
     unit = float(weight.detach().double().std(correction=0))
     if not unit > 0:
-        raise UserError("--relative measures learning rates in standard deviations of pretrained weights, and a trained "
-                        "tensor has none (all its values are equal, or NaN); leave it out of --trainable")
+        raise UserError("--relative measures rates in standard deviations of pretrained weights, and a trained tensor "
+                        "has none (its values are equal, or NaN); leave it out of --trainable")
     return unit
 
 

@@ -99,17 +99,17 @@ def unaligned(folder: Path, dataset: Path) -> PairSet:
     splits = {}
     for split in ("train", "valid", "test"):
         with (dataset / f"{split}.csv").open(encoding="utf-8", newline="") as file:
-            rows = [(image_place[row["image"].split("/")[-1]], title_place[row["title"]])
-                    for row in csv.DictReader(file)]
-        image_row_N, title_row_N = torch.tensor(rows).unbind(1)
+            places = [(image_place[row["image"].split("/")[-1]], title_place[row["title"]])
+                      for row in csv.DictReader(file)]
+        image_row_N, title_row_N = torch.tensor(places).unbind(1)
         splits[split] = FeatureSplit(torch.from_numpy(images["features"]).float(),
                                      torch.from_numpy(titles["features"]).float(), image_row_N, title_row_N)
     even, odd = (take_rows(splits["train"], torch.arange(start, len(splits["train"]), 2)) for start in (0, 1))
     generator = torch.Generator().manual_seed(0)
     width = 256
-    start = Projections(*(torch.randn(width, size, generator=generator) / size**0.5 for size in (1280, 384)))
+    untrained = Projections(*(torch.randn(width, size, generator=generator) / size**0.5 for size in (1280, 384)))
     cfg = replace(Config(), loss="symmetric", batch_size=128, epochs=20, lr=3e-4)
-    base = Projections(*(weight_K[0] for weight_K in train_together(start, even, [cfg], torch.float32)))
+    base = Projections(*(weight_K[0] for weight_K in train_together(untrained, even, [cfg], torch.float32)))
     rows = concatenate([odd, splits["valid"]])
     return without_shared(PairSet("unaligned", base, rows, splits["test"]))
 
@@ -180,7 +180,7 @@ def main() -> None:
     for part in given.sets.split(","):
         name, *opening = part.split("=")
         if opening:
-            pairs = opened(name, *opening, given.cache_dir)
+            pairs = opened(name, opening[0], opening[1], given.cache_dir)
         else:
             pairs = unaligned(given.testbeds, given.openstax) if name == "unaligned" else embedded(name, given.testbeds)
         for size in map(int, given.sizes.split(",")):

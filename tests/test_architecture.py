@@ -175,6 +175,7 @@ FLAGS = [
     "query",
     "quiet",
     "recipe",
+    "relative",
     "resize",
     "resume",
     "retry_failed",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from data.batch import UserError
 from data.pairs import Pairs
@@ -24,10 +27,12 @@ from engine.run_folder import folder
 from engine.run_folder.board import WeightDrift, comparable_settings
 from engine.run_folder.checkpoint import State
 from engine.run_folder.log import Log, Reference
+from engine.run_folder.verification import FAILED, OK, UNCHECKED, Finding
 from engine.sweep.batched import PROJECTIONS, Projections
-from engine.sweep.choose import Choice, candidate_weights, choose, loss_scale, run_settings, split_pairs
+from engine.sweep.choose import CANDIDATES, Choice, candidate_weights, choose, loss_scale, run_settings, split_pairs
 from engine.sweep.interpolate import blend
 from engine.sweep.trials import Tuner
+from eval.metrics import Retrieval
 from eval.report.show import AnswerLog, shown_split
 from eval.retrieval import differences, embed_split
 
@@ -48,28 +53,59 @@ def train_auto(cfg: Config, world: World, out: Path, model: LoadedModel, pairs: 
                         "one, such as --splits train=train,test=valid")
     if folder.is_complete(out, as_dict(cfg, "train"), world):
         return train.repeat_results(world, out)
-    rows = concatenate([split for name, split in pairs.feature_splits(TUNED_ON).items()])
+    rows = tuned_rows(pairs)
     tuner = Tuner(model, FeatureSplit.batches)
-    base = Projections(*(tuner.base[name] for name in PROJECTIONS))
-    world.say(f"auto: {len(rows):,} pairs, {len(split_pairs(rows, cfg.seed))} held-out parts")
     metrics: dict[str, Any] = train.find_overlap(pairs, world) | train.named_classes(pairs)
     folder.write_run_header(out, as_dict(cfg, "train"), world, model.precision, pairs.ledger)
 
-    choice = choose(base, rows, cfg, model.precision, world)
-    world.say(f"auto: {choice.describe()}")
-    final = final_settings(cfg, choice, base, rows)
+    choice, final = choose_settings(cfg, world, tuner, rows)
     metrics["auto"] = choice.as_json(final)
     plan = Plan(len(rows), final.batch_size, final.epochs)
-    with closing(Log(out, world, plan, State(), WeightDrift(model.trainable),
+    # The first rank trains alone, so its log asks no other rank for a share of the loss.
+    alone = World(world.rank, world.local_rank, 1, world.device, quiet=world.quiet)
+    with closing(Log(out, alone, plan, State(), WeightDrift(model.trainable),
                      Reference(comparable_settings(final), {}))) as log:
         answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture, resumed=False)
-        record = partial(measure, world, model, pairs, names, log, answers, metrics)
-        before = record("base", 0)
-        apply_choice(tuner, choice, final, rows, log, world)
-        after = record("tuned", plan.steps)
-        metrics["difference"] = differences(before, after)
+        recorder = Recorder(world, model, pairs, names, log, answers)
+        before = recorder.measure("base", 0)
+        apply_choice(tuner, choice, final, rows, world, log)
+        after = recorder.measure("tuned", plan.steps)
+    metrics |= {**recorder.scores, "difference": differences(before, after)}
     folder.write_metrics(out, metrics, world)
     return train.write_results(final, world, model, out, metrics, partial(train.write_run_report, out, pairs, answers))
+
+
+def tuned_rows(pairs: Pairs) -> FeatureSplit:
+    """Return the rows of train and valid."""
+    return concatenate([*pairs.feature_splits([name for name in TUNED_ON if name in pairs.splits]).values()])
+
+
+def choose_settings(cfg: Config, world: World, tuner: Tuner, rows: FeatureSplit) -> tuple[Choice, Config]:
+    """Return the choice for `rows`, and the settings of the run on all of them; say what was tried and chosen."""
+    base = Projections(*(tuner.base[name] for name in PROJECTIONS))
+    parts = len(split_pairs(rows, cfg.seed))
+    world.say(f"auto: {len(CANDIDATES)} candidates, {len(rows):,} pairs of train and valid, held out in {parts} parts")
+    choice = choose(base, rows, cfg, tuner.parts.precision, world)
+    world.say(f"auto: {choice.describe()}")
+    return choice, final_settings(cfg, choice, base, rows)
+
+
+def recompute(cfg: Config, world: World, run: Path, model: LoadedModel, pairs: Pairs) -> Finding:
+    """Choose and tune again as the run in `run` did, and compare the weights with the exported ones."""
+    rows, tuner = tuned_rows(pairs), Tuner(model, FeatureSplit.batches)
+    choice, final = choose_settings(cfg, world, tuner, rows)
+    apply_choice(tuner, choice, final, rows, world)
+    try:
+        exported = load_file(run / "model" / "projections.safetensors")
+    except (OSError, SafetensorError) as error:
+        return Finding("choice and weights", UNCHECKED, str(error))
+    difference = 0.0
+    for name, weight in model.trainable.items():
+        apart = float((weight.detach().cpu().float() - exported[name]).abs().max())
+        difference = max(difference, apart / float(exported[name].std()))
+    detail = f"{choice.candidate.describe()}; largest difference of a weight {difference:.2g} of their deviation"
+    same = difference <= (1e-3 if model.precision == torch.float32 else 1e-1)
+    return Finding("choice and weights", OK if same else FAILED, detail, difference)
 
 
 def final_settings(cfg: Config, choice: Choice, base: Projections, rows: FeatureSplit) -> Config:
@@ -80,7 +116,8 @@ def final_settings(cfg: Config, choice: Choice, base: Projections, rows: Feature
     return replace(settings, interpolate=f"{choice.candidate.share:g}")
 
 
-def apply_choice(tuner: Tuner, choice: Choice, final: Config, rows: FeatureSplit, log: Log, world: World) -> None:
+def apply_choice(tuner: Tuner, choice: Choice, final: Config, rows: FeatureSplit, world: World,
+                 log: Log | None = None) -> None:
     """Give the head its weights; the first rank computes them, so that their number changes nothing."""
     parameters = tuner.parts.trainable
     if world.is_main and choice.candidate.kind == "run":
@@ -97,17 +134,29 @@ def apply_choice(tuner: Tuner, choice: Choice, final: Config, rows: FeatureSplit
                 value.copy_(first[name])
 
 
-def measure(world: World, model: LoadedModel, pairs: Pairs, names: list[str], log: Log, answers: AnswerLog,
-            metrics: dict[str, Any], when: str, step: int) -> Any:
-    """Measure the splits `names` and keep scores and answers as those of the base or the tuned model."""
-    splits = pairs.feature_splits(names)
-    results = evaluate_splits(splits, model.head, world)
-    metrics[when] = train.summaries(results)
-    log.metrics(metrics[when], step)
-    for name, result in results.items():
-        if result.collapsed:
-            log.say(f"warning: {name}: {result.collapsed}")
-    if world.is_main:
-        space, _ = embed_split(model.head.image, model.head.text, splits[answers.split].parts())
-        answers.record(when, space, results[answers.split], log.board, step)
-    return results
+@dataclass(frozen=True)
+class Recorder:
+    """Measures the splits `names`, and keeps their scores and the answers that people are shown."""
+
+    world: World
+    model: LoadedModel
+    pairs: Pairs
+    names: Sequence[str]
+    log: Log
+    answers: AnswerLog
+    scores: dict[str, Any] = field(default_factory=dict)  # entries of metrics.json
+
+    def measure(self, when: str, step: int) -> Mapping[str, Retrieval]:
+        """Measure the model as it is, base or tuned, and return its ranks by split."""
+        splits = self.pairs.feature_splits(self.names)
+        results = evaluate_splits(splits, self.model.head, self.world)
+        self.scores[when] = train.summaries(results)
+        self.log.metrics(self.scores[when], step)
+        for name, result in results.items():
+            if result.collapsed:
+                self.log.say(f"warning: {name}: {result.collapsed}")
+        if self.world.is_main:
+            shown, head = self.answers.split, self.model.head
+            space, _ = embed_split(head.image, head.text, splits[shown].parts())
+            self.answers.record(when, space, results[shown], self.log.board, step)
+        return results

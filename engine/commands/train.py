@@ -15,6 +15,7 @@ from data.identity import Overlap, describe_overlap, overlap
 from data.pairs import Pairs, data_key
 from data.store.feature_split import FeatureSplit
 from engine.clip.model import LoadedModel, distribute
+from engine.commands import auto
 from engine.commands.common import evaluate_splits, load_model, open_data, open_probe, open_run, open_source, with_probe
 from engine.commands.training import Training, open_training, refuse_cached, split_dataset
 from engine.config.fields import Config, as_dict, config_fields
@@ -50,9 +51,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     pairs = open_data(row_cfg, world, model, source)
     pairs = with_probe(cfg, world, model, pairs, probe)
     if cfg.recipe == "auto":
-        from engine.commands.auto import train_auto  # it builds on this module
-
-        return train_auto(cfg, world, out, model, pairs)
+        return auto.train_auto(cfg, world, out, model, pairs)
     training = open_training(cfg, world, pairs, shards.train, out)
     plan = Plan(training.rows, cfg.batch_size, cfg.epochs)
     names = evaluated_splits(cfg, pairs)

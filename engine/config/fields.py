@@ -141,8 +141,8 @@ class Config:
     seed: int = setting(42, "recipe", (*TRAINING, "check", "search"), "seeds the order of the pairs", high=2**32)
     interpolate: str = setting("", "recipe", TRAINING, "export a mix of base and tuned: a share of tuned within 0 and "
                                "1, or auto (best on valid)")
-    recipe: str = setting("reference", "recipe", TRAINING, "settings to start from; auto: chosen on your own pairs, never worse than the base by more than chance",
-                          choices=("reference", "auto"))
+    recipe: str = setting("reference", "recipe", TRAINING, "settings to start from, flags win; auto: chosen on your "
+                          "own pairs by cross-validation", choices=("reference", "auto"))
 
     # Searching settings.
     space: str = setting("", "sweep", ("sweep",), "what to try: 'lr=1e-4..1e-2:log epochs=2,10'", resumable=True)

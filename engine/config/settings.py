@@ -180,8 +180,8 @@ def check(config: Config) -> None:
 def check_auto(config: Config, given: Collection[str] = ()) -> None:
     """Raise ValueError for a setting that --recipe auto would ignore: changed, or named on the command line."""
     for names, reason in ((CHOSEN_BY_AUTO, "is chosen by --recipe auto"),
-                          (UNUSED_BY_AUTO, "has no meaning with --recipe auto, which tunes both projections from stored "
-                                           "features in seconds, without checkpoints")):
+                          (UNUSED_BY_AUTO, "has no meaning with --recipe auto, which tunes both projections in "
+                                           "seconds, without checkpoints")):
         for name in names:
             if name in given or getattr(config, name) != config_fields()[name].default:
                 raise ValueError(f"{flag_of(name)} {reason}; leave it out, or use --recipe reference")

@@ -175,8 +175,9 @@ class _BatchedAdamW:
         for run, cfg in enumerate(configs):
             own = [weight_K[run] for weight_K in weights]
             units = [weight_unit(weight) if cfg.relative else 1.0 for weight in own]
-            moments = [[torch.zeros_like(weight) for weight in own] for _ in range(2)]
-            self.runs.append(_RunState(cfg, units, own, *moments, [torch.zeros((), device=w.device) for w in own]))
+            means, squares = ([torch.zeros_like(weight) for weight in own] for _ in range(2))
+            steps = [torch.zeros((), device=weight.device) for weight in own]
+            self.runs.append(_RunState(cfg, units, own, means, squares, steps))
         penalties = [[cfg.l2_sp / unit**2 for unit in run.units] for cfg, run in zip(configs, self.runs, strict=True)]
         self.penalty_KW = torch.tensor(penalties, device=self.base[0].device)
         self.has_penalty = any(cfg.l2_sp for cfg in configs)
@@ -187,7 +188,8 @@ class _BatchedAdamW:
         grads_K = [leaf.grad for leaf in leaves if leaf.grad is not None]
         if self.has_penalty:
             for number, (leaf, grad_K, base) in enumerate(zip(leaves, grads_K, self.base, strict=True)):
-                grad_K.add_((leaf - base) * (2 * self.penalty_KW[:len(leaf), number, None, None]))
+                strength_K11 = 2 * self.penalty_KW[:len(leaf), number, None, None]
+                grad_K.addcmul_(leaf, strength_K11).addcmul_(base, strength_K11, value=-1)
         norm_K = torch.stack([grad_K.flatten(1).norm(dim=1) for grad_K in grads_K]).norm(dim=0)
         skipped_K = (~norm_K.isfinite()).float()
         for number, (run, rate) in enumerate(zip(self.runs, rates, strict=False)):

@@ -5,12 +5,13 @@ beside the base's projections and both are squeezed back to the base's width, so
 Sources: Hotelling 1936, "Relations between two sets of variates"; Li et al. 2024, "CSA" (arXiv 2410.07610), which
 weights each direction by its correlation.
 Dimension key: N pairs, V/T image/text feature width (D for either), E embedding, R directions with variance, Q
-canonical directions.
+canonical directions, F = E + Q.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def cca_projections(base: Projections, pairs: FeatureSplit, weights: Sequence[fl
     features = pairs.features(torch.linspace(0, len(pairs) - 1, min(len(pairs), MOST_PAIRS)).long())
     image_ND, text_ND = features.image_BV.float(), features.title_BT.float()
     image_DQ, text_DQ = canonical_directions(image_ND, text_ND)
-    sides = [(base.image_KEV, image_DQ, image_ND), (base.text_KET, text_DQ, text_ND)]
+    sides = [_Side.of(base.image_KEV, image_DQ, image_ND), _Side.of(base.text_KET, text_DQ, text_ND)]
     return [join_and_squeeze(sides, weight) for weight in weights]
 
 
@@ -75,27 +76,59 @@ def _whiten(features_ND: Tensor) -> tuple[Tensor, Tensor]:
     return map_DR, features_ND @ map_DR
 
 
-def join_and_squeeze(sides: Sequence[tuple[Tensor, Tensor, Tensor]], weight: float) -> Projections:
-    """Return two projections of the base's width, given for each side its base's, its directions and its features.
+class _Side(NamedTuple):
+    """The base's projection and the canonical map of images or of titles, both to outputs of mean squared length 1."""
+
+    joined_FD: Tensor  # the base's E rows, then the Q canonical ones
+    output_NF: Tensor
+    inner_FF: Tensor  # products of the rows
+    floor: float
+    std: float  # of the base's values
+    directions: int
+
+    @classmethod
+    def of(cls, base_ED: Tensor, map_DQ: Tensor, features_ND: Tensor) -> _Side:
+        """Return a side from the base's projection, the canonical map and the features of the pairs."""
+        parts = []
+        for part_ED in (base_ED, map_DQ.T):
+            parts.append(part_ED / (features_ND @ part_ED.T).square().sum(1).mean().sqrt())
+        joined_FD = torch.cat(parts)
+        return cls(joined_FD, features_ND @ joined_FD.T, joined_FD @ joined_FD.T,
+                   FLOOR * float(features_ND.square().mean()), float(base_ED.std()), map_DQ.shape[1])
+
+
+def join_and_squeeze(sides: Sequence[_Side], weight: float) -> Projections:
+    """Return two projections of the base's width.
 
     `weight` is the share of the canonical directions in the squared length of a joined embedding. The joined maps are
     squeezed by the principal directions of both sides' outputs together.
     """
-    joined, moments = [], []
-    for base_ED, map_DQ, features_ND in sides:
-        parts = []
-        for part_ED, share in ((base_ED, 1 - weight), (map_DQ.T, weight)):
-            length = (features_ND @ part_ED.T).square().sum(1).mean().sqrt()
-            parts.append(part_ED * (share**0.5 / length))
-        joined_FD = torch.cat(parts)
-        output_NF = torch.nn.functional.normalize(features_ND @ joined_FD.T, dim=1)
-        floor = FLOOR * float(features_ND.square().mean())
-        moments.append(output_NF.T @ output_NF / len(output_NF) + floor * (joined_FD @ joined_FD.T))
-        joined.append(joined_FD)
-    width = len(sides[0][0])
-    principal_FE = torch.linalg.eigh(moments[0] + moments[1])[1][:, -width:]
+    outer = sides[0].joined_FD.shape[0]
+    width = outer - sides[0].directions
+    share_F = torch.full((outer,), (1 - weight) ** 0.5, device=sides[0].joined_FD.device)
+    share_F[width:] = weight**0.5
+    moment_FF = torch.zeros_like(sides[0].inner_FF)
+    for side in sides:
+        output_NF = torch.nn.functional.normalize(side.output_NF * share_F, dim=1)
+        moment_FF += output_NF.T @ output_NF / len(output_NF)
+        moment_FF += side.floor * side.inner_FF * torch.outer(share_F, share_F)
+    principal_FE = leading_subspace(moment_FF, width)
     squeezed = []
-    for (base_ED, _, _), joined_FD in zip(sides, joined, strict=True):
-        tuned_ED = principal_FE.T @ joined_FD
-        squeezed.append(tuned_ED * (base_ED.std() / tuned_ED.std()))
+    for side in sides:
+        tuned_ED = principal_FE.T @ (share_F[:, None] * side.joined_FD)
+        squeezed.append(tuned_ED * (side.std / tuned_ED.std()))
     return Projections(*squeezed)
+
+
+def leading_subspace(moment_FF: Tensor, width: int) -> Tensor:
+    """Return an orthonormal basis [F, width] of (nearly) the leading eigenvectors of a symmetric positive matrix.
+
+    Few directions are left out, so those are sought, by inverse iteration; a tenth of the time of all eigenvectors.
+    """
+    outer = len(moment_FF)
+    jitter = 1e-6 * moment_FF.diagonal().mean()
+    factor_FF = torch.linalg.cholesky(moment_FF + jitter * torch.eye(outer).to(moment_FF))
+    trailing_FQ = torch.eye(outer).to(moment_FF)[:, width:]
+    for _ in range(8):
+        trailing_FQ = torch.linalg.qr(torch.cholesky_solve(trailing_FQ, factor_FF))[0]
+    return torch.linalg.qr(trailing_FQ, mode="complete")[0][:, outer - width:]

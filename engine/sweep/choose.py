@@ -30,7 +30,7 @@ CCA_WEIGHTS = (0.1, 0.25, 0.5, 0.75)
 L2_SP = 6.4e-5  # in the same unit: .01 where the weights' standard deviation is .08
 BATCH, EPOCHS, STEPS = 128, 40, 640
 SHARP, SCALES = 20.0, (10.0, 30.0)  # the loss's scale: the second where the base's own best one is above SHARP
-SCALE_GRID = tuple(2.0 * 1.25**step for step in range(21))
+SCALE_GRID = tuple(0.05 * 1.4**step for step in range(25))  # the smallest makes every model's answer a guess
 RUN_SETTINGS = ("lr", "relative", "l2_sp", "scale", "loss", "batch_size", "epochs", "schedule", "interpolate")
 LARGE, HELD_OUT = 3_000, 2_000  # above LARGE pairs, one part of at most HELD_OUT is held out
 
@@ -81,7 +81,7 @@ class Choice:
 
 
 class HeldOutScores(NamedTuple):
-    """What one fold says of the candidates."""
+    """The losses of the candidates on one fold."""
 
     row_N: Tensor  # row numbers of the held-out pairs, [H]
     loss_CSH: Tensor  # negative log likelihood of the right partner, mean of both ways, at each scale
@@ -205,8 +205,8 @@ def pick(scores: Sequence[HeldOutScores], unit_N: Tensor) -> Choice:
     """
     row_H = torch.cat([part.row_N for part in scores])
     loss_CSH = torch.cat([part.loss_CSH for part in scores], 2).double()
-    scale_C = loss_CSH.mean(2).argmin(1)
-    loss_CH = loss_CSH[torch.arange(len(CANDIDATES)), scale_C]
+    scales, losses = zip(*map(at_best_scale, loss_CSH), strict=True)
+    loss_CH = torch.stack(losses)
     weight = torch.tensor([len(part.row_N) for part in scores], dtype=torch.float64)
     change_C = torch.stack([part.change_C for part in scores], 1).double() @ weight / weight.sum()
     mean_C = loss_CH.mean(1)
@@ -218,8 +218,22 @@ def pick(scores: Sequence[HeldOutScores], unit_N: Tensor) -> Choice:
     for place, candidate in enumerate(CANDIDATES):
         curve.append({"candidate": candidate.describe(), "held_out_loss": float(mean_C[place]),
                       "worse_than_best": float(mean_C[place] - mean_C[best]), "standard_error": float(error_C[place]),
-                      "scale": SCALE_GRID[int(scale_C[place])], "change": float(change_C[place])})
+                      "scale": scales[place], "change": float(change_C[place])})
     return Choice(CANDIDATES[chosen], curve, CANDIDATES[best])
+
+
+def at_best_scale(loss_SH: Tensor) -> tuple[float, Tensor]:
+    """Return the scale with the smallest mean loss and the losses at it, by a parabola through three of the grid."""
+    mean_S = loss_SH.mean(1)
+    place = int(mean_S.argmin())
+    if place in (0, len(mean_S) - 1):
+        return SCALE_GRID[place], loss_SH[place]
+    before, here, after = mean_S[place - 1:place + 2].tolist()
+    bend = before - 2 * here + after
+    offset = (before - after) / (2 * bend) if bend > 0 else 0.0
+    weights = (offset * (offset - 1) / 2, 1 - offset**2, offset * (offset + 1) / 2)
+    mixed_H = sum(weight * loss_SH[place - 1 + step] for step, weight in enumerate(weights))
+    return SCALE_GRID[place] * (SCALE_GRID[1] / SCALE_GRID[0])**offset, torch.as_tensor(mixed_H)
 
 
 def standard_error(value_CH: Tensor, unit_H: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What `--recipe auto` tried and chose, from metrics.json: Markdown for the console and the card, HTML for the page."""
+"""The candidates of `--recipe auto` and its choice, from metrics.json, as Markdown and as HTML."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def choice_note(choice: Mapping[str, Any]) -> str:
     """Return Markdown: what was chosen and why, its settings, and the held-out loss of all candidates; "" for none."""
     if not choice:
         return ""
-    return f"\n\nChosen on held-out pairs: {choice['why']}.{_settings(choice)}\n\n{markdown_table(_rows(choice))}\n\n{HOW}"
+    reason = f"Chosen on held-out pairs: {choice['why']}.{_settings(choice)}"
+    return f"\n\n{reason}\n\n{markdown_table(_rows(choice))}\n\n{HOW}"
 
 
 def choice_section(choice: Mapping[str, Any]) -> str:

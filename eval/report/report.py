@@ -39,8 +39,8 @@ def write_report(out: Path, split: str, sizes: Mapping[str, int], answers: Mappi
         "figures": figures.metric_tables(metrics, split),
         "curves": figures.curves(losses, list(history.values()), answers, split, interpolation),
         "cases": case_sections(answers, title, picture) if set(answers) >= set(WHEN) else "<p>Not kept.</p>",
-        "recipe": figures.recipe(config, sizes, len(losses)) + choice_section(metrics.get("auto", {})) + figures.overlap(shared, sizes)
-        + figures.ledger(_lines(out / "ledger.jsonl")),
+        "recipe": figures.recipe(config, sizes, len(losses)) + choice_section(metrics.get("auto", {}))
+        + figures.overlap(shared, sizes) + figures.ledger(_lines(out / "ledger.jsonl")),
         "files": figures.files(out),
     }
     links = ""

@@ -65,11 +65,16 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str = "linear", 
     }[schedule]
 
 
-class TowerRates(NamedTuple):
-    """Peak learning rates of layers inside the towers; 0: the rate of everything else, for text that of the towers."""
+class Rates(NamedTuple):
+    """Peak learning rates of layers inside the towers; 0: the rate of everything else, for text that of the towers.
+
+    `relative`: rates and the L2-SP penalty of each tensor are in units of the standard deviation of its pretrained
+    values.
+    """
 
     tower: float = 0.0
     text: float = 0.0
+    relative: bool = False
 
     def of(self, name: str) -> float:
         """Return the rate of a parameter by its name in CLIPModel; 0: that of everything else."""
@@ -83,7 +88,8 @@ class AdamWL2SP(torch.optim.AdamW):
 
     The weights at construction are the pretrained ones, so construct it before a checkpoint's weights are loaded.
     ProLIP (Fahes et al. 2024, arXiv 2410.05270) uses the penalty to tune CLIP's projection on few pairs.
-    The learning rate of a group is the step's times the group's `lr_scale`.
+    The learning rate of a group is the step's times the group's `lr_scale`. `strengths` are the l2_sp of each
+    parameter, none where all are 0.
     """
 
     # torch wraps these so that its compiler does not trace them, and the wrappers import the compiler: a second of CPU
@@ -93,12 +99,13 @@ class AdamWL2SP(torch.optim.AdamW):
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
 
     def __init__(self, groups: Sequence[dict[str, Any]], parameters: Sequence[nn.Parameter], lr: float,
-                 l2_sp: float) -> None:
+                 strengths: Sequence[float]) -> None:
         # fused: one pass over the parameters; capturable: a CUDA graph can replay the step.
         super().__init__(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=True, capturable=parameters[0].is_cuda)
         self.parameters = parameters  # in one order, however they are grouped: the gradient norm adds up the same
-        self.l2_sp = l2_sp
-        self.pretrained = [(p, p.detach().clone()) for p in parameters] if l2_sp else []
+        self.pretrained = []
+        for parameter, strength in zip(parameters, strengths, strict=False):
+            self.pretrained.append((parameter, parameter.detach().clone(), strength))
 
     @torch.no_grad()
     def add_penalty(self, loss: Tensor, world_size: int) -> Tensor:
@@ -106,23 +113,33 @@ class AdamWL2SP(torch.optim.AdamW):
 
         `loss` is this rank's part of the loss; without L2-SP it is returned as it is.
         """
-        for parameter, pretrained in self.pretrained:
+        for parameter, pretrained, strength in self.pretrained:
             difference = parameter - pretrained
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(difference)
-            parameter.grad.add_(difference, alpha=2 * self.l2_sp)
-            loss = loss + difference.square().sum() * (self.l2_sp / world_size)
+            parameter.grad.add_(difference, alpha=2 * strength)
+            loss = loss + difference.square().sum() * (strength / world_size)
         return loss
 
 
-def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, l2_sp: float = 0.0) -> AdamWL2SP:
-    """Return AdamW with the reference's betas .9/.999 and eps 1e-8, and one learning rate."""
+def weight_unit(weight: Tensor) -> float:
+    """Return the standard deviation of a tensor's values: the unit of a relative learning rate. Raises UserError."""
+    unit = float(weight.detach().double().std(correction=0))
+    if not unit > 0:
+        raise UserError("--relative measures rates in standard deviations of pretrained weights, and a trained tensor "
+                        "has none (its values are equal, or NaN); leave it out of --trainable")
+    return unit
+
+
+def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, l2_sp: float = 0.0,
+          relative: bool = False) -> AdamWL2SP:
+    """Return AdamW with the reference's betas .9/.999 and eps 1e-8, whatever the names of the parameters."""
     named = {str(number): parameter for number, parameter in enumerate(parameters)}
-    return adamw_by_name(named, lr, weight_decay, l2_sp, TowerRates())
+    return adamw_by_name(named, lr, weight_decay, l2_sp, Rates(relative=relative))
 
 
 def adamw_by_name(named: Mapping[str, nn.Parameter], lr: float, weight_decay: float, l2_sp: float,
-                  rates: TowerRates) -> AdamWL2SP:
+                  rates: Rates) -> AdamWL2SP:
     """Return AdamW with learning rates by name.
 
     Weight decay is of matrices alone: vectors and numbers (biases, norms, logit_scale) have none, as in open_clip's and
@@ -135,12 +152,15 @@ def adamw_by_name(named: Mapping[str, nn.Parameter], lr: float, weight_decay: fl
             raise UserError(f"{flag} is the rate of layers inside {where}, and none of them trains; leave it out or "
                             f"unfreeze some, such as --trainable projection,{prefixes[0]}encoder.layers.11")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    strengths = []
     for name, parameter in named.items():
-        rate = rates.of(name)
+        rate, unit = rates.of(name), weight_unit(parameter) if rates.relative else 1.0
         decay = weight_decay if parameter.dim() > 1 else 0.0
-        groups.setdefault((rate / lr if rate else 1.0, decay), []).append(parameter)
+        groups.setdefault(((rate / lr if rate else 1.0) * unit, decay), []).append(parameter)
+        strengths.append(l2_sp / unit**2)
     return AdamWL2SP([{"params": members, "lr_scale": scale, "weight_decay": decay}
-                      for (scale, decay), members in groups.items()], list(named.values()), lr, l2_sp)
+                      for (scale, decay), members in groups.items()], list(named.values()), lr,
+                     strengths if l2_sp else [])
 
 
 def update(optimizer: AdamWL2SP, lr: float | Tensor, clip_norm: float) -> Tensor:

@@ -182,6 +182,7 @@ FLAGS = [
     "query",
     "quiet",
     "recipe",
+    "relative",
     "resize",
     "resume",
     "retry_failed",

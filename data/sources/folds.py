@@ -77,16 +77,26 @@ def folds(pairs: FeatureSplit, count: int, seed: int) -> list[Fold]:
 
     Titles that are class names are in all folds; only rows of one image stay together then.
     """
+    fold_N = _fold_numbers(pairs, count, seed)
+    return [_fold(pairs, fold_N == fold) for fold in range(count)]
+
+
+def hold_out(pairs: FeatureSplit, count: int, seed: int) -> Fold:
+    """Return the first of `count` folds."""
+    return _fold(pairs, _fold_numbers(pairs, count, seed) == 0)
+
+
+def _fold_numbers(pairs: FeatureSplit, count: int, seed: int) -> Tensor:
     image_N = pairs.image_row_N.cpu().numpy()
     title_N = pairs.title_row_N.cpu().numpy() if pairs.title_group_P is None else image_N
-    fold_N = torch.from_numpy(fold_of(title_N, image_N, count, seed))
-    parts = []
-    for fold in range(count):
-        held_row_N = (fold_N == fold).nonzero()[:, 0]
-        held = take_rows(pairs, held_row_N)
-        train = take_rows(pairs, (fold_N != fold).nonzero()[:, 0])
-        if train.negative_row_NH is not None:
-            leaks_NH = torch.isin(train.negative_row_NH, held.title_row_N)
-            train = replace(train, negative_row_NH=train.negative_row_NH.masked_fill(leaks_NH, -1))
-        parts.append(Fold(train, held, held_row_N))
-    return parts
+    return torch.from_numpy(fold_of(title_N, image_N, count, seed))
+
+
+def _fold(pairs: FeatureSplit, is_held_N: Tensor) -> Fold:
+    held_row_N = is_held_N.nonzero()[:, 0]
+    held = take_rows(pairs, held_row_N)
+    train = take_rows(pairs, (~is_held_N).nonzero()[:, 0])
+    if train.negative_row_NH is not None:
+        leaks_NH = torch.isin(train.negative_row_NH, held.title_row_N)
+        train = replace(train, negative_row_NH=train.negative_row_NH.masked_fill(leaks_NH, -1))
+    return Fold(train, held, held_row_N)

@@ -25,6 +25,7 @@ from eval.leaderboard import leaderboard, score_configuration, to_host
 from eval.metrics import Retrieval
 from eval.retrieval import differences, measure_if_finite
 
+TOGETHER = 16  # configurations whose runs are trained together
 SEARCHED = ("train", "valid")  # splits that trials train on and hold out; test is measured once, at the end
 
 
@@ -48,23 +49,29 @@ def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
     identity = identity_of(pairs.identity, pairs, SEARCHED)
     journal = Journal(out, world, identity, cfg.best_metric, resuming)  # a refused resume leaves config.json as it was
     folder.write_run_header(out, as_dict(cfg, "sweep"), world, model.precision, pairs.ledger)
-    remaining = [settings for settings in tried if not journal.is_finished(settings)]
     tuner = Tuner(model, FeatureSplit.batches)
 
     def held_out(rows: FeatureSplit) -> Retrieval | None:
         return to_host(measure_if_finite(partial(evaluate_split, model.head, rows)))
 
-    base = tuner.cross_validate(None, runs, held_out, world)
-    began = time.monotonic()
+    base = tuner.cross_validate([None], runs, held_out, world)[0]
+    began, finished = time.monotonic(), 0
+    remaining = sum(not journal.is_finished(settings) for settings in tried)
     with stop.graceful_exit():
-        for done, settings in enumerate(remaining, start=1):
-            results = tuner.cross_validate(replace(cfg, **settings), runs, held_out, world)
-            line = score_configuration(results, base, len(rows), cfg.best_metric)
-            score = journal.add(settings, line)
-            speed = done * len(runs) / (time.monotonic() - began) * 60
-            world.say(f"{done}/{len(remaining)}  {cfg.best_metric} {score:.4f}  ({describe_settings(settings)})  "
-                      f"{speed:,.0f} runs/min")
-            if stop.agreed_signal(world, done):
+        # The same configurations train together whatever was finished before, so that a resumed sweep rounds alike.
+        for bundle in [tried[first:first + TOGETHER] for first in range(0, len(tried), TOGETHER)]:
+            if all(map(journal.is_finished, bundle)):
+                continue
+            results = tuner.cross_validate([replace(cfg, **settings) for settings in bundle], runs, held_out, world)
+            for settings, held in zip(bundle, results, strict=True):
+                if journal.is_finished(settings):
+                    continue
+                score = journal.add(settings, score_configuration(held, base, len(rows), cfg.best_metric))
+                finished += 1
+                speed = finished * len(runs) / (time.monotonic() - began) * 60
+                world.say(f"{finished}/{remaining}  {cfg.best_metric} {score:.4f}  ({describe_settings(settings)})  "
+                          f"{speed:,.0f} runs/min")
+            if stop.agreed_signal(world, finished):
                 world.say(f"stopped; run.py sweep --resume --out {out} goes on from what sweep.jsonl holds")
                 break
 

@@ -16,11 +16,11 @@ from data.identity import Overlap, describe_overlap, overlap
 from data.pairs import Pairs, data_key
 from data.store.feature_split import FeatureSplit
 from engine.clip.model import LoadedModel, distribute
+from engine.commands import auto
 from engine.commands.common import evaluate_splits, load_model, open_data, open_probe, open_run, open_source, with_probe
 from engine.commands.training import Training, open_training, refuse_cached, split_dataset
 from engine.config.fields import Config, as_dict, config_fields
-from engine.config.recipes import fit_to_data
-from engine.optim import Plan, TowerRates, adamw_by_name
+from engine.optim import Plan, Rates, adamw_by_name
 from engine.publish.export import Origin, Tuned, export
 from engine.publish.hub import push
 from engine.ranks.signals import StopSignal
@@ -51,8 +51,9 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     trained = model.trained_model(cfg.micro_batch)
     pairs = open_data(row_cfg, world, model, source)
     pairs = with_probe(cfg, world, model, pairs, probe)
+    if cfg.recipe == "auto":
+        return auto.train_auto(cfg, world, out, model, pairs)
     training = open_training(cfg, world, pairs, shards.train, out)
-    cfg = fit_to_data(cfg, training.rows)
     plan = Plan(training.rows, cfg.batch_size, cfg.epochs)
     require_profiled_steps(cfg.profile, plan.steps)
     names = evaluated_splits(cfg, pairs)
@@ -119,7 +120,7 @@ def make_saver(cfg: Config, world: World, out: Path, model: LoadedModel, trainin
     identity = identity_of(training.identity, training.pairs, ["train", *names])
     identity |= {"the precision": str(model.precision), "the number of pairs": str(training.rows)}
     recipe = {name: value for name, value in as_dict(cfg, "train").items() if not config_fields()[name].resumable}
-    rates = TowerRates(cfg.lr_tower, cfg.lr_text)
+    rates = Rates(cfg.lr_tower, cfg.lr_text, cfg.relative)
     optimizer = adamw_by_name(model.trainable, cfg.lr, cfg.weight_decay, cfg.l2_sp, rates)
     return Saver(out, model.trainable, optimizer, identity, recipe, training.order(cfg), cfg.keep, cfg.best_metric,
                  cfg.patience, world)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data.batch import UserError
 from data.store.upkeep import delete_spaces, describe_spaces, verify_spaces
+from engine.commands import auto
 from engine.commands.common import (
     Source,
     cache_folder,
@@ -66,6 +67,9 @@ def rerun(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path]) -> 
     source = open_source(cfg, world, shards=shards.measured)
     if shards.train:
         findings = [Finding("replay", verification.UNCHECKED, "resuming changes the order of a stream of shards")]
+    elif cfg.recipe == "auto":
+        model = load_model(cfg, world)
+        findings = [auto.recompute(cfg, world, run, model, open_data(cfg, world, model, source))]
     else:
         findings = replay(cfg, world, run, checkpoints, source)
     if not (run / "model").exists():

@@ -16,6 +16,7 @@ from engine.config.recipes import RECIPES
 from engine.config.settings import (
     Settings,
     check,
+    check_auto,
     check_paths,
     comma_list,
     group_settings,
@@ -94,6 +95,7 @@ class Parser(argparse.ArgumentParser):
         self._refuse_repeats(arguments)
         known, rest = self.parse_known_args(arguments)
         flags = vars(known)
+        given = [*flags]
         toml = flags.pop("config")
         written = flags.pop("write_config")
         unknown = [word for word in rest if word.startswith("-") or POSITIONAL not in self.names]
@@ -105,6 +107,8 @@ class Parser(argparse.ArgumentParser):
             if toml:
                 flags = {**read_toml(Path(toml)), **flags}
             config = self._resolve(flags)
+            if config.recipe == "auto":
+                check_auto(config, given)
             if written:
                 _write_new(Path(written), to_toml(config, self.names))
         except ValueError as error:

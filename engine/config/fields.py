@@ -132,6 +132,8 @@ class Config:
                               "weight of similar negatives: adds X * cosine to their logits", advanced=True)
     l2_sp: float = setting(0.0, "recipe", TRAINING,
                            "weight of the squared distance to the pretrained weights, of what trains")
+    relative: bool = setting(False, "recipe", TRAINING, "lr and l2-sp in units of the standard deviation of each "
+                             "pretrained tensor", advanced=True)
     micro_batch: int = setting(0, "recipe", TRAINING,
                                "streaming: rows a rank whose activations are held at once; 0: all", advanced=True)
     augment: bool = setting(False, "recipe", SINGLE_RUN,
@@ -144,8 +146,8 @@ class Config:
                         high=2**32)
     interpolate: str = setting("", "recipe", TRAINING, "export a mix of base and tuned: a share of tuned within 0 and "
                                "1, or auto (best on valid)")
-    recipe: str = setting("reference", "recipe", TRAINING, "settings to start from; flags win",
-                          choices=("reference", "best"))
+    recipe: str = setting("reference", "recipe", TRAINING, "settings to start from, flags win; auto: chosen on your "
+                          "own pairs by cross-validation", choices=("reference", "auto"))
 
     # Searching settings.
     space: str = setting("", "sweep", ("sweep",), "what to try: 'lr=1e-4..1e-2:log epochs=2,10'", resumable=True)

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,13 @@ Settings = dict[str, Any]  # values of Config by name
 DIRECTIONS = ("image_to_text", "text_to_image")
 RETRIEVAL_METRICS = ("R@1", "R@5", "R@10", "median_rank", "mean_rank", "mrr")
 METRICS = [*(f"{direction}_{name}" for direction in DIRECTIONS for name in RETRIEVAL_METRICS), "triplet_accuracy"]
+
+
+# With --recipe auto: what it chooses, and what a run without checkpoints on both projections has no use for.
+CHOSEN_BY_AUTO = ("epochs", "batch_size", "lr", "schedule", "warmup", "weight_decay", "clip_norm", "scale", "loss",
+                  "hardness", "l2_sp", "relative", "interpolate")
+UNUSED_BY_AUTO = ("trainable", "micro_batch", "augment", "shuffle_buffer", "train_samples", "patience", "eval_splits",
+                  "eval_every", "save_every", "keep", "best_metric", "profile", "gradient_checkpointing")
 
 
 def group_settings(names: Sequence[str]) -> dict[str, list[str]]:
@@ -166,6 +173,8 @@ def check(config: Config) -> None:
     for name, spec in config_fields().items():
         check_value(flag_of(name), getattr(config, name), spec)
     profiled_steps(config.profile)
+    if config.recipe == "auto":
+        check_auto(config)
     if config.loss == "sigmoid" and config.hardness:
         raise ValueError("--loss sigmoid judges each pair alone, --hardness needs a softmax; leave it out or use "
                          "--loss symmetric")
@@ -184,6 +193,19 @@ def check(config: Config) -> None:
         raise ValueError(f"--best-metric {config.best_metric} is not measured; there is {', '.join(METRICS)}")
     if not config.trainable:
         raise ValueError("--trainable names nothing; try --trainable projection")
+
+
+def check_auto(config: Config, given: Collection[str] = ()) -> None:
+    """Raise ValueError for a setting that --recipe auto would ignore: changed, or named on the command line."""
+    for names, reason in ((CHOSEN_BY_AUTO, "is chosen by --recipe auto"),
+                          (UNUSED_BY_AUTO, "has no meaning with --recipe auto, which tunes both projections in "
+                                           "seconds, without checkpoints")):
+        for name in names:
+            if name in given or getattr(config, name) != config_fields()[name].default:
+                raise ValueError(f"{flag_of(name)} {reason}; leave it out, or use --recipe reference")
+    if config.mode == "streaming":
+        raise ValueError("--mode streaming runs the towers every step, and --recipe auto tunes from stored features; "
+                         "leave one out")
 
 
 def check_value(flag: str, value: object, spec: Setting) -> None:

@@ -25,6 +25,7 @@ from data.web.storage import public_name, scheme_of
 from engine.clip.loading import Clip
 from engine.clip.whole import is_finite
 from engine.config.fields import Config, as_dict, config_fields
+from engine.config.settings import CHOSEN_BY_AUTO
 from engine.publish.card import write_card
 from engine.run_folder import checkpoint
 from engine.run_folder.folder import read_json
@@ -71,6 +72,8 @@ def _public(dataset: str) -> str:
 def recipe_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the group `recipe`, in the order of Config."""
     names = [name for name, spec in config_fields().items() if spec.group == "recipe"]
+    if settings.get("recipe") == "auto":  # metrics.json has what it chose
+        names = [name for name in names if name not in CHOSEN_BY_AUTO]
     return {name: settings[name] for name in names if name in settings}
 
 

@@ -141,6 +141,8 @@ def check_exported_weights(run: Path, whole: Sequence[Path]) -> Finding:
         same_names = weights.keys() == exported.keys()
         if same_names and all(torch.equal(weights[name], exported[name]) for name in weights):
             return Finding("exported weights", OK, f"equal those of {folder.name}")
+    if "auto" in read_json(run / "metrics.json"):
+        return Finding("exported weights", UNCHECKED, "--recipe auto keeps no checkpoints; see choice and weights")
     if "interpolation" in read_json(run / "metrics.json"):
         return Finding("exported weights", UNCHECKED, "they lie between the base model and a checkpoint")
     return Finding("exported weights", FAILED, "those of no checkpoint that is whole")

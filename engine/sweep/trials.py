@@ -23,6 +23,8 @@ from engine.optim import Plan, adamw
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import State
 from engine.run_folder.folder import write_json
+from engine.run_folder.log import Log, NullLog
+from engine.sweep.batched import PROJECTIONS, Projections, group_configurations, train_together
 from engine.sweep.interpolate import blend, snapshot
 from engine.sweep.space import RECIPE
 from engine.train import Callbacks, Replica, fit
@@ -56,36 +58,71 @@ class Tuner:
         """Restore the base weights."""
         blend(self.parts.trainable, self.base, self.base, 0.0)
 
-    def tune(self, cfg: Config, pairs: FeatureSplit) -> None:
-        """Train the head on `pairs` with the settings `cfg`, without log, evaluation and checkpoints."""
+    def tune(self, cfg: Config, pairs: FeatureSplit, log: Log | None = None) -> None:
+        """Train the head on `pairs` with the settings `cfg`, without evaluation and checkpoints."""
         self.reset()
         self.parts.head.fixed_scale.fill_(cfg.scale)
-        optimizer = adamw(self.parts.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp)
+        optimizer = adamw(self.parts.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp, cfg.relative)
         replica = Replica(self.parts.head, optimizer, self.world, self.parts.precision)
         plan = Plan(len(pairs), cfg.batch_size, cfg.epochs)
-        fit(replica, self.batches(pairs, cfg.batch_size, cfg.seed), plan, State(), cfg, Callbacks())
+        fit(replica, self.batches(pairs, cfg.batch_size, cfg.seed), plan, State(), cfg, Callbacks(log or NullLog()))
         if cfg.interpolate:
             blend(self.parts.trainable, self.base, snapshot(self.parts.trainable), float(cfg.interpolate))
 
-    def cross_validate(self, cfg: Config | None, runs: Sequence[Run], measure: Callable[[FeatureSplit], Measured],
-                       world: World) -> list[tuple[Tensor, Measured]]:
-        """Return for each run the row numbers it holds out and what `measure` returns for these pairs.
+    def cross_validate(self, configs: Sequence[Config | None], runs: Sequence[Run],
+                       measure: Callable[[FeatureSplit], Measured],
+                       world: World) -> list[list[tuple[Tensor, Measured]]]:
+        """Return for each configuration and run the row numbers held out and what `measure` returns for these pairs.
 
-        `cfg` None measures the base model. The ranks of `world` share the runs; each run takes place in one process, so
-        the number of ranks changes no result.
+        None measures the base model. Configurations of one run train together where they can; see `batched.py`. The
+        ranks of `world` share the runs; each run takes place in one process, so the number of ranks changes no result.
         """
-        own_results: dict[int, tuple[Tensor, Measured]] = {}
+        own_results: dict[int, list[Measured]] = {}
         for number in range(world.rank, len(runs), world.size):
-            run = runs[number]
+            own_results[number] = self._measure_all(configs, runs[number], measure)
+        results: dict[int, list[Measured]] = {}
+        for results_of_rank in world.exchange(own_results):
+            results |= results_of_rank
+        return [[(run.row_N, results[number][place]) for number, run in enumerate(runs)]
+                for place in range(len(configs))]
+
+    def _measure_all(self, configs: Sequence[Config | None], run: Run,
+                     measure: Callable[[FeatureSplit], Measured]) -> list[Measured]:
+        """Return what `measure` returns of the held-out pairs after each configuration was trained."""
+        measured: dict[int, Measured] = {}
+        seeded = {place: replace(cfg, seed=run.seed) for place, cfg in enumerate(configs) if cfg is not None}
+        for places in self._groups(seeded, run.train):
+            weights = train_together(self._base_projections(), run.train, [seeded[place] for place in places],
+                                     self.parts.precision)
+            for member, place in enumerate(places):
+                self._set(Projections(*(weight_K[member] for weight_K in weights)), seeded[place])
+                measured[place] = measure(run.held_out)
+        for place, cfg in enumerate(configs):
+            if place in measured:
+                continue
             if cfg is None:
                 self.reset()
             else:
-                self.tune(replace(cfg, seed=run.seed), run.train)
-            own_results[number] = run.row_N, measure(run.held_out)
-        results: dict[int, tuple[Tensor, Measured]] = {}
-        for results_of_rank in world.exchange(own_results):
-            results |= results_of_rank
-        return [results[number] for number in range(len(runs))]
+                self.tune(seeded[place], run.train)
+            measured[place] = measure(run.held_out)
+        return [measured[place] for place in range(len(configs))]
+
+    def _groups(self, seeded: Mapping[int, Config], pairs: FeatureSplit) -> list[list[int]]:
+        """Return the places of configurations that train together; none where other weights than both projections do.
+        """
+        if {*self.parts.trainable} != {*PROJECTIONS}:
+            return []
+        places = [*seeded]
+        groups = group_configurations([seeded[place] for place in places], pairs)
+        return [[places[member] for member in group] for group in groups if len(group) > 1]
+
+    def _base_projections(self) -> Projections:
+        return Projections(*(self.base[name] for name in PROJECTIONS))
+
+    def _set(self, weights: Projections, cfg: Config) -> None:
+        """Give the head trained weights, at the configuration's share between base and tuned."""
+        tuned = dict(zip(PROJECTIONS, weights, strict=True))
+        blend(self.parts.trainable, self.base, tuned, float(cfg.interpolate or 1))
 
 
 class Journal:

@@ -204,6 +204,8 @@ def recipe(config: Record, sizes: Mapping[str, int], steps: int) -> str:
     optimiser = (f"AdamW, learning rate {settings['lr']:g} ({settings['schedule']}), weight decay "
                  f"{settings['weight_decay']:g}, {settings['epochs']} epochs of batch {settings['batch_size']}, "
                  f"{steps:,} steps, seed {settings['seed']}")
+    if settings.get("recipe") == "auto":
+        optimiser = f"chosen on held-out pairs, {steps:,} steps, seed {settings['seed']}"
     facts = {
         "Base model": settings["model"],
         "Pairs": settings["dataset"],

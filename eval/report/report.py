@@ -10,6 +10,7 @@ from data.files import open_regular, read_text, replace_text
 from eval.report import figures
 from eval.report.answers import AnswersByDirection
 from eval.report.cases import case_sections
+from eval.report.choice import choice_section
 from eval.report.page import document, escape_text, template
 from eval.report.table import WHEN
 
@@ -38,8 +39,8 @@ def write_report(out: Path, split: str, sizes: Mapping[str, int], answers: Mappi
         "figures": figures.metric_tables(metrics, split),
         "curves": figures.curves(losses, list(history.values()), answers, split, interpolation),
         "cases": case_sections(answers, title, picture) if set(answers) >= set(WHEN) else "<p>Not kept.</p>",
-        "recipe": figures.recipe(config, sizes, len(losses)) + figures.overlap(shared, sizes)
-        + figures.ledger(_lines(out / "ledger.jsonl")),
+        "recipe": figures.recipe(config, sizes, len(losses)) + choice_section(metrics.get("auto", {}))
+        + figures.overlap(shared, sizes) + figures.ledger(_lines(out / "ledger.jsonl")),
         "files": figures.files(out),
     }
     links = ""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 from data.text import markdown_table
+from eval.report.choice import choice_note
 
 SHOWN = {
     "image_to_text_R@1": "image to text R@1", "image_to_text_R@5": "R@5", "image_to_text_R@10": "R@10",
@@ -54,7 +55,8 @@ def metrics_table(metrics: Metrics, classes: Mapping[str, int] | None = None) ->
                 row += difference_cells(difference.get(split, {}).get(metric), metric)
             rows.append(row)
     classes = metrics.get("classes", {}) if classes is None else classes
-    return markdown_table(rows) + zero_shot_note({name: classes[name] for name in splits if name in classes})
+    note = zero_shot_note({name: classes[name] for name in splits if name in classes})
+    return markdown_table(rows) + note + choice_note(metrics.get("auto", {}))
 
 
 def zero_shot_note(classes: Mapping[str, int]) -> str:

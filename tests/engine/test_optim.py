@@ -8,7 +8,7 @@ from helpers import gradient, on_ranks
 from torch import Tensor
 
 from data.batch import UserError
-from engine.optim import TowerRates, adamw, adamw_by_name, learning_rate, update
+from engine.optim import Rates, adamw, adamw_by_name, learning_rate, update
 
 
 @pytest.mark.parametrize(("schedule", "warmup"), [("linear", 0.0), ("linear", 0.3), ("cosine", 0.0), ("cosine", 0.2),
@@ -50,7 +50,7 @@ def test_towers_have_rates_of_their_own_and_only_matrices_decay() -> None:
              "text_model.layers.1.bias": (2,)}
     torch.manual_seed(0)
     ours, theirs = ({name: torch.nn.Parameter(torch.ones(shape)) for name, shape in names.items()} for _ in range(2))
-    optimizer = adamw_by_name(ours, 1e-2, 0.5, 0.0, TowerRates(tower=1e-3, text=2e-3))
+    optimizer = adamw_by_name(ours, 1e-2, 0.5, 0.0, Rates(tower=1e-3, text=2e-3))
     rates = dict.fromkeys(names, 1e-2) | dict.fromkeys([name for name in names if "vision_model" in name], 1e-3)
     rates |= dict.fromkeys([name for name in names if "text_model" in name], 2e-3)
     plain = torch.optim.AdamW([{"params": [theirs[name]], "lr": rates[name], "weight_decay": 0.5 * (len(shape) > 1)}
@@ -70,10 +70,10 @@ def test_towers_have_rates_of_their_own_and_only_matrices_decay() -> None:
 def test_rates_of_layers_that_do_not_train_are_refused_and_projections_are_one_group() -> None:
     names = ("visual_projection.weight", "text_projection.weight")
     parameters = {name: torch.nn.Parameter(torch.ones(2, 2)) for name in names}
-    assert len(adamw_by_name(parameters, 1e-2, 0.5, 0.1, TowerRates()).param_groups) == 1  # one kernel, as ever
+    assert len(adamw_by_name(parameters, 1e-2, 0.5, 0.1, Rates()).param_groups) == 1  # one kernel, as ever
     vision = {**parameters, "vision_model.layers.1.weight": torch.nn.Parameter(torch.ones(2, 2))}
-    for named, rates, flag in ((parameters, TowerRates(tower=1.0), "--lr-tower"),
-                               (vision, TowerRates(text=1.0), "--lr-text")):
+    for named, rates, flag in ((parameters, Rates(tower=1.0), "--lr-tower"),
+                               (vision, Rates(text=1.0), "--lr-text")):
         with pytest.raises(UserError, match=flag):
             adamw_by_name(named, 1e-2, 0.0, 0.0, rates)
 

@@ -1,16 +1,14 @@
-"""Recipes: known by name, beaten by flags, and good for any number of pairs."""
+"""Recipes: known by name; `auto` is never given anything that it would ignore."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-import run as command_line
 from engine.config.cli import parse
 from engine.config.fields import Config, config_fields
-from engine.config.recipes import RECIPES, fit_to_data
-from engine.config.settings import check
+from engine.config.recipes import RECIPES
+from engine.config.settings import CHOSEN_BY_AUTO, UNUSED_BY_AUTO, check
 
 
 def test_every_recipe_is_a_choice_and_can_work() -> None:
@@ -20,30 +18,39 @@ def test_every_recipe_is_a_choice_and_can_work() -> None:
         check(replace(Config(), recipe=name, **settings))
 
 
-@pytest.mark.parametrize("command", ["train", "demo", "sweep"])
-def test_flags_win_over_the_recipe_and_the_recipe_over_presets(command: str, tmp_path: Path) -> None:
-    best = RECIPES["best"]
-    (tmp_path / "recipe.toml").write_text('recipe = "best"\nscale = 3.0\n')
-    for arguments in (["--recipe", "best", "--scale", "3"], ["--config", str(tmp_path / "recipe.toml")]):
-        cfg = parse("run.py", [command, *arguments, "--lr", "0.5"])[1]
-        assert (cfg.lr, cfg.scale, cfg.epochs, cfg.batch_size) == (0.5, 3.0, best["epochs"], best["batch_size"])
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_auto_replaces_what_a_command_presets(command: str) -> None:
+    cfg = parse("run.py", [command, "--recipe", "auto", "--seed", "7"])[1]
+    assert all(getattr(cfg, name) == getattr(Config, name) for name in CHOSEN_BY_AUTO) and cfg.seed == 7
     assert parse("run.py", [command])[1].recipe == "reference"
 
 
-def test_a_recipes_batch_is_all_pairs_where_there_are_fewer() -> None:
-    cfg = replace(Config(), recipe="best", **RECIPES["best"])
-    assert fit_to_data(cfg, 53) == replace(cfg, batch_size=53) and fit_to_data(cfg, 1000) == cfg
-    asked = replace(cfg, batch_size=64)
-    assert fit_to_data(asked, 53) == asked  # what was asked for is refused later, with the fix
-    assert fit_to_data(Config(), 5) == Config()
+@pytest.mark.parametrize(("flags", "answer"), [
+    (["--lr", "1e-4"], "--lr is chosen by --recipe auto"),  # the default, but named: it would be ignored
+    (["--epochs", "7"], "--epochs is chosen"), (["--interpolate", "auto"], "--interpolate is chosen"),
+    (["--augment"], "--augment has no meaning"), (["--trainable", "all"], "--trainable has no meaning"),
+    (["--patience", "3"], "--patience has no meaning"), (["--mode", "streaming"], "--mode streaming runs the towers"),
+])
+def test_a_flag_that_auto_would_ignore_is_refused(flags: list[str], answer: str,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    """People would believe that their learning rate was used."""
+    with pytest.raises(SystemExit) as end:
+        parse("run.py", ["--recipe", "auto", *flags])
+    assert end.value.code == 2 and answer in capsys.readouterr().err
 
 
-def test_the_best_recipe_runs_on_few_pairs_and_resumes(pairs: Path, tiny_model: Path, tmp_path: Path) -> None:
-    flags = ["--cache-dir", str(tmp_path / "cache"), "--out", str(tmp_path / "run"), "--precision", "fp32"]
-    assert command_line.main(["--recipe", "best", "--model", str(tiny_model), "--dataset", str(pairs), "--epochs", "2",
-                              *flags]) == 0
-    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
-    assert {**RECIPES["best"], "epochs": 2, "batch_size": 37}.items() <= config.items()
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert command_line.main(["--resume", "--out", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]) == 0
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
+def test_a_file_of_settings_for_auto_is_held_to_the_same(tmp_path: Path,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    toml = tmp_path / "recipe.toml"
+    toml.write_text('recipe = "auto"\nscale = 3.0\n')
+    with pytest.raises(SystemExit):
+        parse("run.py", ["--config", str(toml)])
+    assert "--scale is chosen" in capsys.readouterr().err
+    toml.write_text('recipe = "auto"\nlr = 0.0001\n')  # --write-config writes all settings, with their defaults
+    assert parse("run.py", ["--config", str(toml)])[1].recipe == "auto"
+
+
+def test_what_auto_leaves_alone_goes_with_it() -> None:
+    free = [name for name, spec in config_fields().items() if spec.group == "recipe"]
+    free = [name for name in free if name not in (*CHOSEN_BY_AUTO, *UNUSED_BY_AUTO)]
+    assert free == ["mode", "duplicates", "seed", "recipe"]

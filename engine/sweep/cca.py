@@ -1,0 +1,134 @@
+"""Regularised canonical correlation of stored features, in closed form, joined to the base's projections.
+
+Canonical correlation finds the directions of image and text features that agree on the given pairs. Its maps are put
+beside the base's projections and both are squeezed back to the base's width, so the result is two ordinary projections.
+Sources: Hotelling 1936, "Relations between two sets of variates"; Li et al. 2024, "CSA" (arXiv 2410.07610), which
+weights each direction by its correlation.
+Dimension key: N pairs, V/T image/text feature width (D for either), E embedding, R directions with variance, Q
+canonical directions, F = E + Q.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.store.feature_split import FeatureSplit
+from engine.sweep.batched import Projections
+
+RIDGE = 10.0  # times the mean variance of a feature; with little data only the strongest directions count
+DIRECTIONS = 64
+MOST_PAIRS = 32_768  # of more, so many are looked at, evenly spaced
+FLOOR = 0.1  # of the mean variance, added where outputs are squeezed: few pairs say nothing of most directions
+
+
+def cca_projections(base: Projections, pairs: FeatureSplit, weights: Sequence[float]) -> list[Projections]:
+    """Return the base's projections joined to the canonical directions of `pairs`, for each weight of the latter."""
+    features = pairs.features(torch.linspace(0, len(pairs) - 1, min(len(pairs), MOST_PAIRS)).long())
+    image_ND, text_ND = features.image_BV.float(), features.title_BT.float()
+    image_DQ, text_DQ = canonical_directions(image_ND, text_ND)
+    sides = [_Side.of(base.image_KEV, image_DQ, image_ND), _Side.of(base.text_KET, text_DQ, text_ND)]
+    return [join_and_squeeze(sides, weight) for weight in weights]
+
+
+def canonical_directions(image_NV: Tensor, text_NT: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the maps [V, Q] and [T, Q] of the canonical directions, each times the root of its correlation.
+
+    A projection has no bias, so features are not centred: the direction of their mean is left out instead.
+    """
+    image_DR, image_NR = _whiten(_without_mean(image_NV))
+    text_DR, text_NR = _whiten(_without_mean(text_NT))
+    left_RQ, correlation_Q, right_QR = torch.linalg.svd(image_NR.T @ text_NR / len(image_NV), full_matrices=False)
+    count = min(DIRECTIONS, len(correlation_Q))
+    root_Q = correlation_Q[:count].clamp(min=0).sqrt()
+    return _mean_free(image_NV, image_DR @ left_RQ[:, :count] * root_Q), _mean_free(
+        text_NT, text_DR @ right_QR[:count].T * root_Q)
+
+
+def _without_mean(features_ND: Tensor) -> Tensor:
+    """Return the features without their part along their mean; their mean is then 0."""
+    mean_D = features_ND.mean(0)
+    along_N = features_ND @ mean_D / mean_D.square().sum().clamp(min=1e-20)
+    return features_ND - along_N[:, None] * mean_D
+
+
+def _mean_free(features_ND: Tensor, map_DQ: Tensor) -> Tensor:
+    """Return the map without its part along the mean of the features."""
+    unit_D = torch.nn.functional.normalize(features_ND.mean(0), dim=0)
+    return map_DQ - torch.outer(unit_D, unit_D @ map_DQ)
+
+
+def _whiten(features_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the map [D, R] that whitens centred features up to the ridge, and the whitened features [N, R]."""
+    rows, width = features_ND.shape
+    few = rows < width
+    moments = features_ND @ features_ND.T if few else features_ND.T @ features_ND  # the smaller of the two
+    variance_R, vector = torch.linalg.eigh(moments.double() / rows)
+    keep = variance_R > variance_R[-1] * 1e-6
+    variance_R, vector = variance_R[keep], vector[:, keep]
+    if few:
+        vector = features_ND.T.double() @ vector / (variance_R * rows).sqrt()
+    ridge = RIDGE * float(features_ND.square().mean())
+    map_DR = (vector / (variance_R + ridge).sqrt()).float()
+    return map_DR, features_ND @ map_DR
+
+
+class _Side(NamedTuple):
+    """The base's projection and the canonical map of images or of titles, both to outputs of mean squared length 1."""
+
+    joined_FD: Tensor  # the base's E rows, then the Q canonical ones
+    output_NF: Tensor
+    inner_FF: Tensor  # products of the rows
+    floor: float
+    std: float  # of the base's values
+    directions: int
+
+    @classmethod
+    def of(cls, base_ED: Tensor, map_DQ: Tensor, features_ND: Tensor) -> _Side:
+        """Return a side from the base's projection, the canonical map and the features of the pairs."""
+        parts = []
+        for part_ED in (base_ED, map_DQ.T):
+            parts.append(part_ED / (features_ND @ part_ED.T).square().sum(1).mean().sqrt())
+        joined_FD = torch.cat(parts)
+        return cls(joined_FD, features_ND @ joined_FD.T, joined_FD @ joined_FD.T,
+                   FLOOR * float(features_ND.square().mean()), float(base_ED.std()), map_DQ.shape[1])
+
+
+def join_and_squeeze(sides: Sequence[_Side], weight: float) -> Projections:
+    """Return two projections of the base's width.
+
+    `weight` is the share of the canonical directions in the squared length of a joined embedding. The joined maps are
+    squeezed by the principal directions of both sides' outputs together.
+    """
+    outer = sides[0].joined_FD.shape[0]
+    width = outer - sides[0].directions
+    share_F = torch.full((outer,), (1 - weight) ** 0.5, device=sides[0].joined_FD.device)
+    share_F[width:] = weight**0.5
+    moment_FF = torch.zeros_like(sides[0].inner_FF)
+    for side in sides:
+        output_NF = torch.nn.functional.normalize(side.output_NF * share_F, dim=1)
+        moment_FF += output_NF.T @ output_NF / len(output_NF)
+        moment_FF += side.floor * side.inner_FF * torch.outer(share_F, share_F)
+    principal_FE = leading_subspace(moment_FF, width)
+    squeezed = []
+    for side in sides:
+        tuned_ED = principal_FE.T @ (share_F[:, None] * side.joined_FD)
+        squeezed.append(tuned_ED * (side.std / tuned_ED.std()))
+    return Projections(*squeezed)
+
+
+def leading_subspace(moment_FF: Tensor, width: int) -> Tensor:
+    """Return an orthonormal basis [F, width] of (nearly) the leading eigenvectors of a symmetric positive matrix.
+
+    Few directions are left out, so those are sought, by inverse iteration; a tenth of the time of all eigenvectors.
+    """
+    outer = len(moment_FF)
+    jitter = 1e-6 * moment_FF.diagonal().mean()
+    factor_FF = torch.linalg.cholesky(moment_FF + jitter * torch.eye(outer).to(moment_FF))
+    trailing_FQ = torch.eye(outer).to(moment_FF)[:, width:]
+    for _ in range(8):
+        trailing_FQ = torch.linalg.qr(torch.cholesky_solve(trailing_FQ, factor_FF))[0]
+    return torch.linalg.qr(trailing_FQ, mode="complete")[0][:, outer - width:]

@@ -16,12 +16,11 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib import import_module
 
 from engine.config.cli import parse
 from engine.config.fields import TOWERS, Config
-from engine.run_folder.crash import CURRENT_RUN, explain_crash
+from engine.run_folder.crash import CURRENT_RUN, explain_crash, rank_from_environment, say_error
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -87,18 +86,6 @@ def leave(code: int) -> int:
 
     CURRENT_RUN.discard()
     return world.exit_process(code)
-
-
-def say_error(text: str) -> None:
-    """Print a line on stderr, if stderr is open."""
-    with suppress(OSError, ValueError, AttributeError):
-        print(text, file=sys.stderr, flush=True)
-
-
-def rank_from_environment() -> int:
-    """Return RANK of the environment, 0 where it is no number."""
-    rank = os.environ.get("RANK", "")
-    return int(rank) if rank.isascii() and rank.isdecimal() else 0
 
 
 if __name__ == "__main__":

@@ -49,8 +49,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     model = load_model(cfg, world)
     refuse_cached(cfg, model)
     trained = model.trained_model(cfg.micro_batch)
-    pairs = open_data(row_cfg, world, model, source)
-    pairs = with_probe(cfg, world, model, pairs, probe)
+    pairs = with_probe(cfg, world, model, open_data(row_cfg, world, model, source), probe)
     if cfg.recipe == "auto":
         return auto.train_auto(cfg, world, out, model, pairs)
     training = open_training(cfg, world, pairs, shards.train, out)
@@ -69,11 +68,10 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     if (state.enough or state.step == plan.steps) and folder.is_complete(out, as_dict(cfg, "train"), world):
         return repeat_results(world, out)
     # 3. Replace config.json and ledger.jsonl, after every refusal: a refused resume leaves both files as they were.
-    shared = find_overlap(pairs, world)
     folder.write_run_header(out, as_dict(cfg, "train"), world, model.precision, training.ledger(out))
     # 4. Keep the base metrics of the earlier process; at step 0 they are measured again.
     metrics = folder.read_json(out / "metrics.json") if state.step else {}
-    metrics |= shared | named_classes(pairs)
+    metrics |= find_overlap(pairs, world) | named_classes(pairs)
     if state.step and "base" not in metrics:  # metrics.json was deleted
         metrics["base"] = summaries(base)
     # 5. Cut the log after the checkpoint's step; the loop writes the later steps again.

@@ -1,4 +1,4 @@
-"""The run folder of this process, removed again if unused, and tracebacks of crashes. Imports nothing heavy."""
+"""The run folder of this process, removed again if unused, and what is said of an error. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -44,6 +44,18 @@ class NewRunFolder:
 
 
 CURRENT_RUN = NewRunFolder()
+
+
+def say_error(text: str) -> None:
+    """Print a line on stderr, if stderr is open."""
+    with suppress(OSError, ValueError, AttributeError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def rank_from_environment() -> int:
+    """Return RANK of the environment, 0 where it is no number."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isascii() and rank.isdecimal() else 0
 
 
 def explain_crash(command: str, error: BaseException, rank: int) -> str:

@@ -6,7 +6,6 @@ side.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.batch import Batch, Features, Tokens, UserError
-from engine.clip.encoder import use_quick_gelu
+from engine.clip.encoder import CastOnce, use_quick_gelu
 from engine.clip.loading import Clip
 from engine.clip.pooled import can_pool, pool_images, pool_texts
 
@@ -80,7 +79,7 @@ class Towers(nn.Module):
         self.text_model: Any = clip.model.text_model
         for tower in (self.vision_model, self.text_model):
             use_quick_gelu(tower)
-        self._held: dict[str, nn.Module] = {}  # no parts of this module: the model that is exported stays fp32
+        self._image_tower, self._text_tower = CastOnce(self.vision_model), CastOnce(self.text_model)
         self.pools = can_pool(self.vision_model) and can_pool(self.text_model)
         settings = clip.image_processor
         mean = torch.tensor(settings.image_mean if settings.do_normalize else [0.0] * 3)
@@ -104,7 +103,7 @@ class Towers(nn.Module):
 
     def _image(self, pixels_BCSS: Tensor, patches: int | None = None) -> Tensor:
         normalised = torch.addcmul(self.shift_C11, pixels_BCSS.float(), self.gain_C11)
-        tower = self._tower("vision_model")
+        tower = self._image_tower.of_pass(self.gain_C11.device)
         if self.pools and not torch.is_grad_enabled():
             return pool_images(tower, normalised, patches).float()
         return tower(pixel_values=normalised).pooler_output.float()
@@ -116,22 +115,12 @@ class Towers(nn.Module):
         return self._text(tokens)
 
     def _text(self, tokens: Tokens) -> Tensor:
-        tower = self._tower("text_model")
+        tower = self._text_tower.of_pass(self.gain_C11.device)
         if self.pools and not torch.is_grad_enabled():
             return pool_texts(tower, tokens).float()
         # Without the mask: attention is causal, so padding does not reach the EOS before it, and transformers would
         # read the values of a mask on the host, a sync.
         return tower(input_ids=tokens.ids_BL).pooler_output.float()
-
-    def _tower(self, name: str) -> Any:
-        """Return a tower for one pass: under autocast, one that is frozen holds its weights in autocast's dtype."""
-        tower = getattr(self, name)
-        device = self.gain_C11.device.type
-        if not torch.is_autocast_enabled(device) or any(weight.requires_grad for weight in tower.parameters()):
-            return tower
-        if name not in self._held:
-            self._held[name] = hold_weights(tower, torch.get_autocast_dtype(device))
-        return self._held[name]
 
     def recompute(self) -> None:
         """Checkpoint each layer: keep its input alone and compute its activations again in the backward pass."""
@@ -146,21 +135,6 @@ class Towers(nn.Module):
         if batch.negative is not None and batch.negative_id_BH is not None:
             negative_BHT = self.text(batch.negative).unflatten(0, batch.negative_id_BH.T.shape).transpose(0, 1)
         return Features(image_BV, title_BT, negative_BHT, batch.image_id_B, batch.title_id_B, batch.negative_id_BH)
-
-
-def hold_weights(tower: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return the tower with the weights of its products cast to `dtype`; all else is shared with it.
-
-    Autocast would cast them in every pass, to the same bits: 196 of the 411 operations of a ViT-B/32's image tower.
-    Layer norms and embeddings stay in fp32, as autocast has them.
-    """
-    shared = [*tower.parameters(), *tower.buffers()]
-    copies: dict[int, Any] = {id(tensor): tensor for tensor in shared}  # what deepcopy takes instead of copying
-    for module in tower.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            for weight in module.parameters(recurse=False):
-                copies[id(weight)] = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
-    return copy.deepcopy(tower, copies)
 
 
 def fingerprint(clip: Clip, tower: str, preprocessing: str, precision: torch.dtype) -> str:

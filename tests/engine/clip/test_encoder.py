@@ -15,8 +15,7 @@ from torch import Tensor
 
 from data.batch import Tokens, UserError
 from engine.clip import encoder as module
-from engine.clip import towers as towers_module
-from engine.clip.encoder import BatchedEncoder, DeviceClock, OneShapeGraph
+from engine.clip.encoder import BatchedEncoder, CastOnce, DeviceClock, OneShapeGraph
 from engine.clip.loading import load_clip
 from engine.clip.model import LoadedModel, ModelOptions, build_model
 
@@ -48,9 +47,10 @@ def test_weights_held_in_bf16_give_autocasts_features_to_the_bit_and_leave_the_m
     after = parts.clip.model.state_dict()
     assert after.keys() == before.keys() and all(after[name].equal(tensor) for name, tensor in before.items())
     assert {tensor.dtype for tensor in after.values()} <= {torch.float32, torch.int64}
-    copies = {tensor.dtype for tower in parts.towers._held.values() for tensor in tower.parameters()}
-    assert copies == {torch.bfloat16, torch.float32}
-    monkeypatch.setattr(towers_module.Towers, "_tower", lambda towers, name: getattr(towers, name))
+    for tower in (parts.towers._image_tower, parts.towers._text_tower):
+        assert tower.copy is not None
+        assert {tensor.dtype for tensor in tower.copy.parameters()} == {torch.bfloat16, torch.float32}
+    monkeypatch.setattr(CastOnce, "of_pass", lambda tower, device: tower.tower)
     for ours, autocasts in zip(held, features(parts), strict=True):
         assert ours.equal(autocasts)
 
@@ -63,7 +63,7 @@ def test_a_tower_that_trains_is_never_a_copy(tiny_model: Path) -> None:
         for weight in parts.trainable.values():
             weight.add_(0.1)
     changed, same = features(parts)
-    assert not changed.equal(image) and same.equal(text) and parts.towers._held.keys() == {"text_model"}
+    assert not changed.equal(image) and same.equal(text) and parts.towers._image_tower.copy is None
 
 
 def test_a_graph_replays_one_shape_and_gives_what_the_eager_pass_gives(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,12 +26,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data.batch import RunFailed, Team, UserError
-from engine.ranks.launch import Launch, choose_interface, read_launch
+from engine.ranks.launch import Launch, choose_interface, describe_network, read_launch
 from engine.ranks.rendezvous import POLL_S, agree_session_id
 from engine.ranks.watchdog import AwakeClock, Watchdog
 
 Value = TypeVar("Value")
-INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 ENDLESS = datetime.timedelta(days=1000)  # for gloo, where a Watchdog counts instead
 UNCERTAIN_WAIT = datetime.timedelta(seconds=30)  # for other ranks where the environment may be that of a script
 CLEAR = "\x1b[2K"  # erases the progress line of a terminal
@@ -184,9 +183,8 @@ def explain_collective_errors(operation: str, watched: bool = True) -> Iterator[
         cause = "a rank is lost"
         if re.search("[Tt]imed out|timeout", str(error)):
             cause = "a rank did not answer in time (--dist-timeout)"
-        if re.search("[Cc]onnect|Unable to find (address|interface)|NCCL.*socket", str(error)):
-            networks = [f"{name} is {os.environ.get(name, 'not set')}" for name in INTERFACES]
-            cause += f" or the network between them is another ({', '.join(networks)}; both name an interface)"
+        if re.search("NCCL.*(socket|connect|network)", str(error)):
+            cause += f" or another network is between them ({describe_network()})"
         raise RunFailed(f"rank {os.environ.get('RANK', 0)}, {operation}: {cause}; {first_line}") from error
 
 
@@ -256,11 +254,12 @@ def init(wanted: str, timeout_s: float, quiet: bool = False, command: str = "tra
         with explain_collective_errors("joining"):
             store = dist.PrefixStore(agree_session_id(store, rank, size, timeout_s), store)
             refuse_shared_devices(store, rank, size, device)
-            # Objects go over gloo on a GPU too: it waits for no kernel, and a stalled rank raises instead of aborting.
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            if device.type == "cpu":
-                _watchdogs.append(Watchdog(command, rank, timeout_s))
-                timeout = ENDLESS
+        if device.type == "cpu":
+            _watchdogs.append(Watchdog(command, rank, timeout_s))
+            timeout = ENDLESS
+        # Objects go over gloo on a GPU too: it waits for no kernel, and a stalled rank raises instead of aborting.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        with explain_collective_errors(f"connecting to the other ranks ({describe_network()})"):
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         world = World(rank, launch.local_rank, size, device, timeout_s, dist.PrefixStore("thumbtune", store), quiet)
     if launch.remark:

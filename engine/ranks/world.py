@@ -9,14 +9,13 @@ from __future__ import annotations
 import datetime
 import gc
 import os
-import platform
 import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, TypeVar
 
@@ -26,13 +25,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data.batch import RunFailed, Team, UserError
-from engine.ranks.launch import Launch, choose_interface, describe_network, read_launch
-from engine.ranks.rendezvous import POLL_S, agree_session_id
+from engine.ranks.launch import choose_interface, describe_network, read_launch
+from engine.ranks.rendezvous import POLL_S, agree_session_id, meet, refuse_shared_devices
 from engine.ranks.watchdog import AwakeClock, Watchdog
 
 Value = TypeVar("Value")
 ENDLESS = datetime.timedelta(days=1000)  # for gloo, where a Watchdog counts instead
-UNCERTAIN_WAIT = datetime.timedelta(seconds=30)  # for other ranks where the environment may be that of a script
 CLEAR = "\x1b[2K"  # erases the progress line of a terminal
 
 
@@ -244,7 +242,7 @@ def init(wanted: str, timeout_s: float, quiet: bool = False, command: str = "tra
     if launch.size > 1:
         choose_interface(launch)
         with explain_collective_errors("joining"):
-            launch, store = _meet(launch, timeout)
+            launch, store = meet(launch, timeout)
     rank, size = launch.rank, launch.size
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -265,55 +263,6 @@ def init(wanted: str, timeout_s: float, quiet: bool = False, command: str = "tra
     if launch.remark:
         world.say(launch.remark)
     return world
-
-
-def _meet(launch: Launch, timeout: datetime.timedelta) -> tuple[Launch, dist.Store | None]:
-    """Return the store that all ranks share, or a launch of one where no other rank comes and none may exist."""
-    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    try:
-        store = _rendezvous_store(launch.rank, launch.size, timeout if launch.certain else min(timeout, UNCERTAIN_WAIT))
-    except dist.DistStoreError:
-        if launch.certain:
-            raise
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            os.environ.pop(name, None)
-        return Launch(launcher=launch.launcher, remark=f"one process: {launch.launcher}'s variables say "
-                      f"{launch.size} tasks, but no other came to {where} within {UNCERTAIN_WAIT.seconds} s; `srun "
-                      "python run.py` starts all of them"), None
-    store.set_timeout(timeout)
-    if launch.launcher != "torchrun":
-        launch = replace(launch, remark=f"joined {launch.size} ranks that {launch.launcher} started, rank 0 at {where}")
-    return launch, store
-
-
-def refuse_shared_devices(store: dist.Store, rank: int, size: int, device: torch.device) -> None:
-    """Raise UserError on all ranks where two of them have one GPU, or not all a GPU: NCCL would fail later."""
-    name = device.type
-    if device.type == "cuda":
-        name = f"{platform.node()} {torch.cuda.get_device_properties(device).uuid}"
-    store.set(f"device/{rank}", name)
-    names = [store.get(f"device/{other}").decode() for other in range(size)]
-    kinds = ["cuda" if " " in each else each for each in names]
-    for other in range(size):
-        if kinds[other] != kinds[0]:
-            raise UserError(f"rank {other} runs on {kinds[other]}, rank 0 on {kinds[0]}; give all ranks a GPU, or "
-                            "--device cpu")
-        if kinds[other] == "cuda" and (first := names.index(names[other])) != other:
-            raise UserError(f"ranks {first} and {other} have the same GPU ({names[other]}); start one process a GPU "
-                            "(torchrun --nproc-per-node, srun --gpus-per-task=1), or use --device cpu")
-
-
-def _rendezvous_store(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:
-    """Return the store at torchrun's MASTER_ADDR and MASTER_PORT. Raises UserError where they are unset or in use."""
-    try:
-        return next(dist.rendezvous("env://", rank, size, timeout=timeout))[0]
-    except ValueError as error:  # an environment variable is missing
-        raise UserError(f"WORLD_SIZE is {size}, but torchrun did not set it ({error}); start several ranks with "
-                        "`torchrun --nproc-per-node N run.py`") from None
-    except dist.DistNetworkError as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise UserError(f"the ranks cannot meet at {where} ({str(error).splitlines()[0][:150]}); is the port in use? "
-                        "Give torchrun another --master-port, or --standalone") from None
 
 
 def close() -> None:

@@ -152,6 +152,12 @@ def choose_interface(launch: Launch) -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
+def describe_network() -> str:
+    """Return which network interfaces ranks use among one another, and how to name others, for an error."""
+    names = [f"{name} is {os.environ.get(name, 'not set')}" for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")]
+    return f"{', '.join(names)}: each names the interface to use"
+
+
 def _is_loopback(host: str) -> bool:
     return host == "localhost" or host == "::1" or host.startswith("127.")
 

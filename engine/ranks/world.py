@@ -9,14 +9,13 @@ from __future__ import annotations
 import datetime
 import gc
 import os
-import platform
 import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, TypeVar
 
@@ -26,16 +25,14 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from data.batch import RunFailed, Team, UserError
+from data.batch import RunFailed, Team
 from engine.device import open_device
-from engine.ranks.launch import Launch, choose_interface, read_launch
-from engine.ranks.rendezvous import POLL_S, agree_session_id
+from engine.ranks.launch import choose_interface, describe_network, read_launch
+from engine.ranks.rendezvous import POLL_S, agree_session_id, meet, refuse_shared_devices
 from engine.ranks.watchdog import AwakeClock, Watchdog
 
 Value = TypeVar("Value")
-INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 ENDLESS = datetime.timedelta(days=1000)  # for gloo, where a Watchdog counts instead
-UNCERTAIN_WAIT = datetime.timedelta(seconds=30)  # for other ranks where the environment may be that of a script
 CLEAR = "\x1b[2K"  # erases the progress line of a terminal
 
 
@@ -192,9 +189,8 @@ def explain_collective_errors(operation: str, watched: bool = True) -> Iterator[
         cause = "a rank is lost"
         if re.search("[Tt]imed out|timeout", str(error)):
             cause = "a rank did not answer in time (--dist-timeout)"
-        if re.search("[Cc]onnect|Unable to find (address|interface)|NCCL.*socket", str(error)):
-            networks = [f"{name} is {os.environ.get(name, 'not set')}" for name in INTERFACES]
-            cause += f" or the network between them is another ({', '.join(networks)}; both name an interface)"
+        if re.search("NCCL.*(socket|connect|network)", str(error)):
+            cause += f" or another network is between them ({describe_network()})"
         raise RunFailed(f"rank {os.environ.get('RANK', 0)}, {operation}: {cause}; {first_line}") from error
 
 
@@ -262,7 +258,7 @@ def init(wanted: str, timeout_s: float, quiet: bool = False, command: str = "tra
     if launch.size > 1:
         choose_interface(launch)
         with explain_collective_errors("joining"):
-            launch, store = _meet(launch, timeout)
+            launch, store = meet(launch, timeout)
     rank, size = launch.rank, launch.size
     if store is None:
         world = World(rank, launch.local_rank, size, device, timeout_s, quiet=quiet)
@@ -270,65 +266,17 @@ def init(wanted: str, timeout_s: float, quiet: bool = False, command: str = "tra
         with explain_collective_errors("joining"):
             store = dist.PrefixStore(agree_session_id(store, rank, size, timeout_s), store)
             refuse_shared_devices(store, rank, size, device)
-            # Objects go over gloo on a GPU too: it waits for no kernel, and a stalled rank raises instead of aborting.
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            if device.type == "cpu":
-                _watchdogs.append(Watchdog(command, rank, timeout_s))
-                timeout = ENDLESS
+        if device.type == "cpu":
+            _watchdogs.append(Watchdog(command, rank, timeout_s))
+            timeout = ENDLESS
+        # Objects go over gloo on a GPU too: it waits for no kernel, and a stalled rank raises instead of aborting.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        with explain_collective_errors(f"connecting to the other ranks ({describe_network()})"):
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         world = World(rank, launch.local_rank, size, device, timeout_s, dist.PrefixStore("thumbtune", store), quiet)
     if launch.remark:
         world.say(launch.remark)
     return world
-
-
-def _meet(launch: Launch, timeout: datetime.timedelta) -> tuple[Launch, dist.Store | None]:
-    """Return the store that all ranks share, or a launch of one where no other rank comes and none may exist."""
-    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    try:
-        store = _rendezvous_store(launch.rank, launch.size, timeout if launch.certain else min(timeout, UNCERTAIN_WAIT))
-    except dist.DistStoreError:
-        if launch.certain:
-            raise
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            os.environ.pop(name, None)
-        return Launch(launcher=launch.launcher, remark=f"one process: {launch.launcher}'s variables say "
-                      f"{launch.size} tasks, but no other came to {where} within {UNCERTAIN_WAIT.seconds} s; `srun "
-                      "python run.py` starts all of them"), None
-    store.set_timeout(timeout)
-    if launch.launcher != "torchrun":
-        launch = replace(launch, remark=f"joined {launch.size} ranks that {launch.launcher} started, rank 0 at {where}")
-    return launch, store
-
-
-def refuse_shared_devices(store: dist.Store, rank: int, size: int, device: torch.device) -> None:
-    """Raise UserError on all ranks where two of them have one GPU, or not all a GPU: NCCL would fail later."""
-    name = device.type
-    if device.type == "cuda":
-        name = f"{platform.node()} {torch.cuda.get_device_properties(device).uuid}"
-    store.set(f"device/{rank}", name)
-    names = [store.get(f"device/{other}").decode() for other in range(size)]
-    kinds = ["cuda" if " " in each else each for each in names]
-    for other in range(size):
-        if kinds[other] != kinds[0]:
-            raise UserError(f"rank {other} runs on {kinds[other]}, rank 0 on {kinds[0]}; give all ranks a GPU, or "
-                            "--device cpu")
-        if kinds[other] == "cuda" and (first := names.index(names[other])) != other:
-            raise UserError(f"ranks {first} and {other} have the same GPU ({names[other]}); start one process a GPU "
-                            "(torchrun --nproc-per-node, srun --gpus-per-task=1), or use --device cpu")
-
-
-def _rendezvous_store(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:
-    """Return the store at torchrun's MASTER_ADDR and MASTER_PORT. Raises UserError where they are unset or in use."""
-    try:
-        return next(dist.rendezvous("env://", rank, size, timeout=timeout))[0]
-    except ValueError as error:  # an environment variable is missing
-        raise UserError(f"WORLD_SIZE is {size}, but torchrun did not set it ({error}); start several ranks with "
-                        "`torchrun --nproc-per-node N run.py`") from None
-    except dist.DistNetworkError as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise UserError(f"the ranks cannot meet at {where} ({str(error).splitlines()[0][:150]}); is the port in use? "
-                        "Give torchrun another --master-port, or --standalone") from None
 
 
 def close() -> None:

@@ -11,14 +11,23 @@ from typing import Any
 
 import fsspec
 import pytest
+import torch
 import webdataset
 from fsspec.implementations.memory import MemoryFileSystem
-from helpers import inside, tiny_clip
+from helpers import as_ranks, inside, tiny_clip
 from safetensors.torch import load_file
 from scenes import make_pairs
 from torch import equal
 
+from data.batch import Team
+from data.cold import Encoders, Pipeline, Reader
+from data.images.decode import ImageSpec
+from data.ingest import ingest_shards
+from data.shards.manifests import read_manifest
+from data.sources.remote import find_files
 from data.web import storage
+from data.web.limits import FetchPolicy
+from engine.clip.loading import load_clip
 
 FLAGS = ("--batch-size", 16, "--precision", "fp32", "--workers", 2)
 
@@ -226,3 +235,27 @@ def test_splits_names_the_splits_of_shards_in_a_store(tiny_model: Path, pairs: P
     assert_equal_runs(tmp_path / "local", tmp_path / "run")
     missing = inside(["--dataset", "memory://bucket", "--splits", "train=dev", "--out", tmp_path / "x", *arguments])
     assert missing.returncode == 2 and "there is no split 'dev'; there is test" in missing.stderr, missing.stderr
+
+
+def test_nodes_with_caches_of_their_own_read_every_byte_once(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
+    """And each has then all manifests and features: another run there reads nothing."""
+    upload(write_shards(pairs, tmp_path / "shards"), "bucket/shards")
+    tokenizer = load_clip(str(tiny_model)).tokenizer
+
+    def ingest(team: Team) -> list[int]:
+        cache = tmp_path / f"cache-{team.rank}"
+        encoders = Encoders(lambda pixels: pixels.float().mean((2, 3)), lambda tokens: tokens.ids_BL[:, :1].float(), 3,
+                            1, "images-00000000", "titles-00000000", True, tokenizer, 77)
+        reader = Reader(cache / "fetched", ImageSpec.clip(32), FetchPolicy(), 25_000_000, 2)
+        team = Team(team.rank, team.size, team.exchange, (0, 1))
+        pipeline = Pipeline(reader, encoders, team, cache, torch.device("cpu"), print)
+        files = ingest_shards(find_files("memory://bucket/shards/"), pipeline)
+        paths = [file.path for split in files.values() for file in split]
+        assert all(read_manifest(path) for path in paths)
+        return [len(paths), len(encoders.image_store(cache))]
+
+    first = as_ranks(2, ingest)
+    read = Store.read.total()
+    assert first[0] == first[1] and isinstance(first[0], list) and first[0][1] > 50
+    assert as_ranks(2, ingest) == first and Store.read.total() == read
+    assert read == sum(path.stat().st_size for path in (tmp_path / "shards").glob("*.tar"))

@@ -24,25 +24,14 @@ from eval.metrics import retrieval_ranks
 
 CPU = torch.device("cpu")
 # Libraries that take .1 to 2 s of CPU time to import and that a run with everything in its store has no use for.
-# Those that transformers imports are its own affair, for as long as a run imports it.
-UNUSED = ["scipy", "pandas", "sympy", "datasets", "aiohttp", "sklearn", "matplotlib", "torchvision",
+UNUSED = ["transformers", "scipy", "pandas", "sympy", "datasets", "aiohttp", "sklearn", "matplotlib", "torchvision",
           "torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.distributed.fsdp",
           "torch.fx.experimental.symbolic_shapes", "pyarrow.dataset", "pyarrow.parquet", "sentence_transformers"]
 WARM_RUN = """
 import sys
-unused, imported = {unused!r}, []
-class Watcher:
-    def find_spec(self, name, path=None, target=None):
-        frame, importers = sys._getframe(), set()
-        while name in unused and frame:
-            importers.add(frame.f_globals.get("__name__", "").split(".")[0])
-            frame = frame.f_back
-        if name in unused and "transformers" not in importers:
-            imported.append(name)
-sys.meta_path.insert(0, Watcher())
 import run
 assert run.main({train!r}) == 0 and run.main({evaluate!r}) == 0
-print("IMPORTED", sorted(imported))
+print("IMPORTED", [name for name in {unused!r} if name in sys.modules])
 import pandas, pyarrow
 frame = pandas.DataFrame({{"title": ["a", None], "score": [1.0, float("nan")]}})
 print("NULLS", [column.null_count for column in pyarrow.Table.from_pandas(frame).columns], pyarrow.array(frame.score))

@@ -31,6 +31,7 @@ from engine.clip.model import LoadedModel, ModelOptions, build_model, distribute
 from engine.config.cli import DEMO_MODEL
 from engine.config.fields import Config
 from engine.cuda_graph import MIN_STEPS
+from engine.device import open_device
 from engine.loss import Objective
 from engine.optim import Plan, adamw
 from engine.ranks.world import World, _Gather, close
@@ -57,8 +58,8 @@ def verdict(passed: bool | None, text: str) -> None:
 
 
 def device() -> torch.device:
-    """Where the checks run."""
-    return torch.device("cuda", 0) if GPU else torch.device("cpu")
+    """Where the checks run, opened as a run opens it: fp32 products are fp32."""
+    return open_device("cuda" if GPU else "cpu", 0)
 
 
 def run_py(*arguments: str | Path, ranks: int = 1, threads: int = 0) -> subprocess.CompletedProcess[str]:

@@ -170,15 +170,15 @@ class _Ring:
     def __enter__(self) -> _Ring:
         feed = self.feed
         feed.times.by = f"{feed.workers} thread{'s' * (feed.workers > 1)}"
-        if feed.use_processes:
-            self.processes = Processes(self)
-            self.processes.start()
         if feed.pinned:
             register(self.memory)
-        if self.processes is None or not Server.can_fork_now():
-            self.start_threads()
-        else:
+        if feed.use_processes:
+            self.processes = Processes(self)
+        if self.processes is not None and Server.can_fork_now():
             self.backlog.set(for_threads=False)
+            self.processes.start()
+        else:
+            self.start_threads()
         return self
 
     def start_threads(self) -> None:
@@ -235,7 +235,10 @@ class _Ring:
             self.finish(piece, outcomes, spent)
 
     def finish(self, piece: Piece, outcomes: dict[int, Outcome], spent: Spent) -> None:
-        """Set the outcomes of a piece."""
+        """Set the outcomes of a piece; the first that is decoded shows that processes are worth their start."""
+        if self.processes is not None and not self.processes.started:
+            if any(outcome.is_filled or outcome.content for outcome in outcomes.values()):
+                self.processes.start()
         self.feed.times.add(spent)
         piece.finish(outcomes)
 

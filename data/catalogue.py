@@ -29,6 +29,8 @@ from data.titles import is_blank
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from data.images.feed import Times
+
 
 @dataclass(frozen=True)
 class Catalogue:
@@ -66,6 +68,7 @@ class DecodeResults:
     def __init__(self) -> None:
         self._reference, self._key = array("q"), bytearray()
         self.problems: dict[int, BadSample] = {}
+        self.times: Times | None = None  # of the feed that they came from
 
     def add(self, result: DecodeResult) -> None:
         """Append a result."""

@@ -261,6 +261,7 @@ def encode_missing_images(catalogue: Catalogue, reader: Reader, references: Sequ
         known = KnownKeys() if is_again else writer.known_keys()
         job = ToPixels(reader.spec, reader.max_pixels, known)
         feed = Feed(job, reader, len(todo), log, pinned=torch.cuda.is_initialized())
+        results.times = results.times or feed.times
         damaged: list[int] = []
         for lot in decode_lots(catalogue, todo, feed):
             again = [lot.tags[place] for place in writer.add(lot)]

@@ -108,7 +108,8 @@ class StreamedBatches:
     def _batches(self, first_step: int) -> Iterator[Batch]:
         reader, size = self.pairs.pipeline.reader, self.order.size
         largest = -(-min(self.order.batch_size, len(self.split)) // size)
-        feed = Feed(ToPixels(reader.spec, reader.max_pixels), reader, len(self.split) // size, lot=largest)
+        feed = Feed(ToPixels(reader.spec, reader.max_pixels), reader, len(self.split) // size,
+                    self.pairs.pipeline.log, lot=largest)
         under_way = deque[Tensor]()  # the row numbers of steps that are being decoded
 
         def groups() -> Iterator[list[tuple[int, Task]]]:

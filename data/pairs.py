@@ -21,6 +21,7 @@ from data.catalogue import Catalogue, DecodeResults, Split, build_catalogue, kee
 from data.cold import DecodedImages, Pipeline, check_images, encode_missing_images, encode_missing_titles
 from data.identity import Contents
 from data.images.album import RowPreviews
+from data.images.feed import SHOWN_S, Times
 from data.images.reader import Reader, is_url
 from data.inputs import CachedPairs, FeatureSource, StreamedPairs, make_feature_splits, owned_references
 from data.ledger import dropped_rows
@@ -46,6 +47,7 @@ class Pairs:
     inputs: CachedPairs | StreamedPairs
     album: RowPreviews
     store_report: str = ""  # what the cold pass added to the feature store
+    feed_report: str = ""  # rates of reading and decoding in the cold pass
     classes: Mapping[str, int] = field(default_factory=dict)  # their number, of splits whose titles are class names
 
     def feature_splits(self, names: Collection[str]) -> Mapping[str, FeatureSplit]:
@@ -108,8 +110,10 @@ def open_pairs(rows: Mapping[str, Rows], unread: Sequence[Mapping[str, Any]], pi
     feature_splits = make_feature_splits(splits, image_table, title_table, device, catalogue.title_group_P)
     cached = CachedPairs(feature_splits)
     inputs = StreamedPairs.open(catalogue, splits, example_D, pipeline, decoded) if reader.augment else cached
-    report = _describe_store(cache, images, titles, seconds)
-    return Pairs(splits, ledger, identity, contents, cached, inputs, album, report, count_classes(rows))
+    times = [each.times for each in results if each.times is not None and each.times.pictures]
+    report = _describe_store(cache, images, titles, seconds, times)
+    rates = "; ".join(f"rank {rank}: {each.describe()}" for rank, each in enumerate(times))
+    return Pairs(splits, ledger, identity, contents, cached, inputs, album, report, rates, count_classes(rows))
 
 
 def _check_images(catalogue: Catalogue, decoded: DecodedImages, pipeline: Pipeline) -> list[DecodeResults]:
@@ -197,8 +201,13 @@ def stored_table(store: FeatureStore, keys: np.ndarray) -> StoredTable:
     return StoredTable(store, rows)
 
 
-def _describe_store(cache: Path, images: FeatureStore, titles: FeatureStore, seconds: float) -> str:
+def _describe_store(cache: Path, images: FeatureStore, titles: FeatureStore, seconds: float,
+                    times: Sequence[Times]) -> str:
     """Return how much was encoded, and the size of the store: the two spaces of this model, and all spaces."""
     total = sum(spaces(cache / "features").values())
-    return (f"features: {images.grown:,} images and {titles.grown:,} titles encoded, {seconds:.1f} s; this model's "
-            f"{(images.nbytes + titles.nbytes) / 1e6:,.1f} MB of {total / 1e6:,.1f} MB in {cache / 'features'}")
+    waited = ""
+    if times and seconds >= SHOWN_S:
+        share_of_time = sum(each.waited_share for each in times) / len(times)
+        waited = f", waiting for pictures {share_of_time:.0%} of the image pass"
+    return (f"features: {images.grown:,} images and {titles.grown:,} titles encoded, {seconds:.1f} s{waited}; this "
+            f"model's {(images.nbytes + titles.nbytes) / 1e6:,.1f} MB of {total / 1e6:,.1f} MB in {cache / 'features'}")

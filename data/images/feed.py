@@ -35,7 +35,7 @@ Tag = TypeVar("Tag")
 LOT, SMALL_LOT = 256, 64  # pictures handed on at once: of many, and of few, where a long first lot is a long wait
 MANY = 4096  # pictures
 PIECE = 16  # pictures that a worker takes at once: 20 ms of work where handing it out takes .1 ms
-MIN_PICTURES = 2048  # that processes are started for: loading their libraries takes 1.5 s of one core
+MIN_PICTURES = MANY  # that processes are started for: loading their libraries takes 1.6 s of one core, as 1,300 do
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # "max PERIOD" or "QUOTA PERIOD"
 SHOWN_S = 5.0  # a feed that takes less says nothing of its rates
 
@@ -105,32 +105,36 @@ class Feed:
 
         A BadSample and a record that is already there are handed through.
         """
-        with _Ring(self) as ring:
-            began = asked = time.perf_counter()
-            waiting = deque[_LotUnderWay[Tag]]()
-            slot = 0
-            for group in groups:
-                while waiting and (len(waiting) == self.slots - 1 or waiting[0].is_done()):
-                    lot = waiting.popleft().result()
-                    self._note_times(began, asked, lot)
+        times, began = self.times, time.perf_counter()
+        asked = began
+        try:
+            with _Ring(self) as ring:
+                for lot in self._finished(ring, groups):
+                    handed = time.perf_counter()
+                    times.waited += handed - asked
+                    times.pictures += len(lot.tags)
                     yield lot
                     asked = time.perf_counter()
-                waiting.append(ring.begin(group, slot % self.slots))
-                slot += 1
-            while waiting:
-                lot = waiting.popleft().result()
-                self._note_times(began, asked, lot)
-                yield lot
-                asked = time.perf_counter()
-        self.times.total = asked - began
+                    times.total = asked - began
+        except GeneratorExit:  # a stream without end has been left
+            self._say_rates()
+            raise
+        self._say_rates()
+
+    def _finished(self, ring: _Ring, groups: Iterable[Iterable[tuple[Tag, Task | BadSample | np.ndarray]]]
+                  ) -> Iterator[Lot[Tag]]:
+        """Yield lots in order; the others of the ring are decoded meanwhile."""
+        waiting = deque[_LotUnderWay[Tag]]()
+        for number, group in enumerate(groups):
+            while waiting and (len(waiting) == self.slots - 1 or waiting[0].is_done()):
+                yield waiting.popleft().result()
+            waiting.append(ring.begin(group, number % self.slots))
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _say_rates(self) -> None:
         if self.times.total >= SHOWN_S:
             self.log(f"pictures: {self.times.describe()}")
-
-    def _note_times(self, began: float, asked: float, lot: Lot[Tag]) -> None:
-        now = time.perf_counter()
-        self.times.waited += now - asked
-        self.times.total = now - began
-        self.times.pictures += len(lot.tags)
 
 
 class _LotUnderWay(Generic[Tag]):
@@ -166,15 +170,15 @@ class _Ring:
     def __enter__(self) -> _Ring:
         feed = self.feed
         feed.times.by = f"{feed.workers} thread{'s' * (feed.workers > 1)}"
-        if feed.use_processes:
-            self.processes = Processes(self)
-            self.processes.start()
         if feed.pinned:
             register(self.memory)
-        if self.processes is None or not Server.can_fork_now():
-            self.start_threads()
-        else:
+        if feed.use_processes:
+            self.processes = Processes(self)
+        if self.processes is not None and Server.can_fork_now():
             self.backlog.set(for_threads=False)
+            self.processes.start()
+        else:
+            self.start_threads()
         return self
 
     def start_threads(self) -> None:
@@ -231,7 +235,10 @@ class _Ring:
             self.finish(piece, outcomes, spent)
 
     def finish(self, piece: Piece, outcomes: dict[int, Outcome], spent: Spent) -> None:
-        """Set the outcomes of a piece."""
+        """Set the outcomes of a piece; the first that is decoded shows that processes are worth their start."""
+        if self.processes is not None and not self.processes.started:
+            if any(outcome.is_filled or outcome.content for outcome in outcomes.values()):
+                self.processes.start()
         self.feed.times.add(spent)
         piece.finish(outcomes)
 

@@ -194,14 +194,19 @@ class Processes:
         self._wake.setblocking(False)
         self._awake.setblocking(False)
         self._early = 0  # deaths of workers that were not ready
+        self.started = False
+        self._starting = threading.Lock()
         self._closed = False
         self._has_room = True  # perhaps a worker could take a piece
         self._feed = 0
         self._thread = threading.Thread(target=self._run, name="decoding-processes", daemon=True)
 
     def start(self) -> None:
-        """Begin to start processes."""
-        self._thread.start()
+        """Begin to start processes, if that has not begun."""
+        with self._starting:
+            if not self.started and not self._closed:
+                self.started = True
+                self._thread.start()
 
     def wake(self) -> None:
         """Say that there is a new piece, if a worker could take it."""
@@ -212,9 +217,11 @@ class Processes:
 
     def close(self) -> None:
         """End the processes."""
-        self._closed = True
+        with self._starting:
+            self._closed = True
         self.wake()
-        self._thread.join()
+        if self.started:
+            self._thread.join()
         self._wake.close()
         self._awake.close()
 

@@ -1,8 +1,9 @@
 """The decoding of one picture, and the processes that do it: a server that loads the libraries once and forks workers.
 
-The server is started as a program, so nothing of the main process (locks, threads, CUDA) is copied into it; it has one
-thread and never uses a GPU. It is torch's resize that keeps it from starting in a tenth of a second, and that halves
-the time of a picture; loaded once, forking a worker takes milliseconds. Both end when the main process does, in any
+The server is started as a program, so nothing of the main process (locks, threads, CUDA) is copied into it; it runs one
+thread (beside that of pyarrow's allocator, which knows of forks) and never uses a GPU. It is torch's resize that keeps
+it from starting in a tenth of a second, and that halves the time of a picture: loaded once in the server, a worker
+starts in 10 ms. Both end when the main process does, in any
 way: the server when its socket closes, workers with the server. Signals to the process group are left to the main
 process.
 
@@ -12,6 +13,8 @@ Dimension key: C colour channels, S crop side in pixels.
 from __future__ import annotations
 
 import ctypes
+import gc
+import io
 import mmap
 import os
 import signal
@@ -25,6 +28,7 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from PIL import Image
 
 from data.batch import BadSample
 from data.images.augment import random_region
@@ -170,9 +174,7 @@ def notes_in(memory: mmap.mmap | bytearray) -> np.ndarray:
 
 def serve(descriptor: int) -> None:
     """Answer requests that come through a socket until it closes: open and close feeds, fork their workers."""
-    import torch
-
-    torch.set_num_threads(1)
+    _load_libraries()
     requests = Connection(descriptor)
     feeds: dict[int, tuple[Job, Reader, int]] = {}
     ended: dict[int, int] = {}  # process -> its exit code
@@ -193,6 +195,18 @@ def serve(descriptor: int) -> None:
                 os.close(feeds.pop(feed)[2])
         except (EOFError, OSError):  # the main process is gone, and the workers go with this one
             os._exit(0)
+
+
+def _load_libraries() -> None:
+    """Decode a picture, so that workers find loaded what decoding loads late, and share its memory."""
+    import torch
+
+    torch.set_num_threads(1)
+    picture = io.BytesIO()
+    Image.new("RGB", (80, 60)).save(picture, "JPEG")
+    decode_image(picture.getvalue(), ImageSpec.clip(32))
+    gc.collect()
+    gc.freeze()  # a collection in a worker would copy the memory of all objects
 
 
 def _reap(ended: dict[int, int]) -> None:

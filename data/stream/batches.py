@@ -174,7 +174,8 @@ class ShardBatches:
                 seed = f"{self.seed} {epoch} {repeat} {team.rank}"
                 shuffled = shuffle(map(progress.begin, read), self.shuffle_buffer, seed)
                 pictures = self.samples // team.size
-                with closing(decode(shuffled, reader, (self.seed, epoch), self._report, pictures)) as decoded:
+                crop_seed, log = (self.seed, epoch), self.pipeline.log
+                with closing(decode(shuffled, reader, crop_seed, self._report, pictures, log)) as decoded:
                     for item in decoded:
                         usable += item.pixels_CSS is not None
                         yield item

@@ -24,6 +24,7 @@ from data.images.decode import collate_tokens, tokenize
 from data.images.feed import Feed, grouped
 from data.images.reader import Reader
 from data.images.worker import Task, ToPixels, content_number
+from data.ledger import discard
 from data.shards.stream import ForwardFile, stream_samples
 from data.store.segments import key_of
 from data.stream.shards import open_shard
@@ -159,12 +160,12 @@ def shuffle(items: Iterable[Item], size: int, seed: str) -> Iterator[Item]:
 
 
 def decode(stream: Iterable[Sample], reader: Reader, crop_seed: tuple[int, int], report: Callable[[Sample, BadSample],
-           None], pictures: int) -> Generator[Decoded]:
+           None], pictures: int, log: Callable[[str], None] = discard) -> Generator[Decoded]:
     """Decode in order, ahead of what is taken; with --augment a random crop of each. `pictures` is about how many.
 
     `crop_seed` is seed and epoch; a crop is a function of both and of the image's content.
     """
-    feed = Feed(ToPixels(reader.spec, reader.max_pixels), reader, pictures)
+    feed = Feed(ToPixels(reader.spec, reader.max_pixels), reader, pictures, log)
     crop = (*crop_seed, None) if reader.augment else None
     tasks = ((sample, Task(sample.image, crop)) for sample in stream)
     with closing(feed.lots(grouped(tasks, feed.lot))) as lots:

@@ -45,7 +45,7 @@ def reader_of(folder: Path, workers: int) -> Reader:
 def by_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes alone decode, however few pictures and cores there are."""
     with_processes(monkeypatch)
-    monkeypatch.setattr(feed._Ring, "start_threads", lambda ring: None)
+    monkeypatch.setattr(Server, "can_fork_now", lambda: True)
 
 
 def with_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,11 +148,12 @@ from pathlib import Path
 from faulty_jobs import FirstBytes
 from data.images import feed
 from data.images.feed import Feed, grouped
+from data.images.processes import Server
 from data.images.reader import Reader
 from data.images.decode import ImageSpec
 from data.images.worker import Task
 from data.web.limits import FetchPolicy
-feed.MIN_PICTURES, feed.cores_of_rank, feed._Ring.start_threads = 0, lambda: 4, lambda ring: None
+feed.MIN_PICTURES, feed.cores_of_rank, Server.can_fork_now = 0, lambda: 4, lambda: True
 pictures = Feed(FirstBytes(0.01), Reader(Path("."), ImageSpec.clip(32), FetchPolicy(), 10**7, 3), 10**6)
 tasks = ((number, Task(b"%08d" % number)) for number in range(10**6))
 try:
@@ -231,7 +232,7 @@ def test_threads_and_processes_give_the_same_run(pictures: tuple[Path, Catalogue
         with pytest.MonkeyPatch.context() as patch:
             if is_forced:
                 with_processes(patch)
-                patch.setattr(feed._Ring, "start_threads", lambda ring: None)
+                patch.setattr(Server, "can_fork_now", lambda: True)
             results = encoded(folder, catalogue, store, workers)
         found = [(each.reference, each.key, str(each.problem)) for each in results]
         keys = results.good()[1]

@@ -97,5 +97,4 @@ def _rendezvous_store(rank: int, size: int, timeout: datetime.timedelta) -> dist
     except dist.DistNetworkError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(f"the ranks cannot meet at {where} ({str(error).splitlines()[0][:150]}); is the port in use? "
-                        "Give torchrun another --master-port, or --standalone; without torchrun set MASTER_PORT"
-                        ) from None
+                        "Give torchrun another --master-port, or --standalone; else set MASTER_PORT") from None

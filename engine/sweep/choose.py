@@ -50,7 +50,7 @@ class Candidate(NamedTuple):
 
 
 BASE = Candidate("base")
-LEAVE_BASE = 2.0  # standard errors by which the best has to beat the base
+LEAVE_BASE = 2.0  # standard errors by which a candidate has to beat the base
 CANDIDATES = (BASE, *(Candidate("run", rate, share) for rate in RATES for share in SHARES),
               *(Candidate("cca", 0.0, weight) for weight in CCA_WEIGHTS))
 
@@ -67,10 +67,10 @@ class Choice:
         """Return one line: what was chosen and why."""
         if self.candidate.kind == "base":
             return "left as it is: nothing was better by more than chance"
-        line = self.candidate.describe()
+        line = f"{self.candidate.describe()}: better than the base by more than chance"
         if self.candidate == self.best:
-            return f"{line}: the best on held-out pairs, by more than chance better than any nearer to the base"
-        return f"{line}: as good as the best ({self.best.describe()}) up to chance, and nearer to the base"
+            return f"{line}, and the best on held-out pairs"
+        return f"{line}, as good as the best ({self.best.describe()}) up to chance, and nearer to the base"
 
 
     def as_json(self, settings: Config) -> dict[str, Any]:
@@ -203,7 +203,8 @@ def pick(scores: Sequence[HeldOutScores], unit_N: Tensor) -> Choice:
 
     The scale of each candidate is the one with the best likelihood over all held-out rows. A candidate is as good as
     the best if it is worse by at most one standard error of the paired difference (Breiman et al. 1984,
-    "Classification and Regression Trees", section 3.4.3), the base by at most two: the best of twelve is partly luck.
+    "Classification and Regression Trees", section 3.4.3); of those the nearest to the base is taken, and it has to beat
+    the base itself by two, as the best of twelve is partly luck.
     """
     row_H = torch.cat([part.row_N for part in scores])
     loss_CSH = torch.cat([part.loss_CSH for part in scores], 2).double()
@@ -214,10 +215,11 @@ def pick(scores: Sequence[HeldOutScores], unit_N: Tensor) -> Choice:
     mean_C = loss_CH.mean(1)
     best = int(mean_C.argmin())
     error_C = standard_error(loss_CH - loss_CH[best], unit_N[row_H])
-    allowed_C = error_C.clone()
-    allowed_C[CANDIDATES.index(BASE)] *= LEAVE_BASE
-    good = [place for place in range(len(CANDIDATES)) if mean_C[place] - mean_C[best] <= allowed_C[place]]
-    chosen = min(good, key=lambda place: float(change_C[place]))
+    good = [place for place in range(1, len(CANDIDATES)) if mean_C[place] - mean_C[best] <= error_C[place]]
+    chosen = min(good, key=lambda place: float(change_C[place]), default=0)
+    gain_H = loss_CH[0] - loss_CH[chosen]  # of the chosen one over the base, which is the first candidate
+    if gain_H.mean() <= LEAVE_BASE * standard_error(gain_H[None], unit_N[row_H])[0]:
+        chosen = 0
     curve = []
     for place, candidate in enumerate(CANDIDATES):
         curve.append({"candidate": candidate.describe(), "held_out_loss": float(mean_C[place]),

@@ -49,7 +49,9 @@ class Candidate(NamedTuple):
         return f"canonical correlation, weight {self.share:g}" if self.kind == "cca" else "base model"
 
 
-CANDIDATES = (Candidate("base"), *(Candidate("run", rate, share) for rate in RATES for share in SHARES),
+BASE = Candidate("base")
+LEAVE_BASE = 2.0  # standard errors by which a candidate has to beat the base
+CANDIDATES = (BASE, *(Candidate("run", rate, share) for rate in RATES for share in SHARES),
               *(Candidate("cca", 0.0, weight) for weight in CCA_WEIGHTS))
 
 
@@ -65,10 +67,10 @@ class Choice:
         """Return one line: what was chosen and why."""
         if self.candidate.kind == "base":
             return "left as it is: nothing was better by more than chance"
-        line = self.candidate.describe()
+        line = f"{self.candidate.describe()}: better than the base by more than chance"
         if self.candidate == self.best:
-            return f"{line}: the best on held-out pairs, by more than chance better than any nearer to the base"
-        return f"{line}: as good as the best ({self.best.describe()}) up to chance, and nearer to the base"
+            return f"{line}, and the best on held-out pairs"
+        return f"{line}, as good as the best ({self.best.describe()}) up to chance, and nearer to the base"
 
 
     def as_json(self, settings: Config) -> dict[str, Any]:
@@ -152,7 +154,7 @@ def candidate_weights(base: Projections, pairs: FeatureSplit, cfg: Config, preci
                       wanted: Sequence[Candidate] = CANDIDATES) -> Mapping[Candidate, Projections]:
     """Return the projections of candidates, tuned on `pairs`."""
     rates = [rate for rate in RATES if any(candidate.rate == rate for candidate in wanted)]
-    weights = {Candidate("base"): base}
+    weights = {BASE: base}
     if rates:
         scale = loss_scale(base, pairs)
         runs = train_together(base, pairs, [run_settings(cfg, rate, len(pairs), scale) for rate in rates], precision)
@@ -187,7 +189,7 @@ def repeats(pairs: FeatureSplit) -> Tensor:
 def partner_losses(cosine_HH: Tensor, repeat_HH: Tensor) -> Tensor:
     """Return the negative log likelihood of each row's right partner, mean of both ways, at each scale [S, H]."""
     own_H = cosine_HH.diagonal()
-    cosine_HH = cosine_HH.masked_fill(repeat_HH, -10.0)
+    cosine_HH = cosine_HH.masked_fill(repeat_HH, -1e4)  # no part of a sum at any scale
     losses = []
     for scale in SCALE_GRID:
         logits_HH = cosine_HH * scale
@@ -201,7 +203,8 @@ def pick(scores: Sequence[HeldOutScores], unit_N: Tensor) -> Choice:
 
     The scale of each candidate is the one with the best likelihood over all held-out rows. A candidate is as good as
     the best if it is worse by at most one standard error of the paired difference (Breiman et al. 1984,
-    "Classification and Regression Trees", section 3.4.3).
+    "Classification and Regression Trees", section 3.4.3); of those the nearest to the base is taken, and it has to beat
+    the base itself by two, as the best of twelve is partly luck.
     """
     row_H = torch.cat([part.row_N for part in scores])
     loss_CSH = torch.cat([part.loss_CSH for part in scores], 2).double()
@@ -212,8 +215,11 @@ def pick(scores: Sequence[HeldOutScores], unit_N: Tensor) -> Choice:
     mean_C = loss_CH.mean(1)
     best = int(mean_C.argmin())
     error_C = standard_error(loss_CH - loss_CH[best], unit_N[row_H])
-    good = [place for place in range(len(CANDIDATES)) if mean_C[place] - mean_C[best] <= error_C[place]]
-    chosen = min(good, key=lambda place: float(change_C[place]))
+    good = [place for place in range(1, len(CANDIDATES)) if mean_C[place] - mean_C[best] <= error_C[place]]
+    chosen = min(good, key=lambda place: float(change_C[place]), default=0)
+    gain_H = loss_CH[0] - loss_CH[chosen]  # of the chosen one over the base, which is the first candidate
+    if gain_H.mean() <= LEAVE_BASE * standard_error(gain_H[None], unit_N[row_H])[0]:
+        chosen = 0
     curve = []
     for place, candidate in enumerate(CANDIDATES):
         curve.append({"candidate": candidate.describe(), "held_out_loss": float(mean_C[place]),

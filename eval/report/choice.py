@@ -10,7 +10,8 @@ from eval.report.page import escape_text
 
 HEADS = ("candidate", "held-out loss", "worse than the best by", "standard error", "change of a cosine")
 HOW = ("Held-out loss: negative log likelihood of the right partner among the held-out pairs, both ways. Chosen is, of "
-       "all that are within one standard error of the best, the one that changes the base least.")
+       "all that are within one standard error of the best, the one that changes the base least, if it is better "
+       "than the base by two.")
 
 
 def choice_note(choice: Mapping[str, Any]) -> str:

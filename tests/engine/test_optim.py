@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from helpers import gradient, on_ranks
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.batch import UserError
-from engine.optim import Rates, adamw, adamw_by_name, learning_rate, update
+from engine.optim import Rates, adamw, adamw_by_name, learning_rate, update, weight_unit
 
 
 @pytest.mark.parametrize(("schedule", "warmup"), [("linear", 0.0), ("linear", 0.3), ("cosine", 0.0), ("cosine", 0.2),
@@ -121,3 +121,22 @@ def test_l2_sp_is_the_distance_to_the_pretrained_weights_on_any_number_of_ranks(
     for loss, weights in [l2_sp_steps(1), *on_ranks(2, l2_sp_steps, 2)]:
         assert loss == pytest.approx(expected.item(), rel=1e-6)
         torch.testing.assert_close(weights, naive.detach(), atol=1e-6, rtol=0)
+
+
+def test_relative_rates_move_every_tensor_by_the_same_share_of_itself() -> None:
+    """A rate that is right for one model took another one apart."""
+    generator = torch.Generator().manual_seed(0)
+    small, large = (nn.Parameter(torch.randn(8, 6, generator=generator) * size) for size in (0.02, 3.0))
+    before = [weight.detach().clone() for weight in (small, large)]
+    optimizer = adamw([small, large], 0.1, 0.0, l2_sp=0.5, relative=True)
+    for weight in (small, large):
+        weight.grad = torch.ones_like(weight) / weight_unit(weight)
+    assert optimizer.add_penalty(torch.zeros(()), 1) == 0
+    update(optimizer, 0.1, 0.0)
+    for weight, old in zip((small, large), before, strict=True):
+        unit = float(old.double().std(correction=0))
+        torch.testing.assert_close(old - weight.detach(), torch.full_like(old, 0.1 * unit), rtol=1e-3, atol=0.0)
+    penalty = optimizer.add_penalty(torch.zeros(()), 1)  # each of 96 values is .1 of its unit away
+    torch.testing.assert_close(penalty, torch.tensor(0.5 * 96 * 0.01), rtol=1e-2, atol=0.0)
+    with pytest.raises(UserError, match="standard deviations"):
+        adamw([nn.Parameter(torch.ones(3))], 0.1, 0.0, relative=True)

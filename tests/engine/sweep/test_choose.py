@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from data.batch import UserError
 from data.store.feature_split import FeatureSplit
 from engine.clip.model import ModelOptions, open_model
+from engine.commands import auto
 from engine.config.fields import Config
 from engine.ranks.world import World
 from engine.sweep.batched import PROJECTIONS, Projections
@@ -24,6 +25,7 @@ from engine.sweep.choose import (
     SCALE_GRID,
     STEPS,
     Candidate,
+    Choice,
     HeldOutScores,
     candidate_weights,
     choose,
@@ -187,7 +189,26 @@ def test_a_run_says_and_keeps_what_was_tried_and_chosen(auto_run: tuple[Path, st
     assert 'recipe = "auto"' in (out / "model" / "README.md").read_text()
     assert "lr = 0.0001" not in (out / "model" / "README.md").read_text()  # the default, which nothing has used
     done = inside(["verify", "--run", out, "--cache-dir", out.parent / "cache"])
-    assert done.returncode == 0 and "choice and weights          ok" in done.stdout, done.stdout
+    assert done.returncode == 0 and "choice and weights  ok" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("candidate", [Candidate("run", 0.0375, 0.5), Candidate("cca", 0.0, 0.25)])
+def test_what_is_chosen_is_what_is_exported(candidate: Candidate, auto_run: tuple[Path, str], pairs: Path,
+                                            tiny_model: Path, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    curve = files(auto_run[0])["metrics"]["auto"]["held_out"]
+    monkeypatch.setattr(auto, "choose", lambda *_: Choice(candidate, curve, candidate))
+    out, base = tmp_path / "run", files(auto_run[0])["weights"]
+    cache = ["--cache-dir", auto_run[0].parent / "cache"]
+    assert inside([*FLAGS, "--model", tiny_model, "--dataset", pairs, "--out", out, *cache]).returncode == 0
+    found = files(out)
+    steps = (out / "steps.jsonl").read_text().splitlines()
+    assert len(steps) == (40 if candidate.kind == "run" else 0)  # 40 epochs of one batch, or a closed form
+    assert all(not torch.equal(found["weights"][name], base[name]) for name in PROJECTIONS)
+    assert ("settings" in found["metrics"]["auto"]) == (candidate.kind == "run")
+    assert found["metrics"]["difference"]["test"]["image_to_text_mrr"]["value"] != 0
+    done = inside(["verify", "--run", out, *cache])
+    assert done.returncode == 0 and "choice and weights  ok" in done.stdout, done.stdout
 
 
 def test_resuming_a_finished_run_changes_nothing_and_a_cut_one_begins_again(auto_run: tuple[Path, str]) -> None:

@@ -73,7 +73,7 @@ def read_launch() -> Launch:
 
 
 def _find_launch() -> Launch:
-    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+    if any(name in os.environ for name in VARIABLES["torchrun"][:3]):
         return _launch_of("torchrun")
     for launcher in ("Open MPI", "PMI"):
         if all(name in os.environ for name in VARIABLES[launcher][:2]):

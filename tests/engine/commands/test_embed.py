@@ -138,16 +138,15 @@ def test_a_killed_run_goes_on_with_what_is_missing_and_ends_as_a_whole_one(
 
 def test_a_warm_store_runs_no_tower_and_fp16_parquet_holds_no_second_copy(
         flags: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine.clip.towers import Towers
+    from engine.clip.towers import Tower
 
     full, half = tmp_path / "full", tmp_path / "half"
     assert inside([*flags, "--out", full]).returncode == 0
 
-    def refuse(self: Towers, inputs: object) -> torch.Tensor:
+    def refuse(self: Tower, device: torch.device) -> torch.nn.Module:
         raise AssertionError("a tower ran")
 
-    monkeypatch.setattr(Towers, "image", refuse)
-    monkeypatch.setattr(Towers, "text", refuse)
+    monkeypatch.setattr(Tower, "for_pass", refuse)
     done = inside([*flags, "--out", half, "--dtype", "fp16", "--vectors", "npy"])
     assert done.returncode == 0, done.stderr
     rounded = vectors(half / "images" / "img_emb")

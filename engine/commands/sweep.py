@@ -55,7 +55,7 @@ def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
         return to_host(measure_if_finite(partial(evaluate_split, model.head, rows)))
 
     base = tuner.cross_validate([None], runs, held_out, world)[0]
-    began, finished = time.monotonic(), 0
+    began, finished, trained = time.monotonic(), 0, 0
     remaining = sum(not journal.is_finished(settings) for settings in tried)
     with stop.graceful_exit():
         # The same configurations train together whatever was finished before, so that a resumed sweep rounds alike.
@@ -63,12 +63,13 @@ def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
             if all(map(journal.is_finished, bundle)):
                 continue
             results = tuner.cross_validate([replace(cfg, **settings) for settings in bundle], runs, held_out, world)
+            trained += len(bundle)
+            speed = trained * len(runs) / (time.monotonic() - began) * 60
             for settings, held in zip(bundle, results, strict=True):
                 if journal.is_finished(settings):
                     continue
                 score = journal.add(settings, score_configuration(held, base, len(rows), cfg.best_metric))
                 finished += 1
-                speed = finished * len(runs) / (time.monotonic() - began) * 60
                 world.say(f"{finished}/{remaining}  {cfg.best_metric} {score:.4f}  ({describe_settings(settings)})  "
                           f"{speed:,.0f} runs/min")
             if stop.agreed_signal(world, finished):

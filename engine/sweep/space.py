@@ -76,6 +76,8 @@ def configurations(cfg: Config) -> list[Settings]:
 
     More --trials extend fewer ones. Raises UserError for a combination that cannot work.
     """
+    if cfg.recipe == "auto":
+        raise UserError("--recipe auto searches by itself; use it with train, or leave it out of the sweep")
     space = read_space(cfg.space)
     ranges = [name for name, values in space.items() if isinstance(values, Range)]
     if ranges and not cfg.trials:

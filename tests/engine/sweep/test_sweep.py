@@ -47,6 +47,12 @@ def test_a_space_that_cannot_be_is_answered_with_the_fix(space: str, trials: int
         tried(space=space, trials=trials)
 
 
+def test_auto_is_not_swept() -> None:
+    """Its settings would have been the reference's, under another name."""
+    with pytest.raises(UserError, match="searches by itself"):
+        tried(space="duplicates=mask,keep", recipe="auto")
+
+
 def test_a_grid_is_every_combination_after_the_settings_as_given() -> None:
     found = tried(space="lr=1e-3,1e-4 epochs=2,10")  # the reference's own lr and epochs are not tried twice
     assert found == [{}, {"lr": 1e-3, "epochs": 2}, {"lr": 1e-3, "epochs": 10}, {"lr": 1e-4, "epochs": 10}]

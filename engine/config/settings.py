@@ -25,8 +25,9 @@ METRICS = [*(f"{direction}_{name}" for direction in DIRECTIONS for name in RETRI
 # With --recipe auto: what it chooses, and what a run without checkpoints on both projections has no use for.
 CHOSEN_BY_AUTO = ("epochs", "batch_size", "lr", "schedule", "warmup", "weight_decay", "clip_norm", "scale", "loss",
                   "hardness", "l2_sp", "relative", "interpolate")
-UNUSED_BY_AUTO = ("trainable", "lr_tower", "lr_text", "micro_batch", "augment", "shuffle_buffer", "train_samples", "patience", "eval_splits",
-                  "eval_every", "save_every", "keep", "best_metric", "profile", "gradient_checkpointing")
+UNUSED_BY_AUTO = ("trainable", "lr_tower", "lr_text", "micro_batch", "augment", "shuffle_buffer", "train_samples",
+                  "patience", "eval_splits", "eval_every", "save_every", "keep", "best_metric", "profile",
+                  "gradient_checkpointing")
 
 
 def group_settings(names: Sequence[str]) -> dict[str, list[str]]:

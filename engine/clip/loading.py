@@ -50,6 +50,10 @@ class Clip:
             self.facts = ModelFacts.of(whole)
             self.model = whole.model.requires_grad_(False)
             self.head = HeadLayers(self.model.visual_projection, self.model.text_projection, self.model.logit_scale)
+            # As loaded, tensors lie at any address of the file; products of few rows differ in the last bit between
+            # aligned weights, which a run with a record has, and others.
+            for parameter in (self.head[0].weight, self.head[1].weight):
+                parameter.data = parameter.data.clone()
         elif record is not None:
             self.facts = record.facts
             self.head = _read_head(record)

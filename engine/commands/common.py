@@ -260,7 +260,7 @@ def open_data(cfg: Config, world: World, model: LoadedModel, source: Source, onl
     pairs = open_pairs(rows, unreadable, pipeline, cfg.max_bad, cfg.mine_negatives, measured)
     require_agreement(team, pairs.identity)
     world.say(pairs.describe())
-    if cfg.profile and pairs.feed_report:
+    if cfg.profile != "off" and pairs.feed_report:
         world.say(f"pictures of the cold pass: {pairs.feed_report}")
     if streamed and isinstance(pairs.inputs, StreamedPairs) and not only and not cfg.shuffle_buffer:
         world.say("every step reads its pictures from the store, one request each; --shuffle-buffer N reads the "

@@ -1,4 +1,4 @@
-"""Ranks compare what they are about to work on, so that no two train on different things without a word.
+"""Comparisons between ranks of what they are about to work on: a rank with other data or settings ends the run.
 
 Dimension key: M image references, K bytes of a key.
 """
@@ -48,15 +48,21 @@ def _shown(name: str, value: object, value_0: object) -> str:
     return f"{name} ({str(value)[:SHOWN]}, not {str(value_0)[:SHOWN]})" if name.startswith("--") else name
 
 
+def require_same_rows(team: Team, splits: Mapping[str, Rows]) -> None:
+    """Raise AgreedError on all ranks where two of them have read other rows, or in another order."""
+    if team.size > 1:
+        require_agreement(team, rows_to_compare(splits))
+
+
 def rows_to_compare(splits: Mapping[str, Rows]) -> dict[str, object]:
-    """Return digests of the rows of each split, in order; of images the names without their folders."""
+    """Return digests of the rows of each split, in order; image names count without their folders."""
     things: dict[str, object] = {"the splits": {name: len(rows) for name, rows in splits.items()}}
     for name, rows in splits.items():
         things[f"the titles of {name} or their order"] = _digest(rows.title)
         things[f"the image names of {name} or their order"] = _digest(_without_folders(rows.image))
-        for what, column in (("negatives", rows.title_neg), ("classes", rows.label)):
+        for kind, column in (("negatives", rows.title_neg), ("classes", rows.label)):
             if column is not None:
-                things[f"the {what} of {name}"] = _digest(column)
+                things[f"the {kind} of {name}"] = _digest(column)
     return things
 
 

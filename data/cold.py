@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -226,7 +227,8 @@ class FeatureWriter:
     def add(self, lot: Lot[Any]) -> list[int]:
         """Encode the new pictures of a lot at once.
 
-        Returns the places of those that were not decoded, as they are known, and that turn out to be damaged.
+        Returns the places of pictures that were not decoded, since the store knows them, but whose features turn out to
+        be damaged: they have to be decoded after all.
         """
         store, places = self.store, dict[bytes, int]()
         for place, outcome in enumerate(lot.outcomes):
@@ -234,16 +236,16 @@ class FeatureWriter:
                 places.setdefault(outcome.key, place)
         if store is None or not places:
             return []
-        is_new = store.locate(as_keys([*places])) < 0
-        new = [(key, place) for (key, place), new in zip(places.items(), is_new.tolist(), strict=True) if new]
-        fresh = {key: place for key, place in new if lot.outcomes[place].is_filled}
-        if fresh:
-            rows = [*fresh.values()]
+        is_missing = (store.locate(as_keys([*places])) < 0).tolist()
+        missing = dict(compress(places.items(), is_missing))
+        decoded = {key: place for key, place in missing.items() if lot.outcomes[place].is_filled}
+        if decoded:
+            rows = [*decoded.values()]
             records = lot.records if len(rows) == len(lot.records) else lot.records[rows]
-            self._unwritten.update(zip(fresh, self.encode(torch.from_numpy(records)).cpu(), strict=True))
+            self._unwritten.update(zip(decoded, self.encode(torch.from_numpy(records)).cpu(), strict=True))
         if len(self._unwritten) >= SEGMENT:
             self.flush()
-        return [place for key, place in new if key not in fresh]
+        return [place for key, place in missing.items() if key not in decoded]
 
     def flush(self) -> None:
         """Store what has been encoded. Raises UserError."""
@@ -256,9 +258,8 @@ def encode_missing_images(catalogue: Catalogue, reader: Reader, references: Sequ
                           encode: Callable[[Tensor], Tensor], log: Callable[[str], None]) -> DecodeResults:
     """Read the given references; encode those that the store does not hold yet, in lots, and store the features."""
     results, writer = DecodeResults(), FeatureWriter(store, encode)
-    todo, is_again = references, False
-    while len(todo):
-        known = KnownKeys() if is_again else writer.known_keys()
+    todo, known = references, writer.known_keys()
+    while len(todo):  # a second time those whose stored features turned out to be damaged
         job = ToPixels(reader.spec, reader.max_pixels, known)
         feed = Feed(job, reader, len(todo), log, pinned=torch.cuda.is_initialized())
         results.times = results.times or feed.times
@@ -269,7 +270,7 @@ def encode_missing_images(catalogue: Catalogue, reader: Reader, references: Sequ
             for result in as_results(lot):
                 if result.reference not in again:
                     results.add(result)
-        todo, is_again = damaged, True
+        todo, known = damaged, KnownKeys()
     writer.flush()
     return results
 

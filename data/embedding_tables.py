@@ -134,10 +134,9 @@ def open_tables(rows: Mapping[str, Rows], unread: Sequence[Mapping[str, Any]], p
     titles = add_missing_titles(catalogue, pipeline)
 
     usable, image_N, title_N, own_titles = _number(splits)
-    first_image_N = _first_places(usable.image_R)
-    first_title_N = _first_places(usable.title_R)
-    first_negative_N = _first_places(usable.negative_RH, len(title_N))[own_titles:]
-    first_title_N = np.append(first_title_N, first_negative_N)
+    first_image_N = np.unique(usable.image_R, return_index=True)[1]
+    first_own_title_N = np.unique(usable.title_R, return_index=True)[1]
+    first_title_N = np.append(first_own_title_N, _first_rows_with(usable.negative_RH, len(title_N))[own_titles:])
     all_title_R = np.concatenate([split.title_N.numpy() for split in splits.values()])
     return EmbeddingTables(
         DistinctInputs("image", stored_table(images, key_DK[image_N]), key_DK[image_N], first_image_N,
@@ -183,12 +182,10 @@ def _by_appearance(values: np.ndarray) -> np.ndarray:
     return distinct[np.argsort(first)]
 
 
-def _first_places(number_R: np.ndarray, count: int | None = None) -> np.ndarray:
-    """Return for each number the first row that has it; with `count`, of [R, H] numbers below it, -1 for none."""
-    if count is None:
-        return np.unique(number_R, return_index=True)[1]
+def _first_rows_with(number_RH: np.ndarray, count: int) -> np.ndarray:
+    """Return for each number below `count` the first row that holds it, -1 where none does."""
     first_N = np.full(count, -1, np.int64)
-    distinct, first = np.unique(number_R, return_index=True)
-    width = max(1, number_R.shape[1])
-    first_N[distinct[distinct >= 0]] = first[distinct >= 0] // width
+    distinct, place = np.unique(number_RH, return_index=True)
+    width = max(1, number_RH.shape[1])
+    first_N[distinct[distinct >= 0]] = place[distinct >= 0] // width
     return first_N

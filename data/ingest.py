@@ -7,7 +7,6 @@ killed run begins again at the first shard without a manifest, and does not enco
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -35,7 +34,7 @@ from data.web.storage import Entry, RemoteFile, open_stream, parent, public_name
 STATS_AT_ONCE = 16  # shards whose version is asked for at the same time
 MAX_AHEAD = 1 << 28  # bytes of pictures that wait to be decoded
 PICTURE_BYTES = 50_000  # of a picture, to tell how many a shard may hold before it is read
-END = BadSample("end")  # takes the place of a picture behind the last one of a shard
+END = BadSample("end")  # stands behind the last picture of a shard
 
 
 def ingest_shards(splits: Mapping[str, Sequence[Entry]], pipeline: Pipeline) -> dict[str, list[RemoteFile]]:
@@ -57,8 +56,8 @@ def ingest_shards(splits: Mapping[str, Sequence[Entry]], pipeline: Pipeline) -> 
         if manifest is None or manifest.classes != names or not _is_current(manifest, entry, pipeline.reader, store):
             missing[entry.address] = entry
         if manifest is not None and (manifest.entry != entry or manifest.classes != names):
-            what = "" if manifest.entry != entry else "the file of class names beside "
-            changed.append(f"{what}{public_name(entry.address)}")
+            place = "" if manifest.entry != entry else "the file of class names beside "
+            changed.append(f"{place}{public_name(entry.address)}")
     if changed:
         more = f" (and {len(changed) - 1:,} more shards)" if len(changed) > 1 else ""
         pipeline.log(f"{changed[0]} has changed since it was streamed: it is streamed again{more}")
@@ -145,9 +144,9 @@ class _Ingestion:
                 self._finish(self._add(lot), damaged)
         return [*damaged.values()]
 
-    def _add(self, lot: Lot[_Shard]) -> deque[_Shard]:
+    def _add(self, lot: Lot[_Shard]) -> list[_Shard]:
         """Note the keys of a lot; return the shards that end in it."""
-        ended = deque[_Shard]()
+        ended = list[_Shard]()
         for shard, outcome in zip(lot.tags, lot.outcomes, strict=True):
             if outcome.problem == (END.reason, END.detail):
                 ended.append(shard)
@@ -155,16 +154,15 @@ class _Ingestion:
                 shard.keys.append(b"" if outcome.problem else outcome.key)
         return ended
 
-    def _finish(self, ended: deque[_Shard], damaged: Mapping[str, Entry]) -> None:
+    def _finish(self, ended: Sequence[_Shard], damaged: Mapping[str, Entry]) -> None:
         """Write the manifests of these shards, whose pictures are all encoded, but not of those that are `damaged`."""
         if ended:
             self.writer.flush()
-        while ended:
-            shard = ended.popleft()
+        for shard in ended:
             if shard.entry.address in damaged:
                 continue
             manifest = make_manifest(shard.entry, self.reader.max_pixels, shard.problems, shard.rows, shard.keys,
-                                 shard.classes)
+                                     shard.classes)
             with disk_errors_as_user_errors(self.pipeline.cache):
                 write_manifest(self.pipeline.cache, manifest)
             self.progress()

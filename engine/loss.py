@@ -83,7 +83,7 @@ class Objective:
     loss: str = "image-to-text"  # a key of LOSSES; "symmetric" adds the text-to-image direction
     duplicates: str = "mask"
     hardness: float = 0.0  # added to the logits of negatives: hardness * cosine, without gradient
-    products: torch.dtype | None = None  # of the factors of matrix products, summed in fp32; None: the embeddings'
+    product_dtype: torch.dtype | None = None  # of the factors of matrix products, summed in fp32; None: as embedded
 
     def sum_over_rows(self, query_BE: Tensor, candidates: Candidates, scale: Tensor, first_row: int) -> Tensor:
         """Return the loss of the queries, summed; the right answer of query i is candidate first_row + i.
@@ -99,7 +99,7 @@ class Objective:
                 logits_RC.masked_fill_(ignored_RC, IGNORED_LOGIT)
             return LOSSES[self.loss](logits_RC, target_RC, ignored_RC)
 
-        return chunked(loss_of_chunk, scale * query_BE, candidates.embedding_CE, self.products)
+        return chunked(loss_of_chunk, scale * query_BE, candidates.embedding_CE, self.product_dtype)
 
     def targets(self, candidates: Candidates, own: int, rows: int) -> tuple[Tensor, Tensor]:
         """Return the target probabilities and the ignored candidates, both [rows, C], the latter bool.
@@ -122,7 +122,7 @@ class Objective:
 
 
 def chunked(loss_of_chunk: Callable[[Tensor, int], Tensor], query_BE: Tensor, candidate_CE: Tensor,
-            products: torch.dtype | None = None) -> Tensor:
+            product_dtype: torch.dtype | None = None) -> Tensor:
     """Return the sum of `loss_of_chunk(logits_RC, first row)` over chunks of the logits query_BE @ candidate_CE.T.
 
     One chunk is left to autograd. With more, each one's gradient is computed right after its loss, so that only one
@@ -130,9 +130,10 @@ def chunked(loss_of_chunk: Callable[[Tensor, int], Tensor], query_BE: Tensor, ca
     """
     rows = max(1, MAX_LOGITS[query_BE.device.type] // len(candidate_CE))
     if len(query_BE) <= rows:
-        logits_BC = query_BE @ candidate_CE.T if products is None else _Logits.apply(query_BE, candidate_CE, products)
-        return loss_of_chunk(logits_BC, 0)
-    return _Chunked.apply(query_BE, candidate_CE, loss_of_chunk, rows, products)
+        if product_dtype is None:
+            return loss_of_chunk(query_BE @ candidate_CE.T, 0)
+        return loss_of_chunk(_Logits.apply(query_BE, candidate_CE, product_dtype), 0)
+    return _Chunked.apply(query_BE, candidate_CE, loss_of_chunk, rows, product_dtype)
 
 
 def multiply(left_RX: Tensor, right_XC: Tensor) -> Tensor:
@@ -148,8 +149,8 @@ class _Logits(torch.autograd.Function):
     """query_BE @ candidate_CE.T with factors in half precision, forwards and backwards."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, query_BE: Tensor, candidate_CE: Tensor, products: torch.dtype) -> Tensor:
-        low_query_BE, low_candidate_CE = query_BE.to(products), candidate_CE.to(products)
+    def forward(ctx: FunctionCtx, query_BE: Tensor, candidate_CE: Tensor, dtype: torch.dtype) -> Tensor:
+        low_query_BE, low_candidate_CE = query_BE.to(dtype), candidate_CE.to(dtype)
         ctx.save_for_backward(low_query_BE, low_candidate_CE)
         return multiply(low_query_BE, low_candidate_CE.T)
 
@@ -167,24 +168,25 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, query_BE: Tensor, candidate_CE: Tensor,
-                loss_of_chunk: Callable[[Tensor, int], Tensor], rows: int, products: torch.dtype | None) -> Tensor:
+                loss_of_chunk: Callable[[Tensor, int], Tensor], rows: int,
+                product_dtype: torch.dtype | None) -> Tensor:
         total = query_BE.new_zeros(())
         query_grad_BE, candidate_grad_CE = torch.empty_like(query_BE), torch.zeros_like(candidate_CE)
         with torch.enable_grad():
             if loss_of_chunk(query_BE.new_zeros(0, len(candidate_CE)), 0).requires_grad:
                 raise UserError("a loss computed in chunks has a gradient by its logits alone, and this one depends on "
                                 "another trained tensor; raise MAX_LOGITS in engine/loss.py above the logits of a step")
-        factors = products or query_BE.dtype
-        candidate_CE = candidate_CE.to(factors)
+        dtype = product_dtype or query_BE.dtype
+        candidate_CE = candidate_CE.to(dtype)
         for low in range(0, len(query_BE), rows):
-            query_RE = query_BE[low : low + rows].to(factors)
+            query_RE = query_BE[low : low + rows].to(dtype)
             logits_RC = multiply(query_RE, candidate_CE.T).requires_grad_()
             with torch.enable_grad():
                 loss = loss_of_chunk(logits_RC, low)
             (grad_RC,) = torch.autograd.grad(loss, logits_RC)
             total += loss.detach()
-            grad_RC = grad_RC.to(factors)
-            if products is None:  # without another [R, E] and [C, E] a chunk
+            grad_RC = grad_RC.to(dtype)
+            if product_dtype is None:  # without another [R, E] and [C, E] a chunk
                 torch.mm(grad_RC, candidate_CE, out=query_grad_BE[low : low + rows])
                 candidate_grad_CE.addmm_(grad_RC.T, query_RE)
             else:

@@ -28,6 +28,7 @@ from data.batch import BadSample
 from data.images.processes import Backlog, Piece, Processes, Server
 from data.images.reader import Reader
 from data.images.worker import MAX_WORKERS, NOTES, Job, Outcome, Spent, Task, do_task, records_in
+from data.prefetch import batched
 
 Item = TypeVar("Item")
 Tag = TypeVar("Tag")
@@ -60,13 +61,13 @@ class Lot(NamedTuple, Generic[Tag]):
 
 @dataclass
 class Times:
-    """How long a feed has taken, and for what."""
+    """The time that a feed has taken, by what it was spent on."""
 
     pictures: int = 0
     spent: Spent = field(default_factory=Spent)
     waited: float = 0.0  # seconds that the consumer waited
     total: float = 0.0
-    by: str = ""  # who decodes
+    by: str = ""  # number and kind of the workers: `2 threads`, `8 processes`
 
     def add(self, spent: Spent) -> None:
         """Add what a worker has spent."""
@@ -97,7 +98,7 @@ class Feed:
         self.lot = lot or (LOT if pictures >= MANY else SMALL_LOT)
         self.workers = min(reader.workers, MAX_WORKERS)
         self.use_processes = self.workers > 1 and cores_of_rank() > 1 and pictures >= MIN_PICTURES
-        self.slots = 2 + -(-2 * PIECE * self.workers // self.lot)  # one at the consumer's, two pieces for each worker
+        self.slots = 2 + -(-2 * PIECE * self.workers // self.lot)  # the consumer's lot, and two pieces for each worker
         self.times = Times()
 
     def lots(self, groups: Iterable[Iterable[tuple[Tag, Task | BadSample | np.ndarray]]]) -> Generator[Lot[Tag]]:
@@ -106,16 +107,15 @@ class Feed:
         A BadSample and a record that is already there are handed through.
         """
         times, began = self.times, time.perf_counter()
-        asked = began
+        wait_began = began
         try:
             with _Ring(self) as ring:
                 for lot in self._finished(ring, groups):
-                    handed = time.perf_counter()
-                    times.waited += handed - asked
+                    times.waited += time.perf_counter() - wait_began
                     times.pictures += len(lot.tags)
                     yield lot
-                    asked = time.perf_counter()
-                    times.total = asked - began
+                    wait_began = time.perf_counter()
+                    times.total = wait_began - began
         except GeneratorExit:  # a stream without end has been left
             self._say_rates()
             raise
@@ -124,7 +124,7 @@ class Feed:
     def _finished(self, ring: _Ring, groups: Iterable[Iterable[tuple[Tag, Task | BadSample | np.ndarray]]]
                   ) -> Iterator[Lot[Tag]]:
         """Yield lots in order; the others of the ring are decoded meanwhile."""
-        waiting = deque[_LotUnderWay[Tag]]()
+        waiting = deque[_PendingLot[Tag]]()
         for number, group in enumerate(groups):
             while waiting and (len(waiting) == self.slots - 1 or waiting[0].is_done()):
                 yield waiting.popleft().result()
@@ -137,8 +137,8 @@ class Feed:
             self.log(f"pictures: {self.times.describe()}")
 
 
-class _LotUnderWay(Generic[Tag]):
-    """A lot of which some pieces may not be decoded."""
+class _PendingLot(Generic[Tag]):
+    """A lot of which some pieces may still have to be decoded."""
 
     def __init__(self, records: np.ndarray) -> None:
         self.records, self.tags, self.pieces = records, list[Tag](), list[Piece]()
@@ -198,11 +198,11 @@ class _Ring:
             unregister(self.memory)
         os.close(self.descriptor)
 
-    def begin(self, group: Iterable[tuple[Tag, Task | BadSample | np.ndarray]], slot: int) -> _LotUnderWay[Tag]:
+    def begin(self, group: Iterable[tuple[Tag, Task | BadSample | np.ndarray]], slot: int) -> _PendingLot[Tag]:
         """Hand out the tasks of a group, to be decoded into this part of the ring."""
         first = slot * self.feed.lot
-        lot = _LotUnderWay[Tag](self.records[first : first + self.feed.lot])
-        for pairs in _batches(group, PIECE):
+        lot = _PendingLot[Tag](self.records[first : first + self.feed.lot])
+        for pairs in batched(group, PIECE):
             piece = Piece(first + len(lot.tags))
             for place, (tag, task) in enumerate(pairs):
                 lot.tags.append(tag)
@@ -267,12 +267,6 @@ def unregister(memory: mmap.mmap) -> None:
     """Undo `register`."""
     pointer = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
     torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(pointer))
-
-
-def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    source = iter(items)
-    while batch := list(islice(source, size)):
-        yield batch
 
 
 def grouped(items: Iterable[Item], size: int) -> Iterator[Iterator[Item]]:

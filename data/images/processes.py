@@ -1,4 +1,4 @@
-"""Worker processes of a feed: one thread of the main process hands out pieces, collects outcomes and buries the dead.
+"""Worker processes of a feed: a thread of the main process hands out pieces, collects outcomes and replaces workers.
 
 A worker that dies, or is killed since it has not finished a picture in time, is replaced. The picture that it had in
 hand is unusable, as `decoder-crashed`; the others of its piece are decoded again.
@@ -96,18 +96,19 @@ class Server:
     _starting = threading.Lock()
 
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
+        own_end, server_end = socket.socketpair()
         one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         path = [str(Path(__file__).resolve().parents[2]), *sys.path]
         before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_MAIN)  # is inherited
         try:
-            with theirs:
+            with server_end:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-c", START, json.dumps(path), str(theirs.fileno())], stdin=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()], env={**os.environ, **one_thread, "CUDA_VISIBLE_DEVICES": ""})
+                    [sys.executable, "-c", START, json.dumps(path), str(server_end.fileno())],
+                    stdin=subprocess.DEVNULL, pass_fds=[server_end.fileno()],
+                    env={**os.environ, **one_thread, "CUDA_VISIBLE_DEVICES": ""})
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        self._socket, self._requests = ours, Connection(os.dup(ours.fileno()))
+        self._socket, self._requests = own_end, Connection(os.dup(own_end.fileno()))
         self._lock = threading.Lock()
         self._feeds = 0
         self.is_loaded = False  # it has forked a worker
@@ -136,11 +137,11 @@ class Server:
 
     def start(self, feed: int, number: int) -> Connection:
         """Have a worker forked; return this end of its socket. Raises OSError."""
-        ours, theirs = socket.socketpair()
-        with self._lock, theirs:
+        own_end, worker_end = socket.socketpair()
+        with self._lock, worker_end:
             self._requests.send(("start", feed, number))
-            socket.send_fds(self._socket, [b"."], [theirs.fileno()])
-        return Connection(ours.detach())
+            socket.send_fds(self._socket, [b"."], [worker_end.fileno()])
+        return Connection(own_end.detach())
 
     def exit_code(self, process: int) -> int | None:
         """Wait for a worker that is ending; None where the server has ended itself."""
@@ -236,7 +237,7 @@ class Processes:
             while not self._closed:
                 for end in wait([self._awake, *self._workers], LOOK_S):
                     if isinstance(end, Connection):
-                        self._hear(self._workers[end])
+                        self._take_message(self._workers[end])
                     else:
                         self._empty_wake()
                 self._has_room = True  # before looking at the backlog, so that no new piece is overlooked
@@ -262,12 +263,12 @@ class Processes:
         worker = _Worker(number, self._server.start(self._feed, number))
         self._workers[worker.connection] = worker
 
-    def _hear(self, worker: _Worker) -> None:
-        """Take a message of a worker, or the news that it has ended."""
+    def _take_message(self, worker: _Worker) -> None:
+        """Take a message of a worker; one that has ended is replaced."""
         try:
             message = worker.connection.recv()
         except (EOFError, OSError):
-            self._bury(worker)
+            self._replace(worker)
             return
         if isinstance(message, int):
             worker.process, self._server.is_loaded = message, True
@@ -281,7 +282,7 @@ class Processes:
             self.ring.finish(piece, *message)
 
     def _hand_out(self) -> None:
-        """Send pieces to ready workers: to each one, and a small one to begin with as soon as that is done."""
+        """Send each ready worker a piece, and then a second, small one, so that it need not wait for this thread."""
         for already in (0, 1):
             for worker in [*self._workers.values()]:
                 if worker.process and len(worker.pieces) == already:
@@ -306,7 +307,7 @@ class Processes:
                 worker.hangs = True
                 worker.kill()
 
-    def _bury(self, worker: _Worker) -> None:
+    def _replace(self, worker: _Worker) -> None:
         """Replace a worker that has ended, and name the picture that it had in hand."""
         del self._workers[worker.connection]
         worker.connection.close()

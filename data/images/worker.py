@@ -1,11 +1,10 @@
 """The decoding of one picture, and the processes that do it: a server that loads the libraries once and forks workers.
 
 The server is started as a program, so nothing of the main process (locks, threads, CUDA) is copied into it; it runs one
-thread (beside that of pyarrow's allocator, which knows of forks) and never uses a GPU. It is torch's resize that keeps
-it from starting in a tenth of a second, and that halves the time of a picture: loaded once in the server, a worker
-starts in 10 ms. Both end when the main process does, in any
-way: the server when its socket closes, workers with the server. Signals to the process group are left to the main
-process.
+thread (beside that of pyarrow's allocator, which knows of forks) and never uses a GPU. It loads torch, whose resize
+halves the time of a picture, in a second or two; a worker forked from it starts in 10 ms. Both end when the main
+process does, in any way: the server when its socket closes, workers with the server. Signals to the process group are
+left to the main process.
 
 Dimension key: C colour channels, S crop side in pixels.
 """
@@ -72,7 +71,7 @@ class Job(Protocol):
 class KnownKeys:
     """Keys of contents that need not be decoded, as sorted arrays of their first 8 bytes.
 
-    One in 10^11 contents that are new to a store of 10^8 is taken for known; who has the store finds that out.
+    One in 10^11 contents that are new to a store of 10^8 is taken for known; looking its whole key up shows that.
     """
 
     def __init__(self, *parts: np.ndarray) -> None:

@@ -28,10 +28,11 @@ POLL_S = 0.1
 
 
 def find_caches(cache: Path, team: Team, log: Callable[[str], None]) -> Team:
-    """Return the team with what ranks share a cache folder, which must exist, and log where it is not one for all.
+    """Return the team with `cache_of` set; log where the ranks have several cache folders. `cache` must exist.
 
-    Ranks whose folder is the same one of the same machine need no look. Of each such group one writes a file with a new
-    name, and all look for the others' files: a name that was never asked for is in no client's memory.
+    Ranks of one machine compare device and inode of their folders. Then one rank of each folder writes a file into it,
+    and all of these look for the others' files, as one network folder looks different from each machine. The names are
+    new, so that no NFS client remembers that they are absent.
     """
     if team.size == 1:
         return team

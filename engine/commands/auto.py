@@ -62,8 +62,7 @@ def train_auto(cfg: Config, world: World, out: Path, model: LoadedModel, pairs: 
     metrics["auto"] = choice.as_json(final)
     plan = Plan(len(rows), final.batch_size, final.epochs)
     # The first rank trains alone, so its log asks no other rank for a share of the loss.
-    alone = World(world.rank, world.local_rank, 1, world.device, quiet=world.quiet)
-    with closing(Log(out, alone, plan, State(), WeightDrift(model.trainable),
+    with closing(Log(out, world.alone(), plan, State(), WeightDrift(model.trainable),
                      Reference(comparable_settings(final), {}))) as log:
         answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture, resumed=False)
         recorder = Recorder(world, model, pairs, names, log, answers)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data.agreement import require_agreement, rows_to_compare
+from data.agreement import require_agreement, require_same_rows
 from data.batch import ALONE, Team, UserError
 from data.cold import Encoders, Pipeline, Reader
 from data.files import write_mark
@@ -200,15 +200,15 @@ def load_model(cfg: Config, world: World, reread: bool = False) -> LoadedModel:
     """
     options = ModelOptions(cfg.trainable, cfg.mode, cfg.scale, cfg.precision, cfg.augment, cfg.gradient_checkpointing)
     model = open_recorded(cfg, world, options, reread)
-    world.say(describe_device(cfg, world.device, world.size))
     world.say(model.describe())
     return model
 
 
 def open_recorded(cfg: Config, world: World, options: ModelOptions, reread: bool = False) -> LoadedModel:
-    """Open --model by its record in --cache-dir, or whole; then rank 0 leaves a record for the next run."""
+    """Name the device, and open --model by its record in --cache-dir, or whole; then rank 0 leaves a record."""
     records = model_records(cfg, world)
     model = open_model(cfg.model, options, world.device, None if reread else records)
+    world.say(describe_device(cfg, world.device, world.size))
     if model.clip.record is None:
         mark_cache(cfg)
         write_record(model.clip, records, world.say)
@@ -234,22 +234,29 @@ def make_encoders(model: LoadedModel, compile_image_tower: str = "off") -> Encod
         stored=model.stored, tokenizer=clip.tokenizer, max_tokens=clip.max_tokens)
 
 
+def open_pipeline(cfg: Config, world: World, model: LoadedModel) -> Pipeline:
+    """Return the way from references and titles to features on this rank, with the caches of all ranks.
+
+    Raises AgreedError where ranks have other models.
+    """
+    mark_cache(cfg)
+    team = find_caches(cache_folder(cfg), world.team, world.say)
+    encoders = make_encoders(model, cfg.compile)
+    require_agreement(team, model_to_compare(model, encoders))
+    reader = make_reader(cfg, model.clip.spec)
+    return Pipeline(reader, encoders, team, cache_folder(cfg), world.device, world.live)
+
+
 def open_data(cfg: Config, world: World, model: LoadedModel, source: Source, only: str = "") -> Pairs:
     """Return the pairs of `source`: every image and title read and, where features are stored, encoded once.
 
     Rows that cannot be used are dropped and counted. `only` names the one split that is opened, or all.
     """
-    mark_cache(cfg)
-    team = find_caches(cache_folder(cfg), world.team, world.say)
-    reader = make_reader(cfg, model.clip.spec)
-    encoders = make_encoders(model, cfg.compile)
-    pipeline = Pipeline(reader, encoders, team, cache_folder(cfg), world.device, world.live)
-    require_agreement(team, model_to_compare(model, encoders))
-    streamed = bool(source.shards)
+    pipeline = open_pipeline(cfg, world, model)
+    team, streamed = pipeline.team, bool(source.shards)
     source = stream_shards(cfg, world, source, pipeline, only)
-    if team.size > 1:
-        require_agreement(team, rows_to_compare(source.rows))
-    rows = divide_source(cfg, world, source.rows, reader, encoders, team)
+    require_same_rows(team, source.rows)
+    rows = divide_source(cfg, world, source.rows, pipeline.reader, pipeline.encoders, team)
     if only or not cfg.shuffle_buffer:
         require_split(cfg, only or "train", rows)
     unreadable = source.unreadable

@@ -7,23 +7,14 @@ import json
 
 import torch
 
+from data.agreement import require_same_rows
 from data.batch import UserError
-from data.cold import Encoders, Pipeline
+from data.cold import Encoders
 from data.embedding_tables import EmbeddingTables, open_tables
 from data.ledger import dropped_rows
-from data.store.sharing import find_caches
 from data.web.storage import without_secrets
 from engine.clip.model import LoadedModel, ModelOptions
-from engine.commands.common import (
-    cache_folder,
-    divide_source,
-    make_encoders,
-    make_reader,
-    mark_cache,
-    open_recorded,
-    open_source,
-    stream_shards,
-)
+from engine.commands.common import divide_source, open_pipeline, open_recorded, open_source, stream_shards
 from engine.config.fields import Config
 from engine.publish.embeddings import DTYPES, LAYOUT, PART, SUMMARY, EmbeddingWriter, begin_folder, check_folder
 from engine.ranks.signals import StopSignal
@@ -41,15 +32,13 @@ def embed(cfg: Config, world: World, stop: StopSignal) -> int:
     source = open_source(cfg, world, cfg.split)
     model = open_recorded(cfg, world, ModelOptions(cfg.trainable, "cached", cfg.scale, cfg.precision))
 
-    mark_cache(cfg)
-    team = find_caches(cache_folder(cfg), world.team, world.say)
-    reader = make_reader(cfg, model.clip.spec)
-    encoders = make_encoders(model, cfg.compile)
-    pipeline = Pipeline(reader, encoders, team, cache_folder(cfg), world.device, world.live)
+    pipeline = open_pipeline(cfg, world, model)
+    encoders = pipeline.encoders
     source = stream_shards(cfg, world, source, pipeline, cfg.split)
+    require_same_rows(pipeline.team, source.rows)
     rows, unreadable = source.rows, source.unreadable
     if cfg.split != "all":  # a lone split stays whole otherwise, so that rows keep their numbers
-        rows = {cfg.split: divide_source(cfg, world, rows, reader, encoders, team)[cfg.split]}
+        rows = {cfg.split: divide_source(cfg, world, rows, pipeline.reader, encoders, pipeline.team)[cfg.split]}
         unreadable = [entry for entry in unreadable if entry.get("split", cfg.split) == cfg.split]
     tables = open_tables(rows, unreadable, pipeline, cfg.max_bad)
     if not world.is_main:

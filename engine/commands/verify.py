@@ -68,7 +68,7 @@ def rerun(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path]) -> 
     if shards.train:
         findings = [Finding("replay", verification.UNCHECKED, "resuming changes the order of a stream of shards")]
     elif cfg.recipe == "auto":
-        model = load_model(cfg, world)
+        model = load_model(cfg, world, reread=True)
         findings = [auto.recompute(cfg, world, run, model, open_data(cfg, world, model, source))]
     else:
         findings = replay(cfg, world, run, checkpoints, source)

@@ -51,7 +51,7 @@ COMMANDS = {
     "search": Command("the best thumbnails for a title, or the best titles for a picture", {"split": "all"}),
     "embed": Command("write the embeddings of all images and titles into --out, for faiss, databases, clip-retrieval",
                      {"split": "all"}),
-    "export": Command("a run, or its projections alone, as a Hugging Face folder; or push it to the hub",
+    "export": Command("a run, or its projections alone, as a folder for transformers or open_clip; or push it",
                       {"model": ""}),
     "verify": Command("prove a run: checksums, some steps trained again, the exported model measured again; without "
                       "--run, check the stored features", {"model": "", "dataset": ""}),

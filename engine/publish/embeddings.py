@@ -14,7 +14,7 @@ Dimension key: n inputs of a part, E embedding.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -185,7 +185,7 @@ def _chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:
         yield low, min(low + CHUNK, stop)
 
 
-def _new_file(path: Path) -> Any:
+def _new_file(path: Path) -> AbstractContextManager[Path]:
     """Return `replaced_file` of a path whose folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return replaced_file(path)

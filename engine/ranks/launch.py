@@ -39,7 +39,7 @@ class Launch:
     size: int = 1
     local_size: int = 0  # ranks on this machine, 0 where the launcher does not say
     launcher: str = ""  # "": no launcher
-    certain: bool = True  # False: the launcher's variables may be those of a script around this process
+    certain: bool = True  # False: the variables may be those of a script around this process, which no launcher started
     remark: str = ""  # a line for the user
 
 
@@ -176,9 +176,9 @@ def _interface_of(address: str) -> str:
     """Return the name of the interface that has an address, "" where none is found."""
     if ":" in address:
         with suppress(OSError):
-            wanted = socket.inet_pton(socket.AF_INET6, address.partition("%")[0]).hex()
+            number = socket.inet_pton(socket.AF_INET6, address.partition("%")[0]).hex()
             for line in Path("/proc/net/if_inet6").read_text().splitlines():
-                if line.startswith(wanted):
+                if line.startswith(number):
                     return line.split()[-1]
         return ""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

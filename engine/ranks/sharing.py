@@ -1,4 +1,4 @@
-"""Whether ranks share the rows of a step, or each computes the whole step without any traffic.
+"""The choice between sharing the rows of a step among ranks, and computing the whole step on each without any traffic.
 
 Dimension key: G rows of all ranks, H hard negatives of a row, K = 1 + H texts of a row, V/T image/text feature width,
 E embedding.

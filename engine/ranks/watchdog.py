@@ -1,4 +1,4 @@
-"""How long ranks wait for one another: --dist-timeout, counted only while this process runs.
+"""The limit on waiting for other ranks, --dist-timeout, counted only while this process runs.
 
 gloo's own timeouts go by the clock, so a job that was stopped as a whole (SIGSTOP, a suspended container) for longer
 would fail when it goes on, though no rank is lost. On CPUs gloo therefore waits without end, and this thread counts.
@@ -7,13 +7,12 @@ would fail when it goes on, though no rank is lost. On CPUs gloo therefore waits
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from engine.run_folder.crash import CURRENT_RUN
+from engine.run_folder.crash import CURRENT_RUN, say_error
 
 POLL_S = 0.25
 MAX_POLL_S = 1.0  # a poll that took longer was cut off by a stop of this process
@@ -73,9 +72,8 @@ class Watchdog:
 
     def _give_up(self, operation: str) -> None:
         CURRENT_RUN.discard()
-        with suppress(OSError, ValueError, AttributeError):  # stderr is closed
-            print(f"run.py {self._command} failed: rank {self._rank}, {operation}: a rank did not answer in time "
-                  f"(--dist-timeout {self._timeout_s:g})", file=sys.stderr, flush=True)
+        say_error(f"run.py {self._command} failed: rank {self._rank}, {operation}: a rank did not answer in time "
+                  f"(--dist-timeout {self._timeout_s:g})")
         os._exit(1)
 
 

@@ -9,9 +9,9 @@ from data.text import markdown_table
 from eval.report.page import escape_text
 
 HEADS = ("candidate", "held-out loss", "worse than the best by", "standard error", "change of a cosine")
-HOW = ("Held-out loss: negative log likelihood of the right partner among the held-out pairs, both ways. Chosen is, of "
-       "all that are within one standard error of the best, the one that changes the base least, if it is better "
-       "than the base by two.")
+RULE = ("Held-out loss: negative log likelihood of the right partner among the held-out pairs, both ways. Chosen is, "
+        "of all that are within one standard error of the best, the one that changes the base least, if it is better "
+        "than the base by two.")
 
 
 def choice_note(choice: Mapping[str, Any]) -> str:
@@ -19,7 +19,7 @@ def choice_note(choice: Mapping[str, Any]) -> str:
     if not choice:
         return ""
     reason = f"Chosen on held-out pairs: {choice['why']}.{_settings(choice)}"
-    return f"\n\n{reason}\n\n{markdown_table(_rows(choice))}\n\n{HOW}"
+    return f"\n\n{reason}\n\n{markdown_table(_rows(choice))}\n\n{RULE}"
 
 
 def choice_section(choice: Mapping[str, Any]) -> str:
@@ -34,7 +34,7 @@ def choice_section(choice: Mapping[str, Any]) -> str:
         body += f"<tr><th scope=row>{escape_text(name)}</th>{cells}</tr>"
     words = escape_text(f"Chosen on held-out pairs: {choice['why']}.{_settings(choice)}", 1_000)
     return (f"<h3>How it was chosen</h3><p>{words}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-            f"</table><p class=\"soft small\">{escape_text(HOW, 500)}</p>")
+            f"</table><p class=\"soft small\">{escape_text(RULE, 500)}</p>")
 
 
 def _settings(choice: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import HANGS_S, ROOT, as_ranks, kill, make_pairs, start, tiny_clip
 
-from data.agreement import require_agreement, require_same_images, rows_to_compare
+from data.agreement import require_agreement, require_same_images, require_same_rows
 from data.batch import AgreedError, Team
 from data.catalogue import build_catalogue
 from data.cold import Reader
@@ -39,7 +39,7 @@ def compare_data(folder: Path) -> Callable[[Team], None]:
     """The comparisons of a rank that reads `folder`, in the order of a run."""
     def compare(team: Team) -> None:
         splits = load_splits(str(folder))
-        require_agreement(team, rows_to_compare(splits))
+        require_same_rows(team, splits)
         references = build_catalogue(splits).references.to_pylist()
         reader = Reader(folder / "fetched", ImageSpec.clip(32), FetchPolicy(), 25_000_000, 2)
         require_same_images(references, StatCache(folder / "seen", references, folder / "fetched"), reader, team)

@@ -93,7 +93,7 @@ def steps(model: Path, device: torch.device, precision: str, l2_sp: float, lr: f
 def test_a_step_never_waits_and_is_the_cpus(precision: str, l2_sp: float, objective: dict[str, Any],
                                             tiny_model: Path) -> None:
     products = torch.bfloat16 if precision == "bf16" else None
-    objective["products"] = products
+    objective["product_dtype"] = products
     with stand_in() as gpu:
         there = steps(tiny_model, GPU, precision, l2_sp, 1e-3, gpu.syncs, **objective)
     here = steps(tiny_model, CPU, precision, l2_sp, 1e-3, [], **objective)

@@ -191,7 +191,7 @@ def test_half_precision_products_round_their_factors_and_nothing_else(max_logits
     query, candidate = (F.normalize(torch.randn(rows, 64), dim=-1).requires_grad_() for rows in (20, 40))
     ids = torch.arange(40) // 2
     titles, scale = Candidates(candidate, ids, ids), torch.tensor(16.0)  # a power of 2, which rounds nothing
-    loss = Objective(hardness=1.0, products=torch.bfloat16).sum_over_rows(query, titles, scale, 0)
+    loss = Objective(hardness=1.0, product_dtype=torch.bfloat16).sum_over_rows(query, titles, scale, 0)
     loss.backward()
 
     rounded_query, rounded = (16 * query.detach()).bfloat16().float(), candidate.detach().bfloat16().float()

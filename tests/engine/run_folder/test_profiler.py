@@ -52,6 +52,16 @@ def test_a_range_has_its_steps_with_stacks_and_memory(pairs: Path, tiny_model: P
     assert done.returncode == 2 and "--profile 8:12: the run has 10 steps" in done.stderr
 
 
+def test_rates_of_the_cold_pass_are_said_with_the_flag_alone(pairs: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """The value `off` is a text, and so true: without the flag every run would print them."""
+    args: list[str | Path] = ["--model", tiny_model, "--dataset", pairs, "--precision", "fp32", "--batch-size", "16",
+                              "--epochs", "1", "--eval-splits", "valid"]
+    for name, flags in (("with", ["--profile"]), ("without", [])):
+        places = ["--out", tmp_path / name, "--cache-dir", tmp_path / f"cache-{name}"]
+        done = inside([*args, *places, *flags])
+        assert done.returncode == 0 and ("pictures of the cold pass" in done.stderr) == bool(flags), done.stderr
+
+
 @pytest.mark.parametrize("text", ["5", "5:5", "7:5", "-1:4", "a:b", "1:2:3", "0:1001", "true", ""])
 def test_what_is_no_range_is_refused_in_a_line(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:

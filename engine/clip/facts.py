@@ -23,11 +23,13 @@ from torch import Tensor
 from data.batch import UserError
 from data.files import read_regular, replaced_file
 from data.images.decode import TOKENS_VERSION, ImageSpec, tokenizer_fingerprint
+from engine.clip.families import feature_width
+from engine.clip.tokenizer import longest_title
 
 if TYPE_CHECKING:
     from engine.clip.whole import WholeModel
 
-RECORD_VERSION = 1  # raise it whenever ModelFacts, or a check of a whole model, changes
+RECORD_VERSION = 2  # raise it whenever ModelFacts, or a check of a whole model, changes
 Stamp = list[str | int]  # of one file: name, and what changes when its content does
 Stamps = list[Stamp]
 
@@ -36,6 +38,7 @@ Stamps = list[Stamp]
 class ModelFacts:
     """Settings, names and digests of a CLIPModel in plain values: all but its tensors."""
 
+    family: str  # its model_type
     commit: str | None  # of a hub repository
     subfolder: str  # of the CLIPModel in a sentence-transformers folder
     configs: Mapping[str, str]  # by tower: its config as JSON, as transformers writes it
@@ -51,15 +54,18 @@ class ModelFacts:
     @classmethod
     def of(cls, whole: WholeModel) -> ModelFacts:
         """Return the facts of a model that has been loaded."""
-        model, tokenizer = whole.model, whole.processor.tokenizer
+        model, tokenizer, family = whole.model, whole.processor.tokenizer, whole.family
         config: Any = model.config
+        head = family.head_of(model)
         parts = {"vision_model": config.vision_config, "text_model": config.text_config}
-        max_tokens = config.text_config.max_position_embeddings
+        max_tokens = longest_title(family, config.text_config, tokenizer)
         return cls(
+            family=family.model_type,
             commit=whole.commit,
             subfolder=whole.subfolder,
             configs={name: part.to_json_string() for name, part in parts.items()},
-            widths={name: part.hidden_size for name, part in parts.items()},
+            widths={"vision_model": feature_width(head.visual_projection, family.has_pooling_head),
+                    "text_model": feature_width(head.text_projection)},
             max_tokens=max_tokens,
             pad_id=tokenizer.pad_token_id,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer, max_tokens),
@@ -93,7 +99,7 @@ def tensor_digest(tensor: Tensor) -> str:
 def saved_files(whole: WholeModel) -> dict[str, str]:
     """Return the files that `save_pretrained` of the model, in fp32, and of its processor write beside the weights."""
     config = whole.model.config
-    config.architectures, config.dtype = ["CLIPModel"], "float32"
+    config.architectures, config.dtype = [whole.family.model_class], "float32"
     with TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         whole.processor.save_pretrained(folder)

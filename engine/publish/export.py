@@ -95,7 +95,7 @@ def export(clip: Clip, folder: Path, tuned: Tuned, table: str, licence: str = "o
         tensors = {name: value.detach().cpu().float().contiguous() for name, value in tuned.tensors.items()}
         save_file(tensors, new / PROJECTIONS_FILE, _header(tuned.origin))
         write_model(clip, tensors, new, dtype)
-        write_card(new / "README.md", tuned.origin, table, licence)
+        write_card(new / "README.md", tuned.origin, table, licence, family=clip.family)
 
 
 def write_model(clip: Clip, trained: Mapping[str, Tensor], folder: Path, dtype: str) -> None:

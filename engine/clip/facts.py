@@ -23,8 +23,9 @@ from torch import Tensor
 from data.batch import UserError
 from data.files import read_regular, replaced_file
 from data.images.decode import TOKENS_VERSION, ImageSpec, tokenizer_fingerprint
-from engine.clip.families import feature_width
+from engine.clip.families import CLIP, feature_width
 from engine.clip.tokenizer import longest_title
+from engine.clip.weights import Place
 
 if TYPE_CHECKING:
     from engine.clip.whole import WholeModel
@@ -48,6 +49,7 @@ class ModelFacts:
     tokenizer_fingerprint: str
     spec: ImageSpec
     shapes: Mapping[str, tuple[int, ...]]  # of all parameters, in the model's order
+    saved_names: Mapping[str, str]  # in weight files, where transformers renames a parameter as it loads and saves
     digests: Mapping[str, str]  # BLAKE2b of every tensor in fp32
     files: Mapping[str, str]  # the small files that transformers saves with a model and its processor
 
@@ -71,6 +73,7 @@ class ModelFacts:
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer, max_tokens),
             spec=ImageSpec.from_processor(whole.processor.image_processor),
             shapes={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
+            saved_names={} if family is CLIP else renamed_parameters(model),
             digests={name: tensor_digest(tensor) for name, tensor in model.state_dict().items()},
             files=saved_files(whole))
 
@@ -96,6 +99,16 @@ def tensor_digest(tensor: Tensor) -> str:
     return hashlib.blake2b(content.data, digest_size=32, person=shape).hexdigest()
 
 
+def renamed_parameters(model: Any) -> dict[str, str]:
+    """Return the names that `save_pretrained` gives those parameters which it renames."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    parameters = dict(model.named_parameters())
+    saved = {id(value): name for name, value in revert_weight_conversion(model, parameters).items()}
+    names = {name: saved.get(id(value), name) for name, value in parameters.items()}
+    return {name: other for name, other in names.items() if name != other}
+
+
 def saved_files(whole: WholeModel) -> dict[str, str]:
     """Return the files that `save_pretrained` of the model, in fp32, and of its processor write beside the weights."""
     config = whole.model.config
@@ -112,7 +125,7 @@ class ModelRecord(NamedTuple):
     facts: ModelFacts
     folder: Path
     stamps: Stamps
-    weights: Mapping[str, str]  # parameter name -> path of a file within the folder
+    weights: Mapping[str, Place]  # of each parameter that is loaded as it lies in its file
 
 
 @dataclass(frozen=True)
@@ -131,7 +144,8 @@ class ModelRecords:
                 return None
             facts = ModelFacts.from_json(content["facts"])
             if folder is not None and content["stamps"] == stamp_files(folder):
-                return ModelRecord(facts, folder, content["stamps"], content["weights"])
+                weights = {name: Place(*place) for name, place in content["weights"].items()}
+                return ModelRecord(facts, folder, content["stamps"], weights)
         return None
 
     def write(self, name: str, record: ModelRecord) -> None:

@@ -20,7 +20,7 @@ from engine.clip.facts import (
     stamped_folder,
     tensor_digest,
 )
-from engine.clip.families import FAMILIES, Family, HeadLayers
+from engine.clip.families import CLIP, FAMILIES, Family, HeadLayers
 from engine.clip.weights import UNREADABLE, locate_weights, read_weights
 from engine.clip.whole import WholeModel, load_tower, load_whole
 
@@ -112,13 +112,17 @@ class Clip:
         return {name: head[name] for name in self.facts.shapes if name in head}
 
     def frozen_weights(self, trained: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield all parameters but the `trained` ones, in fp32. Raises UserError where the files have changed."""
+        """Yield all parameters but the `trained` ones, in fp32. Raises UserError where the files have changed.
+
+        They come from the files, unless the model is in memory or one is not as its file has it.
+        """
         names = [name for name in self.facts.shapes if name not in trained]
-        if self.is_loaded or self.record is None:
+        if self.record is not None and not self.is_loaded:
+            refuse_changed(self.record, self.name)
+        if self.is_loaded or self.record is None or not self.record.weights.keys() >= set(names):
             loaded = dict(self.model.named_parameters())
             yield from ((name, loaded[name].detach().cpu()) for name in names)
             return
-        refuse_changed(self.record, self.name)
         yield from read_weights(self.record.folder / self.facts.subfolder, self.record.weights, names)
 
 
@@ -169,6 +173,10 @@ def write_record(clip: Clip, records: ModelRecords, log: Callable[[str], None]) 
     if known and known.facts != clip.facts:  # the model was read again in spite of it, by `verify`
         log(f"what an earlier run recorded of {clip.name} is not what its files hold; recorded anew")
     folder, stamps = clip.stamped
+    facts, source = clip.facts, folder / clip.facts.subfolder
     with suppress(*UNREADABLE):
-        weights = locate_weights(folder / clip.facts.subfolder, clip.facts.shapes)
-        records.write(clip.name, ModelRecord(clip.facts, folder, stamps, weights))
+        weights = locate_weights(source, facts.shapes, facts.saved_names)
+        if clip.family is not CLIP:  # as a ChineseCLIPModel loads, transformers sets the embedding of padding to 0
+            weights = {name: weights[name] for name, tensor in read_weights(source, weights, [*weights])
+                       if tensor_digest(tensor) == facts.digests[name]}
+        records.write(clip.name, ModelRecord(facts, folder, stamps, weights))

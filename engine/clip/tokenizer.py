@@ -60,8 +60,9 @@ def check_tokenizer(files: ModelFiles, tokenizer: Any, text: Any, family: Family
     else:
         _check_pooled_token(files, tokenizer, text, family)
     if family is not CLIP:  # theirs may do more than their tokenizer.json says
-        ours = tokenize(tokenizer, [EXAMPLE], text.max_position_embeddings)[0]
-        theirs = tokenizer(EXAMPLE)["input_ids"]
+        longest = longest_title(family, text, tokenizer)
+        ours = tokenize(tokenizer, [EXAMPLE], longest)[0]
+        theirs = tokenizer(EXAMPLE, truncation=True, max_length=longest)["input_ids"]
         if ours != theirs:
             files.refuse(f"{type(tokenizer).__name__} does more than its tokenizer.json says: {EXAMPLE!r} is {theirs} "
                          f"and not {ours}; save it again with AutoTokenizer.from_pretrained and save_pretrained")

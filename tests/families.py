@@ -10,9 +10,9 @@ from helpers import tiny_clip
 
 SIDE = 32
 LETTERS = sorted(set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?:/'()é"))
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
           "image_size": SIDE, "patch_size": 8}
-TEXT = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def tiny_family(name: str, folder: Path) -> Path:
@@ -56,8 +56,9 @@ def siglip_2_tokenizer(**settings: Any) -> Any:
     from transformers import Siglip2Tokenizer
 
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁"]
-    settings = {"padding_side": "right", "model_input_names": ["input_ids"], "model_max_length": 16} | settings
-    tokenizer = Siglip2Tokenizer({word: number for number, word in enumerate([*special, *LETTERS])}, [], **settings)
+    usual: dict[str, Any] = {"padding_side": "right", "model_input_names": ["input_ids"], "model_max_length": 16}
+    vocabulary = {word: number for number, word in enumerate([*special, *LETTERS])}
+    tokenizer = Siglip2Tokenizer(vocabulary, [], **(usual | settings))
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
     return tokenizer
 

@@ -104,9 +104,14 @@ def renamed_parameters(model: Any) -> dict[str, str]:
     from transformers.core_model_loading import revert_weight_conversion
 
     parameters = dict(model.named_parameters())
-    saved = {id(value): name for name, value in revert_weight_conversion(model, parameters).items()}
-    names = {name: saved.get(id(value), name) for name, value in parameters.items()}
-    return {name: other for name, other in names.items() if name != other}
+    reverted: Mapping[str, Tensor] = revert_weight_conversion(model, parameters)
+    saved = {id(value): name for name, value in reverted.items()}
+    renamed: dict[str, str] = {}
+    for name, value in parameters.items():
+        saved_name = saved.get(id(value))
+        if saved_name and saved_name != name:
+            renamed[name] = saved_name
+    return renamed
 
 
 def saved_files(whole: WholeModel) -> dict[str, str]:

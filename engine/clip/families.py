@@ -122,11 +122,14 @@ FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (
 HEAD = frozenset(name for family in FAMILIES.values() for name in ("logit_scale", *family.projections))
 
 # The towers of a VisionTextDualEncoderModel that are known to have a `pooler_output`.
-VISION_TOWERS = ("clip_vision_model", "deit", "dinov2", "swin", "vit")
-TEXT_TOWERS = ("albert", "bert", "camembert", "roberta", "xlm-roberta")
-ANY_SIZE = ("dinov2",)  # which interpolates its positions to the size of the image
+VISION_TOWERS = ("beit", "clip_vision_model", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "swin", "swinv2",
+                 "vit")
+TEXT_TOWERS = ("albert", "bert", "camembert", "ernie", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
+               "xlm-roberta-xl")
+ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")  # their positions fit images of any size
 # Text towers whose positions are counted from behind the id of padding.
-SHIFTED_POSITIONS = ("altclip_text_model", "camembert", "roberta", "xlm-roberta")
+SHIFTED_POSITIONS = ("altclip_text_model", "camembert", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
+                     "xlm-roberta-xl")
 
 SIGLIP_2 = "google/siglip2-base-patch16-224"
 META_CLIP_2 = "facebook/metaclip-2-worldwide-huge-quickgelu"

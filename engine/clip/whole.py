@@ -18,15 +18,7 @@ from torch import Tensor, nn
 
 from data.batch import UserError
 from data.images.decode import ImageSpec
-from engine.clip.families import (
-    ANY_SIZE,
-    CLIP,
-    FAMILIES,
-    REFUSED,
-    TEXT_TOWERS,
-    VISION_TOWERS,
-    Family,
-)
+from engine.clip.families import ANY_SIZE, CLIP, FAMILIES, REFUSED, TEXT_TOWERS, VISION_TOWERS, Family
 from engine.clip.model_files import ModelFiles
 from engine.clip.tokenizer import check_tokenizer, find_tokenizer_files, longest_title, set_lengths
 from engine.clip.weights import WEIGHTS
@@ -132,7 +124,7 @@ def find_family(files: ModelFiles) -> Family:
                          "transformers' models/clip/convert_clip_original_pytorch_to_hf.py")
         cached_file(files.source, "config.json", **files.where)  # raises the hub's reason: no such name, no network
         files.refuse("there is no config.json; give the folder or repository of a CLIPModel")
-    kind = files.config("config.json").get("model_type")
+    kind = str(files.config("config.json").get("model_type"))
     if kind in REFUSED:
         files.refuse(f"config.json says this is a {kind!r} model: {REFUSED[kind]}")
     for name in CONFIGS:

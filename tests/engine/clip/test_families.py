@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import SIDE, TINY, siglip_2_tokenizer, tiny_family
+from families import SIDE, TINY, bert_tokenizer, siglip_2_tokenizer, tiny_family, xlm_tokenizer
 from helpers import inside
 from PIL import Image
+from test_loading import Surgery, both, edit
 from torch import Tensor
 
+from data.batch import UserError
 from data.images.decode import collate_tokens, decode_image, tokenize
 from engine.clip.facts import ModelRecords
 from engine.clip.loading import Clip, load_clip, write_record
-from engine.clip.model import Head, ModelOptions, build_model, open_model
-from engine.clip.towers import Towers, freeze, pick_mode
-from engine.optim import Rates, adamw_by_name
+from engine.clip.model import Head, ModelOptions, open_model
+from engine.clip.towers import Towers, freeze
 
 TITLES = ["red", "a red bicycle in the rain", "How to bake BREAD: 24 ways!", "", "many words " * 20, "10/10"]
 CPU = torch.device("cpu")
@@ -96,6 +98,19 @@ def test_embeddings_are_those_of_transformers(folder: Path, tmp_path: Path) -> N
         assert cold_part.equal(warm_part)
 
 
+def test_pixels_are_those_of_the_processor(folder: Path) -> None:
+    """A photo that is neither square nor of the towers' size: whole and squashed, or its middle."""
+    from transformers import AutoProcessor
+
+    noise = torch.randint(256, (40, 70, 3), generator=torch.Generator().manual_seed(2)).byte()
+    photo = Image.fromarray(noise.numpy()).resize((210, 120))
+    clip = load_clip(str(folder))
+    theirs = AutoProcessor.from_pretrained(folder).image_processor(photo, return_tensors="pt")["pixel_values"]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (clip.spec.mean, clip.spec.std))
+    apart = (theirs * std + mean) / clip.spec.rescale - decoded(clip, [photo])
+    assert apart.abs().max() < 2.01
+
+
 def test_gradients_reach_the_head_through_streaming(folder: Path) -> None:
     """Streaming computes the same features with a graph, and gives every trainable parameter a gradient."""
     cached = ours(load_clip(str(folder)))
@@ -159,3 +174,65 @@ def test_a_run_exports_what_it_measured(folder: Path, pairs: Path, tmp_path: Pat
     recorded = json.loads((tmp_path / "cold" / "metrics.json").read_text(encoding="utf-8"))["tuned"]["test"]
     again = json.loads(measured.stdout)["test"]
     assert again["image_to_text_mrr"] == pytest.approx(recorded["image_to_text_mrr"])
+
+
+def retokenized(tokenizer: Callable[..., Any], **settings: Any) -> Surgery:
+    return lambda folder: tokenizer(**settings).save_pretrained(folder)
+
+
+def open_clip_alone(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "open_clip_config.json")
+
+
+JINA = both(edit("config.json", model_type="jina_clip"),
+            edit("config.json", auto_map={"AutoModel": "jinaai/jina-clip-implementation--modeling_clip.JinaCLIPModel"}))
+PAIR = "vision-text-dual-encoder: ViT, BERT"
+# What is done to a family's folder, and the words of the refusal: what is wrong, and the fix or the nearest model.
+REFUSALS: dict[str, tuple[str, Surgery, tuple[str, ...]]] = {
+    "jina": ("clip", JINA, ("'jina_clip' model", "never run", "google/siglip2-base-patch16-224")),
+    "open_clip alone": ("clip", open_clip_alone, ("open_clip", "laion/", "convert_clip_original_pytorch_to_hf.py")),
+    "NaFlex": ("siglip", edit("config.json", model_type="siglip2"), ("NaFlex", "google/siglip2-base-patch16-224")),
+    "text tower without a pooler": (PAIR, edit("config.json", text_config={"model_type": "electra"}),
+                                    ("'electra'", "text_config", "xlm-roberta")),
+    "vision tower without a pooler": (PAIR, edit("config.json", vision_config={"model_type": "convnext"}),
+                                      ("'convnext'", "vision_config", "dinov2")),
+    "mask": ("siglip", retokenized(siglip_2_tokenizer, model_input_names=["input_ids", "attention_mask"]),
+             ("without a mask", "model_input_names")),
+    "padding on the left": ("siglip", retokenized(siglip_2_tokenizer, padding_side="left"), ("padding_side",)),
+    "another family's tokenizer": ("altclip", retokenized(bert_tokenizer), ("vocab_size", "tokenizer")),
+    "positions from another padding": ("altclip", retokenized(xlm_tokenizer, pad_token="<s>"),
+                                       ("pads with the id 0", "pad_token_id")),
+    "another end of title": ("metaclip_2", edit("config.json", text_config__eos_token_id=7), ("eos_token_id", "7")),
+    "no tokenizer": ("chinese_clip", lambda folder: (folder / "tokenizer.json").unlink(), ("tokenizer is missing",)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_cannot_be_tuned_is_refused_with_the_nearest_that_can(name: str, tmp_path: Path) -> None:
+    family, change, words = REFUSALS[name]
+    folder = tiny_family(family, tmp_path / "model")
+    change(folder)
+    with pytest.raises(UserError) as refusal:
+        load_clip(str(folder))
+    said = str(refusal.value)
+    assert all(word in said for word in words) and "\n" not in said, said
+
+
+def test_what_only_clip_can_is_refused_for_others(pairs: Path, tmp_path: Path) -> None:
+    """open_clip's layout, and --recipe auto of layers with a bias; SigLIP's logit_bias has no loss here."""
+    folder = tiny_family("siglip", tmp_path / "model")
+    flags = ["--cache-dir", tmp_path / "cache", "--precision", "fp32", "--device", "cpu"]
+    train = ["--model", folder, "--dataset", pairs, "--out", tmp_path / "out", *flags]
+    assert "--recipe auto" in inside([*train, "--recipe", "auto"]).stderr
+    assert "logit_bias matches no parameter" in inside([*train, "--trainable", "logit_bias"]).stderr
+    refused = inside([*train, "--lr-tower", "1e-5"])  # the head lies inside SigLIP's towers, but is not one of theirs
+    assert refused.returncode == 2 and "--lr-tower" in refused.stderr
+    assert inside([*train, "--epochs", "1", "--trainable", "projection,logit_scale"]).returncode == 0
+    converted = inside(["export", "--run", tmp_path / "out", "--to", tmp_path / "open", "--format", "open_clip",
+                        "--cache-dir", tmp_path / "cache"])
+    assert converted.returncode == 2 and "SiglipModel" in converted.stderr and not (tmp_path / "open").exists()
+    assert inside(["export", "--run", tmp_path / "out", "--to", tmp_path / "again",
+                   "--cache-dir", tmp_path / "cache"]).returncode == 0
+    again, first = ((folder / "model.safetensors").read_bytes() for folder in (tmp_path / "again",
+                                                                               tmp_path / "out" / "model"))
+    assert again == first

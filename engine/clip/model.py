@@ -67,7 +67,7 @@ def l2_normalize(rows_XE: Tensor) -> Tensor:
 
 
 class Head(nn.Module):
-    """Features -> Embeddings by the last linear layer of each side: CLIP's projections, or what stands in their place."""
+    """Features -> Embeddings by the last linear layer of each side: the projections, or what stands in their place."""
 
     fixed_scale: Tensor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from data.images.decode import tokenize
-from engine.clip.families import CLIP, SHIFTED_POSITIONS, Family
+from engine.clip.families import CLIP, SHIFTED_POSITIONS, SIGLIP_2, Family
 from engine.clip.model_files import ModelFiles
 
 HISTORIC_EOS = 2  # in configs of old transformers versions; it means: pool at the highest token id
@@ -18,6 +18,9 @@ EXAMPLE = "A title: 24 cafés, (one) Rating!"
 
 def find_tokenizer_files(files: ModelFiles, family: Family) -> list[str]:
     """Return the tokenizer's JSON files. Refuses a folder without: transformers would make an empty tokenizer."""
+    if files.config("tokenizer_config.json").get("tokenizer_class") == "SiglipTokenizer":
+        files.refuse("tokenizer_config.json names SiglipTokenizer, which has no fast version; the nearest model with one "
+                     f"is a SigLIP 2, such as {SIGLIP_2}")
     whole = files.path("tokenizer.json")
     missing = [name for name in ("vocab.json", "merges.txt") if not files.path(name)]
     if family is not CLIP and any(files.path(name) for name in VOCABULARIES):

@@ -1,4 +1,4 @@
-"""Load a whole CLIPModel or another dual encoder, its tokenizer and its image processor, and refuse whatever does not fit together.
+"""Load a whole dual encoder, its tokenizer and its image processor, and refuse whatever does not fit together.
 
 transformers builds an empty tokenizer where files are missing, draws missing weights at random, and pads over what a
 config leaves out. Here each of these is a UserError of one line that names the file and the fix. No code of a folder
@@ -42,7 +42,7 @@ class WholeModel(NamedTuple):
 
 
 def load_whole(name: str, commit: str | None = None) -> WholeModel:
-    """Load a model of one of the FAMILIES or a sentence-transformers folder, by hub name (at `commit`) or path, in fp32.
+    """Load a model of one of FAMILIES or a sentence-transformers folder, by hub name (at `commit`) or path, in fp32.
 
     Raises UserError when there is no such model, when it is something else, and when its files are damaged, incomplete
     or do not fit one another.

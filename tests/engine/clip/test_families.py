@@ -198,6 +198,8 @@ REFUSALS: dict[str, tuple[str, Surgery, tuple[str, ...]]] = {
                                       ("'convnext'", "vision_config", "dinov2")),
     "mask": ("siglip", retokenized(siglip_2_tokenizer, model_input_names=["input_ids", "attention_mask"]),
              ("without a mask", "model_input_names")),
+    "slow tokenizer": ("siglip", edit("tokenizer_config.json", tokenizer_class="SiglipTokenizer"),
+                       ("SiglipTokenizer", "google/siglip2-base-patch16-224")),
     "padding on the left": ("siglip", retokenized(siglip_2_tokenizer, padding_side="left"), ("padding_side",)),
     "another family's tokenizer": ("altclip", retokenized(bert_tokenizer), ("vocab_size", "tokenizer")),
     "positions from another padding": ("altclip", retokenized(xlm_tokenizer, pad_token="<s>"),

@@ -19,7 +19,7 @@ EXAMPLE = "A title: 24 cafés, (one) Rating!"
 def find_tokenizer_files(files: ModelFiles, family: Family) -> list[str]:
     """Return the tokenizer's JSON files. Refuses a folder without: transformers would make an empty tokenizer."""
     if files.config("tokenizer_config.json").get("tokenizer_class") == "SiglipTokenizer":
-        files.refuse("tokenizer_config.json names SiglipTokenizer, which has no fast version; the nearest model with one "
+        files.refuse("tokenizer_config.json names SiglipTokenizer, which has no fast version; the nearest that has one "
                      f"is a SigLIP 2, such as {SIGLIP_2}")
     whole = files.path("tokenizer.json")
     missing = [name for name in ("vocab.json", "merges.txt") if not files.path(name)]

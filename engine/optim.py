@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import UserError
+from engine.clip.families import is_inside_tower
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ class Rates(NamedTuple):
 
     def of(self, name: str) -> float:
         """Return the rate of a parameter by its name in CLIPModel; 0: that of everything else."""
-        if name.startswith("text_model."):
+        if is_inside_tower(name, "text_model"):
             return self.text or self.tower
-        return self.tower if name.startswith("vision_model.") else 0.0
+        return self.tower if is_inside_tower(name) else 0.0
 
 
 class AdamWL2SP(torch.optim.AdamW):
@@ -145,12 +146,11 @@ def adamw_by_name(named: Mapping[str, nn.Parameter], lr: float, weight_decay: fl
     Weight decay is of matrices alone: vectors and numbers (biases, norms, logit_scale) have none, as in open_clip's and
     transformers' trainers. Raises UserError for a rate of layers that do not train.
     """
-    both, text = ("vision_model.", "text_model."), ("text_model.",)
-    for flag, rate, where, prefixes in (("--lr-tower", rates.tower, "the towers", both),
-                                        ("--lr-text", rates.text, "the text tower", text)):
-        if rate and not any(name.startswith(prefixes) for name in named):
+    for flag, rate, where, tower, example in (("--lr-tower", rates.tower, "the towers", "", "vision_model"),
+                                              ("--lr-text", rates.text, "the text tower", "text_model", "text_model")):
+        if rate and not any(is_inside_tower(name, tower) for name in named):
             raise UserError(f"{flag} is the rate of layers inside {where}, and none of them trains; leave it out or "
-                            f"unfreeze some, such as --trainable projection,{prefixes[0]}encoder.layers.11")
+                            f"unfreeze some, such as --trainable projection,{example}.encoder.layers.11")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     strengths = []
     for name, parameter in named.items():

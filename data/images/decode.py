@@ -64,12 +64,20 @@ class ImageSpec:
 
     @classmethod
     def from_processor(cls, image_processor: Any) -> ImageSpec:
-        """Read transformers' CLIPImageProcessor or CLIPImageProcessorPil; UserError names an unsupported setting."""
-        switches = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
-        others = ("do_pad", "size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
+        """Read an image processor of transformers, such as CLIPImageProcessor; UserError names an unsupported setting.
+
+        One that resizes to an exact height and width need not crop, and one that says nothing of RGB was given RGB.
+        """
+        switches = ("do_resize", "do_rescale", "do_normalize")
+        others = ("do_center_crop", "do_convert_rgb", "do_pad", "size", "crop_size", "resample", "rescale_factor",
+                  "image_mean", "image_std")
         has: dict[str, Any] = {name: getattr(image_processor, name, None) for name in switches + others}
-        size, crop = dict(has["size"] or {}), dict(has["crop_size"] or {})
+        size = dict(has["size"] or {})
+        squashes = set(size) == {"height", "width"} and not has["do_center_crop"]
+        crop = size if squashes else dict(has["crop_size"] or {})
         fits = {name: has[name] is True for name in switches} | {
+            "do_center_crop": squashes or has["do_center_crop"] is True,
+            "do_convert_rgb": has["do_convert_rgb"] is True or (squashes and has["do_convert_rgb"] is None),
             "do_pad": not has["do_pad"],
             "size": set(size) in ({"shortest_edge"}, {"height", "width"}),
             "crop_size": set(crop) == {"height", "width"},

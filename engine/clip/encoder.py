@@ -230,11 +230,13 @@ class QuickGelu(nn.Module):
         return x
 
 
-def use_quick_gelu(tower: Any) -> None:
-    """Replace transformers' QuickGELU by the one here, in a tower that uses it."""
-    if tower.config.hidden_act == "quick_gelu":
-        for layer in tower.encoder.layers:
-            layer.mlp.activation_fn = QuickGelu()
+def use_quick_gelu(tower: nn.Module) -> None:
+    """Replace transformers' QuickGELU by the one here, wherever a tower uses it."""
+    from transformers.activations import QuickGELUActivation
+
+    for module in tower.modules():
+        if isinstance(getattr(module, "activation_fn", None), QuickGELUActivation):
+            module.activation_fn = QuickGelu()
 
 
 def _apply(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:

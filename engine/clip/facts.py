@@ -23,11 +23,14 @@ from torch import Tensor
 from data.batch import UserError
 from data.files import read_regular, replaced_file
 from data.images.decode import TOKENS_VERSION, ImageSpec, tokenizer_fingerprint
+from engine.clip.families import CLIP, feature_width
+from engine.clip.tokenizer import longest_title
+from engine.clip.weights import Place
 
 if TYPE_CHECKING:
     from engine.clip.whole import WholeModel
 
-RECORD_VERSION = 1  # raise it whenever ModelFacts, or a check of a whole model, changes
+RECORD_VERSION = 2  # raise it whenever ModelFacts, or a check of a whole model, changes
 Stamp = list[str | int]  # of one file: name, and what changes when its content does
 Stamps = list[Stamp]
 
@@ -36,6 +39,7 @@ Stamps = list[Stamp]
 class ModelFacts:
     """Settings, names and digests of a CLIPModel in plain values: all but its tensors."""
 
+    family: str  # its model_type
     commit: str | None  # of a hub repository
     subfolder: str  # of the CLIPModel in a sentence-transformers folder
     configs: Mapping[str, str]  # by tower: its config as JSON, as transformers writes it
@@ -45,26 +49,31 @@ class ModelFacts:
     tokenizer_fingerprint: str
     spec: ImageSpec
     shapes: Mapping[str, tuple[int, ...]]  # of all parameters, in the model's order
+    saved_names: Mapping[str, str]  # in weight files, where transformers renames a parameter as it loads and saves
     digests: Mapping[str, str]  # BLAKE2b of every tensor in fp32
     files: Mapping[str, str]  # the small files that transformers saves with a model and its processor
 
     @classmethod
     def of(cls, whole: WholeModel) -> ModelFacts:
         """Return the facts of a model that has been loaded."""
-        model, tokenizer = whole.model, whole.processor.tokenizer
+        model, tokenizer, family = whole.model, whole.processor.tokenizer, whole.family
         config: Any = model.config
+        head = family.head_of(model)
         parts = {"vision_model": config.vision_config, "text_model": config.text_config}
-        max_tokens = config.text_config.max_position_embeddings
+        max_tokens = longest_title(family, config.text_config, tokenizer)
         return cls(
+            family=family.model_type,
             commit=whole.commit,
             subfolder=whole.subfolder,
             configs={name: part.to_json_string() for name, part in parts.items()},
-            widths={name: part.hidden_size for name, part in parts.items()},
+            widths={"vision_model": feature_width(head.visual_projection, family.has_pooling_head),
+                    "text_model": feature_width(head.text_projection)},
             max_tokens=max_tokens,
             pad_id=tokenizer.pad_token_id,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer, max_tokens),
             spec=ImageSpec.from_processor(whole.processor.image_processor),
             shapes={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
+            saved_names={} if family is CLIP else renamed_parameters(model),
             digests={name: tensor_digest(tensor) for name, tensor in model.state_dict().items()},
             files=saved_files(whole))
 
@@ -90,10 +99,25 @@ def tensor_digest(tensor: Tensor) -> str:
     return hashlib.blake2b(content.data, digest_size=32, person=shape).hexdigest()
 
 
+def renamed_parameters(model: Any) -> dict[str, str]:
+    """Return the names that `save_pretrained` gives those parameters which it renames."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    parameters = dict(model.named_parameters())
+    reverted: Mapping[str, Tensor] = revert_weight_conversion(model, parameters)
+    saved = {id(value): name for name, value in reverted.items()}
+    renamed: dict[str, str] = {}
+    for name, value in parameters.items():
+        saved_name = saved.get(id(value))
+        if saved_name and saved_name != name:
+            renamed[name] = saved_name
+    return renamed
+
+
 def saved_files(whole: WholeModel) -> dict[str, str]:
     """Return the files that `save_pretrained` of the model, in fp32, and of its processor write beside the weights."""
     config = whole.model.config
-    config.architectures, config.dtype = ["CLIPModel"], "float32"
+    config.architectures, config.dtype = [whole.family.model_class], "float32"
     with TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         whole.processor.save_pretrained(folder)
@@ -106,7 +130,7 @@ class ModelRecord(NamedTuple):
     facts: ModelFacts
     folder: Path
     stamps: Stamps
-    weights: Mapping[str, str]  # parameter name -> path of a file within the folder
+    weights: Mapping[str, Place]  # of each parameter that is loaded as it lies in its file
 
 
 @dataclass(frozen=True)
@@ -125,7 +149,8 @@ class ModelRecords:
                 return None
             facts = ModelFacts.from_json(content["facts"])
             if folder is not None and content["stamps"] == stamp_files(folder):
-                return ModelRecord(facts, folder, content["stamps"], content["weights"])
+                weights = {name: Place(*place) for name, place in content["weights"].items()}
+                return ModelRecord(facts, folder, content["stamps"], weights)
         return None
 
     def write(self, name: str, record: ModelRecord) -> None:

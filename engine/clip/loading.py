@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -19,25 +20,16 @@ from engine.clip.facts import (
     stamped_folder,
     tensor_digest,
 )
+from engine.clip.families import CLIP, FAMILIES, Family, HeadLayers
 from engine.clip.weights import UNREADABLE, locate_weights, read_weights
 from engine.clip.whole import WholeModel, load_tower, load_whole
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTextModel, CLIPVisionModel
 
-HEAD = ("logit_scale", "visual_projection.weight", "text_projection.weight")
-
-
-class HeadLayers(NamedTuple):
-    """The parts of a CLIPModel behind its towers."""
-
-    visual_projection: nn.Linear
-    text_projection: nn.Linear
-    logit_scale: nn.Parameter
-
 
 class Clip:
-    """A CLIPModel in fp32, frozen, with its own preprocessing.
+    """A CLIPModel, or another dual encoder of `families`, in fp32, frozen, with its own preprocessing.
 
     It is `whole`, or begins with what a `record` knows of it: then the head comes from the weight files at once, and
     a tower or the whole model on first use. Either way there is one head, whose training changes the `model`.
@@ -46,17 +38,24 @@ class Clip:
     def __init__(self, name: str, whole: WholeModel | None = None, record: ModelRecord | None = None,
                  stamped: StampedFolder | None = None) -> None:
         self.name, self.record, self.stamped = name, record, stamped
+        self._loading = threading.RLock()  # both towers may be wanted at once
         if whole is not None:
             self.facts = ModelFacts.of(whole)
             self.model = whole.model.requires_grad_(False)
-            self.head = HeadLayers(self.model.visual_projection, self.model.text_projection, self.model.logit_scale)
+            self.head = whole.family.head_of(self.model)
             # As loaded, tensors lie at any address of the file; products of few rows differ in the last bit between
             # aligned weights, which a run with a record has, and others.
-            for parameter in (self.head[0].weight, self.head[1].weight):
-                parameter.data = parameter.data.clone()
+            for layer in self.head[:2]:
+                for parameter in layer.parameters():
+                    parameter.data = parameter.data.clone()
         elif record is not None:
             self.facts = record.facts
             self.head = _read_head(record)
+
+    @property
+    def family(self) -> Family:
+        """How the model is laid out."""
+        return FAMILIES[self.facts.family]
 
     @property
     def commit(self) -> str | None:
@@ -89,7 +88,7 @@ class Clip:
     def model(self) -> CLIPModel:
         """The whole model."""
         model = load_whole(self.name, self.commit).model.requires_grad_(False)
-        model.visual_projection, model.text_projection, model.logit_scale = self.head
+        self.family.put_head(model, self.head)
         return model
 
     @cached_property
@@ -103,44 +102,54 @@ class Clip:
         return self._tower("text_model")
 
     def _tower(self, name: str) -> Any:
-        if self.is_loaded:
+        if self.family.alone and not self.is_loaded:
+            return load_tower(self.name, self.commit, name).requires_grad_(False)
+        with self._loading:
             return getattr(self.model, name)
-        return load_tower(self.name, self.commit, name).requires_grad_(False)
 
     def named_parameters(self, names: Collection[str]) -> dict[str, nn.Parameter]:
         """Return all parameters in memory by name, in the model's order; the whole model if the head lacks a name."""
         head: dict[str, Any] = {"logit_scale": self.head.logit_scale}
-        for name in ("visual_projection", "text_projection"):
-            head[f"{name}.weight"] = getattr(self.head, name).weight
+        for path, layer in zip((self.family.image_layer, self.family.text_layer), self.head[:2], strict=True):
+            head |= {f"{path}.{kind}": value for kind, value in layer.named_parameters()}
         if self.is_loaded or not head.keys() >= set(names):
             return dict(self.model.named_parameters())
         return {name: head[name] for name in self.facts.shapes if name in head}
 
     def frozen_weights(self, trained: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield all parameters but the `trained` ones, in fp32. Raises UserError where the files have changed."""
+        """Yield all parameters but the `trained` ones, in fp32. Raises UserError where the files have changed.
+
+        They come from the files, unless the model is in memory or one is not as its file has it.
+        """
         names = [name for name in self.facts.shapes if name not in trained]
-        if self.is_loaded or self.record is None:
+        if self.record is not None and not self.is_loaded:
+            refuse_changed(self.record, self.name)
+        if self.is_loaded or self.record is None or not self.record.weights.keys() >= set(names):
             loaded = dict(self.model.named_parameters())
             yield from ((name, loaded[name].detach().cpu()) for name in names)
             return
-        refuse_changed(self.record, self.name)
         yield from read_weights(self.record.folder / self.facts.subfolder, self.record.weights, names)
 
 
 def _read_head(record: ModelRecord) -> HeadLayers:
     """Read the head from the weight files. Raises one of UNREADABLE, which a digest of another content is as well."""
+    family = FAMILIES[record.facts.family]
+    names = ("logit_scale", *family.projections)
     tensors = {}
-    for name, tensor in read_weights(record.folder / record.facts.subfolder, record.weights, HEAD):
+    for name, tensor in read_weights(record.folder / record.facts.subfolder, record.weights, names):
         if tensor_digest(tensor) != record.facts.digests[name]:
             raise ValueError(f"{name} is not the one of the record")
         tensors[name] = tensor.clone()
-    return HeadLayers(_linear(tensors["visual_projection.weight"]), _linear(tensors["text_projection.weight"]),
-                      nn.Parameter(tensors["logit_scale"], requires_grad=False))
+    image_layer, text_layer = (_linear(tensors[f"{path}.weight"], tensors.get(f"{path}.bias"))
+                               for path in (family.image_layer, family.text_layer))
+    return HeadLayers(image_layer, text_layer, nn.Parameter(tensors["logit_scale"], requires_grad=False))
 
 
-def _linear(weight_EW: Tensor) -> nn.Linear:
-    layer = nn.Linear(weight_EW.shape[1], weight_EW.shape[0], bias=False, device="meta")
+def _linear(weight_EW: Tensor, bias_E: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight_EW.shape[1], weight_EW.shape[0], bias=bias_E is not None, device="meta")
     layer.weight = nn.Parameter(weight_EW, requires_grad=False)
+    if bias_E is not None:
+        layer.bias = nn.Parameter(bias_E, requires_grad=False)
     return layer
 
 
@@ -169,6 +178,10 @@ def write_record(clip: Clip, records: ModelRecords, log: Callable[[str], None]) 
     if known and known.facts != clip.facts:  # the model was read again in spite of it, by `verify`
         log(f"what an earlier run recorded of {clip.name} is not what its files hold; recorded anew")
     folder, stamps = clip.stamped
+    facts, source = clip.facts, folder / clip.facts.subfolder
     with suppress(*UNREADABLE):
-        weights = locate_weights(folder / clip.facts.subfolder, clip.facts.shapes)
-        records.write(clip.name, ModelRecord(clip.facts, folder, stamps, weights))
+        weights = locate_weights(source, facts.shapes, facts.saved_names)
+        if clip.family is not CLIP:  # as a ChineseCLIPModel loads, transformers sets the embedding of padding to 0
+            weights = {name: weights[name] for name, tensor in read_weights(source, weights, [*weights])
+                       if tensor_digest(tensor) == facts.digests[name]}
+        records.write(clip.name, ModelRecord(facts, folder, stamps, weights))

@@ -21,6 +21,7 @@ from data.batch import Batch, Features, UserError, map_tensors
 from data.images.decode import collate_tokens, tokenize
 from engine.clip.encoder import CPU_TITLES, BatchedEncoder, LazyEncoder
 from engine.clip.facts import ModelRecords
+from engine.clip.families import apply_layer
 from engine.clip.loading import Clip, load_clip
 from engine.clip.towers import ImageTower, TextTower, Towers, describe_trainable, freeze, pick_mode
 from engine.device import pick_precision
@@ -66,7 +67,7 @@ def l2_normalize(rows_XE: Tensor) -> Tensor:
 
 
 class Head(nn.Module):
-    """Features -> Embeddings by CLIP's two bias-free projections."""
+    """Features -> Embeddings by the last linear layer of each side: the projections, or what stands in their place."""
 
     fixed_scale: Tensor
 
@@ -77,14 +78,14 @@ class Head(nn.Module):
 
     def image(self, features_BV: Tensor) -> Tensor:
         """[B, V] -> [B, E], unit length, fp32 also under autocast."""
-        return l2_normalize(self.visual_projection(features_BV).float())
+        return l2_normalize(apply_layer(self.visual_projection, features_BV).float())
 
     def text(self, features_BT: Tensor) -> Tensor:
         """[B, T] -> [B, E], unit length, fp32 also under autocast."""
-        return l2_normalize(self.text_projection(features_BT).float())
+        return l2_normalize(apply_layer(self.text_projection, features_BT).float())
 
     def forward(self, features: Features) -> Embeddings:
-        """Return embeddings with the recipe's constant scale, or CLIP's own `logit_scale` when that trains."""
+        """Return embeddings with the recipe's constant scale, or the model's own `logit_scale` when that trains."""
         learned = self.logit_scale.requires_grad
         text_XT = features.title_BT
         if features.negative_BHT is not None:
@@ -92,7 +93,7 @@ class Head(nn.Module):
         return Embeddings(
             self.image(features.image_BV),
             self.text(text_XT),
-            self.logit_scale.exp().clamp(max=MAX_SCALE) if learned else self.fixed_scale,
+            self.logit_scale.exp().clamp(max=MAX_SCALE).squeeze() if learned else self.fixed_scale,
         )
 
 

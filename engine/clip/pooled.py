@@ -28,7 +28,7 @@ def can_pool(tower: CLIPVisionModel | CLIPTextModel) -> bool:
     """Return whether every part of this tower is of the class whose forward pass is reimplemented here."""
     from transformers.models.clip import modeling_clip as clip
 
-    if type(tower.embeddings) not in (clip.CLIPTextEmbeddings, clip.CLIPVisionEmbeddings):
+    if type(getattr(tower, "embeddings", None)) not in (clip.CLIPTextEmbeddings, clip.CLIPVisionEmbeddings):
         return False
     known = (clip.CLIPEncoderLayer, clip.CLIPAttention, clip.CLIPMLP)
     return all((type(layer), type(layer.self_attn), type(layer.mlp)) == known for layer in tower.encoder.layers)

@@ -18,25 +18,29 @@ from torch.utils.checkpoint import checkpoint
 
 from data.batch import Batch, Features, Tokens, UserError
 from engine.clip.encoder import use_quick_gelu
-from engine.clip.loading import HEAD, Clip
+from engine.clip.families import HEAD
+from engine.clip.loading import Clip
 from engine.clip.pooled import can_pool, pool_images, pool_texts
 
 PROBE_PATCHES = 16
 
 
 def freeze(clip: Clip, trainable: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Let only parameters train whose name holds one of `trainable` (`all`: every one); return them by name.
+    """Let only parameters train whose name holds one of `trainable`; return them by name.
 
-    CLIP's own `logit_scale` stays frozen unless asked for by name: the loss has its own scale.
-    Raises UserError when nothing matches, naming what there is.
+    `all` is every one, `projection` what stands behind the features, whatever its name. The model's own `logit_scale`
+    stays frozen unless asked for by name: the loss has its own scale. So does SigLIP's `logit_bias` in any case: no
+    loss here has it. Raises UserError when nothing matches, naming what there is.
     """
-    names = list(clip.facts.shapes)
+    names = [name for name in clip.facts.shapes if name != "logit_bias"]
+    def matches(part: str, name: str) -> bool:
+        return name in clip.family.projections if part == "projection" else part == "all" or part in name
     def wanted(name: str) -> bool:
-        if name == "logit_scale":
-            return "logit_scale" in trainable
-        return any(part == "all" or part in name for part in trainable)
+        if name in ("logit_scale", "logit_bias"):
+            return name == "logit_scale" and "logit_scale" in trainable
+        return any(matches(part, name) for part in trainable)
     for part in trainable:
-        if part != "all" and not any(part in name for name in names):
+        if not any(matches(part, name) for name in names):
             tops = sorted({".".join(name.split(".")[:2]) for name in names})
             raise UserError(f"--trainable {part} matches no parameter; names begin with {', '.join(tops)}")
     named = clip.named_parameters([name for name in names if wanted(name)])
@@ -68,16 +72,19 @@ def describe_trainable(clip: Clip, trainable: dict[str, nn.Parameter]) -> str:
 class Tower(nn.Module):
     """One of the model's towers; while all of it is frozen, its weights are held in the dtype of autocast."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, clip: Clip, name: str) -> None:
         super().__init__()
-        use_quick_gelu(model)
-        self.model = model
-        self.pools = can_pool(model)
+        self.model: Any = getattr(clip, name)
+        use_quick_gelu(self.model)
+        self.family, self.width = clip.family, clip.facts.widths[name]
+        self.pools = can_pool(self.model)
+        # Not the layer that features end in, which may lie inside: it is not part of the pass.
+        self._inner = [value for inner, value in self.model.named_parameters() if f"{name}.{inner}" not in HEAD]
         self._held: list[Any] = []  # in a list, as it is no part of this module: the model that is exported stays fp32
 
     def for_pass(self, device: torch.device) -> Any:
         """Return the tower for one pass on a device."""
-        if not torch.is_autocast_enabled(device.type) or any(x.requires_grad for x in self.model.parameters()):
+        if not torch.is_autocast_enabled(device.type) or any(x.requires_grad for x in self._inner):
             return self.model
         if not self._held:
             self._held.append(hold_weights(self.model, torch.get_autocast_dtype(device.type)))
@@ -91,7 +98,7 @@ class ImageTower(Tower):
     shift_C11: Tensor
 
     def __init__(self, clip: Clip) -> None:
-        super().__init__(clip.vision_model)
+        super().__init__(clip, "vision_model")
         mean, std = torch.tensor(clip.spec.mean), torch.tensor(clip.spec.std)
         self.register_buffer("gain_C11", (clip.spec.rescale / std)[:, None, None], persistent=False)
         self.register_buffer("shift_C11", (-mean / std)[:, None, None], persistent=False)
@@ -99,30 +106,29 @@ class ImageTower(Tower):
     def forward(self, pixels_BCSS: Tensor, patches: int | None = None) -> Tensor:
         """Return features, of the first `patches` of each image alone where the tower pools."""
         if not len(pixels_BCSS):
-            return self.gain_C11.new_zeros(0, self.model.config.hidden_size)
+            return self.gain_C11.new_zeros(0, self.width)
         normalised = torch.addcmul(self.shift_C11, pixels_BCSS.float(), self.gain_C11)
         tower = self.for_pass(normalised.device)
         if self.pools and not torch.is_grad_enabled():
             return pool_images(tower, normalised, patches).float()
-        return tower(pixel_values=normalised).pooler_output.float()
+        return self.family.image_features(tower, normalised).float()
 
 
 class TextTower(Tower):
-    """Tokens [B, L] -> text features [B, T], fp32: the hidden state at the first EOS."""
+    """Tokens [B, L] -> text features [B, T], fp32."""
 
     def __init__(self, clip: Clip) -> None:
-        super().__init__(clip.text_model)
+        super().__init__(clip, "text_model")
+        self.max_tokens, self.pad_id = clip.max_tokens, clip.facts.pad_id
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Return features."""
         if not len(tokens.ids_BL):
-            return torch.zeros(0, self.model.config.hidden_size, device=tokens.ids_BL.device)
+            return torch.zeros(0, self.width, device=tokens.ids_BL.device)
         tower = self.for_pass(tokens.ids_BL.device)
         if self.pools and not torch.is_grad_enabled():
             return pool_texts(tower, tokens).float()
-        # Without the mask: attention is causal, so padding does not reach the EOS before it, and transformers would
-        # read the values of a mask on the host, a sync.
-        return tower(input_ids=tokens.ids_BL).pooler_output.float()
+        return self.family.text_features(tower, tokens, self.max_tokens, self.pad_id).float()
 
 
 class Towers(nn.Module):
@@ -141,9 +147,12 @@ class Towers(nn.Module):
 
     def recompute(self) -> None:
         """Checkpoint each layer: keep its input alone and compute its activations again in the backward pass."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
         for tower in (self.image.model, self.text.model):
-            for layer in tower.encoder.layers:
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            for layer in tower.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
     def forward(self, batch: Batch) -> Features:
         """One Batch of tower inputs -> its Features."""
@@ -175,7 +184,9 @@ def fingerprint(clip: Clip, tower: str, preprocessing: str, precision: torch.dty
     `tower` is vision_model or text_model.
     """
     digest = hashlib.sha256(f"{preprocessing}|{precision}|{clip.facts.configs[tower]}".encode())
+    if tower == "text_model" and clip.family.pooling == "last":  # padding is seen
+        digest.update(f"padding={clip.facts.pad_id}\n".encode())
     for name, tensor in sorted(clip.facts.digests.items()):
-        if name.startswith(f"{tower}."):
+        if name.startswith(f"{tower}.") and name not in HEAD:
             digest.update(f"{name}={tensor}".encode())
     return digest.hexdigest()

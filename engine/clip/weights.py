@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -62,30 +62,40 @@ def open_weights(path: Path) -> WeightFile:
     return SafetensorsFile(path) if path.suffix == ".safetensors" else PickledFile(path)
 
 
-def locate_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """Return which file of a folder holds each parameter under its own name and shape.
+class Place(NamedTuple):
+    """The weight file that holds a parameter, and its name there."""
 
-    Raises one of UNREADABLE where a parameter is not to be found so, as in files that transformers converts.
+    file: str
+    name: str
+
+
+def locate_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]],
+                   saved_names: Mapping[str, str] | None = None) -> dict[str, Place]:
+    """Return which file of a folder holds each parameter, in its own shape.
+
+    `saved_names` are names in the files that are not those of the parameters. Raises one of UNREADABLE where a
+    parameter is not to be found so, as in files that transformers converts otherwise.
     """
     first = next(name for name in (*WEIGHTS, "") if not name or (folder / name).is_file())
     if not first:
         raise FileNotFoundError(f"{folder} holds no weights")
-    files = dict.fromkeys(shapes, first)
+    names = {name: (saved_names or {}).get(name, name) for name in shapes}
+    places = {name: Place(first, saved) for name, saved in names.items()}
     if first.endswith(".index.json"):
         weight_map = json.loads((folder / first).read_text(encoding="utf-8"))["weight_map"]
-        files = {name: weight_map[name] for name in shapes}
-    opened = {file: open_weights(folder / file) for file in sorted(set(files.values()))}
+        places = {name: Place(weight_map[saved], saved) for name, saved in names.items()}
+    opened = {file: open_weights(folder / file) for file in sorted({place.file for place in places.values()})}
     for name, shape in shapes.items():
-        if opened[files[name]].shape(name) != shape:
-            raise ValueError(f"{files[name]} holds {name} in another shape")
-    return files
+        if opened[places[name].file].shape(places[name].name) != shape:
+            raise ValueError(f"{places[name].file} holds {name} in another shape")
+    return places
 
 
-def read_weights(folder: Path, files: Mapping[str, str], names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+def read_weights(folder: Path, places: Mapping[str, Place], names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
     """Yield some of the parameters in fp32 by name; they may be views of their file. Raises one of UNREADABLE."""
     opened: dict[str, WeightFile] = {}
     for name in names:
-        file = files[name]
-        if file not in opened:
-            opened[file] = open_weights(folder / file)
-        yield name, opened[file].tensor(name).float()
+        place = places[name]
+        if place.file not in opened:
+            opened[place.file] = open_weights(folder / place.file)
+        yield name, opened[place.file].tensor(place.name).float()

@@ -1,4 +1,4 @@
-"""Load a whole CLIPModel, its tokenizer and its image processor, and refuse whatever does not fit together.
+"""Load a whole dual encoder, its tokenizer and its image processor, and refuse whatever does not fit together.
 
 transformers builds an empty tokenizer where files are missing, draws missing weights at random, and pads over what a
 config leaves out. Here each of these is a UserError of one line that names the file and the fix. No code of a folder
@@ -7,6 +7,7 @@ runs: `auto_map` is refused, and pickled weights are read with `weights_only`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,39 +17,43 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import UserError
-from data.images.decode import ImageSpec, tokenize
+from data.images.decode import ImageSpec
+from engine.clip.families import ANY_SIZE, CLIP, FAMILIES, REFUSED, TEXT_TOWERS, VISION_TOWERS, Family
 from engine.clip.model_files import ModelFiles
+from engine.clip.tokenizer import check_tokenizer, find_tokenizer_files, longest_title, set_lengths
 from engine.clip.weights import WEIGHTS
 
 if TYPE_CHECKING:
-    from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionModel
+    from transformers import CLIPModel, CLIPTextModel, CLIPVisionModel
 
 CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+UNUSED = re.compile(r"\.(pooler\.dense\.(weight|bias)|position_ids|token_type_ids)$")
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".h5", ".msgpack")
-HISTORIC_EOS = 2  # in configs of old transformers versions; it means: pool at the highest token id
-HISTORIC_BOS = 0
 
 
 class WholeModel(NamedTuple):
-    """A CLIPModel in fp32 with its own preprocessing, as transformers has loaded both."""
+    """A CLIPModel, or another dual encoder, in fp32 with its own preprocessing, as transformers has loaded both."""
 
     model: CLIPModel
     processor: Any
     commit: str | None = None  # of a hub repository
     subfolder: str = ""  # of the CLIPModel in a sentence-transformers folder
+    family: Family = CLIP
 
 
 def load_whole(name: str, commit: str | None = None) -> WholeModel:
-    """Load a plain CLIPModel or a sentence-transformers folder, by hub name (at `commit`) or path, in fp32.
+    """Load a model of one of FAMILIES or a sentence-transformers folder, by hub name (at `commit`) or path, in fp32.
 
-    Raises UserError when there is no such model, when it is something other than a CLIPModel, and when its files are
-    damaged, incomplete or do not fit one another.
+    Raises UserError when there is no such model, when it is something else, and when its files are damaged, incomplete
+    or do not fit one another.
     """
     with _errors_of(name):
         files = ModelFiles(name, commit)
-        config = _load_config(files)
-        processor = _load_processor(files, config)
-        return WholeModel(_load_model(files, config), processor, files.commit(), files.where["subfolder"])
+        family = find_family(files)
+        config = _load_config(files, family)
+        processor = _load_processor(files, config, family)
+        model = _load_model(files, config, family)
+        return WholeModel(model, processor, files.commit(), files.where["subfolder"], family)
 
 
 def load_tower(name: str, commit: str | None, tower: str) -> CLIPVisionModel | CLIPTextModel:
@@ -57,7 +62,7 @@ def load_tower(name: str, commit: str | None, tower: str) -> CLIPVisionModel | C
 
     with _errors_of(name):
         files = ModelFiles(name, commit)
-        config: Any = _load_config(files)
+        config = _load_config(files, find_family(files))
         kind: Any = {"vision_model": CLIPVisionModel, "text_model": CLIPTextModel}[tower]
         part: Any = config.vision_config if tower == "vision_model" else config.text_config
         model, report = kind.from_pretrained(files.source, **files.where, config=part, dtype=torch.float32,
@@ -105,31 +110,52 @@ def _load_failure(name: str, error: Exception) -> str:
             "the network, or `hf auth login` for a private model")
 
 
-def _load_config(files: ModelFiles) -> CLIPConfig:
-    """Load config.json; refuse whatever would load something else than a plain CLIPModel."""
-    from transformers import CLIPConfig
+def find_family(files: ModelFiles) -> Family:
+    """Return how the model is laid out, by its config.json; refuse what cannot be tuned, or runs code of its own."""
     from transformers.utils import cached_file
 
     if files.path("adapter_config.json"):
         files.refuse("adapter_config.json: a PEFT adapter (LoRA); put it into its base model with merge_and_unload() "
                      "and give the folder saved from that")
     if not files.path("config.json"):
+        if files.path("open_clip_config.json"):
+            files.refuse("open_clip_config.json without a config.json: an open_clip folder. Most on the hub are there "
+                         "for transformers too, under laion/ or google/; one shaped as OpenAI's converts with "
+                         "transformers' models/clip/convert_clip_original_pytorch_to_hf.py")
         cached_file(files.source, "config.json", **files.where)  # raises the hub's reason: no such name, no network
         files.refuse("there is no config.json; give the folder or repository of a CLIPModel")
+    kind = str(files.config("config.json").get("model_type"))
+    if kind in REFUSED:
+        files.refuse(f"config.json says this is a {kind!r} model: {REFUSED[kind]}")
     for name in CONFIGS:
         if _has_key(files.config(name), "auto_map"):
             files.refuse(f"{name} names code of its own (auto_map), which is never run; give a model that transformers "
                          "has a CLIPModel for, or remove auto_map if this is one")
+    if kind not in FAMILIES:
+        files.refuse(f"config.json says this is a {kind!r} model; thumbtune tunes CLIPModel checkpoints (model_type "
+                     f"'clip') and those of {', '.join(list(FAMILIES)[1:])}")
+    return FAMILIES[kind]
+
+
+def _load_config(files: ModelFiles, family: Family) -> Any:
+    """Load config.json; refuse whatever would load something else than a plain model of the family."""
+    import transformers
+
     content = files.config("config.json")
-    if content.get("model_type") != "clip":
-        files.refuse(f"config.json says this is a {content.get('model_type')!r} model; thumbtune tunes CLIPModel "
-                     "checkpoints (model_type 'clip')")
     for part in (content, content.get("text_config"), content.get("vision_config")):
         _refuse_variants(files, part or {})
+    kind = getattr(transformers, family.model_class).config_class
     try:
-        return CLIPConfig.from_pretrained(files.source, **files.where)
+        config = kind.from_pretrained(files.source, **files.where)
     except Exception as error:  # of many kinds; all of them are about this file
-        files.refuse(f"config.json holds no CLIPConfig ({_one_line(error)}); copy it again from the base model")
+        files.refuse(f"config.json holds no {kind.__name__} ({_one_line(error)}); copy it again from the base model")
+    if family.model_type == "vision-text-dual-encoder":
+        for name, known in (("vision_config", VISION_TOWERS), ("text_config", TEXT_TOWERS)):
+            tower = getattr(config, name).model_type
+            if tower not in known:
+                files.refuse(f"config.json has a tower of the kind {tower!r} as {name}; supported are "
+                             f"{', '.join(known)}")
+    return config
 
 
 def _has_key(content: object, key: str) -> bool:
@@ -151,11 +177,11 @@ def _refuse_variants(files: ModelFiles, config: Mapping[str, Any]) -> None:
                          f"{key}")
 
 
-def _load_processor(files: ModelFiles, config: CLIPConfig) -> Any:
-    """Load the CLIPProcessor and compare its image processor and tokenizer with the config."""
-    from transformers import CLIPProcessor
+def _load_processor(files: ModelFiles, config: Any, family: Family) -> Any:
+    """Load the processor and compare its image processor and tokenizer with the config."""
+    import transformers
 
-    tables = _tokenizer_files(files)
+    tables = find_tokenizer_files(files, family)
     settings = files.config("processor_config.json").get("image_processor")
     source = "processor_config.json" if settings else "preprocessor_config.json"
     settings = settings or files.config(source)
@@ -163,111 +189,62 @@ def _load_processor(files: ModelFiles, config: CLIPConfig) -> Any:
         files.refuse("there is no preprocessor_config.json, so nothing says how images are prepared; copy it from the "
                      "base model")
     try:
-        processor = CLIPProcessor.from_pretrained(files.source, **files.where, trust_remote_code=False)
+        kind = getattr(transformers, family.processor_class)
+        processor = kind.from_pretrained(files.source, **files.where, trust_remote_code=False)
     except Exception:
         for name in tables:
             files.read(name)  # raises UserError where the file is the reason
         raise
     _check_images(files, source, settings, processor.image_processor, config)
-    text: Any = config.text_config  # declared as a dictionary or None as well, which it is before __post_init__ alone
-    _check_tokenizer(files, processor.tokenizer, text)
-    _set_lengths(processor.tokenizer, text.max_position_embeddings)
+    check_tokenizer(files, processor.tokenizer, config.text_config, family)
+    set_lengths(processor.tokenizer, longest_title(family, config.text_config, processor.tokenizer))
     return processor
 
 
 def _check_images(files: ModelFiles, source: str, settings: Mapping[str, Any], image_processor: Any,
-                  config: CLIPConfig) -> None:
+                  config: Any) -> None:
     """Compare the image processor with the vision tower. `settings` are those in the file `source`."""
     for key in ("image_mean", "image_std") if settings.get("do_normalize", True) else ():
         values = settings.get(key)
         if not isinstance(values, list) or len(values) != 3 or (key == "image_std" and min(values) <= 0):
             files.refuse(f"{source} has {key}={values}; write the three values the model was trained with")
-    vision: Any = config.vision_config
-    side = vision.image_size
+    side = config.vision_config.image_size
     crop = ImageSpec.from_processor(image_processor).crop
+    if config.vision_config.model_type in ANY_SIZE:
+        return
     if list(crop) != (side if isinstance(side, list) else [side, side]):
         files.refuse(f"{source} crops to {crop[0]}x{crop[1]} pixels where vision_config.image_size in config.json is "
                      f"{side}; copy both from the same model")
 
 
-def _tokenizer_files(files: ModelFiles) -> list[str]:
-    """Return the tokenizer's JSON files. Refuses a folder without: transformers would make an empty tokenizer."""
-    whole = files.path("tokenizer.json")
-    missing = [name for name in ("vocab.json", "merges.txt") if not files.path(name)]
-    if missing and whole is None:
-        files.refuse(f"the tokenizer is missing: there is no tokenizer.json and no {' or '.join(missing)}; copy the "
-                     "tokenizer files from the base model")
-    names = ("tokenizer.json", "vocab.json", "special_tokens_map.json", "added_tokens.json")
-    return [name for name in names if files.path(name)]
-
-
-def _check_tokenizer(files: ModelFiles, tokenizer: Any, text: Any) -> None:
-    """Compare the tokenizer with the text tower: its ids have embeddings, and a title ends where the tower pools."""
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        files.refuse(f"tokenizer_config.json names {type(tokenizer).__name__}, which has no fast version; give a model "
-                     "with a tokenizer.json")
-    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    known = tokenizer.get_vocab()
-    highest = max(known, key=known.__getitem__)
-    if not isinstance(text.eos_token_id, int):
-        files.refuse(f"config.json has text_config.eos_token_id={text.eos_token_id}; write the one id that titles end "
-                     f"with ({eos})")
-    if known[highest] >= text.vocab_size:
-        files.refuse(f"the tokenizer's token {highest!r} has the id {known[highest]}, but text_config.vocab_size in "
-                     f"config.json is {text.vocab_size}; remove added tokens, or give the tokenizer of this model")
-    if tokenizer.pad_token_id is None:
-        files.refuse(f'tokenizer_config.json names no pad_token; add "pad_token": "{tokenizer.eos_token}"')
-    if text.eos_token_id == HISTORIC_EOS:
-        if eos is not None and known[highest] > eos:
-            files.refuse(f"config.json has text_config.eos_token_id=2, which pools at the highest id of a title, and "
-                         f"the tokenizer's {highest!r} is above the end of text; write eos_token_id {eos}")
-    elif eos != text.eos_token_id:
-        files.refuse(f"the tokenizer ends titles with the id {eos}, but text_config.eos_token_id in config.json is "
-                     f"{text.eos_token_id}; copy both from the same model")
-    if text.bos_token_id not in (None, HISTORIC_BOS, bos):
-        files.refuse(f"the tokenizer begins titles with the id {bos}, but text_config.bos_token_id in config.json is "
-                     f"{text.bos_token_id}; copy both from the same model")
-    title = tokenize(tokenizer, ["a title"], text.max_position_embeddings)[0]
-    if title[0] != bos or title[-1] != eos or len(title) < 3:
-        files.refuse(f"the tokenizer turns 'a title' into {title}, which does not begin with {bos} and end with {eos}; "
-                     "copy tokenizer.json and tokenizer_config.json from the base model")
-
-
-def _set_lengths(tokenizer: Any, max_tokens: int) -> None:
-    """Make other libraries that load the exported tokenizer cut and pad titles as `tokenize` does."""
-    tokenizer.model_max_length = max_tokens
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    for key in ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of"):  # of a stored truncation
-        tokenizer.init_kwargs.pop(key, None)
-
-
-def _load_model(files: ModelFiles, config: CLIPConfig) -> CLIPModel:
-    """Load the CLIPModel in fp32; refuse weights that are missing, unexpected, of another shape or not finite."""
+def _load_model(files: ModelFiles, config: Any, family: Family) -> Any:
+    """Load the model in fp32; refuse weights that are missing, unexpected, of another shape or not finite."""
     from pickle import UnpicklingError
 
+    import transformers
     from safetensors import SafetensorError
-    from transformers import CLIPModel
 
     weights = _check_weight_files(files) if files.is_local else "the checkpoint"
-    loaded: Any  # declared as the model alone, without the report that output_loading_info adds
     try:
-        loaded = CLIPModel.from_pretrained(
+        model, report = getattr(transformers, family.model_class).from_pretrained(
             files.source, **files.where, config=config, dtype=torch.float32, trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True)
     except (UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
         raise UserError(f"--model {files.name}: {weights}: its weights are damaged, or hold code, which is never run; "
                         "give them as safetensors") from error
-    model, report = loaded
     for name, stored, expected in sorted(report["mismatched_keys"]):
         files.refuse(f"{weights} has {name} as {_shape(stored)}, but config.json asks for {_shape(expected)}; copy "
                      "both from the same model")
     missing, unexpected = report["missing_keys"], report["unexpected_keys"]
+    if family is not CLIP:  # a BERT is often saved with a pooler that is not part of the dual encoder
+        unexpected = {name for name in unexpected if not UNUSED.search(name)}
     if missing or unexpected:
-        files.refuse(f"{weights} is not this CLIPModel: {len(missing)} weights are missing{_first_name(missing)}, "
-                     f"{len(unexpected)} unexpected{_first_name(unexpected)}; "
-                     "give one saved by CLIPModel.save_pretrained")
+        files.refuse(f"{weights} is not this {family.model_class}: {len(missing)} weights are missing"
+                     f"{_first_name(missing)}, {len(unexpected)} unexpected{_first_name(unexpected)}; "
+                     f"give one saved by {family.model_class}.save_pretrained")
+    if buffers := set(model.state_dict()) - {name for name, _ in model.named_parameters()}:
+        files.refuse(f"its towers hold values that are no parameters ({min(buffers)}), which an export would lose; "
+                     "give a model with another tower")
     if bad := non_finite(model):
         files.refuse(f"{weights} holds NaN or infinity in {bad}; give another checkpoint (a cast to fp16 may have "
                      "overflowed)")

@@ -44,6 +44,10 @@ def train_auto(cfg: Config, world: World, out: Path, model: LoadedModel, pairs: 
 
     Raises UserError where the pairs or what trains do not allow it.
     """
+    family = model.clip.family
+    if family.projections != PROJECTIONS:
+        raise UserError(f"--recipe auto tunes projections without a bias, which {family.model_class} has none of; use "
+                        "--recipe reference")
     if not model.cached or {*model.trainable} != {*PROJECTIONS}:
         raise UserError("--recipe auto tunes both projections from stored features; leave out what makes towers run or "
                         "other parameters train, or use --recipe reference")

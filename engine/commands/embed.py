@@ -60,7 +60,7 @@ def embed(cfg: Config, world: World, stop: StopSignal) -> int:
 
 def describe(cfg: Config, model: LoadedModel, encoders: Encoders, tables: EmbeddingTables) -> dict[str, object]:
     """Return what embeddings.json says; its identity is a digest of everything that decides a byte of the files."""
-    projections = [model.clip.facts.digests[f"{name}_projection.weight"] for name in ("visual", "text")]
+    projections = [model.clip.facts.digests[name] for name in model.clip.family.projections]
     settings = [LAYOUT, PART, cfg.dtype, cfg.vectors, encoders.image_space, encoders.text_space, *projections]
     identity = hashlib.sha256(json.dumps([*settings, tables.digest()]).encode()).hexdigest()
     return {"model": cfg.model, "dataset": without_secrets(cfg.dataset), "split": cfg.split, "dtype": cfg.dtype,

@@ -53,7 +53,7 @@ class Config:
     # The model.
     model: str = setting("sentence-transformers/clip-ViT-L-14", "model",
                          ("train", "sweep", "eval", "search", "embed", "export", "verify"),
-                         "hub name or folder of a CLIPModel", resumable=True)
+                         "hub name or folder of a CLIPModel or another dual encoder", resumable=True)
     run: str = setting("", "model", ("export", "verify"),
                        "run folder; export takes projections.safetensors alone, or its folder, too")
     checkpoint: str = setting("", "model", ("export",),

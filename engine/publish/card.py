@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.text import printable
+from engine.clip.families import CLIP, Family
 from engine.config.settings import toml_value
 
 if TYPE_CHECKING:
@@ -20,15 +21,19 @@ REPORTED = ("image_to_text_R@1", "image_to_text_R@10", "image_to_text_mrr", "tex
             "text_to_image_mrr", "triplet_accuracy")  # shares: the hub lists single numbers, without their unit
 CARD = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
 LOADING = {library: Path(__file__).with_name(f"load_{library}.md").read_text(encoding="utf-8").rstrip()
-           for library in ("transformers", "open_clip")}  # whose folder it is -> how to load it
+           for library in ("transformers", "open_clip", "dual_encoder")}  # whose folder it is -> how to load it
 
 
-def write_card(path: Path, origin: Origin, table: str, licence: str, library: str = "transformers") -> None:
+def write_card(path: Path, origin: Origin, table: str, licence: str, library: str = "transformers",
+               family: Family = CLIP) -> None:
     """Write README.md: front matter that the hub accepts whatever the names are, then text; `library` loads the model.
+
+    sentence-transformers loads CLIPModel folders alone, so other families are shown with transformers only.
     """
     from huggingface_hub import ModelCardData
 
     base, dataset = _public_name(origin.base), _public_name(origin.dataset)
+    loading = library if family is CLIP else "dual_encoder"
     front_matter = ModelCardData(
         library_name=library,
         pipeline_tag="zero-shot-image-classification",
@@ -36,7 +41,7 @@ def write_card(path: Path, origin: Origin, table: str, licence: str, library: st
         license_name="see-base-model-and-data" if licence == "other" else None,
         base_model=origin.base if origin.commit else None,
         datasets=[origin.dataset.partition(":")[0]] if HUB_NAME.fullmatch(origin.dataset) else None,
-        tags=["clip", *(["sentence-transformers"] if library == "transformers" else []), "thumbtune"],
+        tags=[family.model_type, *(["sentence-transformers"] if loading == "transformers" else []), "thumbtune"],
         model_name=f"{base} tuned",
         eval_results=_results(origin),
     ).to_yaml()
@@ -49,7 +54,10 @@ def write_card(path: Path, origin: Origin, table: str, licence: str, library: st
         toml = toml_value(tuple(value) if isinstance(value, list) else value).replace("`", "'")
         recipe.append(f"{key.replace('_', '-')} = {toml}")
     text = CARD.format(base=base, dataset=dataset, link=link, table=table or "Not measured.", here=HERE,
-                       loading=LOADING[library].format(here=HERE), trainable="`, `".join(trained),
+                       loading=LOADING[loading].format(
+                           here=HERE, model=family.model_class, processor=family.processor_class,
+                           padding='"max_length"' if family.pooling == "last" else "True"),
+                       model=family.model_class, trainable="`, `".join(trained),
                        recipe="\n".join(recipe))
     path.write_text(f"---\n{front_matter}\n---\n\n{text}", encoding="utf-8", errors="replace")
 

@@ -95,7 +95,7 @@ def export(clip: Clip, folder: Path, tuned: Tuned, table: str, licence: str = "o
         tensors = {name: value.detach().cpu().float().contiguous() for name, value in tuned.tensors.items()}
         save_file(tensors, new / PROJECTIONS_FILE, _header(tuned.origin))
         write_model(clip, tensors, new, dtype)
-        write_card(new / "README.md", tuned.origin, table, licence)
+        write_card(new / "README.md", tuned.origin, table, licence, family=clip.family)
 
 
 def write_model(clip: Clip, trained: Mapping[str, Tensor], folder: Path, dtype: str) -> None:
@@ -103,7 +103,9 @@ def write_model(clip: Clip, trained: Mapping[str, Tensor], folder: Path, dtype: 
 
     The weights come from the base's own files where the model is not in memory, and the folder is the same to the byte.
     """
-    save_file(weights_of(clip, trained, dtype), folder / "model.safetensors", {"format": "pt"})
+    names = clip.facts.saved_names
+    weights = {names.get(name, name): value for name, value in weights_of(clip, trained, dtype).items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     for name, text in clip.facts.files.items():
         if name == "config.json":
             config = json.loads(text) | {"dtype": str(DTYPES[dtype])[6:]}

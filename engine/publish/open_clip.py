@@ -23,10 +23,11 @@ from torch import Tensor
 from data.batch import UserError
 from data.files import replaced_folder
 from data.images.decode import ImageSpec, collate_tokens, decode_image, tokenize
+from engine.clip.families import CLIP
 from engine.clip.loading import Clip
 from engine.clip.model import Head
+from engine.clip.tokenizer import HISTORIC_EOS
 from engine.clip.towers import Towers
-from engine.clip.whole import HISTORIC_EOS
 from engine.config.fields import Config
 from engine.publish.card import HERE, write_card
 from engine.publish.export import Tuned, weights_of
@@ -106,6 +107,8 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def open_clip_config(clip: Clip) -> dict[str, Any]:
     """Return open_clip_config.json: the towers' sizes and the preprocessing. Raises UserError for what has no name."""
+    if clip.family is not CLIP:
+        _refuse(f"gets CLIPModel checkpoints alone from thumbtune, and this is a {clip.family.model_class}")
     config: Any = clip.model.config
     vision, text = config.vision_config, config.text_config
     activations = {vision.hidden_act, text.hidden_act}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from data.images.album import png
+from engine.clip.families import HEAD
 from engine.config.fields import Config, as_dict, config_fields
 
 Metrics = Mapping[str, Mapping[str, Any]]  # split -> name -> value or [lo, hi]
@@ -183,7 +184,7 @@ class WeightDrift:
         self.now: dict[str, Tensor] = {}
         self.base: dict[str, Tensor] = {}
         for name, weight in trainable.items():
-            if name.endswith("projection.weight"):
+            if name in HEAD and weight.dim() > 1:
                 projection = name.split(".")[-2]
                 self.now[projection], self.base[projection] = weight, weight.detach().clone()
 

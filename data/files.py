@@ -167,14 +167,6 @@ def keep_lines(path: Path, is_kept: Callable[[str], bool]) -> None:
         replace_text(path, text)
 
 
-def replace_link(link: Path, target: str) -> None:
-    """Point a relative symlink at another name of its folder, in one step."""
-    temporary = link.with_name(f".{link.name}-link")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    temporary.replace(link)
-
-
 def write_mark(folder: Path, kind: str, files: Iterable[str] = ()) -> None:
     """Mark `folder` as this program's, with its kind and the files in it. Raises OSError."""
     mark = {"made_by": "thumbtune", "kind": kind, "files": sorted(files)}

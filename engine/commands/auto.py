@@ -65,7 +65,7 @@ def train_auto(cfg: Config, world: World, out: Path, model: LoadedModel, pairs: 
     alone = World(world.rank, world.local_rank, 1, world.device, quiet=world.quiet)
     with closing(Log(out, alone, plan, State(), WeightDrift(model.trainable),
                      Reference(comparable_settings(final), {}))) as log:
-        answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture, resumed=False)
+        answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture)
         recorder = Recorder(world, model, pairs, names, log, answers)
         before = recorder.measure("base", 0)
         apply_choice(tuner, choice, final, rows, world, log)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from engine.config.fields import Config, as_dict, config_fields
 from engine.config.settings import CHOSEN_BY_AUTO
 from engine.publish.card import write_card
 from engine.run_folder import checkpoint
-from engine.run_folder.folder import read_json
+from engine.run_folder.folder import read_json, read_shown
+from engine.run_folder.repair import pointed_name
 
 PROJECTIONS_FILE = "projections.safetensors"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -143,7 +144,7 @@ def new_folder(wanted: str) -> Path:
     return folder
 
 
-def read_tuned(run: str, which: str = "") -> Tuned:
+def read_tuned(run: str, which: str = "", log: Callable[[str], None] = print) -> Tuned:
     """Read trained tensors from a file or folder with projections.safetensors, or from a run's checkpoint `which`.
 
     Without `which`, from a run's finished model, or else its newest undamaged checkpoint. Raises UserError.
@@ -161,23 +162,25 @@ def read_tuned(run: str, which: str = "") -> Tuned:
             raise UserError(f"--run {run} holds no checkpoints; give a run folder")
         raise UserError(f"--run {run} holds no trained model; give a run folder, or a folder or file with "
                         f"{PROJECTIONS_FILE}")
-    tensors = _checkpoint(path, which)
-    origin = finished.origin if finished else _origin_of_unfinished(path)
+    tensors = _checkpoint(path, which, log)
+    origin = finished.origin if finished else _origin_of_unfinished(path, log)
     base = {"base": origin.metrics["base"]} if "base" in origin.metrics else {}  # this checkpoint has no others
     return Tuned(tensors, replace(origin, metrics=base))
 
 
-def _checkpoint(path: Path, which: str) -> Mapping[str, Tensor]:
+def _checkpoint(path: Path, which: str, log: Callable[[str], None]) -> Mapping[str, Tensor]:
     """Return the weights of the checkpoint `which` (a step, a folder's name, last or best), or of the newest."""
     if not which:
-        newest = checkpoint.newest_valid(path, lambda line: None)
+        newest = checkpoint.newest_valid(path, log)
         if newest is None:
             raise UserError(f"--run {path} has no checkpoint that is whole; nothing of it can be exported")
         return newest[1].weights
     folders = sorted(folder.name for folder in (path / "checkpoints").glob("step-*"))
     number = which.removeprefix("step-")
     name = f"step-{int(number):08d}" if number.isdecimal() and number.isascii() else which
-    if name not in [*folders, "last", "best"] or not (path / "checkpoints" / name).is_dir():
+    if name in checkpoint.LINKS and not (path / "checkpoints" / name).is_dir():
+        name = pointed_name(path / "checkpoints" / name)
+    if name not in [*folders, *checkpoint.LINKS] or not (path / "checkpoints" / name).is_dir():
         raise UserError(f"--checkpoint {which}: {path} has {', '.join(folders) or 'none'}, last and best")
     try:
         return checkpoint.load((path / "checkpoints" / name).resolve()).weights
@@ -185,13 +188,24 @@ def _checkpoint(path: Path, which: str) -> Mapping[str, Tensor]:
         raise UserError(f"--checkpoint {which}: {error}; choose another one") from None
 
 
-def _origin_of_unfinished(path: Path) -> Origin:
+def _origin_of_unfinished(path: Path, log: Callable[[str], None]) -> Origin:
     """Return the origin from config.json, without digest and commit of the base model."""
     known = read_json(path / "config.json").get("config", {})
     if not isinstance(known, dict) or not isinstance(known.get("model"), str):
         raise UserError(f"--run {path}: its config.json does not name the base model; this is no run of thumbtune")
     dataset = _public(str(known.get("dataset", "")))
-    return Origin(known["model"], "", "", dataset, recipe_of(known), read_json(path / "metrics.json"))
+    return Origin(known["model"], "", "", dataset, recipe_of(known), read_metrics(path, log))
+
+
+def read_metrics(run: Path, log: Callable[[str], None]) -> dict[str, Any]:
+    """Return a run's metrics.json for its model card; without it, after `log`, where that file is damaged."""
+    metrics = read_shown(run / "metrics.json", log)
+    for name in ("base", "tuned", "difference"):
+        splits = metrics.get(name, {})
+        if not isinstance(splits, dict) or not all(isinstance(values, dict) for values in splits.values()):
+            log(f"{run / 'metrics.json'} is damaged ({name}); going on without it")
+            return {}
+    return metrics
 
 
 def _read_projections(path: Path) -> Tuned:

@@ -70,9 +70,10 @@ def open_evaluation(out: str, dataset: str) -> Path:
 
 
 def _foreign_checkpoint(root: Path) -> Path | None:
-    """Return the first `step-*` without any file of a checkpoint; a damaged checkpoint still has some."""
+    """Return the first `step-*` with files and none of a checkpoint's; a damaged checkpoint still has some, or none."""
     for folder in sorted(root.glob("step-*")):
-        if not any((folder / name).is_file() for name in (*FILES, MANIFEST)):
+        is_empty = folder.is_dir() and not any(folder.iterdir())
+        if not is_empty and not any((folder / name).is_file() for name in (*FILES, MANIFEST)):
             return folder
     return None
 

@@ -53,7 +53,7 @@ def check_files(run: Path) -> tuple[list[Finding], list[Path]]:
     elif broken:
         findings += [Finding("finished run", FAILED, problem) for problem in broken]
     else:
-        detail = "model, metrics, steps, ledger and settings are what was written"
+        detail = "model, metrics, logs, ledger, settings, answers and page are what was written"
         findings.append(Finding("finished run", OK, detail))
     return findings, whole
 

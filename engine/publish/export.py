@@ -28,7 +28,7 @@ from engine.config.fields import Config, as_dict, config_fields
 from engine.config.settings import CHOSEN_BY_AUTO
 from engine.publish.card import write_card
 from engine.run_folder import checkpoint
-from engine.run_folder.folder import read_json, read_shown
+from engine.run_folder.folder import read_json, read_metrics
 from engine.run_folder.repair import pointed_name
 
 PROJECTIONS_FILE = "projections.safetensors"
@@ -152,7 +152,7 @@ def read_tuned(run: str, which: str = "", log: Callable[[str], None] = print) ->
     path = Path(run).expanduser()
     finished = None
     for file in (path, path / PROJECTIONS_FILE, path / "model" / PROJECTIONS_FILE):
-        if file.is_file():
+        if file.is_file() and not (which and file.parent.name == "model" and _is_damaged(file)):
             finished = _read_projections(file)
             break
     if finished and not which:
@@ -194,18 +194,16 @@ def _origin_of_unfinished(path: Path, log: Callable[[str], None]) -> Origin:
     if not isinstance(known, dict) or not isinstance(known.get("model"), str):
         raise UserError(f"--run {path}: its config.json does not name the base model; this is no run of thumbtune")
     dataset = _public(str(known.get("dataset", "")))
-    return Origin(known["model"], "", "", dataset, recipe_of(known), read_metrics(path, log))
+    return Origin(known["model"], "", "", dataset, recipe_of(known), _shown_metrics(path, log))
 
 
-def read_metrics(run: Path, log: Callable[[str], None]) -> dict[str, Any]:
-    """Return a run's metrics.json for its model card; without it, after `log`, where that file is damaged."""
-    metrics = read_shown(run / "metrics.json", log)
-    for name in ("base", "tuned", "difference"):
-        splits = metrics.get(name, {})
-        if not isinstance(splits, dict) or not all(isinstance(values, dict) for values in splits.values()):
-            log(f"{run / 'metrics.json'} is damaged ({name}); going on without it")
-            return {}
-    return metrics
+def _shown_metrics(run: Path, log: Callable[[str], None]) -> dict[str, Any]:
+    """Return a run's metrics for its model card; {} where they are damaged, which is logged."""
+    try:
+        return read_metrics(run)
+    except UserError as error:
+        log(f"{error}; the model card is written without metrics")
+        return {}
 
 
 def _read_projections(path: Path) -> Tuned:
@@ -220,6 +218,15 @@ def _read_projections(path: Path) -> Tuned:
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         reason = error or type(error).__name__
         raise UserError(f"--run {path} is no {PROJECTIONS_FILE} of thumbtune's ({reason})") from None
+
+
+def _is_damaged(path: Path) -> bool:
+    """Return whether a run's own projections.safetensors cannot be read: a checkpoint of it may be whole."""
+    try:
+        _read_projections(path)
+    except UserError:
+        return True
+    return False
 
 
 def portable(path: Path) -> bytes:

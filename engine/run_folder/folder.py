@@ -62,12 +62,9 @@ def _open(cfg: Config, log: Callable[[str], None]) -> tuple[Path, bool]:
     holds_run = bool(restarted or named) and is_run(folder)
     if holds_run and cfg.resume == "off" and not restarted:
         raise UserError(f"--out {folder} already holds a run; choose another folder or carry on with --resume")
-    if cfg.resume != "off" and not holds_run and os.path.lexists(folder / "config.json"):
-        raise UserError(f"--resume: {folder}/config.json is damaged, and a run cannot go on without its settings; put "
-                        "a copy of that file back, or start a new run with another --out")
-    if cfg.resume != "off" and not holds_run and os.path.lexists(folder / "checkpoints"):
-        raise UserError(f"--resume: {folder} holds checkpoints and no config.json, and a run cannot go on without its "
-                        "settings; put a copy of that file back, or start a new run with another --out")
+    if named and not holds_run and os.path.lexists(folder / "checkpoints"):
+        raise UserError(f"--out {folder} holds checkpoints and no config.json that can be read, and a run cannot go on "
+                        "without its settings; put a copy of that file back, or choose another folder")
     if cfg.resume == "on" and not holds_run:
         raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
     if named and not holds_run:
@@ -188,14 +185,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_shown(path: Path, log: Callable[[str], None]) -> dict[str, Any]:
-    """Return the content of a JSON file that is only shown; {} when there is none or, after `log`, when it is damaged.
-    """
-    try:
-        return read_json(path)
-    except UserError as error:
-        log(f"{error}; going on without it")
-        return {}
+def read_metrics(run: Path) -> dict[str, Any]:
+    """Return the content of a run's metrics.json, {} when there is none. Raises UserError when it is damaged."""
+    metrics = read_json(run / "metrics.json")
+    for name in ("base", "tuned", "difference"):
+        splits = metrics.get(name, {})
+        if not isinstance(splits, dict) or not all(isinstance(values, dict) for values in splits.values()):
+            raise UserError(f"{run / 'metrics.json'} is damaged ({name}); put a copy of it back, if there is one")
+    return metrics
 
 
 def write_json(path: Path, value: object) -> None:

@@ -84,6 +84,8 @@ class Log:
             if steps.count < state.step:
                 world.say(f"{steps.path} was damaged: it lacks {state.step - steps.count:,} of {state.step:,} steps, "
                           "which are not trained again")
+            if evaluations.damaged or not evaluations.count and last_evaluation >= 0:
+                world.say(f"{evaluations.path} was damaged: {evaluations.count:,} evaluations of it are left")
         self.board = TensorBoardWriter(folder / "tensorboard" if world.is_main else None, state.step, plan.steps)
 
     @contextmanager
@@ -286,6 +288,7 @@ class LogFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.count = 0  # lines kept by `open`
+        self.damaged = 0  # lines that were none
 
     def open(self, last_step: int, is_whole: Callable[[Mapping[str, Any]], bool]) -> TextIO:
         """Open it for appending, without damaged lines and what follows the line of `last_step`.
@@ -299,10 +302,11 @@ class LogFile:
             try:
                 line = json.loads(text)
                 if not is_whole(line):
-                    return False
-                is_over = is_over or line["step"] > last_step
+                    raise ValueError(text)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                self.damaged += not is_over
                 return False
+            is_over = is_over or line["step"] > last_step
             self.count += not is_over
             return not is_over
 

@@ -114,6 +114,11 @@ def verify_store(cfg: Config, world: World) -> int:
             encoders = make_encoders(load_model(cfg, world, reread=True))
             keep = {encoders.image_space, encoders.text_space}
         kept = sorted(keep & {space.name for space in spaces})
-        freed = delete_spaces(cache, keep) + model_records(cfg, world).prune(cfg.model)
-        print(f"pruned {freed / 1e6:,.1f} MB; kept {', '.join(kept) or 'nothing'}")
+        pruned = delete_spaces(cache, keep)
+        freed = pruned.freed + model_records(cfg, world).prune(cfg.model)
+        for name in pruned.in_use:
+            print(f"{name} stays: a run is using it")
+        for path in pruned.odd:
+            print(f"{path} stays: it is no regular file")
+        print(f"pruned {freed / 1e6:,.1f} MB; kept {', '.join([*kept, *pruned.in_use]) or 'nothing'}")
     return int(any(space.damaged for space in spaces))

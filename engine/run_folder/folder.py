@@ -28,7 +28,7 @@ from engine.config.settings import known_settings
 from engine.ranks.world import World
 from engine.run_folder.crash import CURRENT_RUN
 from engine.run_folder.ownership import RUN_FILES, is_run, refuse_foreign_parts, refuse_out
-from engine.run_folder.repair import require_folder, set_aside_obstacles
+from engine.run_folder.repair import remove_unfinished, require_folder, set_aside_obstacles
 
 RUN_MANIFEST = "manifest.json"
 PACKAGES = ("torch", "transformers", "datasets", "pillow", "aiohttp", "numpy", "tensorboard")
@@ -80,6 +80,7 @@ def _open(cfg: Config, log: Callable[[str], None]) -> tuple[Path, bool]:
     if not locked:
         raise UserError(f"--out {folder} is being written by another run; wait for its end or choose another folder")
     recover_folders(folder, locked=True)
+    remove_unfinished(folder)
     if holds_run:
         refuse_foreign_parts(folder)
         require_folder(folder / "checkpoints")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.batch import UserError
-from data.files import first_foreign, read_text
+from data.files import MARK, first_foreign, read_text
 
 FILES = ("answers.npz", "evaluations.jsonl", "ledger.jsonl", "manifest.json", "metrics.json", "steps.jsonl")
 FOLDERS = ("profile", "tensorboard")
@@ -31,6 +31,15 @@ def unused_name(path: Path) -> Path:
         free = path.with_name(f"{path.name}-{number}")
         number += 1
     return free
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete files that a killed process was about to rename to a file of the run; the folder is locked."""
+    names = (*FILES, "config.json", "report.html", MARK)
+    for name in names:
+        for path in folder.glob(f".{name}.{'[0-9a-f]' * 16}{Path(name).suffix}"):
+            if path.is_file() and not path.is_symlink():
+                path.unlink()
 
 
 def set_aside(path: Path, folder: Path, log: Callable[[str], None]) -> None:

@@ -7,19 +7,25 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
-from helpers import StopAt, inside, make_pairs
+from helpers import StopAt, full, inside, make_pairs
 from safetensors.torch import load_file
 
 from data import files as durable
 from engine.commands.train import train
 from engine.config.cli import parse
 from engine.ranks.world import World
+from engine.run_folder.checkpoint import load
 from engine.run_folder.repair import pointed_name
+from eval.report.answers import load_answers
+
+R = TypeVar("R")
 
 FLAGS = ["--precision", "fp32", "--lr", "1e-2", "--batch-size", "4", "--epochs", "2", "--eval-every", "3",
          "--save-every", "4", "--keep", "9"]
@@ -154,3 +160,51 @@ def test_a_copied_run_exports_its_best_checkpoint(kind: str, home: Path, tmp_pat
     best = load_file(home / "cut/checkpoints/best/trainable.safetensors")
     exported = load_file(tmp_path / "model/projections.safetensors")
     assert best.keys() == exported.keys() and all(torch.equal(best[key], exported[key]) for key in best)
+
+
+def killed_at(rename: int, *command: object) -> bool:
+    """Run a command in a process of its own that dies, as by SIGKILL, before or after a rename (from 0); if it did."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def dying(real: Callable[..., R]) -> Callable[..., R]:
+            def call(*args: object) -> R:
+                nonlocal count
+                count += 2
+                if count - 2 == rename:
+                    os._exit(137)
+                result = real(*args)
+                if count - 1 == rename:
+                    os._exit(137)
+                return result
+            return call
+
+        os.replace, durable._exchange = dying(os.replace), dying(durable._exchange)
+        os._exit(inside(command).returncode)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 137
+
+
+@pytest.mark.parametrize("begin", ["cut", "whole"])
+def test_a_kill_at_any_rename_leaves_each_file_whole(begin: str, home: Path, tmp_path: Path) -> None:
+    """Settings, logs, answers, page, checkpoints and model are the old ones or the new ones, and nothing stays beside."""
+    chosen = iter(sorted(random.Random(0).sample(range(40 if begin == "cut" else 20), full(3, 20))))
+    for rename in count() if full(0, 1) else chosen:
+        out = tmp_path / str(rename)
+        shutil.copytree(home / begin, out, symlinks=True)
+        if begin == "whole":
+            (out / "report.html").unlink()  # so that all is written again
+        if not killed_at(rename, "--resume", "--out", out, "--cache-dir", home / "cache"):
+            assert rename > 12
+            break
+        for path in (*out.glob("*.json"), *out.glob("*.jsonl")):
+            for text in path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
+                json.loads(text)
+        assert "base" in load_answers(out / "answers.npz")[1]
+        for folder in (out / "checkpoints").glob("step-*"):
+            load(folder)
+        assert durable.is_whole(out / "model", "model") or begin == "cut" and not (out / "model").exists()
+        assert said(home, "--resume", "--out", out)[0] == 0
+        assert_equal_results(out, home / "whole")
+        assert [path.name for path in out.rglob(".*") if path.name != durable.MARK] == []
+        shutil.rmtree(out)

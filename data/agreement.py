@@ -85,7 +85,7 @@ def require_same_images(references: Sequence[str], stats: StatCache, reader: Rea
     if team.size == 1:
         return
     is_local = np.array([bool(path) and not is_url(path) and not is_stored(path) for path in references], bool)
-    stamp_M3 = stats.stamps * is_local[:, None]
+    stamp_M3 = stats.stamps[:, :3] * is_local[:, None]
     size_M = np.ascontiguousarray(stamp_M3[:, 0])
     parts = team.exchange((key_of(stamp_M3.tobytes()), key_of(size_M.tobytes())))
     if len({stamps for stamps, _ in parts}) == 1:

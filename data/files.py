@@ -7,6 +7,7 @@ a named pipe would wait without end.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import gzip
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 MARK = ".thumbtune"
 GENERATOR = '<meta name="generator" content="thumbtune">'  # the mark of an HTML page
 LEFT_BEHIND = re.compile(r"\.(.+)-(\d+)(\.old)?", re.DOTALL)  # .NAME-PID being written or deleted; .old: to be replaced
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
 _locks: dict[tuple[int, int], int] = {}  # device and inode -> descriptor, held until the process ends, however it ends
 
@@ -167,14 +170,6 @@ def keep_lines(path: Path, is_kept: Callable[[str], bool]) -> None:
         replace_text(path, text)
 
 
-def replace_link(link: Path, target: str) -> None:
-    """Point a relative symlink at another name of its folder, in one step."""
-    temporary = link.with_name(f".{link.name}-link")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    temporary.replace(link)
-
-
 def write_mark(folder: Path, kind: str, files: Iterable[str] = ()) -> None:
     """Mark `folder` as this program's, with its kind and the files in it. Raises OSError."""
     mark = {"made_by": "thumbtune", "kind": kind, "files": sorted(files)}
@@ -235,10 +230,10 @@ def is_foreign_page(path: Path) -> bool:
 def replaced_folder(folder: Path, kind: str, durable: bool = True) -> Iterator[Path]:
     """Yield an empty folder to fill; when the block ends without an error it takes the place of `folder`.
 
-    It is written beside `folder`, marked as `kind` and, if `durable`, synced to the disk; the old folder is renamed
-    aside, the new one into its place, and then the old one is deleted. A process that dies between the two renames
-    leaves nothing under the name, but both folders whole beside it, and `recover_folders` puts the old one back.
-    Raises FileExistsError naming what is in the way and has no mark, OSError.
+    It is written beside `folder`, marked as `kind` and, if `durable`, synced to the disk; the two are exchanged, and
+    then the old one is deleted. Where no system call exchanges them, the old one is renamed aside first: a process that
+    dies between leaves nothing under the name, but both folders whole beside it, and `recover_folders` puts the old one
+    back. Raises FileExistsError naming what is in the way and has no mark, OSError.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover_folders(folder.parent)
@@ -254,9 +249,12 @@ def replaced_folder(folder: Path, kind: str, durable: bool = True) -> Iterator[P
         for path in (*new.rglob("*"), new) if durable else ():
             fsync(path)
         _refuse(first_foreign(folder))
-        if folder.exists():
-            folder.replace(old)
-        new.replace(folder)
+        if folder.exists() and _exchange(new, folder):
+            old = new
+        else:
+            if folder.exists():
+                folder.replace(old)
+            new.replace(folder)
         fsync(folder.parent)
     except BaseException:
         if old.exists() and not folder.exists():
@@ -264,6 +262,12 @@ def replaced_folder(folder: Path, kind: str, durable: bool = True) -> Iterator[P
         _delete(new)
         raise
     _delete(old)
+
+
+def _exchange(new: Path, folder: Path) -> bool:
+    """Exchange the names of two folders in one step; False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    return renameat2 is not None and renameat2(AT_FDCWD, bytes(new), AT_FDCWD, bytes(folder), RENAME_EXCHANGE) == 0
 
 
 def _refuse(obstacle: Path | None) -> None:

@@ -119,9 +119,18 @@ def _expanded(pattern: str) -> Iterator[str]:
         yield pattern
         return
     first, last, words = match.groups()
-    options = words.split(",") if words else (f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1))
+    options = words.split(",") if words else _numbers(first, last)
     for option in options:
         yield from _expanded(pattern[: match.start()] + option + pattern[match.end() :])
+
+
+def _numbers(first: str, last: str) -> Iterator[str]:
+    """Yield the numbers of {first..last}, up or down, with leading zeros where one of the two has some."""
+    is_padded = any(len(end) > 1 and end.startswith("0") for end in (first, last))
+    width = max(len(first), len(last)) if is_padded else 0
+    start, stop = int(first), int(last)
+    for number in range(start, stop + 1) if start <= stop else range(start, stop - 1, -1):
+        yield f"{number:0{width}}"
 
 
 # The index beside a tar: a line that identifies the tar and the index body, then the columns

@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 import warnings
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from data.batch import UserError
-from data.store.segments import BLOCK, KEY, SUFFIX, Layout, Segment, open_segment, remove_stale, write_segment
+from data.files import NotAFile
+from data.store.segments import BLOCK, KEY, SUFFIX, Layout, Segment, hold, open_segment, remove_stale, write_segment
 
 CHUNK = 8192  # rows moved to a device at a time
 POLL_S = 0.2
@@ -38,6 +40,7 @@ class FeatureStore:
         self._known: set[str] = set()
         self._verified = np.zeros(0, bool)  # one per block
         self._index: list[tuple[np.ndarray, np.ndarray]] = []  # sorted keys and their rows, each part half of the last
+        self._is_held = False
         remove_stale(self.folder)
         self.refresh()
         self._opened_with = len(self)
@@ -58,6 +61,7 @@ class FeatureStore:
 
     def refresh(self) -> None:
         """Load what other processes wrote. Processes with equal segments choose equal copies of repeated content."""
+        self._hold()
         try:
             names = os.listdir(self.folder) if self.folder.exists() else []
             for name in sorted(names):
@@ -123,6 +127,8 @@ class FeatureStore:
         if not len(keys):
             return
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._hold()
             path = write_segment(self.folder, self._layout, keys, values)
         except OSError as error:
             raise UserError(f"cannot write features to {self.folder}: {error.strerror or error}; "
@@ -136,11 +142,18 @@ class FeatureStore:
         for segment in self._live():
             try:
                 open_segment(segment.path, segment.start, self._layout)
-            except (FileNotFoundError, ValueError) as error:
+            except (FileNotFoundError, NotAFile, ValueError) as error:
                 self._set_aside(segment.path, str(error))
         self._verify(np.ones(len(self._verified), bool))
         self._rebuild()
         return list(self.damaged)
+
+    def _hold(self) -> None:
+        """Keep others from pruning this space as long as this object lives."""
+        lock = None if self._is_held else hold(self.folder)
+        if lock is not None:
+            self._is_held = True
+            weakref.finalize(self, os.close, lock)
 
     def _live(self) -> list[Segment]:
         return [segment for segment in self._segments if segment.path.name not in self.damaged]
@@ -149,7 +162,15 @@ class FeatureStore:
         self._known.add(path.name)
         try:
             segment = open_segment(path, len(self._verified) * BLOCK, self._layout)
-        except FileNotFoundError:  # pruned, or set aside by another rank, since it was listed
+        except FileNotFoundError:  # set aside by another rank since it was listed
+            if path.is_symlink():
+                self._skip(path, "a link to a file that is not there")
+            return None
+        except NotAFile as error:
+            self._skip(path, str(error.strerror))
+            return None
+        except PermissionError as error:
+            self._skip(path, str(error.strerror))
             return None
         except ValueError as error:
             self._set_aside(path, str(error))
@@ -157,6 +178,10 @@ class FeatureStore:
         self._segments.append(segment)
         self._verified = np.concatenate([self._verified, np.zeros(len(segment.sums), bool)])
         return segment
+
+    def _skip(self, path: Path, reason: str) -> None:
+        self.damaged.append(path.name)
+        warnings.warn(f"feature segment {path} is skipped ({reason}); its rows will be encoded again", stacklevel=2)
 
     def _set_aside(self, path: Path, reason: str) -> None:
         with suppress(OSError):  # another rank was first, or the folder is read-only: ignoring the segment is enough

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.files import NotAFile, open_regular
+from data.files import open_regular
 
 KEY = 16  # bytes of a key
 BLOCK = 256  # rows under one checksum
@@ -31,6 +31,7 @@ HEADER = 1024  # bytes before the data
 SUFFIX = ".features.safetensors"
 NAME = re.compile(rf"[0-9a-f]{{32}}{re.escape(SUFFIX)}")  # as `write_segment` names one
 FORMAT = "thumbtune features 1"
+IN_USE = "in-use"  # a file of a space, locked by the processes that use it
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -94,13 +95,10 @@ class Segment(NamedTuple):
 def open_segment(path: Path, start: int, layout: Layout) -> Segment:
     """Map a segment and verify all of it but the values; its bytes are only compared, never parsed.
 
-    Raises ValueError with the reason when it is not a whole segment of this space, FileNotFoundError when it is gone.
+    Raises ValueError with the reason when it is not a whole segment of this space, FileNotFoundError when it is gone,
+    NotAFile when it is no regular file.
     """
-    try:
-        opened = open_regular(path)
-    except NotAFile as error:
-        raise ValueError(error.strerror) from None
-    with opened as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         rows = (size - HEADER - 4) * BLOCK // ((KEY + layout.row_bytes) * BLOCK + 4)
         header, expected = layout.header(rows)
@@ -156,6 +154,43 @@ def remove_stale(folder: Path) -> None:
             os.close(directory)
 
 
+def hold(folder: Path) -> int | None:
+    """Lock a space as one in use until the descriptor is closed or the process ends; any number of processes can.
+
+    None where there is no such folder yet, or where nothing can be locked, as in a folder that is read-only.
+    """
+    while True:
+        try:
+            descriptor = os.open(folder / IN_USE, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        except OSError:
+            os.close(descriptor)
+            return None
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+        os.close(descriptor)  # pruned just now
+
+
+def _begin_prune(folder: Path) -> int | None:
+    """Lock a space that no process holds; None where nothing can be locked. Raises BlockingIOError for one in use."""
+    descriptor = None
+    with suppress(OSError):
+        descriptor = os.open(folder / IN_USE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    if descriptor is None:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
+
+
 def spaces(cache_dir: Path) -> dict[str, int]:
     """Return the bytes on disk of every space in `cache_dir`, by its folder's name; other folders are left out."""
     sizes: dict[str, int] = {}
@@ -165,30 +200,49 @@ def spaces(cache_dir: Path) -> dict[str, int]:
             continue
         for path in paths:
             with suppress(FileNotFoundError):  # a temporary file that has just been renamed
-                sizes[folder.name] = sizes.get(folder.name, 0) + path.stat().st_size
+                if path.is_file():
+                    sizes[folder.name] = sizes.get(folder.name, 0) + path.stat().st_size
     return sizes
 
 
 def _is_ours(path: Path) -> bool:
     """Return whether `write_segment` wrote it: by its header, or by its name where the header is damaged."""
-    if NAME.match(path.name):
-        return True
     with suppress(OSError), open_regular(path) as file:
-        return FORMAT.encode() in file.read(HEADER)
+        return bool(NAME.match(path.name)) or FORMAT.encode() in file.read(HEADER)
     return False
 
 
-def prune(cache_dir: Path, keep: Collection[str]) -> int:
-    """Delete the spaces not named in `keep`, and damaged segments everywhere; return the bytes freed.
+class Pruned(NamedTuple):
+    """Bytes that were freed, spaces that stay as other processes use them, and odd files that stay."""
 
-    Files that this program did not write stay where they are.
+    freed: int
+    in_use: list[str]
+    odd: list[Path]
+
+
+def prune(cache_dir: Path, keep: Collection[str]) -> Pruned:
+    """Delete the spaces not named in `keep` that no process holds, and damaged segments everywhere.
+
+    Files that this program did not write, and what is no regular file, stay where they are.
     """
     before = spaces(cache_dir)
+    in_use: list[str] = []
+    odd: list[Path] = []
     for name in before:
         folder = cache_dir / name
+        try:
+            lock = None if name in keep else _begin_prune(folder)
+        except BlockingIOError:
+            in_use.append(name)
+            continue
         for path in folder.glob(f"*{SUFFIX}.damaged" if name in keep else f"*{SUFFIX}*"):
-            if path.suffix == ".damaged" or _is_ours(path):  # in our own spaces, only this program names files .damaged
+            if not path.is_file() or path.is_symlink():
+                odd.append(path)
+            elif path.suffix == ".damaged" or _is_ours(path):  # in our own spaces, only this program names files so
                 path.unlink(missing_ok=True)
+        if lock is not None:
+            (folder / IN_USE).unlink(missing_ok=True)
+            os.close(lock)
         with suppress(OSError):  # not empty: kept, or other files are in it
             folder.rmdir()
-    return sum(before.values()) - sum(spaces(cache_dir).values())
+    return Pruned(sum(before.values()) - sum(spaces(cache_dir).values()), in_use, odd)

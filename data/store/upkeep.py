@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from data.files import open_regular
 from data.store.features import FeatureStore
-from data.store.segments import DTYPES, HEADER, SUFFIX, Layout, prune, spaces
+from data.store.segments import DTYPES, HEADER, SUFFIX, Layout, Pruned, prune, spaces
 
 
 class Space(NamedTuple):
@@ -48,14 +48,14 @@ def _read_layout(folder: Path) -> Layout | None:
     """Return the layout of a space by the header of its first whole segment; None when there is none."""
     dtypes = {name: dtype for dtype, name in DTYPES.items()}
     for path in sorted(folder.glob(f"*{SUFFIX}")):
-        with suppress(ValueError, KeyError, TypeError, IndexError), open_regular(path) as file:
+        with suppress(OSError, ValueError, KeyError, TypeError, IndexError), open_regular(path) as file:
             values = json.loads(file.read(HEADER)[8:])["values"]
             return Layout(folder.name, int(values["shape"][1]), dtypes[values["dtype"]])
     return None
 
 
-def delete_spaces(cache: Path, keep: Collection[str]) -> int:
-    """Delete the spaces of a --cache-dir that are not named in `keep`, and damaged segments; return the bytes freed."""
+def delete_spaces(cache: Path, keep: Collection[str]) -> Pruned:
+    """Delete the spaces of a --cache-dir that are not named in `keep` nor used by a process, and damaged segments."""
     return prune(cache / "features", keep)
 
 

@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from io import FileIO
 from pathlib import Path
+from typing import NamedTuple
 
 import aiohttp
 from yarl import URL
 
 from data.batch import BadSample
+from data.files import read_text
 from data.progress import DownloadProgress
 from data.shards.tar import BLOCK, END, is_header
 from data.web.fetched import disk_errors_as_user_errors
@@ -23,6 +26,7 @@ from data.web.policy import follow_redirects, with_retries
 
 LEAST_BYTES = 1 << 20  # a try that brings fewer in `policy.timeout` seconds ends, for servers that drip bytes
 PIECE = 1 << 18
+CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
 
 
 class Downloader:
@@ -34,20 +38,24 @@ class Downloader:
     async def persist(self, url: URL, part: Path, most: int, is_tar: bool = False) -> None:
         """Download the file at a URL to `part`, which may hold its beginning. Raises BadSample, UserError.
 
-        Tried until it is whole; only tries in a row that bring less than LEAST_BYTES count against `retries`.
+        Tried until it is whole; only tries in a row that bring less than LEAST_BYTES of a version, beyond what an
+        earlier one brought, count against `retries`: a server may name another version in each answer.
         """
-        before = 0  # bytes there when the current try began
+        begin, version = _begun(part)
+        most_of: dict[str, int] = {version: begin} if begin else {}  # bytes that a try has brought, by version
 
         async def request(url: URL) -> URL | None:
             async with asyncio.timeout(self.policy.timeout) as limit:
                 return await self._get(url, part, most, is_tar, limit)
 
-        async def attempt() -> None:
-            nonlocal before
-            before = _size(part)
-            await follow_redirects(request, url, self.policy)
+        def has_advanced() -> bool:
+            version, size = read_seal(part).version, _size(part)
+            is_another = bool(most_of) and version not in most_of
+            before = most_of.get(version, 0)
+            most_of[version] = max(size, before)
+            return size >= before + LEAST_BYTES and not is_another
 
-        await with_retries(attempt, self.policy, lambda: _size(part) >= before + LEAST_BYTES)
+        await with_retries(lambda: follow_redirects(request, url, self.policy), self.policy, has_advanced)
 
     async def is_current(self, url: URL, version: str) -> bool:
         """Return whether the file at a URL still has the `version` that `validator_path` holds. Raises BadSample."""
@@ -73,24 +81,32 @@ class Downloader:
                 return elsewhere
             if response.status not in (200, 206, 416):  # whatever the body
                 raise BadStatus(response)
-            if begin and response.status == 416 and response.headers.get("Content-Range") == f"bytes */{begin}":
+            total = read_seal(part).total
+            if begin and response.status == 416 and response.headers.get("Content-Range") == f"bytes */{begin}" \
+                    and total in (None, begin):
                 return None  # nothing was left to fetch
-            content_range = response.headers.get("Content-Range", "")
-            is_rest = _validator(response) == version and content_range.startswith(f"bytes {begin}-")
+            span = _span(response)
+            is_rest = (response.status == 206 and _validator(response) == version and span is not None
+                       and span.begin == begin and (total is None or span.total in (None, total)))
             if response.status != 200 and not is_rest:  # a part of something else: start afresh
                 part.unlink(missing_ok=True)
                 raise BadSample("short-body", "the server answers with another part than was asked for")
             begin = begin if response.status == 206 else 0
+            total = span.total or total if begin and span else response.content_length
             if response.headers.get("Content-Encoding", "identity").lower() != "identity":
                 raise BadSample("bad-encoding", "shards must be sent as they are")
             _refuse_if_too_large(begin + (response.content_length or 0), most)
             self.progress.expect(response.content_length or 0)
             with disk_errors_as_user_errors(part.parent):
                 if not begin:
-                    validator_path(part).write_text(_validator(response))
+                    write_seal(part, Seal(_validator(response), total))
                 file = open(part, "ab" if begin else "wb", buffering=0)
             with file:
                 await self._save(response, file, begin, most, is_tar, limit)
+            if total is not None and _size(part) != total:
+                if _size(part) > total:
+                    part.unlink(missing_ok=True)
+                raise BadSample("short-body", f"the server sent another number of bytes than the {total:,} it named")
         return None
 
     async def _save(self, response: aiohttp.ClientResponse, file: FileIO, size: int, most: int, is_tar: bool,
@@ -126,17 +142,61 @@ async def _pieces(response: aiohttp.ClientResponse, is_tar: bool) -> AsyncIterat
 
 
 def validator_path(part: Path) -> Path:
-    """The file that holds the version (see `_validator`) of which a part is."""
+    """The file that holds the version and size of which a file, or a part of it, is."""
     return part.with_name(part.name + ".seal")
+
+
+class Seal(NamedTuple):
+    """Version (see `_validator`) and size of a file as the server gave them; None: no size."""
+
+    version: str
+    total: int | None
+
+
+def write_seal(path: Path, seal: Seal) -> None:
+    """Note of what a file, or a part of it, is."""
+    total = "" if seal.total is None else f"\n{seal.total}"
+    validator_path(path).write_text(seal.version + total, encoding="utf-8")
+
+
+def read_seal(path: Path) -> Seal:
+    """Return what `write_seal` noted of a file; no version and no size where there is none."""
+    try:
+        version, _, total = read_text(validator_path(path)).partition("\n")
+    except (OSError, ValueError):
+        return Seal("", None)
+    return Seal(version, int(total) if total.isdecimal() else None)
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether a fetched file is there, and has the size that was noted of it."""
+    total = read_seal(path).total
+    return path.is_file() and total in (None, path.stat().st_size)
+
+
+class Span(NamedTuple):
+    """The bytes in an answer to a request for a part, and those of the whole; None: not said."""
+
+    begin: int
+    total: int | None
+
+
+def _span(response: aiohttp.ClientResponse) -> Span | None:
+    """Return what Content-Range says; None where it says nothing that fits the rest of the answer."""
+    match = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if match is None:
+        return None
+    begin, end, total = int(match[1]), int(match[2]), None if match[3] == "*" else int(match[3])
+    length = response.content_length
+    if end < begin or (length is not None and length != end + 1 - begin) or (total is not None and end >= total):
+        return None
+    return Span(begin, total)
 
 
 def _begun(part: Path) -> tuple[int, str]:
     """The number of bytes to resume behind, and their version; 0 and "" where the version is unknown."""
-    try:
-        version = validator_path(part).read_text()
-        return (part.stat().st_size if version else 0), version
-    except OSError:
-        return 0, ""
+    version = read_seal(part).version
+    return (_size(part), version) if version and part.exists() else (0, version)
 
 
 def _size(part: Path) -> int:

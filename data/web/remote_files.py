@@ -21,7 +21,7 @@ from data.files import fsync, try_lock
 from data.progress import DownloadProgress
 from data.shards.index import MAX_INDEX, expand_braces, indexed, sidecar, tar_digest
 from data.shards.tar import open_tar
-from data.web.download import Downloader, validator_path
+from data.web.download import Downloader, Seal, is_whole, read_seal, validator_path, write_seal
 from data.web.fetched import disk_errors_as_user_errors
 from data.web.guard import Sessions, web_url
 from data.web.limits import FetchPolicy, unused_proxy
@@ -47,7 +47,10 @@ def fetch_files(pattern: str, folder: Path, policy: FetchPolicy, log: Callable[[
     for url in urls:
         name = web_name(url)
         paths[url] = folder / hashlib.sha256(url.encode()).hexdigest()[:32] / name
-    missing = [(url, path) for url, path in paths.items() if not (path.exists() and _is_shard(path))]
+    missing = [(url, path) for url, path in paths.items() if not (_is_shard(path) and is_whole(path))]
+    for url, path in missing:
+        if path.exists() and not is_whole(path):
+            log(f"{public_name(url)} has been cut since it was fetched: it is fetched again")
     random.shuffle(missing)  # an order of its own for every rank, so that they share the work and seldom wait
     if missing and not policy.proxy and (variable := unused_proxy()):
         log(f"{variable} is set and not used: files are fetched directly; --proxy URL fetches them through a proxy")
@@ -121,9 +124,12 @@ class _Download:
                          "leave it out of the pattern")
 
     def keep(self) -> None:
-        """Give the part, which is whole, its name."""
+        """Give the part, which is whole, its name; note its size, by which a file that is cut later is noticed."""
         with disk_errors_as_user_errors(self.path.parent):
+            write_seal(self.part, Seal(read_seal(self.part).version, self.part.stat().st_size))
             os.replace(fsync(self.part), self.path)
+            os.replace(fsync(validator_path(self.part)), validator_path(self.path))
+            fsync(self.path.parent)
 
 
 class _Table(_Download):
@@ -133,9 +139,8 @@ class _Table(_Download):
         """Fetch the table if need be. Raises UserError."""
         async with self.locked():
             try:
-                if self.path.exists():
-                    version = validator_path(self.path)
-                    url, old = web_url(self.url), version.read_text() if version.exists() else ""
+                if is_whole(self.path):
+                    url, old = web_url(self.url), read_seal(self.path).version
                     if old and await self.downloader.is_current(url, old):
                         return
                     if old:
@@ -145,8 +150,6 @@ class _Table(_Download):
             except BadSample as bad:
                 raise self.refuse(bad) from None
             self.keep()
-            with disk_errors_as_user_errors(self.path.parent):
-                os.replace(validator_path(self.part), validator_path(self.path))
 
 
 class _Shard(_Download):
@@ -155,7 +158,7 @@ class _Shard(_Download):
     async def obtain(self) -> None:
         """Fetch the shard if need be. Raises UserError."""
         async with self.locked():
-            if not self.path.exists():
+            if not is_whole(self.path):
                 await self._fetch()
 
     async def _fetch(self) -> None:
@@ -165,7 +168,6 @@ class _Shard(_Download):
         except BadSample as bad:
             raise self.refuse(bad) from None
         self.keep()
-        validator_path(self.part).unlink(missing_ok=True)
 
     async def _index(self) -> None:
         """Fetch the index of the shard, if the server has one that fits, so that no run has to scan the tar.

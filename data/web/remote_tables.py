@@ -24,7 +24,7 @@ def copy_file(address: str, folder: Path, log: Callable[[str], None]) -> RemoteF
     with disk_errors_as_user_errors(folder), locked(place / "lock"):
         entry = stat(address)
         version = json.dumps([public_name(address), entry.size, entry.version])
-        is_there = path.exists() and note.exists()
+        is_there = path.exists() and note.exists() and entry.size == path.stat().st_size
         if is_there and entry.version and read_text(note) == version:
             return RemoteFile(address, path)
         if is_there and entry.version:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -119,8 +121,15 @@ def saved_files(whole: WholeModel) -> dict[str, str]:
     config = whole.model.config
     config.architectures, config.dtype = [whole.family.model_class], "float32"
     with TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        whole.processor.save_pretrained(folder)
+        try:
+            config.save_pretrained(folder)
+            whole.processor.save_pretrained(folder)
+        except Exception as error:  # the tokenizers package raises a plain Exception where the disk is full
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number is None:
+                raise
+            raise UserError(f"cannot write to {folder}: {os.strerror(int(number[1]))}; free space there or set TMPDIR "
+                            "to another folder") from None
         return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
 
 

@@ -68,7 +68,7 @@ def train_auto(cfg: Config, world: World, out: Path, model: LoadedModel, pairs: 
     # The first rank trains alone, so its log asks no other rank for a share of the loss.
     with closing(Log(out, world.alone(), plan, State(), WeightDrift(model.trainable),
                      Reference(comparable_settings(final), {}))) as log:
-        answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture, resumed=False)
+        answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture)
         recorder = Recorder(world, model, pairs, names, log, answers)
         before = recorder.measure("base", 0)
         apply_choice(tuner, choice, final, rows, world, log)

@@ -48,7 +48,7 @@ def export(cfg: Config, world: World, stop: StopSignal) -> int:
 
 def rebuild(cfg: Config, world: World, folder: Path) -> None:
     """Write a whole folder of transformers or open_clip: the base model with the trained tensors of --run."""
-    tuned = publish.read_tuned(cfg.run, cfg.checkpoint)
+    tuned = publish.read_tuned(cfg.run, cfg.checkpoint, world.say)
     commit = None if cfg.model else tuned.origin.commit or None
     clip = load_clip(cfg.model or tuned.origin.base, commit, model_records(cfg, world))
     publish.require_base(clip, tuned)

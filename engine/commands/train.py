@@ -30,6 +30,7 @@ from engine.run_folder.board import Metrics, WeightDrift, comparable_settings
 from engine.run_folder.checkpoint import Saver, State
 from engine.run_folder.log import Log, Reference
 from engine.run_folder.profiler import profiler, require_profiled_steps
+from engine.run_folder.repair import saved_metrics
 from engine.sweep.interpolate import interpolate, snapshot
 from engine.train import Callbacks, Replica, fit
 from eval.metrics import Retrieval
@@ -63,21 +64,19 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     base_weights = snapshot(model.trainable) if cfg.interpolate else {}
     drift = WeightDrift(model.trainable)
     base = evaluate_splits(pairs.feature_splits(names), model.head, world) if resuming else {}
+    answers = open_answers(out, names, pairs, model, base, world)
     # 2. Load weights, optimizer moments and step of the newest valid checkpoint; other data or settings end here.
     state = first_state(saver, world, plan, resuming)
     if (state.enough or state.step == plan.steps) and folder.is_complete(out, as_dict(cfg, "train"), world):
         return repeat_results(world, out)
     # 3. Replace config.json and ledger.jsonl, after every refusal: a refused resume leaves both files as they were.
     folder.write_run_header(out, as_dict(cfg, "train"), world, model.precision, training.ledger(out))
-    # 4. Keep the base metrics of the earlier process; at step 0 they are measured again.
-    metrics = folder.read_json(out / "metrics.json") if state.step else {}
+    # 4. Keep the base metrics of the earlier process, unless they are damaged; at step 0 they are measured again.
+    metrics = saved_metrics(out / "metrics.json", summaries(base), world.say) if state.step else {}
     metrics |= find_overlap(pairs, world) | named_classes(pairs)
-    if state.step and "base" not in metrics:  # metrics.json was deleted
-        metrics["base"] = summaries(base)
     # 5. Cut the log after the checkpoint's step; the loop writes the later steps again.
     step_world = training.step_world(cfg, world, model)
     log = Log(out, step_world, plan, state, drift, Reference(comparable_settings(cfg), metrics.get("base", {})))
-    answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture, resumed=state.step > 0)
     evaluator = Evaluator(pairs, names, model, plan, state, saver, log, answers, world, metrics, base)
     # 6. `fit` asks for the inputs from `state.step` on: the order of pairs is a function of seed and epoch.
     batches = training.batches(cfg, state, step_world)
@@ -88,12 +87,13 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     with closing(log), stop.graceful_exit(), profiler(cfg.profile, state.step, out, world.rank, log) as prof:
         evaluate = stop.immediate_exit()(evaluator)  # a signal may cut it off: the trained weights are saved before
         evaluation_missing = state.evaluated < state.step and plan.due(state.step, cfg.eval_every)
+        results_lost = state.step == plan.steps and not evaluation_missing and lacks_results(metrics, answers, world)
         if state.step == 0 or evaluation_missing:
             evaluate()
         fit(replica, batches, plan, state, cfg, Callbacks(log, prof, evaluate, partial(training.save, saver),
                                                           partial(stop.agreed_signal, world), guard.check))
         best_step = saver.load_best_weights(state, world.say)
-        if best_step:
+        if best_step or results_lost:
             evaluate(best_step)
         if cfg.interpolate and not state.stopped:
             apply_interpolation(cfg, evaluator, base_weights)
@@ -130,6 +130,22 @@ def first_state(saver: Saver, world: World, plan: Plan, resuming: bool) -> State
     require_agreement(world.team, {**saver.identity, "the checkpoint to go on from": state.step,
                                    "the number of steps": plan.steps})
     return state
+
+
+def open_answers(out: Path, names: Collection[str], pairs: Pairs, model: LoadedModel, base: Mapping[str, Retrieval],
+                 world: World) -> AnswerLog:
+    """Return the log of answers; of a resumed run (`base` is measured) with those there were."""
+    answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture, world.say if base else None)
+    if base and world.is_main and answers.lacks("base"):
+        shown = pairs.feature_splits([answers.split])[answers.split]
+        space, _ = embed_split(model.head.image, model.head.text, shown.parts())
+        answers.add("base", space, base[answers.split])
+    return answers
+
+
+def lacks_results(metrics: Mapping[str, object], answers: AnswerLog, world: World) -> bool:
+    """Return, on all ranks the same, whether a run after its last step has lost what it measured then."""
+    return world.exchange("tuned" not in metrics or answers.lacks("tuned"))[0]
 
 
 def identity_of(identity: Mapping[str, str], pairs: Pairs, names: Collection[str]) -> dict[str, str]:

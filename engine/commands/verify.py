@@ -29,7 +29,7 @@ from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
 from engine.run_folder import verification
 from engine.run_folder.checkpoint import State
-from engine.run_folder.folder import read_json, settings_of
+from engine.run_folder.folder import read_metrics, settings_of
 from engine.run_folder.replay import ReopenedRun, replay_steps
 from engine.run_folder.verification import Finding
 
@@ -80,7 +80,7 @@ def rerun(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path]) -> 
     tuned = load_model(tuned_cfg, world, reread=True)
     probe = open_probe(tuned_cfg, world)
     pairs = with_probe(tuned_cfg, world, tuned, open_data(tuned_cfg, world, tuned, source), probe)
-    recorded = read_json(run / "metrics.json").get("tuned", {})
+    recorded = read_metrics(run).get("tuned", {})
     retrieval = evaluate_splits(pairs.feature_splits(recorded), tuned.head)
     scores = {name: split.summarise() for name, split in retrieval.items()}
     exact = verification.same_machine(run, world) and not any(finding.difference for finding in findings)
@@ -114,6 +114,11 @@ def verify_store(cfg: Config, world: World) -> int:
             encoders = make_encoders(load_model(cfg, world, reread=True))
             keep = {encoders.image_space, encoders.text_space}
         kept = sorted(keep & {space.name for space in spaces})
-        freed = delete_spaces(cache, keep) + model_records(cfg, world).prune(cfg.model)
-        print(f"pruned {freed / 1e6:,.1f} MB; kept {', '.join(kept) or 'nothing'}")
+        pruned = delete_spaces(cache, keep)
+        freed = pruned.freed + model_records(cfg, world).prune(cfg.model)
+        for name in pruned.in_use:
+            print(f"{name} stays: a run is using it")
+        for path in pruned.odd:
+            print(f"{path} stays: it is no regular file")
+        print(f"pruned {freed / 1e6:,.1f} MB; kept {', '.join([*kept, *pruned.in_use]) or 'nothing'}")
     return int(any(space.damaged for space in spaces))

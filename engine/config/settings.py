@@ -138,8 +138,14 @@ def resumed_settings(flags: Settings) -> Settings:
         return {}
     try:
         saved = known_settings(json.loads(read_text(folder / "config.json"))["config"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except FileNotFoundError:
+        if (folder / "checkpoints").exists():
+            raise ValueError(f"--resume: --out {folder} holds checkpoints and no config.json, and a run cannot go on "
+                             "without its settings; put a copy of that file back") from None
         raise ValueError(f"--resume: --out {folder} holds no run with a readable config.json") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"--resume: --out {folder} holds no run with a readable config.json: that file is damaged, "
+                         "and a run cannot go on without its settings; put a copy of it back") from None
     known = config_fields()
     for name, value in flags.items():
         before = saved.get(name, known[name].default)

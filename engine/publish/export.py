@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from engine.config.fields import Config, as_dict, config_fields
 from engine.config.settings import CHOSEN_BY_AUTO
 from engine.publish.card import write_card
 from engine.run_folder import checkpoint
-from engine.run_folder.folder import read_json
+from engine.run_folder.folder import read_json, read_metrics
+from engine.run_folder.repair import pointed_name
 
 PROJECTIONS_FILE = "projections.safetensors"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -145,7 +146,7 @@ def new_folder(wanted: str) -> Path:
     return folder
 
 
-def read_tuned(run: str, which: str = "") -> Tuned:
+def read_tuned(run: str, which: str = "", log: Callable[[str], None] = print) -> Tuned:
     """Read trained tensors from a file or folder with projections.safetensors, or from a run's checkpoint `which`.
 
     Without `which`, from a run's finished model, or else its newest undamaged checkpoint. Raises UserError.
@@ -153,7 +154,7 @@ def read_tuned(run: str, which: str = "") -> Tuned:
     path = Path(run).expanduser()
     finished = None
     for file in (path, path / PROJECTIONS_FILE, path / "model" / PROJECTIONS_FILE):
-        if file.is_file():
+        if file.is_file() and not (which and file.parent.name == "model" and _is_damaged(file)):
             finished = _read_projections(file)
             break
     if finished and not which:
@@ -163,23 +164,25 @@ def read_tuned(run: str, which: str = "") -> Tuned:
             raise UserError(f"--run {run} holds no checkpoints; give a run folder")
         raise UserError(f"--run {run} holds no trained model; give a run folder, or a folder or file with "
                         f"{PROJECTIONS_FILE}")
-    tensors = _checkpoint(path, which)
-    origin = finished.origin if finished else _origin_of_unfinished(path)
+    tensors = _checkpoint(path, which, log)
+    origin = finished.origin if finished else _origin_of_unfinished(path, log)
     base = {"base": origin.metrics["base"]} if "base" in origin.metrics else {}  # this checkpoint has no others
     return Tuned(tensors, replace(origin, metrics=base))
 
 
-def _checkpoint(path: Path, which: str) -> Mapping[str, Tensor]:
+def _checkpoint(path: Path, which: str, log: Callable[[str], None]) -> Mapping[str, Tensor]:
     """Return the weights of the checkpoint `which` (a step, a folder's name, last or best), or of the newest."""
     if not which:
-        newest = checkpoint.newest_valid(path, lambda line: None)
+        newest = checkpoint.newest_valid(path, log)
         if newest is None:
             raise UserError(f"--run {path} has no checkpoint that is whole; nothing of it can be exported")
         return newest[1].weights
     folders = sorted(folder.name for folder in (path / "checkpoints").glob("step-*"))
     number = which.removeprefix("step-")
     name = f"step-{int(number):08d}" if number.isdecimal() and number.isascii() else which
-    if name not in [*folders, "last", "best"] or not (path / "checkpoints" / name).is_dir():
+    if name in checkpoint.LINKS and not (path / "checkpoints" / name).is_dir():
+        name = pointed_name(path / "checkpoints" / name)
+    if name not in [*folders, *checkpoint.LINKS] or not (path / "checkpoints" / name).is_dir():
         raise UserError(f"--checkpoint {which}: {path} has {', '.join(folders) or 'none'}, last and best")
     try:
         return checkpoint.load((path / "checkpoints" / name).resolve()).weights
@@ -187,13 +190,22 @@ def _checkpoint(path: Path, which: str) -> Mapping[str, Tensor]:
         raise UserError(f"--checkpoint {which}: {error}; choose another one") from None
 
 
-def _origin_of_unfinished(path: Path) -> Origin:
+def _origin_of_unfinished(path: Path, log: Callable[[str], None]) -> Origin:
     """Return the origin from config.json, without digest and commit of the base model."""
     known = read_json(path / "config.json").get("config", {})
     if not isinstance(known, dict) or not isinstance(known.get("model"), str):
         raise UserError(f"--run {path}: its config.json does not name the base model; this is no run of thumbtune")
     dataset = _public(str(known.get("dataset", "")))
-    return Origin(known["model"], "", "", dataset, recipe_of(known), read_json(path / "metrics.json"))
+    return Origin(known["model"], "", "", dataset, recipe_of(known), _shown_metrics(path, log))
+
+
+def _shown_metrics(run: Path, log: Callable[[str], None]) -> dict[str, Any]:
+    """Return a run's metrics for its model card; {} where they are damaged, which is logged."""
+    try:
+        return read_metrics(run)
+    except UserError as error:
+        log(f"{error}; the model card is written without metrics")
+        return {}
 
 
 def _read_projections(path: Path) -> Tuned:
@@ -208,6 +220,15 @@ def _read_projections(path: Path) -> Tuned:
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         reason = error or type(error).__name__
         raise UserError(f"--run {path} is no {PROJECTIONS_FILE} of thumbtune's ({reason})") from None
+
+
+def _is_damaged(path: Path) -> bool:
+    """Return whether a run's own projections.safetensors cannot be read: a checkpoint of it may be whole."""
+    try:
+        _read_projections(path)
+    except UserError:
+        return True
+    return False
 
 
 def portable(path: Path) -> bytes:

@@ -10,7 +10,8 @@ The order of events when `run.py train --resume` continues a run:
    the base model's; the optimizer is made from them too, as L2-SP needs the pretrained weights.
 4. `Saver.resume` (here) finds the newest undamaged checkpoint, renames damaged newer ones, refuses changed data or
    settings, and loads weights and moments.
-5. Rank 0 replaces config.json and ledger.jsonl, and the metrics of the base model are read from metrics.json.
+5. Rank 0 replaces config.json and ledger.jsonl, and the metrics of the base model are read from metrics.json; where
+   that file is damaged (repair.py), those measured by 3 are taken.
 6. `Log` (log.py) cuts steps.jsonl and evaluations.jsonl back to the step of that checkpoint; TensorBoard hides later
    steps (`purge_step`).
 7. `train` repeats the evaluation of that step unless the checkpoint records it; `fit` continues with the next step.
@@ -31,13 +32,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.batch import RunFailed, UserError
-from data.files import delete_folder, read_text, recover_folders, replace_link, replaced_folder, sha256
+from data.files import delete_folder, read_text, recover_folders, replaced_folder, sha256
 from engine.optim import AdamWL2SP
 from engine.ranks.world import World
 from engine.run_folder.board import Metrics
 from engine.run_folder.folder import require_run_dir
 from engine.run_folder.ownership import FILES, MANIFEST
+from engine.run_folder.repair import pointed_name, replace_link, unused_name
 
+LINKS = ("last", "best")
 SavedState = Mapping[str, Any]  # state.json: the State, identity, recipe and order of pairs of a checkpoint
 
 
@@ -130,10 +133,12 @@ def load(folder: Path) -> Content:
             if sha256(folder / name) != digests[name]:
                 raise DamagedCheckpoint(f"{folder.name}/{name} is not what was written (sha256 differs)")
         state = json.loads(read_text(folder / "state.json"))
-        if folder.name != f"step-{state['state']['step']:08d}":
+        if not isinstance(state["identity"], dict) or not isinstance(state["recipe"], dict):
+            raise TypeError("state.json lacks the run's identity or recipe")
+        if folder.name not in (f"step-{parse_state(state).step:08d}", *LINKS):
             raise DamagedCheckpoint(f"{folder.name} holds step {state['state']['step']}")
         return Content(load_file(folder / FILES[0]), load_file(folder / FILES[1]), state)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise DamagedCheckpoint(f"{folder.name} is incomplete: {error}") from error
 
 
@@ -238,8 +243,12 @@ class Saver:
         if changed := self.restore(content):
             raise UserError(f"--resume: {'; '.join(changed)} since {folder}; start a new run with another --out")
         log(f"resumed from {folder}")
-        # e) Step number and best evaluation so far.
-        return parse_state(content.saved)
+        # e) Step number and best evaluation so far; `best` points there, whatever became of that link.
+        state = parse_state(content.saved)
+        best = self.run / "checkpoints" / f"step-{state.best_step:08d}"
+        if state.best_step and best.is_dir() and pointed_name(best.with_name("best")) != best.name:
+            self.world.on_main(lambda: replace_link(best.with_name("best"), best.name))
+        return state
 
     def restore(self, content: Content) -> list[str]:
         """Load weights and moments of a checkpoint and return []; or change nothing and return what differs from it."""
@@ -305,7 +314,7 @@ def missing_identity(saved: SavedState, identity: Mapping[str, str]) -> list[str
 
 def delete_old(root: Path, keep: int) -> None:
     """Delete checkpoints except the newest `keep`, the targets of `last` and `best`, and other programs' folders."""
-    pointed = {(root / name).resolve().name for name in ("last", "best") if (root / name).is_symlink()}
+    pointed = {pointed_name(root / name) for name in LINKS}
     for folder in sorted(root.glob("step-*"), reverse=True)[keep:]:
         if folder.name not in pointed:
             delete_folder(folder)
@@ -321,15 +330,6 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _unused_name(path: Path) -> Path:
-    """Return `path`, or where that exists `path` with the first free number appended."""
-    free, number = path, 2
-    while free.exists():
-        free = path.with_name(f"{path.name}-{number}")
-        number += 1
-    return free
-
-
 def _rename_newer(root: Path, newest_valid: str) -> None:
     """Rename checkpoints newer than `newest_valid` to damaged-*, kept for inspection.
 
@@ -338,8 +338,9 @@ def _rename_newer(root: Path, newest_valid: str) -> None:
     remove_stale(root)
     for folder in root.glob("step-*"):
         if folder.name > newest_valid:
-            folder.replace(_unused_name(folder.with_name(f"damaged-{folder.name}")))
-    if not (root / "best").exists():  # absent, or its target was renamed just now
-        (root / "best").unlink(missing_ok=True)
+            folder.replace(unused_name(folder.with_name(f"damaged-{folder.name}")))
+    best = root / "best"
+    if not best.is_dir() and not (root / (pointed_name(best) or "none")).is_dir():  # its target was renamed just now
+        best.unlink(missing_ok=True)
     if newest_valid:
         replace_link(root / "last", newest_valid)

@@ -10,7 +10,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +28,7 @@ from engine.config.settings import known_settings
 from engine.ranks.world import World
 from engine.run_folder.crash import CURRENT_RUN
 from engine.run_folder.ownership import RUN_FILES, is_run, refuse_foreign_parts, refuse_out
+from engine.run_folder.repair import remove_unfinished, require_folder, set_aside_obstacles
 
 RUN_MANIFEST = "manifest.json"
 PACKAGES = ("torch", "transformers", "datasets", "pillow", "aiohttp", "numpy", "tensorboard")
@@ -43,7 +44,7 @@ def open_folder(cfg: Config, world: World) -> tuple[Path, bool]:
     problem, opened = "", None
     if world.is_main:
         try:
-            opened = _open(cfg)
+            opened = _open(cfg, world.say)
         except UserError as error:
             problem = str(error)
     problem, opened = world.exchange((problem, opened))[0]
@@ -53,7 +54,7 @@ def open_folder(cfg: Config, world: World) -> tuple[Path, bool]:
     return opened
 
 
-def _open(cfg: Config) -> tuple[Path, bool]:
+def _open(cfg: Config, log: Callable[[str], None]) -> tuple[Path, bool]:
     dataset = re.sub(r"[^\w.-]+", "-", Path(cfg.dataset.rstrip("/")).name) or "pairs"
     named = [Path(cfg.out).expanduser()] if cfg.out else []
     restarted = _folder_before_restart(named or sorted(Path("runs").glob("*"), reverse=True))
@@ -61,6 +62,9 @@ def _open(cfg: Config) -> tuple[Path, bool]:
     holds_run = bool(restarted or named) and is_run(folder)
     if holds_run and cfg.resume == "off" and not restarted:
         raise UserError(f"--out {folder} already holds a run; choose another folder or carry on with --resume")
+    if named and not holds_run and os.path.lexists(folder / "checkpoints"):
+        raise UserError(f"--out {folder} holds checkpoints and no config.json that can be read, and a run cannot go on "
+                        "without its settings; put a copy of that file back, or choose another folder")
     if cfg.resume == "on" and not holds_run:
         raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
     if named and not holds_run:
@@ -72,12 +76,15 @@ def _open(cfg: Config) -> tuple[Path, bool]:
             folder = _make_new_folder(folder.name)
         locked = lock_folder(folder)
     except OSError as error:
-        raise UserError(f"--out {folder} cannot be made: {error.strerror}") from None
+        raise UserError(f"--out {error.filename or folder} cannot be made: {error.strerror}") from None
     if not locked:
         raise UserError(f"--out {folder} is being written by another run; wait for its end or choose another folder")
     recover_folders(folder, locked=True)
+    remove_unfinished(folder)
     if holds_run:
         refuse_foreign_parts(folder)
+        require_folder(folder / "checkpoints")
+        set_aside_obstacles(folder, log)
     return folder, holds_run
 
 
@@ -127,7 +134,10 @@ def settings_of(folder: Path) -> Config:
     saved = read_json(folder / "config.json").get("config")
     if not isinstance(saved, dict):
         raise UserError(f"--run {folder} holds no run with a readable config.json")
-    return replace(Config(), **known_settings(saved))
+    try:
+        return replace(Config(), **known_settings(saved))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"--run {folder}: its config.json is damaged ({error}); put a copy of it back") from None
 
 
 def require_run_dir(folder: Path) -> Path:
@@ -170,10 +180,20 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); move it away to start afresh") from None
+        raise UserError(f"{path} is damaged ({error}); put a copy of it back, if there is one") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; move it away to start afresh")
+        raise UserError(f"{path} is damaged (it holds no JSON object); put a copy of it back, if there is one")
     return content
+
+
+def read_metrics(run: Path) -> dict[str, Any]:
+    """Return the content of a run's metrics.json, {} when there is none. Raises UserError when it is damaged."""
+    metrics = read_json(run / "metrics.json")
+    for name in ("base", "tuned", "difference"):
+        splits = metrics.get(name, {})
+        if not isinstance(splits, dict) or not all(isinstance(values, dict) for values in splits.values()):
+            raise UserError(f"{run / 'metrics.json'} is damaged ({name}); put a copy of it back, if there is one")
+    return metrics
 
 
 def write_json(path: Path, value: object) -> None:
@@ -194,7 +214,8 @@ def write_ledger(path: Path, entries: Iterable[Mapping[str, object]]) -> None:
 
 def write_manifest(folder: Path) -> None:
     """Write manifest.json: the sha256 of every file of a finished run. Raises OSError."""
-    names = ["config.json", "ledger.jsonl", "metrics.json", "steps.jsonl", "sweep.jsonl"]
+    names = ["answers.npz", "config.json", "evaluations.jsonl", "ledger.jsonl", "metrics.json", "report.html",
+             "steps.jsonl", "sweep.jsonl"]
     paths = [folder / name for name in names if (folder / name).exists()]
     paths += sorted(path for path in (folder / "model").rglob("*") if path.is_file())
     write_json(folder / RUN_MANIFEST, {str(path.relative_to(folder)): sha256(path) for path in paths})
@@ -203,6 +224,9 @@ def write_manifest(folder: Path) -> None:
 def manifest_problems(folder: Path) -> list[str] | None:
     """Return what changed since `write_manifest`; None without manifest.json. Raises UserError if that is damaged."""
     digests = read_json(folder / RUN_MANIFEST)
+    if not all(isinstance(digest, str) for digest in digests.values()):
+        raise UserError(f"{folder / RUN_MANIFEST} is damaged (it holds no digests); put a copy of it back, if there is "
+                        "one")
     return changed_files(folder, digests) if digests else None
 
 
@@ -213,6 +237,8 @@ def is_complete(folder: Path, settings: Mapping[str, object], world: World) -> b
             saved = read_json(folder / "config.json").get("config", {})
             unchanged = manifest_problems(folder) == [] and (folder / "report.html").exists()
         except UserError:  # a damaged file
+            return False
+        if not isinstance(saved, dict):
             return False
         names = (saved.keys() | settings.keys()) - {"resume", "quiet", "out"}
         return unchanged and all(saved.get(name) == settings.get(name) for name in names)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from data.files import keep_lines
+from data.files import keep_lines, read_text
 from engine.optim import Plan
 from engine.ranks.world import World
 from engine.run_folder.board import Metrics, TensorBoardWriter, WeightDrift, memory
@@ -75,10 +75,17 @@ class Log:
         self._seconds = dict.fromkeys(("waiting for data", "evaluate", "checkpoint"), 0.0)
         self._drift, self._recipe, self._base = drift, reference.recipe, reference.base
         self._files: list[TextIO] = []
+        self._known: set[str] = set()  # lines of evaluations.jsonl
         if world.is_main:
             last_evaluation = state.evaluated if state.step else -1  # a run begins with the evaluation of step 0
-            self._files = [_open_for_append(folder / "steps.jsonl", state.step),
-                           _open_for_append(folder / "evaluations.jsonl", last_evaluation)]
+            steps, evaluations = LogFile(folder / "steps.jsonl"), LogFile(folder / "evaluations.jsonl")
+            self._files = [steps.open(state.step, _is_step), evaluations.open(last_evaluation, _is_evaluation)]
+            self._known = {*read_text(evaluations.path).splitlines()}
+            if steps.count < state.step:
+                world.say(f"{steps.path} was damaged: it lacks {state.step - steps.count:,} of {state.step:,} steps, "
+                          "which are not trained again")
+            if evaluations.damaged or not evaluations.count and last_evaluation >= 0:
+                world.say(f"{evaluations.path} was damaged: {evaluations.count:,} evaluations of it are left")
         self.board = TensorBoardWriter(folder / "tensorboard" if world.is_main else None, state.step, plan.steps)
 
     @contextmanager
@@ -194,8 +201,10 @@ class Log:
             plain = {split: _floats(values) for split, values in scores.items()}
             drift = self._drift()
             line = {"step": step, "epoch": self._epoch(step), **plain}
-            self._files[1].write(json.dumps(line) + "\n")
-            self._files[1].flush()
+            text = json.dumps(line)
+            if text not in self._known:  # a resumed run measures its last step again where results were lost
+                self._files[1].write(text + "\n")
+                self._files[1].flush()
             self.board.metrics(plain, self._base, step)
             if self.board.due("drift", step):
                 self.board.scalars(drift, step)
@@ -273,20 +282,44 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
 
 
-def _open_for_append(path: Path, last_step: int) -> TextIO:
-    """Open a file of one line a step for appending, without damaged lines and what follows the line of `last_step`.
+class LogFile:
+    """A file with one JSON object a line, each with its step; a resumed run goes on with it."""
 
-    What follows may be of an earlier step: the evaluation of the best weights at the end of a run.
-    """
-    is_over = False
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.count = 0  # lines kept by `open`
+        self.damaged = 0  # lines that were none
 
-    def is_kept(line: str) -> bool:
-        nonlocal is_over
-        try:
-            is_over = is_over or json.loads(line)["step"] > last_step
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return False
-        return not is_over
+    def open(self, last_step: int, is_whole: Callable[[Mapping[str, Any]], bool]) -> TextIO:
+        """Open it for appending, without damaged lines and what follows the line of `last_step`.
 
-    keep_lines(path, is_kept)
-    return path.open("a", encoding="utf-8")
+        What follows may be of an earlier step: the evaluation of the best weights at the end of a run.
+        """
+        is_over = False
+
+        def is_kept(text: str) -> bool:
+            nonlocal is_over
+            try:
+                line = json.loads(text)
+                if not is_whole(line):
+                    raise ValueError(text)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                self.damaged += not is_over
+                return False
+            is_over = is_over or line["step"] > last_step
+            self.count += not is_over
+            return not is_over
+
+        keep_lines(self.path, is_kept)
+        return self.path.open("a", encoding="utf-8")
+
+
+def _is_step(line: Mapping[str, Any]) -> bool:
+    """Return whether it is a line of steps.jsonl."""
+    return isinstance(line["step"], int) and isinstance(line["loss"], (int, float)) and isinstance(line["rows"], int)
+
+
+def _is_evaluation(line: Mapping[str, Any]) -> bool:
+    """Return whether it is a line of evaluations.jsonl."""
+    splits = line.keys() - {"step", "epoch"}
+    return isinstance(line["step"], int) and bool(splits) and all(isinstance(line[name], dict) for name in splits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ RUN_FILES = ("config.json", "steps.jsonl", "evaluations.jsonl", "metrics.json", 
 EVALUATION_FILES = ("metrics.json", "ledger.jsonl")
 # Files of a checkpoint.
 MANIFEST = "manifest.json"
+STEP = re.compile(r"step-\d{8}")
 FILES = ("trainable.safetensors", "optimizer.safetensors", "state.json")
 
 
@@ -70,9 +72,10 @@ def open_evaluation(out: str, dataset: str) -> Path:
 
 
 def _foreign_checkpoint(root: Path) -> Path | None:
-    """Return the first `step-*` without any file of a checkpoint; a damaged checkpoint still has some."""
+    """Return the first `step-*` with files and none of a checkpoint's; a damaged checkpoint still has some, or none."""
     for folder in sorted(root.glob("step-*")):
-        if not any((folder / name).is_file() for name in (*FILES, MANIFEST)):
+        is_empty = STEP.fullmatch(folder.name) and folder.is_dir() and not any(folder.iterdir())
+        if not is_empty and not any((folder / name).is_file() for name in (*FILES, MANIFEST)):
             return folder
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from data.batch import UserError
 from data.files import read_text
 from engine.ranks.world import World
 from engine.run_folder.board import Metrics
@@ -47,13 +49,16 @@ def check_files(run: Path) -> tuple[list[Finding], list[Path]]:
         link = run / "checkpoints" / name
         if link.is_symlink() and not link.exists():
             findings.append(Finding(f"checkpoint {name}", FAILED, "points at a checkpoint that is not there"))
-    broken = manifest_problems(run)
+    try:
+        broken = manifest_problems(run)
+    except UserError as error:
+        broken = [str(error)]
     if broken is None:
         findings.append(Finding("model, metrics, steps", UNCHECKED, "no manifest.json: the run has not finished"))
     elif broken:
         findings += [Finding("finished run", FAILED, problem) for problem in broken]
     else:
-        detail = "model, metrics, steps, ledger and settings are what was written"
+        detail = "model, metrics, logs, ledger, settings, answers and page are what was written"
         findings.append(Finding("finished run", OK, detail))
     return findings, whole
 
@@ -141,9 +146,12 @@ def check_exported_weights(run: Path, whole: Sequence[Path]) -> Finding:
         same_names = weights.keys() == exported.keys()
         if same_names and all(torch.equal(weights[name], exported[name]) for name in weights):
             return Finding("exported weights", OK, f"equal those of {folder.name}")
-    if "auto" in read_json(run / "metrics.json"):
+    metrics: Mapping[str, object] = {}
+    with suppress(UserError):  # damaged: the manifest says so
+        metrics = read_json(run / "metrics.json")
+    if "auto" in metrics:
         return Finding("exported weights", UNCHECKED, "--recipe auto keeps no checkpoints; see choice and weights")
-    if "interpolation" in read_json(run / "metrics.json"):
+    if "interpolation" in metrics:
         return Finding("exported weights", UNCHECKED, "they lie between the base model and a checkpoint")
     return Finding("exported weights", FAILED, "those of no checkpoint that is whole")
 

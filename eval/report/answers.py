@@ -9,6 +9,7 @@ E embedding.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ def save_answers(path: Path, split: str, answers: Mapping[str, AnswersByDirectio
         for way, listed in by_direction.items():
             for name, tensor in vars(listed).items():
                 arrays[f"{when}/{way}/{name}"] = tensor.numpy()
-    with replaced_file(path, durable=False) as temporary:
+    with replaced_file(path) as temporary:
         np.savez_compressed(temporary, allow_pickle=False, split=np.array(split), **arrays)
 
 
@@ -128,12 +129,13 @@ def load_answers(path: Path) -> tuple[str, dict[str, dict[str, Answers]]]:
                 if key.count("/") == 2:
                     when, way, field = key.split("/")
                     tensors.setdefault(when, {}).setdefault(way, {})[field] = torch.from_numpy(arrays[key])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read ({error}); move it away") from None
-    answers = {}
-    for when, by_direction in tensors.items():
-        answers[when] = {way: Answers(**columns) for way, columns in by_direction.items()}
-    return split, answers
+        answers = {}
+        for when, by_direction in tensors.items():
+            answers[when] = {way: Answers(**columns) for way, columns in by_direction.items()}
+        return split, answers
+    except (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile,
+            zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error})") from None
 
 
 def improved(base: Answers, tuned: Answers, count: int) -> list[int]:

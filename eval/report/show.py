@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.batch import UserError
 from eval.metrics import Retrieval
 from eval.report.answers import AnswersByDirection, answer_queries, load_answers, save_answers
 from eval.report.pictures import draw_image_to_text, draw_text_to_image, heat_map, sprite_sheet
@@ -41,24 +42,45 @@ def shown_split(names: Collection[str]) -> str:
 
 
 class AnswerLog:
-    """Keeps the answers of base and tuned model on one split in `answers.npz`, and draws them."""
+    """Keeps the answers of base and tuned model on one split in `answers.npz`, and draws them.
+
+    With `log`, which a resumed run gives, it begins with those in the file.
+    """
 
     def __init__(self, out: Path, split: str, title: Callable[[str, int], str],
-                 picture: Callable[[str, int], bytes], resumed: bool) -> None:
+                 picture: Callable[[str, int], bytes], log: Callable[[str], None] | None = None) -> None:
         self.path = out / "answers.npz"
         self.split = split
         self.title = partial(title, split)
         self.picture = cache(partial(picture, split))
         self.answers: dict[str, AnswersByDirection] = {}
         self._sprites: dict[tuple[int, ...], np.ndarray] = {}  # the sheet of the rows drawn last
-        if resumed:
-            self.answers |= load_answers(self.path)[1]
+        if log:
+            self._load(log)
+
+    def _load(self, log: Callable[[str], None]) -> None:
+        """Take the answers of an earlier process, as far as its file is whole; log that it is not."""
+        try:
+            kept_split, answers = load_answers(self.path)
+        except UserError as error:
+            log(f"{error}: it is made again")
+            return
+        if kept_split == self.split:
+            self.answers |= answers
+
+    def lacks(self, when: str) -> bool:
+        """Return whether there are no answers of the model `when`, base or tuned."""
+        return set(self.answers.get(when, {})) != {"image_to_text", "text_to_image"}
+
+    def add(self, when: str, embeddings: SplitEmbeddings, result: Retrieval) -> AnswersByDirection:
+        """Take and save answers without drawing them, and return them."""
+        self.answers[when] = answer_queries(embeddings, result)
+        save_answers(self.path, self.split, self.answers)
+        return self.answers[when]
 
     def record(self, when: str, embeddings: SplitEmbeddings, result: Retrieval, board: Board, step: int) -> None:
         """Save and draw the answers; `when` is base or tuned, `result` was measured on these embeddings."""
-        by_direction = answer_queries(embeddings, result)
-        self.answers[when] = by_direction
-        save_answers(self.path, self.split, self.answers)
+        by_direction = self.add(when, embeddings, result)
         for way, draw in (("image_to_text", draw_image_to_text), ("text_to_image", draw_text_to_image)):
             answers = by_direction[way]
             count = len(answers.query_Q)

@@ -28,6 +28,7 @@ from data.store import features as module
 from data.store.feature_split import FeatureSplit, StoredTable
 from data.store.features import FeatureStore
 from data.store.segments import HEADER, key_of, prune, spaces
+from data.store.upkeep import verify_spaces
 
 KILLS = int(os.environ.get("THUMBTUNE_FAULTS", "20"))
 WIDTH = 5
@@ -362,11 +363,43 @@ def test_spaces_and_prune(tmp_path: Path) -> None:
     size = files(tmp_path / "old")[0].stat().st_size
     mapped = FeatureStore(tmp_path / "old", WIDTH)
     assert spaces(tmp_path) == {"old": size, "kept": size + 77, "shared": size}
-    assert prune(tmp_path, keep=["kept"]) == 2 * size + 77
+    assert prune(tmp_path, keep=["kept"]) == (size + 77, ["old"], [])  # a running job keeps what it has open
+    assert mapped.gather(mapped.locate(keys_of([3]))).equal(values_of([3]))
+    del mapped
+    assert prune(tmp_path, keep=["kept"]) == (size, [], [])
     assert spaces(tmp_path) == {"kept": size} and len(FeatureStore(tmp_path / "kept", WIDTH)) == 9
     assert (tmp_path / "shared" / "notes.txt").exists() and (tmp_path / "stranger" / "model.safetensors").exists()
     assert not (tmp_path / "old").exists() and spaces(tmp_path / "absent") == {}
-    assert mapped.gather(mapped.locate(keys_of([3]))).equal(values_of([3]))  # a running job keeps what it has open
+
+
+def test_odd_files_under_a_segments_name_are_skipped_and_stay(tmp_path: Path) -> None:
+    """A folder or a dead link of that name must neither end a run nor a prune, nor be renamed or deleted."""
+    folder = tmp_path / "features" / "space"
+    FeatureStore(folder, WIDTH).append(keys_of(range(9)), values_of(range(9)))
+    odd = [folder / f"{digit * 32}.features.safetensors" for digit in "abc"]
+    odd[0].mkdir()
+    odd[1].symlink_to(tmp_path / "nowhere")
+    os.mkfifo(odd[2])
+    with pytest.warns(UserWarning, match="is skipped") as warned:
+        store = FeatureStore(folder, WIDTH)
+    assert len(warned) == 3 and store.damaged == [path.name for path in odd]
+    assert (store.locate(keys_of(range(9))) >= 0).all()
+    del store
+    assert verify_spaces(tmp_path)[0].damaged == [path.name for path in odd]
+    assert sorted(prune(folder.parent, []).odd) == odd and all(os.path.lexists(path) for path in odd)
+
+
+def prune_elsewhere(pipe: Connection, folder: Path) -> None:
+    pipe.send(prune(folder, []).in_use)
+
+
+def test_a_space_is_not_pruned_beside_the_process_that_uses_it(tmp_path: Path) -> None:
+    """A colleague's `verify --prune` during a cold pass would end the run when the pass is over."""
+    store = FeatureStore(tmp_path / "space", WIDTH)  # a new one, so there is no folder yet
+    store.append(keys_of(range(9)), values_of(range(9)))
+    with child(prune_elsewhere, tmp_path) as (_, pipe):
+        assert pipe.recv() == ["space"]
+    assert (FeatureStore(tmp_path / "space", WIDTH).locate(keys_of(range(9))) >= 0).all()
 
 
 def make_split(folder: Path, mapped: bool, negatives: bool) -> FeatureSplit:

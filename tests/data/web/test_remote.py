@@ -152,7 +152,8 @@ def test_shards_at_an_address_are_the_local_ones_and_fetched_once(tmp_path: Path
         signed = load_splits(f"{url}/test-000000.tar?key=1&x=%2F", download=bring_by_split(tmp_path / "cache"))
         assert list(signed) == ["test"] and server.asked["test-000000.tar"] == 2
     left = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-    assert {name.partition(".tar")[2] for name in left} == {"", ".lock"} | ({".index.json"} if with_index else set())
+    sidecars = {".index.json"} if with_index else set()
+    assert {name.partition(".tar")[2] for name in left} == {"", ".lock", ".seal"} | sidecars
 
 
 def test_cut_connections_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +199,79 @@ def test_a_shard_that_changes_meanwhile_is_not_mixed(tmp_path: Path, believes: b
         threading.Thread(target=change, daemon=True).start()
         (got,) = bring(tmp_path / "cache")(f"{url}/train-000000.tar")
     assert got.read_bytes() in (old, (newer / tar.name).read_bytes())
+
+
+class Liar(BaseHTTPRequestHandler):
+    """Answers a request for the rest of a shard, which it cut at 150,000 bytes, as `lie` says."""
+
+    protocol_version = "HTTP/1.1"
+    data, lie, asked = b"", "", 0
+
+    def do_GET(self) -> None:
+        cls = type(self)
+        cls.asked += 1
+        begin = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        end, total, status = len(self.data), len(self.data), 206 if begin else 200
+        tag = f'"{cls.asked}"' if self.lie == "a version each time" else '"same"'
+        if self.path.endswith(".json") or (begin and self.lie == "nothing is left"):
+            self.send_response(404 if self.path.endswith(".json") else 416)
+            self.send_header("Content-Range", f"bytes */{begin}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        if begin and self.lie == "another whole":
+            end = total = begin + 1000
+        if begin and self.lie == "a rest that is not the rest":
+            end = min(begin + 50_000, total)
+        if begin and self.lie == "a longer rest":
+            end, total = len(self.data) + 100, len(self.data) + 100
+        self.send_response(status)
+        self.send_header("ETag", tag)
+        if begin:
+            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{total}")
+        self.send_header("Content-Length", str(end - begin))
+        self.end_headers()
+        self.wfile.write((self.data + bytes(100))[begin:end][: None if begin else 150_000])
+        self.close_connection = not begin
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("lie", ["a version each time", "nothing is left", "another whole", "a longer rest",
+                                 "a rest that is not the rest"])
+def test_a_server_that_says_untrue_things_of_a_shard_is_left_or_outlasted(
+        lie: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The download must neither go on for ever nor keep a shard that is shorter, longer or mixed."""
+    monkeypatch.setattr(download, "LEAST_BYTES", 1000)
+    tar = write_shards(tmp_path / "shards", {"train": 4}, 100_000) / "train-000000.tar"
+
+    class ThisLiar(Liar):
+        pass
+
+    ThisLiar.data, ThisLiar.lie = tar.read_bytes(), lie
+    with served(ThisLiar) as url:
+        if lie == "a rest that is not the rest":  # a part of it, as it says: the download goes on behind it
+            (got,) = bring(tmp_path / "cache")(f"{url}/train-000000.tar")
+            assert got.read_bytes() == tar.read_bytes()
+            return
+        with pytest.raises(UserError, match="cannot be fetched"):
+            bring(tmp_path / "cache")(f"{url}/train-000000.tar")
+        assert ThisLiar.asked < 20
+    assert not list((tmp_path / "cache").rglob("train-000000.tar"))
+
+
+def test_a_shard_that_was_cut_in_the_cache_is_fetched_again(tmp_path: Path) -> None:
+    """A disk that lost the end of a file must not take samples from every later run."""
+    tar = write_shards(tmp_path / "shards", {"train": 4}, 10_000) / "train-000000.tar"
+    server = Server(tar.parent)
+    with server.up() as url:
+        (got,) = bring(tmp_path / "cache")(f"{url}/train-000000.tar")
+        with open(got, "r+b") as file:
+            file.truncate(5_000)
+        (again,) = bring(tmp_path / "cache")(f"{url}/train-000000.tar")
+        assert again.read_bytes() == tar.read_bytes() and server.asked[tar.name] == 2
+        bring(tmp_path / "cache")(f"{url}/train-000000.tar")
+        assert server.asked[tar.name] == 2
 
 
 def test_a_killed_process_is_gone_on_with_and_two_at_once_share(tmp_path: Path) -> None:

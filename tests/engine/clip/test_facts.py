@@ -18,11 +18,13 @@ from safetensors.torch import load_file, save_file
 from test_loading import TITLES, WHOLE, Surgery, weights
 from torch import Tensor
 
+from data.batch import UserError
 from data.images.decode import collate_tokens, tokenize
 from engine.clip import facts
 from engine.clip.facts import ModelRecords
 from engine.clip.loading import Clip, load_clip, write_record
 from engine.clip.towers import ImageTower, TextTower
+from engine.clip.whole import load_whole
 from engine.publish.export import write_model
 
 ADDED = "re"
@@ -272,3 +274,13 @@ def test_a_warm_run_imports_no_transformers_and_exports_the_same_bytes(tiny_st_m
     for path in written:
         assert (tmp_path / "warm" / "model" / path.name).read_bytes() == path.read_bytes(), path.name
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_disk_that_is_full_while_the_tokenizer_is_written_is_one_sentence(
+        folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizers package raises a plain Exception, which would end the run with a traceback."""
+    whole = load_whole(str(folder))
+    monkeypatch.setattr(whole.processor.tokenizer, "save_pretrained", lambda folder, **_: whole.processor.tokenizer
+                        .backend_tokenizer.save("/dev/full"))
+    with pytest.raises(UserError, match="No space left on device; free space there or set TMPDIR"):
+        facts.saved_files(whole)

@@ -49,7 +49,7 @@ def test_any_titles_and_missing_pictures_are_drawn(rows: int, titles: int, tmp_p
         asked.append(row)
         return noise(row)
 
-    show = AnswerLog(tmp_path, "test", lambda split, row: HOSTILE[row % 13] + "\t\n", picture, resumed=False)
+    show = AnswerLog(tmp_path, "test", lambda split, row: HOSTILE[row % 13] + "\t\n", picture)
     show.record("base", here, found_in(here), board, 0)
     show.record("tuned", here, found_in(here), board, 9)
     assert len(asked) == len(set(asked))  # no picture is made twice
@@ -57,7 +57,7 @@ def test_any_titles_and_missing_pictures_are_drawn(rows: int, titles: int, tmp_p
     assert ("tuned" in board.given) == (rows > 1)
     split, kept = load_answers(tmp_path / "answers.npz")
     assert split == "test" and set(kept) == {"base", "tuned"}
-    again = AnswerLog(tmp_path, "test", lambda split, row: "", picture, resumed=True)
+    again = AnswerLog(tmp_path, "test", lambda split, row: "", picture, print)
     assert torch.equal(again.answers["base"]["image_to_text"].best_QK, kept["base"]["image_to_text"].best_QK)
 
 
@@ -67,7 +67,7 @@ def test_the_right_answer_is_marked(tmp_path: Path) -> None:
     right = space_of(one_hot, one_hot, torch.arange(4), torch.arange(4))
     wrong = space_of(one_hot, one_hot.roll(1, 0), torch.arange(4), torch.arange(4))
     for when, here in (("base", right), ("tuned", wrong)):
-        AnswerLog(tmp_path, "test", lambda split, row: "title", lambda split, row: b"", False).record(
+        AnswerLog(tmp_path, "test", lambda split, row: "title", lambda split, row: b"").record(
             when, here, found_in(here), board, 0)
         sheet = board.given["retrieval/test image_to_text"]
         green = (sheet == (218, 251, 225)).all(-1).any(1)  # the marked line's paper

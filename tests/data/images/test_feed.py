@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -143,6 +144,15 @@ def test_what_is_not_a_pictures_fault_is_raised(tmp_path: Path) -> None:
     with pytest.raises(MemoryError):
         decoded(contents, tmp_path)
     assert decoded([], tmp_path) == []
+    (tmp_path / "picture.jpg").write_bytes(b"0000")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as last:  # whose number shows how many files are open
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last.fileno(), limits[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                reader_of(tmp_path, 1).read(str(tmp_path / "picture.jpg"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 PARENT = """

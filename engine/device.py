@@ -61,8 +61,8 @@ def why_no_cuda() -> str:
 
     CUDA_VISIBLE_DEVICES that hides every device is a wish for the CPU.
     """
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if hidden is not None and hidden.strip() in ("", "-1", "NoDevFiles"):  # the last is Slurm's
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and re.fullmatch(r"|-\d.*|NoDevFiles", visible.strip()):  # the last is Slurm's
         return ""
     driver = _driver_version()
     if not driver and not any(DEVICE_FILES.glob("nvidia[0-9]*")):
@@ -79,7 +79,8 @@ def why_no_cuda() -> str:
         other = f", or install torch's cu126 wheel {WHEELS}" if major >= DRIVER_FOR_CUDA[12] else ""
         return (f"driver {driver} is too old for {build}, whose CUDA {torch.version.cuda} needs {needed}; update it"
                 f"{other}")
-    return f"{build} cannot use it with {named}: {_cuda_error()}; check the driver and the container's --gpus"
+    cause = "the driver" if not visible else f"CUDA_VISIBLE_DEVICES ({visible}), the driver"
+    return f"{build} cannot use it with {named}: {_cuda_error()}; check {cause} and the container's --gpus"
 
 
 def _driver_version() -> str:

@@ -1,7 +1,8 @@
 """Worker processes of a feed: a thread of the main process hands out pieces, collects outcomes and replaces workers.
 
-A worker that dies, or is killed since it has not finished a picture in time, is replaced. The picture that it had in
-hand is unusable, as `decoder-crashed`; the others of its piece are decoded again.
+A worker that dies, or is killed since it has not finished a picture in time, is replaced, and its pieces are decoded
+again. A picture at which a second worker ends is unusable, as `decoder-crashed`: the first may have been killed for
+another reason, as when memory runs out.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Piece:
         self.start = start  # the record of its first task
         self.tasks: dict[int, Task] = {}  # by place in the piece; without those whose outcome is known
         self.outcomes: dict[int, Outcome] = {}
+        self.suspects: set[int] = set()  # places of tasks at which a worker has ended
         self.done: Future[None] = Future()
 
     @property
@@ -144,10 +146,12 @@ class Server:
         return Connection(own_end.detach())
 
     def exit_code(self, process: int) -> int | None:
-        """Wait for a worker that is ending; None where the server has ended itself."""
+        """Wait for a worker that is ending; None where the server has ended itself, or is ended as it is stopped."""
         try:
             with self._lock:
                 self._requests.send(("status", 0, process))
+                if not self._requests.poll(HANG_S):
+                    self.process.kill()
                 return int(self._requests.recv())
         except (EOFError, OSError):
             return None
@@ -298,10 +302,11 @@ class Processes:
         self._has_room = False
 
     def _look_for_hangs(self) -> None:
-        """Kill workers that are at one picture for HANG_S, not counting the time in which this process was stopped."""
+        """Kill workers that have work and do not go on for HANG_S, not counting time in which this process was stopped.
+        """
         for worker in self._workers.values():
             note = int(self.notes[worker.number, 0]), int(self.notes[worker.number, 1])
-            worker.seen_for = worker.seen_for + LOOK_S if note == worker.seen and note[1] != IDLE else 0.0
+            worker.seen_for = worker.seen_for + LOOK_S if note == worker.seen and worker.pieces else 0.0
             worker.seen = note
             if worker.seen_for >= HANG_S and not worker.hangs:
                 worker.hangs = True
@@ -315,11 +320,7 @@ class Processes:
         place = int(self.notes[worker.number, 1])
         if status is not None and worker.pieces and place != IDLE:
             detail = f"did not end within {HANG_S} s" if worker.hangs else stop_reason(status)
-            piece = worker.pieces[0]
-            del piece.tasks[place]
-            piece.outcomes[place] = Outcome(b"", ("decoder-crashed", f"the process that decoded it {detail}"))
-            if not piece.tasks:
-                self.ring.finish(worker.pieces.popleft(), {}, Spent())
+            self._suspect(worker.pieces, place, f"the process that decoded it {detail}")
         elif status is None:
             self._early += 1
         for piece in reversed(worker.pieces):
@@ -327,6 +328,17 @@ class Processes:
         if self._early >= TRIES:
             raise OSError("they end at once")
         self._start(worker.number)
+
+    def _suspect(self, pieces: deque[Piece], place: int, detail: str) -> None:
+        """Note at which picture of the first piece a worker has ended; the second time it is unusable."""
+        piece = pieces[0]
+        if place not in piece.suspects:
+            piece.suspects.add(place)
+            return
+        del piece.tasks[place]
+        piece.outcomes[place] = Outcome(b"", ("decoder-crashed", detail))
+        if not piece.tasks:
+            self.ring.finish(pieces.popleft(), {}, Spent())
 
     def _fall_back(self, reason: str) -> None:
         """Let threads decode from now on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from data.shards.index import is_range, read_member, read_stored
 from data.web.fetched import Fetched, cached_path, delete_fetched
 from data.web.limits import FetchPolicy
 from data.web.storage import is_stored
+
+OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,10 @@ class Reader:
         return self.read(reference)
 
     def read(self, reference: str) -> bytes:
-        """Return the bytes of a reference. Raises BadSample when they are missing or cannot be read."""
+        """Return the bytes of a reference. Raises BadSample when they are missing or cannot be read.
+
+        Raises OSError where the machine has no file descriptor or memory left: that would drop rows by chance.
+        """
         try:
             if not reference:
                 raise BadSample("no-image", "the row names no image")
@@ -62,6 +68,8 @@ class Reader:
         except NotAFile as error:
             raise BadSample("not-a-file", f"{reference}: {error.strerror}") from None
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+                raise
             raise BadSample("unreadable-file", f"{reference}: {error}") from None
 
     def pixels(self, reference: str) -> np.ndarray:

@@ -246,8 +246,9 @@ def stamped_folder(name: str, commit: str | None = None) -> StampedFolder | None
 def stamp_files(folder: Path) -> Stamps:
     """Return a stamp of every file in a model's folder and in the folders within, as sentence-transformers has them.
 
-    A snapshot of the hub links to files whose names are digests of their content. Of others the stamp is size, inode,
-    device, and times of the last change: that of the inode cannot be set back, as the content's can. Raises OSError.
+    A snapshot of the hub links to files whose names are digests of their content; their times show what was written
+    through the link. Of others the stamp is size, inode, device, and times of the last change: that of the inode cannot
+    be set back, as the content's can. Raises OSError.
     """
     stamps = []
     parts = [folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())]
@@ -256,7 +257,7 @@ def stamp_files(folder: Path) -> Stamps:
         stamp: Stamp = [str(path.relative_to(folder)), status.st_size]
         target = path.readlink() if path.is_symlink() else path
         if target.parent.name == "blobs":
-            stamp.append(target.name)
+            stamp += [target.name, status.st_mtime_ns]
         else:
             stamp += [status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]
         stamps.append(stamp)

@@ -148,7 +148,7 @@ def check_folder(out: str, dataset: str) -> Path:
 
 
 def begin_folder(folder: Path, summary: dict[str, Any]) -> None:
-    """Make, mark and lock the folder, and delete what a kill left half written.
+    """Make, mark and lock the folder, and delete what a kill left half written, or all parts without their summary.
 
     Raises UserError where it holds embeddings of something else, or where another process is writing them.
     """
@@ -167,7 +167,8 @@ def begin_folder(folder: Path, summary: dict[str, Any]) -> None:
     if before and before.get("identity") != summary["identity"]:
         raise UserError(f"--out {folder} holds embeddings of {before.get('dataset')} by {before.get('model')}, and the "
                         "model or the data are others now; choose a new folder")
-    for part in folder.glob("*/**/.*_*.*"):
+    # Without the summary nothing says whose embeddings the parts hold: they are written again.
+    for part in folder.glob("*/**/.*_*.*" if before else "*/**/*_*.*"):
         if part.suffix in (".npy", ".parquet"):
             part.unlink()
     write_json(folder / SUMMARY, summary)

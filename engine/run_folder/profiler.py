@@ -73,7 +73,7 @@ class Trace(Profiler):
         if self._log.world.is_main:
             events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
             kernels = kernel_seconds(events)
-            self._log.report_time(f"{'kernels in ' if kernels else ''}{self._steps} recorded steps",
+            self._log.report_time(f"{'kernels in ' if kernels else ''}{self._taken - self._skipped} recorded steps",
                                   kernels or host_seconds(events))
 
     def _record_memory(self, is_over: bool = False) -> None:
@@ -94,6 +94,8 @@ class Trace(Profiler):
                  trace: TracebackType | None) -> None:
         self._record_memory(is_over=True)
         self._profile.__exit__(kind, error, trace)
+        if (recorded := max(0, self._taken - self._skipped)) < self._steps:
+            self._log.say(f"--profile: the run ended when {recorded} of the {self._steps} steps were recorded")
         self._log.report_time("the run", self._log.seconds())
 
     def region(self, name: str) -> AbstractContextManager[object]:
@@ -102,8 +104,8 @@ class Trace(Profiler):
 
     def step(self) -> None:
         """Advance the schedule by one step."""
-        self._profile.step()
         self._taken += 1
+        self._profile.step()
         self._record_memory()
 
 

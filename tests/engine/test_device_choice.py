@@ -73,9 +73,12 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_and_no_silent_run_on_the_cpu(
         with pytest.raises(UserError, match=says) as caught:
             pick_device(wanted, 0)
         assert f"--device {wanted}" in str(caught.value) and "--device cpu" in str(caught.value)
-    for hidden in ("", "-1"):  # a wish for the CPU
+    for hidden in ("", "-1", "-1,0", " -1 "):  # a wish for the CPU
         machine(driver, cuda, visible=hidden)
         assert pick_device("auto", 0) == CPU
+    machine("590.1", "13.0", visible="7")
+    with pytest.raises(UserError, match=r"check CUDA_VISIBLE_DEVICES \(7\), the driver"):
+        pick_device("auto", 0)
     assert pick_device("cpu", 0) == CPU
     machine("")
     assert pick_device("auto", 0) == CPU

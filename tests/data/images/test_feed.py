@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -98,19 +99,23 @@ def test_a_decoder_that_dies_costs_one_picture_and_is_replaced(tmp_path: Path, m
 
 
 @pytest.mark.usefixtures("by_processes")
-def test_a_worker_that_is_killed_loses_at_most_the_picture_in_its_hand(tmp_path: Path) -> None:
-    contents = some_contents(200)
-    killed: list[int] = []
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("is_idle", [False, True])
+def test_a_worker_that_is_killed_or_stopped_loses_no_picture(number: int, is_idle: bool, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the kernel, which kills processes when memory runs out, decides about rows, or a run waits for ever."""
+    monkeypatch.setattr(processes, "HANG_S", 1)
+    contents, signalled = some_contents(600), list[int]()
 
-    def kill_one(lots: int) -> None:
+    def signal_one(lots: int) -> None:
         if lots == 0:
-            killed.append(family(Server.get().process.pid)[-1])
-            os.kill(killed[0], signal.SIGKILL)
+            time.sleep(is_idle * 1.0)  # meanwhile all of the ring is decoded
+            signalled.append(family(Server.get().process.pid)[-1])
+            os.kill(signalled[0], number)
 
-    results = decoded(contents, tmp_path, 0.005, note=kill_one)
-    crashed = {number: "decoder-crashed" for number, outcome, _ in results if outcome.problem}
-    assert killed and len(crashed) <= 1
-    require_all_but(crashed, results, contents)
+    results = decoded(contents, tmp_path, 0.005, note=signal_one)
+    assert signalled
+    require_all_but({}, results, contents)
 
 
 def test_where_processes_cannot_be_had_threads_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +144,15 @@ def test_what_is_not_a_pictures_fault_is_raised(tmp_path: Path) -> None:
     with pytest.raises(MemoryError):
         decoded(contents, tmp_path)
     assert decoded([], tmp_path) == []
+    (tmp_path / "picture.jpg").write_bytes(b"0000")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as last:  # whose number shows how many files are open
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last.fileno(), limits[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                reader_of(tmp_path, 1).read(str(tmp_path / "picture.jpg"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 PARENT = """

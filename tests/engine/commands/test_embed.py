@@ -169,3 +169,6 @@ def test_what_is_there_is_not_replaced_and_other_embeddings_are_not_mixed_in(
         refused = inside(last_flags([*map(str, flags), "--split", "test", "--out", out, *map(str, other)]))
         assert refused.returncode == 2 and said in refused.stderr, refused.stderr
     assert inside([*flags[:1], "--dataset", pairs]).returncode == 2  # no --out
+    (out / "embeddings.json").unlink()  # "move it away to start afresh", says the error where it is damaged
+    done = inside(last_flags([*map(str, flags), "--split", "test", "--out", out, "--model", tiny_st_model]))
+    assert done.returncode == 0 and "there already" not in done.stderr, done.stderr

@@ -50,6 +50,8 @@ def test_a_range_has_its_steps_with_stacks_and_memory(pairs: Path, tiny_model: P
     assert any(entry.get("name") == "[memory]" for entry in events)
     done = inside(last_flags([*args, "--out", tmp_path / "late", "--profile", "8:12"]))
     assert done.returncode == 2 and "--profile 8:12: the run has 10 steps" in done.stderr
+    done = inside(last_flags([*args, "--out", tmp_path / "short", "--batch-size", "16", "--profile"]))
+    assert "time of 1 recorded steps" in done.stderr and "when 1 of the 4 steps were recorded" in done.stderr
 
 
 def test_rates_of_the_cold_pass_are_said_with_the_flag_alone(pairs: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -18,11 +18,12 @@ import numpy as np
 from data.batch import BadSample
 from data.catalogue import Catalogue, build_catalogue
 from data.check.findings import SEVERITIES, TINY, Finding
-from data.check.similar import LOOK, ToSignature, first_similar
+from data.check.similar import CROWD, LOOK, PASSES, ToSignature, crowded, first_similar
 from data.cold import decode_distinct
 from data.identity import distinct
 from data.images.reader import Reader, is_url
 from data.ledger import dropped_rows
+from data.progress import Progress
 from data.sources.embedded import shown_name
 from data.sources.labels import class_codes
 from data.sources.rows import Rows
@@ -53,7 +54,7 @@ def check(rows: Mapping[str, Rows], reader: Reader, log: Callable[[str], None],
     for name in rows:
         findings += _images(inputs, name, image_M, looks_M["side"], problems)
         findings += _texts(inputs, name, flaw_P, title_P)
-    findings += _repeats(inputs, image_M, title_P, _similar(inputs, image_M, looks_M))
+    findings += _repeats(inputs, image_M, title_P, _similar(inputs, image_M, looks_M, log))
     place = {name: number for number, name in enumerate(rows)}
     usable = {}
     for name in rows:
@@ -224,7 +225,7 @@ def _first_rows(label_N: np.ndarray, labels: int) -> np.ndarray:
     return first
 
 
-def _similar(inputs: Catalogue, image_M: np.ndarray, looks_M: np.ndarray) -> np.ndarray:
+def _similar(inputs: Catalogue, image_M: np.ndarray, looks_M: np.ndarray, log: Callable[[str], None]) -> np.ndarray:
     """The first other image in each split that looks like each image [M + 1, S]; -1 for none, and in the last row."""
     is_in_MS = np.zeros((len(image_M), len(inputs.splits)), bool)
     for place, name in enumerate(inputs.splits):
@@ -232,5 +233,10 @@ def _similar(inputs: Catalogue, image_M: np.ndarray, looks_M: np.ndarray) -> np.
         is_in_MS[image_N[image_N >= 0], place] = True
     distinct = np.flatnonzero(image_M == np.arange(len(image_M)))
     similar_MS = np.full((len(image_M) + 1, len(inputs.splits)), -1)
-    similar_MS[distinct] = np.append(distinct, -1)[first_similar(looks_M[distinct], is_in_MS[distinct])]
+    looks = looks_M[distinct]
+    if many := crowded(looks["hash"]):
+        log(f"{many:,} images are alike in structure, as plain ones are, in groups of more than {CROWD}: each of these is "
+            f"compared with the {CROWD} next to it in structure and colour on either side, not with all")
+    progress = Progress("passes of comparing images", PASSES, log)
+    similar_MS[distinct] = np.append(distinct, -1)[first_similar(looks, is_in_MS[distinct], progress)]
     return similar_MS

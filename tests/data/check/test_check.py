@@ -305,3 +305,33 @@ def test_a_body_that_is_no_picture_is_forgotten(tmp_path: Path) -> None:
     kinds = [one.kind for one in look_over(tmp_path / "all.csv", tmp_path / "cache")]
     assert not {"not-image", "truncated"} & set(kinds)
     host.shutdown()
+
+
+def test_a_crowd_of_alike_hashes_costs_a_multiple_of_its_size() -> None:
+    """Plain pictures all hash to 0: comparing all pairs of 100,000 of them would take hours, without a word."""
+    compared = {}
+    for count in (2000, 8000):
+        hash_N = (np.arange(count) % 5).astype(np.uint64)  # at most three bits apart
+        compared[count] = sum(len(left) for left, _ in near_pairs(hash_N))
+    assert compared[2000] > 2000 * similar.CROWD // 2
+    assert compared[8000] <= 4.5 * compared[2000]
+
+
+def test_almost_every_plain_picture_that_has_a_twin_is_found_in_a_crowd() -> None:
+    """Else the leak of a plain picture from one split into another goes unseen where there are many plain ones."""
+    count = 3000
+    colours = np.random.default_rng(0).integers(0, 256, (count, 3), np.uint8)
+    looks = np.zeros(count, similar.LOOK)
+    looks["cells"] = colours[:, :, None, None]
+    is_in = np.zeros((count, 2), bool)
+    is_in[:, 0], is_in[count - 300 :, 1] = np.arange(count) < count - 300, True
+    first = first_similar(looks, is_in)
+    every = np.arange(count)
+    for split in (0, 1):
+        has_twin = []
+        for image in range(0, count, 7):
+            others = every[is_in[:, split] & (every != image)]
+            has_twin.append(similar._same_cells(looks["cells"][[image] * len(others)], looks["cells"][others]).any())
+        is_found = first[::7, split] < count
+        assert not (is_found & ~np.array(has_twin)).any()
+        assert is_found[has_twin].mean() > 0.9

@@ -64,7 +64,7 @@ class Encoders:
         """Return the identity of titles: their token ids under this tokenizer."""
         return TitleIds(self.tokenizer, self.max_tokens, self.text_space, cache / "seen")
 
-    def tokenize(self, titles: pa.StringArray) -> list[list[int]]:
+    def tokenize(self, titles: pa.LargeStringArray) -> list[list[int]]:
         """Return the token ids of titles."""
         return tokenize(self.tokenizer, titles.to_pylist(), self.max_tokens)
 
@@ -134,7 +134,7 @@ def decode_distinct(catalogue: Catalogue, reader: Reader, references: Sequence[i
         yield from as_results(lot)
 
 
-def _matching(references: pa.StringArray, pattern: str) -> np.ndarray:
+def _matching(references: pa.LargeStringArray, pattern: str) -> np.ndarray:
     """Return which references match, bool [M]."""
     import pyarrow.compute as pc
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from helpers import Loopback, make_pairs, run, served
 from PIL import Image, ImageEnhance
 from scenes import SCENES, scene_thumbnail
 
 from data.check import similar
-from data.check.checks import PIECE, TOO_MANY_PIECES, check
+from data.check.checks import _flaws, check
 from data.check.findings import Finding, as_json, table
 from data.check.similar import NEAR, first_similar, near_pairs, perceptual_hash, picture_signature
 from data.cold import Reader
@@ -276,7 +277,7 @@ def test_the_estimate_of_long_titles() -> None:
     with (SHARED / "data" / "openstax-titles" / "train.csv").open(newline="", encoding="utf-8") as file:
         texts = [text for row in csv.DictReader(file) for text in (row["title"], row["caption"], row["alt"]) if text]
     too_long = np.array([len(ids) for ids in tokenizer(texts)["input_ids"]]) > 77
-    estimate = np.array([len(PIECE.findall(text)) > TOO_MANY_PIECES for text in texts])
+    estimate = _flaws(pa.array(texts)) == "long-title"
     assert estimate[too_long].mean() > 0.97 and too_long[estimate].mean() > 0.97
 
 

@@ -37,8 +37,8 @@ class Catalogue:
     """The distinct inputs of all splits, and their indices for each row."""
 
     splits: Mapping[str, Rows]
-    references: pa.StringArray  # M distinct images: a path, URL or FILE#OFFSET+SIZE each, "" for none
-    titles: pa.StringArray  # P distinct titles, negatives included, each in its first spelling
+    references: pa.LargeStringArray  # M distinct images: a path, URL or FILE#OFFSET+SIZE each, "" for none
+    titles: pa.LargeStringArray  # P distinct titles, negatives included, each in its first spelling
     title_keys: np.ndarray  # [P, 16] uint8
     image_N: Mapping[str, np.ndarray]  # split -> indices into references
     title_N: Mapping[str, np.ndarray]  # split -> indices into titles
@@ -112,13 +112,11 @@ def build_catalogue(splits: Mapping[str, Rows], title_ids: TitleIds | None = Non
 
     Titles are compared by `title_ids` of a model or, where none is loaded, as any CLIP model would (`clip_words`).
     """
-    import pyarrow as pa
     import pyarrow.compute as pc
 
     ends = np.cumsum([len(rows) for rows in splits.values()])
-    images = pa.chunked_array([chunk for rows in splits.values() for chunk in rows.image.chunks], pa.string())
-    encoded = pc.fill_null(images, "").combine_chunks().dictionary_encode()
-    image_all = encoded.indices.to_numpy(zero_copy_only=False)
+    images = [pc.fill_null(chunk, "") for rows in splits.values() for chunk in rows.image.chunks]
+    image_all, references = _encoded(images)
 
     columns = [rows.title for rows in splits.values()]
     negatives = {name: flatten(rows.title_neg) for name, rows in splits.items() if rows.title_neg is not None}
@@ -132,7 +130,7 @@ def build_catalogue(splits: Mapping[str, Rows], title_ids: TitleIds | None = Non
     image_N = dict(zip(splits, np.split(image_all, ends[:-1]), strict=True))
     title_N = dict(zip(splits, np.split(title_all[: ends[-1]], ends[:-1]), strict=True))
     groups = title_groups(splits, title_N, len(titles))
-    return Catalogue(splits, encoded.dictionary, titles, title_keys, image_N, title_N, negative_N, groups)
+    return Catalogue(splits, references, titles, title_keys, image_N, title_N, negative_N, groups)
 
 
 def _padded(value_F: np.ndarray, row_F: np.ndarray, rows: int) -> np.ndarray | None:
@@ -147,17 +145,30 @@ def _padded(value_F: np.ndarray, row_F: np.ndarray, rows: int) -> np.ndarray | N
 
 
 def _distinct_titles(columns: Sequence[pa.ChunkedArray], title_ids: TitleIds) -> tuple[
-        np.ndarray, pa.StringArray, np.ndarray]:
+        np.ndarray, pa.LargeStringArray, np.ndarray]:
     """Return the number of each entry's title (-1 where null), the P distinct titles, and their keys [P, 16]."""
+    import pyarrow as pa
+
+    spelling_all, spelt = _encoded([chunk for column in columns for chunk in column.chunks])
+    keys = title_ids.keys(spelt)  # spellings that give equal token ids are one title
+    number, first_P = distinct(keys)
+    return np.append(number, -1)[spelling_all], spelt.take(pa.array(first_P)), keys[first_P]
+
+
+def _encoded(chunks: Sequence[pa.Array]) -> tuple[np.ndarray, pa.LargeStringArray]:
+    """Return the number of each value (-1 where null), int64, and the distinct values in order of appearance.
+
+    With 64-bit offsets, chunk by chunk: all together may be more than the 2 GiB that an Arrow string array holds.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    chunks = [chunk for column in columns for chunk in column.chunks]
-    spelt = pa.chunked_array(chunks, pa.string()).combine_chunks().dictionary_encode()
-    keys = title_ids.keys(spelt.dictionary)  # spellings that give equal token ids are one title
-    number, first_P = distinct(keys)
-    spelling_all = pc.fill_null(spelt.indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
-    return np.append(number, -1)[spelling_all], spelt.dictionary.take(pa.array(first_P)), keys[first_P]
+    large = pa.chunked_array([chunk.cast(pa.large_string()) for chunk in chunks], pa.large_string())
+    encoded = large.dictionary_encode().unify_dictionaries().chunks
+    if not encoded:
+        return np.empty(0, np.int64), pa.array([], pa.large_string())
+    numbers = [pc.fill_null(chunk.indices, -1).to_numpy(zero_copy_only=False) for chunk in encoded]
+    return np.concatenate(numbers).astype(np.int64), encoded[0].dictionary
 
 
 def keys_and_usable(results: Sequence[DecodeResults], references: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import BadSample, Team, Tokens, UserError
+from data.batch import BadSample, Team, Tokens
 from data.catalogue import Catalogue, DecodeResult, DecodeResults, as_keys
 from data.identity import TitleIds
 from data.images.decode import PaddingTokenizer, collate_tokens, tokenize
@@ -25,7 +25,6 @@ from data.images.reader import Reader
 from data.images.worker import Job, KnownKeys, Task, ToPixels
 from data.prefetch import batched, threaded_map
 from data.progress import Progress
-from data.sources.embedded import shown_name
 from data.store.features import FeatureStore
 from data.web.limits import unused_proxy
 from data.web.storage import PACKAGES
@@ -65,7 +64,7 @@ class Encoders:
         """Return the identity of titles: their token ids under this tokenizer."""
         return TitleIds(self.tokenizer, self.max_tokens, self.text_space, cache / "seen")
 
-    def tokenize(self, titles: pa.StringArray) -> list[list[int]]:
+    def tokenize(self, titles: pa.LargeStringArray) -> list[list[int]]:
         """Return the token ids of titles."""
         return tokenize(self.tokenizer, titles.to_pylist(), self.max_tokens)
 
@@ -135,7 +134,7 @@ def decode_distinct(catalogue: Catalogue, reader: Reader, references: Sequence[i
         yield from as_results(lot)
 
 
-def _matching(references: pa.StringArray, pattern: str) -> np.ndarray:
+def _matching(references: pa.LargeStringArray, pattern: str) -> np.ndarray:
     """Return which references match, bool [M]."""
     import pyarrow.compute as pc
 
@@ -296,34 +295,3 @@ def encode_titles(ids: Sequence[Sequence[int]], pad_id: int, encode: Callable[[T
         parts.append(encode(collate_tokens([ids[i] for i in chunk], pad_id)).cpu())
         progress(len(chunk))
     return torch.cat(parts)[torch.argsort(torch.tensor(order))]
-
-
-def encode_images(catalogue: Catalogue, references: np.ndarray, pipeline: Pipeline,
-                  decoded: dict[int, np.ndarray]) -> Tensor:
-    """Return image features [len(references), V] on the CPU, in order, of references already known to decode.
-
-    Those whose pixels are in `decoded` are not read again.
-    """
-    reader, encode, width = pipeline.reader, pipeline.encoders.image, pipeline.encoders.image_width
-    feed = Feed(ToPixels(reader.spec, reader.max_pixels), reader, len(references) - len(decoded), pipeline.log)
-
-    def tasks() -> Iterator[tuple[int, Task | np.ndarray]]:
-        for index in references.tolist():
-            kept = decoded.pop(index, None)
-            yield index, Task(catalogue.references[index].as_py()) if kept is None else kept
-
-    parts = []
-    with closing(feed.lots(grouped(tasks(), feed.lot))) as lots:
-        for lot in lots:
-            require_pixels(lot, catalogue)
-            parts.append(encode(torch.from_numpy(lot.records)).cpu())
-    return torch.cat(parts) if parts else torch.empty(0, width)
-
-
-def require_pixels(lot: Lot[int], catalogue: Catalogue) -> None:
-    """Raise UserError where a picture of a lot cannot be decoded, as it could when the run began."""
-    for index, outcome in zip(lot.tags, lot.outcomes, strict=True):
-        if outcome.problem is not None:
-            name = shown_name(catalogue.references[index].as_py()) or "a picture of the dataset"
-            raise UserError(f"{name} could be decoded when the run began, and cannot be now: "
-                            f"{BadSample(*outcome.problem)}; mend it and run again")

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 UNTRUNCATED = 1 << 30  # tokens
+PLAIN = r"^[\t\n\r -~]*\z"  # titles of which Arrow finds the words as CLIP's tokenizers do
+WORD, WORD_END = r"('s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+)\s*", "\x1f"
 BYTE_LEVEL = Path(__file__).with_name("demo_model") / "tokenizer.json"
 Overlap = dict[str, dict[str, dict[str, int]]]  # split -> earlier split -> images, titles, rows
 
@@ -53,12 +55,12 @@ class TitleIds:
     name: str = ""
     cache: Path | None = None
 
-    def tokens(self, titles: pa.StringArray) -> TokenLists:
+    def tokens(self, titles: pa.LargeStringArray) -> TokenLists:
         """Return the token ids of all titles."""
         chunks = (tokenize(self.tokenizer, chunk, self.max_tokens) for chunk in title_chunks(titles))
         return TokenLists.of(chain.from_iterable(chunks))
 
-    def keys(self, titles: pa.StringArray) -> np.ndarray:
+    def keys(self, titles: pa.LargeStringArray) -> np.ndarray:
         """Return the content keys [P, K] uint8 of all titles: equal exactly where token ids are."""
         if self.cache is None or len(titles) < CHUNK:
             return self._keys(titles)
@@ -75,7 +77,7 @@ class TitleIds:
                 np.savez(temporary, keys=keys_PK)
         return keys_PK
 
-    def _keys(self, titles: pa.StringArray) -> np.ndarray:
+    def _keys(self, titles: pa.LargeStringArray) -> np.ndarray:
         """`keys` without the cache, a chunk of titles at a time: the token ids of all would take more memory."""
         parts = [np.empty((0, KEY), np.uint8)]
         for chunk in title_chunks(titles):
@@ -87,8 +89,43 @@ class _Backend(NamedTuple):
     backend_tokenizer: Tokenizer
 
 
+@dataclass(frozen=True)
+class ClipWords(TitleIds):
+    """`clip_words`: keys of the words of titles, which Arrow finds for ASCII in a sixth of the time."""
+
+    def _keys(self, titles: pa.LargeStringArray) -> np.ndarray:
+        """Keys of the words, a chunk of titles at a time."""
+        parts = [np.empty((0, KEY), np.uint8)]
+        for start in range(0, len(titles), CHUNK):
+            parts.append(self._word_keys(titles.slice(start, CHUNK)))
+        return np.concatenate(parts)
+
+    def _word_keys(self, titles: pa.LargeStringArray) -> np.ndarray:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        is_plain = pc.match_substring_regex(titles, PLAIN)
+        is_plain = pc.and_not(is_plain, pc.match_substring(titles, "<|")).to_numpy(zero_copy_only=False)
+        words = pc.replace_substring_regex(pc.ascii_lower(titles.filter(pa.array(is_plain))), WORD, f"\\1{WORD_END}")
+        words = pc.replace_substring_regex(words, "^\\s+", "").cast(pa.large_binary())
+        keys = np.empty((len(titles), KEY), np.uint8)
+        keys[is_plain] = np.frombuffer(b"".join(map(key_of, words.to_pylist())), np.uint8).reshape(-1, KEY)
+        others = titles.filter(pa.array(~is_plain)).to_pylist()
+        keys[~is_plain] = np.frombuffer(b"".join(map(self._key, others)), np.uint8).reshape(-1, KEY)
+        return keys
+
+    def _key(self, title: str) -> bytes:
+        """Return the key of a title with characters beyond ASCII: the words that the tokenizer itself finds."""
+        backend = self.tokenizer.backend_tokenizer
+        if "<|" in title:  # the names of BOS and EOS are found before words are
+            return key_of(b"ids" + np.array(backend.encode(title).ids, np.int32).tobytes())
+        text = backend.normalizer.normalize_str(title.encode("utf-8", "replace").decode("utf-8"))
+        words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+        return key_of("".join(word + WORD_END for word in words).encode("utf-8"))
+
+
 @cache
-def clip_words() -> TitleIds:
+def clip_words() -> ClipWords:
     """Return the identity of titles without a model: token ids before truncation, under any CLIP tokenizer.
 
     CLIP tokenizers differ only in their vocabulary. They normalise and split words in the same way, and each spells
@@ -98,7 +135,7 @@ def clip_words() -> TitleIds:
     """
     from tokenizers import Tokenizer
 
-    return TitleIds(_Backend(Tokenizer.from_file(str(BYTE_LEVEL))), UNTRUNCATED, "words")
+    return ClipWords(_Backend(Tokenizer.from_file(str(BYTE_LEVEL))), UNTRUNCATED, "words 2")
 
 
 def keys_of_tokens(tokens: TokenLists) -> np.ndarray:
@@ -146,13 +183,13 @@ def describe_overlap(shared: Overlap, rows: Mapping[str, int]) -> str:
     return f"overlap: {'; '.join(parts)}" if parts else ""
 
 
-def _digest(titles: pa.StringArray, name: str) -> str:
+def _digest(titles: pa.LargeStringArray, name: str) -> str:
     """Return a digest of all titles in order, and of `name`."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     digest = hashlib.blake2b(name.encode(), digest_size=16)
-    digest.update(pc.binary_length(titles).to_numpy(zero_copy_only=False).tobytes())
+    digest.update(pc.binary_length(titles).cast(pa.int32()).to_numpy(zero_copy_only=False).tobytes())
     titles = titles.cast(pa.large_string())
     _, ends, data = titles.buffers()
     first, last = np.frombuffer(ends, np.int64)[[titles.offset, titles.offset + len(titles)]]

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, CachedBatches, Team, Tokens, share
+from data.batch import BadSample, Batch, CachedBatches, Team, Tokens, UserError, share
 from data.catalogue import Catalogue, Split
-from data.cold import DecodedImages, Pipeline, encode_images, encode_titles, require_pixels
+from data.cold import DecodedImages, Pipeline, encode_titles
 from data.identity import TitleIds
 from data.images.decode import collate_tokens
-from data.images.feed import Feed, Lot
+from data.images.feed import Feed, Lot, grouped
 from data.images.worker import Task, ToPixels
+from data.lost import LostPictures, replace_rows
 from data.prefetch import EpochBatches, prefetch_to_device
 from data.store.feature_split import FeatureSplit, StoredTable, loss_ids
 
@@ -58,13 +59,14 @@ class StreamedPairs:
     token_ids: Sequence[Sequence[int]]  # of each of the P titles
     pipeline: Pipeline
     decoded: DecodedImages  # from the opening
+    lost: LostPictures
 
     @classmethod
-    def open(cls, catalogue: Catalogue, splits: Mapping[str, Split], example_D: np.ndarray,
-             pipeline: Pipeline, decoded: DecodedImages) -> StreamedPairs:
+    def open(cls, pipeline: Pipeline, decoded: DecodedImages, lost: LostPictures) -> StreamedPairs:
         """Tokenize all titles."""
+        catalogue = lost.catalogue
         ids = TitleIds(pipeline.encoders.tokenizer, pipeline.encoders.max_tokens).tokens(catalogue.titles)
-        return cls(catalogue, splits, example_D, ids, pipeline, decoded)
+        return cls(catalogue, lost.splits, lost.example_D, ids, pipeline, decoded, lost)
 
     def feature_splits(self, names: Collection[str]) -> Mapping[str, FeatureSplit]:
         """Encode what the splits `names` hold and return their features; ranks share the work."""
@@ -75,7 +77,7 @@ class StreamedPairs:
         own_D = owned_references(reference_D, team)
         ids = [self.token_ids[title] for title in used_P[slice(*share(len(used_P), team.rank, team.size))].tolist()]
         parts = team.exchange((
-            own_D, encode_images(self.catalogue, own_D, self.pipeline, self.decoded.take()),
+            own_D, encode_images(own_D, self.pipeline, self.decoded.take(), self.lost),
             encode_titles(ids, encoders.pad_id, encoders.text, encoders.text_width)))
         place_D = np.argsort(np.concatenate([own for own, _, _ in parts]))  # references ascend with D
         image_DV = torch.cat([image for _, image, _ in parts])[torch.from_numpy(place_D)]
@@ -108,32 +110,42 @@ class StreamedBatches:
     def _batches(self, first_step: int) -> Iterator[Batch]:
         reader, size = self.pairs.pipeline.reader, self.order.size
         largest = -(-min(self.order.batch_size, len(self.split)) // size)
-        feed = Feed(ToPixels(reader.spec, reader.max_pixels), reader, len(self.split) // size,
-                    self.pairs.pipeline.log, lot=largest)
-        under_way = deque[Tensor]()  # the row numbers of steps that are being decoded
+        job = ToPixels(reader.spec, reader.max_pixels)
+        feed = Feed(job, reader, len(self.split) // size, self.pairs.pipeline.log, lot=largest)
+        under_way = deque[tuple[Tensor, list[Task | BadSample]]]()  # the rows of steps that are being decoded
+        spare: tuple[int, np.ndarray] | None = None  # a row, and its pixels, that was decoded
 
-        def groups() -> Iterator[list[tuple[int, Task]]]:
+        def groups() -> Iterator[list[tuple[int, Task | BadSample]]]:
             for step, rows_B in enumerate(self.order.from_step(first_step), first_step):
-                under_way.append(rows_B)
-                yield self._tasks(step, rows_B)
+                tasks = self._tasks(step, rows_B)
+                under_way.append((rows_B, [task for _, task in tasks]))
+                yield tasks
 
         with closing(feed.lots(groups())) as lots:
             for lot in lots:
-                yield self._make(under_way.popleft(), lot)
+                rows_B, tasks = under_way.popleft()
+                lost = self.pairs.lost.read_again(lot, tasks, job)
+                good = next((place for place in range(len(tasks)) if place not in lost), None)
+                if good is not None:
+                    spare = int(rows_B[good]), lot.records[good].copy()
+                if lost and spare is None:
+                    raise UserError("none of the pictures of a step can be read any more; mend them and run again")
+                if lost and spare is not None:
+                    rows_B = replace_rows(rows_B, lot.records, lost, spare)
+                yield self._make(rows_B, lot)
 
-    def _tasks(self, step: int, rows_B: Tensor) -> list[tuple[int, Task]]:
+    def _tasks(self, step: int, rows_B: Tensor) -> list[tuple[int, Task | BadSample]]:
         """Return the images of a step to be decoded, randomly cropped with --augment, by reference."""
         epoch = step // -(-len(self.split) // self.order.batch_size)
         tasks = []
         for row, image in zip(rows_B.tolist(), self.split.image_N[rows_B].tolist(), strict=True):
             reference = int(self.pairs.example_D[image])
             crop = (self.order.seed, epoch, row) if self.pairs.pipeline.reader.augment else None
-            tasks.append((reference, Task(self.pairs.catalogue.references[reference].as_py(), crop)))
+            tasks.append((reference, self.pairs.lost.task(reference, crop)))
         return tasks
 
     def _make(self, rows_B: Tensor, lot: Lot[int]) -> Batch:
         """Return the batch of these rows: their decoded images, and their titles padded."""
-        require_pixels(lot, self.pairs.catalogue)
         image_B, title_B = self.split.image_N[rows_B], self.split.title_N[rows_B]
         pixels_BCSS = torch.from_numpy(lot.records)
         title, group_P = self._tokens(title_B), self.pairs.catalogue.title_group_P
@@ -147,6 +159,32 @@ class StreamedBatches:
     def _tokens(self, titles_B: Tensor) -> Tokens:
         ids = [self.pairs.token_ids[title] for title in titles_B.tolist()]
         return collate_tokens(ids, self.pairs.pipeline.encoders.pad_id)
+
+
+def encode_images(references: np.ndarray, pipeline: Pipeline, decoded: dict[int, np.ndarray],
+                  lost: LostPictures) -> Tensor:
+    """Return image features [len(references), V] on the CPU, in order, of references that decoded at the opening.
+
+    Those whose pixels are in `decoded` are not read again; a blank picture stands for those that are lost.
+    """
+    reader, encode, width = pipeline.reader, pipeline.encoders.image, pipeline.encoders.image_width
+    job = ToPixels(reader.spec, reader.max_pixels)
+    feed = Feed(job, reader, len(references) - len(decoded), pipeline.log)
+    under_way = deque[Task | BadSample | np.ndarray]()
+
+    def tasks() -> Iterator[tuple[int, Task | BadSample | np.ndarray]]:
+        for index in references.tolist():
+            kept = decoded.pop(index, None)
+            under_way.append(lost.task(index) if kept is None else kept)
+            yield index, under_way[-1]
+
+    parts = []
+    with closing(feed.lots(grouped(tasks(), feed.lot))) as lots:
+        for lot in lots:
+            own_tasks = [under_way.popleft() for _ in lot.tags]
+            lot.records[lost.read_again(lot, own_tasks, job)] = 0
+            parts.append(encode(torch.from_numpy(lot.records)).cpu())
+    return torch.cat(parts) if parts else torch.empty(0, width)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from data.images.feed import SHOWN_S, Times
 from data.images.reader import Reader, is_url
 from data.inputs import CachedPairs, FeatureSource, StreamedPairs, make_feature_splits, owned_references
 from data.ledger import dropped_rows
+from data.lost import LostPictures
 from data.mine import mine_negatives
 from data.sources.labels import count_classes
 from data.sources.source import Rows
@@ -102,14 +103,16 @@ def open_pairs(rows: Mapping[str, Rows], unread: Sequence[Mapping[str, Any]], pi
         identity[data_key(name)] = _fingerprint(contents[name], split, catalogue)
     identity["the base model"] = encoders.image_space + encoders.text_space
     album = RowPreviews(catalogue, splits, example_D, reader)
+    row_count = sum(map(len, rows.values())) + dropped_rows(unread)
+    lost = LostPictures(catalogue, splits, example_D, reader, ledger, row_count, max_bad, pipeline.log)
 
     if images is None:
-        streamed = StreamedPairs.open(catalogue, splits, example_D, pipeline, decoded)
+        streamed = StreamedPairs.open(pipeline, decoded, lost)
         return Pairs(splits, ledger, identity, contents, streamed, streamed, album, classes=count_classes(rows))
     image_table, seconds = stored_table(images, image_keys), time.monotonic() - began
     feature_splits = make_feature_splits(splits, image_table, title_table, device, catalogue.title_group_P)
     cached = CachedPairs(feature_splits)
-    inputs = StreamedPairs.open(catalogue, splits, example_D, pipeline, decoded) if reader.augment else cached
+    inputs = StreamedPairs.open(pipeline, decoded, lost) if reader.augment else cached
     times = [each.times for each in results if each.times is not None and each.times.pictures]
     report = _describe_store(cache, images, titles, seconds, times)
     rates = "; ".join(f"rank {rank}: {each.describe()}" for rank, each in enumerate(times))

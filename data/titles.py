@@ -16,7 +16,7 @@ from data.prefetch import batched
 if TYPE_CHECKING:
     import pyarrow as pa
 
-CHUNK = 8192  # titles that are Python objects at one time
+CHUNK, CHUNK_BYTES = 8192, 1 << 24  # titles that are Python objects at one time, and their size unless one is larger
 
 
 class TokenLists(Sequence[Sequence[int]]):
@@ -53,13 +53,23 @@ class TokenLists(Sequence[Sequence[int]]):
         return self._ids[self._bound[index] : self._bound[index + 1]].tobytes()
 
 
-def title_chunks(titles: pa.StringArray) -> Iterator[list[str]]:
-    """Yield the titles, a CHUNK of them at a time."""
+def title_chunks(titles: pa.LargeStringArray) -> Iterator[list[str]]:
+    """Yield the titles, a CHUNK of them or CHUNK_BYTES at a time."""
+    import pyarrow.compute as pc
+
     for start in range(0, len(titles), CHUNK):
-        yield titles.slice(start, CHUNK).to_pylist()
+        part = titles.slice(start, CHUNK)
+        end_P = np.cumsum(pc.binary_length(part).to_numpy(zero_copy_only=False), dtype=np.int64)
+        first = 0
+        while first < len(part):
+            room = CHUNK_BYTES + (end_P[first - 1] if first else 0)
+            last = max(first + 1, int(np.searchsorted(end_P, room, side="right")))
+            yield part.slice(first, last - first).to_pylist()
+            first = last
 
 
-def is_blank(titles: pa.StringArray) -> np.ndarray:
+def is_blank(titles: pa.LargeStringArray) -> np.ndarray:
     """Return which titles hold nothing but white space, bool [P]."""
-    blank = [not title.strip() for title in chain.from_iterable(title_chunks(titles))]
-    return np.array(blank, bool)
+    import pyarrow.compute as pc
+
+    return pc.or_(pc.equal(titles, ""), pc.utf8_is_space(titles)).to_numpy(zero_copy_only=False)

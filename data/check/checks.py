@@ -6,34 +6,38 @@ the first reference with its content, a title by a number that equal titles shar
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data.batch import BadSample
 from data.catalogue import Catalogue, build_catalogue
 from data.check.findings import SEVERITIES, TINY, Finding
-from data.check.similar import LOOK, ToSignature, first_similar
+from data.check.similar import CROWD, LOOK, PASSES, ToSignature, crowded, first_similar
 from data.cold import decode_distinct
 from data.identity import distinct
 from data.images.reader import Reader, is_url
 from data.ledger import dropped_rows
+from data.progress import Progress
 from data.sources.embedded import shown_name
 from data.sources.labels import class_codes
 from data.sources.rows import Rows
 from data.store.segments import KEY
 from data.text import printable
+from data.titles import is_blank
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 EXAMPLES = 5
 NA_TITLES = {"na", "n/a", "none", "null", "nil", "nan", "-"}
 # CLIP reads 75 tokens of a title. Without a tokenizer their number is estimated: each of these pieces is one or more.
 # More than 70 have 1,254 of 1,279 English texts that are too long, and 22 of 4,106 that are not.
-PIECE, TOO_MANY_PIECES = re.compile(r"[A-Za-z]{1,12}|[^\sA-Za-z]"), 70
+PIECE, TOO_MANY_PIECES = r"[A-Za-z]{1,12}|[^\s\pZA-Za-z]", 70
 
 
 def check(rows: Mapping[str, Rows], reader: Reader, log: Callable[[str], None],
@@ -47,13 +51,13 @@ def check(rows: Mapping[str, Rows], reader: Reader, log: Callable[[str], None],
     """
     inputs = build_catalogue(rows)
     image_M, looks_M, problems = _signatures(inputs, reader, log)
-    flaw_P = np.array([_flaw(title.as_py()) for title in inputs.titles])
+    flaw_P = _flaws(inputs.titles)
     title_P = np.append(np.where(flaw_P == "no-title", -1, np.arange(len(flaw_P))), -1)
     findings = _unread(unread)
     for name in rows:
         findings += _images(inputs, name, image_M, looks_M["side"], problems)
         findings += _texts(inputs, name, flaw_P, title_P)
-    findings += _repeats(inputs, image_M, title_P, _similar(inputs, image_M, looks_M))
+    findings += _repeats(inputs, image_M, title_P, _similar(inputs, image_M, looks_M, log))
     place = {name: number for number, name in enumerate(rows)}
     usable = {}
     for name in rows:
@@ -110,13 +114,21 @@ def _signatures(inputs: Catalogue, reader: Reader, log: Callable[[str], None]) -
     return image_M, looks_M, problems
 
 
-def _flaw(title: str) -> str:
-    stripped = title.strip()
-    if not stripped:
-        return "no-title"
-    if stripped.lower() in NA_TITLES:
-        return "na-title"
-    return "long-title" if len(PIECE.findall(title)) > TOO_MANY_PIECES else ""
+def _flaws(titles: pa.LargeStringArray) -> np.ndarray:
+    """The flaw of each title, "" for none, str [P]."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    flaw_P = np.full(len(titles), "", "U10")
+    long_P = np.flatnonzero(pc.greater(pc.utf8_length(titles), TOO_MANY_PIECES))
+    pieces = pc.count_substring_regex(titles.take(pa.array(long_P)), PIECE).to_numpy(zero_copy_only=False)
+    flaw_P[long_P[pieces > TOO_MANY_PIECES]] = "long-title"
+    short_P = np.flatnonzero(pc.less(pc.binary_length(titles), 1 << 10))
+    names = pc.utf8_lower(pc.utf8_trim_whitespace(titles.take(pa.array(short_P))))
+    is_na = pc.is_in(names, pa.array(sorted(NA_TITLES), names.type)).to_numpy(zero_copy_only=False)
+    flaw_P[short_P[is_na]] = "na-title"
+    flaw_P[is_blank(titles)] = "no-title"
+    return flaw_P
 
 
 def _images(inputs: Catalogue, name: str, image_M: np.ndarray, side_M: np.ndarray,
@@ -224,7 +236,7 @@ def _first_rows(label_N: np.ndarray, labels: int) -> np.ndarray:
     return first
 
 
-def _similar(inputs: Catalogue, image_M: np.ndarray, looks_M: np.ndarray) -> np.ndarray:
+def _similar(inputs: Catalogue, image_M: np.ndarray, looks_M: np.ndarray, log: Callable[[str], None]) -> np.ndarray:
     """The first other image in each split that looks like each image [M + 1, S]; -1 for none, and in the last row."""
     is_in_MS = np.zeros((len(image_M), len(inputs.splits)), bool)
     for place, name in enumerate(inputs.splits):
@@ -232,5 +244,10 @@ def _similar(inputs: Catalogue, image_M: np.ndarray, looks_M: np.ndarray) -> np.
         is_in_MS[image_N[image_N >= 0], place] = True
     distinct = np.flatnonzero(image_M == np.arange(len(image_M)))
     similar_MS = np.full((len(image_M) + 1, len(inputs.splits)), -1)
-    similar_MS[distinct] = np.append(distinct, -1)[first_similar(looks_M[distinct], is_in_MS[distinct])]
+    looks = looks_M[distinct]
+    if many := crowded(looks["hash"]):
+        log(f"{many:,} images are alike in structure, as plain ones are, in groups of more than {CROWD}: each of these "
+            f"is compared with the {CROWD} next to it in structure and colour on either side, not with all")
+    progress = Progress("passes of comparing images", PASSES, log)
+    similar_MS[distinct] = np.append(distinct, -1)[first_similar(looks, is_in_MS[distinct], progress)]
     return similar_MS

@@ -6,7 +6,7 @@ Dimension key: C colour channels, S side of a square in pixels, W cosine waves, 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -23,6 +23,8 @@ LUMA_C = np.array([0.299, 0.587, 0.114])
 LOOK = np.dtype([("hash", np.uint64), ("side", np.int32), ("cells", np.uint8, (3, CELLS, CELLS))])  # 204 bytes
 NEAR = 7  # bits of 64 that may differ; four bands and one flip find all such pairs, see `near_pairs`
 BANDS, FLIPS = 4, (0, *(1 << bit for bit in range(16)))
+PASSES = BANDS * len(FLIPS)  # of `near_pairs`
+CROWD = 128  # images with equal bands beyond which each is compared with its neighbours alone
 SAME_CELL, SAME_MEAN = 20, 32  # levels of 255 by which cells may differ once exposure is evened out, and exposures may
 CHUNK = 1 << 18  # candidate pairs at a time, 2 MB an array
 SLICE = 1 << 14  # pairs whose cells are compared at a time, 12 MB an array
@@ -60,14 +62,15 @@ def perceptual_hash(pixels_CSS: np.ndarray) -> np.uint64:
     return np.packbits(wave_WW > median + S * S / 4).view(np.uint64)[0]
 
 
-def first_similar(looks_N: np.ndarray, is_in_NS: np.ndarray) -> np.ndarray:
+def first_similar(looks_N: np.ndarray, is_in_NS: np.ndarray, passed: Callable[[], None] = lambda: None) -> np.ndarray:
     """The first other image in each of some sets that is alike; from LOOKs [N] and membership [N, sets].
 
-    Returns int64 [N, sets], N where there is none.
+    Returns int64 [N, sets], N where there is none. `passed` is called after each of PASSES passes. Time and memory grow
+    with N, not with the number of pairs: of images in a crowd it is the first of those compared, see `near_pairs`.
     """
     N, sets = is_in_NS.shape
     first_NS = np.full((N, sets), N)
-    for left, right in similar_pairs(looks_N):
+    for left, right in similar_pairs(looks_N, passed):
         for image, twin in ((left, right), (right, left)):
             for number in range(sets):
                 there = is_in_NS[twin, number]
@@ -75,37 +78,90 @@ def first_similar(looks_N: np.ndarray, is_in_NS: np.ndarray) -> np.ndarray:
     return first_NS
 
 
-def similar_pairs(looks_N: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The pairs of LOOKs [N] that are alike, each once, as two index arrays [Q] at a time; memory stays bounded."""
-    for left_Q, right_Q in near_pairs(np.ascontiguousarray(looks_N["hash"])):
+def similar_pairs(looks_N: np.ndarray, passed: Callable[[], None] = lambda: None) -> Iterator[
+        tuple[np.ndarray, np.ndarray]]:
+    """The pairs of LOOKs [N] that are alike, as two index arrays [Q] at a time; memory stays bounded."""
+    hash_N = np.ascontiguousarray(looks_N["hash"])
+    for left_Q, right_Q in near_pairs(hash_N, _colour_order(looks_N["cells"]), passed):
         for start in range(0, len(left_Q), SLICE):
             left, right = left_Q[start:start + SLICE], right_Q[start:start + SLICE]
             same = _same_cells(looks_N["cells"][left], looks_N["cells"][right])
             yield left[same], right[same]
 
 
-def near_pairs(hash_N: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The pairs of uint64 hashes that differ in at most NEAR bits, each once, as two index arrays [Q] at a time.
+def crowded(hash_N: np.ndarray) -> int:
+    """The number of images whose hash more than CROWD images have."""
+    _, counts = np.unique(hash_N, return_counts=True)
+    return int(counts[counts > CROWD].sum())
+
+
+def _colour_order(cells_N: np.ndarray) -> np.ndarray:
+    """An order [N] in which images of similar mean colour are near one another, equal ones in no order of their own.
+
+    By 4 bits of each channel, interleaved (Morton's curve). Were equal ones in the order of the rows, the images of one
+    split would have no neighbours of another.
+    """
+    mean_N3 = np.concatenate([cells_N[start:start + SLICE].mean((2, 3)) for start in range(0, len(cells_N), SLICE)]
+                             or [np.empty((0, 3))]).astype(np.uint32)
+    place_N = np.zeros(len(cells_N), np.uint64)
+    for bit in (7, 6, 5, 4):
+        for channel in range(3):
+            place_N = place_N << np.uint64(1) | (mean_N3[:, channel] >> bit & 1).astype(np.uint64)
+    return np.lexsort((np.random.default_rng(0).permutation(len(cells_N)), place_N))
+
+
+def near_pairs(hash_N: np.ndarray, order_N: np.ndarray | None = None, passed: Callable[[], None] = lambda: None
+               ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The pairs of uint64 hashes that differ in at most NEAR bits, as two index arrays [Q] at a time.
 
     Were two bits to differ in each of the four 16-bit bands, eight would: so in some band at most one does, and equal
     values of that band, or values one bit apart, find the pair (multi-index hashing, Norouzi, Punjani, Fleet 2012).
+    A crowd, more than CROWD hashes with one value, would make pairs by its square (all plain images hash to 0): of it
+    each is paired with CROWD hashes nearest in value, equal ones in `order_N`. All other pairs come, each once.
     """
+    order_N = np.arange(len(hash_N)) if order_N is None else order_N
+    size_BN = np.empty((BANDS, len(hash_N)), np.int64)  # how many have the value of the band that each has
     for band in range(BANDS):
-        value_N = hash_N.view(np.uint16).reshape(-1, BANDS)[:, band]
-        order_N = np.argsort(value_N, kind="stable")
-        value_N = value_N[order_N].astype(np.int64)
-        start_V = np.searchsorted(value_N, np.arange((1 << 16) + 1))
+        values_N = hash_N.view(np.uint16).reshape(-1, BANDS)[:, band]
+        size_BN[band] = np.bincount(values_N, minlength=1 << 16)[values_N] if len(hash_N) else 0
+    for band in range(BANDS):
+        table = _BandTable(hash_N, order_N, band)
         for flip in FLIPS:
-            at = np.flatnonzero(value_N & flip == 0)  # from the side without the bit, or each pair would come twice
-            partner = value_N[at] | flip
-            low = start_V[partner] if flip else at + 1
-            for index, member in _members(low, start_V[partner + 1]):
-                left, right = order_N[at[index]], order_N[member]
-                odd_Q = hash_N[left] ^ hash_N[right]
+            for left_Q, right_Q in table.candidates(flip):
+                odd_Q = hash_N[left_Q] ^ hash_N[right_Q]
                 near = np.flatnonzero(np.bitwise_count(odd_Q) <= NEAR)
+                left, right = left_Q[near], right_Q[near]
                 odd = odd_Q[near].view(np.uint16).reshape(-1, BANDS)
-                near = near[(np.bitwise_count(odd[:, :band]) > 1).all(1)]  # else an earlier band has found it
-                yield left[near], right[near]
+                was_compared = np.maximum(size_BN[:band, left], size_BN[:band, right]) <= CROWD
+                was_compared |= odd_Q[near] == 0  # equal hashes have the same neighbours in every band
+                fresh = ~((np.bitwise_count(odd[:, :band]) <= 1).T & was_compared).any(0)
+                yield left[fresh], right[fresh]
+            passed()
+
+
+class _BandTable:
+    """Hashes sorted by one band of 16 bits, then by the others, then by a given order."""
+
+    def __init__(self, hash_N: np.ndarray, order_N: np.ndarray, band: int) -> None:
+        turn = np.uint64(16 * (band + 1) % 64)
+        key_N = hash_N >> turn | hash_N << np.uint64(64 - int(turn)) if turn else hash_N
+        self.order_N = order_N[np.argsort(key_N[order_N], kind="stable")]
+        self.key_N = key_N[self.order_N]
+        self.value_N = (self.key_N >> np.uint64(48)).astype(np.int64)
+        self.start_V = np.searchsorted(self.value_N, np.arange((1 << 16) + 1))
+
+    def candidates(self, flip: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Pairs of images whose values differ by `flip`, about CHUNK at a time."""
+        at = np.flatnonzero(self.value_N & flip == 0)  # from the side without the bit, or each pair would come twice
+        partner = self.value_N[at] | flip
+        low, high = self.start_V[partner] if flip else at + 1, self.start_V[partner + 1]
+        crowd = np.flatnonzero(high - self.start_V[partner] > CROWD)
+        if flip and len(crowd):  # those about the place where a hash that differs by the flip alone would be
+            near = np.searchsorted(self.key_N, self.key_N[at[crowd]] ^ np.uint64(flip << 48))
+            low[crowd] = np.clip(near - CROWD // 2, low[crowd], high[crowd] - CROWD)
+        high[crowd] = np.minimum(high[crowd], low[crowd] + CROWD)
+        for index, member in _members(low, high):
+            yield self.order_N[at[index]], self.order_N[member]
 
 
 def _members(low: np.ndarray, high: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -40,6 +40,8 @@ _TORCH_FILTER = {int(Image.Resampling.BILINEAR): torch.ops.aten._upsample_biline
                  int(Image.Resampling.BICUBIC): torch.ops.aten._upsample_bicubic2d_aa}
 _SIMD = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # without it Pillow is the faster of the two
 _TOKENIZING = threading.Lock()
+CHARACTERS_PER_TOKEN = 16  # of a long title that are encoded at first
+ENCODED_AT_ONCE = 1 << 20  # characters
 TURNS = {  # EXIF orientation -> transposition that turns the stored picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -295,19 +297,61 @@ def tokenize(tokenizer: FastTokenizer, titles: Sequence[str], max_length: int) -
     """Encode titles with BOS and EOS, cut on the right to `max_length` tokens with EOS kept, without padding.
 
     Truncation and padding stored with the tokenizer are switched off meanwhile. Halves of surrogate pairs, which UTF-8
-    cannot hold, become "?".
+    cannot hold, become "?". Of a long title only as many words are encoded as give more than `max_length` tokens: a
+    word's tokens do not depend on those behind it. Memory is that of ENCODED_AT_ONCE characters, some 60 bytes each.
     """
     backend = tokenizer.backend_tokenizer
-    texts = [title.encode("utf-8", "replace").decode("utf-8") for title in titles]
     with _TOKENIZING:
         truncation, padding = backend.truncation, backend.padding
         try:
             backend.enable_truncation(max_length)
             backend.no_padding()
-            return [encoding.ids for encoding in backend.encode_batch(texts)]
+            return _encode_beginnings(backend, titles, max_length)
         finally:
             backend.enable_truncation(**truncation) if truncation else backend.no_truncation()
             backend.enable_padding(**padding) if padding else backend.no_padding()
+
+
+def _encode_beginnings(backend: Tokenizer, titles: Sequence[str], max_length: int) -> list[list[int]]:
+    """Encode as much of each title as is needed: a beginning that gives too few tokens is doubled."""
+    ids: list[list[int]] = [[] for _ in titles]
+    length, todo = CHARACTERS_PER_TOKEN * max_length, [*range(len(titles))]
+    while todo:
+        longer = []
+        for places in _sized_batches(titles, todo, length):
+            ends = [_end_of_words(titles[place], length) for place in places]
+            texts = [titles[place][:end].encode("utf-8", "replace").decode("utf-8")
+                     for place, end in zip(places, ends, strict=True)]
+            for place, end, encoding in zip(places, ends, backend.encode_batch(texts), strict=True):
+                if end < len(titles[place]) and not encoding.overflowing:
+                    longer.append(place)
+                else:
+                    ids[place] = encoding.ids
+        length, todo = 2 * length, longer
+    return ids
+
+
+def _sized_batches(titles: Sequence[str], places: Sequence[int], length: int) -> Iterator[list[int]]:
+    """Yield the places in batches whose titles, each counted up to `length`, have ENCODED_AT_ONCE characters."""
+    batch, size = list[int](), 0
+    for place in places:
+        batch.append(place)
+        size += min(len(titles[place]), length)
+        if size >= ENCODED_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _end_of_words(title: str, length: int) -> int:
+    """Return where the words end that are whole in the first `length` characters; of a longer word, its end."""
+    if len(title) <= length:
+        return len(title)
+    end = title.rfind(" ", 0, length + 1)
+    if not title[: max(end, 0)].strip():
+        end = title.find(" ", length)
+    return end if end >= 0 else len(title)
 
 
 def collate_tokens(ids: Sequence[Sequence[int]], pad_id: int) -> Tokens:

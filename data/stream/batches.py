@@ -19,6 +19,7 @@ from typing import Any
 from data.batch import BadSample, Batch, UserError, share
 from data.catalogue import check_bad_share, describe_reasons
 from data.cold import Pipeline
+from data.ledger import dropped_rows
 from data.prefetch import prefetch_to_device, threaded_map
 from data.stream.shards import shard_order, split_by_rank
 from data.stream.stages import Decoded, Sample, collate, decode, read_ahead, read_shard, shuffle
@@ -68,8 +69,11 @@ class Problems:
 
     def report(self, shard: str, key: str, problem: BadSample) -> None:
         """Add the entry of a sample, or of damage."""
-        entry = {"split": "train", "shard": shard, "key": key, "reason": problem.reason, "detail": problem.detail}
-        self.add([entry])
+        self.add([_entry(shard, key, problem)])
+
+    def report_shard(self, shard: str, rows: int, problem: BadSample) -> None:
+        """Add the entry of a shard of which about `rows` samples cannot be read."""
+        self.add([{**_entry(shard, "", problem), "rows": rows}])
 
     def add(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Add the entries of other ranks or of an earlier process."""
@@ -79,8 +83,12 @@ class Problems:
     def check(self, seen: int = 0) -> None:
         """Raise UserError when more than `max_bad` of an epoch, or of more samples that are `seen`, cannot be used."""
         rows = max(self.samples, seen)
-        if len(self.entries) > self.max_bad * rows:
+        if dropped_rows(self.entries.values()) > self.max_bad * rows:
             check_bad_share(rows, [*self.entries.values()], self.max_bad)
+
+
+def _entry(shard: str, key: str, problem: BadSample) -> dict[str, Any]:
+    return {"split": "train", "shard": shard, "key": key, "reason": problem.reason, "detail": problem.detail}
 
 
 @dataclass
@@ -100,6 +108,7 @@ class ShardBatches:
     keys: dict[int, list[str]] = field(default_factory=dict)  # of the samples of the latest steps
     unused_negatives: int = 0  # samples that have more of them than `negatives`
     _progress: dict[int, Progress] = field(default_factory=dict)  # by epoch
+    _lost: set[int] = field(default_factory=set)  # shards that cannot be read any more
 
     @property
     def steps_per_epoch(self) -> int:
@@ -185,7 +194,19 @@ class ShardBatches:
                                 f"({reasons})")
 
     def _read(self, shard: int) -> Iterator[Sample]:
-        return read_shard(shard, self.shards[shard], self.problems.report, self.rules)
+        """Yield the samples of a shard; one that is gone, cut or another is named, and left out from then on."""
+        given = 0
+        if shard in self._lost:
+            return
+        try:
+            for sample in read_shard(shard, self.shards[shard], self.problems.report, self.rules):
+                given += 1
+                yield sample
+        except UserError as error:
+            self._lost.add(shard)
+            rows = max(1, self.samples // len(self.shards) - given)
+            self.problems.report_shard(self._name(shard), rows, BadSample("unreadable-shard", str(error)))
+            self.pipeline.log(f"{error}; after {given:,} samples the run goes on without the rest of it")
 
     def _name(self, shard: int) -> str:
         return public_name(self.shards[shard].address)

@@ -50,6 +50,8 @@ class RowTraining:
     """The kept rows of train."""
 
     pairs: Pairs
+    world: World
+    out: Path
 
     @property
     def rows(self) -> int:
@@ -66,8 +68,9 @@ class RowTraining:
         return OrderDigest(self.rows, cfg.batch_size, cfg.seed)
 
     def ledger(self, out: Path) -> Sequence[Mapping[str, Any]]:
-        """Return the rows that the opening dropped."""
-        return self.pairs.ledger
+        """Return the rows that the opening dropped, and those lost since."""
+        inputs = self.pairs.inputs
+        return [*self.pairs.ledger, *(inputs.lost.ledger() if isinstance(inputs, StreamedPairs) else [])]
 
     def step_world(self, cfg: Config, world: World, model: LoadedModel) -> World:
         """Return the world whose ranks share a step: all of them, or each rank alone where that is faster."""
@@ -82,8 +85,20 @@ class RowTraining:
         return self.pairs.batches("train", cfg.batch_size, cfg.seed, world.rank, world.size)
 
     def save(self, saver: Saver, state: State) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint; account for pictures lost since the opening.
+
+        Raises UserError on all ranks when those and the rows dropped are more than --max-bad.
+        """
         saver.save(state)
+        if not isinstance(self.pairs.inputs, StreamedPairs):
+            return
+        lost = self.pairs.inputs.lost
+        parts = self.world.exchange(lost.ledger())
+        entries = {(entry["split"], entry["row"]): entry for part in parts for entry in part}
+        if entries:
+            ledger = [*self.pairs.ledger, *entries.values()]
+            self.world.on_main(lambda: folder.write_ledger(self.out / "ledger.jsonl", ledger))
+            lost.check([*entries.values()])
 
     def guard(self, cfg: Config, world: World, out: Path, trained: nn.Module) -> NonfiniteGuard:
         """Return a guard that embeds the rows of a step again to see which are not finite."""
@@ -199,7 +214,7 @@ def split_dataset(cfg: Config, log: Callable[[str], None]) -> tuple[Config, Divi
 def open_training(cfg: Config, world: World, pairs: Pairs, shards: Sequence[Entry], out: Path) -> Training:
     """Return the training data: the rows of train, or a stream of `shards`. Raises UserError."""
     if not shards:
-        return RowTraining(pairs)
+        return RowTraining(pairs, world, out)
     if len(shards) < world.size:
         raise UserError(f"train has {len(shards)} shards for {world.size} ranks, and each rank reads whole ones; write "
                         "smaller shards or use fewer ranks")

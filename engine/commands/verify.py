@@ -94,7 +94,7 @@ def replay(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path], so
     pairs = open_data(cfg, world, model, source)
     pairs = with_probe(cfg, world, model, pairs, open_probe(cfg, world))
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
-    training = RowTraining(pairs)
+    training = RowTraining(pairs, world, run)
     saver = make_saver(cfg, world, run, model, training, evaluated_splits(cfg, pairs))
     step_world = training.step_world(cfg, world, model)
     batches = training.batches(cfg, State(), step_world)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -107,3 +108,14 @@ def test_overlap_equals_counting_by_hand() -> None:
     line = describe_overlap(found, {name: len(some) for name, some in rows.items()})
     assert "\n" not in line and f"of 12 test rows {found['test']['train']['images']} have an image of train" in line
     assert overlap({}) == {} and describe_overlap({}, {}) == ""
+
+
+def test_words_that_arrow_finds_are_those_of_the_tokenizer() -> None:
+    """Else `check` calls titles the same that CLIP tells apart, or the reverse."""
+    draw = random.Random(0)
+    pieces = ["a", "b", "A", "'s", "'", "'ll", "1", "2", " ", "  ", "\t", "\n", "!", "_", ",", "é", "e\u0301", "\u212a",
+              "k", "K", "\u00a0", "\x0b", "日", "<|endoftext|>", "<|", "\x1f", "\x00"]
+    titles = ["".join(draw.choices(pieces, k=draw.randrange(4))) for _ in range(4000)]
+    tokenizer = clip_words().tokenizer
+    assert classes(distinct(clip_words().keys(pa.array(titles)))[0].tolist()) == classes(
+        tokenize(tokenizer, titles, 1 << 20))

@@ -8,13 +8,14 @@ import torch
 from helpers import make_pairs, tiny_tokenizer
 from torch import Tensor
 
-from data.batch import ALONE, Tokens
+from data.batch import ALONE, Tokens, UserError
 from data.cold import Encoders, Pipeline, Reader
 from data.images.decode import ImageSpec
 from data.inputs import StreamedBatches, StreamedPairs
 from data.pairs import open_pairs
 from data.prefetch import EpochBatches
 from data.sources.source import load_splits
+from data.web import storage
 from data.web.fetch import FetchPolicy
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest sets aside the filter for Pillow's
@@ -73,3 +74,33 @@ def test_classes_of_titles_are_met_in_training_and_not_in_an_evaluation(tmp_path
     assert trained.negative_id_BH is not None
     negative_BH = split.negative_row_NH[order]
     assert trained.negative_id_BH.equal(torch.where(negative_BH < 0, -1, group_P[negative_BH]))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_picture_that_vanishes_is_named_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                              size: int) -> None:
+    """A file deleted by hand, or a hiccup of a network disk, would end a night's run."""
+    monkeypatch.setattr(storage, "BACKOFF", 0.0)
+    streamed = open_streamed(make_pairs(tmp_path / "pairs", 37, 3, 3), tmp_path / "cache")
+    split = streamed.splits["train"]
+    whole = StreamedBatches(streamed, split, EpochBatches(37, 12, 5, 0, size))
+    before = next(whole.from_step(0))
+    before = before._replace(pixels_BCSS=before.pixels_BCSS.clone())
+    gone, cut = (Path(streamed.catalogue.references[int(streamed.example_D[split.image_N[row]])].as_py())
+                 for row in EpochBatches(37, 12, 5, 0, size).from_step(0).__next__()[:2].tolist())
+    gone.unlink()
+    cut.write_bytes(cut.read_bytes()[:100])
+    batches = StreamedBatches(streamed, split, EpochBatches(37, 12, 5, 0, size)).from_step(0)
+    first = next(batches)
+    assert len(first.title_id_B) == len(before.title_id_B)  # the sizes of all ranks' parts are known beforehand
+    assert (first.title_id_B[:2] == first.title_id_B[2]).all() and (first.image_id_B[:2] == first.image_id_B[2]).all()
+    assert first.pixels_BCSS[0].equal(before.pixels_BCSS[2]) and first.title_id_B[2:].equal(before.title_id_B[2:])
+    assert {(entry["row"], entry["reason"]) for entry in streamed.lost.ledger()} == {
+        (int(gone.stem.split("-")[-1]), "missing-file"), (int(cut.stem.split("-")[-1]), "truncated")}
+    features = streamed.feature_splits(["train"])["train"]
+    assert len(features.image_row_N) == 37  # measured with a blank picture
+    for path in (tmp_path / "pairs").rglob("train-*.jpg"):
+        path.unlink()
+    with pytest.raises(UserError, match="max-bad"):
+        for _ in zip(batches, range(8), strict=False):
+            pass

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import io
 import os
+import random
 import struct
 import subprocess
 import sys
@@ -20,12 +21,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import full
+from helpers import full, tiny_tokenizer
 from PIL import Image, ImageOps, PngImagePlugin, features
+from tokenizers import Encoding, Tokenizer
 
 from data.batch import BadSample, UserError
 from data.images import decode
-from data.images.decode import ImageSpec, collate_tokens, decode_image, decode_whole, tokenize, tokenizer_fingerprint
+from data.images.decode import (
+    ImageSpec,
+    ModelTokenizer,
+    collate_tokens,
+    decode_image,
+    decode_whole,
+    tokenize,
+    tokenizer_fingerprint,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 SHARED = ROOT.parent / "shared"
@@ -505,3 +515,34 @@ def test_collating_nothing_and_empty_rows() -> None:
     assert collate_tokens([], 7).ids_BL.shape == (0, 0)
     tokens = collate_tokens([[], [4, 5], [6]], 7)
     assert tokens.ids_BL.tolist() == [[7, 7], [4, 5], [6, 7]] and tokens.mask_BL.tolist() == [[0, 0], [1, 1], [1, 0]]
+
+
+class Counting:
+    """A tokenizer that counts the characters it is given."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self.sizes = tokenizer, list[int]()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._tokenizer, name)
+
+    def encode_batch(self, texts: list[str]) -> list[Encoding]:
+        self.sizes.append(sum(map(len, texts)))
+        return self._tokenizer.encode_batch(texts)
+
+
+def test_of_a_long_title_only_what_the_model_reads_is_encoded() -> None:
+    """4,000 articles as titles would take 5 GB: all their tokens, to keep 77 of each."""
+    backend, draw = tiny_tokenizer().backend_tokenizer, random.Random(0)
+    words = ["a", "the", "é", "日本語", "x" * 40, "...", " ", "\n", "'s", "2024", "😀"]
+    texts = [" ".join(draw.choices(words, k=draw.randrange(1, 3000))) for _ in range(60)]
+    texts += ["x" * 3000, " " * 3000, " " * 3000 + "a b", "x" * 3000 + " y", "\u3000".join("ab" * 2000), ""]
+    counting: Any = Counting(backend)
+    for length in (3, 16, 77):
+        backend.enable_truncation(length)
+        whole = [encoding.ids for encoding in backend.encode_batch(texts)]
+        backend.no_truncation()
+        assert tokenize(ModelTokenizer(counting, 0), texts, length) == whole
+    counting.sizes.clear()
+    tokenize(ModelTokenizer(counting, 0), ["word " * 4000] * 200, 77)
+    assert sum(counting.sizes) <= 200 * 77 * 16 and max(counting.sizes) <= (1 << 20) + 77 * 16

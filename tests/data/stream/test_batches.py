@@ -1,6 +1,7 @@
 """Batches of a stream: an epoch of equal steps on all ranks, resumed by whole shards, with its losses accounted for."""
 
 import itertools
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,10 @@ from scenes import entries, wds_shards
 from data.batch import Batch, Team, UserError
 from data.cold import Encoders, Pipeline, Reader
 from data.images.decode import ImageSpec
+from data.ledger import dropped_rows
 from data.stream.batches import Problems, ShardBatches
 from data.stream.stages import Sample, read_shard
+from data.web import storage
 from data.web.fetch import FetchPolicy
 from data.web.storage import Entry
 
@@ -143,3 +146,27 @@ def test_negatives_that_the_first_samples_lack_are_counted(shards: list[str]) ->
     assert batch.negative is None and batches.unused_negatives >= 8
     assert next(stream(shards).from_step(0)).negative is not None
     assert Sample(0, "", b"", "", []).negatives == []
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_shard_that_is_lost_is_named_once_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                damage: str) -> None:
+    """One file deleted by hand would end a night's run; --max-bad decides how much may be lost."""
+    monkeypatch.setattr(storage, "BACKOFF", 0.0)
+    shards = wds_shards(tmp_path, "train", 30, 5)
+    batches = stream(shards, problems=Problems(30, 0.2))
+    whole = entries(shards)
+    if damage == "gone":
+        Path(shards[2]).unlink()
+    else:
+        os.truncate(shards[2], 700)
+    batches = replace(batches, shards=whole)
+    steps = keys(batches, 12)
+    assert [len(step) for step in steps] == [8, 8, 8, 6] * 3
+    lost = {f"train{number:05d}" for number in range(10, 15)}
+    assert not lost & {key for step in steps for key in step}
+    (entry,) = [entry for entry in batches.problems.entries.values()]
+    assert entry["shard"] == shards[2] and dropped_rows([entry]) == 5
+    Path(shards[3]).unlink()
+    with pytest.raises(UserError, match=r"10 of 30 rows cannot be used .*--max-bad"):
+        keys(replace(batches, problems=Problems(30, 0.2), _lost=set()), 12)

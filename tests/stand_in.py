@@ -116,7 +116,7 @@ def caller() -> str:
     return "the test"
 
 
-def backward(loss: Tensor, gradient: Tensor) -> None:
+def backward(loss: Tensor, gradient: Tensor | None = None) -> None:
     """What `Tensor.backward` does; autograd's own engine asks the accelerator for its stream, and there is none."""
     first: Any = loss.grad_fn  # no stub has the attributes of the nodes that C++ makes
     needs, nodes = dict[Any, int](), [first]
@@ -125,7 +125,7 @@ def backward(loss: Tensor, gradient: Tensor) -> None:
             if below is not None:
                 nodes += [below] if below not in needs else []
                 needs[below] = needs.get(below, 0) + 1
-    wanted, ready = {first: {0: gradient}}, [first]
+    wanted, ready = {first: {0: torch.ones_like(loss) if gradient is None else gradient}}, [first]
     with torch.no_grad():
         while ready:
             node = ready.pop()

@@ -215,7 +215,9 @@ DYING = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import run
+from engine.ranks.sharing import MAX_REPLICATED_FLOP
 from engine.run_folder.log import Log
+MAX_REPLICATED_FLOP["cpu"] = 0.0  # ranks share steps, as those of the clean run
 step, restart = Log.step, int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 def dying(log, number, *rest):
     if restart < len({deaths}) and [int(os.environ["RANK"]), number] == {deaths}[restart]:

@@ -145,22 +145,23 @@ def adamw_by_name(named: Mapping[str, nn.Parameter], lr: float, weight_decay: fl
     Weight decay is of matrices alone: vectors and numbers (biases, norms, logit_scale) have none, as in open_clip's and
     transformers' trainers. Raises UserError for a rate of layers that do not train.
     """
-    both, text = ("vision_model.", "text_model."), ("text_model.",)
-    for flag, rate, where, prefixes in (("--lr-tower", rates.tower, "the towers", both),
-                                        ("--lr-text", rates.text, "the text tower", text)):
+    for flag, rate, where, prefixes in (("--lr-tower", rates.tower, "the towers", ("vision_model.", "text_model.")),
+                                        ("--lr-text", rates.text, "the text tower", ("text_model.",))):
         if rate and not any(name.startswith(prefixes) for name in named):
             raise UserError(f"{flag} is the rate of layers inside {where}, and none of them trains; leave it out or "
                             f"unfreeze some, such as --trainable projection,{prefixes[0]}encoder.layers.11")
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    members: dict[tuple[float, float], list[nn.Parameter]] = {}  # of groups, by lr_scale and weight decay
     strengths = []
     for name, parameter in named.items():
-        rate, unit = rates.of(name), weight_unit(parameter) if rates.relative else 1.0
+        unit = weight_unit(parameter) if rates.relative else 1.0
+        rate = rates.of(name) or lr
+        scale = unit if rate == lr else rate / lr * unit
         decay = weight_decay if parameter.dim() > 1 else 0.0
-        groups.setdefault(((rate / lr if rate else 1.0) * unit, decay), []).append(parameter)
+        members.setdefault((scale, decay), []).append(parameter)
         strengths.append(l2_sp / unit**2)
-    return AdamWL2SP([{"params": members, "lr_scale": scale, "weight_decay": decay}
-                      for (scale, decay), members in groups.items()], list(named.values()), lr,
-                     strengths if l2_sp else [])
+    groups = [{"params": parameters, "lr_scale": scale, "weight_decay": decay}
+              for (scale, decay), parameters in members.items()]
+    return AdamWL2SP(groups, list(named.values()), lr, strengths if l2_sp else [])
 
 
 def update(optimizer: AdamWL2SP, lr: float | Tensor, clip_norm: float) -> Tensor:

@@ -110,16 +110,16 @@ class StreamedBatches:
         largest = -(-min(self.order.batch_size, len(self.split)) // size)
         feed = Feed(ToPixels(reader.spec, reader.max_pixels), reader, len(self.split) // size,
                     self.pairs.pipeline.log, lot=largest)
-        rows_of_lots = deque[Tensor]()  # the row numbers of steps that are being decoded
+        under_way = deque[Tensor]()  # the row numbers of steps that are being decoded
 
         def groups() -> Iterator[list[tuple[int, Task]]]:
             for step, rows_B in enumerate(self.order.from_step(first_step), first_step):
-                rows_of_lots.append(rows_B)
+                under_way.append(rows_B)
                 yield self._tasks(step, rows_B)
 
         with closing(feed.lots(groups())) as lots:
             for lot in lots:
-                yield self._make(rows_of_lots.popleft(), lot)
+                yield self._make(under_way.popleft(), lot)
 
     def _tasks(self, step: int, rows_B: Tensor) -> list[tuple[int, Task]]:
         """Return the images of a step to be decoded, randomly cropped with --augment, by reference."""

@@ -145,8 +145,9 @@ def adamw_by_name(named: Mapping[str, nn.Parameter], lr: float, weight_decay: fl
     Weight decay is of matrices alone: vectors and numbers (biases, norms, logit_scale) have none, as in open_clip's and
     transformers' trainers. Raises UserError for a rate of layers that do not train.
     """
-    for flag, rate, where, prefixes in (("--lr-tower", rates.tower, "the towers", ("vision_model.", "text_model.")),
-                                        ("--lr-text", rates.text, "the text tower", ("text_model.",))):
+    both, text = ("vision_model.", "text_model."), ("text_model.",)
+    for flag, rate, where, prefixes in (("--lr-tower", rates.tower, "the towers", both),
+                                        ("--lr-text", rates.text, "the text tower", text)):
         if rate and not any(name.startswith(prefixes) for name in named):
             raise UserError(f"{flag} is the rate of layers inside {where}, and none of them trains; leave it out or "
                             f"unfreeze some, such as --trainable projection,{prefixes[0]}encoder.layers.11")

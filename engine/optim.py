@@ -151,18 +151,16 @@ def adamw_by_name(named: Mapping[str, nn.Parameter], lr: float, weight_decay: fl
         if rate and not any(name.startswith(prefixes) for name in named):
             raise UserError(f"{flag} is the rate of layers inside {where}, and none of them trains; leave it out or "
                             f"unfreeze some, such as --trainable projection,{prefixes[0]}encoder.layers.11")
-    members: dict[tuple[float, float], list[nn.Parameter]] = {}  # of groups, by lr_scale and weight decay
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     strengths = []
     for name, parameter in named.items():
-        unit = weight_unit(parameter) if rates.relative else 1.0
-        rate = rates.of(name) or lr
-        scale = unit if rate == lr else rate / lr * unit
+        rate, unit = rates.of(name), weight_unit(parameter) if rates.relative else 1.0
         decay = weight_decay if parameter.dim() > 1 else 0.0
-        members.setdefault((scale, decay), []).append(parameter)
+        groups.setdefault(((rate / lr if rate else 1.0) * unit, decay), []).append(parameter)
         strengths.append(l2_sp / unit**2)
-    groups = [{"params": parameters, "lr_scale": scale, "weight_decay": decay}
-              for (scale, decay), parameters in members.items()]
-    return AdamWL2SP(groups, list(named.values()), lr, strengths if l2_sp else [])
+    return AdamWL2SP([{"params": members, "lr_scale": scale, "weight_decay": decay}
+                      for (scale, decay), members in groups.items()], list(named.values()), lr,
+                     strengths if l2_sp else [])
 
 
 def update(optimizer: AdamWL2SP, lr: float | Tensor, clip_norm: float) -> Tensor:

@@ -208,11 +208,11 @@ def first_foreign(folder: Path) -> Path | None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         return folder
     kind, files = _read_mark(folder)
-    ours = {folder / name for name in (MARK, *files)}
+    made = {folder / name for name in (MARK, *files)}
     for path in sorted(folder.rglob("*")) if folder.exists() else ():
         if not kind:
             return folder
-        if path not in ours and (path.is_symlink() or not path.is_dir()):
+        if path not in made and (path.is_symlink() or not path.is_dir()):
             return path
     return None
 

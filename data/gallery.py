@@ -187,12 +187,12 @@ def select_splits(splits: dict[str, Rows], wanted: str, dataset: str) -> dict[st
 def preview_pictures(splits: Mapping[str, Rows], places: Iterable[tuple[str, int]], image: str,
                      reader: Reader) -> dict[tuple[str, int] | str, bytes]:
     """Return small JPEGs of rows (split, number) and of the query `image`, if any; unreadable ones are left out."""
-    wanted: dict[tuple[str, int] | str, str] = {
+    references: dict[tuple[str, int] | str, str] = {
         (split, row): splits[split].image[row].as_py() for split, row in places}
     if image:
-        wanted[image] = image
+        references[image] = image
     previews = {}
-    for name, reference in wanted.items():
+    for name, reference in references.items():
         with suppress(BadSample):
             previews[name] = small_jpeg(reader.read(reference), SIDE, reader.max_pixels)
     return previews

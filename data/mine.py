@@ -55,9 +55,9 @@ def mine_negatives(split: Split, title_PT: Tensor, rule: str, known_splits: Sequ
         else:
             picks_R = _far(similarity_RU.masked_fill_(own_RU, torch.inf), taken_U)
         picks[number] = picks_R.cpu()
-    of_ranks = team.exchange(picks)
-    for of_rank in of_ranks if hard else of_ranks[:1]:
-        picks |= of_rank
+    picks_by_rank = team.exchange(picks)
+    for picks_of_rank in picks_by_rank if hard else picks_by_rank[:1]:
+        picks |= picks_of_rank
     picks_N = torch.cat([picks[number] for number in sorted(picks)])
     picked_N = torch.where(picks_N < 0, -1, used_U[picks_N])
     chosen_NH = given_NH.masked_fill(missing_N[:, None], -1)

@@ -70,7 +70,10 @@ class Backlog:
     def put(self, piece: Piece, first: bool = False) -> None:
         """Add a piece at the end, or as the first."""
         with self._changed:
-            self._pieces.appendleft(piece) if first else self._pieces.append(piece)
+            if first:
+                self._pieces.appendleft(piece)
+            else:
+                self._pieces.append(piece)
             self._changed.notify()
 
     def take(self) -> Piece | None:

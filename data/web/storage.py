@@ -120,9 +120,9 @@ def list_folder(address: str) -> list[Entry]:
     with _readable_errors(address):
         files, path = _open_filesystem(base)
         files.invalidate_cache(path)
-        found = files.ls(path, detail=True)
+        entries = files.ls(path, detail=True)
         own = path.rstrip("/")
-        names = {str(info["name"]).rstrip("/").rpartition("/")[2]: info for info in found
+        names = {str(info["name"]).rstrip("/").rpartition("/")[2]: info for info in entries
                  if str(info["name"]).rstrip("/") != own}
     return [_entry(f"{base}/{name}", names[name]) for name in sorted(names) if name and not name.startswith(".")]
 
@@ -133,9 +133,9 @@ def expand(pattern: str) -> list[str]:
     with _readable_errors(pattern):
         files, path = _open_filesystem(base)
         files.invalidate_cache(path)
-        found = files.glob(_open_filesystem(pattern)[1])
+        paths = files.glob(_open_filesystem(pattern)[1])
     own = path.rstrip("/") + "/"
-    addresses = [f"{base}/{str(name).removeprefix(own)}" for name in sorted(found)]
+    addresses = [f"{base}/{str(name).removeprefix(own)}" for name in sorted(paths)]
     if not addresses:
         raise UserError(f"{public_name(pattern)}: no such file; the pattern asks for it")
     return addresses

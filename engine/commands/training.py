@@ -196,15 +196,15 @@ def split_dataset(cfg: Config, log: Callable[[str], None]) -> tuple[Config, Divi
     if not cfg.shuffle_buffer:
         return cfg, Divided([], {})
     if is_stored(cfg.dataset):
-        found = find_files(cfg.dataset)
+        files = find_files(cfg.dataset)
     elif scheme_of(cfg.dataset) in ("http", "https"):
         from data.web.remote_files import fetch_files  # its client takes a fifth of a second to import
 
         paths = fetch_files(cfg.dataset, cache_folder(cfg) / "shards", fetch_policy(cfg), log)
-        found = pattern_by_split([Entry(str(path), 0, "") for path in paths])
+        files = pattern_by_split([Entry(str(path), 0, "") for path in paths])
     else:
-        found = find_local_shards(cfg.dataset)
-    divided = divide_shards(select_shards(found, read_options(cfg), Account(log=log)), cfg.dataset)
+        files = find_local_shards(cfg.dataset)
+    divided = divide_shards(select_shards(files, read_options(cfg), Account(log=log)), cfg.dataset)
     if is_stored(cfg.dataset):
         return cfg, divided
     splits = tuple(pair for pair in cfg.splits if pair.partition("=")[0].strip() in divided.measured)

@@ -41,7 +41,8 @@ CLIP_VOCABULARY = "2aa62de6fbcee25ff9208d541af84acf036f885617f7384bb2a433bf4492e
 DEFAULT_EPS = 1e-5  # of open_clip's layer norms
 MAX_DIFFERENCE = 1e-4  # of unit embeddings in fp32; rounding alone stays below a tenth of it
 TITLES = ("a red bicycle in the rain", "How to bake BREAD at home", "24 cafés, one rating: 10/10!", "many words " * 200)
-OUTSIDE = {
+# transformers' names of parameters and modules -> open_clip's: outside the transformer blocks, and within one.
+OUTSIDE_BLOCKS = {
     "logit_scale": "logit_scale",
     "visual_projection.weight": "visual.proj",
     "text_projection.weight": "text_projection",
@@ -55,8 +56,9 @@ OUTSIDE = {
     "text_model.final_layer_norm": "ln_final",
 }
 TOWERS = {"vision_model": "visual.transformer", "text_model": "transformer"}
-INSIDE = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
-          "self_attn.out_proj": "attn.out_proj"}
+INSIDE_BLOCKS = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+                 "self_attn.out_proj": "attn.out_proj"}
+QUERY_KEY_VALUE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # one matrix in open_clip, in this order
 LAYER = re.compile(r"(vision_model|text_model)\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
@@ -83,24 +85,24 @@ def export(clip: Clip, folder: Path, tuned: Tuned, table: str, cfg: Config, say:
 def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a CLIPModel under open_clip's names. Raises UserError for one that it has no place for."""
     renamed: dict[str, Tensor] = {}
-    attention: dict[str, dict[str, Tensor]] = {}  # block and weight or bias -> query, key and value
+    attention: dict[str, dict[str, Tensor]] = {}  # open_clip's name -> query, key and value by their own
     for name, tensor in state.items():
         layer = LAYER.fullmatch(name)
         module, _, ending = name.rpartition(".")
-        if name in OUTSIDE:
-            new_name = OUTSIDE[name]
+        if name in OUTSIDE_BLOCKS:
+            new_name = OUTSIDE_BLOCKS[name]
             renamed[new_name] = tensor.T if new_name.endswith("proj") or new_name == "text_projection" else tensor
-        elif module in OUTSIDE:
-            renamed[f"{OUTSIDE[module]}.{ending}"] = tensor
-        elif layer and layer[3] in INSIDE:
-            renamed[f"{TOWERS[layer[1]]}.resblocks.{layer[2]}.{INSIDE[layer[3]]}.{ending}"] = tensor
-        elif layer and layer[3] in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
-            block = f"{TOWERS[layer[1]]}.resblocks.{layer[2]}.attn.in_proj_{ending}"
-            attention.setdefault(block, {})[layer[3][-6]] = tensor
+        elif module in OUTSIDE_BLOCKS:
+            renamed[f"{OUTSIDE_BLOCKS[module]}.{ending}"] = tensor
+        elif layer and layer[3] in INSIDE_BLOCKS:
+            renamed[f"{TOWERS[layer[1]]}.resblocks.{layer[2]}.{INSIDE_BLOCKS[layer[3]]}.{ending}"] = tensor
+        elif layer and layer[3] in QUERY_KEY_VALUE:
+            joined_name = f"{TOWERS[layer[1]]}.resblocks.{layer[2]}.attn.in_proj_{ending}"
+            attention.setdefault(joined_name, {})[layer[3]] = tensor
         else:
             _refuse(f"has no place for {name}")
-    for block, parts in attention.items():
-        renamed[block] = torch.cat([parts["q"], parts["k"], parts["v"]])
+    for joined_name, parts in attention.items():
+        renamed[joined_name] = torch.cat([parts[name] for name in QUERY_KEY_VALUE])
     return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in renamed.items()}
 
@@ -140,10 +142,11 @@ def _layers(tower: Any) -> dict[str, Any]:
 
 
 def _tokens(clip: Clip, pooled: int) -> dict[str, Any]:
-    """Return how titles become tokens, and that the id `pooled` is pooled; nothing for CLIP's own vocabulary.
+    """Return the entries of text_cfg for the tokenizer and for the token that is pooled, whose id here is `pooled`.
 
-    open_clip pools at the highest id of a title unless told of an end token. That is the first end of text where no
-    token has a higher id, and what transformers does for the historic end token 2.
+    There are none for CLIP's own vocabulary. open_clip pools at the highest id of a title unless told of an end token.
+    That is the first end of text where no token has a higher id, and what transformers does for the historic end token
+    2.
     """
     known = clip.tokenizer.backend_tokenizer.get_vocab()
     tokens = sorted(known, key=known.__getitem__)

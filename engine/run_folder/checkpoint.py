@@ -133,8 +133,6 @@ def load(folder: Path) -> Content:
             if sha256(folder / name) != digests[name]:
                 raise DamagedCheckpoint(f"{folder.name}/{name} is not what was written (sha256 differs)")
         state = json.loads(read_text(folder / "state.json"))
-        if not isinstance(state["identity"], dict) or not isinstance(state["recipe"], dict):
-            raise TypeError("state.json lacks the run's identity or recipe")
         if folder.name not in (f"step-{parse_state(state).step:08d}", *LINKS):
             raise DamagedCheckpoint(f"{folder.name} holds step {state['state']['step']}")
         return Content(load_file(folder / FILES[0]), load_file(folder / FILES[1]), state)

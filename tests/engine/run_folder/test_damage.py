@@ -187,7 +187,7 @@ def killed_at(rename: int, *command: object) -> bool:
 
 @pytest.mark.parametrize("begin", ["cut", "whole"])
 def test_a_kill_at_any_rename_leaves_each_file_whole(begin: str, home: Path, tmp_path: Path) -> None:
-    """Settings, logs, answers, page, checkpoints and model are old or new, and nothing stays beside them."""
+    """Settings, logs, answers, checkpoints and model are the old ones or the new ones; nothing stays beside them."""
     chosen = iter(sorted(random.Random(0).sample(range(40 if begin == "cut" else 20), full(3, 20))))
     for rename in count() if full(0, 1) else chosen:
         out = tmp_path / str(rename)

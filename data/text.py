@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 
 def printable(text: str) -> str:
@@ -10,6 +12,21 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else " " for char in text)
+
+
+def printable_lines(text: str) -> str:
+    """The text with each of its lines `printable`."""
+    return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))
+
+
+def show(text: str, file: TextIO | None = None, end: str = "\n") -> None:
+    """Print lines to stdout or `file`: the one place where text that names of others may be in goes to a terminal.
+
+    Raises OSError, and ValueError or AttributeError where the stream is closed.
+    """
+    file = sys.stdout if file is None else file
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    print(printable_lines(text).encode(encoding, "replace").decode(encoding), end=end, file=file, flush=True)
 
 
 def markdown_table(rows: Sequence[Sequence[str]], pad_last: bool = True) -> str:

@@ -1,12 +1,21 @@
 """Text from data reaches terminals and tables without steering them."""
 
-from data.text import markdown_table, printable
+import io
+
+from data.text import markdown_table, printable, show
 
 
 def test_hostile_text_cannot_steer_a_terminal() -> None:
     hostile = "\x1b[31mred\x9b0m\x00\u202eright to left\u2066\n\u2028\udc80"
     assert printable(hostile).isprintable() and "red" in printable(hostile)
     assert printable("plain título 日本 🎬") == "plain título 日本 🎬"
+
+
+def test_what_is_shown_keeps_its_lines_and_nothing_that_a_terminal_obeys() -> None:
+    """File names and titles come through errors, remarks and tables alike: they are cleaned where text leaves."""
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    show("first \x1b]0;title\x07\n\x9b2Jsecond \udcff\u202e日", shown)
+    assert shown.buffer.getvalue() == b"first  ]0;title \n 2Jsecond   ?\n"
 
 
 def test_a_pipe_in_a_cell_does_not_add_a_column() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from data.images.feed import Feed, grouped
 from data.images.reader import Reader, is_url
 from data.images.worker import Outcome, Task
 from data.progress import Progress
+from data.shards.index import is_range, parse_reference
 from data.shards.writer import ShardWriter
 from data.sources.embedded import shown_name
 from data.sources.source import Rows
@@ -50,6 +52,19 @@ def pack(splits: Mapping[str, Rows], reader: Reader, out: Path, side: int,
                                    "detail": problem.detail})
         log(f"{name}: {len(rows):,} rows, {len(ledger) - before:,} left out")
     return ledger
+
+
+def links_out(splits: Mapping[str, Rows], folder: Path) -> list[str]:
+    """Return the images that are below a folder by their names, and through links outside it, as "NAME -> FILE"."""
+    below, real = os.path.abspath(folder) + os.sep, os.path.realpath(folder) + os.sep
+    outside = dict[str, None]()
+    for rows in splits.values():
+        for chunk in rows.image.chunks:
+            for path in chunk.unique().to_pylist():
+                file = parse_reference(path)[0] if is_range(path) else path
+                if file.startswith(below) and not (target := os.path.realpath(file)).startswith(real):
+                    outside[f"{file[len(below):]} -> {target}"] = None
+    return [*outside]
 
 
 def _key(row: int) -> str:

@@ -11,12 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from data.batch import UserError
-from data.batch import BadSample
+from data.batch import BadSample, UserError
 from data.files import (
-from data.images.decode import ImageSpec
-from data.images.reader import Reader
-from data.web.limits import FetchPolicy
     MARK,
     NotAFile,
     delete_folder,
@@ -30,6 +26,9 @@ from data.web.limits import FetchPolicy
     sha256,
     write_mark,
 )
+from data.images.decode import ImageSpec
+from data.images.reader import Reader
+from data.web.limits import FetchPolicy
 from engine.run_folder.ownership import is_run, refuse_foreign_shards
 
 

@@ -23,6 +23,7 @@ from data.shards.index import is_range, parse_reference
 from data.shards.writer import ShardWriter
 from data.sources.embedded import shown_name
 from data.sources.source import Rows
+from data.text import hide_secrets
 from data.web.fetched import Fetched
 
 QUALITY = 95  # of re-encoded crops, without chroma subsampling: within 3/255 of the crop on photographs, on average
@@ -77,7 +78,7 @@ def _write(writer: ShardWriter, rows: Rows, row: int, image: bytes) -> BadSample
     negative = None if rows.title_neg is None else rows.title_neg[row].as_py()
     try:
         writer.write(_key(row), image, rows.title[row].as_py(), negative,
-                     {"url": image_name} if is_url(image_name) else None)
+                     {"url": hide_secrets(image_name)} if is_url(image_name) else None)
     except BadSample as problem:
         return problem
     return None

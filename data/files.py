@@ -121,10 +121,18 @@ def _unpack(file: io.BufferedReader, path: str) -> Generator[bytes]:
             raise OSError(errno.EIO, f"a damaged gzip file ({error})", path) from None
 
 
-def read_regular(path: str | Path) -> bytes:
-    """Return the bytes of a regular file. Raises NotAFile, OSError."""
+class TooLarge(OSError):
+    """A file with more bytes than are read."""
+
+
+def read_regular(path: str | Path, most: int | None = None) -> bytes:
+    """Return the bytes of a regular file. Raises NotAFile, OSError, TooLarge where it has more than `most`."""
     with open_regular(path) as file:
-        return file.read()
+        if most is None:
+            return file.read()
+        if (size := os.fstat(file.fileno()).st_size) > most or len(data := file.read(most + 1)) > most:
+            raise TooLarge(errno.EFBIG, f"{max(size, most + 1):,} bytes, {most:,} allowed", str(path))
+        return data
 
 
 def read_text(path: str | Path) -> str:

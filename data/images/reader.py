@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from data.batch import BadSample
-from data.files import NotAFile, read_regular
+from data.files import NotAFile, TooLarge, read_regular
 from data.images.decode import ImageSpec, decode_image
-from data.shards.index import is_range, read_member, read_stored
+from data.shards.index import MAX_IMAGE, is_range, read_member, read_stored
 from data.web.fetched import Fetched, cached_path, delete_fetched
 from data.web.limits import FetchPolicy
 from data.web.storage import is_stored
@@ -62,9 +62,11 @@ class Reader:
                 return read_stored(reference, self.policy.max_bytes)
             if is_url(reference):
                 return read_regular(cached_path(reference, self.folder))
-            return read_member(reference) if is_range(reference) else read_regular(reference)
+            return read_member(reference) if is_range(reference) else read_regular(reference, MAX_IMAGE)
         except FileNotFoundError:
             raise BadSample("missing-file", reference) from None
+        except TooLarge as error:
+            raise BadSample("too-large", f"{reference}: {error.strerror}") from None
         except NotAFile as error:
             raise BadSample("not-a-file", f"{reference}: {error.strerror}") from None
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path

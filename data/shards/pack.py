@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -18,9 +19,11 @@ from data.images.feed import Feed, grouped
 from data.images.reader import Reader, is_url
 from data.images.worker import Outcome, Task
 from data.progress import Progress
+from data.shards.index import is_range, parse_reference
 from data.shards.writer import ShardWriter
 from data.sources.embedded import shown_name
 from data.sources.source import Rows
+from data.text import hide_secrets
 from data.web.fetched import Fetched
 
 QUALITY = 95  # of re-encoded crops, without chroma subsampling: within 3/255 of the crop on photographs, on average
@@ -52,6 +55,19 @@ def pack(splits: Mapping[str, Rows], reader: Reader, out: Path, side: int,
     return ledger
 
 
+def links_out(splits: Mapping[str, Rows], folder: Path) -> list[str]:
+    """Return the images that are below a folder by their names, and through links outside it, as "NAME -> FILE"."""
+    below, real = os.path.abspath(folder) + os.sep, os.path.realpath(folder) + os.sep
+    outside = dict[str, None]()
+    for rows in splits.values():
+        for chunk in rows.image.chunks:
+            for path in chunk.unique().to_pylist():
+                file = parse_reference(path)[0] if is_range(path) else path
+                if file.startswith(below) and not (target := os.path.realpath(file)).startswith(real):
+                    outside[f"{file[len(below):]} -> {target}"] = None
+    return [*outside]
+
+
 def _key(row: int) -> str:
     return f"{row:09d}"
 
@@ -62,7 +78,7 @@ def _write(writer: ShardWriter, rows: Rows, row: int, image: bytes) -> BadSample
     negative = None if rows.title_neg is None else rows.title_neg[row].as_py()
     try:
         writer.write(_key(row), image, rows.title[row].as_py(), negative,
-                     {"url": image_name} if is_url(image_name) else None)
+                     {"url": hide_secrets(image_name)} if is_url(image_name) else None)
     except BadSample as problem:
         return problem
     return None

@@ -6,7 +6,8 @@ Class labels of `datasets` are numbers, whose names are in the schema; the names
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,9 @@ from data.sources.rows import LABEL, ROW, drop_rows, holds_bytes, rename_to_role
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from pyarrow import parquet
 
+UNPACKED, MAX_RATIO = 1 << 30, 1000  # bytes, and times a Parquet file's own, that its columns may take in memory
 ClassNames = Mapping[str, Sequence[str]]  # column -> the names of its classes
 
 
@@ -47,6 +50,7 @@ def read_parquet(path: Path, options: ReadOptions, account: Account, embedded: E
             used = {*failures, *(name for names in picked.values() for name in names)}
             if is_copied:
                 used.remove(image)
+            _refuse_huge(path, file.metadata, used)
             whole = file.read(columns=[*used])
         if is_copied:
             whole = whole.append_column(image, embedded.map_parquet_column(path, image))
@@ -59,6 +63,44 @@ def read_parquet(path: Path, options: ReadOptions, account: Account, embedded: E
     table = table.append_column(ROW, pa.array(np.arange(len(table))))
     bad = img2dataset.failed(whole)
     return drop_rows(table, bad, np.arange(len(table)), str(path), account)
+
+
+def _refuse_huge(path: Path, metadata: parquet.FileMetaData, columns: Collection[str]) -> None:
+    """Raise UserError where columns in use take more than UNPACKED bytes and MAX_RATIO times the file's in memory."""
+    sizes, repeated = Counter[str](), set[str]()
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        for place in range(group.num_columns):
+            chunk = group.column(place)
+            packed, unpacked, name = chunk.total_compressed_size, chunk.total_uncompressed_size, chunk.path_in_schema
+            if name.partition(".")[0] not in columns:
+                continue
+            sizes[name] += unpacked
+            # That counts each value of a dictionary once, however often it is repeated.
+            if chunk.has_dictionary_page and (packed < chunk.num_values or packed * 100 < unpacked):
+                repeated.add(name)
+    for name in repeated & {*columns}:
+        sizes[name] = max(sizes[name], _decoded_size(path, name))
+    size = sizes.total()
+    if size > max(UNPACKED, MAX_RATIO * path.stat().st_size):
+        raise UserError(f"{path}: its columns take {size:,} bytes in memory, more than {MAX_RATIO:,} times the file's; "
+                        "if that is meant, write it without compression and without dictionaries")
+
+
+def _decoded_size(path: Path, column: str) -> int:
+    """Return the bytes of all values of a column, which is read as a dictionary and its indices."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    from pyarrow import parquet
+
+    size = 0
+    with parquet.ParquetFile(path, read_dictionary=[column]) as file:
+        for batch in file.iter_batches(1 << 16, columns=[column]):
+            values = batch.column(0)
+            if pa.types.is_dictionary(values.type) and len(values.dictionary):
+                length = pc.binary_length(values.dictionary.cast(pa.large_binary()))
+                size += pc.sum(length.take(values.indices)).as_py() or 0
+    return size
 
 
 def read_arrow(path: Path, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:

@@ -27,6 +27,7 @@ from yarl import URL
 
 from data.batch import BadSample
 from data.files import try_lock
+from data.text import hide_secrets
 from data.web.fetched import Fetched, cached_path, disk_errors_as_user_errors
 from data.web.guard import Sessions, get, variants_of, web_url
 from data.web.limits import TRANSIENT, FetchPolicy
@@ -97,7 +98,7 @@ class _Results:
             with suppress(ValueError, KeyError, TypeError):  # the torn line of a killed run
                 row = json.loads(line)
                 if row["limits"] == self.limits:
-                    self.failed[row["url"]] = Fetched(row["url"], None, row["reason"], row["detail"])
+                    self.failed[hide_secrets(row["url"])] = Fetched(row["url"], None, row["reason"], row["detail"])
         self._read += lines.rfind(b"\n") + 1
         return not lines or lines.endswith(b"\n")
 
@@ -107,13 +108,15 @@ class _Results:
         with suppress(FileNotFoundError):
             if path.stat().st_size:  # none is stored empty, but a power cut can leave one so
                 return Fetched(url, path, None, "")
-        return self.failed.get(url)
+        failure = self.failed.get(hide_secrets(url))
+        return failure and Fetched(url, None, failure.reason, failure.detail)
 
     def add_failure(self, failure: Fetched) -> None:
         """Remember a failure for this run and, if it is permanent, for later ones."""
-        self.failed[failure.url] = failure
+        name = hide_secrets(failure.url)
+        self.failed[name] = failure
         if PERMANENT.fullmatch(failure.reason or "") and not TRANSIENT.fullmatch(failure.reason or ""):
-            row = {"url": failure.url, "reason": failure.reason, "detail": failure.detail, "limits": self.limits}
+            row = {"url": name, "reason": failure.reason, "detail": hide_secrets(failure.detail), "limits": self.limits}
             with disk_errors_as_user_errors(self.folder):
                 self.file.write(json.dumps(row).encode() + b"\n")
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 from data.batch import BadSample, UserError
 from data.files import BlockStream
 from data.prefetch import threaded_map
+from data.text import SECRET
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -29,7 +30,6 @@ PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "a
 VERSIONS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "blob_id", "LastModified", "last_modified",
             "mtime", "created")  # keys of a file's version in drivers' answers; the first present one counts
 CREDENTIALS = r"//[^/@?]*:[^/@?]*@"
-SECRET = re.compile(r"(?i)(^|&)[^=&]*(sig|key|token|secret|credential|auth|passw)[^=&]*=")  # names of parameters
 BLOCK = 8 << 20  # bytes of one request of a stream
 AHEAD = 2  # blocks requested before they are needed
 RETRIES = 5  # further tries of a request after a failure that may pass

@@ -8,6 +8,7 @@ from data.check.checks import check as find_problems
 from data.check.findings import as_json, table
 from data.images.decode import ImageSpec
 from data.ledger import dropped_rows
+from data.text import show
 from engine.commands.common import divide_source, make_reader, read_rows
 from engine.config.fields import Config
 from engine.ranks.signals import StopSignal
@@ -26,6 +27,6 @@ def check(cfg: Config, world: World, stop: StopSignal) -> int:
     if cfg.json:
         print(json.dumps(as_json(findings, counts, usable), indent=2))
     else:
-        print(table(findings, counts, usable, dropped_rows(source.unreadable)))
+        show(table(findings, counts, usable, dropped_rows(source.unreadable)))
     has_errors = any(finding.severity == "error" for finding in findings)
     return int(cfg.strict and has_errors)

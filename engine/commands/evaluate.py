@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+from data.text import show
 from engine.commands.common import evaluate_splits, load_model, open_data, open_source
 from engine.config.fields import Config
 from engine.ranks.signals import StopSignal
@@ -30,5 +31,5 @@ def evaluate(cfg: Config, world: World, stop: StopSignal) -> int:
             folder.write_json(out / "metrics.json", scores)
             folder.write_ledger(out / "ledger.jsonl", pairs.ledger)
         for name, problem in collapsed.items():
-            print(f"run.py eval: {name}: {problem}", file=sys.stderr, flush=True)
+            show(f"run.py eval: {name}: {problem}", sys.stderr)
     return 1 if collapsed else 0

@@ -52,7 +52,10 @@ def rebuild(cfg: Config, world: World, folder: Path) -> None:
     commit = None if cfg.model else tuned.origin.commit or None
     clip = load_clip(cfg.model or tuned.origin.base, commit, model_records(cfg, world))
     publish.require_base(clip, tuned)
-    table = metrics_table(tuned.origin.metrics) if tuned.origin.metrics else ""
+    try:
+        table = metrics_table(tuned.origin.metrics) if tuned.origin.metrics else ""
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"--run {cfg.run}: its metrics are not those of a run ({type(error).__name__})") from error
     if cfg.format == "open_clip":
         open_clip.export(clip, folder, tuned, table, cfg, world.say)
         return

@@ -13,6 +13,7 @@ from torch import Tensor
 from data import gallery
 from data.batch import ALONE
 from data.cold import Pipeline
+from data.text import show
 from data.web.storage import scheme_of, without_secrets
 from engine.clip.model import ModelOptions
 from engine.commands.common import (
@@ -66,7 +67,7 @@ def search(cfg: Config, world: World, stop: StopSignal) -> int:
         shown = {(answer.split, answer.row) for result in results for answer in result.answers}
         previews = gallery.preview_pictures(splits, shown, cfg.image, reader)
         write_text(Path(cfg.html).expanduser(), page(dataset, results, previews))
-    print(json.dumps(as_json(results), indent=2) if cfg.json else as_text(results, dataset), flush=True)
+    show(json.dumps(as_json(results), indent=2) if cfg.json else as_text(results, dataset))
     return 0
 
 

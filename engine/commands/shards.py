@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from data.batch import UserError
 from data.catalogue import check_bad_share
 from data.images.decode import ImageSpec
 from data.ledger import dropped_rows
-from data.shards.pack import pack
+from data.shards.pack import links_out, pack
 from engine.commands.common import divide_source, make_reader, read_rows
 from engine.config.fields import Config
 from engine.ranks.signals import StopSignal
@@ -29,6 +31,10 @@ def shards(cfg: Config, world: World, stop: StopSignal) -> int:
     reader = make_reader(cfg, ImageSpec.clip())
     out = open_shards(cfg.out)
     rows = divide_source(cfg, world, source.rows, reader)
+    outside = links_out(rows, Path(cfg.dataset)) if Path(cfg.dataset).is_dir() else []
+    if outside:
+        world.say(f"{len(outside):,} images are packed that lie outside {cfg.dataset}, behind links such as "
+                  f"{outside[0]}; look at them before the shards leave this machine")
     ledger = source.unreadable + pack(rows, reader, out, cfg.resize, world.say)
     folder.write_ledger(out / "ledger.jsonl", ledger)
     row_count = sum(len(split) for split in rows.values()) + dropped_rows(source.unreadable)

@@ -12,6 +12,7 @@ from data.batch import RunFailed, UserError
 from data.pairs import Pairs
 from data.sources.folds import concatenate, folds
 from data.store.feature_split import FeatureSplit
+from data.text import show
 from engine.commands.common import evaluate_split, evaluate_splits, load_model, open_data, open_run, open_source
 from engine.commands.train import find_overlap, identity_of, named_classes, summaries, write_results
 from engine.config.fields import Config, as_dict
@@ -112,5 +113,5 @@ def print_winner(cfg: Config, world: World, journal: Journal, out: Path) -> None
     """Print the best configurations, and the command that trains with the winner."""
     lines = journal.best_first()[:10]
     described = [describe_settings(line["settings"]) for line in lines]
-    print(leaderboard(lines, described, cfg.best_metric) + "\n")
+    show(leaderboard(lines, described, cfg.best_metric) + "\n")
     world.say(f"winner: {described[0]}  (run.py --config {out / 'recipe.toml'})")

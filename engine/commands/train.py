@@ -15,6 +15,7 @@ from data.agreement import require_agreement
 from data.identity import Overlap, describe_overlap, overlap
 from data.pairs import Pairs, data_key
 from data.store.feature_split import FeatureSplit
+from data.text import show
 from engine.clip.model import LoadedModel, distribute
 from engine.commands import auto
 from engine.commands.common import evaluate_splits, load_model, open_data, open_probe, open_run, open_source, with_probe
@@ -249,7 +250,7 @@ def write_results(cfg: Config, world: World, model: LoadedModel, out: Path, metr
         export(model.clip, out / "model", tuned, metrics_table(metrics), cfg.license)
         page = f"report      {write_page()}\n" if write_page else ""
         folder.write_manifest(out)
-        print(metrics_table(metrics), flush=True)
+        show(metrics_table(metrics))
         world.say(f"run folder  {out}\nmodel       {out / 'model'}\n{page}"
                   f"TensorBoard tensorboard --logdir {out.parent}")
     world.monitored_exchange(None)  # the others end when the results are whole, or where rank 0 shows no sign of life
@@ -261,7 +262,7 @@ def write_results(cfg: Config, world: World, model: LoadedModel, out: Path, metr
 def repeat_results(world: World, out: Path) -> int:
     """Print the table of a finished run, whose files stay as they are; return the exit code."""
     if world.is_main:
-        print(metrics_table(folder.read_json(out / "metrics.json")), flush=True)
+        show(metrics_table(folder.read_json(out / "metrics.json")))
         world.say(f"run folder  {out}: this run had ended, and nothing in it has changed")
     return 0
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data.batch import UserError
 from data.store.upkeep import delete_spaces, describe_spaces, verify_spaces
+from data.text import show
 from engine.commands import auto
 from engine.commands.common import (
     Source,
@@ -57,7 +58,7 @@ def verify(cfg: Config, world: World, stop: StopSignal) -> int:
     except UserError as error:  # data or base model gone
         findings.append(Finding("replay and metrics", verification.UNCHECKED, str(error)))
     if world.is_main:
-        print(verification.format_findings(findings), flush=True)
+        show(verification.format_findings(findings))
     return int(any(finding.verdict == verification.FAILED for finding in findings))
 
 
@@ -107,7 +108,7 @@ def verify_store(cfg: Config, world: World) -> int:
         return 0
     cache = cache_folder(cfg)
     spaces = verify_spaces(cache)
-    print(describe_spaces(spaces))
+    show(describe_spaces(spaces))
     if cfg.prune:
         keep: set[str] = set()
         if cfg.model:
@@ -117,8 +118,8 @@ def verify_store(cfg: Config, world: World) -> int:
         pruned = delete_spaces(cache, keep)
         freed = pruned.freed + model_records(cfg, world).prune(cfg.model)
         for name in pruned.in_use:
-            print(f"{name} stays: a run is using it")
+            show(f"{name} stays: a run is using it")
         for path in pruned.odd:
-            print(f"{path} stays: it is no regular file")
-        print(f"pruned {freed / 1e6:,.1f} MB; kept {', '.join([*kept, *pruned.in_use]) or 'nothing'}")
+            show(f"{path} stays: it is no regular file")
+        show(f"pruned {freed / 1e6:,.1f} MB; kept {', '.join([*kept, *pruned.in_use]) or 'nothing'}")
     return int(any(space.damaged for space in spaces))

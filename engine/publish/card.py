@@ -48,7 +48,7 @@ def write_card(path: Path, origin: Origin, table: str, licence: str, library: st
     link = base
     if origin.commit:
         link = f"[{origin.base}](https://huggingface.co/{origin.base}) (commit {origin.commit[:12]})"
-    trained = map(_plain, origin.recipe.get("trainable", ["projection"]))
+    trained = map(plain, origin.recipe.get("trainable", ["projection"]))
     recipe = []
     for key, value in origin.recipe.items():
         toml = toml_value(tuple(value) if isinstance(value, list) else value).replace("`", "'")
@@ -102,9 +102,9 @@ def _results(origin: Origin) -> list[EvalResult] | None:
 
 def _public_name(name: str) -> str:
     """Return a name to publish: of a path only the last part, as the rest is private."""
-    return _plain(name if HUB_NAME.fullmatch(name) else Path(name).name) or "pairs"
+    return plain(name if HUB_NAME.fullmatch(name) else Path(name).name) or "pairs"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Return `text` on one line, without characters that Markdown would interpret."""
     return re.sub(r"[`\[\]<>]", " ", printable(text))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,17 +22,19 @@ from torch import Tensor
 
 from data.batch import UserError
 from data.files import recover_folders, replaced_folder
+from data.text import printable
 from data.web.storage import public_name, scheme_of
 from engine.clip.loading import Clip
 from engine.clip.whole import is_finite
 from engine.config.fields import Config, as_dict, config_fields
 from engine.config.settings import CHOSEN_BY_AUTO
-from engine.publish.card import write_card
+from engine.publish.card import plain, write_card
 from engine.run_folder import checkpoint
 from engine.run_folder.folder import read_json, read_metrics
 from engine.run_folder.repair import pointed_name
 
 PROJECTIONS_FILE = "projections.safetensors"
+HUB_MODEL = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -213,11 +216,9 @@ def _read_projections(path: Path) -> Tuned:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {})["thumbtune"])
             origin = Origin(**{name: header[name] for name in Origin.__dataclass_fields__})
-            for value in (origin.base, origin.commit, origin.frozen, origin.dataset):
-                if not isinstance(value, str):
-                    raise TypeError("its origin is not text")
+            origin = _checked(origin)
             return Tuned({name: file.get_tensor(name) for name in file.keys()}, origin)  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = error or type(error).__name__
         raise UserError(f"--run {path} is no {PROJECTIONS_FILE} of thumbtune's ({reason})") from None
 
@@ -229,6 +230,39 @@ def _is_damaged(path: Path) -> bool:
     except UserError:
         return True
     return False
+
+
+def _checked(origin: Origin) -> Origin:
+    """Return an origin from a file of others, which a card will show, with names that Markdown cannot interpret.
+
+    Raises TypeError for values of other types, ValueError for a base on the hub that is no hub name.
+    """
+    for value in (origin.base, origin.commit, origin.frozen, origin.dataset):
+        if not isinstance(value, str):
+            raise TypeError("its origin is not text")
+    if origin.commit and not (HUB_MODEL.fullmatch(origin.base) and re.fullmatch(r"\w{1,64}", origin.commit, re.ASCII)):
+        raise ValueError("its base model is no model of the hub")
+    if not isinstance(origin.recipe, dict) or not isinstance(origin.metrics, dict):
+        raise TypeError("its recipe and metrics are not tables")
+    for name, setting in origin.recipe.items():
+        values = setting if isinstance(setting, list) else [setting]
+        if not re.fullmatch("[a-z0-9_]+", name) or not all(isinstance(each, str | int | float) for each in values):
+            raise TypeError("its recipe holds other things than settings")
+    for kind in ("base", "tuned", "difference"):
+        by_split = origin.metrics.get(kind, {})
+        if not isinstance(by_split, dict) or not all(isinstance(values, dict) for values in by_split.values()):
+            raise TypeError("its metrics are not tables")
+    base = origin.base if origin.commit else printable(origin.base)
+    return replace(origin, base=base, metrics=_plain_names(origin.metrics))
+
+
+def _plain_names(value: Any) -> Any:
+    """Return JSON values with all names and texts `plain`."""
+    if isinstance(value, dict):
+        return {plain(name): _plain_names(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_plain_names(each) for each in value]
+    return plain(value) if isinstance(value, str) else value
 
 
 def portable(path: Path) -> bytes:

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data.batch import RunFailed, Team
+from data.text import show
 from engine.device import open_device
 from engine.ranks.launch import choose_interface, describe_network, read_launch
 from engine.ranks.rendezvous import POLL_S, agree_session_id, meet, refuse_shared_devices
@@ -75,7 +76,7 @@ class World:
         """Print a line on stderr from rank 0; from any rank it counts as progress for `monitored_exchange`."""
         self._count_progress()
         if self.is_main and not self.quiet:
-            _print(CLEAR + text if _on_terminal() else text)
+            _print(text, CLEAR if _on_terminal() else "")
 
     def live(self, text: str) -> None:
         """Print progress: on a terminal a line that the next one replaces, elsewhere a line like any other."""
@@ -85,7 +86,7 @@ class World:
                 self.say(text)
         elif self.is_main and not self.quiet:
             line = whole_fields(text, shutil.get_terminal_size().columns - 1)
-            _print(CLEAR + line, end="\r")
+            _print(line, CLEAR, end="\r")
 
     def _count_progress(self) -> None:
         if self.store is not None:
@@ -166,10 +167,12 @@ def _on_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
-def _print(text: str, end: str = "\n") -> None:
+def _print(text: str, before: str = "", end: str = "\n") -> None:
     """Print to stderr; where the terminal or a `tee` is gone, the line is lost and the run continues."""
     with suppress(OSError, ValueError):
-        print(text, end=end, file=sys.stderr, flush=True)
+        if sys.stderr is not None:
+            print(before, end="", file=sys.stderr)
+            show(text, sys.stderr, end)
 
 
 @contextmanager

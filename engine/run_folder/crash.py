@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.files import MARK, kind_of, write_mark
+from data.text import show
 
 
 @dataclass
@@ -48,8 +49,9 @@ CURRENT_RUN = NewRunFolder()
 
 def say_error(text: str) -> None:
     """Print a line on stderr, if stderr is open."""
-    with suppress(OSError, ValueError, AttributeError):
-        print(text, file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError):
+        if sys.stderr is not None:
+            show(text, sys.stderr)
 
 
 def rank_from_environment() -> int:

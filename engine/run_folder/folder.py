@@ -22,6 +22,7 @@ import torch
 
 from data.batch import AgreedError, UserError
 from data.files import changed_files, lock_folder, read_text, recover_folders, replace_text, sha256
+from data.text import hide_secrets
 from data.web.storage import without_secrets
 from engine.config.fields import Config
 from engine.config.settings import known_settings
@@ -207,8 +208,11 @@ def write_metrics(folder: Path, metrics: Mapping[str, object], world: World) -> 
 
 
 def write_ledger(path: Path, entries: Iterable[Mapping[str, object]]) -> None:
-    """Write ledger.jsonl, one line for every dropped row."""
-    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+    """Write ledger.jsonl, one line for every dropped row; of addresses what `hide_secrets` leaves."""
+    lines = []
+    for entry in entries:
+        shown = {name: hide_secrets(value) if isinstance(value, str) else value for name, value in entry.items()}
+        lines.append(json.dumps(shown, ensure_ascii=False) + "\n")
     write_text(path, "".join(lines))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data.batch import UserError
+from data.batch import BadSample, UserError
 from data.files import (
     MARK,
     NotAFile,
@@ -26,6 +26,9 @@ from data.files import (
     sha256,
     write_mark,
 )
+from data.images.decode import ImageSpec
+from data.images.reader import Reader
+from data.web.limits import FetchPolicy
 from engine.run_folder.ownership import is_run, refuse_foreign_shards
 
 
@@ -155,3 +158,12 @@ def test_lines_are_removed_in_one_step_and_an_unchanged_file_is_not_written(tmp_
     assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     keep_lines(tmp_path / "new", lambda line: True)
     assert (tmp_path / "new").read_text() == ""
+
+
+def test_a_sparse_gigabyte_is_no_picture(tmp_path: Path) -> None:
+    """A file of holes takes no room on the disk and all memory when it is read."""
+    path = tmp_path / "holes.jpg"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(BadSample, match="too-large: .*holes.jpg: 1,099,511,627,776 bytes"):
+        Reader(tmp_path, ImageSpec.clip(), FetchPolicy(), 25_000_000, 1).read(str(path))

@@ -102,5 +102,5 @@ def test_a_picture_that_vanishes_is_named_and_the_run_goes_on(tmp_path: Path, mo
     for path in (tmp_path / "pairs").rglob("train-*.jpg"):
         path.unlink()
     with pytest.raises(UserError, match="max-bad"):
-        for _ in zip(batches, range(8), strict=False):
+        for _ in zip(batches, range(40), strict=False):
             pass

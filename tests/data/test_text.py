@@ -1,6 +1,8 @@
 """Text from data reaches terminals and tables without steering them."""
 
-from data.text import markdown_table, printable
+import io
+
+from data.text import hide_secrets, markdown_table, printable, show
 
 
 def test_hostile_text_cannot_steer_a_terminal() -> None:
@@ -9,7 +11,24 @@ def test_hostile_text_cannot_steer_a_terminal() -> None:
     assert printable("plain título 日本 🎬") == "plain título 日本 🎬"
 
 
+def test_what_is_shown_keeps_its_lines_and_nothing_that_a_terminal_obeys() -> None:
+    """File names and titles come through errors, remarks and tables alike: they are cleaned where text leaves."""
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    show("first \x1b]0;title\x07\n\x9b2Jsecond \udcff\u202e日", shown)
+    assert shown.buffer.getvalue() == b"first  ]0;title \n 2Jsecond   ?\n"
+
+
 def test_a_pipe_in_a_cell_does_not_add_a_column() -> None:
     assert markdown_table([["name", "n"], ["a|b", "1"], ["c", "20"]]) == "\n".join([
         "| name | n  |", "|------|----|", "| a\\|b | 1  |", "| c    | 20 |"])
     assert markdown_table([["n", "text"], ["1", "long"]], pad_last=False).splitlines()[1] == "|---|--|"
+
+
+def test_no_line_or_file_holds_what_an_address_is_signed_with() -> None:
+    """A ledger that is sent to a colleague would let anyone fetch until the signature ends."""
+    one, other = ("missing: https://me:SECRET@host/a.jpg?X-Amz-Signature=SECRET%s&v=1, run again" % n for n in "12")
+    assert "SECRET" not in hide_secrets(one) + hide_secrets(other) and hide_secrets(one) != hide_secrets(other)
+    assert hide_secrets(one).startswith("missing: https://host/a.jpg?blake2b-")
+    assert hide_secrets(one).endswith("run again")
+    for plain in ("https://img.host/vi/a.jpg?size=3&v=2", "s3://bucket/a{000..3}.tar", "a?token=1", "C://x", ""):
+        assert hide_secrets(plain) == plain

@@ -15,7 +15,7 @@ from test_shards import contents, scan
 from data import progress
 from data.cold import Reader
 from data.images.decode import ImageSpec, decode_image
-from data.shards.pack import pack
+from data.shards.pack import links_out, pack
 from data.shards.writer import ShardWriter
 from data.sources.source import load_splits
 from data.web.limits import FetchPolicy
@@ -76,3 +76,15 @@ def test_shards_hold_pictures_that_are_upright(tmp_path: Path, side: int) -> Non
     seen = decode_image(image, reader.spec).astype(int)
     upright = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "phone.jpg")).resize((64, 64))).astype(int)
     assert np.abs(seen.transpose(1, 2, 0) - upright).max() < 16 < np.abs(seen.transpose(2, 1, 0) - upright).max()
+
+
+def test_pictures_behind_links_out_of_the_folder_are_counted_before_they_are_packed(tmp_path: Path) -> None:
+    """A dataset from elsewhere may hold links to private pictures, which shards would publish."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    (tmp_path / "private.jpg").write_bytes(PICTURE)
+    (folder / "own.jpg").write_bytes(PICTURE)
+    (folder / "inside.jpg").symlink_to("own.jpg")
+    (folder / "out.jpg").symlink_to("../private.jpg")
+    (folder / "train.csv").write_text("image,title\nown.jpg,a\ninside.jpg,b\nout.jpg,c\nout.jpg,d\n")
+    assert links_out(load_splits(str(folder)), folder) == [f"out.jpg -> {(tmp_path / 'private.jpg').resolve()}"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from helpers import call, run, tiny_clip
 from hub import Hub
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from data.batch import UserError
 from engine.publish.card import HERE, write_card
@@ -161,6 +161,29 @@ def test_the_hub_accepts_the_card_whatever_things_are_called(name: str, tmp_path
     assert "| table |" in card.text and "/home/me" not in card.content and "lr = 1e-05" in card.text
     write_card(tmp_path / "README.md", replace(origin, base="o/clip", commit="a" * 40), "", "other")
     assert ModelCard.load(tmp_path / "README.md").data.base_model == "o/clip"
+
+
+@pytest.mark.parametrize("change", [
+    {"metrics": {"tuned": {"</td><script>alert(1)</script>\n\x9b2J\u202e": {"image_to_text_R@1": 0.5}}}},
+    {"recipe": {"lr": 1e-05, "schedule": "`x`\n# [a](http://evil)"}},
+    {"base": "x](http://evil)", "commit": "a" * 40},
+    {"metrics": {"tuned": [1]}}, {"metrics": {"tuned": {"test": {"image_to_text_R@1": "<b>"}}}}, {"metrics": 3},
+    {"recipe": [1]}, {"recipe": {"a\nb": 1}}, {"recipe": {"lr": {}}}, {"base": 3}])
+def test_a_foreign_header_puts_nothing_but_text_into_the_card(change: dict[str, Any], tuned: Path, tmp_path: Path,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    """Names in a file from elsewhere would be markup on a page, or a traceback."""
+    ours = read_tuned(str(tuned / "model" / PROJECTIONS_FILE))
+    header = {"thumbtune": json.dumps({**asdict(ours.origin), **change})}
+    save_file({name: value.contiguous() for name, value in ours.tensors.items()}, tmp_path / PROJECTIONS_FILE, header)
+    base = Path(ours.origin.base)
+    code = call("export", "--run", tmp_path / PROJECTIONS_FILE, "--model", base, "--to", tmp_path / "to")
+    said = capsys.readouterr().err
+    if code:
+        assert code == 2 and "Traceback" not in said and said.count("run.py export: --run") == 1, said
+        return
+    card = (tmp_path / "to" / "README.md").read_text("utf-8")
+    text = card.partition("\n---\n")[2]
+    assert not any(part in text for part in ("<script", "x](http://evil", "\x9b", "\u202e", "\n# [a]", "<b>"))
 
 
 def test_a_push_arrives_and_the_card_says_from_where_to_load(tuned: Path, hub: Hub, tmp_path: Path) -> None:

@@ -69,16 +69,16 @@ def export(clip: Clip, folder: Path, tuned: Tuned, table: str, cfg: Config, say:
     """
     config = open_clip_config(clip)
     with replaced_folder(folder, "model") as new:
-        save_file(convert(weights_of(clip, tuned.tensors, cfg.dtype)), new / WEIGHTS, {"format": "pt"})
+        weights = weights_of(clip, tuned.tensors, cfg.dtype)
+        save_file(convert(weights), new / WEIGHTS, {"format": "pt"})
         write_json(new / CONFIG, config)
         if "hf_tokenizer_name" in config["model_cfg"]["text_cfg"]:
             for name in clip.facts.files.keys() - NO_TOKENIZER:
                 (new / name).write_text(clip.facts.files[name], encoding="utf-8")
         write_card(new / "README.md", tuned.origin, table, cfg.license, "open_clip")
-        with torch.no_grad():
-            for name, parameter in clip.named_parameters(tuned.tensors).items():
-                if name in tuned.tensors:
-                    parameter.copy_(tuned.tensors[name])
+        with torch.no_grad():  # compared are the weights as stored, with the rounding of --dtype
+            for name, parameter in clip.named_parameters(weights).items():
+                parameter.copy_(weights[name])
         say(compare(clip, new))
 
 

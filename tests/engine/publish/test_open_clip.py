@@ -163,6 +163,27 @@ def test_the_files_give_our_embeddings_in_the_architecture_that_open_clip_names(
     assert "library_name: open_clip" in card and "create_model_and_transforms" in card and "CLIPModel." not in card
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision_is_compared_with_our_model_rounded_alike(dtype: str, tuned: Path, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the rounding of the weights counts as an error of open_clip's wherever it is installed: an export refused.
+    """
+    def compare(clip: Any, folder: Path) -> str:
+        model = Naive(config_of(folder)["model_cfg"]).eval()
+        model.load_state_dict({name: value.float() for name, value in load_file(folder / publish.WEIGHTS).items()})
+        shown = publish.draw_pictures(32, 32)
+        ids = tokenize(clip.tokenizer, publish.TITLES, clip.max_tokens)
+        tokens = collate_tokens(ids, clip.tokenizer.pad_token_id)
+        with torch.no_grad():
+            our_title_BE = publish.embed(clip, shown)[len(shown) :]
+            torch.testing.assert_close(model.titles(tokens.ids_BL), our_title_BE, atol=1e-5, rtol=0)
+        return "compared here"
+
+    monkeypatch.setattr(publish, "compare", compare)
+    done = inside(["export", "--run", tuned, "--format", "open_clip", "--to", tmp_path / "out", "--dtype", dtype])
+    assert done.returncode == 0 and "compared here" in done.stderr, done.stderr
+
+
 def test_an_end_of_text_that_is_not_the_highest_id_is_named(tiny_model: Path) -> None:
     """open_clip pools at the highest id by default: titles would be pooled at an added token instead."""
     clip = load_clip(str(tiny_model))

@@ -133,7 +133,7 @@ def arms(pairs: PairSet, size: int, seed: int) -> Iterator[tuple[str, Projection
                                                                              torch.float32)))
     began = time.process_time()
     choice = choose(pairs.base, rows, cfg, torch.float32, ALONE)
-    weights = candidate_weights(pairs.base, rows, cfg, torch.float32, [choice.candidate])[choice.candidate]
+    weights = candidate_weights(pairs.base, rows, cfg, torch.float32, choice.candidate)
     print(f"{pairs.name} {size} seed {seed}: {choice.candidate.describe()}; best {choice.best.describe()}; "
           f"{time.process_time() - began:.1f} CPU s", file=sys.stderr, flush=True)
     yield "auto", weights

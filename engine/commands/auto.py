@@ -127,7 +127,7 @@ def apply_choice(tuner: Tuner, choice: Choice, final: Config, rows: FeatureSplit
         tuner.tune(final, rows, log)
     elif world.is_main:
         base = Projections(*(tuner.base[name] for name in PROJECTIONS))
-        weights = candidate_weights(base, rows, final, tuner.parts.precision, [choice.candidate])[choice.candidate]
+        weights = candidate_weights(base, rows, final, tuner.parts.precision, choice.candidate)
         tuned = dict(zip(PROJECTIONS, weights, strict=True))
         blend(parameters, tuned, tuned, 1.0)
     if world.size > 1:

@@ -14,14 +14,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 from torch.optim.adamw import adamw
 
 from data.batch import Features
 from data.prefetch import EpochBatches
 from data.store.feature_split import FeatureSplit
 from engine.config.fields import Config
-from engine.loss import IGNORED_LOGIT, LOSSES, MAX_LOGITS, Candidates, Objective
+from engine.loss import IGNORED_LOGIT, LOSSES, MAX_LOGITS, Candidates, Objective, info_nce
 from engine.optim import Plan, learning_rate, weight_unit
 
 PROJECTIONS = ("visual_projection.weight", "text_projection.weight")
@@ -70,88 +69,95 @@ def _train_sorted(base: Projections, pairs: FeatureSplit, configs: Sequence[Conf
     first = configs[0]
     objective = Objective(first.loss, first.duplicates, first.hardness)
     weights = Projections(*(weight.expand(len(configs), *weight.shape).clone() for weight in base))
-    optimizer = _BatchedAdamW(weights, configs)
+    optimizer = _BatchedAdamW(base, weights, configs)
     plans = [Plan(len(pairs), cfg.batch_size, cfg.epochs) for cfg in configs]
     scale_K = torch.tensor([cfg.scale for cfg in configs], device=pairs.device)
     rows = EpochBatches(len(pairs), first.batch_size, first.seed, device=pairs.image_row_N.device).from_step(0)
     for step in range(plans[0].steps):
         active = sum(plan.steps > step for plan in plans)
         features = pairs.training_features(next(rows))
-        leaves = Projections(*(weight_K[:active].detach().requires_grad_() for weight_K in weights))
-        batched_loss(objective, leaves, features, scale_K[:active], precision).backward()
+        training = Projections(*(weight_K[:active] for weight_K in weights))
+        grads = gradients(objective, training, features, scale_K[:active], precision, optimizer.penalties(training))
         rates = [learning_rate(step, plan.steps, cfg.lr, cfg.schedule, cfg.warmup)
                  for plan, cfg in zip(plans[:active], configs, strict=False)]
-        optimizer.step(leaves, rates)
+        optimizer.step(grads, rates)
     return weights
 
 
-class _UnitProjection(torch.autograd.Function):
-    """[K, E, V] and [B, V] -> unit embeddings [K, B, E]: one product for all K, and few passes over its result."""
+class _Embeddings:
+    """Embeddings [K, B, E] of features [B, V], of length `scale_K`, and their gradient back to the weights.
 
-    @staticmethod
-    def forward(ctx: FunctionCtx, weight_KEV: Tensor, features_BV: Tensor, precision: torch.dtype) -> Tensor:
-        count, width, _ = weight_KEV.shape
-        features_BV = features_BV.to(precision)
-        projected_BX = features_BV @ weight_KEV.flatten(0, 1).to(precision).T
-        unit_KBE = projected_BX.float().unflatten(1, (count, width)).transpose(0, 1).contiguous()
-        length_KB1 = torch.linalg.vector_norm(unit_KBE, dim=-1, keepdim=True).clamp_(min=1e-12)
-        unit_KBE /= length_KB1
-        ctx.save_for_backward(unit_KBE, length_KB1, features_BV)
-        return unit_KBE
+    Written out, as autograd would take more passes over them and another for every scale. Products are in `precision`.
+    """
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: BackwardCFunction, grad_KBE: Tensor) -> tuple[Tensor, None, None]:
-        saved: tuple[Tensor, ...] = ctx.saved_tensors
-        unit_KBE, length_KB1, features_BV = saved
-        along_KB1 = torch.linalg.vecdot(unit_KBE, grad_KBE)[..., None]
-        across_KBE = torch.addcmul(grad_KBE, unit_KBE, along_KB1, value=-1)
-        count, rows, width = unit_KBE.shape
-        grad_BKE = features_BV.new_empty(rows, count, width)
-        grad_BKE.transpose(0, 1).copy_(across_KBE.div_(length_KB1))
-        weight_grad = grad_BKE.flatten(1).T @ features_BV
-        return weight_grad.unflatten(0, (count, width)).to(grad_KBE.dtype), None, None
+    def __init__(self, weight_KEV: Tensor, features_BV: Tensor, scale_K: Tensor, precision: torch.dtype) -> None:
+        self.features_KBV = features_BV.to(precision).expand(len(weight_KEV), *features_BV.shape)
+        projected_KBE = torch.bmm(self.features_KBV, weight_KEV.to(precision).transpose(1, 2)).float()
+        self.scale_K11 = scale_K[:, None, None]
+        length_KB1 = torch.linalg.vector_norm(projected_KBE, dim=-1, keepdim=True).clamp_(min=1e-12)
+        self.factor_KB1 = self.scale_K11 / length_KB1
+        self.scaled_KBE = projected_KBE.mul_(self.factor_KB1)
+
+    def weight_gradient(self, grad_KBE: Tensor, penalty_KEV: Tensor | None) -> Tensor:
+        """Return the gradient of the weights [K, E, V] plus `penalty_KEV`, which is overwritten as is `grad_KBE`."""
+        along_KB1 = torch.linalg.vecdot(self.scaled_KBE, grad_KBE)[..., None] / self.scale_K11.square()
+        grad_KBE.addcmul_(self.scaled_KBE, along_KB1, value=-1).mul_(self.factor_KB1)
+        grad_KEB = grad_KBE.to(self.features_KBV.dtype).transpose(1, 2)
+        if penalty_KEV is None:
+            return torch.bmm(grad_KEB, self.features_KBV).float()
+        if self.features_KBV.dtype == penalty_KEV.dtype:
+            return penalty_KEV.baddbmm_(grad_KEB, self.features_KBV)
+        return penalty_KEV.add_(torch.bmm(grad_KEB, self.features_KBV))
 
 
 def project(weight_KEV: Tensor, features_BV: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
     """Return unit embeddings [K, B, E], in fp32; the products are in `precision`."""
-    unit_KBE: Tensor = _UnitProjection.apply(weight_KEV, features_BV, precision)
-    return unit_KBE
+    return _Embeddings(weight_KEV, features_BV, torch.ones(len(weight_KEV)).to(weight_KEV.device), precision).scaled_KBE
 
 
-def batched_loss(objective: Objective, weights: Projections, features: Features, scale_K: Tensor,
-                 precision: torch.dtype) -> Tensor:
-    """Return the sum over configurations of the loss that `global_batch_loss` gives each of them alone."""
+@torch.no_grad()
+def gradients(objective: Objective, weights: Projections, features: Features, scale_K: Tensor, precision: torch.dtype,
+              penalties: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return for images and texts the gradient of the loss that `global_batch_loss` gives, plus that of the penalties.
+    """
     text_XT = features.title_BT
     title_ids, image_ids = [features.title_id_B], [features.image_id_B]
     if features.negative_BHT is not None and features.negative_id_BH is not None:
         text_XT = torch.cat([text_XT, *features.negative_BHT.unbind(1)])
         title_ids += features.negative_id_BH.unbind(1)
         image_ids += [torch.full_like(features.image_id_B, -1)] * features.negative_id_BH.shape[1]
-    image_KBE = project(weights.image_KEV, features.image_BV, precision)
-    text_KXE = project(weights.text_KET, text_XT, precision)
-    titles = Candidates(text_KXE, torch.cat(title_ids), torch.cat(image_ids))
-    rows, scale_K11 = len(features.image_id_B), scale_K[:, None, None]
-    logits_KBC = torch.bmm(scale_K11 * image_KBE, text_KXE.transpose(1, 2))
-    if objective.loss != "symmetric":
-        return _sum_of_losses(objective, logits_KBC, titles, scale_K11) / rows
-    back_KBB = logits_KBC[:, :, :rows].transpose(1, 2).contiguous()
-    images = Candidates(image_KBE, titles.title_id_C[:rows], titles.image_id_C[:rows])
-    to_text = _sum_of_losses(objective, logits_KBC, titles, scale_K11)
-    to_image = _sum_of_losses(replace(objective, hardness=0.0), back_KBB, images, scale_K11)
-    return (to_text + to_image) / (2 * rows)
+    image = _Embeddings(weights.image_KEV, features.image_BV, scale_K, precision)
+    text = _Embeddings(weights.text_KET, text_XT, torch.ones_like(scale_K), precision)
+    titles = Candidates(text.scaled_KBE, torch.cat(title_ids), torch.cat(image_ids))
+    rows = len(features.image_id_B)
+    logits_KBC = torch.bmm(image.scaled_KBE, text.scaled_KBE.transpose(1, 2))
+    if objective.loss == "symmetric":
+        images = Candidates(image.scaled_KBE, titles.title_id_C[:rows], titles.image_id_C[:rows])
+        back_KBB = logits_KBC[:, :, :rows].transpose(1, 2).clone()
+        back_KBB = logit_gradient(replace(objective, hardness=0.0), back_KBB, images, image.scale_K11)
+        logits_KBC = logit_gradient(objective, logits_KBC, titles, image.scale_K11)
+        logits_KBC[:, :, :rows] += back_KBB.transpose(1, 2)
+        logits_KBC /= 2 * rows
+    else:
+        logits_KBC = logit_gradient(objective, logits_KBC, titles, image.scale_K11).div_(rows)
+    return [image.weight_gradient(torch.bmm(logits_KBC, text.scaled_KBE), penalties[0]),
+            text.weight_gradient(torch.bmm(logits_KBC.transpose(1, 2), image.scaled_KBE), penalties[1])]
 
 
-def _sum_of_losses(objective: Objective, logits_KBC: Tensor, candidates: Candidates, scale_K11: Tensor) -> Tensor:
-    """Return the losses of all rows of all configurations, as `Objective.sum_over_rows` computes them."""
+def logit_gradient(objective: Objective, logits_KBC: Tensor, candidates: Candidates, scale_K11: Tensor) -> Tensor:
+    """Return the gradient of `Objective.sum_over_rows` by the logits, which are overwritten."""
     count, rows, _ = logits_KBC.shape
     target_BC, ignored_BC = objective.targets(candidates, 0, rows)
-    with torch.no_grad():
-        if objective.hardness:
-            logits_KBC += logits_KBC * (target_BC == 0) * (objective.hardness / scale_K11)
-        logits_KBC.masked_fill_(ignored_BC, IGNORED_LOGIT)
+    if objective.hardness:
+        logits_KBC += logits_KBC * (target_BC == 0) * (objective.hardness / scale_K11)
+    logits_KBC += ignored_BC * IGNORED_LOGIT  # costs a fifth of masked_fill_
+    loss = LOSSES[objective.loss]
+    if loss is info_nce:
+        return torch.softmax(logits_KBC, -1).sub_(target_BC)
     targets, ignored = (part_BC.expand(count, *part_BC.shape).flatten(0, 1) for part_BC in (target_BC, ignored_BC))
-    return LOSSES[objective.loss](logits_KBC.flatten(0, 1), targets, ignored)
+    logits = logits_KBC.flatten(0, 1).requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(loss(logits, targets, ignored), logits)[0].view_as(logits_KBC)
 
 
 @dataclass
@@ -169,34 +175,42 @@ class _RunState:
 class _BatchedAdamW:
     """AdamW with L2-SP, clipping and skipped updates as in `engine/optim.py`, for K configurations."""
 
-    def __init__(self, weights: Projections, configs: Sequence[Config]) -> None:
-        self.base = [weight_K[0].clone() for weight_K in weights]
+    def __init__(self, base: Projections, weights: Projections, configs: Sequence[Config]) -> None:
         self.runs: list[_RunState] = []
+        base_units = [weight_unit(weight) for weight in base] if any(cfg.relative for cfg in configs) else []
         for run, cfg in enumerate(configs):
             own = [weight_K[run] for weight_K in weights]
-            units = [weight_unit(weight) if cfg.relative else 1.0 for weight in own]
             means, squares = ([torch.zeros_like(weight) for weight in own] for _ in range(2))
             steps = [torch.zeros((), device=weight.device) for weight in own]
+            units = base_units if cfg.relative else [1.0] * len(own)
             self.runs.append(_RunState(cfg, units, own, means, squares, steps))
-        penalties = [[cfg.l2_sp / unit**2 for unit in run.units] for cfg, run in zip(configs, self.runs, strict=True)]
-        self.penalty_KW = torch.tensor(penalties, device=self.base[0].device)
-        self.has_penalty = any(cfg.l2_sp for cfg in configs)
+        self.strengths: list[Tensor] = []  # [K, 1, 1], of the gradient of L2-SP; empty where all are 0
+        self.pulls: list[Tensor] = []  # [K, E, V] or [K, E, T]: the base's weights times -strength
+        for place, weight in enumerate(base if any(cfg.l2_sp for cfg in configs) else ()):
+            strengths = [2 * run.cfg.l2_sp / run.units[place]**2 for run in self.runs]
+            self.strengths.append(torch.tensor(strengths, device=weight.device)[:, None, None])
+            self.pulls.append(weight * -self.strengths[-1])
+
+    def penalties(self, weights: Projections) -> list[Tensor | None]:
+        """Return the gradients of L2-SP at the weights of the first configurations."""
+        if not self.pulls:
+            return [None] * len(weights)
+        return [torch.addcmul(pull_K[:len(weight_K)], weight_K, strength_K11[:len(weight_K)])
+                for weight_K, pull_K, strength_K11 in zip(weights, self.pulls, self.strengths, strict=True)]
 
     @torch.no_grad()
-    def step(self, leaves: Projections, rates: Sequence[float]) -> None:
-        """Update the configurations of `leaves`, the first ones, each with its learning rate."""
-        grads_K = [leaf.grad for leaf in leaves if leaf.grad is not None]
-        if self.has_penalty:
-            for number, (leaf, grad_K, base) in enumerate(zip(leaves, grads_K, self.base, strict=True)):
-                strength_K11 = 2 * self.penalty_KW[:len(leaf), number, None, None]
-                grad_K.addcmul_(leaf, strength_K11).addcmul_(base, strength_K11, value=-1)
-        norm_K = torch.stack([grad_K.flatten(1).norm(dim=1) for grad_K in grads_K]).norm(dim=0)
+    def step(self, grads: Sequence[Tensor], rates: Sequence[float]) -> None:
+        """Update the first configurations by their gradients, each with its learning rate."""
+        norm_K = torch.stack([grad_K.flatten(1).norm(dim=1) for grad_K in grads]).norm(dim=0)
         skipped_K = (~norm_K.isfinite()).float()
         for number, (run, rate) in enumerate(zip(self.runs, rates, strict=False)):
             clip_norm = run.cfg.clip_norm
             shrink = ((norm_K[number] + 1e-6) / clip_norm).clamp(min=1) if clip_norm else None
-            for place, unit in enumerate(run.units):
-                adamw([run.weights[place]], [grads_K[place][number]], [run.means[place]], [run.squares[place]], [],
-                      [run.steps[place]], fused=True, grad_scale=shrink, found_inf=skipped_K[number], amsgrad=False,
-                      beta1=0.9, beta2=0.999, lr=rate * unit, weight_decay=run.cfg.weight_decay, eps=1e-8,
-                      maximize=False)
+            own = [grad_K[number] for grad_K in grads]
+            for unit in set(run.units):  # one call for all weights of one unit
+                at = [place for place, other in enumerate(run.units) if other == unit]
+                weights, grad, means, squares, steps = ([part[place] for place in at] for part in (
+                    run.weights, own, run.means, run.squares, run.steps))
+                adamw(weights, grad, means, squares, [], steps, fused=True, grad_scale=shrink,
+                      found_inf=skipped_K[number], amsgrad=False, beta1=0.9, beta2=0.999, lr=rate * unit,
+                      weight_decay=run.cfg.weight_decay, eps=1e-8, maximize=False)

@@ -25,13 +25,18 @@ MOST_PAIRS = 32_768  # of more, so many are looked at, evenly spaced
 FLOOR = 0.1  # of the mean variance, added where outputs are squeezed: few pairs say nothing of most directions
 
 
-def cca_projections(base: Projections, pairs: FeatureSplit, weights: Sequence[float]) -> list[Projections]:
-    """Return the base's projections joined to the canonical directions of `pairs`, for each weight of the latter."""
+def cca_projections(base: Projections, pairs: FeatureSplit, weight: float) -> Projections:
+    """Return the base's projections joined to the canonical directions of `pairs`; `weight` is that of the latter."""
+    return joined_sides(base, pairs).projections(weight)
+
+
+def joined_sides(base: Projections, pairs: FeatureSplit) -> JoinedSides:
+    """Return the base's projections beside the canonical directions of `pairs`."""
     features = pairs.features(torch.linspace(0, len(pairs) - 1, min(len(pairs), MOST_PAIRS)).long())
     image_ND, text_ND = features.image_BV.float(), features.title_BT.float()
     image_DQ, text_DQ = canonical_directions(image_ND, text_ND)
-    sides = [_Side.of(base.image_KEV, image_DQ, image_ND), _Side.of(base.text_KET, text_DQ, text_ND)]
-    return [join_and_squeeze(sides, weight) for weight in weights]
+    return JoinedSides(_Side.of(base.image_KEV, image_DQ, image_ND), _Side.of(base.text_KET, text_DQ, text_ND),
+                       len(base.image_KEV))
 
 
 def canonical_directions(image_NV: Tensor, text_NT: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,46 +89,72 @@ class _Side(NamedTuple):
     inner_FF: Tensor  # products of the rows
     floor: float
     std: float  # of the base's values
-    directions: int
 
     @classmethod
     def of(cls, base_ED: Tensor, map_DQ: Tensor, features_ND: Tensor) -> _Side:
         """Return a side from the base's projection, the canonical map and the features of the pairs."""
-        parts = []
-        for part_ED in (base_ED, map_DQ.T):
-            parts.append(part_ED / (features_ND @ part_ED.T).square().sum(1).mean().sqrt())
+        parts, outputs = [], []
+        for part_FD in (base_ED, map_DQ.T):
+            output_NF = features_ND @ part_FD.T
+            length = output_NF.square().sum(1).mean().sqrt()
+            parts.append(part_FD / length)
+            outputs.append(output_NF / length)
         joined_FD = torch.cat(parts)
-        return cls(joined_FD, features_ND @ joined_FD.T, joined_FD @ joined_FD.T,
-                   FLOOR * float(features_ND.square().mean()), float(base_ED.std()), map_DQ.shape[1])
+        floor = FLOOR * float(features_ND.square().mean())
+        return cls(joined_FD, torch.cat(outputs, 1), joined_FD @ joined_FD.T, floor, float(base_ED.std()))
 
 
-def join_and_squeeze(sides: Sequence[_Side], weight: float) -> Projections:
-    """Return two projections of the base's width.
+class JoinedSides(NamedTuple):
+    """Images and titles, joined; a `weight` is the share of the canonical directions in an embedding's squared length.
 
-    `weight` is the share of the canonical directions in the squared length of a joined embedding. The joined maps are
-    squeezed by the principal directions of both sides' outputs together.
+    The joined maps are squeezed by the principal directions of both sides' outputs together.
     """
-    outer = sides[0].joined_FD.shape[0]
-    width = outer - sides[0].directions
-    share_F = torch.full((outer,), (1 - weight) ** 0.5, device=sides[0].joined_FD.device)
-    share_F[width:] = weight**0.5
-    moment_FF = torch.zeros_like(sides[0].inner_FF)
-    for side in sides:
-        output_NF = torch.nn.functional.normalize(side.output_NF * share_F, dim=1)
-        moment_FF += output_NF.T @ output_NF / len(output_NF)
-        moment_FF += side.floor * side.inner_FF * torch.outer(share_F, share_F)
-    principal_FE = leading_subspace(moment_FF, width)
-    squeezed = []
-    for side in sides:
-        tuned_ED = principal_FE.T @ (share_F[:, None] * side.joined_FD)
-        squeezed.append(tuned_ED * (side.std / tuned_ED.std()))
-    return Projections(*squeezed)
+
+    image: _Side
+    text: _Side
+    width: int  # of the base, E
+
+    def projections(self, weight: float) -> Projections:
+        """Return two projections of the base's width."""
+        share_F, trailing_FQ = self._squeeze(weight)
+        principal_FE = torch.linalg.qr(trailing_FQ, mode="complete")[0][:, trailing_FQ.shape[1]:]
+        squeezed = []
+        for side in (self.image, self.text):
+            tuned_ED = principal_FE.T @ (share_F[:, None] * side.joined_FD)
+            squeezed.append(tuned_ED * (side.std / tuned_ED.std()))
+        return Projections(*squeezed)
+
+    def embed(self, weights: Sequence[float], image_NV: Tensor, text_NT: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return for each weight embeddings whose cosines are those of `projections`, without making these.
+
+        They are wider, [N, F], with nothing along the directions that are left out.
+        """
+        outputs = [image_NV @ self.image.joined_FD.T, text_NT @ self.text.joined_FD.T]
+        embedded = []
+        for weight in weights:
+            share_F, trailing_FQ = self._squeeze(weight)
+            image_NF, text_NF = (output_NF * share_F for output_NF in outputs)
+            embedded.append((image_NF - image_NF @ trailing_FQ @ trailing_FQ.T,
+                             text_NF - text_NF @ trailing_FQ @ trailing_FQ.T))
+        return embedded
+
+    def _squeeze(self, weight: float) -> tuple[Tensor, Tensor]:
+        """Return what joined outputs are multiplied by [F], and the directions to leave out of them [F, F - E]."""
+        share_F = torch.full((len(self.image.joined_FD),), (1 - weight) ** 0.5, device=self.image.joined_FD.device)
+        share_F[self.width:] = weight**0.5
+        moment_FF = torch.zeros_like(self.image.inner_FF)
+        for side in (self.image, self.text):
+            output_NF = torch.nn.functional.normalize(side.output_NF * share_F, dim=1)
+            moment_FF.addmm_(output_NF.T, output_NF, alpha=1 / len(output_NF))
+            moment_FF.addcmul_(side.inner_FF, torch.outer(share_F, share_F), value=side.floor)
+        return share_F, trailing_subspace(moment_FF, self.width)
 
 
-def leading_subspace(moment_FF: Tensor, width: int) -> Tensor:
-    """Return an orthonormal basis [F, width] of (nearly) the leading eigenvectors of a symmetric positive matrix.
+def trailing_subspace(moment_FF: Tensor, width: int) -> Tensor:
+    """Return an orthonormal basis [F, F - width] of (nearly) all but the `width` leading eigenvectors.
 
-    Few directions are left out, so those are sought, by inverse iteration; a tenth of the time of all eigenvectors.
+    `moment_FF` is symmetric and positive. Few directions are left out, so those are sought, by inverse iteration; a
+    tenth of the time of all eigenvectors.
     """
     outer = len(moment_FF)
     jitter = 1e-6 * moment_FF.diagonal().mean()
@@ -131,4 +162,4 @@ def leading_subspace(moment_FF: Tensor, width: int) -> Tensor:
     trailing_FQ = torch.eye(outer).to(moment_FF)[:, width:]
     for _ in range(8):
         trailing_FQ = torch.linalg.qr(torch.cholesky_solve(trailing_FQ, factor_FF))[0]
-    return torch.linalg.qr(trailing_FQ, mode="complete")[0][:, outer - width:]
+    return trailing_FQ

@@ -8,11 +8,13 @@ Dimension key: C candidates, K runs, N pairs, H held-out pairs, S scales, E embe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.batch import UserError
@@ -22,7 +24,7 @@ from data.store.feature_split import FeatureSplit
 from engine.config.fields import Config
 from engine.ranks.world import World
 from engine.sweep.batched import Projections, project, train_together
-from engine.sweep.cca import cca_projections
+from engine.sweep.cca import cca_projections, joined_sides
 
 RATES = (0.00375, 0.0375)  # learning rates, in standard deviations of a pretrained projection
 SHARES = (0.25, 0.5, 0.75, 1.0)  # between base and tuned
@@ -137,36 +139,55 @@ def loss_scale(base: Projections, pairs: FeatureSplit) -> float:
     return SCALES[SCALE_GRID[int(loss_SH.mean(1).argmin())] > SHARP]
 
 
+@torch.no_grad()
 def score_fold(base: Projections, fold: Fold, cfg: Config, precision: torch.dtype) -> HeldOutScores:
     """Train every candidate on a fold's training pairs and score it on those held out."""
-    weights = candidate_weights(base, fold.train, cfg, precision)
     repeat_HH = repeats(fold.held)
-    base_HH = similarities(base, fold.held)
     losses, changes = [], []
-    for candidate in CANDIDATES:
-        cosine_HH = similarities(weights[candidate], fold.held)
+    base_HH = similarities(base, fold.held)
+    for image_HE, title_HE in held_out_embeddings(base, fold, cfg, precision):
+        cosine_HH = F.normalize(image_HE, dim=1) @ F.normalize(title_HE, dim=1).T
         losses.append(partner_losses(cosine_HH, repeat_HH))
         changes.append((cosine_HH - base_HH).abs().mean())
     return HeldOutScores(fold.row_N.cpu(), torch.stack(losses).cpu(), torch.stack(changes).cpu())
 
 
+def held_out_embeddings(base: Projections, fold: Fold, cfg: Config,
+                        precision: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield for each of CANDIDATES, in order, the embeddings of a fold's held-out images and titles, of any length.
+
+    They are those of `candidate_weights`, whose weights are not made: a mixture's outputs are the mixture of outputs.
+    """
+    features = fold.held.features(torch.arange(len(fold.held)))
+    inputs = features.image_BV.float(), features.title_BT.float()
+    before = [input_HD @ weight.T for input_HD, weight in zip(inputs, base, strict=True)]
+    yield before[0], before[1]
+    runs = train_runs(base, fold.train, RATES, cfg, precision)
+    for place in range(len(RATES)):
+        after = [input_HD @ weight_K[place].T for input_HD, weight_K in zip(inputs, runs, strict=True)]
+        for share in SHARES:
+            image_HE, title_HE = map(partial(torch.lerp, weight=share), before, after)
+            yield image_HE, title_HE
+    yield from joined_sides(base, fold.train).embed(CCA_WEIGHTS, *inputs)
+
+
+def train_runs(base: Projections, pairs: FeatureSplit, rates: Sequence[float], cfg: Config,
+               precision: torch.dtype) -> Projections:
+    """Return the weights [K, …] of a run on `pairs` at each rate."""
+    scale = loss_scale(base, pairs)
+    return train_together(base, pairs, [run_settings(cfg, rate, len(pairs), scale) for rate in rates], precision)
+
+
 def candidate_weights(base: Projections, pairs: FeatureSplit, cfg: Config, precision: torch.dtype,
-                      wanted: Sequence[Candidate] = CANDIDATES) -> Mapping[Candidate, Projections]:
-    """Return the projections of candidates, tuned on `pairs`."""
-    rates = [rate for rate in RATES if any(candidate.rate == rate for candidate in wanted)]
-    weights = {BASE: base}
-    if rates:
-        scale = loss_scale(base, pairs)
-        runs = train_together(base, pairs, [run_settings(cfg, rate, len(pairs), scale) for rate in rates], precision)
-        for place, rate in enumerate(rates):
-            for share in SHARES:
-                mixed = [torch.lerp(before, tuned_K[place], share) for before, tuned_K in zip(base, runs, strict=True)]
-                weights[Candidate("run", rate, share)] = Projections(*mixed)
-    shares = [candidate.share for candidate in wanted if candidate.kind == "cca"]
-    if shares:
-        for share, joined in zip(shares, cca_projections(base, pairs, shares), strict=True):
-            weights[Candidate("cca", 0.0, share)] = joined
-    return weights
+                      candidate: Candidate) -> Projections:
+    """Return the projections of a candidate, tuned on `pairs`."""
+    if candidate.kind == "base":
+        return base
+    if candidate.kind == "cca":
+        return cca_projections(base, pairs, candidate.share)
+    runs = train_runs(base, pairs, [candidate.rate], cfg, precision)
+    return Projections(*(torch.lerp(before, tuned_K[0], candidate.share)
+                         for before, tuned_K in zip(base, runs, strict=True)))
 
 
 @torch.no_grad()

@@ -11,13 +11,14 @@ from helpers import inside, make_pairs, run
 from safetensors.torch import load_file
 
 from data.batch import UserError
+from data.sources.folds import folds
 from data.store.feature_split import FeatureSplit
 from engine.clip.model import ModelOptions, open_model
 from engine.commands import auto
 from engine.config.fields import Config
 from engine.ranks.world import World
 from engine.sweep.batched import PROJECTIONS, Projections
-from engine.sweep.cca import cca_projections, leading_subspace
+from engine.sweep.cca import cca_projections, trailing_subspace
 from engine.sweep.choose import (
     BATCH,
     CANDIDATES,
@@ -29,6 +30,7 @@ from engine.sweep.choose import (
     HeldOutScores,
     candidate_weights,
     choose,
+    held_out_embeddings,
     loss_scale,
     partner_losses,
     pick,
@@ -69,7 +71,7 @@ def test_what_can_be_learned_is_chosen_and_pays_on_new_pairs() -> None:
     known = replace(pairs, image_row_N=torch.arange(80), title_row_N=torch.arange(80))
     choice = choose(base, known, Config(), torch.float32, ALONE)
     assert choice.candidate.kind != "base"
-    weights = candidate_weights(base, known, Config(), torch.float32, [choice.candidate])[choice.candidate]
+    weights = candidate_weights(base, known, Config(), torch.float32, choice.candidate)
     assert mean_rank(weights, new) < 0.5 * mean_rank(base, new)
 
 
@@ -144,22 +146,34 @@ def test_canonical_directions_find_what_is_shared_and_keep_the_width() -> None:
     base, pairs = hidden_pairs(300, 0.5)
     new = replace(pairs, image_row_N=torch.arange(200, 300), title_row_N=torch.arange(200, 300))
     known = replace(pairs, image_row_N=torch.arange(200), title_row_N=torch.arange(200))
-    weak, strong = cca_projections(base, known, (0.1, 0.75))
+    weak, strong = (cca_projections(base, known, weight) for weight in (0.1, 0.75))
     assert [weight.shape for weight in strong] == [weight.shape for weight in base]
     assert mean_rank(strong, new) < mean_rank(weak, new) < mean_rank(base, new)
     for tuned, before in zip(strong, base, strict=True):
         torch.testing.assert_close(tuned.std(), before.std())
-    nothing = cca_projections(base, known, (1e-6,))[0]  # without weight it is the base, turned
+    nothing = cca_projections(base, known, 1e-6)  # without weight it is the base, turned
     torch.testing.assert_close(similarities(nothing, new), similarities(base, new), atol=0.02, rtol=0)
 
 
-def test_the_subspace_is_that_of_the_leading_eigenvectors() -> None:
+def test_a_fold_scores_what_would_be_exported() -> None:
+    """Candidates are scored without making their weights; a difference would choose by another model's figures."""
+    base, pairs = hidden_pairs(60, 1.0)
+    fold = folds(pairs, 3, 0)[0]
+    cfg = replace(Config(), seed=3)
+    scored = held_out_embeddings(base, fold, cfg, torch.float32)
+    for candidate, (image_HE, title_HE) in zip(CANDIDATES, scored, strict=True):
+        weights = candidate_weights(base, fold.train, cfg, torch.float32, candidate)
+        cosine_HH = torch.nn.functional.cosine_similarity(image_HE[:, None], title_HE[None], dim=-1)
+        torch.testing.assert_close(cosine_HH, similarities(weights, fold.held), atol=1e-4, rtol=0)
+
+
+def test_the_subspace_left_out_is_that_of_the_trailing_eigenvectors() -> None:
     root_FF = torch.randn(20, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     moment_FF = root_FF @ torch.diag(torch.logspace(1, -3, 20, dtype=torch.float64)) @ root_FF.T
-    found_FE = leading_subspace(moment_FF, 15)
-    want_FE = torch.linalg.eigh(moment_FF)[1][:, -15:]
+    found_FE = trailing_subspace(moment_FF, 15)
+    want_FE = torch.linalg.eigh(moment_FF)[1][:, :5]
     torch.testing.assert_close(found_FE @ found_FE.T, want_FE @ want_FE.T, atol=0.05, rtol=0)
-    torch.testing.assert_close(found_FE.T @ found_FE, torch.eye(15, dtype=torch.float64))
+    torch.testing.assert_close(found_FE.T @ found_FE, torch.eye(5, dtype=torch.float64))
 
 
 FLAGS = ("--recipe", "auto", "--precision", "fp32")
@@ -246,7 +260,7 @@ def test_the_chosen_settings_as_flags_give_the_same_run(tiny_model: Path) -> Non
     pairs = FeatureSplit(torch.randn(40, 32, generator=generator), torch.randn(40, 24, generator=generator),
                          torch.arange(40), torch.arange(40))
     candidate = Candidate("run", 0.0375, 0.5)
-    weights = candidate_weights(base, pairs, Config(), torch.float32, [candidate])[candidate]
+    weights = candidate_weights(base, pairs, Config(), torch.float32, candidate)
     cfg = replace(run_settings(Config(), 0.0375, 40, loss_scale(base, pairs)), interpolate="0.5")
     tuner.tune(cfg, pairs)
     for name, weight in zip(PROJECTIONS, weights, strict=True):

@@ -26,7 +26,7 @@ def test_a_pipe_in_a_cell_does_not_add_a_column() -> None:
 
 def test_no_line_or_file_holds_what_an_address_is_signed_with() -> None:
     """A ledger that is sent to a colleague would let anyone fetch until the signature ends."""
-    one, other = ("missing: https://me:SECRET@host/a.jpg?X-Amz-Signature=SECRET%s&v=1, run again" % n for n in "12")
+    one, other = (f"missing: https://me:SECRET@host/a.jpg?X-Amz-Signature=SECRET{n}&v=1, run again" for n in "12")
     assert "SECRET" not in hide_secrets(one) + hide_secrets(other) and hide_secrets(one) != hide_secrets(other)
     assert hide_secrets(one).startswith("missing: https://host/a.jpg?blake2b-")
     assert hide_secrets(one).endswith("run again")

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent after a crash, a mark in folders of this program, digests, locks.
+"""Files and folders that are whole or absent after a crash, a mark in folders of this program, digests.
 
 A folder of this program holds the file MARK with its kind and, if it is ever replaced or deleted as a whole, the files
 written into it. Only what a mark lists is replaced or deleted. Other files are opened only if they are regular: reading
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import gzip
 import hashlib
 import io
@@ -19,12 +18,11 @@ import re
 import secrets
 import shutil
 import stat
-import time
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -34,8 +32,6 @@ GENERATOR = '<meta name="generator" content="thumbtune">'  # the mark of an HTML
 LEFT_BEHIND = re.compile(r"\.(.+)-(\d+)(\.old)?", re.DOTALL)  # .NAME-PID being written or deleted; .old: to be replaced
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
-
-_locks: dict[tuple[int, int], int] = {}  # device and inode -> descriptor, held until the process ends, however it ends
 
 KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
          stat.S_IFDIR: "a folder"}
@@ -364,39 +360,3 @@ def changed_files(root: Path, digests: Mapping[str, str]) -> list[str]:
         except OSError as error:
             wrong.append(f"{name}: {error.strerror}")
     return wrong
-
-
-def try_lock(file: int | IO[bytes]) -> bool:
-    """Lock an open file or folder without waiting; False where another process holds it or has just deleted it.
-
-    The kernel frees the lock when the file is closed, also by a kill. Without locks on the
-    file system the answer is always True.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return os.fstat(file if isinstance(file, int) else file.fileno()).st_nlink > 0
-
-
-@contextmanager
-def locked(path: Path, pause: float = 0.2) -> Iterator[None]:
-    """Hold the lock file `path`, which stays, for a block; wait while another process holds it. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        while not try_lock(file):
-            time.sleep(pause)
-        yield
-
-
-def lock_folder(folder: Path) -> bool:
-    """Lock `folder` for this process as long as it lives; False if another one holds the lock."""
-    handle = os.open(folder, os.O_RDONLY)
-    place = os.fstat(handle).st_dev, os.fstat(handle).st_ino
-    if place in _locks or not try_lock(handle):
-        os.close(handle)
-        return place in _locks
-    _locks[place] = handle
-    return True

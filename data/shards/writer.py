@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from data.batch import BadSample, UserError
-from data.files import fsync, try_lock
+from data.files import fsync
+from data.locks import try_lock
 from data.shards.index import INDEX, indexed, seal, sidecar
 from data.shards.samples import IMAGES, MAX_TEXT, check_image, titles_and_negatives
 from data.shards.tar import BLOCK, END, open_tar

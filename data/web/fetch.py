@@ -26,7 +26,7 @@ from weakref import WeakValueDictionary
 from yarl import URL
 
 from data.batch import BadSample
-from data.files import try_lock
+from data.locks import try_lock
 from data.text import hide_secrets
 from data.web.fetched import Fetched, cached_path, disk_errors_as_user_errors
 from data.web.guard import Sessions, get, variants_of, web_url

@@ -17,7 +17,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from data.batch import BadSample, UserError
-from data.files import fsync, try_lock
+from data.files import fsync
+from data.locks import try_lock
 from data.progress import DownloadProgress
 from data.shards.index import MAX_INDEX, expand_braces, indexed, sidecar, tar_digest
 from data.shards.tar import open_tar

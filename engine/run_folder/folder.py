@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from data.batch import AgreedError, UserError
-from data.files import changed_files, lock_folder, read_text, recover_folders, replace_text, sha256
+from data.files import changed_files, read_text, recover_folders, replace_text, sha256
+from data.locks import lock_folder
 from data.text import hide_secrets
 from data.web.storage import without_secrets
 from engine.config.fields import Config

@@ -14,7 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from helpers import StopAt, inside, on_ranks
 from scenes import make_pairs, wds_shards
 
-from data import files as durable
+from data import locks
 from data.stream import batches as stream_batches
 from data.stream.stages import Sample
 from engine.commands.train import train as run_train
@@ -50,8 +50,8 @@ def train(home: Path, out: str, *flags: str, stop: int = 0) -> tuple[int, list[s
     finally:
         stream_batches.read_shard = original
         world.barrier()  # rank 0 has exported
-        while durable._locks:  # other ranks go on in this folder while this process lives
-            os.close(durable._locks.popitem()[1])
+        while locks._locks:  # other ranks go on in this folder while this process lives
+            os.close(locks._locks.popitem()[1])
     return code, read
 
 

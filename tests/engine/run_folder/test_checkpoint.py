@@ -22,6 +22,7 @@ from torch import nn
 
 from data import files as durable
 from data.batch import RunFailed, UserError
+from data.locks import lock_folder
 from data.prefetch import EpochBatches, OrderDigest, epoch_order
 from engine.optim import adamw
 from engine.ranks.world import World
@@ -256,8 +257,8 @@ def test_the_digest_follows_what_ranks_are_given() -> None:
 
 
 def test_one_run_has_one_writer(tmp_path: Path) -> None:
-    assert durable.lock_folder(tmp_path)
-    code = f"from pathlib import Path; from data.files import lock_folder; print(lock_folder(Path({str(tmp_path)!r})))"
+    assert lock_folder(tmp_path)
+    code = f"from pathlib import Path; from data.locks import lock_folder; print(lock_folder(Path({str(tmp_path)!r})))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

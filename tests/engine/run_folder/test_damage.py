@@ -18,6 +18,7 @@ from helpers import StopAt, full, inside, make_pairs
 from safetensors.torch import load_file
 
 from data import files as durable
+from data import locks
 from engine.commands.train import train
 from engine.config.cli import parse
 from engine.ranks.world import World
@@ -87,8 +88,8 @@ def home(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unlocked() -> Iterator[None]:
     """A run folder is locked as long as its process lives, and all runs here are this process's."""
     yield
-    while durable._locks:
-        os.close(durable._locks.popitem()[1])
+    while locks._locks:
+        os.close(locks._locks.popitem()[1])
 
 
 def said(home: Path, *command: object) -> tuple[int, str]:

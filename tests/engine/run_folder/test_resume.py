@@ -14,7 +14,7 @@ import torch.distributed as dist
 from helpers import HANGS_S, ROOT, StopAt, full, make_pairs, on_ranks, start
 from safetensors.torch import load_file
 
-from data import files as durable
+from data import locks
 from data.batch import UserError
 from engine.commands.train import train as run_train
 from engine.config.cli import parse
@@ -39,8 +39,8 @@ def train(home: Path, out: str, *flags: str, stop: int = 0, data: str = "pairs")
         return exit.code
     finally:
         world.barrier()  # rank 0 has exported
-        while durable._locks:  # other ranks go on in this folder while this process lives
-            os.close(durable._locks.popitem()[1])
+        while locks._locks:  # other ranks go on in this folder while this process lives
+            os.close(locks._locks.popitem()[1])
 
 
 def result(out: Path) -> tuple[Any, ...]:

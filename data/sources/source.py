@@ -82,7 +82,7 @@ def keep_pandas_out() -> None:
             with suppress(ImportError, AttributeError):
                 pa.array([])
     finally:
-        del sys.modules["pandas"]
+        sys.modules.pop("pandas", None)
 
 
 def _release_memory() -> None:

@@ -3,8 +3,8 @@
 Candidates are the base itself, two training runs at several shares between base and tuned, and canonical correlation at
 several weights. Each is scored by the held-out likelihood of the right partner; of all that are as good as the best up
 to chance, the one nearest to the base is taken.
-Dimension key: C candidates, K runs, N pairs, H held-out pairs, S scales, E embedding, V/T image/text feature width (D for
-either).
+Dimension key: C candidates, K runs, N pairs, H held-out pairs, S scales, E embedding, V/T image/text feature width
+(D for either).
 """
 
 from __future__ import annotations

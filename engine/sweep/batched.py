@@ -190,13 +190,19 @@ class _BatchedAdamW:
             strengths = [2 * run.cfg.l2_sp / run.units[place]**2 for run in self.runs]
             self.strengths.append(torch.tensor(strengths, device=weight.device)[:, None, None])
             self.pulls.append(weight * -self.strengths[-1])
+        self.buffers = list(map(torch.empty_like, self.pulls))  # pages of new ones would cost as much as the sums
 
     def penalties(self, weights: Projections) -> list[Tensor | None]:
         """Return the gradients of L2-SP at the weights of the first configurations."""
         if not self.pulls:
             return [None] * len(weights)
-        return [torch.addcmul(pull_K[:len(weight_K)], weight_K, strength_K11[:len(weight_K)])
-                for weight_K, pull_K, strength_K11 in zip(weights, self.pulls, self.strengths, strict=True)]
+        penalties: list[Tensor | None] = []
+        for weight_K, pull_K, strength_K11, buffer_K in zip(weights, self.pulls, self.strengths, self.buffers,
+                                                            strict=True):
+            active = len(weight_K)
+            torch.addcmul(pull_K[:active], weight_K, strength_K11[:active], out=buffer_K[:active])
+            penalties.append(buffer_K[:active])
+        return penalties
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor], rates: Sequence[float]) -> None:

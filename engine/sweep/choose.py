@@ -3,7 +3,8 @@
 Candidates are the base itself, two training runs at several shares between base and tuned, and canonical correlation at
 several weights. Each is scored by the held-out likelihood of the right partner; of all that are as good as the best up
 to chance, the one nearest to the base is taken.
-Dimension key: C candidates, K runs, N pairs, H held-out pairs, S scales, E embedding, V/T image/text feature width.
+Dimension key: C candidates, K runs, N pairs, H held-out pairs, S scales, E embedding, V/T image/text feature width
+(D for either).
 """
 
 from __future__ import annotations
@@ -73,7 +74,6 @@ class Choice:
         if self.candidate == self.best:
             return f"{line}, and the best on held-out pairs"
         return f"{line}, as good as the best ({self.best.describe()}) up to chance, and nearer to the base"
-
 
     def as_json(self, settings: Config) -> dict[str, Any]:
         """Return the entry of metrics.json; `settings` are those of the run on all pairs."""

@@ -46,7 +46,7 @@ def show(text: str, file: TextIO | None = None, end: str = "\n") -> None:
     """
     file = sys.stdout if file is None else file
     encoding = getattr(file, "encoding", None) or "utf-8"
-    lines = printable_lines(hide_secrets(text)).encode(encoding, "replace").decode(encoding)
+    lines = printable_lines(hide_secrets(text)).encode(encoding, "backslashreplace").decode(encoding)
     print(lines, end=end, file=file, flush=True)
 
 

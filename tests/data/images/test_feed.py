@@ -31,7 +31,7 @@ from data.images.reader import Reader
 from data.images.worker import KnownKeys, Outcome, Task, ToPixels
 from data.sources.source import load_splits
 from data.store.features import FeatureStore
-from data.store.segments import key_of
+from data.store.segments import SUFFIX, key_of
 from data.web.limits import FetchPolicy
 
 SPEC = ImageSpec.clip(32)
@@ -272,7 +272,7 @@ def test_what_is_stored_is_not_decoded_again_unless_it_is_damaged(
     monkeypatch.setattr(FeatureWriter, "add", noted)
     again = encoded(folder, catalogue, FeatureStore(tmp_path / "s", 3), 2)
     assert len(filled) == 170 and not any(filled)
-    (segment,) = (tmp_path / "s").iterdir()
+    (segment,) = (tmp_path / "s").glob(f"*{SUFFIX}")
     data = bytearray(segment.read_bytes())
     data[-1] ^= 1
     segment.write_bytes(data)

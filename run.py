@@ -20,7 +20,7 @@ from importlib import import_module
 
 from engine.config.cli import parse
 from engine.config.fields import TOWERS, Config
-from engine.run_folder.crash import CURRENT_RUN, explain_crash, rank_from_environment, say_error
+from engine.run_folder.crash import CURRENT_RUN, end_rank, explain_crash, rank_from_environment, say_error
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -92,9 +92,5 @@ if __name__ == "__main__":
     gc.set_threshold(100_000)  # libraries make as many objects and no garbage: collections would take .3 s
     atexit.register(gc.freeze)  # or Python would look through all objects once more as it ends: .3 s
     code = main(sys.argv[1:])
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # threads of gloo may outlive the group that has been left, and abort
-        for output in (sys.stdout, sys.stderr):  # a process that ends in order: seen in 2 of some 60 runs
-            with suppress(OSError, ValueError, AttributeError):
-                output.flush()
-        os._exit(code)
+    end_rank(code)
     sys.exit(code)

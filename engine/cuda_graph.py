@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ MIN_STEPS = 500  # in shorter runs the capture, about a tenth of a second, costs
 MAX_REPLAY_ERROR = 0.1  # relative to a step's change: AdamW amplifies rounding of the smallest gradients
 
 Outputs = tuple[Tensor, Tensor]  # loss, gradient norm
+Captured = TypeVar("Captured")
 EagerStep = Callable[[Features, int, float | Tensor], Outputs]  # inputs, rows of the global batch, learning rate
 
 
@@ -52,12 +53,18 @@ class CudaCapture:
         current.wait_stream(self.stream)
 
     def capture(self, step: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
-        """Record the kernels of `step` without running them; return its output tensors and the replay."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(torch.cuda.current_stream()):  # restores the stream also when the capture fails
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                outputs = step()
-        return outputs, graph.replay
+        """Do `capture` on the side stream."""
+        return capture(step, self.stream)
+
+
+def capture(function: Callable[[], Captured],
+            stream: torch.cuda.Stream | None = None) -> tuple[Captured, Callable[[], None]]:
+    """Record the kernels of `function` as a CUDA graph without running them; return its output and the replay."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.current_stream()):  # restores the stream also when the capture fails
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            output = function()
+    return output, graph.replay
 
 
 class GraphedStep:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import Tokens, UserError, map_tensors
+from engine.cuda_graph import capture
 
 Inputs = Tensor | Tokens
 
@@ -162,14 +163,6 @@ class OneShapeGraph:
             problem = f"it cannot be captured ({str(error.__context__ or error).strip().splitlines()[0][:150]})"
         self._pixels = None
         warnings.warn(f"no CUDA graph of the image tower: {problem}", stacklevel=2)
-
-
-def capture(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-    """Record the kernels of `function` as a CUDA graph without running them; return its output and the replay."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = function()
-    return output, graph.replay
 
 
 class DeviceClock:

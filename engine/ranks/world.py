@@ -31,6 +31,7 @@ from engine.device import open_device
 from engine.ranks.launch import choose_interface, describe_network, read_launch
 from engine.ranks.rendezvous import POLL_S, agree_session_id, meet, refuse_shared_devices
 from engine.ranks.watchdog import AwakeClock, Watchdog
+from engine.run_folder.crash import end_now
 
 Value = TypeVar("Value")
 ENDLESS = datetime.timedelta(days=1000)  # for gloo, where a Watchdog counts instead
@@ -292,7 +293,5 @@ def close() -> None:
 def exit_process(code: int) -> int:
     """End this process immediately if there are other ranks, which may never answer again; else return `code`."""
     if dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        end_now(code)
     return code

@@ -86,20 +86,24 @@ class Objective:
     product_dtype: torch.dtype | None = None  # of the factors of matrix products, summed in fp32; None: as embedded
 
     def sum_over_rows(self, query_BE: Tensor, candidates: Candidates, scale: Tensor, first_row: int) -> Tensor:
-        """Return the loss of the queries, summed; the right answer of query i is candidate first_row + i.
-
-        Hardness as in Lan et al. 2025 (arXiv 2503.04812), equation 5, for all negatives: sentence-transformers'
-        hardness_mode "all_negatives".
-        """
+        """Return the loss of the queries, summed; the right answer of query i is candidate first_row + i."""
         def loss_of_chunk(logits_RC: Tensor, low: int) -> Tensor:
             target_RC, ignored_RC = self.targets(candidates, first_row + low, len(logits_RC))
-            with torch.no_grad():  # added without a gradient of their own; logits / scale is the cosine
-                if self.hardness:
-                    logits_RC += logits_RC * (target_RC == 0) * (self.hardness / scale)
+            with torch.no_grad():  # added without a gradient of their own
+                self.harden(logits_RC, target_RC, scale)
                 logits_RC.masked_fill_(ignored_RC, IGNORED_LOGIT)
             return LOSSES[self.loss](logits_RC, target_RC, ignored_RC)
 
         return chunked(loss_of_chunk, scale * query_BE, candidates.embedding_CE, self.product_dtype)
+
+    def harden(self, logits: Tensor, target_RC: Tensor, scale: Tensor) -> None:
+        """Add hardness * cosine to the logits [..., R, C] of negatives, in place; logits / scale is the cosine.
+
+        Lan et al. 2025 (arXiv 2503.04812), equation 5, for all negatives: sentence-transformers' hardness_mode
+        "all_negatives".
+        """
+        if self.hardness:
+            logits += logits * (target_RC == 0) * (self.hardness / scale)
 
     def targets(self, candidates: Candidates, own: int, rows: int) -> tuple[Tensor, Tensor]:
         """Return the target probabilities and the ignored candidates, both [rows, C], the latter bool.

@@ -65,7 +65,7 @@ def train_together(base: Projections, pairs: FeatureSplit, configs: Sequence[Con
 
 def _train_sorted(base: Projections, pairs: FeatureSplit, configs: Sequence[Config],
                   precision: torch.dtype) -> Projections:
-    """The same for configurations by descending epochs: those that train on are always the first ones."""
+    """Do `train_together` for configurations by descending epochs: those that train on are always the first ones."""
     first = configs[0]
     objective = Objective(first.loss, first.duplicates, first.hardness)
     weights = Projections(*(weight.expand(len(configs), *weight.shape).clone() for weight in base))
@@ -148,8 +148,7 @@ def logit_gradient(objective: Objective, logits_KBC: Tensor, candidates: Candida
     """Return the gradient of `Objective.sum_over_rows` by the logits, which are overwritten."""
     count, rows, _ = logits_KBC.shape
     target_BC, ignored_BC = objective.targets(candidates, 0, rows)
-    if objective.hardness:
-        logits_KBC += logits_KBC * (target_BC == 0) * (objective.hardness / scale_K11)
+    objective.harden(logits_KBC, target_BC, scale_K11)
     logits_KBC += ignored_BC * IGNORED_LOGIT  # costs a fifth of masked_fill_
     loss = LOSSES[objective.loss]
     if loss is info_nce:

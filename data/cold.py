@@ -25,7 +25,7 @@ from data.images.reader import Reader
 from data.images.worker import Job, KnownKeys, Task, ToPixels
 from data.prefetch import batched, threaded_map
 from data.progress import Progress
-from data.store.features import FeatureStore
+from data.store.features import SEGMENT, FeatureStore
 from data.web.limits import unused_proxy
 from data.web.storage import PACKAGES
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 TITLES = 512  # titles that the tower encodes at once
-SEGMENT = 4096  # features written at once
 PIXELS = 1 << 28  # bytes of decoded images that a rank keeps from the opening for the first evaluation
 NO_PICTURE = {"empty", "not-image", "truncated", "undecodable"}  # reasons of `decode_image` that are in the bytes
 URL_START = "^(?i)https?://"

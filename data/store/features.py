@@ -19,6 +19,7 @@ from data.files import NotAFile
 from data.store.segments import BLOCK, KEY, SUFFIX, Layout, Segment, hold, open_segment, remove_stale, write_segment
 
 CHUNK = 8192  # rows moved to a device at a time
+SEGMENT = 4096  # rows written at once by those who have many
 POLL_S = 0.2
 PIECE = 256  # rows copied at a time: few enough to stay in the processor's cache between two copies
 

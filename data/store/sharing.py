@@ -19,11 +19,10 @@ import torch
 
 from data.batch import Team
 from data.files import read_regular, replaced_file
-from data.store.features import FeatureStore
+from data.store.features import SEGMENT, FeatureStore
 
 NETWORK_FOLDER_S = 5.0  # how long to look for another node's file: an NFS client may know an older listing
 ROUND = 1 << 26  # bytes of features that all ranks together send at one time
-SEGMENT = 4096  # rows written at once
 POLL_S = 0.1
 
 

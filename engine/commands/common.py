@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from data.agreement import require_agreement, require_same_rows
 from data.batch import ALONE, Team, UserError
@@ -277,12 +274,11 @@ def open_data(cfg: Config, world: World, model: LoadedModel, source: Source, onl
 
 def model_to_compare(model: LoadedModel, encoders: Encoders) -> dict[str, object]:
     """Return digests of the base model for ranks to compare: weights, preprocessing, precision."""
-    weights = hashlib.sha256()
-    for name, tensor in sorted(model.head.state_dict().items()):
-        values = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
-        weights.update(name.encode() + values.numpy().tobytes())
+    digests = model.clip.facts.digests
+    names = ("logit_scale", *model.clip.family.projections)
     return {"the image tower": encoders.image_space, "the text tower": encoders.text_space,
-            "the precision": str(model.precision), "the base weights of the projections": weights.hexdigest()}
+            "the precision": str(model.precision),
+            "the base weights of the projections": [digests[name] for name in names]}
 
 
 def stream_shards(cfg: Config, world: World, source: Source, pipeline: Pipeline, only: str = "") -> Source:

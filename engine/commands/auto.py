@@ -34,7 +34,7 @@ from engine.sweep.interpolate import blend
 from engine.sweep.trials import Tuner
 from eval.metrics import Retrieval
 from eval.report.show import AnswerLog, shown_split
-from eval.retrieval import differences, embed_split
+from eval.retrieval import differences
 
 TUNED_ON = ("train", "valid")
 
@@ -155,11 +155,9 @@ class Recorder:
         results = evaluate_splits(splits, self.model.head, self.world)
         self.scores[when] = train.summaries(results)
         self.log.metrics(self.scores[when], step)
-        for name, result in results.items():
-            if result.collapsed:
-                self.log.say(f"warning: {name}: {result.collapsed}")
+        train.warn_of_collapse(self.log, results)
         if self.world.is_main:
-            shown, head = self.answers.split, self.model.head
-            space, _ = embed_split(head.image, head.text, splits[shown].parts())
+            shown = self.answers.split
+            space = train.embed_shown(self.model, splits[shown])
             self.answers.record(when, space, results[shown], self.log.board, step)
         return results

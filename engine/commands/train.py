@@ -38,7 +38,7 @@ from eval.metrics import Retrieval
 from eval.report.report import write_report
 from eval.report.show import AnswerLog, shown_split
 from eval.report.table import metrics_table
-from eval.retrieval import differences, embed_split
+from eval.retrieval import SplitEmbeddings, differences, embed_split
 
 
 def train(cfg: Config, world: World, stop: StopSignal) -> int:
@@ -139,9 +139,21 @@ def open_answers(out: Path, names: Collection[str], pairs: Pairs, model: LoadedM
     answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture, world.say if base else None)
     if base and world.is_main and answers.lacks("base"):
         shown = pairs.feature_splits([answers.split])[answers.split]
-        space, _ = embed_split(model.head.image, model.head.text, shown.parts())
+        space = embed_shown(model, shown)
         answers.add("base", space, base[answers.split])
     return answers
+
+
+def embed_shown(model: LoadedModel, split: FeatureSplit) -> SplitEmbeddings:
+    """Return the embeddings of a split whose answers people are shown."""
+    return embed_split(model.head.image, model.head.text, split.parts())[0]
+
+
+def warn_of_collapse(log: Log, results: Mapping[str, Retrieval]) -> None:
+    """Print the splits on which all embeddings of a side are equal."""
+    for name, result in results.items():
+        if result.collapsed:
+            log.say(f"warning: {name}: {result.collapsed}")
 
 
 def lacks_results(metrics: Mapping[str, object], answers: AnswerLog, world: World) -> bool:
@@ -205,9 +217,7 @@ class Evaluator:
         results = evaluate_splits(splits, self.model.head, self.world)
         scores = summaries(results) if at_end else {name: result.values() for name, result in results.items()}
         self.log.metrics(scores, restored_step or step)
-        for name, result in results.items():
-            if result.collapsed:
-                self.log.say(f"warning: {name}: {result.collapsed}")
+        warn_of_collapse(self.log, results)
         self.saver.record_evaluation(self.state, scores)
         if at_end:
             self._record_end(results, scores, splits[self.answers.split])
@@ -222,8 +232,7 @@ class Evaluator:
             self.base = results
         folder.write_metrics(self.saver.run, self.metrics, self.world)
         if self.world.is_main:
-            head = self.model.head
-            space, _ = embed_split(head.image, head.text, shown.parts())
+            space = embed_shown(self.model, shown)
             self.answers.record(when, space, results[self.answers.split], self.log.board, self.state.step)
 
 

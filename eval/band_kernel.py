@@ -27,6 +27,7 @@ def scan_by_kernel(image_RE: Tensor, title_CE: Tensor, limit_R: Limits, limit_C:
     return Scan(sure_R, sure_C, code_M[:count] if count <= capacity else None)
 
 
+# More than six parameters: Triton passes pointers and sizes to a kernel, and no object that could hold them.
 @triton.jit
 def _scan(image_ptr, title_ptr, low_row_ptr, high_row_ptr, low_col_ptr, high_col_ptr, sure_row_ptr, sure_col_ptr,
           code_ptr, found_ptr, rows, cols, width, capacity, block: tl.constexpr, depth: tl.constexpr,

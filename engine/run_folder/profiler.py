@@ -155,10 +155,10 @@ def kernel_seconds(events: Sequence[Event]) -> dict[str, float]:
     for event in events:
         if event.get("cat") not in ("kernel", "gpu_memcpy", "gpu_memset"):
             continue
-        time, name = launched_at.get(event.get("args", {}).get("correlation"), -1.0), "other"
-        latest = bisect_right(starts, time) - 1
+        launch, name = launched_at.get(event.get("args", {}).get("correlation"), -1.0), "other"
+        latest = bisect_right(starts, launch) - 1
         for region in regions[max(0, latest - MAX_NESTING + 1) : latest + 1]:  # an inner one comes last
-            name = region["name"] if time <= region["ts"] + region["dur"] else name
+            name = region["name"] if launch <= region["ts"] + region["dur"] else name
         microseconds[name] = microseconds.get(name, 0.0) + event["dur"]
     return {name: microseconds[name] / 1e6 for name in (*REGIONS, "other") if name in microseconds}
 

@@ -68,6 +68,7 @@ class DecodeResults:
     def __init__(self) -> None:
         self._reference, self._key = array("q"), bytearray()
         self.problems: dict[int, BadSample] = {}
+        self.restored: dict[int, BadSample] = {}  # why they cannot be read now; a run had them when it began
         self.times: Times | None = None  # of the feed that they came from
 
     def add(self, result: DecodeResult) -> None:
@@ -76,6 +77,14 @@ class DecodeResults:
             self.problems[result.reference] = result.problem
         self._reference.append(result.reference)
         self._key += result.key or bytes(KEY)
+
+    def restore(self, keys: Mapping[int, bytes]) -> None:
+        """Let references that are among the results count as read, with these keys."""
+        for position in np.flatnonzero(np.isin(np.array(self._reference, np.int64), [*keys])).tolist():
+            reference = self._reference[position]
+            self._key[KEY * position : KEY * (position + 1)] = keys[reference]
+            other = BadSample("changed-file", "it is another picture now")
+            self.restored[reference] = self.problems.pop(reference, other)
 
     def __len__(self) -> int:
         return len(self._reference)

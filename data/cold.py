@@ -5,12 +5,12 @@ Dimension key: V/T image/text feature width, B rows of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -76,6 +76,13 @@ class Encoders:
         return FeatureStore(cache / "features" / self.text_space, self.text_width)
 
 
+class EarlierRun(NamedTuple):
+    """A run that began with the data that is opened again."""
+
+    ledger: Sequence[Mapping[str, Any]]  # what it dropped and lost
+    replays: bool  # its steps are trained again, to verify them; else it goes on
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """From references and titles to features on this rank: reader, towers, ranks, cache folder, device, log."""
@@ -86,6 +93,7 @@ class Pipeline:
     cache: Path
     device: torch.device
     log: Callable[[str], None]
+    run: EarlierRun | None = None  # one that began with the same data, to be gone on with or verified
 
 
 def decode_lots(catalogue: Catalogue, references: Sequence[int], feed: Feed) -> Iterator[Lot[int]]:

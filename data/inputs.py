@@ -9,20 +9,20 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import BadSample, Batch, CachedBatches, Team, Tokens, UserError, share
+from data.batch import AgreedError, BadSample, Batch, CachedBatches, Team, Tokens, share
 from data.catalogue import Catalogue, Split
 from data.cold import DecodedImages, Pipeline, encode_titles
 from data.identity import TitleIds
 from data.images.decode import collate_tokens
 from data.images.feed import Feed, Lot, grouped
 from data.images.worker import Task, ToPixels
-from data.lost import LostPictures, replace_rows
+from data.lost import LostPictures, fill_places, next_good
 from data.prefetch import EpochBatches, prefetch_to_device
 from data.store.feature_split import FeatureSplit, StoredTable, loss_ids
 
@@ -74,22 +74,34 @@ class StreamedPairs:
         splits = [split for name, split in self.splits.items() if name in names]
         splits, used_D, used_P = _keep_used(splits)
         reference_D = self.example_D[used_D]
-        own_D = owned_references(reference_D, team)
+        own_D, losses = owned_references(reference_D, team), self.lost
         ids = [self.token_ids[title] for title in used_P[slice(*share(len(used_P), team.rank, team.size))].tolist()]
         parts = team.exchange((
-            own_D, encode_images(own_D, self.pipeline, self.decoded.take(), self.lost),
+            own_D, encode_images(own_D, self.pipeline, self.decoded.take(), losses),
             encode_titles(ids, encoders.pad_id, encoders.text, encoders.text_width)))
         place_D = np.argsort(np.concatenate([own for own, _, _ in parts]))  # references ascend with D
         image_DV = torch.cat([image for _, image, _ in parts])[torch.from_numpy(place_D)]
         title_PT = torch.cat([title for _, _, title in parts])
         group_P = self.catalogue.title_group_P
-        return make_feature_splits({split.name: split for split in splits}, image_DV, title_PT, self.pipeline.device,
-                                   None if group_P is None else group_P[torch.from_numpy(used_P)])
+        losses.share(team)
+        lost = np.flatnonzero(np.isin(used_D, losses.lost_images()))
+        kept = {split.name: without_lost(split, lost) for split in splits}
+        made = make_feature_splits({name: split for name, (split, _) in kept.items()}, image_DV, title_PT,
+                                   self.pipeline.device, None if group_P is None else group_P[torch.from_numpy(used_P)])
+        return {name: replace(split, lost=kept[name][1]) for name, split in made.items()}
 
     def batches(self, split: str, batch_size: int, seed: int, rank: int, size: int) -> StreamedBatches:
         """Return the batches of pixels and tokens of `rank` of `size` ranks."""
         order = EpochBatches(len(self.splits[split]), batch_size, seed, rank, size)
         return StreamedBatches(self, self.splits[split], order)
+
+
+class _UnderWay(NamedTuple):
+    """A step that is being decoded."""
+
+    step: int  # from 1
+    rows_B: Tensor  # of the epoch's order
+    tasks: list[tuple[int, Task | BadSample]]  # by reference
 
 
 @dataclass(frozen=True)
@@ -108,40 +120,54 @@ class StreamedBatches:
         return prefetch_to_device(self._batches(step), self.pairs.pipeline.device)
 
     def _batches(self, first_step: int) -> Iterator[Batch]:
-        reader, size = self.pairs.pipeline.reader, self.order.size
+        reader, size, losses = self.pairs.pipeline.reader, self.order.size, self.pairs.lost
         largest = -(-min(self.order.batch_size, len(self.split)) // size)
         job = ToPixels(reader.spec, reader.max_pixels)
         feed = Feed(job, reader, len(self.split) // size, self.pairs.pipeline.log, lot=largest)
-        under_way = deque[tuple[Tensor, list[Task | BadSample]]]()  # the rows of steps that are being decoded
+        under_way = deque[_UnderWay]()
         spare: tuple[int, np.ndarray] | None = None  # a row, and its pixels, that was decoded
 
         def groups() -> Iterator[list[tuple[int, Task | BadSample]]]:
-            for step, rows_B in enumerate(self.order.from_step(first_step), first_step):
-                tasks = self._tasks(step, rows_B)
-                under_way.append((rows_B, [task for _, task in tasks]))
-                yield tasks
+            for step, rows_B in enumerate(self.order.from_step(first_step), first_step + 1):
+                under_way.append(_UnderWay(step, rows_B, self._tasks(step, rows_B)))
+                yield under_way[-1].tasks
 
         with closing(feed.lots(groups())) as lots:
             for lot in lots:
-                rows_B, tasks = under_way.popleft()
-                lost = self.pairs.lost.read_again(lot, tasks, job)
-                good = next((place for place in range(len(tasks)) if place not in lost), None)
-                if good is not None:
-                    spare = int(rows_B[good]), lot.records[good].copy()
-                if lost and spare is None:
-                    raise UserError("none of the pictures of a step can be read any more; mend them and run again")
-                if lost and spare is not None:
-                    rows_B = replace_rows(rows_B, lot.records, lost, spare)
+                now = under_way.popleft()
+                losses.step = now.step
+                losses.read_again(lot, [task for _, task in now.tasks], job)
+                while (others := self._others(lot, now)) and not losses.too_many:
+                    losses.read_others(lot, others, job)
+                rows_B = self._present(now.step, now.rows_B)
+                if others:  # more than the run may lose: it ends after this step
+                    rows_B = fill_places(rows_B, lot.records, [*others], spare)
+                elif len(rows_B):
+                    spare = int(rows_B[0]), lot.records[0].copy()
+                losses.step = now.step + 1  # what an evaluation after it loses
                 yield self._make(rows_B, lot)
 
+    def _others(self, lot: Lot[int], now: _UnderWay) -> dict[int, tuple[int, Task | BadSample]]:
+        """Return, by place, what is to be decoded in place of pictures that are lost by now."""
+        if not self.pairs.lost.lost_images(now.step):
+            return {}
+        tasks = enumerate(self._tasks(now.step, now.rows_B))
+        return {place: (reference, task) for place, (reference, task) in tasks if lot.tags[place] != reference}
+
+    def _present(self, step: int, rows_B: Tensor) -> Tensor:
+        """Return the rows, in place of those whose pictures are lost by then the ones that stand in for them."""
+        stand_in_N = self.pairs.lost.stand_ins(self.split, step)
+        return rows_B if stand_in_N is None else stand_in_N[rows_B]
+
     def _tasks(self, step: int, rows_B: Tensor) -> list[tuple[int, Task | BadSample]]:
-        """Return the images of a step to be decoded, randomly cropped with --augment, by reference."""
-        epoch = step // -(-len(self.split) // self.order.batch_size)
+        """Return the images of a step (from 1) to be decoded, randomly cropped with --augment, by reference."""
+        epoch = (step - 1) // -(-len(self.split) // self.order.batch_size)
+        rows_B = self._present(step, rows_B)
         tasks = []
         for row, image in zip(rows_B.tolist(), self.split.image_N[rows_B].tolist(), strict=True):
             reference = int(self.pairs.example_D[image])
             crop = (self.order.seed, epoch, row) if self.pairs.pipeline.reader.augment else None
-            tasks.append((reference, self.pairs.lost.task(reference, crop)))
+            tasks.append((reference, self.pairs.lost.task(reference, crop, step)))
         return tasks
 
     def _make(self, rows_B: Tensor, lot: Lot[int]) -> Batch:
@@ -165,7 +191,7 @@ def encode_images(references: np.ndarray, pipeline: Pipeline, decoded: dict[int,
                   lost: LostPictures) -> Tensor:
     """Return image features [len(references), V] on the CPU, in order, of references that decoded at the opening.
 
-    Those whose pixels are in `decoded` are not read again; a blank picture stands for those that are lost.
+    Those whose pixels are in `decoded` are not read again; a blank picture is encoded for those that are lost.
     """
     reader, encode, width = pipeline.reader, pipeline.encoders.image, pipeline.encoders.image_width
     job = ToPixels(reader.spec, reader.max_pixels)
@@ -185,6 +211,26 @@ def encode_images(references: np.ndarray, pipeline: Pipeline, decoded: dict[int,
             lot.records[lost.read_again(lot, own_tasks, job)] = 0
             parts.append(encode(torch.from_numpy(lot.records)).cpu())
     return torch.cat(parts) if parts else torch.empty(0, width)
+
+
+def without_lost(split: Split, lost: np.ndarray) -> tuple[Split, int]:
+    """Return a split to be measured without the rows of these images, and how many those are.
+
+    Each of those rows is made a copy of the next one that is there, without negatives: metrics count each image and
+    title once, and rows keep their numbers.
+    """
+    lost_N = np.isin(split.image_N.numpy(), lost)
+    if not lost_N.any():
+        return split, 0
+    good = np.flatnonzero(~lost_N)
+    if not len(good):
+        raise AgreedError(f"no picture of split {split.name!r} can be read any more; mend them and --resume")
+    row_N = torch.from_numpy(next_good(lost_N))
+    negative_N = split.negative_N
+    if negative_N is not None:
+        negative_N = negative_N.masked_fill(torch.from_numpy(lost_N)[:, None], -1)
+    return replace(split, image_N=split.image_N[row_N], title_N=split.title_N[row_N], negative_N=negative_N), int(
+        lost_N.sum())
 
 
 @dataclass(frozen=True)

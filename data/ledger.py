@@ -8,18 +8,23 @@ for files that were not used.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from data.batch import BadSample
+from data.files import read_text
 from data.text import printable
 
 Ledger = Callable[[dict[str, Any]], None]
 UNUSED = {  # reason -> description of such files
     "sidecar-without-image": "texts without an image of their name", "linked-folder": "linked folders, not followed",
     "own-output": "folders that thumbtune wrote"}
+KINDS = (("split", str), ("row", int), ("rows", int), ("reason", str), ("content", str), ("step", int), ("back", int))
 LINES = 5  # of one kind that are logged
 
 
@@ -100,6 +105,19 @@ class Account:
                          "rows": 0, "files": len(files)})
         if phrases:
             self.log(printable(f"not used, {'; '.join(phrases)}"))
+
+
+def read_ledger(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of ledger.jsonl that can be read; its last line may be half written, [] where it is gone."""
+    entries = []
+    with suppress(OSError, UnicodeDecodeError):
+        for line in read_text(path).splitlines():
+            with suppress(ValueError, RecursionError):
+                entry = json.loads(line)
+                if isinstance(entry, dict) and all(isinstance(entry.get(name, kind()), kind) for name, kind in KINDS):
+                    bytes.fromhex(entry.get("content", ""))
+                    entries.append(entry)
+    return entries
 
 
 def dropped_rows(ledger: Iterable[Mapping[str, Any]]) -> int:

@@ -1,104 +1,301 @@
-"""Pictures that could be decoded when a run began and cannot be any more, as streaming meets them.
+"""Pictures that could be decoded when a run began and cannot be any more, or are others now, as streaming meets them.
 
-Each is read again a few times, then named, entered into the ledger and not asked for any more; the run goes on until
-more than --max-bad of all rows are lost.
+The rule, in the process that meets the loss, on any number of ranks and after a resume: such a picture is read again a
+few times, then named, entered into the ledger and not asked for any more. In training the first row after it whose
+picture can be read takes its place; evaluations leave its rows out. A resumed run has the rows that it began with: what
+it has lost, and cannot read now either, stays lost; what is back, with the same content, is used again. When more than
+--max-bad of all rows are lost, the run saves and ends.
+
+Dimension key: D distinct images by content, K bytes of a key, N rows of a split.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from data.batch import BadSample
-from data.catalogue import Catalogue, Split, check_bad_share
+from data.batch import AgreedError, BadSample, Team, UserError
+from data.catalogue import Catalogue, DecodeResults, Split, check_bad_share, keys_and_usable
 from data.images.feed import Lot
 from data.images.reader import Reader
-from data.images.worker import Job, Spent, Task, do_task
-from data.ledger import LINES, dropped_rows
+from data.images.worker import Job, Outcome, Spent, Task, do_task
+from data.ledger import LINES, discard, dropped_rows
 from data.sources.embedded import shown_name
 from data.web import storage
 
 RETRIES = 2  # of all that fails in a lot
+END = (1 << 62) - 1  # the last step of all
+ALWAYS = END + 1
+Entry = dict[str, Any]  # as in the ledger, with "content", and the steps without the picture: from "step" to "back"
 
 
 @dataclass
 class LostPictures:
-    """The ledger entries of rows whose picture was lost after the opening, by image reference."""
+    """The pictures that a run has lost, by number of the distinct image, and what that means for rows and ledger."""
 
     catalogue: Catalogue
     splits: Mapping[str, Split]
-    example_D: np.ndarray  # a reference of each distinct image
+    example_D: np.ndarray  # a reference of each distinct image, ascending
+    key_DK: np.ndarray  # its content when the run began
     reader: Reader
     dropped: Sequence[Mapping[str, Any]]  # the ledger of the opening
     rows: int  # of all splits, those in it included
     max_bad: float
     log: Callable[[str], None]
-    entries: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    is_measured: bool = True  # evaluations read pictures too, not stored features
+    record: Callable[[Sequence[Entry]], None] = discard  # writes new entries at once: the next checkpoint may not come
+    stop: Callable[[], None] = lambda: None  # asks the loop to save and end
+    step: int = 0  # the first that goes without what is lost now; counted from 1
+    met: list[int] = field(default_factory=list)  # steps at which this process has met a loss
+    _open: dict[int, list[Entry]] = field(default_factory=dict)
+    _closed: list[Entry] = field(default_factory=list)  # of pictures that were back
+    _spans: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # first step without it, first step with it
+    _returned: list[Entry] = field(default_factory=list)  # of pictures that the opening has met as back
+    _stand_ins: tuple[tuple[str, tuple[int, ...]], Tensor] | None = None  # the latest
 
-    def task(self, reference: int, crop: tuple[int, int, int | None] | None = None) -> Task | BadSample:
-        """Return what is to be done for a reference: nothing if it is lost."""
-        if reference in self.entries:
+    def image_of(self, reference: int) -> int:
+        """Return the number of the distinct image of which this is the example."""
+        return int(np.searchsorted(self.example_D, reference))
+
+    def is_lost(self, image: int, step: int) -> bool:
+        """Return whether an image is lost at a step."""
+        return any(low <= step < high for low, high in self._spans.get(image, ()))
+
+    def lost_images(self, step: int = END) -> tuple[int, ...]:
+        """Return the images that are lost at a step, ascending; without one those lost at the end."""
+        return tuple(sorted(image for image in self._spans if self.is_lost(image, step)))
+
+    def task(self, reference: int, crop: tuple[int, int, int | None] | None = None,
+             step: int = END) -> Task | BadSample:
+        """Return what is to be done for the example of an image: nothing if it is lost."""
+        if self.is_lost(self.image_of(reference), step):
             return BadSample("lost")
         return Task(self.catalogue.references[reference].as_py(), crop)
 
-    def read_again(self, lot: Lot[int], tasks: Sequence[Task | BadSample | np.ndarray], job: Job) -> list[int]:
-        """Decode what has failed in a lot once more, into its records; return the places that are lost.
+    def stand_ins(self, split: Split, step: int = END) -> Tensor | None:
+        """Return for each row itself or, where its picture is lost, the first row after it of which none is lost.
 
-        Raises UserError when more than `max_bad` of all rows are.
+        None where no row is lost. The rule knows of no rank and no history: all ranks, and a resumed run, do the same.
         """
-        problems = {place: outcome.problem for place, outcome in enumerate(lot.outcomes) if outcome.problem is not None}
-        lost = [*problems]
+        lost = self.lost_images(step)
+        if not lost:
+            return None
+        if self._stand_ins is None or self._stand_ins[0] != (split.name, lost):
+            self._stand_ins = (split.name, lost), torch.from_numpy(next_good(np.isin(split.image_N.numpy(), lost)))
+        return self._stand_ins[1]
+
+    def read_again(self, lot: Lot[int], tasks: Sequence[Task | BadSample | np.ndarray], job: Job) -> list[int]:
+        """Decode what has failed in a lot a few times more, into its records; return the places that are lost."""
+        problems = self._problems(lot, range(len(tasks)))
         for tried in range(RETRIES):
-            failed = [(place, task) for place in problems if isinstance(task := tasks[place], Task)]
-            if not failed:
+            failed = {place: task for place in problems if isinstance(task := tasks[place], Task)}
+            if not failed or self.too_many:
                 break
             time.sleep(storage.BACKOFF * 2**tried)
-            for place, task in failed:
-                problem = do_task(task, job, self.reader, lot.records, place, Spent()).problem
-                if problem is None:
-                    del problems[place]
-                else:
-                    problems[place] = problem
-        for place, problem in problems.items():
-            if lot.tags[place] not in self.entries:
-                self._enter(lot.tags[place], BadSample(*problem))
-        return [place for place in lost if place in problems]
+            self._decode(lot, failed, job)
+            problems = self._problems(lot, problems)
+        return self._enter(lot, problems)
 
-    def ledger(self) -> list[dict[str, Any]]:
-        """Return the entries."""
-        return [entry for entries in self.entries.values() for entry in entries]
+    def read_others(self, lot: Lot[int], tasks: Mapping[int, tuple[int, Task | BadSample]], job: Job) -> list[int]:
+        """Decode other pictures, reference and task each, into places of a lot; return the places still without one."""
+        for place, (reference, task) in tasks.items():
+            lot.tags[place] = reference
+            lot.outcomes[place] = Outcome(b"", (task.reason, "") if isinstance(task, BadSample) else None)
+        self._decode(lot, {place: task for place, (_, task) in tasks.items() if isinstance(task, Task)}, job)
+        return self._enter(lot, self._problems(lot, tasks))
 
-    def check(self, lost: Sequence[Mapping[str, Any]]) -> None:
-        """Raise UserError when more than `max_bad` of all rows are lost or were dropped at the opening."""
-        if len(lost) + dropped_rows(self.dropped) > self.max_bad * self.rows:
-            check_bad_share(self.rows, [*lost, *self.dropped], self.max_bad)
+    def _decode(self, lot: Lot[int], tasks: Mapping[int, Task], job: Job) -> None:
+        for place, task in tasks.items():
+            lot.outcomes[place] = do_task(task, job, self.reader, lot.records, place, Spent())
 
-    def _enter(self, reference: int, problem: BadSample) -> None:
-        image = shown_name(self.catalogue.references[reference].as_py()) or None
-        detail = f"could be decoded when the run began, and cannot be now: {problem.detail}"
-        (number,) = np.flatnonzero(self.example_D == reference)
-        entries = self.entries[reference] = []
+    def _problems(self, lot: Lot[int], places: Iterable[int]) -> dict[int, BadSample]:
+        """Return why pictures at these places of a lot cannot be used: they are unreadable, or other ones than before.
+        """
+        problems = {}
+        for place in places:
+            key, problem = lot.outcomes[place].key, lot.outcomes[place].problem
+            if problem is not None:
+                problems[place] = BadSample(*problem)
+            elif key and key != self.key_DK[self.image_of(lot.tags[place])].tobytes():
+                problems[place] = BadSample("changed-file", "it is another picture now")
+        return problems
+
+    def _enter(self, lot: Lot[int], problems: Mapping[int, BadSample]) -> list[int]:
+        """Enter pictures that are not known as lost into the ledger; return the places."""
+        new = {self.image_of(lot.tags[place]): problem for place, problem in problems.items()}
+        new = {image: problem for image, problem in new.items() if not self.is_lost(image, self.step)}
+        if not new:
+            return [*problems]
+        entries = self._entries(new)
+        before = len(self._open)
+        self._take(entries)
+        self.met.append(self.step)
+        self.record([entry for of_image in entries.values() for entry in of_image])
+        for number, of_image in enumerate(entries.values(), before + 1):
+            self._say(of_image, number)
+        if self.too_many:
+            self.stop()
+        return [*problems]
+
+    def _entries(self, problems: Mapping[int, BadSample]) -> dict[int, list[Entry]]:
+        """Return the ledger entries of all rows of each image."""
+        entries: dict[int, list[Entry]] = {image: [] for image in problems}
         for name, split in self.splits.items():
-            for row in split.row_N[split.image_N.numpy() == number].tolist():
-                entries.append({"split": name, "row": row, "image": image, "title": self.catalogue.title(name, row),
-                                "reason": problem.reason, "detail": detail})
-        if len(self.entries) <= LINES:
-            more = "; further ones are in ledger.jsonl alone" if len(self.entries) == LINES else ""
-            self.log(f"{image or 'a picture of the dataset'} {detail or problem.reason}; the run goes on without it "
-                     f"(in training another row takes its place, when measured a blank picture){more}")
-        self.check(self.ledger())
+            image_N = split.image_N.numpy()
+            for place in np.flatnonzero(np.isin(image_N, [*problems])).tolist():
+                image, row = int(image_N[place]), int(split.row_N[place])
+                problem = problems[image]
+                detail = f"could be decoded when the run began, and cannot be now: {problem.detail or problem.reason}"
+                entries[image].append({
+                    "split": name, "row": row, "image": self._name(image), "title": self.catalogue.title(name, row),
+                    "reason": problem.reason, "detail": detail, "content": self.key_DK[image].tobytes().hex(),
+                    "step": self.step})
+        return entries
+
+    def _name(self, image: int) -> str | None:
+        return shown_name(self.catalogue.references[int(self.example_D[image])].as_py()) or None
+
+    def _say(self, entries: Sequence[Entry], number: int) -> None:
+        """Log what was lost, the first LINES of them."""
+        if number <= LINES and entries:
+            more = "; further ones are in ledger.jsonl alone" if number == LINES else ""
+            left_out = ", evaluations leave it out" if self.is_measured else ""
+            self.log(f"{entries[0]['image'] or 'a picture of the dataset'} {entries[0]['detail']}; the run goes on "
+                     f"without it (in training another row takes its place{left_out}){more}")
+
+    def _take(self, entries: Mapping[int, list[Entry]]) -> None:
+        for image, of_image in entries.items():
+            self._open[image] = of_image
+            self._spans.setdefault(image, []).append((of_image[0]["step"] if of_image else 0, ALWAYS))
+
+    @property
+    def too_many(self) -> bool:
+        """Return whether more than `max_bad` of all rows are lost or were dropped at the opening."""
+        return dropped_rows(self.ledger()) + dropped_rows(self.dropped) > self.max_bad * self.rows
+
+    def ledger(self) -> list[Entry]:
+        """Return the entries, those of pictures that were lost for a while with 0 rows."""
+        return [*self._closed, *(entry for image in sorted(self._open) for entry in self._open[image])]
+
+    def share(self, team: Team) -> None:
+        """Make known to all ranks what one of them has lost. Raises AgreedError where that is too much."""
+        parts = [(entries[0]["step"], image, entries) for part in team.exchange(self._open)
+                 for image, entries in part.items() if entries]
+        for _, image, entries in sorted(parts, key=lambda part: part[:2]):
+            if image not in self._open:
+                self._take({image: entries})
+                self._say(entries, len(self._open))
+        for _, image, entries in sorted(parts, key=lambda part: part[:2], reverse=True):
+            self._open[image] = entries  # of the rank that met it first: all ranks have the same
+        if self.too_many:
+            try:
+                check_bad_share(self.rows, [*self.ledger(), *self.dropped], self.max_bad)
+            except UserError as error:
+                raise AgreedError(str(error)) from None
+
+    def adopt(self, ledger: Sequence[Mapping[str, Any]], results: Sequence[DecodeResults], replays: bool) -> None:
+        """Take over what the ledger of a run says of what it has lost; `results` are those of all ranks.
+
+        A run that goes on uses what is back. One that is replayed has each picture at the steps at which it was there.
+        """
+        unreadable = {}
+        for reference, problem in sorted(pair for part in results for pair in part.restored.items()):
+            image = min(self.image_of(reference), len(self.example_D) - 1)
+            if self.example_D[image] == reference:  # not a copy of another file
+                unreadable[image] = problem
+        returned = dict[int, list[Entry]]()
+        for entry in map(dict, ledger):
+            row_image = self._image_at(entry) if "content" in entry else None
+            if row_image is None:
+                continue
+            image = row_image
+            if "back" in entry:
+                self._closed.append(entry)
+                self._spans.setdefault(image, []).append((entry["step"], entry["back"]))
+            elif replays or image in unreadable:
+                self._open.setdefault(image, []).append(entry)
+            else:
+                returned.setdefault(image, []).append(entry)
+        for image, entries in self._open.items():
+            self._spans.setdefault(image, []).append((entries[0]["step"] if replays else 0, ALWAYS))
+        for entries in returned.values():
+            self.log(f"{entries[0]['image']}, lost since step {entries[0]['step']}, is back and used again")
+        self._returned = [entry for entries in returned.values() for entry in entries]
+        new = {} if replays else {image: problem for image, problem in unreadable.items() if image not in self._open}
+        if new:
+            self._take(self._entries(new))
+            for number, image in enumerate(new, 1):
+                self._say(self._open[image], number)
+
+    def begin(self, step: int) -> None:
+        """Note the step that a run goes on from: what the opening has met as lost or as back is so from there on."""
+        self.step = step + 1
+        for entries in self._open.values():
+            for entry in entries:
+                entry["step"] = entry["step"] or step + 1
+        self._closed += [{**entry, "rows": 0, "back": step + 1} for entry in self._returned]
+        self._returned = []
+
+    def _image_at(self, entry: Mapping[str, Any]) -> int | None:
+        """Return the image of a ledger entry's row, None where there is no such row."""
+        split = self.splits.get(entry.get("split", ""))
+        place = 0 if split is None else int(np.searchsorted(split.row_N, entry["row"]))
+        if split is None or place == len(split) or split.row_N[place] != entry["row"]:
+            return None
+        return int(split.image_N[place])
 
 
-def replace_rows(rows_B: Tensor, pixels: np.ndarray, lost: Sequence[int], spare: tuple[int, np.ndarray]) -> Tensor:
-    """Return the rows with `spare`, a row and its pixels, in the lost places, also in `pixels`.
+def restore(catalogue: Catalogue, results: Sequence[DecodeResults], ledger: Sequence[Mapping[str, Any]],
+            last_key_MK: np.ndarray, log: Callable[[str], None]) -> None:
+    """Put back what a run began with and has lost: by its ledger, else by the keys of when it was last read.
 
-    A row that a batch has twice has equal ids, so it is no negative of itself.
+    In `results`, of all ranks, these references count as read, with their content of then; whether the whole is what
+    the run began with, its digest says. Other pictures under the same names, of which the ledger knows nothing, are
+    named: the digest refuses them.
     """
+    key_MK, good_M = keys_and_usable(results, len(catalogue.references))
+    failed = [reference for part in results for reference in part.problems]
+    wanted = {reference: last_key_MK[reference].tobytes() for reference in failed if last_key_MK[reference].any()}
+    for entry in ledger:
+        image_N = catalogue.image_N.get(entry.get("split", ""))
+        if image_N is None or not 0 <= entry.get("row", -1) < len(image_N) or "file" in entry:
+            continue
+        reference = int(image_N[entry["row"]])
+        if "content" not in entry:  # could not be used when the run began either
+            if entry["reason"] != "no-title":
+                wanted.pop(reference, None)
+        elif not good_M[reference] or key_MK[reference].tobytes().hex() != entry["content"]:
+            wanted[reference] = bytes.fromhex(entry["content"])
+    is_other_M = good_M & last_key_MK.any(1) & (key_MK != last_key_MK).any(1)
+    for reference in [number for number in np.flatnonzero(is_other_M).tolist() if number not in wanted][:LINES]:
+        log(f"{shown_name(catalogue.references[reference].as_py())} is another picture than when it was last read")
+    for part in results:
+        part.restore(wanted)
+
+
+def next_good(lost_N: np.ndarray) -> np.ndarray:
+    """Return for each row itself or, where it is lost, the first row after it that is not; all lost: themselves."""
+    good = np.flatnonzero(~lost_N)
+    if not len(good):
+        return np.arange(len(lost_N))
+    return good[np.searchsorted(good, np.arange(len(lost_N))) % len(good)]
+
+
+def fill_places(rows_B: Tensor, pixels: np.ndarray, lost: Sequence[int],
+                spare: tuple[int, np.ndarray] | None) -> Tensor:
+    """Return the rows with one that was decoded, of this step or else `spare`, in the lost places, also in `pixels`."""
+    good = next((place for place in range(len(rows_B)) if place not in lost), None)
+    if good is not None:
+        spare = int(rows_B[good]), pixels[good]
+    if spare is None:
+        raise UserError("none of the pictures of a step can be read any more; mend them, and --resume goes on from "
+                        "the last checkpoint")
     rows_B = rows_B.clone()
     rows_B[[*lost]], pixels[[*lost]] = spare
     return rows_B

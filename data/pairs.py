@@ -25,7 +25,7 @@ from data.images.feed import SHOWN_S, Times
 from data.images.reader import Reader, is_url
 from data.inputs import CachedPairs, FeatureSource, StreamedPairs, make_feature_splits, owned_references
 from data.ledger import dropped_rows
-from data.lost import LostPictures
+from data.lost import LostPictures, restore
 from data.mine import mine_negatives
 from data.sources.labels import count_classes
 from data.sources.source import Rows
@@ -102,9 +102,12 @@ def open_pairs(rows: Mapping[str, Rows], unread: Sequence[Mapping[str, Any]], pi
         contents[name] = Contents(image_keys[split.image_N.numpy()], catalogue.title_keys[split.title_N.numpy()])
         identity[data_key(name)] = _fingerprint(contents[name], split, catalogue)
     identity["the base model"] = encoders.image_space + encoders.text_space
-    album = RowPreviews(catalogue, splits, example_D, reader)
     row_count = sum(map(len, rows.values())) + dropped_rows(unread)
-    lost = LostPictures(catalogue, splits, example_D, reader, ledger, row_count, max_bad, pipeline.log)
+    lost = LostPictures(catalogue, splits, example_D, image_keys, reader, ledger, row_count, max_bad, pipeline.log,
+                        is_measured=images is None)
+    if pipeline.run is not None:
+        lost.adopt(pipeline.run.ledger, results, pipeline.run.replays)
+    album = RowPreviews(catalogue, splits, example_D, reader, lost if images is None else None)
 
     if images is None:
         streamed = StreamedPairs.open(pipeline, decoded, lost)
@@ -132,6 +135,7 @@ def _check_images(catalogue: Catalogue, decoded: DecodedImages, pipeline: Pipeli
     all_results = stats.exchange(results, own[is_known], team)
     if team.has_caches:
         _fetch_for_this_cache(references, all_results, reader, team)
+    _restore(all_results, catalogue, stats, pipeline)
     return all_results
 
 
@@ -148,6 +152,12 @@ def _fetch_for_this_cache(references: Sequence[str], results: Sequence[DecodeRes
                         f"{example}; give all ranks one --cache-dir, or run again")
 
 
+def _restore(results: Sequence[DecodeResults], catalogue: Catalogue, stats: StatCache, pipeline: Pipeline) -> None:
+    """Put back what the run that is gone on with has lost, where every step reads pictures."""
+    if pipeline.run is not None and (pipeline.reader.augment or not pipeline.encoders.stored):
+        restore(catalogue, results, pipeline.run.ledger, stats.keys, pipeline.log)
+
+
 def add_missing_images(catalogue: Catalogue, images: FeatureStore, pipeline: Pipeline) -> list[DecodeResults]:
     """Return every rank's results for its share of the images.
 
@@ -160,7 +170,9 @@ def add_missing_images(catalogue: Catalogue, images: FeatureStore, pipeline: Pip
     require_same_images(references, stats, reader, team)
     is_known = stats.known[own] & (images.locate(stats.keys[own]) >= 0)
     results = encode_missing_images(catalogue, reader, own[~is_known].tolist(), images, encode, log)
-    return stats.exchange(results, own[is_known], team)
+    all_results = stats.exchange(results, own[is_known], team)
+    _restore(all_results, catalogue, stats, pipeline)
+    return all_results
 
 
 def add_missing_titles(catalogue: Catalogue, pipeline: Pipeline) -> FeatureStore:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -16,6 +17,9 @@ from data.batch import BadSample
 from data.catalogue import Catalogue, Split
 from data.images.decode import decode_whole
 from data.images.reader import Reader
+
+if TYPE_CHECKING:
+    from data.lost import LostPictures
 
 QUALITY = 78
 PNG_LEVEL = 1  # a sheet of small pictures takes a quarter of the time of Pillow's 6, and 1.2 times its bytes
@@ -29,14 +33,20 @@ class RowPreviews:
     splits: Mapping[str, Split]
     example_D: np.ndarray  # a reference of each distinct image
     reader: Reader
+    lost: LostPictures | None = None  # where evaluations leave out what is lost
 
     def title(self, split: str, row: int) -> str:
         """Return the row's own title."""
-        return self.catalogue.title(split, int(self.splits[split].row_N[row]))
+        return self.catalogue.title(split, int(self.splits[split].row_N[self._measured(split, row)]))
+
+    def _measured(self, split: str, row: int) -> int:
+        """Return the row that evaluations measure in the place of a row."""
+        row_N = None if self.lost is None else self.lost.stand_ins(self.splits[split])
+        return row if row_N is None else int(row_N[row])
 
     def picture(self, split: str, row: int, side: int = 160) -> bytes:
         """Return the image as a JPEG whose longer side has `side` pixels; empty when it can no longer be read."""
-        image = int(self.splits[split].image_N[row])
+        image = int(self.splits[split].image_N[self._measured(split, row)])
         try:
             data = self.reader.fetch_and_read(self.catalogue.references[int(self.example_D[image])].as_py())
             return small_jpeg(data, side, self.reader.max_pixels)

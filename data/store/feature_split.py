@@ -57,6 +57,7 @@ class FeatureSplit:
     negative_row_NH: Tensor | None = None  # -1 where a pair has fewer than H negatives
     device: torch.device = CPU  # where features come out
     title_group_P: Tensor | None = None  # int64: titles with equal numbers are no negatives of each other in training
+    lost: int = 0  # rows whose pictures streaming has lost: each is a copy of another, for metrics that count it once
 
     def __len__(self) -> int:
         return len(self.image_row_N)
@@ -89,7 +90,7 @@ class FeatureSplit:
         negative = None if self.negative_row_NH is None else self.negative_row_NH.to(device)
         group = None if self.title_group_P is None else self.title_group_P.to(device)
         return FeatureSplit(self.image_MV.to(device), self.title_PT.to(device), self.image_row_N.to(device),
-                            self.title_row_N.to(device), negative, device, group)
+                            self.title_row_N.to(device), negative, device, group, self.lost)
 
     def batches(self, batch_size: int, seed: int, rank: int = 0, size: int = 1) -> CachedBatches:
         """Return the batches of features that `rank` of `size` ranks trains on in a run of `seed`."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from data.agreement import require_agreement, require_same_rows
 from data.batch import ALONE, Team, UserError
-from data.cold import Encoders, Pipeline, Reader
+from data.cold import EarlierRun, Encoders, Pipeline, Reader
 from data.files import write_mark
 from data.images.decode import ImageSpec
 from data.images.feed import cores_of_rank
@@ -244,12 +244,14 @@ def open_pipeline(cfg: Config, world: World, model: LoadedModel) -> Pipeline:
     return Pipeline(reader, encoders, team, cache_folder(cfg), world.device, world.live)
 
 
-def open_data(cfg: Config, world: World, model: LoadedModel, source: Source, only: str = "") -> Pairs:
+def open_data(cfg: Config, world: World, model: LoadedModel, source: Source, only: str = "",
+              run: EarlierRun | None = None) -> Pairs:
     """Return the pairs of `source`: every image and title read and, where features are stored, encoded once.
 
-    Rows that cannot be used are dropped and counted. `only` names the one split that is opened, or all.
+    Rows that cannot be used are dropped and counted. `only` names the one split that is opened, or all; `run` is one
+    that began with these pairs, of which it may have lost some.
     """
-    pipeline = open_pipeline(cfg, world, model)
+    pipeline = replace(open_pipeline(cfg, world, model), run=run)
     team, streamed = pipeline.team, bool(source.shards)
     source = stream_shards(cfg, world, source, pipeline, only)
     require_same_rows(team, source.rows)
@@ -330,4 +332,5 @@ def evaluate_splits(splits: Mapping[str, FeatureSplit], head: Head,
 def evaluate_split(head: Head, split: FeatureSplit, world: World | None = None) -> Retrieval:
     """Return ranks and triplets of one split."""
     sharing = ((world.rank, world.size), world.sum) if world else ()
-    return measure_split(head.image, head.text, split.parts(), *sharing)
+    result = measure_split(head.image, head.text, split.parts(), *sharing)
+    return replace(result, pairs=result.pairs - split.lost)

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from data.agreement import require_agreement
+from data.cold import EarlierRun
 from data.identity import Overlap, describe_overlap, overlap
+from data.ledger import read_ledger
 from data.pairs import Pairs, data_key
 from data.store.feature_split import FeatureSplit
 from data.text import show
@@ -51,7 +53,8 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     model = load_model(cfg, world)
     refuse_cached(cfg, model)
     trained = model.trained_model(cfg.micro_batch)
-    pairs = with_probe(cfg, world, model, open_data(row_cfg, world, model, source), probe)
+    run = earlier_run(out, world, resuming)
+    pairs = with_probe(cfg, world, model, open_data(row_cfg, world, model, source, run=run), probe)
     if cfg.recipe == "auto":
         return auto.train_auto(cfg, world, out, model, pairs)
     training = open_training(cfg, world, pairs, shards.train, out)
@@ -71,7 +74,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     if (state.enough or state.step == plan.steps) and folder.is_complete(out, as_dict(cfg, "train"), world):
         return repeat_results(world, out)
     # 3. Replace config.json and ledger.jsonl, after every refusal: a refused resume leaves both files as they were.
-    folder.write_run_header(out, as_dict(cfg, "train"), world, model.precision, training.ledger(out))
+    folder.write_run_header(out, as_dict(cfg, "train"), world, model.precision, training.begin(state.step, stop.ask))
     # 4. Keep the base metrics of the earlier process, unless they are damaged; at step 0 they are measured again.
     metrics = saved_metrics(out / "metrics.json", summaries(base), world.say) if state.step else {}
     metrics |= find_overlap(pairs, world) | named_classes(pairs)
@@ -131,6 +134,13 @@ def first_state(saver: Saver, world: World, plan: Plan, resuming: bool) -> State
     require_agreement(world.team, {**saver.identity, "the checkpoint to go on from": state.step,
                                    "the number of steps": plan.steps})
     return state
+
+
+def earlier_run(out: Path, world: World, resuming: bool) -> EarlierRun | None:
+    """Return the run to go on with as the opening of its data knows it."""
+    if not resuming:
+        return None
+    return EarlierRun(world.exchange(read_ledger(out / "ledger.jsonl") if world.is_main else [])[0], replays=False)
 
 
 def open_answers(out: Path, names: Collection[str], pairs: Pairs, model: LoadedModel, base: Mapping[str, Retrieval],

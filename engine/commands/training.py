@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from data.batch import Batches, UserError
-from data.files import read_text
 from data.inputs import CachedPairs, StreamedPairs
-from data.ledger import Account
+from data.ledger import Account, read_ledger
+from data.lost import LostPictures
 from data.pairs import Pairs, data_key
 from data.prefetch import EpochBatches, OrderDigest
 from data.sources.options import parse_templates
@@ -67,10 +66,25 @@ class RowTraining:
         """Return the digest of the order, a function of seed and epoch."""
         return OrderDigest(self.rows, cfg.batch_size, cfg.seed)
 
-    def ledger(self, out: Path) -> Sequence[Mapping[str, Any]]:
+    @property
+    def lost(self) -> LostPictures | None:
+        """The pictures that are lost while they are streamed; None for stored features."""
+        return self.pairs.inputs.lost if isinstance(self.pairs.inputs, StreamedPairs) else None
+
+    def begin(self, step: int, stop: Callable[[], None]) -> Sequence[Mapping[str, Any]]:
+        """Return the ledger of a run that goes on from a step; later losses are added to its file at once.
+
+        `stop` ends the run after the next step, when too much is lost.
+        """
+        if self.lost is not None:
+            self.lost.begin(step)
+            self.lost.record = partial(folder.append_to_ledger, self.out / "ledger.jsonl")
+            self.lost.stop = stop
+        return self.ledger()
+
+    def ledger(self) -> Sequence[Mapping[str, Any]]:
         """Return the rows that the opening dropped, and those lost since."""
-        inputs = self.pairs.inputs
-        return [*self.pairs.ledger, *(inputs.lost.ledger() if isinstance(inputs, StreamedPairs) else [])]
+        return [*self.pairs.ledger, *(self.lost.ledger() if self.lost is not None else [])]
 
     def step_world(self, cfg: Config, world: World, model: LoadedModel) -> World:
         """Return the world whose ranks share a step: all of them, or each rank alone where that is faster."""
@@ -90,15 +104,12 @@ class RowTraining:
         Raises UserError on all ranks when those and the rows dropped are more than --max-bad.
         """
         saver.save(state)
-        if not isinstance(self.pairs.inputs, StreamedPairs):
+        if self.lost is None:
             return
-        lost = self.pairs.inputs.lost
-        parts = self.world.exchange(lost.ledger())
-        entries = {(entry["split"], entry["row"]): entry for part in parts for entry in part}
-        if entries:
-            ledger = [*self.pairs.ledger, *entries.values()]
-            self.world.on_main(lambda: folder.write_ledger(self.out / "ledger.jsonl", ledger))
-            lost.check([*entries.values()])
+        try:
+            self.lost.share(self.world.team)
+        finally:
+            self.world.on_main(lambda: folder.write_ledger(self.out / "ledger.jsonl", self.ledger()))
 
     def guard(self, cfg: Config, world: World, out: Path, trained: nn.Module) -> NonfiniteGuard:
         """Return a guard that embeds the rows of a step again to see which are not finite."""
@@ -135,11 +146,11 @@ class ShardTraining:
         """Return a digest of the settings that decide the order; resuming and the number of ranks change it."""
         return replace(self.stream, batch_size=cfg.batch_size)
 
-    def ledger(self, out: Path) -> Sequence[Mapping[str, Any]]:
+    def begin(self, step: int, stop: Callable[[], None]) -> Sequence[Mapping[str, Any]]:
         """Return what the opening dropped, and what an earlier process of this run met in the shards."""
-        with suppress(OSError, ValueError, KeyError):
-            lines = [json.loads(line) for line in read_text(out / "ledger.jsonl").splitlines()]
-            self.stream.problems.add([line for line in lines if line.get("split") == "train"])
+        lines = read_ledger(self.out / "ledger.jsonl")
+        named = {"shard", "key", "detail"}
+        self.stream.problems.add([line for line in lines if line.get("split") == "train" and named <= line.keys()])
         return [*self.pairs.ledger, *self.stream.problems.entries.values()]
 
     def step_world(self, cfg: Config, world: World, model: LoadedModel) -> World:

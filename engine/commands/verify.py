@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.batch import UserError
+from data.cold import EarlierRun
+from data.ledger import read_ledger
 from data.store.upkeep import delete_spaces, describe_spaces, verify_spaces
 from data.text import show
 from engine.commands import auto
@@ -80,7 +82,8 @@ def rerun(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path]) -> 
     tuned_cfg = replace(cfg, model=str(run / "model"))
     tuned = load_model(tuned_cfg, world, reread=True)
     probe = open_probe(tuned_cfg, world)
-    pairs = with_probe(tuned_cfg, world, tuned, open_data(tuned_cfg, world, tuned, source), probe)
+    pairs = open_data(tuned_cfg, world, tuned, source, run=EarlierRun(read_ledger(run / "ledger.jsonl"), replays=True))
+    pairs = with_probe(tuned_cfg, world, tuned, pairs, probe)
     recorded = read_metrics(run).get("tuned", {})
     retrieval = evaluate_splits(pairs.feature_splits(recorded), tuned.head)
     scores = {name: split.summarise() for name, split in retrieval.items()}
@@ -92,14 +95,16 @@ def replay(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path], so
     """Train some steps of a run again."""
     # Open the run as `train` does, from the base model.
     model = load_model(cfg, world, reread=True)
-    pairs = open_data(cfg, world, model, source)
+    pairs = open_data(cfg, world, model, source, run=EarlierRun(read_ledger(run / "ledger.jsonl"), replays=True))
     pairs = with_probe(cfg, world, model, pairs, open_probe(cfg, world))
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     training = RowTraining(pairs, world, run)
     saver = make_saver(cfg, world, run, model, training, evaluated_splits(cfg, pairs))
     step_world = training.step_world(cfg, world, model)
     batches = training.batches(cfg, State(), step_world)
-    return replay_steps(cfg, step_world, ReopenedRun(run, checkpoints, model, saver, plan, pairs.ledger, batches))
+    ledger = training.ledger()
+    return replay_steps(cfg, step_world, ReopenedRun(run, checkpoints, model, saver, plan, ledger, batches,
+                                                     training.lost))
 
 
 def verify_store(cfg: Config, world: World) -> int:

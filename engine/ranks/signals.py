@@ -100,6 +100,10 @@ class StopSignal:
         finally:
             self._graceful = True
 
+    def ask(self) -> None:
+        """End the loop, on all ranks, as a signal would; what asks for it raises an error after the checkpoint."""
+        self._received, self._received_at = self._received or signal.SIGTERM, time.monotonic()
+
     def agreed_signal(self, world: World, step: int) -> int:
         """Return the signal that any rank received, 0 for none; the same on every rank.
 

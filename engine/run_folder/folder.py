@@ -210,11 +210,22 @@ def write_metrics(folder: Path, metrics: Mapping[str, object], world: World) -> 
 
 def write_ledger(path: Path, entries: Iterable[Mapping[str, object]]) -> None:
     """Write ledger.jsonl, one line for every dropped row; of addresses what `hide_secrets` leaves."""
+    write_text(path, _ledger_lines(entries))
+
+
+def append_to_ledger(path: Path, entries: Iterable[Mapping[str, object]]) -> None:
+    """Add lines to a ledger.jsonl until it is written anew; does nothing where this rank cannot."""
+    with suppress(OSError), open(path, "r+b") as file:
+        file.seek(0, os.SEEK_END)
+        file.write(_ledger_lines(entries).encode())
+
+
+def _ledger_lines(entries: Iterable[Mapping[str, object]]) -> str:
     lines = []
     for entry in entries:
         shown = {name: hide_secrets(value) if isinstance(value, str) else value for name, value in entry.items()}
         lines.append(json.dumps(shown, ensure_ascii=False) + "\n")
-    write_text(path, "".join(lines))
+    return "".join(lines)
 
 
 def write_manifest(folder: Path) -> None:

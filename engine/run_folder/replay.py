@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from data.batch import Batches
+from data.lost import LostPictures
 from engine.clip.model import LoadedModel, distribute
 from engine.config.fields import Config
 from engine.optim import Plan
@@ -24,6 +25,7 @@ from engine.run_folder.verification import (
     check_steps,
     compare_losses,
     read_steps,
+    replay_name,
 )
 from engine.train import Callbacks, Replica, fit
 
@@ -41,6 +43,7 @@ class ReopenedRun:
     plan: Plan
     ledger: Sequence[Mapping[str, object]]  # the rows dropped now
     batches: Batches
+    lost: LostPictures | None  # pictures that the run has lost while it streamed
 
 
 def replay_steps(cfg: Config, world: World, run: ReopenedRun) -> list[Finding]:
@@ -73,7 +76,13 @@ def _replay_from(state: State, cfg: Config, world: World, run: ReopenedRun, mode
     callbacks = Callbacks(log=recorder, stop_signal=lambda step: int(step >= end))
     replica = Replica(model, run.saver.optimizer, world, run.model.precision)
     fit(replica, run.batches, run.plan, state, cfg, callbacks)
-    return compare_losses(start, recorder.losses, read_steps(run.folder), run.model.precision)
+    losses = recorder.losses
+    if run.lost is not None:  # from there on the run used pictures that cannot be read any more
+        gone_at = min((step for step in run.lost.met if step > start), default=end + 1)
+        losses = {step: loss for step, loss in losses.items() if step < gone_at}
+        if not losses and recorder.losses:
+            return Finding(replay_name(start), UNCHECKED, f"step {gone_at} needs pictures that were lost after it")
+    return compare_losses(start, losses, read_steps(run.folder), run.model.precision)
 
 
 class Recorder(NullLog):

@@ -92,11 +92,16 @@ def check_steps(logged: Mapping[int, StepLine], rows_at: Callable[[int], int]) -
     return Finding("steps.jsonl", OK, f"steps 1 to {len(logged)}, none missing")
 
 
+def replay_name(start: int) -> str:
+    """Return what training again from a step on is called."""
+    return f"replay from step {start}" if start else "replay from the base model"
+
+
 def compare_losses(start: int, losses: Mapping[int, float], logged: Mapping[int, StepLine],
                    precision: torch.dtype) -> Finding:
     """Compare the losses of steps trained again from step `start` on with those logged."""
     shared = [step for step in losses if step in logged]
-    subject = f"replay from step {start}" if start else "replay from the base model"
+    subject = replay_name(start)
     if not shared:
         return Finding(subject, UNCHECKED, f"steps.jsonl has no step after {start}")
     difference = max(_difference(losses[step], logged[step].loss) for step in shared)
@@ -109,9 +114,10 @@ def check_ledger(run: Path, dropped: Sequence[Mapping[str, object]]) -> Finding:
     """Compare the rows dropped now with those in ledger.jsonl."""
     try:
         lines = [json.loads(line) for line in read_text(run / "ledger.jsonl").splitlines()]
+        lines.sort(key=json.dumps)
     except (OSError, ValueError) as error:
         return Finding("ledger.jsonl", FAILED, str(error))
-    if lines == json.loads(json.dumps(list(dropped))):
+    if lines == sorted(json.loads(json.dumps(list(dropped))), key=json.dumps):
         return Finding("ledger.jsonl", OK, f"{len(lines)} rows dropped, the same ones")
     return Finding("ledger.jsonl", FAILED, f"{len(lines)} rows were dropped, {len(dropped)} are now")
 

@@ -91,16 +91,24 @@ def test_a_picture_that_vanishes_is_named_and_the_run_goes_on(tmp_path: Path, mo
     gone.unlink()
     cut.write_bytes(cut.read_bytes()[:100])
     batches = StreamedBatches(streamed, split, EpochBatches(37, 12, 5, 0, size)).from_step(0)
-    first = next(batches)
+    first, after = next(batches), (int(gone.stem.split("-")[-1]) + 1) % 37  # the row that stands in
     assert len(first.title_id_B) == len(before.title_id_B)  # the sizes of all ranks' parts are known beforehand
-    assert (first.title_id_B[:2] == first.title_id_B[2]).all() and (first.image_id_B[:2] == first.image_id_B[2]).all()
-    assert first.pixels_BCSS[0].equal(before.pixels_BCSS[2]) and first.title_id_B[2:].equal(before.title_id_B[2:])
-    assert {(entry["row"], entry["reason"]) for entry in streamed.lost.ledger()} == {
-        (int(gone.stem.split("-")[-1]), "missing-file"), (int(cut.stem.split("-")[-1]), "truncated")}
+    assert first.title_id_B[2:].equal(before.title_id_B[2:]) and first.image_id_B[2:].equal(before.image_id_B[2:])
+    assert first.image_id_B[0] == split.image_N[after] and first.title_id_B[0] == split.title_N[after] // 3 * 3
+    stand_in = streamed.pipeline.reader.pixels(streamed.catalogue.references[
+        int(streamed.example_D[split.image_N[after]])].as_py())
+    assert (first.pixels_BCSS[0].numpy() == stand_in).all() and first.pixels_BCSS[2:].equal(before.pixels_BCSS[2:])
+    assert {(entry["row"], entry["reason"], entry["step"]) for entry in streamed.lost.ledger()} == {
+        (int(gone.stem.split("-")[-1]), "missing-file", 1), (int(cut.stem.split("-")[-1]), "truncated", 1)}
     features = streamed.feature_splits(["train"])["train"]
-    assert len(features.image_row_N) == 37  # measured with a blank picture
+    assert len(features) == 37 and features.lost == 2  # measured without: copies of other rows count once
+    assert len(features.image_row_N.unique()) == 35
     for path in (tmp_path / "pairs").rglob("train-*.jpg"):
         path.unlink()
+    asked = list[int]()
+    streamed.lost.stop = lambda: asked.append(streamed.lost.step)
+    for _ in zip(batches, range(40), strict=False):  # the loop ends at the first step that asks for it
+        if asked:
+            break
     with pytest.raises(UserError, match="max-bad"):
-        for _ in zip(batches, range(40), strict=False):
-            pass
+        streamed.lost.share(ALONE)

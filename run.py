@@ -20,7 +20,8 @@ from importlib import import_module
 
 from engine.config.cli import parse
 from engine.config.fields import TOWERS, Config
-from engine.run_folder.crash import CURRENT_RUN, end_rank, explain_crash, rank_from_environment, say_error
+from engine.run_folder import crash
+from engine.run_folder.crash import CURRENT_RUN, explain_crash, rank_from_environment, say_error
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -62,7 +63,7 @@ def run(command: str, cfg: Config) -> int:
             require_same_settings(ranks, command, cfg)
             return run_command(cfg, ranks, stop)
     except BrokenPipeError:  # stdout was closed, as by `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        crash.mute_stdout()
         return leave(141)
     except (UserError, RunFailed, OSError, SafetensorError) as error:  # the last two: a full disk, a folder gone
         rank, mistake = rank_from_environment(), isinstance(error, UserError)
@@ -92,5 +93,5 @@ if __name__ == "__main__":
     gc.set_threshold(100_000)  # libraries make as many objects and no garbage: collections would take .3 s
     atexit.register(gc.freeze)  # or Python would look through all objects once more as it ends: .3 s
     code = main(sys.argv[1:])
-    end_rank(code)
+    crash.end_rank(code)
     sys.exit(code)

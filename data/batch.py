@@ -29,6 +29,10 @@ class RunFailed(Exception):
     """A failure of the run itself, not of its arguments: one sentence. Exit code 1, no traceback."""
 
 
+class UnsoundWeights(RunFailed):
+    """A failure whose cause is in the weights or gradients: no checkpoint may hold them."""
+
+
 class BadSample(Exception):
     """A row that cannot be used: `reason` is a short stable word for the ledger, `detail` is free text."""
 

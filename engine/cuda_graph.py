@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from data.batch import Batches, CachedBatches, Features
+from engine.optim import AdamWL2SP
 from engine.ranks.world import World
 
 WARMUP_STEPS = 3  # eager steps before the capture: they create the optimizer's state and the libraries' workspaces
@@ -73,7 +74,7 @@ class GraphedStep:
     `look_up` returns the features of row numbers; `log` gets one line where there is no graph.
     """
 
-    def __init__(self, step: EagerStep, look_up: Callable[[Tensor], Features], optimizer: torch.optim.Optimizer,
+    def __init__(self, step: EagerStep, look_up: Callable[[Tensor], Features], optimizer: AdamWL2SP,
                  rows: int, log: Callable[[str], None],
                  region: Callable[[str], AbstractContextManager[object]]) -> None:
         self.step, self.look_up, self.optimizer, self.rows = step, look_up, optimizer, rows
@@ -114,10 +115,11 @@ class GraphedStep:
             self._disable(f"it cannot be captured ({str(error.__context__ or error).splitlines()[0][:150]})")
             return self.step(self.look_up(index_B), self.rows, lr)
         before = self._copy_state()
-        replay()
-        replayed = [*(output.clone() for output in self._outputs), *self._copy_state()]
-        for tensor, old in zip(self._state(), before, strict=True):
-            tensor.copy_(old)
+        with self.optimizer.changing():
+            replay()
+            replayed = [*(output.clone() for output in self._outputs), *self._copy_state()]
+            for tensor, old in zip(self._state(), before, strict=True):
+                tensor.copy_(old)
         outputs = self.step(self.look_up(index_B), self.rows, lr)
         if not outputs[1].isfinite():  # the update was skipped, so there is nothing to compare: capture the next step
             return outputs

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -104,9 +105,17 @@ class AdamWL2SP(torch.optim.AdamW):
         # fused: one pass over the parameters; capturable: a CUDA graph can replay the step.
         super().__init__(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=True, capturable=parameters[0].is_cuda)
         self.parameters = parameters  # in one order, however they are grouped: the gradient norm adds up the same
+        self.is_whole = True  # False while weights and moments change: after an error then they are of no step
         self.pretrained = []
         for parameter, strength in zip(parameters, strengths, strict=False):
             self.pretrained.append((parameter, parameter.detach().clone(), strength))
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Inside, weights and moments change; `is_whole` says afterwards whether that was finished."""
+        self.is_whole = False
+        yield
+        self.is_whole = True
 
     @torch.no_grad()
     def add_penalty(self, loss: Tensor, world_size: int) -> Tensor:
@@ -176,6 +185,7 @@ def update(optimizer: AdamWL2SP, lr: float | Tensor, clip_norm: float) -> Tensor
     for group in optimizer.param_groups:
         group["lr"] = lr if group["lr_scale"] == 1 else lr * group["lr_scale"]
     optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-    optimizer.step()
+    with optimizer.changing():
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

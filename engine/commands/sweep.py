@@ -12,7 +12,6 @@ from data.batch import RunFailed, UserError
 from data.pairs import Pairs
 from data.sources.folds import concatenate, folds
 from data.store.feature_split import FeatureSplit
-from data.text import show
 from engine.commands.common import evaluate_split, evaluate_splits, load_model, open_data, open_run, open_source
 from engine.commands.train import find_overlap, identity_of, named_classes, summaries, write_results
 from engine.config.fields import Config, as_dict
@@ -82,8 +81,10 @@ def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
     folder.write_metrics(out, metrics, world)
     if world.is_main:
         journal.write_summary(out, cfg)
+    code = write_results(best, world, model, out, metrics)
+    if world.is_main:
         print_winner(cfg, world, journal, out)
-    return write_results(best, world, model, out, metrics)
+    return code
 
 
 def cross_validation_runs(cfg: Config, rows: FeatureSplit) -> list[Run]:
@@ -113,5 +114,5 @@ def print_winner(cfg: Config, world: World, journal: Journal, out: Path) -> None
     """Print the best configurations, and the command that trains with the winner."""
     lines = journal.best_first()[:10]
     described = [describe_settings(line["settings"]) for line in lines]
-    show(leaderboard(lines, described, cfg.best_metric) + "\n")
+    world.show(leaderboard(lines, described, cfg.best_metric) + "\n", str(out / "sweep.jsonl"))
     world.say(f"winner: {described[0]}  (run.py --config {out / 'recipe.toml'})")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from data.agreement import require_agreement
+from data.batch import UnsoundWeights
 from data.cold import EarlierRun
 from data.identity import Overlap, describe_overlap, overlap
 from data.ledger import read_ledger
 from data.pairs import Pairs, data_key
 from data.store.feature_split import FeatureSplit
-from data.text import show
 from engine.clip.model import LoadedModel, distribute
 from engine.commands import auto
 from engine.commands.common import evaluate_splits, load_model, open_data, open_probe, open_run, open_source, with_probe
@@ -32,6 +32,7 @@ from engine.run_folder import folder
 from engine.run_folder.board import Metrics, WeightDrift, comparable_settings
 from engine.run_folder.checkpoint import Saver, State
 from engine.run_folder.log import Log, Reference
+from engine.run_folder.nonfinite import NonfiniteGuard
 from engine.run_folder.profiler import profiler, require_profiled_steps
 from engine.run_folder.repair import saved_metrics
 from engine.sweep.interpolate import interpolate, snapshot
@@ -94,8 +95,9 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
         results_lost = state.step == plan.steps and not evaluation_missing and lacks_results(metrics, answers, world)
         if state.step == 0 or evaluation_missing:
             evaluate()
-        fit(replica, batches, plan, state, cfg, Callbacks(log, prof, evaluate, partial(training.save, saver),
-                                                          partial(stop.agreed_signal, world), guard.check))
+        with saved_on_failure(state, replica, log, guard, partial(training.save, replace(saver, world=step_world))):
+            fit(replica, batches, plan, state, cfg, Callbacks(log, prof, evaluate, partial(training.save, saver),
+                                                              partial(stop.agreed_signal, world), guard.check))
         best_step = saver.load_best_weights(state, world.say)
         if best_step or results_lost:
             evaluate(best_step)
@@ -103,6 +105,27 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
             apply_interpolation(cfg, evaluator, base_weights)
             evaluate(best_step or state.step)
     return write_results(cfg, world, model, out, metrics, partial(write_run_report, out, pairs, answers))
+
+
+@contextmanager
+def saved_on_failure(state: State, replica: Replica, log: Log, guard: NonfiniteGuard,
+                     save: Callable[[State], None]) -> Iterator[None]:
+    """Inside, an error ends the run only after the last whole step is saved, so that --resume goes on from there.
+
+    Not where ranks share steps: the losses since the last flush are spread over ranks that may never answer. Nor where
+    weights are unsound, or an update of them was cut off.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        can_save = replica.world.size == 1 and replica.world.is_main and replica.optimizer.is_whole
+        if can_save and state.step and not isinstance(error, UnsoundWeights):
+            with suppress(Exception):  # of a full disk, a device that has failed: `error` ends the run, not this one
+                guard.check(log.flush(wait=True))
+                if log.written == state.step and not guard.skipped:
+                    save(state)
+                    log.say(f"the run fails after step {state.step}, which is saved; --resume goes on from there")
+        raise
 
 
 def evaluated_splits(cfg: Config, pairs: Pairs) -> list[str]:
@@ -269,19 +292,20 @@ def write_results(cfg: Config, world: World, model: LoadedModel, out: Path, metr
         export(model.clip, out / "model", tuned, metrics_table(metrics), cfg.license)
         page = f"report      {write_page()}\n" if write_page else ""
         folder.write_manifest(out)
-        show(metrics_table(metrics))
+    world.monitored_exchange(None)  # the others end when the results are whole, or where rank 0 shows no sign of life
+    if world.is_main:
+        world.show(metrics_table(metrics), str(out / "metrics.json"))  # a pager may keep it waiting
         world.say(f"run folder  {out}\nmodel       {out / 'model'}\n{page}"
                   f"TensorBoard tensorboard --logdir {out.parent}")
-    world.monitored_exchange(None)  # the others end when the results are whole, or where rank 0 shows no sign of life
-    if world.is_main and cfg.push_to_hub:
-        push(out / "model", cfg, str(out), ["push_to_hub", "private"], world.say)
+        if cfg.push_to_hub:
+            push(out / "model", cfg, str(out), ["push_to_hub", "private"], world.say)
     return 0
 
 
 def repeat_results(world: World, out: Path) -> int:
     """Print the table of a finished run, whose files stay as they are; return the exit code."""
     if world.is_main:
-        show(metrics_table(folder.read_json(out / "metrics.json")))
+        world.show(metrics_table(folder.read_json(out / "metrics.json")), str(out / "metrics.json"))
         world.say(f"run folder  {out}: this run had ended, and nothing in it has changed")
     return 0
 

@@ -10,6 +10,7 @@ import datetime
 import gc
 import os
 import re
+import select
 import shutil
 import sys
 import time
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,10 +32,11 @@ from engine.device import open_device
 from engine.ranks.launch import choose_interface, describe_network, read_launch
 from engine.ranks.rendezvous import POLL_S, agree_session_id, meet, refuse_shared_devices
 from engine.ranks.watchdog import AwakeClock, Watchdog
-from engine.run_folder.crash import end_now
+from engine.run_folder.crash import end_now, mute_stdout
 
 Value = TypeVar("Value")
 ENDLESS = datetime.timedelta(days=1000)  # for gloo, where a Watchdog counts instead
+PATIENCE_S = 1.0  # how long a line of progress waits for somebody to read
 CLEAR = "\x1b[2K"  # erases the progress line of a terminal
 
 
@@ -88,6 +90,16 @@ class World:
         elif self.is_main and not self.quiet:
             line = whole_fields(text, shutil.get_terminal_size().columns - 1)
             _print(line, CLEAR, end="\r")
+
+    def show(self, text: str, place: str) -> None:
+        """Print a result on stdout, from rank 0. Where that fails, the command does not: say that it is in `place`."""
+        if not self.is_main:
+            return
+        try:
+            show(text)
+        except (OSError, ValueError) as error:
+            mute_stdout()
+            self.say(f"the table could not be printed ({error}); it is in {place}")
 
     def _count_progress(self) -> None:
         if self.store is not None:
@@ -168,12 +180,43 @@ def _on_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
-def _print(text: str, before: str = "", end: str = "\n") -> None:
-    """Print to stderr; where the terminal or a `tee` is gone, the line is lost and the run continues."""
-    with suppress(OSError, ValueError):
-        if sys.stderr is not None:
+class ProgressPrinter:
+    """Prints lines of progress to stderr. None of them can end or hold up the run.
+
+    Where the terminal or a `tee` is gone, or the disk of a log is full, the line is lost. Where nobody reads (a
+    terminal stopped by Ctrl-S, a pager that waits), lines are left out until somebody does; the first one waits
+    PATIENCE_S.
+    """
+
+    def __init__(self) -> None:
+        self.left_out = 0  # lines since somebody read
+
+    def __call__(self, text: str, before: str = "", end: str = "\n") -> None:
+        """Print `text` after the control sequence `before`."""
+        with suppress(OSError, ValueError):
+            if sys.stderr is None:
+                return
+            if not _has_room(sys.stderr, 0 if self.left_out else PATIENCE_S):
+                self.left_out += 1
+                return
+            missing = f"({self.left_out:,} lines are left out here: nobody read them)\n" if self.left_out else ""
+            self.left_out = 0
             print(before, end="", file=sys.stderr)
-            show(text, sys.stderr, end)
+            show(missing + text, sys.stderr, end)
+
+
+_print = ProgressPrinter()
+
+
+def _has_room(stream: TextIO, seconds: float) -> bool:
+    """Return whether a line can be written to a stream without waiting, now or within so many seconds."""
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):  # a stream in memory
+        return True
+    watch = select.poll()
+    watch.register(descriptor, select.POLLOUT)
+    return bool(watch.poll(1000 * seconds))
 
 
 @contextmanager

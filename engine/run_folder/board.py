@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 import torch
@@ -49,30 +50,48 @@ PROJECTOR_ENTRY = """embeddings {{
 """
 
 
-class _NullWriter:
-    """A SummaryWriter that does nothing, for ranks other than 0."""
+Arguments = ParamSpec("Arguments")
 
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: None
+
+def shown_only(write: Callable[Concatenate[TensorBoardWriter, Arguments], None]
+               ) -> Callable[Concatenate[TensorBoardWriter, Arguments], None]:
+    """Return a method that does nothing without a folder, and after the first error of the disk: no run ends by it."""
+    @wraps(write)
+    def write_or_give_up(board: TensorBoardWriter, *args: Arguments.args, **named: Arguments.kwargs) -> None:
+        if board.folder is None:
+            return
+        try:
+            write(board, *args, **named)
+        except OSError as error:
+            board.say(f"TensorBoard: nothing more is written to {board.folder} ({error}); the run goes on")
+            board.folder = None
+
+    return write_or_give_up
 
 
 class TensorBoardWriter:
     """The event files of one run; `folder` None, on all ranks but the first, writes nothing."""
 
-    def __init__(self, folder: Path | None, first_step: int, steps: int) -> None:
-        self.folder, self.steps, self.stride = folder, steps, max(1, steps // POINTS)
+    def __init__(self, folder: Path | None, first_step: int, steps: int,
+                 say: Callable[[str], None] = lambda text: None) -> None:
+        self.folder, self.steps, self.stride, self.say = folder, steps, max(1, steps // POINTS), say
         self._projector: dict[str, str] = {}  # its configuration, an entry for each folder of points
-        self._main: Any = _NullWriter()
-        self._base: Any = _NullWriter()
-        if folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            purge = first_step + 1 if first_step else None
-            self._main = SummaryWriter(str(folder), purge_step=purge)
-            self._base = SummaryWriter(str(folder / "base"), purge_step=purge)
-            if not first_step:
-                self._main.add_custom_scalars(LAYOUT)
+        self._main: Any
+        self._base: Any
+        self._open(first_step)
         self._last_step: dict[str, int] = {}  # kind -> step it was last written at
+
+    @shown_only
+    def _open(self, first_step: int) -> None:
+        """Start the event files; a resumed run hides later steps of an earlier process."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        assert self.folder is not None
+        purge = first_step + 1 if first_step else None
+        self._main = SummaryWriter(str(self.folder), purge_step=purge)
+        self._base = SummaryWriter(str(self.folder / "base"), purge_step=purge)
+        if not first_step:
+            self._main.add_custom_scalars(LAYOUT)
 
     def due(self, kind: str, step: int) -> bool:
         """Return whether to write `kind` now: every step of a short run, every `stride` steps of a long one.
@@ -85,11 +104,13 @@ class TensorBoardWriter:
         self._last_step[kind] = step
         return True
 
+    @shown_only
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Write one point for each tag."""
         for tag, value in values.items():
             self._main.add_scalar(tag, value, step)
 
+    @shown_only
     def metrics(self, scores: Metrics, base: Metrics, step: int) -> None:
         """Write the metrics of an evaluation, and those of the base model as a level line beside them."""
         splits = [split for split in scores if self.due(f"metrics of {split}", step)]
@@ -99,22 +120,23 @@ class TensorBoardWriter:
                     if isinstance(value, float):
                         writer.add_scalar(tag(split, name), value, step)
 
+    @shown_only
     def picture(self, name: str, pixels_HWC: np.ndarray, step: int) -> None:
         """Write a uint8 RGB picture, by less than `add_image` does: it resizes to the same size and compresses hard."""
-        if self.folder is None:
-            return
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         image = Summary.Image(height=pixels_HWC.shape[0], width=pixels_HWC.shape[1], colorspace=3,
                               encoded_image_string=png(pixels_HWC))
         self._main.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
+    @shown_only
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """Write a histogram of the finite values; none is finite for a single title, which has no wrong answer."""
         finite = values[values.isfinite()]
         if len(finite):
             self._main.add_histogram(name, finite, step)
 
+    @shown_only
     def embedding(self, name: str, vectors: Tensor, labels: Sequence[Sequence[str]], sprites_HHC: np.ndarray,
                   step: int) -> None:
         """Write points for the projector, each with its title, its kind and a small picture.
@@ -122,8 +144,7 @@ class TensorBoardWriter:
         The files are those of `add_embedding`, which takes ten times as long over them. `sprites_HHC` is a square sheet
         of the pictures, as many across as down.
         """
-        if self.folder is None:
-            return
+        assert self.folder is not None
         place = f"{step:05}/{name}"
         side = len(sprites_HHC) // math.ceil(math.sqrt(len(vectors)))
         folder = self.folder / place
@@ -135,6 +156,7 @@ class TensorBoardWriter:
         self._projector[place] = PROJECTOR_ENTRY.format(name=name, step=step, place=place, side=side)
         (self.folder / "projector_config.pbtxt").write_text("".join(self._projector.values()))
 
+    @shown_only
     def hparams(self, recipe: Mapping[str, object], splits: Sequence[str], done: bool) -> None:
         """Write the recipe and its results to this run's event file (`add_hparams` would open another run)."""
         from torch.utils.tensorboard.summary import hparams
@@ -148,11 +170,13 @@ class TensorBoardWriter:
         for summary in (end,) if done else (experiment, begin):
             self._main.file_writer.add_summary(summary)
 
+    @shown_only
     def flush(self) -> None:
         """Flush the event files to disk."""
         self._main.flush()
         self._base.flush()
 
+    @shown_only
     def close(self) -> None:
         """Flush and close."""
         self._main.close()

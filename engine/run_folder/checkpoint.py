@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data.batch import RunFailed, UserError
+from data.batch import UnsoundWeights, UserError
 from data.files import delete_folder, read_text, recover_folders, replaced_folder, sha256
 from engine.optim import AdamWL2SP
 from engine.ranks.world import World
@@ -205,13 +205,14 @@ class Saver:
         self.world.on_main(write)
 
     def require_equal_weights(self, step: int) -> None:
-        """Raise RunFailed on all ranks where a rank holds other weights than rank 0."""
+        """Raise UnsoundWeights on all ranks where a rank holds other weights than rank 0."""
         digests = self.world.exchange(weights_digest(self.named))
         apart = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if apart:
             names = f"rank {apart[0]} holds" if len(apart) == 1 else f"ranks {', '.join(map(str, apart))} hold"
-            raise RunFailed(f"after step {step} {names} other weights than rank 0: the ranks differ in base model, "
-                            "processor or library versions; start all of them from one environment on equal machines")
+            raise UnsoundWeights(f"after step {step} {names} other weights than rank 0: the ranks differ in base "
+                                 "model, processor or library versions; start all of them from one environment on "
+                                 "equal machines")
 
     def _moments(self) -> dict[str, Tensor]:
         moments: dict[str, Tensor] = {}

@@ -65,6 +65,14 @@ def end_now(code: int) -> NoReturn:
     os._exit(code)
 
 
+def mute_stdout() -> None:
+    """Let stdout lead nowhere once nothing can be written to it: Python's last flush would fail and change the code."""
+    with suppress(OSError, ValueError, AttributeError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
 def say_error(text: str) -> None:
     """Print a line on stderr, if stderr is open."""
     with suppress(OSError, ValueError):

@@ -69,6 +69,7 @@ class Log:
         self._pending: list[LoggedStep] = []
         self._copying: deque[Flush] = deque()
         self._began = time.perf_counter()
+        self.written = state.step  # the last step whose values are in the files
         self._flushed_at = self._began  # moved on by the time that is not spent on steps
         self._waited = 0.0  # for data since the last flush
         self._recall = ""  # of the last evaluation, for the progress line
@@ -86,7 +87,8 @@ class Log:
                           "which are not trained again")
             if evaluations.damaged or not evaluations.count and last_evaluation >= 0:
                 world.say(f"{evaluations.path} was damaged: {evaluations.count:,} evaluations of it are left")
-        self.board = TensorBoardWriter(folder / "tensorboard" if world.is_main else None, state.step, plan.steps)
+        self.board = TensorBoardWriter(folder / "tensorboard" if world.is_main else None, state.step, plan.steps,
+                                       world.say)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -170,14 +172,17 @@ class Log:
         return dict(zip((entry.step for entry in flush.steps), norms, strict=True))
 
     def _write_steps(self, steps: Sequence[LoggedStep], losses: list[float], norms: list[float]) -> None:
+        text = ""
         for entry, loss, norm in zip(steps, losses, norms, strict=True):
-            step, lr = entry.step, entry.lr
-            line = {"step": step, "epoch": self._epoch(step), "loss": loss, "lr": lr, "grad_norm": norm,
-                    "rows": entry.rows}
-            self._files[0].write(json.dumps(line) + "\n")
-            if self.board.due("steps", step):
-                self.board.scalars({"fit/loss": loss, "fit/lr": lr, "fit/grad_norm": norm}, step)
+            line = {"step": entry.step, "epoch": self._epoch(entry.step), "loss": loss, "lr": entry.lr,
+                    "grad_norm": norm, "rows": entry.rows}
+            text += json.dumps(line) + "\n"
+        self._files[0].write(text)
         self._files[0].flush()
+        self.written = steps[-1].step
+        for entry, loss, norm in zip(steps, losses, norms, strict=True):
+            if self.board.due("steps", entry.step):
+                self.board.scalars({"fit/loss": loss, "fit/lr": entry.lr, "fit/grad_norm": norm}, entry.step)
 
     def _report_progress(self, flush: Flush, loss: float) -> None:
         """Write speed and memory to TensorBoard, and the progress line; that of the last step stays on the terminal."""

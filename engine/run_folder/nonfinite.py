@@ -11,7 +11,7 @@ from typing import TypedDict
 import torch
 from torch import nn
 
-from data.batch import Batches, RunFailed
+from data.batch import Batches, UnsoundWeights
 from engine.ranks.world import World
 
 IN_A_ROW = 3
@@ -37,11 +37,11 @@ class NonfiniteGuard:
         self.skipped: list[int] = []  # the latest steps in a row (from 0) that were skipped
 
     def check(self, norms: Mapping[int, float]) -> None:
-        """Check the gradient norms of further steps (from 1). Raises RunFailed once three in a row were skipped."""
+        """Check the gradient norms of further steps, from 1. Raises UnsoundWeights once three in a row were skipped."""
         for step, norm in norms.items():
             self.skipped = [] if math.isfinite(norm) else [*self.skipped, step - 1]
             if len(self.skipped) == IN_A_ROW:
-                raise RunFailed(self._write_report())
+                raise UnsoundWeights(self._write_report())
 
     def _write_report(self) -> str:
         """Write the rows with non-finite embeddings into the run folder; return the error message."""

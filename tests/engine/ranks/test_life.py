@@ -290,6 +290,39 @@ def test_a_closed_terminal_takes_the_line_and_not_the_run(monkeypatch: pytest.Mo
                 stream.close()
 
 
+def test_lines_that_nobody_reads_hold_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal stopped by Ctrl-S, a pager that waits: training goes on, and other ranks meet no timeout."""
+    monkeypatch.setattr("engine.ranks.world.PATIENCE_S", 0.01)
+    reader, writer = os.pipe()
+    world = World(0, 0, 1, torch.device("cpu"))
+    with open(writer, "w", buffering=1) as stream:
+        monkeypatch.setattr("sys.stderr", stream)
+        os.set_blocking(writer, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"x" * 512)
+        os.set_blocking(writer, True)
+        for step in range(100):
+            world.say(f"step {step}")
+        room = 1 << 20
+        assert set(os.read(reader, room)) == {ord("x")}
+        world.say("somebody reads")
+        assert os.read(reader, room) == b"(100 lines are left out here: nobody read them)\nsomebody reads\n"
+    os.close(reader)
+
+
+def test_a_table_that_cannot_be_printed_is_no_failure(capsys: pytest.CaptureFixture[str],
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished run under nohup, its terminal closed, would exit 1 and be started again by its scheduler."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    with open("/dev/full", "w") as full_disk:
+        monkeypatch.setattr("sys.stdout", full_disk)
+        World(0, 0, 1, torch.device("cpu")).show("a table", "run/metrics.json")
+        monkeypatch.undo()
+    assert "run/metrics.json" in capsys.readouterr().err
+
+
 def test_what_nobody_foresaw_is_one_line_and_a_file_with_the_traceback(
         tiny_model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from engine.ranks.world import World
 FLAGS = ["--precision", "fp32", "--lr", "1e-3", "--batch-size", "4", "--eval-every", "15", "--log-every", "7"]
 RUN = [*FLAGS, "--epochs", "4", "--keep", "1"]  # of 37 pairs: 40 steps
 ROWS = range(4, 18) if full(0, 1) else (4, 5, 9, 17)  # 1 to 4 batches and a row
+MODES_OF_TWO = ("cached", "streaming") if full(0, 1) else ("cached",)
 
 
 def train(home: Path, out: str, *flags: str, stop: int = 0, data: str = "pairs") -> int:
@@ -78,7 +80,7 @@ def rows_of_all_sizes(home: Path) -> None:
 def on_two(home: Path) -> list[int]:
     rows_of_all_sizes(home)  # from here on ranks share steps
     assert train(home, "sizes", *RUN, "--profile", "3:5", stop=13) == 143  # goes on alone
-    return stopped_everywhere(home, 2, "cached")
+    return [step for mode in MODES_OF_TWO for step in stopped_everywhere(home, 2, mode)]
 
 
 def on_three(home: Path) -> None:
@@ -244,3 +246,54 @@ def test_killed_ranks_end_in_the_weights_of_a_clean_run(seed: int, home: Path, t
     (folder,) = (tmp_path / "runs").iterdir()
     assert result(folder)[:2] == result(home / "cached-2")[:2]
     assert os.path.exists(folder / "manifest.json")
+
+
+def fail_at(call: int, error: BaseException, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which raises `error` in place of its call number `call` and of all later ones."""
+    calls = []
+
+    def failing(*args: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) >= call:
+            raise error
+        return function(*args, **named)
+
+    return failing
+
+
+RUN_OF_8 = ["--precision", "fp32", "--lr", "1e-3", "--batch-size", "4", "--epochs", "2", "--log-every", "2",
+            "--eval-every", "4"]
+# where the error comes from, in which call of it, the error, the step that is saved then
+FAILURES = {
+    "a user's loss": ("engine.train.global_batch_loss", 6, RuntimeError("shapes"), 5),
+    "the inputs": ("engine.train.learning_rate", 4, MemoryError(), 3),
+    "an interrupt of a notebook": ("engine.train.learning_rate", 7, KeyboardInterrupt(), 6),
+    "a library for display": ("engine.run_folder.log.TensorBoardWriter.scalars", 2, TypeError("protobuf"), 2),
+    "an evaluation": ("engine.commands.train.evaluate_splits", 2, RuntimeError("metric"), 4),
+    "an update, half of it done": ("engine.optim.AdamWL2SP.step", 6, MemoryError(), 4),  # saved at 4: no later step is
+}
+
+
+@pytest.fixture(scope="module")
+def short(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model, data, and a run of eight steps that nothing ended."""
+    short = tmp_path_factory.mktemp("short")
+    (short / "tiny").symlink_to(tiny_model)
+    make_pairs(short / "pairs", 16, 3, 3)
+    assert train(short, "whole", *RUN_OF_8) == 0
+    return short
+
+
+@pytest.mark.parametrize("place", FAILURES)
+def test_whatever_ends_the_loop_the_last_whole_step_is_saved(
+        place: str, short: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Else an error in an edited loss, or of a library, costs all steps since the last evaluation."""
+    target, call, error, saved = FAILURES[place]
+    out = f"out-{list(FAILURES).index(place)}"
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(target, fail_at(call, error, resolve_name(target)))
+        train(short, out, *RUN_OF_8)
+    assert (short / out / "checkpoints/last").resolve().name == f"step-{saved:08d}"
+    assert ("--resume goes on from there" in capsys.readouterr().err) == (not place.startswith("an update"))
+    assert train(short, out, "--resume") == 0
+    assert result(short / out) == result(short / "whole")

@@ -21,6 +21,7 @@ from data.sources.embedded import shown_name
 from data.sources.source import Rows
 from data.store.feature_split import StoredTable
 from data.store.features import CHUNK
+from data.text import hide_secrets, unsigned
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -91,9 +92,14 @@ class DistinctInputs:
             columns["negative_only"] = pa.array(number >= self.negatives_from)
         else:
             references = self.catalogue.references.take(pa.array(self.reference_N[number])).to_pylist()
-            columns["image_path"] = pa.array([shown_name(name) or None for name in references], pa.string())
+            columns["image_path"] = pa.array([_public_name(name) for name in references], pa.string())
         columns["caption"] = self.catalogue.titles.take(pa.array(self.caption_N[number]))
         return columns
+
+
+def _public_name(reference: str | None) -> str | None:
+    """Return an image's name for a file that others get; the same whatever its address is signed with."""
+    return hide_secrets(unsigned(shown_name(reference))) or None
 
 
 @dataclass(frozen=True)

@@ -8,23 +8,94 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-SECRET = re.compile(r"(?i)(^|&)[^=&]*(sig|key|token|secret|credential|auth|passw)[^=&]*=")  # names of parameters
-ADDRESS = re.compile(r"""([A-Za-z][A-Za-z0-9+.-]*://)([^\s/?@'"<>]*@)?([^\s?'"<>]*)(\?[^\s'"<>]*)?""")
+# Names of parameters that let whoever has the address fetch, and values that look like such: long, in one word.
+SECRET = re.compile(r"(?i)sig|key|token|secret|credential|auth|pass|pwd|hash|hmac|hdn|md5|jwt|sess|policy|code|verify|"
+                    r"ticket|expires")
+LONG = 16  # characters of a value, from which on it may be a key, whatever its name
+ADDRESS = re.compile(r"""([A-Za-z][A-Za-z0-9+.-]*://)  # the scheme; a password may hold a slash, a port is none
+                     ([^\s/?@'"<>]*@|[^\s/?@'"<>:]*:(?!\d{1,5}/)[^\s?@'"<>]*@)?
+                     ([^\s?\#'"<>]*)
+                     ([?\#][^\s'"<>]*)?""", re.VERBOSE)
+QUERY = re.compile(r"""(?<=[\w./)-])\?[^\s'"<>]*=[^\s'"<>]{4,}""")  # of an address that is named without its host
+TOKEN = re.compile(r"""\bhf_[A-Za-z0-9]{16,}|(?i:(\bBearer\s+|\bAuthorization['"]?\s*[:=]\s*['"]?(?:\w+\s+)?|"""
+                   r"""\b(?:AccountKey|SharedAccessKey|secret_access_key|session_token)['"]?\s*[:=]\s*['"]?)"""
+                   r"""[\w.~+/=-]{16,})""")
+DIGEST = re.compile(r"\?blake2b-[0-9a-f]{12}")
+SIGNATURE = re.compile(r"(?i)X-(Amz|Goog)-(Algorithm|Credential|Date|Expires|SignedHeaders|Security-Token|Signature)|"
+                       r"AWSAccessKeyId|GoogleAccessId|Signature|Expires|Policy|Key-Pair-Id")  # names in signed queries
+AZURE_SIGNATURE = {"sv", "ss", "srt", "sp", "st", "se", "spr", "sip", "sr", "sig", "sdd", "skoid", "sktid", "skt",
+                   "ske", "sks", "skv"}
 
 
 def hide_secrets(text: str) -> str:
-    """The text without credentials in its addresses, and with a digest in place of queries that carry some.
+    """The text without tokens, without credentials in its addresses, and with a digest in place of secret queries.
 
     So a file or a line shows which of two signed addresses is meant, and no one can fetch with it.
     """
-    return ADDRESS.sub(_public_address, text) if "://" in text else text
+    if "://" in text:
+        text = ADDRESS.sub(lambda match: _without_user(match) + _digest_of_secret(match[4] or ""), text)
+    if "?" in text:
+        text = QUERY.sub(lambda match: _digest_of_secret(match[0]), text)
+    return TOKEN.sub(lambda match: f"{match[1] or ''}***", text)
 
 
-def _public_address(match: re.Match[str]) -> str:
-    scheme, _, place, query = match.groups()
-    if query and SECRET.search(query[1:]):
-        query = f"?blake2b-{hashlib.blake2b(query.encode('utf-8', 'replace'), digest_size=6).hexdigest()}"
-    return scheme + place + (query or "")
+def without_secrets(address: str) -> str:
+    """The address without credentials, and without a query that is secret, as that of a signed address."""
+    def public(match: re.Match[str]) -> str:
+        query = match[4] or ""
+        return _without_user(match) + ("" if _is_secret(query) else query)
+
+    return ADDRESS.sub(public, address) if "://" in address else address
+
+
+def public_arguments(words: Sequence[str]) -> list[str]:
+    """The words of a command line `without_secrets`, also of a proxy that is given as USER:PASSWORD@HOST."""
+    return [re.sub(r"^(--[\w-]+=)?[^\s/:@]+:[^\s@]*@", r"\1", hide_secrets(without_secrets(word))) for word in words]
+
+
+def unsigned(url: str) -> str:
+    """The address without its signature, which another day's list of the same files has not: what a file is kept under.
+
+    Parameters of other names stay: they may choose between files.
+    """
+    place, mark, query = url.partition("?")
+    if not query or "://" not in place:
+        return url
+    parts = query.split("&")
+    names = {part.partition("=")[0] for part in parts}
+    is_azure = {"sig", "sv"} <= names
+    if not (is_azure or names & {"Signature", "X-Amz-Signature", "X-Goog-Signature"}):
+        return url
+    kept = []
+    for part in parts:
+        name = part.partition("=")[0]
+        if not (SIGNATURE.fullmatch(name) or is_azure and name in AZURE_SIGNATURE):
+            kept.append(part)
+    return place + (mark + "&".join(kept) if kept else "")
+
+
+def _without_user(match: re.Match[str]) -> str:
+    """Return scheme and place of an address; a container of Azure, which stands where users do, stays."""
+    scheme, user, place, _ = match.groups()
+    is_container = scheme.lower().startswith("abfs") and ":" not in (user or ":")
+    return scheme + (user if is_container else "") + place
+
+
+def _is_secret(query: str) -> bool:
+    """Return whether a query or a fragment, with its mark, may let someone fetch what is not public."""
+    if DIGEST.fullmatch(query):
+        return False
+    for part in re.split("[&;#?]", query):
+        name, _, value = part.rpartition("=")
+        if SECRET.search(name) and value or len(value) >= LONG:
+            return True
+    return False
+
+
+def _digest_of_secret(query: str) -> str:
+    if not _is_secret(query):
+        return query
+    return f"?blake2b-{hashlib.blake2b(query.encode('utf-8', 'replace'), digest_size=6).hexdigest()}"
 
 
 def printable(text: str) -> str:

@@ -20,14 +20,14 @@ from data.check.findings import SEVERITIES, TINY, Finding
 from data.check.similar import CROWD, LOOK, PASSES, ToSignature, crowded, first_similar
 from data.cold import decode_distinct
 from data.identity import distinct
-from data.images.reader import Reader, is_url
+from data.images.reader import Reader
 from data.ledger import dropped_rows
 from data.progress import Progress
 from data.sources.embedded import shown_name
 from data.sources.labels import class_codes
 from data.sources.rows import Rows
 from data.store.segments import KEY
-from data.text import printable
+from data.text import hide_secrets, printable
 from data.titles import is_blank
 
 if TYPE_CHECKING:
@@ -170,10 +170,10 @@ def _texts(inputs: Catalogue, name: str, flaw_P: np.ndarray, title_P: np.ndarray
 def _path(inputs: Catalogue, name: str, row: int) -> str:
     """The image of a row for people: its address, the end of its path; of a picture that has none, the row's title."""
     reference = inputs.references[inputs.image_N[name][row]].as_py()
-    path = shown_name(reference)
+    path = hide_secrets(shown_name(reference))
     if reference and not path:
         return _title(inputs, name, row)
-    return printable(path if is_url(path) else "/".join(path.split("/")[-2:]))
+    return printable(path if "://" in path else "/".join(path.split("/")[-2:]))
 
 
 def _title(inputs: Catalogue, name: str, row: int) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.batch import UserError
+from data.text import unsigned
 
 
 class Fetched(NamedTuple):
@@ -21,8 +22,8 @@ class Fetched(NamedTuple):
 
 
 def cached_path(url: str, folder: Path) -> Path:
-    """The path of the bytes of `url` once they are fetched: `folder/xx/SHA256`."""
-    digest = hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()
+    """The path of the bytes of `url` once they are fetched, whatever it is signed with: `folder/xx/SHA256`."""
+    digest = hashlib.sha256(unsigned(url).encode(errors="surrogatepass")).hexdigest()
     return folder / digest[:2] / digest
 
 

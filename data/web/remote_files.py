@@ -22,6 +22,7 @@ from data.locks import try_lock
 from data.progress import DownloadProgress
 from data.shards.index import MAX_INDEX, expand_braces, indexed, sidecar, tar_digest
 from data.shards.tar import open_tar
+from data.text import unsigned
 from data.web.download import Downloader, Seal, is_whole, read_seal, validator_path, write_seal
 from data.web.fetched import disk_errors_as_user_errors
 from data.web.guard import Sessions, web_url
@@ -47,7 +48,7 @@ def fetch_files(pattern: str, folder: Path, policy: FetchPolicy, log: Callable[[
     paths = {}
     for url in urls:
         name = web_name(url)
-        paths[url] = folder / hashlib.sha256(url.encode()).hexdigest()[:32] / name
+        paths[url] = folder / hashlib.sha256(unsigned(url).encode()).hexdigest()[:32] / name
     missing = [(url, path) for url, path in paths.items() if not (_is_shard(path) and is_whole(path))]
     for url, path in missing:
         if path.exists() and not is_whole(path):
@@ -121,8 +122,11 @@ class _Download:
 
     def refuse(self, bad: BadSample) -> UserError:
         """Return the error for a file that cannot be fetched, with the reason."""
-        return UserError(f"{public_name(self.url)} cannot be fetched ({bad}); run again to go on where it stopped, or "
-                         "leave it out of the pattern")
+        fix = "run again to go on where it stopped, or leave it out of the pattern"
+        if re.fullmatch("http-40[0-3]", bad.reason):
+            fix = ("give its address, if it is a signed one, with a signature that is valid now, as --dataset, also to "
+                   "resume: no file of a run keeps one")
+        return UserError(f"{public_name(self.url)} cannot be fetched ({bad}); {fix}")
 
     def keep(self) -> None:
         """Give the part, which is whole, its name; note its size, by which a file that is cut later is noticed."""

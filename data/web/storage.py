@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 from data.batch import BadSample, UserError
 from data.files import BlockStream
 from data.prefetch import threaded_map
-from data.text import SECRET
+from data.text import without_secrets
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -29,7 +29,6 @@ PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "a
             "abfss": "adlfs", "hf": "huggingface_hub", "memory": "fsspec"}
 VERSIONS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "blob_id", "LastModified", "last_modified",
             "mtime", "created")  # keys of a file's version in drivers' answers; the first present one counts
-CREDENTIALS = r"//[^/@?]*:[^/@?]*@"
 BLOCK = 8 << 20  # bytes of one request of a stream
 AHEAD = 2  # blocks requested before they are needed
 RETRIES = 5  # further tries of a request after a failure that may pass
@@ -80,14 +79,7 @@ def is_stored(address: str) -> bool:
 
 def public_name(address: str) -> str:
     """Return the address as messages show it, without a query or credentials."""
-    return re.sub(CREDENTIALS, "//", address.partition("?")[0])
-
-
-def without_secrets(address: str) -> str:
-    """Return the address without credentials, and without a query that carries some, as that of a signed address."""
-    if "://" not in address:
-        return address
-    return public_name(address) if SECRET.search(address.partition("?")[2]) else re.sub(CREDENTIALS, "//", address)
+    return without_secrets(address).partition("?")[0]
 
 
 def parent(address: str) -> str:
@@ -222,7 +214,7 @@ def _open_filesystem(address: str) -> tuple[AbstractFileSystem, str]:
     if scheme not in PACKAGES:
         known = ", ".join(f"{name}://" for name in PACKAGES)
         raise UserError(f"{public_name(address)}: {scheme}:// is not read; known are {known}, https:// and file://")
-    if "::" in address or re.match(r"[^/]*//[^/@]*:[^/@]*@", address):
+    if "::" in address or public_name(address) != address.partition("?")[0]:
         raise UserError(f"{public_name(address)}: an address holds neither credentials nor '::'; the driver takes "
                         "credentials from its own settings (AWS_…, GOOGLE_…, AZURE_…, `hf auth login`)")
     return url_to_fs(address)

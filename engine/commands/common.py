@@ -27,9 +27,10 @@ from data.sources.split import ContentReader, divide_lone_split
 from data.sources.split_names import SPLITS, select_shards
 from data.store.feature_split import FeatureSplit
 from data.store.sharing import find_caches
+from data.text import without_secrets
 from data.web.limits import FetchPolicy, check_proxy
 from data.web.remote_tables import copy_file
-from data.web.storage import Entry, RemoteFile, is_stored, without_secrets
+from data.web.storage import Entry, RemoteFile, is_stored
 from engine.clip.facts import ModelRecords
 from engine.clip.loading import write_record
 from engine.clip.model import Head, LoadedModel, ModelOptions, open_model

@@ -12,7 +12,7 @@ from data.batch import UserError
 from data.cold import Encoders
 from data.embedding_tables import EmbeddingTables, open_tables
 from data.ledger import dropped_rows
-from data.web.storage import without_secrets
+from data.text import without_secrets
 from engine.clip.model import LoadedModel, ModelOptions
 from engine.commands.common import divide_source, open_pipeline, open_recorded, open_source, stream_shards
 from engine.config.fields import Config

@@ -13,8 +13,8 @@ from torch import Tensor
 from data import gallery
 from data.batch import ALONE
 from data.cold import Pipeline
-from data.text import show
-from data.web.storage import scheme_of, without_secrets
+from data.text import show, without_secrets
+from data.web.storage import scheme_of
 from engine.clip.model import ModelOptions
 from engine.commands.common import (
     cache_folder,

@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from data.text import without_secrets
+
 # Commands that take a setting.
 TRAINING = ("train", "demo", "sweep")
 SINGLE_RUN = ("train", "demo")
@@ -242,8 +244,6 @@ def flag_of(name: str) -> str:
 
 def as_dict(config: Config, command: str) -> dict[str, Any]:
     """Return the settings of a command as plain JSON values, without what is secret in addresses."""
-    from data.web.storage import without_secrets  # it imports torch, which --help does not wait for
-
     plain: dict[str, Any] = {}
     for name in command_settings(command):
         value = getattr(config, name)

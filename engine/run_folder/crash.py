@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from data.files import MARK, kind_of, write_mark
-from data.text import show
+from data.text import hide_secrets, public_arguments, show
 
 
 @dataclass
@@ -94,10 +94,8 @@ def explain_crash(command: str, error: BaseException, rank: int) -> str:
     for folder in (CURRENT_RUN.folder, Path(tempfile.gettempdir()), Path.cwd()):
         if folder is None or not folder.is_dir():
             continue
-        with suppress(OSError, ImportError):
-            from data.web.storage import without_secrets  # it imports torch, which --help does not wait for
-
+        with suppress(OSError):
             path = folder / (name if folder == CURRENT_RUN.folder else f"thumbtune-{name}")
-            path.write_text(f"{[*map(without_secrets, sys.argv)]}\n{text}", encoding="utf-8", errors="backslashreplace")
+            path.write_text(f"{public_arguments(sys.argv)}\n{hide_secrets(text)}", "utf-8", "backslashreplace")
             return f"run.py {command} failed: {summary} (not foreseen; the traceback is in {path})"
     return f"run.py {command} failed: {summary} (not foreseen, and the traceback could not be written)"

@@ -23,8 +23,7 @@ import torch
 from data.batch import AgreedError, UserError
 from data.files import changed_files, read_text, recover_folders, replace_text, sha256
 from data.locks import lock_folder
-from data.text import hide_secrets
-from data.web.storage import without_secrets
+from data.text import hide_secrets, public_arguments
 from engine.config.fields import Config
 from engine.config.settings import known_settings
 from engine.ranks.world import World
@@ -165,7 +164,7 @@ def _provenance(settings: Mapping[str, object], world: World, precision: torch.d
     return {
         "config": settings,
         "precision": str(precision).removeprefix("torch."),
-        "command": " ".join(map(without_secrets, sys.argv)),
+        "command": " ".join(public_arguments(sys.argv)),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "git_commit": _commit(),
         "host": platform.node(),

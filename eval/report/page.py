@@ -12,8 +12,10 @@ from html import escape
 from pathlib import Path
 
 from data.files import GENERATOR
+from data.text import hide_secrets
 
 LIMIT = 200  # characters of a text from data
+SCANNED = 10_000  # of these that are looked at: an address is not cut before its secrets are found
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")  # embeddings, overrides, isolates: they affect text after a title
 STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
@@ -52,8 +54,8 @@ def template(text: str) -> str:
 
 
 def clean(value: object, limit: int = LIMIT) -> str:
-    """Return one line of at most `limit` characters, without control, surrogate and bidi formatting characters."""
-    raw = BIDI.sub("", str(value)[:4 * limit])
+    """Return one line of at most `limit` characters, without secrets, control, surrogate and bidi characters."""
+    raw = BIDI.sub("", hide_secrets(str(value)[:SCANNED])[:4 * limit])
     characters = []
     for char in raw:
         forbidden = unicodedata.category(char) in ("Cc", "Cs") and not char.isspace()

@@ -2,7 +2,7 @@
 
 import io
 
-from data.text import hide_secrets, markdown_table, printable, show
+from data.text import hide_secrets, markdown_table, printable, public_arguments, show, unsigned, without_secrets
 
 
 def test_hostile_text_cannot_steer_a_terminal() -> None:
@@ -32,3 +32,37 @@ def test_no_line_or_file_holds_what_an_address_is_signed_with() -> None:
     assert hide_secrets(one).endswith("run again")
     for plain in ("https://img.host/vi/a.jpg?size=3&v=2", "s3://bucket/a{000..3}.tar", "a?token=1", "C://x", ""):
         assert hide_secrets(plain) == plain
+
+
+def test_every_way_to_sign_an_address_is_known() -> None:
+    """Object stores and CDNs name their signatures as they like; an unknown name with a long value counts as one."""
+    queries = ["sv=2022&se=2027&sp=r&sig=SECRET%3D", "X-Goog-Signature=SECRET", "Policy=SECRET&Key-Pair-Id=SECRET",
+               "code=SECRET7890", "md5=SECRET&expires=12", "jwt=SECRET", "hdnts=exp=1~hmac=SECRET", "pwd=SECRET",
+               "verify=1-SECRET", "oh=SECRET_AfC12345678", "session=SECRET", "v=1;sig=SECRET", "SECRETisallthereis"]
+    texts = [f"GET https://host/a.jpg?{query}: 403" for query in queries]
+    texts += [f"pool(host='h'): url: /a.jpg?{query} (Caused by x)" for query in queries[:-1]]
+    texts += ["http://host/#access_token=SECRET", "s3://KEY:SEC/RET+SECRET@bucket/x", "http://SECRET@host/x",
+              "{'Authorization': 'Bearer SECRET789012345678'}", "hf_SECRET789012345678",
+              "AccountKey=SECRET7890123456=="]
+    for text in texts:
+        assert "SECRET" not in hide_secrets(text), text
+        assert hide_secrets(hide_secrets(text)) == hide_secrets(text), text
+    for plain in ("https://host:8080/@me/a.jpg", "abfss://container@account/x", "hf_modules", "Who? me=you, then=her"):
+        assert hide_secrets(plain) == plain
+
+
+def test_a_command_line_is_kept_without_what_is_secret_in_it() -> None:
+    words = ["--proxy", "me:SECRET@host:1", "--proxy=me:SECRET@host", "--dataset", "https://h/x.csv?sig=SECRET", "a:b"]
+    assert public_arguments(words) == ["--proxy", "host:1", "--proxy=host", "--dataset", "https://h/x.csv", "a:b"]
+
+
+def test_a_signed_address_is_the_same_file_tomorrow() -> None:
+    """Each day's list of a bucket is signed anew: its pictures would be fetched and stored again every day."""
+    for query, kept in {"X-Amz-Algorithm=A&X-Amz-Credential=c&X-Amz-Date={}&X-Amz-Expires=9&X-Amz-SignedHeaders=host&"
+                        "versionId=3&X-Amz-Signature={}": "?versionId=3",
+                        "sv=2022&st={}&se=2027&sr=b&sp=r&sig={}": "", "w=300&Expires={}&Signature={}&Key-Pair-Id=K":
+                        "?w=300"}.items():
+        assert unsigned(f"https://h/a.jpg?{query.format(1, 2)}") == f"https://h/a.jpg{kept}"
+    for plain in ("https://h/a.jpg?id=3&sig=1", "https://h/a.jpg?Expires=3", "https://h/a.jpg", "/a.jpg?Signature"):
+        assert unsigned(plain) == plain
+    assert without_secrets("https://h/a.jpg?id=3") == "https://h/a.jpg?id=3"

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import re
+import shutil
 from collections.abc import AsyncIterator
 from io import FileIO
 from pathlib import Path
@@ -26,6 +28,7 @@ from data.web.policy import follow_redirects, with_retries
 
 LEAST_BYTES = 1 << 20  # a try that brings fewer in `policy.timeout` seconds ends, for servers that drip bytes
 PIECE = 1 << 18
+SENDABLE = re.compile(r"(?!W/)[ -~]+")  # not weak, and nothing but printable ASCII
 CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
 
 
@@ -79,25 +82,28 @@ class Downloader:
         async with self.sessions.of(url).get(url, allow_redirects=False, headers=headers) as response:
             if (elsewhere := redirect_target(response)) is not None:
                 return elsewhere
+            if begin and response.status in (401, 403, 410):  # the next try asks for a new one
+                raise BadSample("short-body", f"http-{response.status} in the middle: a signature has perhaps expired")
             if response.status not in (200, 206, 416):  # whatever the body
                 raise BadStatus(response)
             total = read_seal(part).total
             if begin and response.status == 416 and response.headers.get("Content-Range") == f"bytes */{begin}" \
-                    and total in (None, begin):
+                    and total == begin:
                 return None  # nothing was left to fetch
             span = _span(response)
             is_rest = (response.status == 206 and _validator(response) == version and span is not None
-                       and span.begin == begin and (total is None or span.total in (None, total)))
+                       and span.begin == begin and span.total in (None, total))
             if response.status != 200 and not is_rest:  # a part of something else: start afresh
                 part.unlink(missing_ok=True)
                 raise BadSample("short-body", "the server answers with another part than was asked for")
             begin = begin if response.status == 206 else 0
-            total = span.total or total if begin and span else response.content_length
+            total = total if begin else response.content_length
             if response.headers.get("Content-Encoding", "identity").lower() != "identity":
                 raise BadSample("bad-encoding", "shards must be sent as they are")
             _refuse_if_too_large(begin + (response.content_length or 0), most)
             self.progress.expect(response.content_length or 0)
             with disk_errors_as_user_errors(part.parent):
+                _refuse_if_no_room(part.parent, response.content_length or 0)
                 if not begin:
                     write_seal(part, Seal(_validator(response), total))
                 file = open(part, "ab" if begin else "wb", buffering=0)
@@ -134,7 +140,7 @@ async def _pieces(response: aiohttp.ClientResponse, is_tar: bool) -> AsyncIterat
         head = b""
         while len(head) < BLOCK and (more := await response.content.read(BLOCK - len(head))):
             head += more
-        if not is_header(head):
+        if not is_header(head) and head != bytes(BLOCK):  # which an empty tar starts with
             raise BadSample("not-tar", f"it starts with {head[:16]!r}")
         yield head
     async for piece in response.content.iter_chunked(PIECE):
@@ -194,9 +200,12 @@ def _span(response: aiohttp.ClientResponse) -> Span | None:
 
 
 def _begun(part: Path) -> tuple[int, str]:
-    """The number of bytes to resume behind, and their version; 0 and "" where the version is unknown."""
-    version = read_seal(part).version
-    return (_size(part), version) if version and part.exists() else (0, version)
+    """The number of bytes to resume behind, and their version.
+
+    0 where version or size of the whole is unknown: nothing would tell a server's word that no more is left from a lie.
+    """
+    version, total = read_seal(part)
+    return (_size(part) if version and total is not None else 0), version
 
 
 def _size(part: Path) -> int:
@@ -204,9 +213,18 @@ def _size(part: Path) -> int:
 
 
 def _validator(response: aiohttp.ClientResponse) -> str:
-    """The version of an answer as If-Range takes it (RFC 9110, 13.1.5): a strong ETag, else a date, else ""."""
-    tag = response.headers.get("ETag", "W/")
-    return response.headers.get("Last-Modified", "") if tag.startswith("W/") else tag
+    """The version of an answer as If-Range takes it (RFC 9110, 13.1.5): a strong ETag, else a date, else "".
+
+    One that could not be sent back, such as a tag that is not ASCII, is none.
+    """
+    tag, date = (response.headers.get(name, "") for name in ("ETag", "Last-Modified"))
+    return next((version for version in (tag, date) if SENDABLE.fullmatch(version)), "")
+
+
+def _refuse_if_no_room(folder: Path, more: int) -> None:
+    """Raise OSError if a disk has fewer than `more` bytes free: a full one would end other programs too."""
+    if more > shutil.disk_usage(folder).free:
+        raise OSError(errno.ENOSPC, f"{more:,} bytes are to come, which is more than the disk has free")
 
 
 def _refuse_if_too_large(size: int, most: int) -> None:

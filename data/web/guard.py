@@ -59,6 +59,8 @@ ERRORS: tuple[tuple[type[Exception], str], ...] = (
     (ValueError, "bad-url"),
     (Exception, "connection"),
 )  # the first that matches counts
+IN_WORDS = {"timeout": "no end of the answer in the time of a try",
+            "short-body": "the connection ended before the answer"}
 
 
 def is_public(address: str) -> bool:
@@ -244,7 +246,8 @@ def as_bad_sample(error: Exception) -> BadSample:
     """A network error as a BadSample; the cause that aiohttp wraps (`os_error`) counts too."""
     causes = error, getattr(error, "os_error", None)
     reason = next(name for kind, name in ERRORS if any(isinstance(cause, kind) for cause in causes))
-    return BadSample(reason, f"{type(error).__name__} {error}".strip()[:200])
+    text = error.message if isinstance(error, aiohttp.ClientResponseError) else str(error)  # without its address
+    return BadSample(reason, IN_WORDS.get(reason) or " ".join(f"{type(error).__name__} {text}".split())[:200])
 
 
 def _seconds(retry_after: str) -> float:

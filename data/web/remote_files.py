@@ -26,12 +26,20 @@ from data.text import unsigned
 from data.web.download import Downloader, Seal, is_whole, read_seal, validator_path, write_seal
 from data.web.fetched import disk_errors_as_user_errors
 from data.web.guard import Sessions, web_url
-from data.web.limits import FetchPolicy, unused_proxy
+from data.web.limits import TRANSIENT, FetchPolicy, unused_proxy
 from data.web.storage import RemoteFile, public_name
 
 MAX_SHARD = 1 << 36  # bytes; larger files are refused
 AT_ONCE = 4  # shards under way in one process
 POLL_S = 0.2  # between checks of a shard that another process is fetching
+ADVICE = {  # what to do about a reason; the first that matches counts
+    TRANSIENT.pattern: "run again to go on where it stopped, or leave it out of the pattern",
+    "http-40[013]|http-410": "a signed address expires: give it with a signature that is valid now, also to resume (no "
+                             "file of a run keeps one); where a login is needed, download it and pass its folder",
+    "http-4..": "mend the address, or leave it out of the pattern",
+    "not-tar": "see in a browser what the address answers: it may be a page that asks for a login",
+    "forbidden-address|tls": "mend the address or the server, or download it and pass its folder",
+    ".*": "mend the server, or leave it out of the pattern"}
 
 
 def fetch_files(pattern: str, folder: Path, policy: FetchPolicy, log: Callable[[str], None]) -> list[Path | RemoteFile]:
@@ -121,12 +129,9 @@ class _Download:
         await self.downloader.persist(web_url(self.url), self.part, MAX_SHARD, is_tar)
 
     def refuse(self, bad: BadSample) -> UserError:
-        """Return the error for a file that cannot be fetched, with the reason."""
-        fix = "run again to go on where it stopped, or leave it out of the pattern"
-        if re.fullmatch("http-40[0-3]", bad.reason):
-            fix = ("give its address, if it is a signed one, with a signature that is valid now, as --dataset, also to "
-                   "resume: no file of a run keeps one")
-        return UserError(f"{public_name(self.url)} cannot be fetched ({bad}); {fix}")
+        """Return the error for a file that cannot be fetched, with the reason and what to do about it."""
+        advice = next(advice for reason, advice in ADVICE.items() if re.fullmatch(reason, bad.reason))
+        return UserError(f"{public_name(self.url)} cannot be fetched ({bad}); {advice}")
 
     def keep(self) -> None:
         """Give the part, which is whole, its name; note its size, by which a file that is cut later is noticed."""

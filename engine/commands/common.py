@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from data.agreement import require_agreement, require_same_rows
 from data.batch import ALONE, Team, UserError
 from data.cold import EarlierRun, Encoders, Pipeline, Reader
@@ -196,10 +198,18 @@ def load_model(cfg: Config, world: World, reread: bool = False) -> LoadedModel:
 
     With `reread` the whole model is loaded and checked, whatever an earlier run has recorded of it.
     """
-    options = ModelOptions(cfg.trainable, cfg.mode, cfg.scale, cfg.precision, cfg.augment, cfg.gradient_checkpointing)
-    model = open_recorded(cfg, world, options, reread)
+    model = open_recorded(cfg, world, _model_options(cfg), reread)
     world.say(model.describe())
     return model
+
+
+def _model_options(cfg: Config) -> ModelOptions:
+    return ModelOptions(cfg.trainable, cfg.mode, cfg.scale, cfg.precision, cfg.augment, cfg.gradient_checkpointing)
+
+
+def read_weights(cfg: Config, world: World) -> Mapping[str, Tensor]:
+    """Return the weights of --model that train, read again."""
+    return open_model(cfg.model, _model_options(cfg), world.device).trainable
 
 
 def open_recorded(cfg: Config, world: World, options: ModelOptions, reread: bool = False) -> LoadedModel:

@@ -20,7 +20,16 @@ from data.pairs import Pairs, data_key
 from data.store.feature_split import FeatureSplit
 from engine.clip.model import LoadedModel, distribute
 from engine.commands import auto
-from engine.commands.common import evaluate_splits, load_model, open_data, open_probe, open_run, open_source, with_probe
+from engine.commands.common import (
+    evaluate_splits,
+    load_model,
+    open_data,
+    open_probe,
+    open_run,
+    open_source,
+    read_weights,
+    with_probe,
+)
 from engine.commands.training import Training, open_training, refuse_cached, split_dataset
 from engine.config.fields import Config, as_dict, config_fields
 from engine.optim import Plan, Rates, adamw_by_name
@@ -35,7 +44,7 @@ from engine.run_folder.log import Log, Reference
 from engine.run_folder.nonfinite import NonfiniteGuard
 from engine.run_folder.profiler import profiler, require_profiled_steps
 from engine.run_folder.repair import saved_metrics
-from engine.sweep.interpolate import interpolate, snapshot
+from engine.sweep.interpolate import interpolate, replace_values, snapshot
 from engine.train import Callbacks, Replica, fit
 from eval.metrics import Retrieval
 from eval.report.report import write_report
@@ -82,7 +91,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     # 5. Cut the log after the checkpoint's step; the loop writes the later steps again.
     step_world = training.step_world(cfg, world, model)
     log = Log(out, step_world, plan, state, drift, Reference(comparable_settings(cfg), metrics.get("base", {})))
-    evaluator = Evaluator(pairs, names, model, plan, state, saver, log, answers, world, metrics, base)
+    evaluator = Evaluator(pairs, names, model, plan, state, saver, log, answers, world, metrics, base, cfg)
     # 6. `fit` asks for the inputs from `state.step` on: the order of pairs is a function of seed and epoch.
     batches = training.batches(cfg, state, step_world)
     guard = training.guard(cfg, step_world, out, trained)
@@ -238,6 +247,7 @@ class Evaluator:
     world: World
     metrics: dict[str, Any]  # content of metrics.json
     base: Mapping[str, Retrieval]  # row by row, of the model that the run began with
+    cfg: Config
 
     def __call__(self, restored_step: int = 0) -> None:
         """Evaluate now. `restored_step` is the step whose weights replaced the last ones, 0 if none did."""
@@ -247,13 +257,41 @@ class Evaluator:
         if not at_end:
             names = [name for name in self.names if name in ("train", "valid")] or self.names
         splits = self.pairs.feature_splits(names)
-        results = evaluate_splits(splits, self.model.head, self.world)
-        scores = summaries(results) if at_end else {name: result.values() for name, result in results.items()}
+        results: Mapping[str, Retrieval] = evaluate_splits(splits, self.model.head, self.world)
+        if at_end and step:
+            splits, results = self._measure_same_rows(splits, results)
+        scores = summaries(results) if at_end else {name: each.values() for name, each in results.items()}
         self.log.metrics(scores, restored_step or step)
         warn_of_collapse(self.log, results)
         self.saver.record_evaluation(self.state, scores)
         if at_end:
             self._record_end(results, scores, splits[self.answers.split])
+
+    def _measure_same_rows(self, splits: Mapping[str, FeatureSplit], results: Mapping[str, Retrieval]
+                           ) -> tuple[Mapping[str, FeatureSplit], Mapping[str, Retrieval]]:
+        """Return the measured splits, after pictures were lost of the same rows as those of the base model.
+
+        That is measured again without the lost rows, while its weights are in the place of the trained ones.
+        """
+        base = self.metrics.get("base", {})
+        while names := [name for name, result in results.items()
+                        if {self.base[name].pairs, base.get(name, {}).get("pairs")} != {result.pairs}]:
+            self.world.say(f"pictures of {', '.join(names)} were lost since the base model was measured: it is "
+                           "measured again without their rows")
+            trained = snapshot(self.model.trainable)
+            replace_values(self.model.trainable, read_weights(self.cfg, self.world))
+            splits = {**splits, **self.pairs.feature_splits(names)}
+            again = evaluate_splits({name: splits[name] for name in names}, self.model.head, self.world)
+            if self.world.is_main and self.answers.split in names:
+                shown = embed_shown(self.model, splits[self.answers.split])
+                self.answers.add("base", shown, again[self.answers.split])
+            self.base = {**self.base, **again}
+            base |= summaries(again)
+            replace_values(self.model.trainable, trained)
+            if any(again[name].pairs != results[name].pairs for name in names):  # more were lost meanwhile
+                splits = self.pairs.feature_splits(self.names)
+                results = evaluate_splits(splits, self.model.head, self.world)
+        return splits, results
 
     def _record_end(self, results: Mapping[str, Retrieval], scores: Metrics, shown: FeatureSplit) -> None:
         """Write metrics.json, and the answers that people are shown, before the first step or after the last."""

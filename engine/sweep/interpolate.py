@@ -22,6 +22,13 @@ def snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def replace_values(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    """Set every parameter to its value."""
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
+@torch.no_grad()
 def blend(parameters: Mapping[str, nn.Parameter], base: Mapping[str, Tensor], tuned: Mapping[str, Tensor],
           alpha: float) -> None:
     """Set every parameter to (1 - alpha) * base + alpha * tuned; 0 and 1 give base and tuned to the bit."""

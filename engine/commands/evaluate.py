@@ -25,11 +25,11 @@ def evaluate(cfg: Config, world: World, stop: StopSignal) -> int:
     scores = {name: retrieval.summarise() for name, retrieval in results.items()}
     collapsed = {name: retrieval.collapsed for name, retrieval in results.items() if retrieval.collapsed}
     if world.is_main:
-        world.say(metrics_table({model.clip.name: scores}, pairs.classes))
-        print(json.dumps(scores, indent=2))
-        if out:
+        if out:  # before anything is printed: a pager may close stdout
             folder.write_json(out / "metrics.json", scores)
             folder.write_ledger(out / "ledger.jsonl", pairs.ledger)
+        world.say(metrics_table({model.clip.name: scores}, pairs.classes))
+        print(json.dumps(scores, indent=2))
         for name, problem in collapsed.items():
             show(f"run.py eval: {name}: {problem}", sys.stderr)
     return 1 if collapsed else 0

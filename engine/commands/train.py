@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from data.agreement import require_agreement
-from data.batch import UnsoundWeights
+from data.batch import RunFailed, UnsoundWeights
 from data.cold import EarlierRun
 from data.identity import Overlap, describe_overlap, overlap
 from data.ledger import read_ledger
@@ -121,14 +121,15 @@ def saved_on_failure(state: State, replica: Replica, log: Log, guard: NonfiniteG
                      save: Callable[[State], None]) -> Iterator[None]:
     """Inside, an error ends the run only after the last whole step is saved, so that --resume goes on from there.
 
-    Not where ranks share steps: the losses since the last flush are spread over ranks that may never answer. Nor where
-    weights are unsound, or an update of them was cut off.
+    Not where weights are unsound or an update of them was cut off; nor where ranks share steps and only some failed:
+    the losses since the last flush are spread over all.
     """
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        can_save = replica.world.size == 1 and replica.world.is_main and replica.optimizer.is_whole
-        if can_save and state.step and not isinstance(error, UnsoundWeights):
+        world, is_sound = replica.world, replica.optimizer.is_whole and not isinstance(error, UnsoundWeights)
+        lost_rank = world.size > 1 and isinstance(error, RunFailed)
+        if is_sound and state.step and not lost_rank and world.have_all_failed(state.step):
             with suppress(Exception):  # of a full disk, a device that has failed: `error` ends the run, not this one
                 guard.check(log.flush(wait=True))
                 if log.written == state.step and not guard.skipped:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from data.batch import RunFailed, Team
+from data.batch import AgreedError, RunFailed, Team
 from data.text import show
 from engine.device import open_device
 from engine.ranks.launch import choose_interface, describe_network, read_launch
@@ -36,6 +36,7 @@ from engine.run_folder.crash import end_now, mute_stdout
 
 Value = TypeVar("Value")
 ENDLESS = datetime.timedelta(days=1000)  # for gloo, where a Watchdog counts instead
+MEET_S = 3.0  # how long a rank that has failed waits for the others to fail too
 PATIENCE_S = 1.0  # how long a line of progress waits for somebody to read
 CLEAR = "\x1b[2K"  # erases the progress line of a terminal
 
@@ -135,7 +136,7 @@ class World:
     def monitored_exchange(self, value: Value) -> list[Value]:
         """Do `exchange` after work that takes ranks unequal times: wait as long as late ranks report progress.
 
-        Raises RunFailed naming a rank that reported none for `timeout_s` seconds.
+        Raises RunFailed naming a rank that reported none for `timeout_s` seconds, or that has ended.
         """
         if self.store is not None:
             with explain_collective_errors("waiting for late ranks", watched=False):
@@ -150,6 +151,8 @@ class World:
         changed_at = dict.fromkeys(late, clock.read())
         while late := {rank for rank in late if not store.check([f"arrived/{number}/{rank}"])}:
             for rank in late:
+                if store.check([f"ended/{rank}"]):
+                    raise _ended_error(rank, int(store.get(f"ended/{rank}")))
                 now, count = clock.read(), store.add(f"progress/{rank}", 0)
                 if count != progress[rank]:
                     progress[rank], changed_at[rank] = count, now
@@ -157,6 +160,20 @@ class World:
                     raise RunFailed(f"rank {self.rank} has heard nothing of rank {rank} for {self.timeout_s:g} s while "
                                     "waiting for it; --dist-timeout sets how long to wait")
             time.sleep(POLL_S)
+
+    def have_all_failed(self, step: int) -> bool:
+        """Return whether all ranks come here after the same step, within MEET_S: then their collectives still match."""
+        if self.size == 1:
+            return True
+        if self.store is None:
+            return False
+        keys, deadline = [f"failed/{rank}" for rank in range(self.size)], time.monotonic() + MEET_S
+        with suppress(dist.DistError, RuntimeError):  # the store is gone
+            self.store.set(keys[self.rank], str(step))
+            while not self.store.check(keys) and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+            return self.store.check(keys) and {self.store.get(key) for key in keys} == {str(step).encode()}
+        return False
 
     def on_main(self, action: Callable[[], None]) -> None:
         """Call `action` on rank 0 while the others wait. Raises RunFailed on every rank when it raises OSError."""
@@ -241,6 +258,7 @@ def explain_collective_errors(operation: str, watched: bool = True) -> Iterator[
         raise RunFailed(f"rank {os.environ.get('RANK', 0)}, {operation}: {cause}; {first_line}") from error
 
 
+_joined: list[World] = []  # of this process, once it has joined others
 _watchdogs: list[Watchdog] = []  # of this process, once it has joined others
 
 
@@ -321,6 +339,7 @@ def init(wanted: str, timeout_s: float, quiet: bool = False, command: str = "tra
         with explain_collective_errors(f"connecting to the other ranks ({describe_network()})"):
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         world = World(rank, launch.local_rank, size, device, timeout_s, dist.PrefixStore("thumbtune", store), quiet)
+        _joined.append(world)
     if launch.remark:
         world.say(launch.remark)
     return world
@@ -334,7 +353,20 @@ def close() -> None:
 
 
 def exit_process(code: int) -> int:
-    """End this process immediately if there are other ranks, which may never answer again; else return `code`."""
+    """End this process immediately if there are other ranks, which may never answer again; else return `code`.
+
+    Ranks that wait for this one are told: srun lets them run on when one has ended.
+    """
     if dist.is_initialized():
+        for world in _joined:
+            if world.store is not None:
+                with suppress(dist.DistError, RuntimeError):  # rank 0, which holds the store, is gone
+                    world.store.set(f"ended/{world.rank}", str(code))
         end_now(code)
     return code
+
+
+def _ended_error(rank: int, code: int) -> RunFailed | AgreedError:
+    """Return what the others raise when a rank has ended by itself: a mistake of the user's ends them as one too."""
+    text = f"rank {rank} has ended with exit code {code} and has said why"
+    return AgreedError(text) if code == 2 else RunFailed(text)

@@ -69,7 +69,7 @@ class Log:
         self._pending: list[LoggedStep] = []
         self._copying: deque[Flush] = deque()
         self._began = time.perf_counter()
-        self.written = state.step  # the last step whose values are in the files
+        self.written = state.step  # the last step whose values are in the files of rank 0
         self._flushed_at = self._began  # moved on by the time that is not spent on steps
         self._waited = 0.0  # for data since the last flush
         self._recall = ""  # of the last evaluation, for the progress line
@@ -169,6 +169,7 @@ class Log:
         if self.world.is_main:
             self._write_steps(flush.steps, losses, norms)
             self._report_progress(flush, losses[-1])
+        self.written = flush.steps[-1].step
         return dict(zip((entry.step for entry in flush.steps), norms, strict=True))
 
     def _write_steps(self, steps: Sequence[LoggedStep], losses: list[float], norms: list[float]) -> None:

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, family, full, kill, last_flags, on_ranks, served, start
+from helpers import ROOT, as_ranks, family, full, kill, last_flags, on_ranks, served, start
 
 import run
-from data.batch import RunFailed
+from data.batch import AgreedError, RunFailed, Team
 from engine.ranks.signals import GRACE_S, HANDLED_SIGNALS, StopSignal
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import newest_valid
@@ -309,6 +309,33 @@ def test_lines_that_nobody_reads_hold_up_nothing(monkeypatch: pytest.MonkeyPatch
         world.say("somebody reads")
         assert os.read(reader, room) == b"(100 lines are left out here: nobody read them)\nsomebody reads\n"
     os.close(reader)
+
+
+def test_ranks_save_together_only_where_all_failed_after_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that saves while another still trains would mix up their collectives."""
+    monkeypatch.setattr("engine.ranks.world.MEET_S", 0.3)
+
+    def answers(*steps: int) -> list[bool | Exception]:
+        store = dist.HashStore()
+
+        def come(team: Team) -> bool:
+            world = World(team.rank, team.rank, 2, torch.device("cpu"), store=store)
+            return bool(steps[team.rank]) and world.have_all_failed(steps[team.rank])
+
+        return as_ranks(2, come)
+
+    assert answers(7, 7) == [True, True]
+    assert answers(7, 8) == [False, False]
+    assert answers(7, 0) == [False, False]  # the second goes on
+
+
+@pytest.mark.parametrize("code, error", [(2, AgreedError), (1, RunFailed), (143, RunFailed)])
+def test_a_rank_that_has_ended_is_not_waited_for(code: int, error: type[Exception]) -> None:
+    """srun lets the others run on: they would wait for --dist-timeout, ten minutes, and blame the network."""
+    store = dist.HashStore()
+    store.set("ended/1", str(code))
+    with pytest.raises(error, match=f"rank 1 has ended with exit code {code}"):
+        World(0, 0, 2, torch.device("cpu"), store=store).monitored_exchange(None)
 
 
 def test_a_table_that_cannot_be_printed_is_no_failure(capsys: pytest.CaptureFixture[str],

@@ -5,6 +5,7 @@ import json
 import os
 import random
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from helpers import HANGS_S, ROOT, StopAt, full, make_pairs, on_ranks, start
 from safetensors.torch import load_file
 
+import engine.train as loop
 from data import locks
 from data.batch import UserError
 from engine.commands.train import train as run_train
@@ -23,6 +25,7 @@ from engine.ranks import sharing
 from engine.ranks.world import World
 
 FLAGS = ["--precision", "fp32", "--lr", "1e-3", "--batch-size", "4", "--eval-every", "15", "--log-every", "7"]
+NUMBERS = count()  # of the runs of this process
 RUN = [*FLAGS, "--epochs", "4", "--keep", "1"]  # of 37 pairs: 40 steps
 ROWS = range(4, 18) if full(0, 1) else (4, 5, 9, 17)  # 1 to 4 batches and a row
 MODES_OF_TWO = ("cached", "streaming") if full(0, 1) else ("cached",)
@@ -33,7 +36,8 @@ def train(home: Path, out: str, *flags: str, stop: int = 0, data: str = "pairs")
     size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     places = {"model": "tiny", "dataset": data, "cache-dir": "cache", "out": out}
     cfg = parse("run.py", [*(f"--{name}={home / place}" for name, place in places.items()), *flags])[1]
-    world = World(rank, rank, size, torch.device("cpu"))
+    store = dist.PrefixStore(f"run {next(NUMBERS)}", dist.distributed_c10d._get_default_store()) if size > 1 else None
+    world = World(rank, rank, size, torch.device("cpu"), store=store)
     try:
         return run_train(cfg, world, StopAt(stop))
     except SystemExit as exit:
@@ -80,7 +84,19 @@ def rows_of_all_sizes(home: Path) -> None:
 def on_two(home: Path) -> list[int]:
     rows_of_all_sizes(home)  # from here on ranks share steps
     assert train(home, "sizes", *RUN, "--profile", "3:5", stop=13) == 143  # goes on alone
-    return [step for mode in MODES_OF_TWO for step in stopped_everywhere(home, 2, mode)]
+    different = [step for mode in MODES_OF_TWO for step in stopped_everywhere(home, 2, mode)]
+    return different + failed_together(home, "cached-2")
+
+
+def failed_together(home: Path, whole: str) -> list[int]:
+    """An error on all ranks that share steps, resumed; the step in a list if it was not saved or ends otherwise."""
+    step = 22
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="shapes"):
+        patch.setattr(loop, "global_batch_loss", fail_at(step + 1, RuntimeError("shapes"), loop.global_batch_loss))
+        train(home, "failed", *RUN)
+    saved = (home / "failed/checkpoints/last").resolve().name
+    assert train(home, "failed", "--resume") == 0
+    return [] if saved == f"step-{step:08d}" and result(home / "failed") == result(home / whole) else [step]
 
 
 def on_three(home: Path) -> None:

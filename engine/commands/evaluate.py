@@ -26,7 +26,7 @@ def evaluate(cfg: Config, world: World, stop: StopSignal) -> int:
     collapsed = {name: retrieval.collapsed for name, retrieval in results.items() if retrieval.collapsed}
     if world.is_main:
         world.say(metrics_table({model.clip.name: scores}, pairs.classes))
-        print(json.dumps(scores, indent=2))
+        show(json.dumps(scores, indent=2))
         if out:
             folder.write_json(out / "metrics.json", scores)
             folder.write_ledger(out / "ledger.jsonl", pairs.ledger)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 import sys
@@ -112,6 +113,13 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """The text with each of its lines `printable`."""
     return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))
+
+
+def json_text(value: object, indent: int | None = None) -> str:
+    """The value as JSON in its own alphabet; what is not `printable` is escaped, and nothing is lost."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return re.sub(r"[^\x20-\x7e\n]", lambda match: match[0] if match[0].isprintable() else json.dumps(match[0])[1:-1],
+                  text)
 
 
 def show(text: str, file: TextIO | None = None, end: str = "\n") -> None:

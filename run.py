@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from importlib import import_module
 
+from data.text import clean_library_output, printable
 from engine.config.cli import parse
 from engine.config.fields import TOWERS, Config
 from engine.run_folder import crash
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # whatever the locale, a title can be printed
             stream.reconfigure(errors="backslashreplace")
+    clean_library_output()
     command = ""
     try:
         command, cfg = parse("run.py", arguments)
@@ -69,7 +71,8 @@ def run(command: str, cfg: Config) -> int:
         rank, mistake = rank_from_environment(), isinstance(error, UserError)
         if not (rank and isinstance(error, AgreedError)):
             time.sleep(2 * bool(rank))  # let rank 0 print first: it has most likely met the same error
-            say_error(f"run.py {command}{'' if mistake else ' failed'}: {error}")
+            say_error(f"run.py {command}{'' if mistake else ' failed'}: "
+                      f"{printable(str(error)) if mistake else error}")
         return leave(2 if mistake else 1)
     except SystemExit as signalled:
         return leave(int(signalled.code or 0))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import re
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import TextIO
+from contextlib import suppress
+from typing import Any, TextIO
 
 # Names of parameters that let whoever has the address fetch, and values that look like such: long, in one word.
 SECRET = re.compile(r"(?i)sig|key|token|secret|credential|auth|pass|pwd|hash|hmac|hdn|md5|jwt|sess|policy|code|verify|"
@@ -20,6 +24,7 @@ QUERY = re.compile(r"""(?<=[\w./)-])\?[^\s'"<>]*=[^\s'"<>]{4,}""")  # of an addr
 TOKEN = re.compile(r"""\bhf_[A-Za-z0-9]{16,}|(?i:(\bBearer\s+|\bAuthorization['"]?\s*[:=]\s*['"]?(?:\w+\s+)?|"""
                    r"""\b(?:AccountKey|SharedAccessKey|secret_access_key|session_token)['"]?\s*[:=]\s*['"]?)"""
                    r"""[\w.~+/=-]{16,})""")
+MOST = 2_000  # characters of a line on stderr
 DIGEST = re.compile(r"\?blake2b-[0-9a-f]{12}")
 SIGNATURE = re.compile(r"(?i)X-(Amz|Goog)-(Algorithm|Credential|Date|Expires|SignedHeaders|Security-Token|Signature)|"
                        r"AWSAccessKeyId|GoogleAccessId|Signature|Expires|Policy|Key-Pair-Id")  # names in signed queries
@@ -110,15 +115,50 @@ def printable_lines(text: str) -> str:
     return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))
 
 
+def json_text(value: object, indent: int | None = None) -> str:
+    """The value as JSON in its own alphabet; what is not `printable` is escaped, and nothing is lost."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return re.sub(r"[^\x20-\x7e\n]", lambda match: match[0] if match[0].isprintable() else json.dumps(match[0])[1:-1],
+                  text)
+
+
 def show(text: str, file: TextIO | None = None, end: str = "\n") -> None:
     """Print lines to stdout or `file`: the one place where text that names of others may be in goes to a terminal.
 
+    On stderr, where people are told things, a line of more than MOST characters loses its middle; results are whole.
     Raises OSError, and ValueError or AttributeError where the stream is closed.
     """
     file = sys.stdout if file is None else file
     encoding = getattr(file, "encoding", None) or "utf-8"
-    lines = printable_lines(hide_secrets(text)).encode(encoding, "backslashreplace").decode(encoding)
+    lines = printable_lines(hide_secrets(text))
+    if file is sys.stderr and len(lines) > MOST:
+        lines = "\n".join(map(_without_middle, lines.split("\n")))
+    lines = lines.encode(encoding, "backslashreplace").decode(encoding)
     print(lines, end=end, file=file, flush=True)
+
+
+def _without_middle(line: str) -> str:
+    return line if len(line) <= MOST else f"{line[:MOST // 2]} … {line[-MOST // 2:]}"
+
+
+def clean_library_output() -> None:
+    """From now on, what libraries say by `warnings` and `logging` is `printable` and without secrets too."""
+    logging.setLogRecordFactory(_clean_record)
+    warnings.formatwarning = _one_warning
+
+
+def _clean_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    """Return a log record whose message is final."""
+    record = logging.LogRecord(*args, **kwargs)
+    with suppress(Exception):  # arguments that do not fit the message; logging itself says so
+        record.msg, record.args = printable_lines(hide_secrets(record.getMessage())), None
+    return record
+
+
+def _one_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int,
+                 line: str | None = None) -> str:
+    """Return a warning as one line, without the source line that Python adds."""
+    return printable(hide_secrets(f"{category.__name__}: {message} ({filename}:{lineno})")) + "\n"
 
 
 def markdown_table(rows: Sequence[Sequence[str]], pad_last: bool = True) -> str:
@@ -126,7 +166,7 @@ def markdown_table(rows: Sequence[Sequence[str]], pad_last: bool = True) -> str:
 
     `pad_last=False` leaves the last column as wide as each of its cells, for long text.
     """
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    cells = [[printable(cell).replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     if not pad_last:
         widths[-1] = 0

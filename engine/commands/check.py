@@ -25,7 +25,7 @@ def check(cfg: Config, world: World, stop: StopSignal) -> int:
     findings, usable = find_problems(rows, reader, world.say, source.unreadable)
     counts = {name: len(split) for name, split in rows.items()}
     if cfg.json:
-        print(json.dumps(as_json(findings, counts, usable), indent=2))
+        show(json.dumps(as_json(findings, counts, usable), indent=2))
     else:
         show(table(findings, counts, usable, dropped_rows(source.unreadable)))
     has_errors = any(finding.severity == "error" for finding in findings)

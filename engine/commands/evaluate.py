@@ -29,7 +29,7 @@ def evaluate(cfg: Config, world: World, stop: StopSignal) -> int:
             folder.write_json(out / "metrics.json", scores)
             folder.write_ledger(out / "ledger.jsonl", pairs.ledger)
         world.say(metrics_table({model.clip.name: scores}, pairs.classes))
-        print(json.dumps(scores, indent=2))
+        show(json.dumps(scores, indent=2))
         for name, problem in collapsed.items():
             show(f"run.py eval: {name}: {problem}", sys.stderr)
     return 1 if collapsed else 0

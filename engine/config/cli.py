@@ -11,6 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
+from data.text import printable, show
 from engine.config.fields import Config, Setting, command_settings, config_fields, flag_of
 from engine.config.recipes import RECIPES
 from engine.config.settings import (
@@ -88,7 +89,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print two lines on stderr and exit 2."""
-        self.exit(2, f"{self.prog}: {message}\nsee {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {printable(message)}\nsee {self.prog} --help\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help and errors as everything else is printed: they repeat what was on the command line."""
+        if message:
+            show(message, file, end="")
 
     def settings(self, arguments: Sequence[str]) -> Config:
         """Return the Config of these arguments: preset, then the resumed run's or TOML's settings, then flags."""
@@ -199,7 +205,7 @@ def parse(program: str, arguments: Sequence[str]) -> tuple[str, Config]:
     named = bool(arguments) and not arguments[0].startswith("-")
     command = arguments[0] if named else "train"
     if command not in COMMANDS:
-        print(f"{program}: {suggest('command', command, list(COMMANDS))}\nsee {program} --help", file=sys.stderr)
+        show(f"{program}: {printable(suggest('command', command, list(COMMANDS)))}\nsee {program} --help", sys.stderr)
         sys.exit(2)
     parser = Parser(program, command, show_all="--help-all" in arguments)
     return command, parser.settings(arguments[1:] if named else arguments)

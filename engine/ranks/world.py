@@ -194,7 +194,8 @@ class World:
 
 
 def _on_terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()
+    """Return whether stderr is a terminal on which a line can be erased."""
+    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class ProgressPrinter:

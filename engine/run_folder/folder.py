@@ -10,7 +10,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +23,7 @@ import torch
 from data.batch import AgreedError, UserError
 from data.files import changed_files, read_text, recover_folders, replace_text, sha256
 from data.locks import lock_folder
-from data.text import hide_secrets, public_arguments
+from data.text import hide_secrets, json_text, public_arguments
 from engine.config.fields import Config
 from engine.config.settings import known_settings
 from engine.ranks.world import World
@@ -199,7 +199,7 @@ def read_metrics(run: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: object) -> None:
     """Replace a JSON file atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value, 2) + "\n")
 
 
 def write_metrics(folder: Path, metrics: Mapping[str, object], world: World) -> None:
@@ -209,22 +209,21 @@ def write_metrics(folder: Path, metrics: Mapping[str, object], world: World) -> 
 
 def write_ledger(path: Path, entries: Iterable[Mapping[str, object]]) -> None:
     """Write ledger.jsonl, one line for every dropped row; of addresses what `hide_secrets` leaves."""
-    write_text(path, _ledger_lines(entries))
+    write_text(path, "".join(ledger_lines(entries)))
 
 
 def append_to_ledger(path: Path, entries: Iterable[Mapping[str, object]]) -> None:
     """Add lines to a ledger.jsonl until it is written anew; does nothing where this rank cannot."""
     with suppress(OSError), open(path, "r+b") as file:
         file.seek(0, os.SEEK_END)
-        file.write(_ledger_lines(entries).encode())
+        file.write("".join(ledger_lines(entries)).encode())
 
 
-def _ledger_lines(entries: Iterable[Mapping[str, object]]) -> str:
-    lines = []
+def ledger_lines(entries: Iterable[Mapping[str, object]]) -> Iterator[str]:
+    """Yield the lines of ledger.jsonl, each with its end."""
     for entry in entries:
         shown = {name: hide_secrets(value) if isinstance(value, str) else value for name, value in entry.items()}
-        lines.append(json.dumps(shown, ensure_ascii=False) + "\n")
-    return "".join(lines)
+        yield json_text(shown) + "\n"
 
 
 def write_manifest(folder: Path) -> None:

@@ -1,8 +1,24 @@
 """Text from data reaches terminals and tables without steering them."""
 
 import io
+import json
+import logging
+import sys
+import warnings
 
-from data.text import hide_secrets, markdown_table, printable, public_arguments, show, unsigned, without_secrets
+import pytest
+
+from data.text import (
+    clean_library_output,
+    hide_secrets,
+    json_text,
+    markdown_table,
+    printable,
+    public_arguments,
+    show,
+    unsigned,
+    without_secrets,
+)
 
 
 def test_hostile_text_cannot_steer_a_terminal() -> None:
@@ -66,3 +82,33 @@ def test_a_signed_address_is_the_same_file_tomorrow() -> None:
     for plain in ("https://h/a.jpg?id=3&sig=1", "https://h/a.jpg?Expires=3", "https://h/a.jpg", "/a.jpg?Signature"):
         assert unsigned(plain) == plain
     assert without_secrets("https://h/a.jpg?id=3") == "https://h/a.jpg?id=3"
+
+
+def test_a_json_line_is_one_line_that_keeps_every_character() -> None:
+    """A title with U+2028 would be two lines to `splitlines`, and `cat ledger.jsonl` would obey a title with U+009B."""
+    value = {"title": "日本 \u2028 \x85 \x9b2J \u202e \x1b[31m \U000e0001 \udc80 \n"}
+    line = json_text(value)
+    assert json.loads(line) == value and line.isprintable() and "日本" in line
+    assert json_text(value, 2).count("\n") == 2
+
+
+def test_libraries_cannot_steer_a_terminal_or_show_a_signature(caplog: pytest.LogCaptureFixture) -> None:
+    """huggingface_hub logs the signed address of a download that it tries again."""
+    before = logging.getLogRecordFactory(), warnings.formatwarning
+    try:
+        clean_library_output()
+        logging.getLogger("a.library").warning("%s again \x1b[31m", "https://h/x?Signature=SECRET")
+        shown = warnings.formatwarning(UserWarning("\x1b]0;x\x07\nhttps://h/x?Signature=SECRET"), UserWarning, "f", 1)
+    finally:
+        logging.setLogRecordFactory(before[0])
+        warnings.formatwarning = before[1]
+    for text in (caplog.messages[0], shown.removesuffix("\n")):
+        assert text.isprintable() and "SECRET" not in text and "https://h/x?" in text
+
+
+def test_a_line_for_people_is_cut_and_a_result_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    """A title of a megabyte in an error would push the fix, which stands at its end, off the screen."""
+    show(f"error: {'x' * 10**6}: use --fix", sys.stderr)
+    show("y" * 10**6)
+    said = capsys.readouterr()
+    assert len(said.err) < 3_000 and said.err.endswith(": use --fix\n") and said.out == "y" * 10**6 + "\n"

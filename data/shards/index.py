@@ -29,7 +29,7 @@ MAX_INDEX = 1 << 28
 MAX_SHARDS = 1_000_000  # that one pattern may name
 HANDLES = 64  # files kept open
 REFERENCE = re.compile(r"([^\0]+)#([0-9]{1,18})\+([1-9][0-9]{0,17})")
-BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)(?:\.\.(\d+))?|([^{}]*,[^{}]*))\}")
 COLUMNS = ("key", "image_offset", "image_size", "title", "title_neg")
 INDEX = (*COLUMNS, "sha256")
 FORMAT = "thumbtune shard index 2"
@@ -106,7 +106,10 @@ def parse_reference(reference: str) -> tuple[str, int, int]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Return the names of a pattern with {000..009} and {a,b}, in order. Raises UserError above MAX_SHARDS."""
+    """Return the names of a pattern with {000..009}, {0..8..2} and {a,b}, in order.
+
+    Raises UserError above MAX_SHARDS.
+    """
     names = list(islice(_expanded(pattern), MAX_SHARDS + 1))
     if len(names) > MAX_SHARDS:
         raise UserError(f"{pattern} names more than {MAX_SHARDS:,} files; narrow its ranges")
@@ -118,18 +121,18 @@ def _expanded(pattern: str) -> Iterator[str]:
     if match is None:
         yield pattern
         return
-    first, last, words = match.groups()
-    options = words.split(",") if words else _numbers(first, last)
+    first, last, step, words = match.groups()
+    options = words.split(",") if words else _numbers(first, last, int(step or 1) or 1)
     for option in options:
         yield from _expanded(pattern[: match.start()] + option + pattern[match.end() :])
 
 
-def _numbers(first: str, last: str) -> Iterator[str]:
-    """Yield the numbers of {first..last}, up or down, with leading zeros where one of the two has some."""
+def _numbers(first: str, last: str, step: int) -> Iterator[str]:
+    """Yield the numbers of {first..last..step}, up or down, with leading zeros where one of the two has some."""
     is_padded = any(len(end) > 1 and end.startswith("0") for end in (first, last))
     width = max(len(first), len(last)) if is_padded else 0
     start, stop = int(first), int(last)
-    for number in range(start, stop + 1) if start <= stop else range(start, stop - 1, -1):
+    for number in range(start, stop + 1, step) if start <= stop else range(start, stop - 1, -step):
         yield f"{number:0{width}}"
 
 

@@ -105,10 +105,16 @@ class Downloader:
             with disk_errors_as_user_errors(part.parent):
                 _refuse_if_no_room(part.parent, response.content_length or 0)
                 if not begin:
+                    part.unlink(missing_ok=True)  # also a link or a pipe, which would be written into
                     write_seal(part, Seal(_validator(response), total))
-                file = open(part, "ab" if begin else "wb", buffering=0)
+                file = open(part, "ab" if begin else "xb", buffering=0)
             with file:
-                await self._save(response, file, begin, most, is_tar, limit)
+                try:
+                    await self._save(response, file, begin, most, is_tar, limit)
+                except BaseException:
+                    if total is None:  # it cannot be gone on with
+                        part.unlink(missing_ok=True)
+                    raise
             if total is not None and _size(part) != total:
                 if _size(part) > total:
                     part.unlink(missing_ok=True)
@@ -162,6 +168,7 @@ class Seal(NamedTuple):
 def write_seal(path: Path, seal: Seal) -> None:
     """Note of what a file, or a part of it, is."""
     total = "" if seal.total is None else f"\n{seal.total}"
+    validator_path(path).unlink(missing_ok=True)
     validator_path(path).write_text(seal.version + total, encoding="utf-8")
 
 
@@ -209,7 +216,7 @@ def _begun(part: Path) -> tuple[int, str]:
 
 
 def _size(part: Path) -> int:
-    return part.stat().st_size if part.exists() else 0
+    return part.stat().st_size if part.is_file() and not part.is_symlink() else 0
 
 
 def _validator(response: aiohttp.ClientResponse) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,4 +40,6 @@ def disk_errors_as_user_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         why = error.strerror or error
-        raise UserError(f"cannot write to {folder}: {why}; free space or name another --cache-dir") from error
+        is_in_the_way = error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENXIO)
+        advice = f"remove {error.filename or folder}" if is_in_the_way else "free space"
+        raise UserError(f"cannot write to {folder}: {why}; {advice} or name another --cache-dir") from error

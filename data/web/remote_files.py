@@ -52,6 +52,8 @@ def fetch_files(pattern: str, folder: Path, policy: FetchPolicy, log: Callable[[
     if "*" in pattern:
         raise UserError(f"{public_name(pattern)}: a server cannot be asked what * stands for; write a range such as "
                         "{000..009}")
+    if "::" in pattern:
+        raise UserError(f"{public_name(pattern)}: several addresses are written as {{a,b}}, not with ::")
     urls = list(dict.fromkeys(expand_braces(pattern)))
     paths = {}
     for url in urls:
@@ -60,7 +62,7 @@ def fetch_files(pattern: str, folder: Path, policy: FetchPolicy, log: Callable[[
     missing = [(url, path) for url, path in paths.items() if not (_is_shard(path) and is_whole(path))]
     for url, path in missing:
         if path.exists() and not is_whole(path):
-            log(f"{public_name(url)} has been cut since it was fetched: it is fetched again")
+            log(f"{public_name(url)} is not as it was fetched, perhaps cut: it is fetched again")
     random.shuffle(missing)  # an order of its own for every rank, so that they share the work and seldom wait
     if missing and not policy.proxy and (variable := unused_proxy()):
         log(f"{variable} is set and not used: files are fetched directly; --proxy URL fetches them through a proxy")
@@ -75,6 +77,9 @@ def web_name(url: str) -> str:
         name = web_url(url).name
     except BadSample as bad:
         raise UserError(f"{public_name(url)}: {bad.detail}") from None
+    if "{" in url or "}" in url:
+        raise UserError(f"{public_name(url)}: braces are ranges of numbers {{000..009}}, with a step {{0..8..2}}, or "
+                        "lists {a,b}; write them so")
     if not re.fullmatch(r"[\w.-]{1,200}\.(tar|csv|tsv|jsonl|parquet)", name):
         raise UserError(f"{public_name(url)}: only shards (.tar) and tables (.csv .tsv .jsonl .parquet) are "
                         "read from such addresses; download other files and pass their folder")

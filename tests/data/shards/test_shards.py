@@ -618,8 +618,8 @@ def test_a_full_disk_leaves_the_complete_shards(tmp_path: Path, monkeypatch: pyt
 
 def test_braces_expand_as_the_braceexpand_package_does(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(5)
-    pieces = ["s/", "{000..011}", "{7..12}", "{a,b,,c d}", "-", "{08..10}", "{9..0}", "{010..8}",
-              ".tar", "{}", "{x}", "日", "{3..3}"]
+    pieces = ["s/", "{000..011}", "{7..12}", "{a,b,,c d}", "-", "{08..10}", "{9..0}", "{010..8}", "{0..9..3}",
+              "{9..0..2}", ".tar", "{}", "{x}", "日", "{3..3}"]
     for _ in range(200):
         pattern = "".join(rng.choices(pieces, k=rng.randrange(1, 5)))
         assert expand_braces(pattern) == list(braceexpand.braceexpand(pattern)), pattern

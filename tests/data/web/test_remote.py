@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import os
 import random
 import resource
 import sys
@@ -283,6 +284,26 @@ def test_a_shard_that_was_cut_in_the_cache_is_fetched_again(tmp_path: Path) -> N
         assert server.asked[tar.name] == 2
 
 
+def test_what_lies_in_the_place_of_a_download_is_replaced_or_named(tmp_path: Path) -> None:
+    """A pipe there would be waited for without end, and a link would have another file overwritten."""
+    tar = write_shards(tmp_path / "shards", {"train": 4}, 10_000) / "train-000000.tar"
+    victim = tmp_path / "victim"
+    victim.write_text("keep")
+    with Server(tar.parent).up() as url:
+        place = tmp_path / "cache" / hashlib.sha256(f"{url}/{tar.name}".encode()).hexdigest()[:32]
+        place.mkdir(parents=True)
+        os.mkfifo(place / f"{tar.name}.part.seal")
+        for put in (os.mkfifo, lambda part: part.symlink_to(victim)):
+            put(place / f"{tar.name}.part")
+            (got,) = bring(tmp_path / "cache")(f"{url}/{tar.name}")
+            assert got.read_bytes() == tar.read_bytes()
+            got.unlink()
+        (place / f"{tar.name}.part").mkdir()
+        with pytest.raises(UserError, match=r"remove .*\.tar\.part or"):
+            bring(tmp_path / "cache")(f"{url}/{tar.name}")
+    assert victim.read_text() == "keep"
+
+
 def test_a_killed_process_is_gone_on_with_and_two_at_once_share(tmp_path: Path) -> None:
     source = write_shards(tmp_path / "shards", {"train": 16}, 400_000)
     server, fork = Server(source), multiprocessing.get_context("fork")
@@ -335,6 +356,8 @@ def test_what_is_no_shard_is_refused_with_its_reason(tmp_path: Path, monkeypatch
         assert "only shards (.tar) and tables" in refusal(f"{url}/train.zip")
         assert "only shards (.tar)" in refusal(f"{url}/..%2f..%2fx.tar")
         assert "range such as" in refusal(f"{url}/train-*.tar")
+        assert "braces are" in refusal(f"{url}/train-{{a..c}}.tar")
+        assert "written as {a,b}" in refusal(f"{url}/a.tar::{url}/b.tar")
         for odd in ("ftp://h/x.tar", "http://me:pw@127.0.0.1/x.tar", "s3://b/x.tar", "pipe:touch ://x.tar"):
             assert "http" in refusal(odd) or "user name" in refusal(odd)
         monkeypatch.setattr("data.web.remote_files.MAX_SHARD", 2000)

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data.batch import AgreedError, BadSample, Team
-from data.images.reader import Reader, is_url
+from data.images.reader import Reader
 from data.sources.rows import Rows, digest_column
 from data.store.segments import key_of
 from data.store.stat_cache import StatCache
-from data.web.storage import is_stored
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -76,16 +75,15 @@ def _without_folders(paths: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.replace_substring_regex(paths, "^.*/", "")
 
 
-def require_same_images(references: Sequence[str], stats: StatCache, reader: Reader, team: Team) -> None:
-    """Raise AgreedError on all ranks where two ranks see different files under the names of the M `references`.
+def require_same_images(stats: StatCache, reader: Reader, team: Team) -> None:
+    """Raise AgreedError on all ranks where two ranks see different files under the names of the M references.
 
     Each image is read by one rank, so nothing later would notice. Files with the same sizes and times on all ranks are
     the same files; of others, as of copies on each node, the sizes and the contents of SAMPLED ones are compared.
     """
     if team.size == 1:
         return
-    is_local = np.array([bool(path) and not is_url(path) and not is_stored(path) for path in references], bool)
-    stamp_M3 = stats.stamps[:, :3] * is_local[:, None]
+    stamp_M3 = stats.stamps[:, :3] * stats.is_local[:, None]
     size_M = np.ascontiguousarray(stamp_M3[:, 0])
     parts = team.exchange((key_of(stamp_M3.tobytes()), key_of(size_M.tobytes())))
     if len({stamps for stamps, _ in parts}) == 1:
@@ -93,10 +91,13 @@ def require_same_images(references: Sequence[str], stats: StatCache, reader: Rea
     if len({sizes for _, sizes in parts}) > 1:
         values = dict(enumerate(size_M.tolist()))
     else:
-        local = np.flatnonzero(is_local)
+        local = np.flatnonzero(stats.is_local)
         sample = local[np.unique(np.linspace(0, max(0, len(local) - 1), SAMPLED).astype(np.int64))[: len(local)]]
-        values = {place: _key(references[place], reader) for place in sample.tolist()}
-    names = {place: f"image {place} ({references[place].rpartition('/')[2]})" for place in values}  # of any folder
+        values = {place: _key(stats.paths[place].as_py(), reader) for place in sample.tolist()}
+    names = {}
+    for place in values:
+        name = stats.paths[place].as_py().rpartition("/")[2]  # of any folder
+        names[place] = f"image {place} ({name})"
     require_agreement(team, {names[place]: value for place, value in values.items()})
 
 

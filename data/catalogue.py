@@ -78,6 +78,11 @@ class DecodeResults:
         self._reference.append(result.reference)
         self._key += result.key or bytes(KEY)
 
+    def add_known(self, references: np.ndarray, key_nK: np.ndarray) -> None:
+        """Append references that can be used, whose content keys are known."""
+        self._reference.frombytes(np.ascontiguousarray(references, np.int64).tobytes())
+        self._key += np.ascontiguousarray(key_nK, np.uint8).tobytes()
+
     def restore(self, keys: Mapping[int, bytes]) -> None:
         """Let references that are among the results count as read, with these keys."""
         for position in np.flatnonzero(np.isin(np.array(self._reference, np.int64), [*keys])).tolist():
@@ -173,11 +178,11 @@ def _encoded(chunks: Sequence[pa.Array]) -> tuple[np.ndarray, pa.LargeStringArra
     import pyarrow.compute as pc
 
     large = pa.chunked_array([chunk.cast(pa.large_string()) for chunk in chunks], pa.large_string())
-    encoded = large.dictionary_encode().unify_dictionaries().chunks
+    encoded = large.dictionary_encode().chunks  # all with one dictionary, which grows from chunk to chunk
     if not encoded:
         return np.empty(0, np.int64), pa.array([], pa.large_string())
     numbers = [pc.fill_null(chunk.indices, -1).to_numpy(zero_copy_only=False) for chunk in encoded]
-    return np.concatenate(numbers).astype(np.int64), encoded[0].dictionary
+    return np.concatenate(numbers, dtype=np.int64), encoded[-1].dictionary
 
 
 def keys_and_usable(results: Sequence[DecodeResults], references: int) -> tuple[np.ndarray, np.ndarray]:

@@ -21,13 +21,12 @@ from data.catalogue import Catalogue, DecodeResult, DecodeResults, as_keys
 from data.identity import TitleIds
 from data.images.decode import PaddingTokenizer, collate_tokens, tokenize
 from data.images.feed import Feed, Lot, grouped
-from data.images.reader import Reader
+from data.images.reader import STORE_START, URL_START, Reader, matching
 from data.images.worker import Job, KnownKeys, Task, ToPixels
 from data.prefetch import batched, threaded_map
 from data.progress import Progress
 from data.store.features import SEGMENT, FeatureStore
 from data.web.limits import unused_proxy
-from data.web.storage import PACKAGES
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
 TITLES = 512  # titles that the tower encodes at once
 PIXELS = 1 << 28  # bytes of decoded images that a rank keeps from the opening for the first evaluation
 NO_PICTURE = {"empty", "not-image", "truncated", "undecodable"}  # reasons of `decode_image` that are in the bytes
-URL_START = "^(?i)https?://"
-STORE_START = f"^(?i)({'|'.join(PACKAGES)})://"
 STORE_REQUESTS = 32  # images that are read from a store at the same time
 
 
@@ -141,21 +138,14 @@ def decode_distinct(catalogue: Catalogue, reader: Reader, references: Sequence[i
         yield from as_results(lot)
 
 
-def _matching(references: pa.LargeStringArray, pattern: str) -> np.ndarray:
-    """Return which references match, bool [M]."""
-    import pyarrow.compute as pc
-
-    return pc.match_substring_regex(references, pattern).to_numpy(zero_copy_only=False)
-
-
 def _available(catalogue: Catalogue, reader: Reader, references: np.ndarray,
                log: Callable[[str], None]) -> Iterator[tuple[int, BadSample | bytes | None]]:
     """Yield the references as their bytes become readable, or why they cannot be.
 
     Local ones come at once, those in a store with their bytes, URLs as the fetcher finishes them.
     """
-    is_remote_R = _matching(catalogue.references, URL_START)[references]
-    is_stored_R = _matching(catalogue.references, STORE_START)[references]
+    is_remote_R = matching(catalogue.references, URL_START)[references]
+    is_stored_R = matching(catalogue.references, STORE_START)[references]
     for index in references[~(is_remote_R | is_stored_R)]:
         yield int(index), None
 

@@ -77,7 +77,7 @@ def open_images(splits: Mapping[str, Rows], reader: Reader, encoders: Encoders, 
     """
     catalogue = build_catalogue(splits, encoders.title_ids(cache))
     store = encoders.image_store(cache)
-    stats = StatCache(cache / "seen", catalogue.references.to_pylist(), reader.folder)
+    stats = StatCache(cache / "seen", catalogue.references, reader.folder)
     keys = stats.keys.copy()
     good = stats.known & (store.locate(stats.keys) >= 0)
     unread = np.flatnonzero(~good)

@@ -23,7 +23,7 @@ import numpy as np
 from data.files import open_regular, replaced_file
 from data.images.decode import FastTokenizer, tokenize
 from data.store.segments import KEY, key_of
-from data.titles import CHUNK, TokenLists, title_chunks
+from data.titles import CHUNK, TokenLists, text_chunks
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,7 +57,7 @@ class TitleIds:
 
     def tokens(self, titles: pa.LargeStringArray) -> TokenLists:
         """Return the token ids of all titles."""
-        chunks = (tokenize(self.tokenizer, chunk, self.max_tokens) for chunk in title_chunks(titles))
+        chunks = (tokenize(self.tokenizer, chunk, self.max_tokens) for chunk in text_chunks(titles))
         return TokenLists.of(chain.from_iterable(chunks))
 
     def keys(self, titles: pa.LargeStringArray) -> np.ndarray:
@@ -80,7 +80,7 @@ class TitleIds:
     def _keys(self, titles: pa.LargeStringArray) -> np.ndarray:
         """`keys` without the cache, a chunk of titles at a time: the token ids of all would take more memory."""
         parts = [np.empty((0, KEY), np.uint8)]
-        for chunk in title_chunks(titles):
+        for chunk in text_chunks(titles):
             parts.append(keys_of_tokens(TokenLists.of(iter(tokenize(self.tokenizer, chunk, self.max_tokens)))))
         return np.concatenate(parts)
 
@@ -146,31 +146,36 @@ def keys_of_tokens(tokens: TokenLists) -> np.ndarray:
 
 def distinct(keys_nK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Number distinct keys in order of appearance; return the number of each key [n], and first positions [D]."""
-    keys_n = np.ascontiguousarray(keys_nK).view(f"S{KEY}")[:, 0]
-    _, first, same_n = np.unique(keys_n, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    number = np.empty(len(order), np.int64)
-    number[order] = np.arange(len(order))
-    return number[same_n], first[order]
+    import pyarrow as pa
+
+    keys_n = pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY), len(keys_nK), [None, pa.py_buffer(keys_nK.tobytes())])
+    number_n = keys_n.dictionary_encode().indices.to_numpy().astype(np.int64)
+    before_n = np.maximum.accumulate(np.append(-1, number_n))[:-1]
+    return number_n, np.flatnonzero(number_n > before_n)
 
 
 def overlap(splits: Mapping[str, Contents]) -> Overlap:
     """Count the rows of each split whose image, title, or pair of both is also in an earlier split; omit zeros."""
     if not splits:
         return {}
+    import pyarrow as pa
+
     ends = np.cumsum([len(contents.image_NK) for contents in splits.values()])[:-1]
     image, _ = distinct(np.concatenate([contents.image_NK for contents in splits.values()]))
     title, titles = distinct(np.concatenate([contents.title_NK for contents in splits.values()]))
-    kinds = {"images": image, "titles": title, "rows": image * len(titles) + title}
-    numbers = {kind: dict(zip(splits, np.split(number, ends), strict=True)) for kind, number in kinds.items()}
+    row = pa.array(image * len(titles) + title).dictionary_encode().indices.to_numpy()
     shared: Overlap = {}
-    names = list(splits)
-    for position, name in enumerate(names):
-        for other in names[:position]:
-            counts = {kind: int(np.isin(by_split[name], by_split[other]).sum()) for kind, by_split in numbers.items()}
-            if any(counts.values()):
-                shared.setdefault(name, {})[other] = counts
-    return shared
+    for kind, number in (("images", image), ("titles", title), ("rows", row)):
+        earlier: dict[str, np.ndarray] = {}  # split -> which numbers it has
+        for name, number_N in zip(splits, np.split(number, ends), strict=True):
+            for other, has_number in earlier.items():
+                counts = shared.setdefault(name, {}).setdefault(other, {})
+                counts[kind] = int(has_number[number_N].sum())
+            earlier[name] = np.zeros(number.max(initial=-1) + 1, bool)
+            earlier[name][number_N] = True
+    kept = {name: {other: counts for other, counts in others.items() if any(counts.values())}
+            for name, others in shared.items()}
+    return {name: others for name, others in kept.items() if others}
 
 
 def describe_overlap(shared: Overlap, rows: Mapping[str, int]) -> str:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from data.cold import DecodedImages, Pipeline, check_images, encode_missing_imag
 from data.identity import Contents
 from data.images.album import RowPreviews
 from data.images.feed import SHOWN_S, Times
-from data.images.reader import Reader, is_url
+from data.images.reader import URL_START, Reader, matching
 from data.inputs import CachedPairs, FeatureSource, StreamedPairs, make_feature_splits, owned_references
 from data.ledger import dropped_rows
 from data.lost import LostPictures, restore
@@ -34,6 +34,9 @@ from data.store.features import FeatureStore
 from data.store.segments import spaces
 from data.store.sharing import NETWORK_FOLDER_S, missing_everywhere, share_features
 from data.store.stat_cache import StatCache
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -127,24 +130,25 @@ def _check_images(catalogue: Catalogue, decoded: DecodedImages, pipeline: Pipeli
     reader, team = pipeline.reader, pipeline.team
     own = owned_references(np.arange(len(catalogue.references)), team)
     folder = pipeline.cache / "seen" / f"decoded-{reader.max_pixels}"  # what --max-pixels refused may decode now
-    references = catalogue.references.to_pylist()
-    stats = StatCache(folder, references, reader.folder)
-    require_same_images(references, stats, reader, team)
+    stats = StatCache(folder, catalogue.references, reader.folder)
+    require_same_images(stats, reader, team)
     is_known = stats.known[own]
     results = check_images(catalogue, reader, own[~is_known].tolist(), decoded, pipeline.log)
     all_results = stats.exchange(results, own[is_known], team)
     if team.has_caches:
-        _fetch_for_this_cache(references, all_results, reader, team)
+        _fetch_for_this_cache(catalogue.references, all_results, reader, team)
     _restore(all_results, catalogue, stats, pipeline)
     return all_results
 
 
-def _fetch_for_this_cache(references: Sequence[str], results: Sequence[DecodeResults], reader: Reader,
+def _fetch_for_this_cache(references: pa.LargeStringArray, results: Sequence[DecodeResults], reader: Reader,
                           team: Team) -> None:
     """Fetch the URLs whose bytes only another rank's cache holds: in streaming any rank may need any image."""
+    import pyarrow as pa
+
     members = [rank for rank in range(team.size) if team.cache_of[rank] == team.cache_of[team.rank]]
-    usable = np.flatnonzero(keys_and_usable(results, len(references))[1])
-    urls = [references[place] for place in usable.tolist() if is_url(references[place])]
+    is_usable_M = keys_and_usable(results, len(references))[1]
+    urls = references.filter(pa.array(is_usable_M & matching(references, URL_START))).to_pylist()
     failed = [fetched for fetched in reader.fetch(urls[members.index(team.rank) :: len(members)]) if fetched.reason]
     if any(team.exchange(bool(failed))):
         example = f", such as {failed[0].url} ({failed[0].reason})" if failed else ""
@@ -165,9 +169,8 @@ def add_missing_images(catalogue: Catalogue, images: FeatureStore, pipeline: Pip
     """
     reader, encode, team, log = pipeline.reader, pipeline.encoders.image, pipeline.team, pipeline.log
     own = np.arange(*share(len(catalogue.references), team.rank, team.size))
-    references = catalogue.references.to_pylist()
-    stats = StatCache(pipeline.cache / "seen", references, reader.folder)
-    require_same_images(references, stats, reader, team)
+    stats = StatCache(pipeline.cache / "seen", catalogue.references, reader.folder)
+    require_same_images(stats, reader, team)
     is_known = stats.known[own] & (images.locate(stats.keys[own]) >= 0)
     results = encode_missing_images(catalogue, reader, own[~is_known].tolist(), images, encode, log)
     all_results = stats.exchange(results, own[is_known], team)

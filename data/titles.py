@@ -53,12 +53,12 @@ class TokenLists(Sequence[Sequence[int]]):
         return self._ids[self._bound[index] : self._bound[index + 1]].tobytes()
 
 
-def title_chunks(titles: pa.LargeStringArray) -> Iterator[list[str]]:
-    """Yield the titles, a CHUNK of them or CHUNK_BYTES at a time."""
+def text_chunks(texts: pa.LargeStringArray) -> Iterator[list[str]]:
+    """Yield titles, or other texts, a CHUNK of them or CHUNK_BYTES at a time."""
     import pyarrow.compute as pc
 
-    for start in range(0, len(titles), CHUNK):
-        part = titles.slice(start, CHUNK)
+    for start in range(0, len(texts), CHUNK):
+        part = texts.slice(start, CHUNK)
         end_P = np.cumsum(pc.binary_length(part).to_numpy(zero_copy_only=False), dtype=np.int64)
         first = 0
         while first < len(part):

@@ -6,6 +6,7 @@ import errno
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,9 +16,15 @@ from data.images.decode import ImageSpec, decode_image
 from data.shards.index import MAX_IMAGE, is_range, read_member, read_stored
 from data.web.fetched import Fetched, cached_path, delete_fetched
 from data.web.limits import FetchPolicy
-from data.web.storage import is_stored
+from data.web.storage import PACKAGES, is_stored
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+# Patterns of references, for `matching`: `is_url` and `is_stored` of each.
+URL_START = "^(?i)https?://"
+STORE_START = f"^(?i)({'|'.join(PACKAGES)})://"
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,13 @@ class Reader:
     def pixels(self, reference: str) -> np.ndarray:
         """Return uint8 pixels [3, S, S] of a reference. Raises BadSample."""
         return decode_image(self.read(reference), self.spec, self.max_pixels)
+
+
+def matching(references: pa.LargeStringArray, pattern: str) -> np.ndarray:
+    """Return which references match, bool [M]."""
+    import pyarrow.compute as pc
+
+    return pc.match_substring_regex(references, pattern).to_numpy(zero_copy_only=False)
 
 
 def is_url(path: str) -> bool:

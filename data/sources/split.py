@@ -44,9 +44,8 @@ class ContentReader:
         """Return the content key of each reference, uint8 [M, K]; one that cannot be read has a key of its own."""
         M, team = len(inputs.references), self.team
         own = np.arange(*share(M, team.rank, team.size))
-        references = inputs.references.to_pylist()
-        stats = StatCache(self.cache / "seen", references, self.reader.folder)
-        require_same_images(references, stats, self.reader, team)
+        stats = StatCache(self.cache / "seen", inputs.references, self.reader.folder)
+        require_same_images(stats, self.reader, team)
         is_known = stats.known[own]
         results = DecodeResults()
         for result in decode_distinct(inputs, self.reader, own[~is_known].tolist(), ToKey(), self.log):

@@ -12,23 +12,31 @@ import hashlib
 import os
 import time
 import zipfile
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data.batch import Team
-from data.catalogue import DecodeResult, DecodeResults, keys_and_usable
+from data.catalogue import DecodeResults, keys_and_usable
 from data.files import open_regular, replaced_file
-from data.images.reader import is_url
-from data.shards.index import is_range, parse_reference
+from data.images.reader import STORE_START, URL_START, matching
+from data.shards.index import REFERENCE
 from data.shards.manifests import manifest_keys
 from data.store.segments import KEY
+from data.titles import text_chunks
 from data.web.fetched import cached_path
-from data.web.storage import is_stored
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SETTLED = 2.0  # seconds; the coarsest clock of a file system in use
+NO_FILE = (-1,) * 5  # its stamps
+RANGE, RANGE_END = f"^{REFERENCE.pattern}$", "#[0-9]+\\+[0-9]+$"  # of a reference FILE#OFFSET+SIZE
 
 
 class StatCache:
@@ -37,14 +45,22 @@ class StatCache:
     `paths` are files, URLs (with fetched bytes in the folder `fetched`), ranges of files, or "". Members of streamed
     shards are known by the manifests of these; other images in a store count, as URLs do, as unchanged. `stamps` [M, 5]
     are size, modification and change time, inode and device, -1 where there is no file; `keys` [M, 16] are valid where
-    `known` [M] is true. A cache that cannot be read, or was written with other stamps, counts as empty; failed writes
-    are ignored.
+    `known` [M] is true; `is_local` [M] are files of this machine, or ranges of them. A cache that cannot be read, or
+    was written with other stamps, counts as empty; failed writes are ignored.
     """
 
-    def __init__(self, folder: Path, paths: Sequence[str], fetched: Path) -> None:
-        names = hashlib.blake2b("\0".join(paths).encode("utf-8", "replace"), digest_size=16)
-        self._file, self._began = folder / f"{names.hexdigest()}.npz", time.time()
-        self.stamps = _stamps(paths, fetched)
+    def __init__(self, folder: Path, paths: pa.LargeStringArray, fetched: Path) -> None:
+        import pyarrow as pa
+
+        self._file, self._began = folder / f"{_digest(paths)}.npz", time.time()
+        is_url, is_stored = matching(paths, URL_START), matching(paths, STORE_START)
+        is_range = matching(paths, RANGE)
+        self.paths, self.is_local = paths, ~(matching(paths, "^$") | is_url | is_stored)
+        self.stamps = np.full((len(paths), 5), -1, np.int64)
+        self.stamps[is_stored & ~is_range] = 0
+        self._stat(self.is_local & ~is_range, lambda path: path)
+        self._stat(is_url & ~is_range, lambda path: cached_path(path, fetched))
+        self._stat_ranges(is_range & ~is_stored)
         self.keys = np.zeros((len(paths), KEY), np.uint8)
         self.known = np.zeros(len(paths), bool)
         unreadable = (OSError, ValueError, KeyError, zipfile.BadZipFile)
@@ -53,14 +69,33 @@ class StatCache:
             if stamp_M5.shape == self.stamps.shape and keys.shape == self.keys.shape and keys.dtype == np.uint8:
                 self.known = (stamp_M5 == self.stamps).all(1) & (self.stamps[:, 0] >= 0)
                 self.keys = keys
-        recorded, is_recorded = manifest_keys(fetched.parent, paths)
-        self.keys[is_recorded], self.known[is_recorded] = recorded[is_recorded], True
+        is_member = is_stored & is_range
+        if is_member.any():
+            recorded, is_recorded = manifest_keys(fetched.parent, paths.filter(pa.array(is_member)).to_pylist())
+            members = np.flatnonzero(is_member)[is_recorded]
+            self.keys[members], self.known[members] = recorded[is_recorded], True
+
+    def _stat(self, wanted: np.ndarray, file_of: Callable[[str], str | Path]) -> None:
+        """Set the stamps of the paths `wanted` [M], whose files are `file_of` them."""
+        import pyarrow as pa
+
+        if wanted.any():
+            files = chain.from_iterable(text_chunks(self.paths.filter(pa.array(wanted))))
+            self.stamps[wanted] = _stamps(map(file_of, files))
+
+    def _stat_ranges(self, wanted: np.ndarray) -> None:
+        """Set the stamps of the ranges of files `wanted` [M]; each file is looked at once."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        if wanted.any():
+            files = pc.replace_substring_regex(self.paths.filter(pa.array(wanted)), RANGE_END, "").dictionary_encode()
+            self.stamps[wanted] = _stamps(files.dictionary.to_pylist())[files.indices.to_numpy()]
 
     def exchange(self, results: DecodeResults, unchanged: np.ndarray, team: Team) -> list[DecodeResults]:
         """Return the results of all ranks, those of this rank's `unchanged` references added; remember new ones."""
         has_new = len(results) > 0
-        for reference in unchanged.tolist():
-            results.add(DecodeResult(reference, self.keys[reference].tobytes(), None))
+        results.add_known(unchanged, self.keys[unchanged])
         parts = team.exchange((results, has_new))
         all_results = [part for part, _ in parts]
         if team.leads_cache and any(has_new for _, has_new in parts):
@@ -77,24 +112,26 @@ class StatCache:
                 np.savez(temporary, stamps=stamp_M5, keys=keys)
 
 
-def _stamps(paths: Sequence[str], fetched: Path) -> np.ndarray:
-    """Return size, modification and change time, inode and device of each path's file, int64 [M, 5]; -1: no file."""
-    stamp_M5 = np.full((len(paths), 5), -1, np.int64)
-    files: dict[str, os.stat_result] = {}  # those of which ranges are read
-    for row, path in enumerate(paths):
-        if not path:
-            continue
-        with suppress(OSError, ValueError):  # ValueError: a NUL in the path
-            if is_stored(path):
-                stamp_M5[row] = -1 if is_range(path) else 0
-                continue
-            if is_range(path):
-                file = parse_reference(path)[0]
-                stat = files.get(file) or files.setdefault(file, os.stat(file))
-            else:
-                stat = os.stat(cached_path(path, fetched) if is_url(path) else path)
-            stamp_M5[row] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, _signed(stat.st_ino), stat.st_dev
-    return stamp_M5
+def _digest(paths: pa.LargeStringArray) -> str:
+    """Return a digest of all paths in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for number, chunk in enumerate(text_chunks(paths)):
+        digest.update(("\0" * (number > 0) + "\0".join(chunk)).encode())
+    return digest.hexdigest()
+
+
+def _stamps(files: Iterable[str | Path]) -> np.ndarray:
+    """Return size, modification and change time, inode and device of each file, int64 [n, 5]; -1: no file."""
+    stamps = array("q")
+    for file in files:
+        try:
+            status = os.stat(file)
+        except (OSError, ValueError):  # ValueError: a NUL in the path
+            stamps.extend(NO_FILE)
+        else:
+            stamps.extend((status.st_size, status.st_mtime_ns, status.st_ctime_ns, _signed(status.st_ino),
+                           status.st_dev))
+    return np.frombuffer(stamps, np.int64).reshape(-1, 5)
 
 
 def _signed(inode: int) -> int:

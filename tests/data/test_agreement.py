@@ -40,9 +40,9 @@ def compare_data(folder: Path) -> Callable[[Team], None]:
     def compare(team: Team) -> None:
         splits = load_splits(str(folder))
         require_same_rows(team, splits)
-        references = build_catalogue(splits).references.to_pylist()
+        references = build_catalogue(splits).references
         reader = Reader(folder / "fetched", ImageSpec.clip(32), FetchPolicy(), 25_000_000, 2)
-        require_same_images(references, StatCache(folder / "seen", references, folder / "fetched"), reader, team)
+        require_same_images(StatCache(folder / "seen", references, folder / "fetched"), reader, team)
 
     return compare
 

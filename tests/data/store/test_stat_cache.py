@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from data.store.stat_cache import StatCache
@@ -25,7 +26,7 @@ def test_any_change_of_what_identifies_a_file_counts(field: str, tmp_path: Path,
         def __getattr__(self, name: str) -> int:
             return int(getattr(self.status, name)) + (name == field)
 
-    paths = [str(tmp_path / "a.jpg")]
+    paths = pa.array([str(tmp_path / "a.jpg")], pa.large_string())
     cache = StatCache(tmp_path / "seen", paths, tmp_path / "fetched")
     cache.remember(np.ones((1, 16), np.uint8), np.ones(1, bool))
     assert StatCache(tmp_path / "seen", paths, tmp_path / "fetched").known.tolist() == [True]

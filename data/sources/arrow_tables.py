@@ -192,7 +192,8 @@ def _names_of(column: pa.ChunkedArray, names: Sequence[str]) -> pa.ChunkedArray:
         return column
     is_named = pc.and_(pc.greater_equal(column, 0), pc.less(column, len(names)))
     numbers = pc.if_else(is_named, column, pa.scalar(None, column.type))
-    return pa.chunked_array([pa.array(names, pa.string()).take(chunk) for chunk in numbers.chunks], pa.string())
+    texts = pa.array(names, pa.large_string())
+    return pa.chunked_array([texts.take(chunk) for chunk in numbers.chunks], texts.type)
 
 
 def _only_items(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -272,7 +272,8 @@ def _table(file: Path, rows: Sequence[CaptionedImage], name: str, context: ReadC
         account.apply("--image-root")
     captions = sum(map(len, titles))
     account.note(f"{file}{split}: {name}; {captions:,} captions of images like {finder.example}")
-    return pa.table({"image": pa.array(images, pa.string()), "title": pa.array(titles, pa.list_(pa.string())),
+    kind = pa.large_string()
+    return pa.table({"image": pa.array(images, kind), "title": pa.array(titles, pa.list_(kind)),
                      ROW: pa.array(numbers, pa.int64())})
 
 

@@ -22,6 +22,7 @@ from data.batch import UserError
 from data.files import open_regular, replaced_file
 from data.ledger import discard
 from data.progress import Progress
+from data.sources.lists import joined
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -78,21 +79,21 @@ class EmbeddedPictures:
 
         kind = values.type
         if values.null_count == len(values):
-            return pa.nulls(len(values), pa.string())
+            return pa.nulls(len(values), pa.large_string())
         if pa.types.is_dictionary(kind):
             return self.references(values.dictionary, source).take(values.indices)
         if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
             values = values.cast(pa.large_binary())
         data, bounds = _content(values)
         if bounds[0] == bounds[-1]:  # values of no bytes at all
-            return pa.nulls(len(values), pa.string())
+            return pa.nulls(len(values), pa.large_string())
         location = self._find(data)
         if location is None:
             return self._copied(values, source)
         path, base = location
         start, size = pa.array(base + bounds[:-1]), pa.array(np.diff(bounds))
-        names = pc.binary_join_element_wise(f"{path}#", start.cast(pa.string()), "+", size.cast(pa.string()), "")
-        return pc.if_else(pc.greater(size, 0), names, pa.scalar(None, pa.string()))
+        names = joined(f"{path}#", start, "+", size)
+        return pc.if_else(pc.greater(size, 0), names, pa.scalar(None, pa.large_string()))
 
     def _find(self, data: pa.Buffer) -> tuple[str, int] | None:
         """Return the mapped file that a buffer lies in, and its offset there; None for a buffer in memory."""

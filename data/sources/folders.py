@@ -190,7 +190,7 @@ def _read_below(metadata: Path, name: str, names: Sequence[str], context: ReadCo
     table = read_metadata(metadata, context.options, account, context.embedded)
     if ROW not in table.column_names:
         table = table.append_column(ROW, pa.array(np.arange(len(table))))
-    slashed = pc.replace_substring(table["image"].cast(pa.string()), "\\", "/")
+    slashed = pc.replace_substring(table["image"].cast(pa.large_string()), "\\", "/")
     image = pc.fill_null(pc.replace_substring_regex(slashed, r"^(\./)+", ""), "")
     if name == names[0]:
         is_below = np.logical_or.reduce([pc.starts_with(image, f"{each}/").to_numpy() for each in names])

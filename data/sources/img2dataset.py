@@ -32,7 +32,7 @@ def failed(table: pa.Table) -> dict[int, BadSample]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    status = table[STATUS[0]].cast(pa.string())
+    status = table[STATUS[0]].cast(pa.large_string())
     rows = pc.indices_nonzero(pc.fill_null(pc.not_equal(status, SUCCESS), True)).to_pylist()
     problems = {}
     for row in rows:

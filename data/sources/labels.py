@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data.batch import UserError
 from data.ledger import Account
+from data.sources.lists import joined
 from data.sources.rows import LABEL, Rows
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def class_titles(table: pa.Table, templates: Sequence[str], source: str, account
     is_class = pc.not_equal(text, "")
     if LABEL in table.column_names:  # null where a title is no class name
         is_class = pc.and_(is_class, pc.is_valid(table[LABEL]))
-    classes = pc.if_else(is_class, text, pa.scalar(None, pa.string()))
+    classes = pc.if_else(is_class, text, pa.scalar(None, pa.large_string()))
     names = sorted(pc.unique(classes.drop_null()).to_pylist())
     _refuse_numbers(names, source)
     table = table.drop_columns([LABEL]) if LABEL in table.column_names else table
@@ -54,7 +55,7 @@ def class_titles(table: pa.Table, templates: Sequence[str], source: str, account
     titles = []
     for template in templates or ("{}",):
         before, _, after = template.partition("{}")
-        filled = pc.binary_join_element_wise(pa.scalar(before), spelt, pa.scalar(after), "")
+        filled = joined(before, spelt, after)
         titles.append(pc.coalesce(filled, table["title"]))
     table = table.append_column(LABEL, classes)
     if len(titles) == 1:

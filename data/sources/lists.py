@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 FIELDS = ("raw", "caption", "text")  # the text in a list of structs: `raw` in the sentences of Karpathy's splits
 
 
+def joined(*parts: str | pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Return the texts and columns of texts joined, value by value, as large_string; null where a column is."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = pa.large_string()
+    columns = [pa.scalar(part, kind) if isinstance(part, str) else part.cast(kind) for part in parts]
+    return pc.binary_join_element_wise(*columns, pa.scalar("", kind))
+
+
 def is_list(kind: pa.DataType) -> bool:
     """True for Arrow's types of lists."""
     import pyarrow as pa
@@ -27,14 +37,19 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def decoded(chunk: pa.Array) -> pa.Array:
-    """Return an array without a dictionary, as text where that is text of any kind."""
+    """Return an array without a dictionary, as text of 64-bit offsets where that is text of any kind.
+
+    A short dictionary may stand for more text than the 2 GiB that 32-bit offsets reach.
+    """
     import pyarrow as pa
 
     if not pa.types.is_dictionary(chunk.type):
         return chunk
     values = chunk.dictionary
-    if pa.types.is_string_view(values.type):  # of polars; Arrow cannot take from it
-        values = values.cast(pa.string())
+    if pa.types.is_string(values.type) or pa.types.is_string_view(values.type):
+        values = values.cast(pa.large_string())
+    elif pa.types.is_binary(values.type):
+        values = values.cast(pa.large_binary())
     return values.take(chunk.indices)
 
 
@@ -64,7 +79,7 @@ def spell_lists(texts: pa.ChunkedArray) -> bool:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    said = texts.filter(pa.array(_is_text(texts)))
+    said = texts.filter(pa.array(_holds_text(texts)))
     return len(said) > 0 and pc.all(pc.match_substring_regex(said, r"(?s)^\s*\[.*\]\s*$")).as_py()
 
 
@@ -78,7 +93,7 @@ def parse_lists(texts: pa.ChunkedArray) -> pa.ChunkedArray | None:
         if values is None:
             return None
         lists.append(values)
-    return pa.chunked_array([pa.array(lists, pa.list_(pa.string()))])
+    return pa.chunked_array([pa.array(lists, pa.list_(pa.large_string()))])
 
 
 def _parse_list(text: str) -> list[str] | None:
@@ -110,32 +125,37 @@ def join_columns(columns: Sequence[pa.ChunkedArray]) -> pa.ChunkedArray:
     import pyarrow as pa
 
     parts = [flatten(column) for column in columns]
-    kinds = {values.type for values, _ in parts}
-    if len(kinds) > 1:
-        is_bytes = all(map(_is_text_or_bytes, kinds))
-        parts = [(values.cast(pa.large_binary() if is_bytes else pa.string()), row_F) for values, row_F in parts]
-    chunks = [chunk for values, _ in parts for chunk in values.chunks]
-    values = pa.chunked_array(chunks, parts[0][0].type)
-    if pa.types.is_dictionary(values.type):
-        values = values.cast(values.type.value_type)
+    chunks = [decoded(chunk) for values, _ in parts for chunk in values.chunks]
+    kinds = {chunk.type for chunk in chunks}
+    if len(kinds) > 1 or all(map(_is_text, kinds)):  # the take below joins all chunks: 32-bit offsets may be too few
+        kind = pa.large_string()
+        if not all(map(_is_text, kinds)) and all(_is_text(each) or _is_bytes(each) for each in kinds):
+            kind = pa.large_binary()
+        chunks = [chunk.cast(kind) for chunk in chunks]
     row_F = np.concatenate([row_F for _, row_F in parts])
     order = np.argsort(row_F, kind="stable")
+    values = pa.chunked_array(chunks, chunks[0].type if chunks else pa.large_string())
     return as_lists(values.take(pa.array(order)), row_F[order], len(columns[0]))
 
 
-def _is_text_or_bytes(kind: pa.DataType) -> bool:
+def _is_text(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
-    return any(is_kind(kind) for is_kind in (
-        pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary,
-        pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_null))
+    return (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+            or pa.types.is_null(kind))
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 def without_blanks(values: pa.ChunkedArray, row_F: np.ndarray, rows: int) -> pa.ChunkedArray:
     """Return texts [F] as one list a row, without nulls and without texts of white space alone."""
     import pyarrow as pa
 
-    is_text_F = _is_text(values)
+    is_text_F = _holds_text(values)
     return as_lists(values.filter(pa.array(is_text_F)), row_F[is_text_F], rows)
 
 
@@ -153,7 +173,7 @@ def explode(table: pa.Table, column: str) -> pa.Table:
     return taken.add_column(table.column_names.index(column), column, values)
 
 
-def _is_text(values: pa.ChunkedArray) -> np.ndarray:
+def _holds_text(values: pa.ChunkedArray) -> np.ndarray:
     """Return which texts [F] hold more than white space."""
     import pyarrow.compute as pc
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from data.batch import BadSample, UserError
 from data.ledger import Account
+from data.sources.lists import joined
 from data.web.storage import PACKAGES, scheme_of
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def absolute_paths(column: pa.ChunkedArray, location: ImageLocation, source: str
     for chunk in chunks:
         paths.append(_absolute(chunk, start, location, problems))
         start += len(chunk)
-    return pa.chunked_array(paths, pa.string())
+    return pa.chunked_array(paths, pa.large_string())
 
 
 def _normalize(path: pa.Array, location: ImageLocation, source: str, account: Account) -> pa.Array:
@@ -101,7 +102,7 @@ def _normalize(path: pa.Array, location: ImageLocation, source: str, account: Ac
         path = filled
     if _any(bare := pc.starts_with(path, "//")):
         account.note(f"{source}: image addresses that begin with // are read as https://")
-        path = pc.if_else(pc.fill_null(bare, False), pc.binary_join_element_wise("https:", path, ""), path)
+        path = pc.if_else(pc.fill_null(bare, False), joined("https:", path), path)
     if not _any(pc.match_substring_regex(path, UNUSUAL)):
         return path
     is_file = pc.match_substring_regex(path, "^file:", ignore_case=True)
@@ -137,7 +138,7 @@ def _replace_values(path: pa.Array, mask: pa.Array, change: Callable[[str], str]
         return path
     mask = pc.fill_null(mask, False)
     values = [change(value) for value in path.filter(mask).to_pylist()]
-    return pc.replace_with_mask(path, mask, pa.array(values, pa.string()))
+    return pc.replace_with_mask(path, mask, pa.array(values, pa.large_string()))
 
 
 def path_of_file_url(text: str) -> str:
@@ -153,7 +154,6 @@ def _slashed(folder: str, text: str) -> str:
 
 def _fill_template(path: pa.Array, template: str) -> pa.Array:
     """Return ids in the template, URLs and absolute paths as they are; a width pads numbers with zeros."""
-    import pyarrow as pa
     import pyarrow.compute as pc
 
     match = TEMPLATE.fullmatch(template)
@@ -162,7 +162,7 @@ def _fill_template(path: pa.Array, template: str) -> pa.Array:
     ids = pc.replace_substring_regex(path, r"^(\d+)\.0$", r"\1")  # pandas writes numbers with gaps so
     if width is not None:
         ids = pc.if_else(pc.utf8_is_digit(ids), pc.utf8_lpad(ids, int(width), "0"), ids)
-    filled = pc.binary_join_element_wise(pa.scalar(before), ids, pa.scalar(after), "")
+    filled = joined(before, ids, after)
     return pc.if_else(pc.match_substring_regex(path, NO_ID, ignore_case=True), path, filled)
 
 
@@ -176,7 +176,7 @@ def _absolute(path: pa.Array, start: int, location: ImageLocation, problems: dic
     roots = tuple(folder.rstrip("/") + "/" for folder in location.folders)
     full = path
     if location.relative:
-        below = pc.binary_join_element_wise(roots[0], path, *filter(None, [location.ending]), "")
+        below = joined(roots[0], path, *filter(None, [location.ending]))
         named = pc.or_(url, absolute)
         full = pc.if_else(named, path, below) if _any(named) else below
     if location.anywhere:
@@ -201,7 +201,7 @@ def _in_store(path: pa.Array, start: int, location: ImageLocation, problems: dic
 
     folder = location.folders[0]
     is_address = pc.fill_null(pc.match_substring_regex(path, READABLE, ignore_case=True), False)
-    full = pc.if_else(is_address, path, pc.binary_join_element_wise(f"{folder}/", path, location.ending, ""))
+    full = pc.if_else(is_address, path, joined(f"{folder}/", path, location.ending))
     suspect = pc.fill_null(pc.match_substring_regex(path, r"^/|://|(^|/)\.\.(/|$)"), False)
     for row in np.flatnonzero(pc.and_not(suspect, is_address).to_numpy(zero_copy_only=False)):
         problems[start + int(row)] = BadSample(

@@ -110,8 +110,8 @@ def read_class_folders(folder: Path, account: Account) -> pa.Table:
             images.append(path)
             titles.append(os.path.basename(here))
             numbers.append(row)
-    return pa.table({"image": pa.array(images, pa.string()), "title": pa.array(titles, pa.string()),
-                     LABEL: pa.array(titles, pa.string()), ROW: pa.array(numbers, pa.int64())})
+    return pa.table({"image": pa.array(images, pa.large_string()), "title": pa.array(titles, pa.large_string()),
+                     LABEL: pa.array(titles, pa.large_string()), ROW: pa.array(numbers, pa.int64())})
 
 
 def _walk(folder: Path, account: Account) -> Iterator[tuple[str, list[str]]]:

@@ -67,7 +67,7 @@ def from_records(records: Iterator[Record], columns: Columns, source: str, messa
         parts.append(pa.table({**fields, "": pa.array([record.row for record in chunk], pa.int64())}))
         start += len(chunk)
     if not parts and account.dropped > before:
-        return pa.table({name: pa.array([], pa.string()) for name in ("image", "title")})
+        return pa.table({name: pa.array([], pa.large_string()) for name in ("image", "title")})
     if not parts:
         raise UserError(message_if_empty)
     picked = detect_columns(list(names), columns, source + kind, account)
@@ -86,7 +86,7 @@ def _field_column(name: str, chunk: Sequence[Record], start: int, problems: dict
     import pyarrow as pa
 
     try:  # nearly always text and nulls
-        return pa.array([record.fields.get(name) for record in chunk], pa.string())
+        return pa.array([record.fields.get(name) for record in chunk], pa.large_string())
     except (pa.ArrowException, UnicodeEncodeError):
         pass
     values: list[list[bytes]] = []
@@ -102,8 +102,8 @@ def _field_column(name: str, chunk: Sequence[Record], start: int, problems: dict
             problems[place] = problem
         values.append([text for text in texts if text is not None])
     if has_lists:
-        return pa.array(values, pa.list_(pa.string()))
-    return pa.array([texts[0] if texts else None for texts in values], pa.string())
+        return pa.array(values, pa.list_(pa.large_string()))
+    return pa.array([texts[0] if texts else None for texts in values], pa.large_string())
 
 
 def _text_of(item: Any) -> Any:

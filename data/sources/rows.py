@@ -35,13 +35,16 @@ PIECE = 1 << 16  # image paths that are worked on at one time
 
 @dataclass(frozen=True)
 class Rows:
-    """One split, columnar. The image "" is no image, the title "" no title."""
+    """One split, columnar. The image "" is no image, the title "" no title.
+
+    All text has 64-bit offsets: what is joined or taken from many chunks may be more than the 2 GiB of 32-bit ones.
+    """
 
     name: str
-    image: pa.ChunkedArray  # string, no nulls: an absolute path, http(s) URL, or FILE#OFFSET+SIZE
-    title: pa.ChunkedArray  # string, no nulls
-    title_neg: pa.ChunkedArray | None  # list<string>, [] or null for none; None without such a column
-    label: pa.ChunkedArray | None = None  # string: the class that the title names, null for none; None without classes
+    image: pa.ChunkedArray  # large_string, no nulls: an absolute path, http(s) URL, or FILE#OFFSET+SIZE
+    title: pa.ChunkedArray  # large_string, no nulls
+    title_neg: pa.ChunkedArray | None  # list<large_string>, [] or null for none; None without such a column
+    label: pa.ChunkedArray | None = None  # large_string: the class that a title names, null for none; None: no classes
 
     def __len__(self) -> int:
         return len(self.title)
@@ -71,7 +74,7 @@ def rename_to_roles(table: pa.Table, picked: Mapping[str, Sequence[str]]) -> pa.
         columns[role] = table[names[0]] if len(names) == 1 else join_columns([table[name] for name in names])
     if {name.strip().lower() for name in picked["title"]} <= {*CLASS_COLUMNS}:
         is_plain = not is_list(columns["title"].type)
-        columns[LABEL] = columns["title"] if is_plain else pa.array([""] * len(table), pa.string())
+        columns[LABEL] = columns["title"] if is_plain else pa.array([""] * len(table), pa.large_string())
     return pa.table(columns)
 
 
@@ -91,16 +94,17 @@ def to_row_columns(table: pa.Table, source: str, location: ImageLocation, accoun
     for chunk in _pieces(table["image"]):
         data, path = _bytes_and_path(chunk, source, start, problems)
         path = pc.utf8_trim_whitespace(path)
-        paths.append(pc.if_else(pc.or_(pc.is_valid(data), pc.equal(path, "")), pa.scalar(None, pa.string()), path))
+        is_none = pc.or_(pc.is_valid(data), pc.equal(path, ""))
+        paths.append(pc.if_else(is_none, pa.scalar(None, path.type), path))
         pictures.append(embedded.references(data, source))
         start += len(chunk)
-    paths_N = absolute_paths(pa.chunked_array(paths, pa.string()), location, source, account, problems).chunks
+    paths_N = absolute_paths(pa.chunked_array(paths, pa.large_string()), location, source, account, problems).chunks
     images = []
     for picture, path in zip(pictures, paths_N, strict=True):
         # A coalesce would copy every path, fill_null copies none where each row has one.
         has_pictures = picture.null_count < len(picture)
         images.append(pc.coalesce(picture, path, "") if has_pictures else pc.fill_null(path, ""))
-    columns = {"image": pa.chunked_array(images, pa.string())}
+    columns = {"image": pa.chunked_array(images, pa.large_string())}
     for role in ("title", "title_neg"):
         if role not in table.column_names:
             continue
@@ -159,7 +163,7 @@ def _bytes_and_path(chunk: pa.Array, source: str, start: int,
     import pyarrow as pa
 
     kind = chunk.type
-    data, path = pa.nulls(len(chunk), pa.large_binary()), pa.nulls(len(chunk), pa.string())
+    data, path = pa.nulls(len(chunk), pa.large_binary()), pa.nulls(len(chunk), pa.large_string())
     if pa.types.is_struct(kind) and {"bytes", "path"} & {field.name for field in kind}:  # Hugging Face's Image
         fields = dict(zip((field.name for field in kind), chunk.flatten(), strict=True))
         data, path = fields.get("bytes", data), fields.get("path", path)
@@ -195,10 +199,10 @@ def _texts(column: pa.ChunkedArray, source: str, role: str, problems: dict[int, 
     import pyarrow as pa
 
     chunks, start = [], 0
-    for chunk in column.chunks:
+    for chunk in _pieces(column):
         chunks.append(_text_chunk(chunk, source, role, start, problems))
         start += len(chunk)
-    return pa.chunked_array(chunks, pa.string())
+    return pa.chunked_array(chunks, pa.large_string())
 
 
 def _text_chunk(chunk: pa.Array, source: str, role: str, start: int, problems: dict[int, BadSample]) -> pa.Array:
@@ -207,7 +211,7 @@ def _text_chunk(chunk: pa.Array, source: str, role: str, start: int, problems: d
 
     chunk = decoded(chunk)
     try:
-        cast = chunk.cast(pa.string())
+        cast = chunk.cast(pa.large_string())
         cast.validate(full=True)
         return cast
     except pa.ArrowNotImplementedError:
@@ -226,7 +230,7 @@ def _text_chunk(chunk: pa.Array, source: str, role: str, start: int, problems: d
         except UnicodeDecodeError:
             texts.append(None)
             problems[row] = BadSample("not-utf8", f"the {role} is not UTF-8 text: {data[:80]!r}")
-    return pa.array(texts, pa.string())
+    return pa.array(texts, pa.large_string())
 
 
 def join_tables(name: str, tables: Sequence[pa.Table], source: str, account: Account) -> Rows:

@@ -103,7 +103,7 @@ def divide_by_column(name: str, tables: Sequence[pa.Table], sources: Sequence[st
         problems = {int(row): BadSample("no-split", "the row names no split") for row in blank_rows}
         drop_rows(table, problems, number_N, source, account)
         for split in dict.fromkeys(renamed.values()):
-            names = pa.array([name for name, new in renamed.items() if new == split], pa.string())
+            names = pa.array([name for name, new in renamed.items() if new == split], pa.large_string())
             divided.setdefault(split, []).append(_without_column(table).filter(pc.is_in(value_N, names)))
     account.note(_describe(sources[0], counts, blank, renamed))
     return divided
@@ -115,12 +115,13 @@ def _values(table: pa.Table) -> pa.ChunkedArray:
     import pyarrow.compute as pc
 
     if COLUMN not in table.column_names:
-        return pa.chunked_array([], pa.string())
+        return pa.chunked_array([], pa.large_string())
     try:
-        plain = pa.chunked_array([decoded(chunk).cast(pa.string()) for chunk in table[COLUMN].chunks], pa.string())
+        texts = [decoded(chunk).cast(pa.large_string()) for chunk in table[COLUMN].chunks]
+        plain = pa.chunked_array(texts, pa.large_string())
         return pc.fill_null(pc.utf8_trim_whitespace(plain), "")
     except pa.ArrowException:  # lists, or text that is not UTF-8
-        return pa.chunked_array([[""] * len(table)], pa.string())
+        return pa.chunked_array([[""] * len(table)], pa.large_string())
 
 
 def _names_splits(counts: Mapping[str, int], options: ReadOptions, sources: Sequence[str], account: Account) -> bool:

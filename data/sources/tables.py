@@ -24,6 +24,7 @@ from data.sources.columns import detect_columns
 from data.sources.csv_tables import read_csv
 from data.sources.embedded import EmbeddedPictures
 from data.sources.json_tables import read_json, read_json_lines
+from data.sources.lists import joined
 from data.sources.options import ReadOptions
 from data.sources.paths import PICTURES
 from data.sources.pictures import SIDECARS, holds_pictures, holds_titled_pictures, is_picture, pictures
@@ -137,16 +138,14 @@ def _with_labels(table: pa.Table, classes: Sequence[str]) -> pa.Table:
     if not classes:
         return table
     title, is_lone = pc.list_element(table["title"], 0), pc.equal(pc.list_value_length(table["title"]), 1)
-    is_class = pc.and_(pc.is_in(title, pa.array(map(spell_class, classes), pa.string())), is_lone)
-    return table.append_column(LABEL, pc.if_else(is_class, title, pa.scalar(None, pa.string())))
+    is_class = pc.and_(pc.is_in(title, pa.array(map(spell_class, classes), pa.large_string())), is_lone)
+    return table.append_column(LABEL, pc.if_else(is_class, title, pa.scalar(None, pa.large_string())))
 
 
 def _index_as_rows(index: pa.Table, shard: str, options: ReadOptions, account: Account) -> pa.Table:
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    at, size = (index[name].cast(pa.string()) for name in ("image_offset", "image_size"))
-    image = pc.binary_join_element_wise(f"{shard}#", at, "+", size, "")
+    image = joined(f"{shard}#", index["image_offset"], "+", index["image_size"])
     table = pa.table({"image": image, "title": index["title"], "title_neg": index["title_neg"]})
     return rename_to_roles(table, detect_columns(table.column_names, options.columns, shard, account))
 

@@ -3,7 +3,8 @@
 python -m tests.bench.load [--rows 10000,100000,1000000] [--only csv,parquet]
 
 Each dataset is written by the library that makes it in the world, read in a process of its own, and, where pyarrow
-reads its file, read by pyarrow in another. A title has about 60 characters, every tenth repeats, each row has a negative.
+reads its file, read by pyarrow in another. A title has about 60 characters, every tenth repeats, each row has a
+negative.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_D
 from PIL import Image
 
 from data.text import markdown_table
-from tests.bench.jobs import python
+
+from .jobs import python
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -363,7 +365,8 @@ KINDS = {
     "TSV": Kind(_pandas("train.tsv", "to_csv", index=False, sep="\t"),
                 "csv.read_csv('{0}/train.tsv', parse_options=csv.ParseOptions(delimiter='\\t'))"),
     "CSV, packed": Kind(_gzip("csv", CSV), "csv.read_csv('{0}/train.csv.gz')"),
-    "several CSVs": Kind(_several_csv, "pa.concat_tables([csv.read_csv(f'{0}/{{part:04d}}.csv') for part in range(10)])"),
+    "several CSVs": Kind(_several_csv,
+                         "pa.concat_tables([csv.read_csv(f'{0}/{{part:04d}}.csv') for part in range(10)])"),
     "JSON lines": Kind(LINES, "lines.read_json('{0}/train.jsonl')", is_checked=True),
     "JSON lines, packed": Kind(_gzip("jsonl", LINES), "lines.read_json('{0}/train.jsonl.gz')"),
     "JSON array": Kind(_json_array),
@@ -372,7 +375,8 @@ KINDS = {
     "Parquet, categories": Kind(_categories, "parquet.read_table('{0}/train.parquet')"),
     "Parquet, five captions in a list": Kind(_caption_lists, "parquet.read_table('{0}/train.parquet')"),
     "Parquet, pictures within": Kind(_embedded, "parquet.read_table('{0}/train.parquet')"),
-    "Parquet in folders YEAR=": Kind(_hive, "pa.concat_tables([parquet.ParquetFile(f).read() for f in Path('{0}').glob('y*/*')])"),
+    "Parquet in folders YEAR=": Kind(
+        _hive, "pa.concat_tables([parquet.ParquetFile(f).read() for f in Path('{0}').glob('y*/*')])"),
     "Feather": Kind(_pandas("train.feather", "to_feather"), "feather.read_table('{0}/train.feather')"),
     "`save_to_disk`": Kind(_saved),
     "LAION, addresses": Kind(_laion, "parquet.read_table('{0}/part-00000.snappy.parquet', columns=['URL', 'TEXT'])"),

@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import deque
 from concurrent.futures import Future
 from contextlib import suppress
@@ -29,7 +28,9 @@ if TYPE_CHECKING:
     from data.images.feed import _Ring
 
 HANG_S = 120  # seconds that one picture may take; the largest that is allowed by default takes one
+READY_S = 120  # seconds in which a server that is loaded forks a worker
 LOOK_S = 1.0  # seconds between two looks at what workers are doing
+CLOSE_S = 10.0  # seconds in which the server takes a request
 QUEUED = 1 << 15  # bytes of a piece that a busy worker may be sent: more might not fit into its socket
 TRIES = 3  # workers that may end before they are ready
 START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); " \
@@ -208,6 +209,9 @@ class Processes:
         self._has_room = True  # perhaps a worker could take a piece
         self._feed = 0
         self._thread = threading.Thread(target=self._run, name="decoding-processes", daemon=True)
+        self._ended = threading.Event()
+        # Looks on while the other thread waits for the rest of a message of a process that is stopped.
+        self._looking = threading.Thread(target=self._look, name="decoding-hangs", daemon=True)
 
     def start(self) -> None:
         """Begin to start processes, if that has not begun."""
@@ -229,7 +233,12 @@ class Processes:
             self._closed = True
         self.wake()
         if self.started:
-            self._thread.join()
+            for worker in [*self._workers.values()]:  # one that is stopped in a message would be waited for
+                worker.kill()
+            self._thread.join(CLOSE_S)
+            while self._thread.is_alive():  # the server is stopped
+                self._server.process.kill()
+                self._thread.join(CLOSE_S)
         self._wake.close()
         self._awake.close()
 
@@ -237,10 +246,10 @@ class Processes:
         server = None
         try:
             server = self._server = Server.get()
+            self._looking.start()
             self._feed = server.open(self.ring.feed.job, self.ring.feed.reader, self.ring.descriptor)
             for number in range(self.ring.feed.workers):
                 self._start(number)
-            looked = time.monotonic()
             while not self._closed:
                 for end in wait([self._awake, *self._workers], LOOK_S):
                     if isinstance(end, Connection):
@@ -249,13 +258,11 @@ class Processes:
                         self._empty_wake()
                 self._has_room = True  # before looking at the backlog, so that no new piece is overlooked
                 self._hand_out()
-                if (now := time.monotonic()) - looked >= LOOK_S:
-                    self._look_for_hangs()
-                    looked = now
         except Exception as error:  # whatever it is, the run goes on
             self._fall_back(f"{type(error).__name__}: {error}")
         finally:
-            for worker in self._workers.values():
+            self._ended.set()
+            for worker in [*self._workers.values()]:
                 worker.kill()
                 worker.connection.close()
             if server is not None and self._feed:
@@ -304,16 +311,27 @@ class Processes:
                         worker.connection.send((piece.start, piece.tasks))
         self._has_room = False
 
-    def _look_for_hangs(self) -> None:
-        """Kill workers that have work and do not go on for HANG_S, not counting time in which this process was stopped.
-        """
-        for worker in self._workers.values():
-            note = int(self.notes[worker.number, 0]), int(self.notes[worker.number, 1])
-            worker.seen_for = worker.seen_for + LOOK_S if note == worker.seen and worker.pieces else 0.0
-            worker.seen = note
-            if worker.seen_for >= HANG_S and not worker.hangs:
-                worker.hangs = True
-                worker.kill()
+    def _look(self) -> None:
+        """Kill what does not go on for HANG_S, not counting time in which this process was stopped."""
+        unready_for = 0.0
+        while not self._ended.wait(LOOK_S):
+            workers = [*self._workers.values()]
+            for worker in workers:
+                self._look_for_hang(worker)
+            # A server that is stopped forks nobody; where it is killed threads decode.
+            is_ready = any(worker.process for worker in workers)
+            unready_for = 0.0 if is_ready or self.backlog.for_threads else unready_for + LOOK_S
+            if unready_for >= READY_S:
+                self._server.process.kill()
+
+    def _look_for_hang(self, worker: _Worker) -> None:
+        """Kill a worker that has work and does not go on."""
+        note = int(self.notes[worker.number, 0]), int(self.notes[worker.number, 1])
+        worker.seen_for = worker.seen_for + LOOK_S if note == worker.seen and worker.pieces else 0.0
+        worker.seen = note
+        if worker.seen_for >= HANG_S and not worker.hangs:
+            worker.hangs = True
+            worker.kill()
 
     def _replace(self, worker: _Worker) -> None:
         """Replace a worker that has ended, and name the picture that it had in hand."""

@@ -6,17 +6,20 @@ import io
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from faulty_jobs import FirstBytes
-from helpers import ROOT, family
+from helpers import ROOT, family, full
 from PIL import Image
 
 from data.batch import BadSample
@@ -116,6 +119,59 @@ def test_a_worker_that_is_killed_or_stopped_loses_no_picture(number: int, is_idl
     results = decoded(contents, tmp_path, 0.005, note=signal_one)
     assert signalled
     require_all_but({}, results, contents)
+
+
+class _Stalling:
+    """A worker's socket that passes on so many bytes to the main process, or from it, and then nothing more."""
+
+    def __init__(self, to_main: int, from_main: int) -> None:
+        self.room, self.passed = {"to": to_main, "from": from_main}, {"to": 0, "from": 0}
+
+    def between(self, worker: Connection) -> Connection:
+        """Return the other end of a new socket that is joined to the worker's."""
+        own_end, main_end = socket.socketpair()
+        own_end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        inner = socket.socket(fileno=os.dup(worker.fileno()))
+        worker.close()
+        for way, source, target in (("to", inner, own_end), ("from", own_end, inner)):
+            threading.Thread(target=self._pass, args=(way, source, target), daemon=True).start()
+        return Connection(main_end.detach())
+
+    def _pass(self, way: str, source: socket.socket, target: socket.socket) -> None:
+        while self.passed[way] < self.room[way]:
+            data = source.recv(min(4096, self.room[way] - self.passed[way]))
+            if not data:
+                break
+            self.passed[way] += len(data)
+            target.sendall(data)
+        while way == "to" and source.recv(4096):  # until the worker is killed
+            pass
+        if way == "to":
+            target.shutdown(socket.SHUT_RDWR)
+            source.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.usefixtures("by_processes")
+@pytest.mark.parametrize(("to_main", "from_main"), full(
+    [(200, 1 << 30), (1 << 30, 9000)],
+    [*((bytes_, 1 << 30) for bytes_ in range(15, 400, 11)), *((1 << 30, 1 + 3001 * k) for k in range(20))]))
+def test_a_worker_that_stops_within_a_message_is_replaced(to_main: int, from_main: int, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a worker that is stopped while it sends or is sent pictures stops the run for ever."""
+    monkeypatch.setattr(processes, "HANG_S", 1)
+    contents, start, stalled = [content * 5000 for content in some_contents(200)], Server.start, list[_Stalling]()
+
+    def start_stalling(self: Server, feed: int, number: int) -> Connection:
+        connection = start(self, feed, number)
+        if stalled:
+            return connection
+        stalled.append(_Stalling(to_main, from_main))
+        return stalled[0].between(connection)
+
+    monkeypatch.setattr(Server, "start", start_stalling)
+    results = decoded(contents, tmp_path)
+    assert stalled[0].passed["to"] >= min(to_main, 15)
+    assert [(number, record) for number, _, record in results] == [(n, c[:4]) for n, c in enumerate(contents)]
 
 
 def test_where_processes_cannot_be_had_threads_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,22 +6,26 @@ Dimension key: M image references, K bytes of a key.
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data.batch import AgreedError, BadSample, Team
+from data.files import open_regular
 from data.images.reader import Reader
 from data.sources.rows import Rows, digest_column
 from data.store.segments import key_of
 from data.store.stat_cache import StatCache
+from data.web.storage import Entry
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 SAMPLED = 64  # images that every rank reads where the files of two ranks may be copies
+END = 1 << 20  # bytes of a shard that are compared, from each end
 SHOWN = 60  # characters of a value in an error
 
 
@@ -99,6 +103,33 @@ def require_same_images(stats: StatCache, reader: Reader, team: Team) -> None:
         name = stats.paths[place].as_py().rpartition("/")[2]  # of any folder
         names[place] = f"image {place} ({name})"
     require_agreement(team, {names[place]: value for place, value in values.items()})
+
+
+def require_same_shards(shards: Sequence[Entry], team: Team) -> None:
+    """Raise AgreedError on all ranks where two ranks see different local shards under the same names.
+
+    As with images: where sizes or times differ, as of copies on each node, both ends of SAMPLED shards are compared.
+    """
+    if team.size == 1 or any(shard.version for shard in shards):  # a store's shards are the same for all
+        return
+    stamps = []
+    for shard in shards:
+        status = os.stat(shard.address)
+        stamps.append((shard.name, status.st_size, status.st_mtime_ns))
+    if len({*team.exchange(key_of(repr(stamps).encode()))}) == 1:
+        return
+    places = np.unique(np.linspace(0, len(shards) - 1, SAMPLED).astype(np.int64)).tolist()
+    require_agreement(team, {f"shard {shards[place].name}": _ends_of(shards[place].address) for place in places})
+
+
+def _ends_of(path: str) -> bytes:
+    """Return a digest of the size of a file and of its first and last END bytes."""
+    with open_regular(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        first = file.read(END)
+        file.seek(max(0, size - END))
+        return key_of(b"%d " % size + first + file.read(END))
 
 
 def _key(reference: str, reader: Reader) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from data.agreement import require_same_shards
 from data.batch import Batches, UserError
 from data.inputs import CachedPairs, StreamedPairs
 from data.ledger import Account, read_ledger
@@ -229,6 +230,7 @@ def open_training(cfg: Config, world: World, pairs: Pairs, shards: Sequence[Entr
     if len(shards) < world.size:
         raise UserError(f"train has {len(shards)} shards for {world.size} ranks, and each rank reads whole ones; write "
                         "smaller shards or use fewer ranks")
+    require_same_shards(shards, world.team)
     rules = TitleRules.of(shards, parse_templates(cfg.template))
     samples = cfg.train_samples or count_samples(shards, rules)
     if not samples:

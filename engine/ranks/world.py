@@ -13,9 +13,10 @@ import re
 import select
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, TextIO, TypeVar
@@ -104,7 +105,8 @@ class World:
 
     def _count_progress(self) -> None:
         if self.store is not None:
-            with suppress(dist.DistError, RuntimeError):  # torchrun, which holds the store, was killed: save first
+            # The store's process may have been killed, as torchrun: save first.
+            with _asking_store(), suppress(dist.DistError, RuntimeError):
                 self.store.add(f"progress/{self.rank}", 1)
 
     def gather(self, rows_BX: Tensor, ids_BN: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -149,17 +151,22 @@ class World:
         clock = AwakeClock()
         progress = dict.fromkeys(late, -1)
         changed_at = dict.fromkeys(late, clock.read())
-        while late := {rank for rank in late if not store.check([f"arrived/{number}/{rank}"])}:
-            for rank in late:
-                if store.check([f"ended/{rank}"]):
-                    raise _ended_error(rank, int(store.get(f"ended/{rank}")))
-                now, count = clock.read(), store.add(f"progress/{rank}", 0)
-                if count != progress[rank]:
-                    progress[rank], changed_at[rank] = count, now
+        while late:
+            with _asking_store():
+                late = {rank for rank in late if not store.check([f"arrived/{number}/{rank}"])}
+                counts = {rank: store.add(f"progress/{rank}", 0) for rank in late}
+                codes = {rank: int(store.get(f"ended/{rank}")) for rank in late if store.check([f"ended/{rank}"])}
+            for rank, progressed in counts.items():
+                if rank in codes:
+                    raise _ended_error(rank, codes[rank])
+                now = clock.read()
+                if progressed != progress[rank]:
+                    progress[rank], changed_at[rank] = progressed, now
                 elif now - changed_at[rank] > self.timeout_s:
                     raise RunFailed(f"rank {self.rank} has heard nothing of rank {rank} for {self.timeout_s:g} s while "
                                     "waiting for it; --dist-timeout sets how long to wait")
-            time.sleep(POLL_S)
+            if late:
+                time.sleep(POLL_S)
 
     def have_all_failed(self, step: int) -> bool:
         """Return whether all ranks come here after the same step, within MEET_S: then their collectives still match."""
@@ -168,7 +175,7 @@ class World:
         if self.store is None:
             return False
         keys, deadline = [f"failed/{rank}" for rank in range(self.size)], time.monotonic() + MEET_S
-        with suppress(dist.DistError, RuntimeError):  # the store is gone
+        with _asking_store(), suppress(dist.DistError, RuntimeError):  # the store is gone
             self.store.set(keys[self.rank], str(step))
             while not self.store.check(keys) and time.monotonic() < deadline:
                 time.sleep(POLL_S)
@@ -237,6 +244,12 @@ def _has_room(stream: TextIO, seconds: float) -> bool:
     return bool(watch.poll(1000 * seconds))
 
 
+def _asking_store() -> AbstractContextManager[None]:
+    """Inside, the main thread asks the store. It does not answer while its process is stopped: rank 0, under srun."""
+    is_watched = _store_watchdogs and threading.current_thread() is threading.main_thread()
+    return _store_watchdogs[-1].waiting("asking the store of rank 0") if is_watched else nullcontext()
+
+
 @contextmanager
 def explain_collective_errors(operation: str, watched: bool = True) -> Iterator[None]:
     """Inside, a failure to communicate with other ranks becomes a RunFailed that names this rank and the operation.
@@ -260,6 +273,7 @@ def explain_collective_errors(operation: str, watched: bool = True) -> Iterator[
 
 
 _joined: list[World] = []  # of this process, once it has joined others
+_store_watchdogs: list[Watchdog] = []
 _watchdogs: list[Watchdog] = []  # of this process, once it has joined others
 
 
@@ -332,6 +346,7 @@ def init(wanted: str, timeout_s: float, quiet: bool = False, command: str = "tra
         with explain_collective_errors("joining"):
             store = dist.PrefixStore(agree_session_id(store, rank, size, timeout_s), store)
             refuse_shared_devices(store, rank, size, device)
+        _store_watchdogs.append(Watchdog(command, rank, timeout_s))
         if device.type == "cpu":
             _watchdogs.append(Watchdog(command, rank, timeout_s))
             timeout = ENDLESS

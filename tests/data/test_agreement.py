@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 from helpers import HANGS_S, ROOT, as_ranks, kill, make_pairs, start, tiny_clip
+from scenes import wds_shards
 
-from data.agreement import require_agreement, require_same_images, require_same_rows
+from data.agreement import require_agreement, require_same_images, require_same_rows, require_same_shards
 from data.batch import AgreedError, Team
 from data.catalogue import build_catalogue
 from data.cold import Reader
 from data.images.decode import ImageSpec
 from data.sources.source import load_splits
 from data.store.stat_cache import StatCache
+from data.stream.shards import find_local_shards
 from data.web.limits import FetchPolicy
 from engine.clip.model import ModelOptions, open_model
 from engine.commands.common import make_encoders, model_to_compare
@@ -96,6 +98,26 @@ def test_other_data_on_one_rank_is_refused_on_all(kind: str, tmp_path: Path) -> 
     same, other = compare_data(tmp_path / "a"), compare_data(tmp_path / "b")
     said = refusals([same, same, other])
     assert len({*said}) == 1 and said[0].startswith("rank 2 on ") and words in said[0] and "\n" not in said[0]
+
+
+@pytest.mark.parametrize("number, refused", [(None, ""), (1, "shard train-000001.tar"), (2, "shard train-000002.tar")])
+def test_other_shards_under_the_same_names_are_refused_on_all(number: int | None, refused: str, tmp_path: Path) -> None:
+    """Each rank streams other shards, so copies on two nodes that differ were trained on in silence."""
+    (tmp_path / "0").mkdir()
+    wds_shards(tmp_path / "0", "train", 4, 2)
+    shutil.copytree(tmp_path / "0", tmp_path / "1", copy_function=shutil.copyfile)
+    if number is not None:  # other titles, or a shard more
+        changed = tmp_path / f"1/train-{number:06d}.tar"
+        data = (tmp_path / "0/train-000001.tar").read_bytes()
+        changed.write_bytes(data.replace(b" ", b"_") if number == 1 else data)
+
+    def compare(team: Team) -> None:
+        require_same_shards(find_local_shards(str(tmp_path / str(team.rank)))["train"], team)
+
+    if number is None:
+        assert as_ranks(2, compare) == [None, None]
+    else:
+        assert f" in {refused};" in refusals([compare, compare])[0]
 
 
 class Joined(World):

@@ -24,6 +24,7 @@ from helpers import ROOT, as_ranks, family, full, kill, last_flags, on_ranks, se
 import run
 from data.batch import AgreedError, RunFailed, Team
 from engine.ranks.signals import GRACE_S, HANDLED_SIGNALS, StopSignal
+from engine.ranks.watchdog import Watchdog
 from engine.ranks.world import World
 from engine.run_folder.checkpoint import newest_valid
 
@@ -336,6 +337,24 @@ def test_a_rank_that_has_ended_is_not_waited_for(code: int, error: type[Exceptio
     store.set("ended/1", str(code))
     with pytest.raises(error, match=f"rank 1 has ended with exit code {code}"):
         World(0, 0, 2, torch.device("cpu"), store=store).monitored_exchange(None)
+
+
+def test_a_store_that_does_not_answer_ends_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under srun rank 0 holds the store: while it was stopped, as in export, the others waited without end."""
+    given_up: list[str] = []
+
+    class Stopped(dist.HashStore):
+        def check(self, keys: list[str]) -> bool:
+            began = time.monotonic()
+            while not given_up and time.monotonic() - began < 60:
+                time.sleep(0.01)
+            raise dist.DistError("the process has ended meanwhile")
+
+    monkeypatch.setattr(Watchdog, "_give_up", lambda watchdog, operation: given_up.append(operation))
+    monkeypatch.setattr("engine.ranks.world._store_watchdogs", [Watchdog("train", 1, 0.3)])
+    with pytest.raises(RunFailed):
+        World(1, 1, 2, torch.device("cpu"), store=Stopped()).monitored_exchange(None)
+    assert given_up[0] == "asking the store of rank 0"
 
 
 def test_a_table_that_cannot_be_printed_is_no_failure(capsys: pytest.CaptureFixture[str],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -137,14 +138,14 @@ def _has_names(value: object, like: Mapping[str, object]) -> bool:
 
 
 def _is_like(value: object, like: object) -> bool:
-    """Return whether two JSON values have the same names and kinds, whatever the numbers."""
+    """Return whether two JSON values have the same names and kinds, whatever the numbers, which are finite in both."""
     if isinstance(like, Mapping):
         return isinstance(value, dict) and value.keys() == like.keys() and all(
             _is_like(value[name], like[name]) for name in like)
     if isinstance(like, (list, tuple)):
         return isinstance(value, list) and len(value) == len(like)
     if isinstance(like, (int, float)):
-        return isinstance(value, (int, float))
+        return isinstance(value, (int, float)) and (abs(value) < math.inf or not abs(like) < math.inf)
     return type(value) is type(like)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from data.batch import Batches, UserError
-from data.files import read_text
+from data.files import parse_json, read_text
 from data.inputs import CachedPairs, StreamedPairs
 from data.ledger import Account
 from data.pairs import Pairs, data_key
@@ -137,8 +136,8 @@ class ShardTraining:
 
     def ledger(self, out: Path) -> Sequence[Mapping[str, Any]]:
         """Return what the opening dropped, and what an earlier process of this run met in the shards."""
-        with suppress(OSError, ValueError, KeyError):
-            lines = [json.loads(line) for line in read_text(out / "ledger.jsonl").splitlines()]
+        with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):  # missing or damaged
+            lines = [parse_json(line) for line in read_text(out / "ledger.jsonl").splitlines()]
             self.stream.problems.add([line for line in lines if line.get("split") == "train"])
         return [*self.pairs.ledger, *self.stream.problems.entries.values()]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from data.files import keep_lines, read_text
+from data.files import keep_lines, parse_json, read_text
 from engine.optim import Plan
 from engine.ranks.world import World
 from engine.run_folder.board import Metrics, TensorBoardWriter, WeightDrift, memory
@@ -300,10 +300,10 @@ class LogFile:
         def is_kept(text: str) -> bool:
             nonlocal is_over, before
             try:
-                line = json.loads(text)
+                line = parse_json(text)
                 if not is_whole(line) or (self.ascending and line["step"] <= before and not is_over):
                     raise ValueError(text)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 self.damaged += not is_over
                 return False
             before = line["step"]

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from data.batch import UserError
-from data.files import open_regular, read_text
+from data.files import open_regular, parse_json, read_text
 from engine.ranks.world import World
 from engine.run_folder.board import Metrics
 from engine.run_folder.checkpoint import LINKS, DamagedCheckpoint, Order, load
@@ -88,10 +88,10 @@ def _check_unfinished(run: Path) -> list[Finding]:
                     problem = archive.testzip() and "an entry is damaged"
             else:
                 lines = read_text(run / name).splitlines() if name.endswith("l") else [read_text(run / name)]
-                problem = "" if all(isinstance(json.loads(line), dict) for line in lines) else "no JSON object"
+                problem = "" if all(isinstance(parse_json(line), dict) for line in lines) else "no JSON object"
         except FileNotFoundError:
             problem = "" if not os.path.lexists(run / name) else "a link to nothing"
-        except (OSError, ValueError, RecursionError, BadZipFile) as error:
+        except (OSError, ValueError, BadZipFile) as error:
             problem = str(error)
         if problem:
             findings.append(Finding(name, FAILED, problem))
@@ -110,9 +110,9 @@ def read_steps(run: Path) -> dict[int, StepLine]:
     steps = {}
     try:
         for text in read_text(run / "steps.jsonl").splitlines():
-            line = json.loads(text)
+            line = parse_json(text)
             steps[int(line["step"])] = StepLine(line["rows"], line["loss"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
     return steps
 
@@ -143,8 +143,8 @@ def compare_losses(start: int, losses: Mapping[int, float], logged: Mapping[int,
 def check_ledger(run: Path, dropped: Sequence[Mapping[str, object]]) -> Finding:
     """Compare the rows dropped now with those in ledger.jsonl."""
     try:
-        lines = [json.loads(line) for line in read_text(run / "ledger.jsonl").splitlines()]
-    except (OSError, ValueError, RecursionError) as error:
+        lines = [parse_json(line) for line in read_text(run / "ledger.jsonl").splitlines()]
+    except (OSError, ValueError) as error:
         return Finding("ledger.jsonl", FAILED, str(error))
     if lines == json.loads(json.dumps(list(dropped))):
         return Finding("ledger.jsonl", OK, f"{len(lines)} rows dropped, the same ones")

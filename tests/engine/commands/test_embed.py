@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -194,6 +196,12 @@ def test_what_is_there_is_not_replaced_and_other_embeddings_are_not_mixed_in(
         refused = inside(last_flags([*map(str, flags), "--split", "test", "--out", out, *map(str, other)]))
         assert refused.returncode == 2 and said in refused.stderr, refused.stderr
     assert inside([*flags[:1], "--dataset", pairs]).returncode == 2  # no --out
+    (tmp_path / "busy").mkdir()
+    held = os.open(tmp_path / "busy", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)  # as another process that writes there
+    refused = inside([*flags, "--split", "test", "--out", tmp_path / "busy"])
+    os.close(held)
+    assert refused.returncode == 2 and "another process is writing there" in refused.stderr
     (out / "embeddings.json").unlink()  # "move it away to start afresh", says the error where it is damaged
     done = inside(last_flags([*map(str, flags), "--split", "test", "--out", out, "--model", tiny_st_model]))
     assert done.returncode == 0 and "there already" not in done.stderr, done.stderr

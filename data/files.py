@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -131,6 +131,14 @@ def read_regular(path: str | Path, most: int | None = None) -> bytes:
         return data
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return what JSON holds. Raises ValueError, also for values nested without end."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested without end") from None
+
+
 def read_text(path: str | Path) -> str:
     """Return the text of a regular file in UTF-8. Raises NotAFile, OSError, UnicodeDecodeError."""
     return read_regular(path).decode("utf-8")
@@ -183,11 +191,11 @@ def write_mark(folder: Path, kind: str, files: Iterable[str] = ()) -> None:
 def _read_mark(folder: Path) -> tuple[str, list[str]]:
     """Return kind and files of a marked folder; "" and none for a folder without a mark."""
     try:
-        mark = json.loads(read_text(folder / MARK))
+        mark = parse_json(read_text(folder / MARK))
         if mark["made_by"] != "thumbtune":
             return "", []
         return str(mark["kind"]), list(map(str, mark["files"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "", []
 
 

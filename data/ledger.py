@@ -8,7 +8,6 @@ for files that were not used.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.batch import BadSample
-from data.files import read_text
+from data.files import parse_json, read_text
 from data.text import printable
 
 Ledger = Callable[[dict[str, Any]], None]
@@ -112,8 +111,8 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
     entries = []
     with suppress(OSError, UnicodeDecodeError):
         for line in read_text(path).splitlines():
-            with suppress(ValueError, RecursionError):
-                entry = json.loads(line)
+            with suppress(ValueError):
+                entry = parse_json(line)
                 if isinstance(entry, dict) and all(isinstance(entry.get(name, kind()), kind) for name, kind in KINDS):
                     bytes.fromhex(entry.get("content", ""))
                     entries.append(entry)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from data.batch import BadSample
-from data.files import replaced_file
+from data.files import parse_json, replaced_file
 from data.shards.index import parse_reference, table_of
 from data.store.segments import KEY
 from data.web.storage import Entry, is_stored
@@ -81,7 +81,7 @@ def read_manifest(path: Path) -> ShardManifest | None:
     with suppress(OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         with pa.memory_map(str(path)) as file:
             table = pa.ipc.open_file(file).read_all()
-        facts = json.loads(table.schema.metadata[b"facts"])
+        facts = parse_json(table.schema.metadata[b"facts"])
         if facts["format"] == FORMAT:
             return ShardManifest(Entry(*facts["entry"]), facts["max_pixels"], facts["problems"],
                                table.replace_schema_metadata(None), facts["classes"])

@@ -5,7 +5,6 @@ Class labels of `datasets` are numbers, whose names are in the schema; the names
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data.batch import UserError
-from data.files import open_regular
+from data.files import open_regular, parse_json
 from data.ledger import Account
 from data.sources import img2dataset
 from data.sources.columns import CLASS_COLUMNS, KNOWN, Columns, detect_columns
@@ -142,7 +141,7 @@ def column_names(path: Path) -> list[str] | None:
 def class_names(schema: pa.Schema) -> dict[str, Sequence[str]]:
     """The names of the classes of each ClassLabel column, from what `datasets` writes into a schema."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: feature["names"] for name, feature in features.items()
                 if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"}
     except (KeyError, ValueError, TypeError, AttributeError):

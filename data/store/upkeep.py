@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from data.files import open_regular
+from data.files import open_regular, parse_json
 from data.store.features import FeatureStore
 from data.store.segments import DTYPES, HEADER, SUFFIX, Layout, Pruned, prune, spaces
 
@@ -49,7 +48,7 @@ def _read_layout(folder: Path) -> Layout | None:
     dtypes = {name: dtype for dtype, name in DTYPES.items()}
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         with suppress(OSError, ValueError, KeyError, TypeError, IndexError), open_regular(path) as file:
-            values = json.loads(file.read(HEADER)[8:])["values"]
+            values = parse_json(file.read(HEADER)[8:])["values"]
             return Layout(folder.name, int(values["shape"][1]), dtypes[values["dtype"]])
     return None
 

@@ -6,7 +6,6 @@ A shard is known by its number in the sorted list of all shards of train.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 
 from data.batch import BadSample, UserError
-from data.files import open_regular
+from data.files import open_regular, parse_json
 from data.prefetch import threaded_map
 from data.shards.index import FORMAT, MAX_INDEX, indexed
 from data.shards.tar import open_tar
@@ -125,11 +124,11 @@ def _stored_titles(shard: Entry) -> list[list[str]] | None:
     try:
         content = read_if_there(f"{address}.index.json{mark}{query}", MAX_INDEX)
         claim, _, body = (content or b"").partition(b"\n")
-        stated = json.loads(claim)
+        stated = parse_json(claim)
         digest = hashlib.sha256(body).hexdigest()
         if (stated["format"], stated["tar_bytes"], stated["index_sha256"]) != (FORMAT, shard.size, digest):
             return None
-        return list(json.loads(body)["title"])
+        return list(parse_json(body)["title"])
     except BadSample as problem:
         raise UserError(problem.detail) from problem
     except (ValueError, KeyError, TypeError):

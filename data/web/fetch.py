@@ -95,7 +95,7 @@ class _Results:
         size = os.fstat(self.file.fileno()).st_size
         lines = os.pread(self.file.fileno(), max(0, size - self._read), self._read)
         for line in lines.splitlines(keepends=True):
-            with suppress(ValueError, KeyError, TypeError):  # the torn line of a killed run
+            with suppress(ValueError, KeyError, TypeError, RecursionError):  # the torn line of a killed run
                 row = json.loads(line)
                 if row["limits"] == self.limits:
                     self.failed[hide_secrets(row["url"])] = Fetched(row["url"], None, row["reason"], row["detail"])

@@ -47,7 +47,7 @@ def embed(cfg: Config, world: World, stop: StopSignal) -> int:
     summary = describe(cfg, model, encoders, tables)
     begin_folder(folder, summary)
     write_ledger(folder / "ledger.jsonl", tables.ledger)
-    writer = EmbeddingWriter(folder, DTYPES[cfg.dtype], cfg.vectors, world.live)
+    writer = EmbeddingWriter(folder, DTYPES[cfg.dtype], cfg.vectors, world.live, world.say)
     head, device = model.head, world.device
     with torch.no_grad():
         kept = writer.write(tables, lambda part: head.image(part.to(device)), lambda part: head.text(part.to(device)))

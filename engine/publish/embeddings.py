@@ -7,12 +7,15 @@
     OUT/embeddings.json                          model, dataset, counts, and whether all is written
 
 images/ and titles/ are folders as `clip-retrieval inference` writes them. Files are written a part at a time and get
-their name when they are whole, so that a killed run goes on with the first part that is missing.
+their name when they are whole, so that a killed run goes on with the first part that is missing. Parts that are there
+are read again by their checksums, those of Parquet's pages and that of the vectors in the metadata's header, and a
+damaged one is written again.
 Dimension key: n inputs of a part, E embedding.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -24,7 +27,7 @@ from torch import Tensor
 
 from data.batch import UserError
 from data.embedding_tables import Columns, DistinctInputs, EmbeddingTables
-from data.files import kind_of, replaced_file, write_mark
+from data.files import kind_of, open_regular, replaced_file, sha256, write_mark
 from data.locks import lock_folder
 from data.progress import Progress
 from engine.run_folder.folder import read_json, write_json
@@ -37,6 +40,7 @@ CHUNK = 2048  # rows in memory at one time, and in a row group of Parquet; large
 SUMMARY = "embeddings.json"
 DTYPES: dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 FLAGS = ("split", "dtype", "vectors")  # names in the summary whose change a message names
+VECTORS_SHA256 = b"vectors_sha256"  # in the header of a part's metadata
 INPUTS = {"image": ("images", "img_emb"), "title": ("titles", "text_emb")}  # kind -> folder, name of the vectors
 
 Project = Callable[[Tensor], Tensor]  # stored features [n, V or T] -> unit vectors [n, E], fp32
@@ -58,14 +62,15 @@ class EmbeddingWriter:
     folder: Path
     dtype: np.dtype
     vectors: str
-    log: Callable[[str], None]
+    log: Callable[[str], None]  # of progress
+    say: Callable[[str], None]  # of what was damaged
 
     def write(self, tables: EmbeddingTables, image: Project, title: Project) -> int:
-        """Write every part that is missing; return how many were there already. Raises UserError, OSError."""
+        """Write every part that is missing or damaged; return how many were whole. Raises UserError, OSError."""
         kept = self._write_inputs(tables.images, image) + self._write_inputs(tables.titles, title)
         for number, start, stop in _parts(tables.rows):
             path = self.folder / "rows" / f"rows_{number}.parquet"
-            if path.exists():
+            if self._is_whole(path, stop - start):
                 kept += 1
                 continue
             with _new_file(path) as temporary:
@@ -79,7 +84,7 @@ class EmbeddingWriter:
         for number, start, stop in _parts(inputs):
             vectors = self.folder / folder / name / f"{name}_{number}.npy"
             metadata = self.folder / folder / "metadata" / f"metadata_{number}.parquet"
-            if metadata.exists() and (self.vectors == "parquet" or vectors.exists()):
+            if self._is_whole(metadata, stop - start, None if self.vectors == "parquet" else vectors):
                 kept += 1
             else:
                 self._write_part(inputs, (start, stop), project, vectors, metadata)
@@ -95,7 +100,26 @@ class EmbeddingWriter:
             if self.vectors != "parquet":
                 npy = NpyFile(files.enter_context(_new_file(vectors)), bounds[1] - bounds[0], self.dtype)
                 files.callback(npy.close)
-            _write_parquet(temporary, self._chunks_with_vectors(inputs, bounds, project, npy))
+            chunks = self._chunks_with_vectors(inputs, bounds, project, npy)
+            _write_parquet(temporary, chunks, lambda: {} if npy is None else {VECTORS_SHA256: npy.sha256()})
+
+    def _is_whole(self, path: Path, rows: int, vectors: Path | None = None) -> bool:
+        """Return whether a part, with its `vectors`, is there as it was written; what is damaged is said."""
+        if not os.path.lexists(path):
+            return False
+        try:
+            header = _read_whole(path, rows)
+            if vectors is not None and sha256(vectors).encode() != header.get(VECTORS_SHA256):
+                raise OSError(f"{vectors} is not what was written")
+        except FileNotFoundError:
+            return False
+        except OSError as error:  # pyarrow's errors are of this class, or of ValueError
+            self.say(f"{path} or its vectors are damaged ({error}); they are written again")
+        except ValueError as error:
+            self.say(f"{path} is damaged ({error}); it is written again")
+        else:
+            return True
+        return False
 
     def _chunks_with_vectors(self, inputs: DistinctInputs, bounds: tuple[int, int], project: Project,
                              npy: NpyFile | None) -> Iterator[Columns]:
@@ -120,7 +144,7 @@ class NpyFile:
     """A .npy file of `count` rows that is written a few rows at a time; numpy's own writer takes whole arrays."""
 
     def __init__(self, path: Path, count: int, dtype: np.dtype) -> None:
-        self._file, self._count, self._dtype = path.open("wb"), count, dtype
+        self._path, self._file, self._count, self._dtype = path, path.open("wb"), count, dtype
         self._begun = False
 
     def append(self, rows: np.ndarray) -> None:
@@ -131,6 +155,11 @@ class NpyFile:
             np.lib.format.write_array_header_1_0(self._file, header)
             self._begun = True
         self._file.write(np.ascontiguousarray(rows).data)
+
+    def sha256(self) -> bytes:
+        """Return the digest of the file as it is now."""
+        self._file.flush()
+        return sha256(self._path).encode()
 
     def close(self) -> None:
         """Write what is buffered. Raises OSError."""
@@ -193,8 +222,11 @@ def _new_file(path: Path) -> AbstractContextManager[Path]:
     return replaced_file(path)
 
 
-def _write_parquet(path: Path, chunks: Iterable[Columns]) -> None:
-    """Write chunks of columns as row groups; vectors, which do not compress, are stored plainly."""
+def _write_parquet(path: Path, chunks: Iterable[Columns], header: Callable[[], dict[bytes, bytes]] = dict) -> None:
+    """Write chunks of columns as row groups; vectors, which do not compress, are stored plainly.
+
+    `header` is asked for texts of the file's header when all chunks are written.
+    """
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -204,9 +236,26 @@ def _write_parquet(path: Path, chunks: Iterable[Columns]) -> None:
             table = pa.table(columns)
             if writer is None:
                 packed = [name for name in columns if name != "embedding"]
-                writer = parquet.ParquetWriter(path, table.schema, use_dictionary=packed,
+                writer = parquet.ParquetWriter(path, table.schema, use_dictionary=packed, write_page_checksum=True,
                                                compression={name: "zstd" for name in packed})
             writer.write_table(table)
+        if writer is not None:
+            writer.add_key_value_metadata(header())
     finally:
         if writer is not None:
             writer.close()
+
+
+def _read_whole(path: Path, rows: int) -> dict[bytes, bytes]:
+    """Read every byte of a Parquet file, a row group at a time; return the texts of its header.
+
+    Raises OSError, or ValueError where it is damaged or has another number of rows.
+    """
+    from pyarrow import parquet
+
+    with open_regular(path) as file, parquet.ParquetFile(file, page_checksum_verification=True) as table:
+        if table.metadata.num_rows != rows:
+            raise ValueError(f"{table.metadata.num_rows:,} rows, not {rows:,}")
+        for group in range(table.num_row_groups):
+            table.read_row_group(group)
+        return dict(table.metadata.metadata or {})

@@ -179,6 +179,7 @@ def _checkpoint(path: Path, which: str, log: Callable[[str], None]) -> Mapping[s
         newest = checkpoint.newest_valid(path, log)
         if newest is None:
             raise UserError(f"--run {path} has no checkpoint that is whole; nothing of it can be exported")
+        log(f"{path} holds no finished model: {newest[0].name} is exported, its newest checkpoint")
         return newest[1].weights
     folders = sorted(folder.name for folder in (path / "checkpoints").glob("step-*"))
     number = which.removeprefix("step-")

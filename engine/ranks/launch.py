@@ -106,8 +106,8 @@ def _number(name: str, launcher: str, default: int = 0) -> int:
     text = os.environ.get(name, "").strip()
     if name not in os.environ:
         return default
-    if not (text.isascii() and text.isdecimal()):
-        raise UserError(f"the environment variable {name} is {text!r}, which is no number; {launcher} sets it, "
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise UserError(f"the environment variable {name} is {text[:40]!r}, which is no number; {launcher} sets it, "
                         f"without {launcher} `unset {name}`")
     return int(text)
 

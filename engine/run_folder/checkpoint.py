@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.batch import UnsoundWeights, UserError
-from data.files import delete_folder, read_text, recover_folders, replaced_folder, sha256
+from data.files import delete_folder, parse_json, read_text, recover_folders, replaced_folder, sha256
 from engine.optim import AdamWL2SP
 from engine.ranks.world import World
 from engine.run_folder.board import Metrics
@@ -128,15 +128,15 @@ def load(folder: Path) -> Content:
     Raises DamagedCheckpoint naming the file that is missing or changed.
     """
     try:
-        digests = json.loads(read_text(folder / MANIFEST))
+        digests = parse_json(read_text(folder / MANIFEST))
         for name in FILES:
             if sha256(folder / name) != digests[name]:
                 raise DamagedCheckpoint(f"{folder.name}/{name} is not what was written (sha256 differs)")
-        state = json.loads(read_text(folder / "state.json"))
+        state = parse_json(read_text(folder / "state.json"))
         if folder.name not in (f"step-{parse_state(state).step:08d}", *LINKS):
             raise DamagedCheckpoint(f"{folder.name} holds step {state['state']['step']}")
         return Content(load_file(folder / FILES[0]), load_file(folder / FILES[1]), state)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DamagedCheckpoint(f"{folder.name} is incomplete: {error}") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -83,7 +84,7 @@ def say_error(text: str) -> None:
 def rank_from_environment() -> int:
     """Return RANK of the environment, 0 where it is no number."""
     rank = os.environ.get("RANK", "")
-    return int(rank) if rank.isascii() and rank.isdecimal() else 0
+    return int(rank) if re.fullmatch(r"[0-9]{1,9}", rank) else 0
 
 
 def explain_crash(command: str, error: BaseException, rank: int) -> str:

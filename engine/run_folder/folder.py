@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import errno
-import json
 import os
 import platform
 import re
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from data.batch import AgreedError, UserError
-from data.files import changed_files, read_text, recover_folders, replace_text, sha256
+from data.files import changed_files, parse_json, read_text, recover_folders, replace_text, sha256
 from data.locks import lock_folder
 from data.text import hide_secrets, json_text, public_arguments
 from engine.config.fields import Config
@@ -107,7 +106,7 @@ def _folder_before_restart(folders: Iterable[Path]) -> Path | None:
     """
     for folder in folders:
         with suppress(OSError, ValueError, AttributeError):  # no run there, or not a whole one
-            launch = json.loads(read_text(folder / "config.json")).get("launch")
+            launch = parse_json(read_text(folder / "config.json")).get("launch")
             if launch and launch == _launch_id():
                 return folder
     return None
@@ -177,10 +176,10 @@ def _provenance(settings: Mapping[str, object], world: World, precision: torch.d
 def read_json(path: Path) -> dict[str, Any]:
     """Return the content of a JSON file, {} when there is none. Raises UserError when it is damaged."""
     try:
-        content = json.loads(read_text(path))
+        content = parse_json(read_text(path))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); put a copy of it back, if there is one") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged (it holds no JSON object); put a copy of it back, if there is one")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from data.files import keep_lines, read_text
+from data.files import keep_lines, parse_json, read_text
 from engine.optim import Plan
 from engine.ranks.world import World
 from engine.run_folder.board import Metrics, TensorBoardWriter, WeightDrift, memory
@@ -79,7 +79,7 @@ class Log:
         self._known: set[str] = set()  # lines of evaluations.jsonl
         if world.is_main:
             last_evaluation = state.evaluated if state.step else -1  # a run begins with the evaluation of step 0
-            steps, evaluations = LogFile(folder / "steps.jsonl"), LogFile(folder / "evaluations.jsonl")
+            steps, evaluations = LogFile(folder / "steps.jsonl", ascending=True), LogFile(folder / "evaluations.jsonl")
             self._files = [steps.open(state.step, _is_step), evaluations.open(last_evaluation, _is_evaluation)]
             self._known = {*read_text(evaluations.path).splitlines()}
             if steps.count < state.step:
@@ -291,28 +291,29 @@ def _duration(seconds: float) -> str:
 class LogFile:
     """A file with one JSON object a line, each with its step; a resumed run goes on with it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, ascending: bool = False) -> None:
+        self.path, self.ascending = path, ascending  # ascending: each line is of a later step than the one before
         self.count = 0  # lines kept by `open`
         self.damaged = 0  # lines that were none
 
     def open(self, last_step: int, is_whole: Callable[[Mapping[str, Any]], bool]) -> TextIO:
-        """Open it for appending, without damaged lines and what follows the line of `last_step`.
+        """Open it for appending, without damaged or misplaced lines and what follows the line of `last_step`.
 
         What follows may be of an earlier step: the evaluation of the best weights at the end of a run.
         """
-        is_over = False
+        is_over, before = False, -1
 
         def is_kept(text: str) -> bool:
-            nonlocal is_over
+            nonlocal is_over, before
             try:
-                line = json.loads(text)
-                if not is_whole(line):
+                line = parse_json(text)
+                if not is_whole(line) or (self.ascending and line["step"] <= before and not is_over):
                     raise ValueError(text)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 self.damaged += not is_over
                 return False
-            is_over = is_over or line["step"] > last_step
+            before = line["step"]
+            is_over = is_over or before > last_step
             self.count += not is_over
             return not is_over
 

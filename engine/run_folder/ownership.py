@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from data.batch import UserError
-from data.files import first_foreign, is_foreign_page, kind_of, read_text, write_mark
+from data.files import first_foreign, is_foreign_page, kind_of, parse_json, read_text, write_mark
 
 # Files of a run: a folder that holds one of these without a run's config.json is refused.
 RUN_FILES = ("config.json", "steps.jsonl", "evaluations.jsonl", "metrics.json", "ledger.jsonl", "tensorboard",
@@ -25,8 +24,8 @@ FILES = ("trainable.safetensors", "optimizer.safetensors", "state.json")
 def is_run(folder: Path) -> bool:
     """Return whether `folder` holds the config.json of a run."""
     try:
-        return isinstance(json.loads(read_text(folder / "config.json"))["config"], dict)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return isinstance(parse_json(read_text(folder / "config.json"))["config"], dict)
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

@@ -7,7 +7,7 @@ settings and checkpoints are not made up: a run that lacks them says so and ends
 from __future__ import annotations
 
 import errno
-import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.batch import UserError
-from data.files import MARK, first_foreign, read_text
+from data.files import MARK, first_foreign, parse_json, read_text
 
 FILES = ("answers.npz", "evaluations.jsonl", "ledger.jsonl", "manifest.json", "metrics.json", "steps.jsonl")
 FOLDERS = ("profile", "tensorboard")
@@ -106,10 +106,10 @@ def saved_metrics(path: Path, base: Mapping[str, object], log: Callable[[str], N
     problem = ""
     content: Any = None
     try:
-        content = json.loads(read_text(path))
+        content = parse_json(read_text(path))
     except FileNotFoundError:
         problem = "is missing"
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         problem = f"is damaged ({error})"
     if isinstance(content, dict) and _is_like(content.get("base"), base):
         tuned = content.get("tuned")
@@ -137,14 +137,14 @@ def _has_names(value: object, like: Mapping[str, object]) -> bool:
 
 
 def _is_like(value: object, like: object) -> bool:
-    """Return whether two JSON values have the same names and kinds, whatever the numbers."""
+    """Return whether two JSON values have the same names and kinds, whatever the numbers, which are finite in both."""
     if isinstance(like, Mapping):
         return isinstance(value, dict) and value.keys() == like.keys() and all(
             _is_like(value[name], like[name]) for name in like)
     if isinstance(like, (list, tuple)):
         return isinstance(value, list) and len(value) == len(like)
     if isinstance(like, (int, float)):
-        return isinstance(value, (int, float))
+        return isinstance(value, (int, float)) and (abs(value) < math.inf or not abs(like) < math.inf)
     return type(value) is type(like)
 
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from data.batch import UserError
-from data.files import read_text
+from data.files import open_regular, parse_json, read_text
 from data.text import DIGEST
 from engine.ranks.world import World
 from engine.run_folder.board import Metrics
-from engine.run_folder.checkpoint import DamagedCheckpoint, Order, load
+from engine.run_folder.checkpoint import LINKS, DamagedCheckpoint, Order, load
 from engine.run_folder.folder import ledger_lines, manifest_problems, read_json
+from engine.run_folder.repair import pointed_name
 
 OK, FAILED, UNCHECKED = "ok", "FAILED", "not checked"
 
@@ -46,22 +49,54 @@ def check_files(run: Path) -> tuple[list[Finding], list[Path]]:
             findings.append(Finding(f"checkpoint {folder.name}", FAILED, str(error)))
     for folder in sorted((run / "checkpoints").glob("damaged-*")):
         findings.append(Finding(folder.name, UNCHECKED, "damaged; set aside by an earlier --resume"))
-    for name in ("last", "best"):
-        link = run / "checkpoints" / name
-        if link.is_symlink() and not link.exists():
-            findings.append(Finding(f"checkpoint {name}", FAILED, "points at a checkpoint that is not there"))
+    if (run / "checkpoints").is_dir():
+        findings += _check_links(run / "checkpoints")
+    elif os.path.lexists(run / "checkpoints"):
+        findings.append(Finding("checkpoints", FAILED, "no folder"))
     try:
         broken = manifest_problems(run)
     except UserError as error:
         broken = [str(error)]
     if broken is None:
         findings.append(Finding("model, metrics, steps", UNCHECKED, "no manifest.json: the run has not finished"))
+        findings += _check_unfinished(run)
     elif broken:
         findings += [Finding("finished run", FAILED, problem) for problem in broken]
     else:
         detail = "model, metrics, logs, ledger, settings, answers and page are what was written"
         findings.append(Finding("finished run", OK, detail))
     return findings, whole
+
+
+def _check_links(root: Path) -> list[Finding]:
+    """Return a finding for each of `last` and `best` that is there and leads to no checkpoint."""
+    findings = []
+    for name in LINKS:
+        link = root / name
+        is_checkpoint = link.is_dir() or (root / (pointed_name(link) or "none")).is_dir()
+        if os.path.lexists(link) and not is_checkpoint:
+            findings.append(Finding(f"checkpoint {name}", FAILED, "points at a checkpoint that is not there"))
+    return findings
+
+
+def _check_unfinished(run: Path) -> list[Finding]:
+    """Return a finding for each file of a run without a manifest that cannot be read."""
+    findings = []
+    for name in ("metrics.json", "evaluations.jsonl", "answers.npz"):
+        try:
+            if name == "answers.npz":
+                with open_regular(run / name) as file, ZipFile(file) as archive:
+                    problem = archive.testzip() and "an entry is damaged"
+            else:
+                lines = read_text(run / name).splitlines() if name.endswith("l") else [read_text(run / name)]
+                problem = "" if all(isinstance(parse_json(line), dict) for line in lines) else "no JSON object"
+        except FileNotFoundError:
+            problem = "" if not os.path.lexists(run / name) else "a link to nothing"
+        except (OSError, ValueError, BadZipFile) as error:
+            problem = str(error)
+        if problem:
+            findings.append(Finding(name, FAILED, problem))
+    return findings
 
 
 class StepLine(NamedTuple):
@@ -76,7 +111,7 @@ def read_steps(run: Path) -> dict[int, StepLine]:
     steps = {}
     try:
         for text in read_text(run / "steps.jsonl").splitlines():
-            line = json.loads(text)
+            line = parse_json(text)
             steps[int(line["step"])] = StepLine(line["rows"], line["loss"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
@@ -114,7 +149,7 @@ def compare_losses(start: int, losses: Mapping[int, float], logged: Mapping[int,
 def check_ledger(run: Path, dropped: Sequence[Mapping[str, object]]) -> Finding:
     """Compare the rows dropped now with those in ledger.jsonl; what addresses are signed with differs every day."""
     try:
-        lines = [json.loads(DIGEST.sub("", line)) for line in read_text(run / "ledger.jsonl").splitlines()]
+        lines = [parse_json(DIGEST.sub("", line)) for line in read_text(run / "ledger.jsonl").splitlines()]
         lines.sort(key=json.dumps)
     except (OSError, ValueError) as error:
         return Finding("ledger.jsonl", FAILED, str(error))

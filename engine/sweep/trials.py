@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from data.batch import Batches, UserError
-from data.files import keep_lines, read_text
+from data.files import keep_lines, parse_json, read_text
 from data.store.feature_split import FeatureSplit
 from engine.clip.model import LoadedModel
 from engine.config.fields import Config
@@ -137,7 +137,7 @@ class Journal:
         lines: list[Trial] = []
         if world.is_main:
             keep_lines(self.path, lambda line: keep and self._parse(line) is not None)
-            lines = list(map(json.loads, read_text(self.path).splitlines()))
+            lines = list(map(parse_json, read_text(self.path).splitlines()))
         self.lines = world.exchange(lines)[0]
         for line in self.lines:
             changed = [name for name, digest in self.identity.items() if line["identity"].get(name) != digest]
@@ -149,9 +149,9 @@ class Journal:
     def _parse(text: str) -> Trial | None:
         """Return a line's configuration; None for a half-written or damaged line."""
         try:
-            line = json.loads(text)
+            line = parse_json(text)
             return line if {"settings", "scores", "identity"} <= line.keys() else None
-        except (ValueError, AttributeError, RecursionError):
+        except (ValueError, AttributeError):
             return None
 
     def is_finished(self, settings: Settings) -> bool:

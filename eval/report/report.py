@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from data.files import open_regular, read_text, replace_text
+from data.files import open_regular, parse_json, read_text, replace_text
 from eval.report import figures
 from eval.report.answers import AnswersByDirection
 from eval.report.cases import case_sections
@@ -30,8 +29,8 @@ def write_report(out: Path, split: str, sizes: Mapping[str, int], answers: Mappi
 
     `sizes` are the pairs of each split; `title` and `picture` return title and small JPEG of a row of `split`.
     """
-    config = json.loads(read_text(out / "config.json"))
-    metrics = json.loads(read_text(out / "metrics.json"))
+    config = parse_json(read_text(out / "config.json"))
+    metrics = parse_json(read_text(out / "metrics.json"))
     losses = [float(line["loss"]) for line in _lines(out / "steps.jsonl")]
     history = {line["step"]: line for line in _lines(out / "evaluations.jsonl")}  # the latest of each step
     shared, interpolation = metrics.get("overlap", {}), metrics.get("interpolation")
@@ -62,4 +61,4 @@ def write_report(out: Path, split: str, sizes: Mapping[str, int], answers: Mappi
 def _lines(path: Path) -> Iterator[figures.Record]:
     if path.exists():
         with open_regular(path) as file:
-            yield from map(json.loads, file)
+            yield from map(parse_json, file)

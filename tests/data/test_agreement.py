@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from helpers import HANGS_S, ROOT, as_ranks, kill, make_pairs, start, tiny_clip
 from scenes import wds_shards
 
+from data import agreement
 from data.agreement import require_agreement, require_same_images, require_same_rows, require_same_shards
 from data.batch import AgreedError, Team
 from data.catalogue import build_catalogue
@@ -22,10 +24,13 @@ from data.store.stat_cache import StatCache
 from data.stream.shards import find_local_shards
 from data.web.limits import FetchPolicy
 from engine.clip.model import ModelOptions, open_model
-from engine.commands.common import make_encoders, model_to_compare
+from engine.commands.common import make_encoders, model_to_compare, open_pipeline
+from engine.commands.train import first_state
 from engine.config.fields import Config
+from engine.optim import Plan
 from engine.ranks.agreement import require_same_settings
 from engine.ranks.world import World
+from engine.run_folder.checkpoint import State
 
 CPU = torch.device("cpu")
 
@@ -172,6 +177,37 @@ def test_other_models_on_one_rank_are_refused_on_all(tiny_model: Path, tmp_path:
         other = things(folders[name])
         said = refusals([partial(require_agreement, things=base), partial(require_agreement, things=other)])
         assert f" in {words};" in said[0]
+
+
+def test_a_picture_of_another_size_is_noticed_among_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many pictures only some are read; a copy of a data set that was cut off differs in sizes anywhere."""
+    monkeypatch.setattr(agreement, "SAMPLED", 1)
+    for name in ("a", "b"):
+        make_pairs(tmp_path / name, 6, 3, 3)
+    shutil.copy(tmp_path / "b/images/train-0002.jpg", tmp_path / "b/images/train-0003.jpg")
+    said = refusals([compare_data(tmp_path / "a"), compare_data(tmp_path / "b")])
+    assert "(train-0003.jpg)" in said[0]
+
+
+def test_ranks_with_other_towers_stop_before_the_store(tiny_model: Path, tmp_path: Path) -> None:
+    """Each would encode its share into a space of its own, and miss the others' rows."""
+    folders = [tiny_model, tiny_clip(tmp_path / "other", seed=1)]
+
+    def open_rank(team: Team) -> None:
+        cfg = Config(model=str(folders[team.rank]), cache_dir=str(tmp_path / "cache"), precision="fp32", workers=1)
+        open_pipeline(cfg, Joined(team), open_model(cfg.model, ModelOptions(precision="fp32"), CPU))
+
+    said = refusals([open_rank, open_rank])
+    assert "the image tower" in said[0] and "the text tower" in said[0]
+
+
+def test_ranks_go_on_from_one_checkpoint(tmp_path: Path) -> None:
+    """A folder that is no shared one holds another step on each node: they would train apart, or wait for ever."""
+    def first(team: Team) -> None:
+        saver: Any = SimpleNamespace(identity={}, resume=lambda log: State(step=3 + team.rank))
+        first_state(saver, Joined(team), Plan(20, 4, 2), resuming=True)
+
+    assert "the checkpoint to go on from" in refusals([first, first])[0]
 
 
 def test_a_difference_ends_all_ranks_with_one_line(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:

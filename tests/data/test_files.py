@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from data import files as durable
 from data.batch import BadSample, UserError
 from data.files import (
     MARK,
@@ -64,12 +65,19 @@ def test_a_kill_at_any_rename_or_deletion_leaves_a_whole_model(tmp_path: Path) -
     """A run killed while it exports keeps the old model or has the new one, and the next start cleans up."""
     folder = tmp_path / "model"
     old, new = ({name: text for name in ("a", "b", "deep/c")} for text in ("old", "new"))
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    exchanges = durable._exchange(tmp_path / "one", tmp_path / "other")
+    for name in ("one", "other"):
+        (tmp_path / name).rmdir()
     for call in count(1):
         write(folder, "old")
         if not killed_at(call, folder, "new"):
             break
         whole = [path for path in tmp_path.iterdir() if contents(path) in (old, new)]
         assert whole, call
+        if exchanges:  # at no moment is there nothing under the name
+            assert contents(folder) in (old, new), call
         recover_folders(tmp_path, locked=True)
         assert [path.name for path in tmp_path.iterdir()] == ["model"], call
         assert contents(folder) in (old, new) and first_foreign(folder) is None, call

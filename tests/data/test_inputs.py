@@ -8,6 +8,7 @@ import torch
 from helpers import make_pairs, tiny_tokenizer
 from torch import Tensor
 
+from data import lost
 from data.batch import ALONE, Tokens, UserError
 from data.cold import Encoders, Pipeline, Reader
 from data.images.decode import ImageSpec
@@ -74,6 +75,17 @@ def test_classes_of_titles_are_met_in_training_and_not_in_an_evaluation(tmp_path
     assert trained.negative_id_BH is not None
     negative_BH = split.negative_row_NH[order]
     assert trained.negative_id_BH.equal(torch.where(negative_BH < 0, -1, group_P[negative_BH]))
+
+
+def test_a_picture_that_fails_once_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hiccup of a network disk must cost no row."""
+    monkeypatch.setattr(storage, "BACKOFF", 0.0)
+    streamed = open_streamed(make_pairs(tmp_path / "pairs", 12, 3, 3), tmp_path / "cache")
+    picture = Path(streamed.catalogue.references[0].as_py())
+    picture.rename(tmp_path / "away")
+    monkeypatch.setattr(lost.time, "sleep", lambda seconds: picture.exists() or (tmp_path / "away").rename(picture))
+    next(StreamedBatches(streamed, streamed.splits["train"], EpochBatches(12, 12, 5, 0, 1)).from_step(0))
+    assert picture.exists() and streamed.lost.ledger() == []
 
 
 @pytest.mark.parametrize("size", [1, 2])

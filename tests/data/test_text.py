@@ -32,6 +32,9 @@ def test_what_is_shown_keeps_its_lines_and_nothing_that_a_terminal_obeys() -> No
     shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     show("first \x1b]0;title\x07\n\x9b2Jsecond \udcff\u202e日", shown)
     assert shown.buffer.getvalue() == b"first  ]0;title \n 2Jsecond   \\u65e5\n"
+    signed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    show("missing: https://me:SECRET@host/a.jpg?sig=SECRET", signed)
+    assert b"host/a.jpg" in signed.buffer.getvalue() and b"SECRET" not in signed.buffer.getvalue()
 
 
 def test_a_pipe_in_a_cell_does_not_add_a_column() -> None:

@@ -386,7 +386,9 @@ def test_odd_files_under_a_segments_name_are_skipped_and_stay(tmp_path: Path) ->
     assert (store.locate(keys_of(range(9))) >= 0).all()
     del store
     assert verify_spaces(tmp_path)[0].damaged == [path.name for path in odd]
-    assert sorted(prune(folder.parent, []).odd) == odd and all(os.path.lexists(path) for path in odd)
+    theirs = folder / "mine.features.safetensors"
+    theirs.write_bytes(b"years of work" * 200)
+    assert sorted(prune(folder.parent, []).odd) == odd and all(os.path.lexists(path) for path in (*odd, theirs))
 
 
 def prune_elsewhere(pipe: Connection, folder: Path) -> None:

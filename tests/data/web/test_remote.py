@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import pytest
 from helpers import make_pairs, picture, run, served, start
 
@@ -26,9 +27,10 @@ import data.web.policy
 from data.batch import UserError
 from data.shards.writer import ShardWriter
 from data.sources.source import Download, load_splits, pattern_by_split
-from data.web import download
+from data.web import download, remote_files, remote_tables
 from data.web.limits import FetchPolicy
-from data.web.remote_files import fetch_files
+from data.web.remote_files import _Download, fetch_files
+from data.web.remote_tables import copy_file
 
 POLICY = FetchPolicy(timeout=5.0, allow_hosts=("127.0.0.1",))
 
@@ -228,19 +230,47 @@ class Liar(BaseHTTPRequestHandler):
             end = min(begin + 50_000, total)
         if begin and self.lie == "a longer rest":
             end, total = len(self.data) + 100, len(self.data) + 100
+        sent = begin - 1000 if begin and self.lie == "the part before" else begin
+        end -= begin - sent
         self.send_response(status)
         self.send_header("ETag", tag)
         if begin:
-            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{total}")
+            self.send_header("Content-Range", f"bytes {sent}-{end - 1}/{total}")
         if self.lie != "a size unknown, nothing is left":
-            self.send_header("Content-Length", str(end - begin))
+            self.send_header("Content-Length", str(end - sent))
         self.end_headers()
         is_whole = begin or (self.lie == "a tag that is not ASCII" and cls.asked > 1)
-        self.wfile.write((self.data + bytes(100))[begin:end][: None if is_whole else 150_000])
+        self.wfile.write((self.data + bytes(100))[sent:end][: None if is_whole else 150_000])
         self.close_connection = not begin
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+def test_a_fetched_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut must not leave a shard, or the copy of a table, that is named and empty."""
+    synced: set[str] = set()
+    replace = os.replace
+
+    def sync(path: Path) -> Path:
+        synced.add(str(path))
+        return path
+
+    def rename(old: Path, new: Path) -> None:
+        assert str(old) in synced, old
+        replace(old, new)
+
+    for module in (remote_files, remote_tables):
+        monkeypatch.setattr(module, "fsync", sync)
+        monkeypatch.setattr(module.os, "replace", rename)
+    file: Any = _Download("https://host/a.tar", tmp_path / "a.tar", None)  # type: ignore[arg-type]
+    file.part.write_bytes(b"a shard")
+    file.keep()
+    assert file.path.read_bytes() == b"a shard" and str(tmp_path) in synced
+    fsspec.filesystem("memory").pipe_file("/fsync/pairs.csv", b"image,title\n")
+    synced |= {str(path) for path in tmp_path.rglob("version.json")}
+    monkeypatch.setattr(remote_tables, "replace_text", lambda path, text: path.write_text(text))
+    assert copy_file("memory://fsync/pairs.csv", tmp_path, print).path.read_bytes() == b"image,title\n"
 
 
 OUTLASTED = ["a rest that is not the rest",  # a part of it, as it says: the download goes on behind it
@@ -248,7 +278,8 @@ OUTLASTED = ["a rest that is not the rest",  # a part of it, as it says: the dow
 
 
 @pytest.mark.parametrize("lie", ["a version each time", "nothing is left", "a size unknown, nothing is left",
-                                 "another whole", "a longer rest", *OUTLASTED])
+                                 "another whole", "a longer rest",
+                                 "the part before", *OUTLASTED])
 def test_a_server_that_says_untrue_things_of_a_shard_is_left_or_outlasted(
         lie: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The download must neither go on for ever nor keep a shard that is shorter, longer or mixed."""

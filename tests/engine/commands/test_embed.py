@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import inside, last_flags, make_pairs
@@ -113,9 +116,9 @@ def test_a_killed_run_goes_on_with_what_is_missing_and_ends_as_a_whole_one(
     assert inside([*flags, "--out", whole]).returncode == 0
     write, written = embeddings._write_parquet, []
 
-    def until_killed(path: Path, chunks: object) -> None:
+    def until_killed(path: Path, *content: object) -> None:
         written.append(path)
-        write(path, chunks)  # type: ignore[arg-type]
+        write(path, *content)  # type: ignore[arg-type]
         if len(written) == 2:
             path.with_name(".img_emb_0001.npy.left.npy").touch()  # what SIGKILL leaves
             raise KeyboardInterrupt
@@ -134,6 +137,30 @@ def test_a_killed_run_goes_on_with_what_is_missing_and_ends_as_a_whole_one(
     assert sorted(str(path.relative_to(cut)) for path in cut.rglob("*") if path.is_file()) == names
     for name in names:
         assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_parts_that_were_damaged_are_said_and_written_again(flags: list[object], tmp_path: Path) -> None:
+    """Else vectors of a cut or altered file would be searched in silence."""
+    out = tmp_path / "out"
+    assert inside([*flags, "--out", out]).returncode == 0
+    vectors, tables = sorted(out.rglob("*.npy")), sorted(out.rglob("*.parquet"))
+    before = {path: path.read_bytes() for path in (*vectors, *tables)}
+    for path in vectors[::2]:
+        path.write_bytes(before[path][:-1] + b"?")
+    first = pq.ParquetFile(tables[0]).metadata.row_group(0).column(0)
+    data = bytearray(before[tables[0]])
+    data[(first.dictionary_page_offset or first.data_page_offset) + first.total_compressed_size - 1] ^= 1
+    tables[0].write_bytes(data)
+    tables[1].write_bytes(before[tables[1]][:-9])
+    tables[-1].unlink()
+    tables[-1].mkdir()
+    refused = inside([*flags, "--out", out])
+    assert refused.returncode == 1 and str(tables[-1]) in refused.stderr  # what is in a folder is somebody's
+    tables[-1].rmdir()
+    again = inside([*flags, "--out", out])
+    assert again.returncode == 0 and "damaged" in refused.stderr, again.stderr
+    assert {path: path.read_bytes() for path in (*vectors, *tables)} == before
 
 
 def test_a_warm_store_runs_no_tower_and_fp16_parquet_holds_no_second_copy(
@@ -169,6 +196,12 @@ def test_what_is_there_is_not_replaced_and_other_embeddings_are_not_mixed_in(
         refused = inside(last_flags([*map(str, flags), "--split", "test", "--out", out, *map(str, other)]))
         assert refused.returncode == 2 and said in refused.stderr, refused.stderr
     assert inside([*flags[:1], "--dataset", pairs]).returncode == 2  # no --out
+    (tmp_path / "busy").mkdir()
+    held = os.open(tmp_path / "busy", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)  # as another process that writes there
+    refused = inside([*flags, "--split", "test", "--out", tmp_path / "busy"])
+    os.close(held)
+    assert refused.returncode == 2 and "another process is writing there" in refused.stderr
     (out / "embeddings.json").unlink()  # "move it away to start afresh", says the error where it is damaged
     done = inside(last_flags([*map(str, flags), "--split", "test", "--out", out, "--model", tiny_st_model]))
     assert done.returncode == 0 and "there already" not in done.stderr, done.stderr

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,9 +25,11 @@ from data import files as durable
 from data.batch import RunFailed, UserError
 from data.locks import lock_folder
 from data.prefetch import EpochBatches, OrderDigest, epoch_order
+from engine.config.fields import Config, as_dict
 from engine.optim import adamw
+from engine.publish.export import Origin
 from engine.ranks.world import World
-from engine.run_folder import checkpoint
+from engine.run_folder import checkpoint, folder
 from engine.run_folder.checkpoint import DamagedCheckpoint, Saver, State, load, newest_valid, save
 from engine.run_folder.folder import manifest_problems, write_manifest
 
@@ -261,6 +264,32 @@ def test_one_run_has_one_writer(tmp_path: Path) -> None:
     code = f"from pathlib import Path; from data.locks import lock_folder; print(lock_folder(Path({str(tmp_path)!r})))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_no_file_of_a_run_holds_what_an_address_is_signed_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run folder that is shared, or its card on the hub, would let anyone fetch until the signature ends."""
+    address = "https://me:SECRET@host/pairs.csv?X-Amz-Signature=SECRET"
+    monkeypatch.setattr(sys, "argv", ["run.py", "--dataset", address, f"--probe={address}"])
+    cfg = Config(dataset=address, probe=address)
+    world = World(0, 0, 1, torch.device("cpu"))
+    folder.write_run_header(tmp_path, as_dict(cfg, "train"), world, torch.float32, [{"row": 3, "image": address}])
+    clip: Any = SimpleNamespace(name="owner/clip", commit="abc", facts=SimpleNamespace(shapes={}, digests={}))
+    origin = Origin.of(cfg, clip, [], {})
+    (tmp_path / "header").write_text(str(origin))
+    for name in ("config.json", "ledger.jsonl", "header"):
+        text = (tmp_path / name).read_text()
+        assert "SECRET" not in text and "pairs.csv" in text, name
+
+
+def test_a_launch_is_told_from_that_of_another_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two containers with one host name and one process id, the second took the first one's run for its own."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    first = folder._launch_id()
+    assert first and folder._launch_id() == first
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "readlink", lambda path: "pid:[4026532999]")
+        assert folder._launch_id() != first
+    assert [each for each in first.split() if each.isdecimal()][-1] != str(os.getppid())  # when it was started
 
 
 def test_a_seal_names_what_was_altered(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ A traceback, weights of another run or a result that differs in silence would ea
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -22,6 +23,7 @@ from data import locks
 from engine.commands.train import train
 from engine.config.cli import parse
 from engine.ranks.world import World
+from engine.run_folder import verification
 from engine.run_folder.checkpoint import load
 from engine.run_folder.repair import pointed_name
 from eval.report.answers import load_answers
@@ -35,6 +37,7 @@ RESULTS = ("metrics.json", "steps.jsonl", "evaluations.jsonl", "ledger.jsonl", "
            "checkpoints/last/trainable.safetensors", "checkpoints/last/optimizer.safetensors")
 SHOWN = [(name, kind) for name in ("answers.npz", "metrics.json", "steps.jsonl", "evaluations.jsonl", "ledger.jsonl")
          for kind in ("missing", "empty", "cut", "rubbish", "folder", "other JSON")]
+SHOWN += [("steps.jsonl", "twice"), ("steps.jsonl", "reversed"), ("metrics.json", "NaN"), ("metrics.json", "deep")]
 SHOWN += [("tensorboard", "a file"), ("tensorboard/base", "a file"), ("tensorboard/projector_config.pbtxt", "folder"),
           ("tensorboard", "missing")]
 CHECKPOINTS = [(f"checkpoints/step-00000007/{name}", kind)
@@ -44,7 +47,7 @@ CHECKPOINTS += [("checkpoints/step-00000007", "empty folder"), ("checkpoints/ste
                 ("checkpoints", "missing")]
 CHECKPOINTS += [(f"checkpoints/{link}", kind) for link in ("last", "best")
                 for kind in ("missing", "rubbish", "folder", "as cp -L", "as text")]
-NEEDED = [("config.json", kind) for kind in ("missing", "empty", "cut", "rubbish", "folder", "other JSON")]
+NEEDED = [("config.json", kind) for kind in ("missing", "empty", "cut", "rubbish", "folder", "other JSON", "deep")]
 NEEDED += [("checkpoints", "a file")]
 FINISHED = [("answers.npz", "cut"), ("metrics.json", "missing"), ("metrics.json", "other JSON"),
             ("report.html", "empty"), ("manifest.json", "rubbish"), ("model", "missing"),
@@ -68,6 +71,8 @@ def damage(path: Path, kind: str) -> None:
         other = '{"config": [], "base": 3, "tuned": [], "state": 1, "step": "x"}'
         path.write_bytes({"empty": b"", "cut": before[: len(before) * 2 // 3], "a file": b"a file\n",
                           "rubbish": random.Random(0).randbytes(3000), "other JSON": other.encode(),
+                          "twice": before * 2, "reversed": b"".join(before.splitlines(keepends=True)[::-1]),
+                          "NaN": re.sub(rb"\b\d[\d.]*", b"NaN", before), "deep": b"[" * 100_000,
                           "as text": target.name.encode()}[kind])
 
 
@@ -117,7 +122,9 @@ def test_a_stopped_run_goes_on_past_damage(name: str, kind: str, home: Path, tmp
     code, text = said(home, "--resume", "--out", out)
     assert code == 0, text
     assert_equal_results(out, home / "whole", but=name)
-    if name in LOGS:
+    if kind == "twice":
+        assert_equal_results(out, home / "whole")
+    elif name in LOGS:
         assert name in text and "damaged" in text
     if kind == "folder" and not name.startswith("checkpoints"):
         assert list(out.glob("damaged-*/notes"))
@@ -148,6 +155,22 @@ def test_a_finished_run_is_made_whole_again(name: str, kind: str, home: Path, tm
     assert_equal_results(out, home / "whole", but=name)
     if name not in LOGS:
         assert said(home, "verify", "--run", out)[0] == 0
+
+
+@pytest.mark.parametrize(("name", "kind"), [("metrics.json", "cut"), ("evaluations.jsonl", "other JSON"),
+                                            ("answers.npz", "cut"), ("checkpoints", "a file"),
+                                            ("checkpoints/last", "rubbish"), ("checkpoints/best", "empty")])
+def test_damage_of_a_run_that_has_not_ended_is_found(name: str, kind: str, home: Path, tmp_path: Path) -> None:
+    """It has no manifest yet: a user who asks `verify` after a crash of the disk must not hear that all is well."""
+    shutil.copytree(home / "cut", tmp_path / "run", symlinks=True)
+    assert verification.check_files(tmp_path / "run")[0][-1].verdict == verification.UNCHECKED
+    if kind == "other JSON":
+        (tmp_path / "run" / name).write_text("[]\n")
+    else:
+        damage(tmp_path / "run" / name, kind)
+    failed = [finding for finding in verification.check_files(tmp_path / "run")[0]
+              if finding.verdict == verification.FAILED]
+    assert len(failed) == 1 and name.split("/")[-1] in failed[0].subject, failed
 
 
 @pytest.mark.parametrize("kind", ["as cp -L", "as text"])

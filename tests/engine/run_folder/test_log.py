@@ -134,6 +134,17 @@ def test_evaluations_are_kept_line_by_line(finished: tuple[Path, str]) -> None:
     assert set(lines[1]) == {"step", "epoch", "train", "valid"} and "test" in lines[2]
 
 
+def test_an_evaluation_that_is_repeated_has_one_line(tmp_path: Path) -> None:
+    """A run that has lost its results measures its last step again; a plot would have two points there."""
+    scores = {"valid": {"image_to_text_R@10": 0.5}}
+    world = World(0, 0, 1, torch.device("cpu"), quiet=True)
+    for _ in range(2):
+        log = Log(tmp_path, world, Plan(10, 2, 2), State(step=5, evaluated=5), WeightDrift({}))
+        log.metrics(scores, 5)
+        log.close()
+    assert len((tmp_path / "evaluations.jsonl").read_text().splitlines()) == 1
+
+
 def test_a_long_run_writes_a_bounded_number_of_points(tmp_path: Path) -> None:
     steps = 30 * POINTS
     board = TensorBoardWriter(tmp_path, 0, steps)

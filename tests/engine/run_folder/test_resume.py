@@ -206,10 +206,11 @@ def test_a_measured_split_that_changed_is_refused_by_name(
     if not refused:
         assert train(tmp_path, "out", "--resume") == 0
         return
-    before = (tmp_path / "out/metrics.json").read_bytes()
+    names = ("metrics.json", "config.json", "ledger.jsonl", "steps.jsonl")
+    before = [(tmp_path / "out" / name).read_bytes() for name in names]
     with pytest.raises(UserError, match=f"--resume: {refused}.*step-00000003; start a new run with another --out"):
         train(tmp_path, "out", "--resume")
-    assert (tmp_path / "out/metrics.json").read_bytes() == before
+    assert [(tmp_path / "out" / name).read_bytes() for name in names] == before
 
 
 def test_a_checkpoint_that_does_not_say_what_was_measured_is_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -113,6 +113,16 @@ def test_rows_of_one_image_count_once_in_the_standard_error() -> None:
     torch.testing.assert_close(five_times, plain)
 
 
+def test_many_rows_of_few_images_are_no_proof() -> None:
+    """Five captions an image would make chance look like a gain that is certain, and a strong model worse."""
+    loss_CSH = torch.full((len(CANDIDATES), len(SCALE_GRID), 400), 2.0)
+    gain_U = torch.tensor([-0.9, 1.2, -0.8, 1.1, -1.0, 1.3, -0.7, 0.8])  # of 8 images, 50 rows each
+    loss_CSH[9] -= gain_U.repeat_interleave(50)
+    parts = [HeldOutScores(torch.arange(400), loss_CSH, torch.arange(len(CANDIDATES)).float())]
+    assert pick(parts, torch.arange(8).repeat_interleave(50)).candidate.kind == "base"
+    assert pick(parts, torch.arange(400)).candidate == CANDIDATES[9]
+
+
 def test_the_loss_is_the_likelihood_of_the_partner_without_repeats() -> None:
     base, pairs = hidden_pairs(12, 1.0)
     pairs = replace(pairs, image_row_N=torch.tensor([0, 0, *range(2, 12)]), title_row_N=torch.tensor([*range(11), 3]))

@@ -1,10 +1,10 @@
 """The cached step as a CUDA graph: one call launches its ninety-odd kernels, most of them shorter than their launch.
 
 A graph repeats what was captured: the same kernels on the same addresses with the same Python values. So row numbers
-and learning rate are copied into fixed tensors, and only full batches are replayed; a short one has other shapes and
-runs eagerly. An edit of the step that a graph cannot hold (one that counts steps in Python, say) is mostly noticed:
-before a graph is used, one replay is compared with the eager step. Where they differ, or the capture fails, every step
-runs eagerly.
+and learning rate are copied into fixed tensors, and only full batches are replayed; a short batch has other shapes and
+runs eagerly. Before a graph is used, one replay is compared with the eager step, which notices most edits of the step
+that a graph cannot repeat, such as a counter in Python. Where the two differ, or the capture fails, every step runs
+eagerly.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EagerStep = Callable[[Features, int, float | Tensor], Outputs]  # inputs, rows o
 
 
 class CudaCapture:
-    """Warms up and captures on one side stream: autograd remembers the stream on which a leaf was first used."""
+    """The side stream for warm-up and capture; it is one, as autograd remembers the stream a leaf was first used on."""
 
     def __init__(self) -> None:
         self.stream = torch.cuda.Stream()
@@ -54,7 +54,7 @@ class CudaCapture:
         current.wait_stream(self.stream)
 
     def capture(self, step: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
-        """Do `capture` on the side stream."""
+        """Return `capture(step)` on the side stream."""
         return capture(step, self.stream)
 
 
@@ -69,9 +69,9 @@ def capture(function: Callable[[], Captured],
 
 
 class GraphedStep:
-    """A step on row numbers; full batches of `rows` rows are replayed from a graph.
+    """A step that takes row numbers; full batches of `rows` rows are replayed from a CUDA graph.
 
-    `look_up` returns the features of row numbers; `log` gets one line where there is no graph.
+    `look_up` returns the features of row numbers. `log` is called with one line if no graph can be used.
     """
 
     def __init__(self, step: EagerStep, look_up: Callable[[Tensor], Features], optimizer: AdamWL2SP,
@@ -86,7 +86,7 @@ class GraphedStep:
         self._outputs: Outputs
 
     def __call__(self, index_B: Tensor, rows: int, lr: float) -> Outputs:
-        """Return loss and gradient norm of this step; index_B are this rank's row numbers, `rows` those of all."""
+        """Return loss and gradient norm of a step; index_B are this rank's row numbers, `rows` counts those of all."""
         if self._disabled or rows != self.rows:
             return self.step(self.look_up(index_B), rows, lr)
         if self._replay is not None:
@@ -105,7 +105,7 @@ class GraphedStep:
         return outputs
 
     def _capture_and_compare(self, index_B: Tensor, lr: float) -> Outputs:
-        """Capture the step, replay it, undo that, take the step eagerly; use the graph if both did the same."""
+        """Capture the step, replay it, undo the replay, take the step eagerly; keep the graph if both agree."""
         self._index_B, self._lr = index_B.clone(), torch.tensor(lr, device=index_B.device)
         try:
             self._outputs, replay = self._cuda.capture(
@@ -124,9 +124,10 @@ class GraphedStep:
         if not outputs[1].isfinite():  # the update was skipped, so there is nothing to compare: capture the next step
             return outputs
         self._replay = replay
+        # Compare each change by the step with the change by the replay; those of loss and norm count from 0.
         before = [torch.zeros_like(output) for output in outputs] + before
         for tensor, other, old in zip([*outputs, *self._state()], replayed, before, strict=True):
-            if not (tensor - other).norm() <= MAX_REPLAY_ERROR * (tensor - old).norm():
+            if not (tensor - other).norm() <= MAX_REPLAY_ERROR * (tensor - old).norm():  # NaN disables it as well
                 self._disable("replayed, it does something else")
                 break
         return outputs
@@ -148,10 +149,10 @@ class GraphedStep:
 
 
 def should_capture(batches: Batches, steps: int, world: World) -> TypeGuard[CachedBatches]:
-    """Return whether a graph is possible and worth it: whole steps on each GPU, features on it, enough steps.
+    """Return whether to capture the step: each GPU computes whole steps, features lie on it, and steps are many.
 
-    Steps that ranks share run eagerly: NCCL's watchdog, which names a stalled rank, cannot see into a graph, and they
-    are long enough (ranks/sharing.py) that the launches hide behind the products.
+    Steps that ranks share run eagerly: NCCL's watchdog, which names a stalled rank, cannot see into a graph, and such
+    steps are long enough (ranks/sharing.py) to hide the time of the launches.
     """
     return (world.device.type == "cuda" and world.size == 1 and steps >= MIN_STEPS
             and isinstance(batches, CachedBatches) and batches.device.type == "cuda")

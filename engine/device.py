@@ -1,4 +1,4 @@
-"""The device of this rank and the dtype of its towers: chosen, checked and named, never guessed."""
+"""The device of this rank and the dtype of its towers: chosen, checked, and named on the console."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|CUBLAS_STATUS_AL
 
 
 def open_device(wanted: str, local_rank: int) -> torch.device:
-    """Return this rank's device, ready for use: the current one, with fp32 products that are fp32. Raises UserError."""
+    """Return this rank's device, made the current one, with TF32 off. Raises UserError."""
     device = pick_device(wanted, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -57,9 +57,9 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
 
 
 def why_no_cuda() -> str:
-    """Return why torch cannot use the NVIDIA device of this machine, and what helps; "" where there is none.
+    """Return why torch cannot use the NVIDIA device of this machine, and what helps; "" where there is no device.
 
-    CUDA_VISIBLE_DEVICES that hides every device is a wish for the CPU.
+    A CUDA_VISIBLE_DEVICES that hides every device asks for the CPU, so it counts as no device.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and re.fullmatch(r"|-\d.*|NoDevFiles", visible.strip()):  # the last is Slurm's
@@ -70,21 +70,22 @@ def why_no_cuda() -> str:
     build = f"this torch ({torch.__version__})"
     major = int(driver.partition(".")[0] or 0)
     wheel = "cu130" if major >= DRIVER_FOR_CUDA[13] else "cu126"
-    named = f"driver {driver}" if driver else "its driver, whose version cannot be read,"
+    driver_text = f"driver {driver}" if driver else "its driver, whose version cannot be read,"
     if torch.version.cuda is None:
-        old = "" if not driver or major >= DRIVER_FOR_CUDA[12] else f", after an update of driver {driver}"
-        return f"{build} is built without CUDA; install its {wheel} wheel for {named}{old} {WHEELS}"
+        too_old = bool(driver) and major < DRIVER_FOR_CUDA[12]
+        update = f", after an update of driver {driver}" if too_old else ""
+        return f"{build} is built without CUDA; install its {wheel} wheel for {driver_text}{update} {WHEELS}"
     needed = DRIVER_FOR_CUDA.get(int(torch.version.cuda.partition(".")[0]), 0)
     if 0 < major < needed:
-        other = f", or install torch's cu126 wheel {WHEELS}" if major >= DRIVER_FOR_CUDA[12] else ""
+        older_wheel = f", or install torch's cu126 wheel {WHEELS}" if major >= DRIVER_FOR_CUDA[12] else ""
         return (f"driver {driver} is too old for {build}, whose CUDA {torch.version.cuda} needs {needed}; update it"
-                f"{other}")
+                f"{older_wheel}")
     cause = "the driver" if not visible else f"CUDA_VISIBLE_DEVICES ({visible}), the driver"
-    return f"{build} cannot use it with {named}: {_cuda_error()}; check {cause} and the container's --gpus"
+    return f"{build} cannot use it with {driver_text}: {_cuda_error()}; check {cause} and the container's --gpus"
 
 
 def _driver_version() -> str:
-    """Return the version of the NVIDIA driver of a machine that has a GPU, "" where none can be found."""
+    """Return the version of the NVIDIA driver, "" on a machine without a GPU or where it cannot be read."""
     if any(DRIVER_FILES.glob("gpus/*")):
         with suppress(OSError):
             text = (DRIVER_FILES / "version").read_text(errors="replace")
@@ -100,7 +101,7 @@ def _driver_version() -> str:
 
 
 def _cuda_error() -> str:
-    """Return the first line of what torch says when CUDA is initialised."""
+    """Return the first line of the error that torch raises as it initialises CUDA."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
@@ -109,7 +110,8 @@ def _cuda_error() -> str:
 
 
 def _refuse_missing_kernels(device: torch.device) -> None:
-    """Raise UserError for a GPU older than those that this build of torch has kernels for (a V100 under CUDA 13)."""
+    """Raise UserError for a GPU that this build of torch has no kernels for, as it is too old (a V100 under CUDA 13).
+    """
     built = [int(number) for number in re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))]
     major, minor = torch.cuda.get_device_capability(device)
     if built and 10 * major + minor < min(built):
@@ -118,9 +120,9 @@ def _refuse_missing_kernels(device: torch.device) -> None:
 
 
 def pick_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of the towers' products; `auto` takes the one that the hardware has units for.
+    """Return the dtype of the towers' products; `auto` is bf16 where the hardware has units for it.
 
-    bf16 before fp16, which GPUs had first (V100, T4). Measured: a CPU without bf16 units runs bf16 autocast 4.3x slower
+    GPUs with fp16 units alone (V100, T4) get fp16. Measured: a CPU without bf16 units runs bf16 autocast 4.3x slower
     than fp32, one with them 1.8x faster. Raises UserError for fp16 on a CPU.
     """
     if wanted == "fp16" and device.type == "cpu":
@@ -157,8 +159,7 @@ def describe_device(cfg: Config, device: torch.device, size: int) -> str:
 
 @contextmanager
 def explain_out_of_memory(command: str, cfg: Config) -> Iterator[None]:
-    """Inside, an allocation that fails on the device or the host becomes a RunFailed that names the settings to change.
-    """
+    """Turn a failed allocation, on the device or the host, into a RunFailed that names the settings to change."""
     try:
         yield
     except MemoryError as error:
@@ -173,7 +174,7 @@ def explain_out_of_memory(command: str, cfg: Config) -> Iterator[None]:
 
 
 def _memory_advice(command: str, cfg: Config) -> str:
-    """Return the settings that need less memory, the cheapest first, which are not set yet."""
+    """Return the settings, not set yet, that need less memory; those that cost the least speed come first."""
     if command == "eval":
         return "use --device cpu, a smaller --model, or a smaller split"
     if command not in ("train", "demo", "sweep"):

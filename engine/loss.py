@@ -21,25 +21,25 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differe
 from data.batch import UserError
 
 MAX_LOGITS = {"cpu": 3 << 19, "cuda": 1 << 26}  # logits per chunk, by device; a batch with fewer is one chunk
-IGNORED_LOGIT = -1e30  # exp of it is 0, as of -inf, but 0 times it is 0 and not NaN
+IGNORED_LOGIT = -1e30  # its exp is 0, like that of -inf; but 0 * IGNORED_LOGIT is 0, where 0 * -inf is NaN
 SIGMOID_BIAS = -10.0  # Zhai et al. 2023, section 3.2; constant, see `sigmoid`
 
 
 class Loss(Protocol):
-    """A loss of some rows of logits, summed over the rows; there may be none."""
+    """A loss summed over the rows of a chunk of logits; a chunk may have no rows."""
 
     def __call__(self, logits_RC: Tensor, target_RC: Tensor, ignored_RC: Tensor) -> Tensor:
         """Return the sum as a scalar that autograd can differentiate by the logits.
 
-        target_RC are the target probabilities, which sum to 1 in each row and are 0 for wrong answers; ignored_RC is
-        True for candidates that do not count for a row. The logits of those are IGNORED_LOGIT already, so a loss that
-        is 0 for a wrong answer with a very negative logit needs no mask.
+        target_RC holds target probabilities, which sum to 1 in each row and are 0 for wrong answers. ignored_RC is
+        True for candidates that do not count for a row. Their logits are IGNORED_LOGIT already, so a loss that is 0
+        for a wrong answer with a very negative logit can leave ignored_RC alone.
         """
         ...
 
 
 def info_nce(logits_RC: Tensor, target_RC: Tensor, ignored_RC: Tensor) -> Tensor:
-    """Cross entropy of the right answers among all candidates.
+    """Return the cross entropy of the right answers among all candidates.
 
     With one right answer this is MultipleNegativesRankingLoss (Henderson et al. 2017, arXiv 1705.00652, section 4),
     with several SupCon's L_out (Khosla et al. 2020, arXiv 2004.11362, equation 2).
@@ -48,10 +48,10 @@ def info_nce(logits_RC: Tensor, target_RC: Tensor, ignored_RC: Tensor) -> Tensor
 
 
 def sigmoid(logits_RC: Tensor, target_RC: Tensor, ignored_RC: Tensor) -> Tensor:
-    """Binary cross entropy of each pair, right or wrong: Zhai et al. 2023 (arXiv 2303.15343), equation 1.
+    """Return the binary cross entropy of each pair, right or wrong: Zhai et al. 2023 (arXiv 2303.15343), equation 1.
 
-    softplus(-x) is -log sigmoid(x). Their bias is learned from -10 on. Here it is constant: AdamW moves a single
-    number by at most the learning rate a step, and no ranking depends on it.
+    softplus(-x) is -log sigmoid(x). In the paper the bias starts at -10 and is learned. Here it is constant: AdamW
+    would move it by at most the learning rate a step, and no ranking depends on it.
     """
     sign_RC = torch.where(target_RC > 0, -1.0, 1.0)
     return F.softplus(sign_RC * (logits_RC + SIGMOID_BIAS)).sum()
@@ -75,9 +75,9 @@ class Candidates(NamedTuple):
 class Objective:
     """Which loss, and how repeats and hard negatives enter it.
 
-    `duplicates` decides what identical titles or images beside a row's own are: "mask" ignores them, "multi" makes them
-    right answers, "keep" leaves them negatives, as sentence-transformers does. This includes explicit negatives with
-    the row's own title.
+    `duplicates` decides how candidates count whose title or image is identical to the row's own: "mask" ignores them,
+    "multi" makes them right answers, "keep" leaves them negatives, as sentence-transformers does. An explicit negative
+    that is the row's own title is one of them.
     """
 
     loss: str = "image-to-text"  # a key of LOSSES; "symmetric" adds the text-to-image direction
@@ -89,7 +89,7 @@ class Objective:
         """Return the loss of the queries, summed; the right answer of query i is candidate first_row + i."""
         def loss_of_chunk(logits_RC: Tensor, low: int) -> Tensor:
             target_RC, ignored_RC = self.targets(candidates, first_row + low, len(logits_RC))
-            with torch.no_grad():  # added without a gradient of their own
+            with torch.no_grad():  # hardness is a constant to the gradient, as in the paper
                 self.harden(logits_RC, target_RC, scale)
                 logits_RC.masked_fill_(ignored_RC, IGNORED_LOGIT)
             return LOSSES[self.loss](logits_RC, target_RC, ignored_RC)
@@ -105,32 +105,38 @@ class Objective:
         if self.hardness:
             logits += logits * (target_RC == 0) * (self.hardness / scale)
 
-    def targets(self, candidates: Candidates, own: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Return the target probabilities and the ignored candidates, both [rows, C], the latter bool.
+    def targets(self, candidates: Candidates, first: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Return target probabilities and ignored candidates (bool), both [rows, C].
 
-        They are those of the rows whose own answers are the candidates from `own` on.
+        The own answer of row i is candidate first + i.
         """
         title_C, image_C = candidates.title_id_C, candidates.image_id_C  # a stream's ids need all of their 63 bits
-        absent_C, chunk = title_C < 0, slice(own, own + rows)
-        if self.duplicates != "keep":
-            same_RC = (title_C[chunk, None] == title_C).logical_or_(image_C[chunk, None] == image_C)
+        absent_C = title_C < 0
+        if self.duplicates == "keep":
+            target_RC = self._own_answers(candidates, first, rows)
+            return target_RC, absent_C.expand_as(target_RC)
+        own = slice(first, first + rows)
+        same_RC = (title_C[own, None] == title_C).logical_or_(image_C[own, None] == image_C)
         if self.duplicates == "multi":
             target_RC = same_RC.to(candidates.embedding_CE.dtype)
             return target_RC / target_RC.sum(-1, keepdim=True), absent_C.expand_as(same_RC)
-        target_RC = candidates.embedding_CE.new_zeros(rows, len(title_C))
-        target_RC.diagonal(own).fill_(1)
-        if self.duplicates == "keep":
-            return target_RC, absent_C.expand_as(target_RC)
-        same_RC.diagonal(own).fill_(False)
-        return target_RC, same_RC.logical_or_(absent_C)
+        same_RC.diagonal(first).fill_(False)
+        return self._own_answers(candidates, first, rows), same_RC.logical_or_(absent_C)
+
+    @staticmethod
+    def _own_answers(candidates: Candidates, first: int, rows: int) -> Tensor:
+        """Return [rows, C] with 1 at column first + i of row i, in the dtype of the embeddings."""
+        target_RC = candidates.embedding_CE.new_zeros(rows, len(candidates.title_id_C))
+        target_RC.diagonal(first).fill_(1)
+        return target_RC
 
 
 def chunked(loss_of_chunk: Callable[[Tensor, int], Tensor], query_BE: Tensor, candidate_CE: Tensor,
             product_dtype: torch.dtype | None = None) -> Tensor:
     """Return the sum of `loss_of_chunk(logits_RC, first row)` over chunks of the logits query_BE @ candidate_CE.T.
 
-    One chunk is left to autograd. With more, each one's gradient is computed right after its loss, so that only one
-    chunk of the [B, C] matrix and of its graph exists at a time.
+    Logits that fit into one chunk are left to autograd. Otherwise the gradient of each chunk is computed right after
+    its loss, so that only one chunk of the [B, C] matrix and of its graph exists at a time.
     """
     rows = max(1, MAX_LOGITS[query_BE.device.type] // len(candidate_CE))
     if len(query_BE) <= rows:
@@ -141,7 +147,7 @@ def chunked(loss_of_chunk: Callable[[Tensor, int], Tensor], query_BE: Tensor, ca
 
 
 def multiply(left_RX: Tensor, right_XC: Tensor) -> Tensor:
-    """Return the matrix product; that of half-precision factors in fp32, in which a GPU's tensor cores add them up."""
+    """Return the matrix product. With half-precision factors it is fp32, as a GPU's tensor cores accumulate in fp32."""
     if left_RX.dtype.itemsize >= 4:
         return left_RX @ right_XC
     if left_RX.is_cuda:
@@ -168,7 +174,10 @@ class _Logits(torch.autograd.Function):
 
 
 class _Chunked(torch.autograd.Function):
-    """Autograd differentiates the loss by the logits; the chain rule through the matrix product is written here."""
+    """A loss over chunks of logits whose gradient is made in the forward pass.
+
+    Autograd differentiates the loss by the logits; the chain rule through the matrix product is written here.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, query_BE: Tensor, candidate_CE: Tensor,
@@ -177,6 +186,7 @@ class _Chunked(torch.autograd.Function):
         total = query_BE.new_zeros(())
         query_grad_BE, candidate_grad_CE = torch.empty_like(query_BE), torch.zeros_like(candidate_CE)
         with torch.enable_grad():
+            # The logits given here need no gradient, so a loss that needs one depends on another trained tensor.
             if loss_of_chunk(query_BE.new_zeros(0, len(candidate_CE)), 0).requires_grad:
                 raise UserError("a loss computed in chunks has a gradient by its logits alone, and this one depends on "
                                 "another trained tensor; raise MAX_LOGITS in engine/loss.py above the logits of a step")
@@ -190,7 +200,7 @@ class _Chunked(torch.autograd.Function):
             (grad_RC,) = torch.autograd.grad(loss, logits_RC)
             total += loss.detach()
             grad_RC = grad_RC.to(dtype)
-            if product_dtype is None:  # without another [R, E] and [C, E] a chunk
+            if product_dtype is None:  # in place, which saves an [R, E] and a [C, E] for each chunk
                 torch.mm(grad_RC, candidate_CE, out=query_grad_BE[low : low + rows])
                 candidate_grad_CE.addmm_(grad_RC.T, query_RE)
             else:

@@ -1,10 +1,10 @@
-"""Steps of a run, learning-rate schedules, AdamW with L2-SP, an update that skips gradients that are not finite."""
+"""The steps of a run, learning-rate schedules, AdamW with L2-SP, and an update that skips non-finite gradients."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from engine.clip.families import is_inside_tower
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers of steps, and of rows in each; the last batch of an epoch may be short.
+    """How many steps a run takes, and how many rows each step has; the last batch of an epoch may be short.
 
     Raises UserError for a batch larger than the data: each epoch would be one short step.
     """
@@ -34,27 +34,31 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """ceil(rows / batch_size)."""
+        """Number of batches of an epoch, ceil(rows / batch_size)."""
         return -(-self.rows // self.batch_size)
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run."""
+        """Number of steps of the whole run."""
         return self.epochs * self.steps_per_epoch
 
     def rows_at(self, step: int) -> int:
-        """Rows of the global batch at `step` (from 0)."""
+        """Return the rows of the global batch at `step` (from 0)."""
         return min(self.batch_size, self.rows - step % self.steps_per_epoch * self.batch_size)
 
     def due(self, step: int, every: int) -> bool:
-        """Return whether it is time after `step` steps. `every` 0 means each epoch; the last step is always due."""
+        """Return whether something done every `every` steps (0: every epoch) is due after `step` steps.
+
+        After the last step it always is.
+        """
         return step % (every or self.steps_per_epoch) == 0 or step == self.steps
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str = "linear", warmup: float = 0.0) -> float:
-    """Return the rate of `step` (from 0) of `steps`: a linear rise over the warm-up share, then the schedule to 0.
+    """Return the learning rate of `step` (from 0) of `steps`.
 
-    Linear is peak * (steps - step) / steps without warm-up, as transformers' `get_linear_schedule_with_warmup`.
+    It rises linearly to `peak` over the share `warmup` of all steps, then follows the schedule: linear and cosine end
+    at 0. Linear without warm-up is peak * (steps - step) / steps, as transformers' `get_linear_schedule_with_warmup`.
     """
     warmup_steps = math.ceil(warmup * steps)
     if step < warmup_steps:
@@ -68,18 +72,14 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str = "linear", 
 
 
 class Rates(NamedTuple):
-    """Peak learning rates of layers inside the towers; 0: the rate of everything else, for text that of the towers.
+    """Peak learning rates of layers inside the towers, where they differ from --lr."""
 
-    `relative`: rates and the L2-SP penalty of each tensor are in units of the standard deviation of its pretrained
-    values.
-    """
-
-    tower: float = 0.0
-    text: float = 0.0
-    relative: bool = False
+    tower: float = 0.0  # 0: --lr
+    text: float = 0.0  # of the text tower; 0: `tower`
+    relative: bool = False  # rates and L2-SP of a tensor in units of the standard deviation of its pretrained values
 
     def of(self, name: str) -> float:
-        """Return the rate of a parameter by its name in CLIPModel; 0: that of everything else."""
+        """Return the rate of a parameter by its name in the model, 0 where it is --lr."""
         if is_inside_tower(name, "text_model"):
             return self.text or self.tower
         return self.tower if is_inside_tower(name) else 0.0
@@ -90,8 +90,8 @@ class AdamWL2SP(torch.optim.AdamW):
 
     The weights at construction are the pretrained ones, so construct it before a checkpoint's weights are loaded.
     ProLIP (Fahes et al. 2024, arXiv 2410.05270) uses the penalty to tune CLIP's projection on few pairs.
-    The learning rate of a group is the step's times the group's `lr_scale`. `strengths` are the l2_sp of each
-    parameter, none where all are 0.
+    The learning rate of a group is that of the step times the group's `lr_scale`. `strengths` holds the l2_sp of each
+    parameter and is empty where all are 0.
     """
 
     # torch wraps these so that its compiler does not trace them, and the wrappers import the compiler: a second of CPU
@@ -104,7 +104,7 @@ class AdamWL2SP(torch.optim.AdamW):
                  strengths: Sequence[float]) -> None:
         # fused: one pass over the parameters; capturable: a CUDA graph can replay the step.
         super().__init__(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=True, capturable=parameters[0].is_cuda)
-        self.parameters = parameters  # in one order, however they are grouped: the gradient norm adds up the same
+        self.parameters = parameters  # in the model's order: grouping must not change the sum of the gradient norm
         self.is_whole = True  # False while weights and moments change: after an error then they are of no step
         self.pretrained = []
         for parameter, strength in zip(parameters, strengths, strict=False):
@@ -143,33 +143,44 @@ def weight_unit(weight: Tensor) -> float:
 
 def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, l2_sp: float = 0.0,
           relative: bool = False) -> AdamWL2SP:
-    """Return AdamW with the reference's betas .9/.999 and eps 1e-8, whatever the names of the parameters."""
+    """Return AdamW with one learning rate for all parameters."""
     named = {str(number): parameter for number, parameter in enumerate(parameters)}
     return adamw_by_name(named, lr, weight_decay, l2_sp, Rates(relative=relative))
 
 
 def adamw_by_name(named: Mapping[str, nn.Parameter], lr: float, weight_decay: float, l2_sp: float,
                   rates: Rates) -> AdamWL2SP:
-    """Return AdamW with learning rates by name.
+    """Return AdamW with the learning rates of `rates` by parameter name.
 
-    Weight decay is of matrices alone: vectors and numbers (biases, norms, logit_scale) have none, as in open_clip's and
-    transformers' trainers. Raises UserError for a rate of layers that do not train.
+    Only matrices have weight decay: biases, norms and logit_scale have none, as in open_clip's and transformers'
+    trainers. Raises UserError for a rate of layers that do not train.
     """
-    for flag, rate, where, tower, example in (("--lr-tower", rates.tower, "the towers", "", "vision_model"),
-                                              ("--lr-text", rates.text, "the text tower", "text_model", "text_model")):
-        if rate and not any(is_inside_tower(name, tower) for name in named):
-            raise UserError(f"{flag} is the rate of layers inside {where}, and none of them trains; leave it out or "
-                            f"unfreeze some, such as --trainable projection,{example}.encoder.layers.11")
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    _refuse_unused_rates(named, rates)
+    members: dict[tuple[float, float], list[nn.Parameter]] = {}  # by learning-rate scale and weight decay
     strengths = []
     for name, parameter in named.items():
-        rate, unit = rates.of(name), weight_unit(parameter) if rates.relative else 1.0
+        unit = weight_unit(parameter) if rates.relative else 1.0
+        rate = rates.of(name)
+        scale = (rate / lr if rate else 1.0) * unit
         decay = weight_decay if parameter.dim() > 1 else 0.0
-        groups.setdefault(((rate / lr if rate else 1.0) * unit, decay), []).append(parameter)
+        members.setdefault((scale, decay), []).append(parameter)
         strengths.append(l2_sp / unit**2)
-    return AdamWL2SP([{"params": members, "lr_scale": scale, "weight_decay": decay}
-                      for (scale, decay), members in groups.items()], list(named.values()), lr,
-                     strengths if l2_sp else [])
+    groups: list[dict[str, Any]] = []
+    for (scale, decay), parameters in members.items():
+        groups.append({"params": parameters, "lr_scale": scale, "weight_decay": decay})
+    return AdamWL2SP(groups, list(named.values()), lr, strengths if l2_sp else [])
+
+
+def _refuse_unused_rates(names: Collection[str], rates: Rates) -> None:
+    """Raise UserError for a learning rate of layers of which none trains."""
+    if rates.tower and not any(is_inside_tower(name) for name in names):
+        flag, where, tower = "--lr-tower", "the towers", "vision_model"
+    elif rates.text and not any(is_inside_tower(name, "text_model") for name in names):
+        flag, where, tower = "--lr-text", "the text tower", "text_model"
+    else:
+        return
+    raise UserError(f"{flag} is the rate of layers inside {where}, and none of them trains; leave it out or "
+                    f"unfreeze some, such as --trainable projection,{tower}.encoder.layers.11")
 
 
 def update(optimizer: AdamWL2SP, lr: float | Tensor, clip_norm: float) -> Tensor:
@@ -177,10 +188,10 @@ def update(optimizer: AdamWL2SP, lr: float | Tensor, clip_norm: float) -> Tensor
 
     `lr` is the rate of groups whose `lr_scale` is 1. A norm that is not finite skips the update without a host sync:
     where `found_inf` is set, the fused kernel changes neither weights nor moments. The gradients are the same on every
-    rank, so all ranks skip together.
+    rank, so all ranks skip the same steps.
     """
     norm = nn.utils.get_total_norm([p.grad for p in optimizer.parameters if p.grad is not None])
-    if clip_norm:  # the fused kernel divides the gradients by grad_scale as it reads them: no extra pass over them
+    if clip_norm:  # the fused kernel divides gradients by grad_scale while it reads them, which saves a pass over them
         optimizer.grad_scale = ((norm + 1e-6) / clip_norm).clamp_(min=1)  # type: ignore[attr-defined]
     for group in optimizer.param_groups:
         group["lr"] = lr if group["lr_scale"] == 1 else lr * group["lr_scale"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from data.batch import Batch, Batches, Features, share
 from engine.clip.model import Embeddings
 from engine.config.fields import Config
-from engine.cuda_graph import GraphedStep, should_capture
+from engine.cuda_graph import GraphedStep, Outputs, should_capture
 from engine.loss import Candidates, Objective
 from engine.optim import AdamWL2SP, Plan, learning_rate, update
 from engine.ranks.world import World, explain_collective_errors
@@ -51,7 +51,8 @@ class Callbacks:
 
 def fit(replica: Replica, batches: Batches, plan: Plan, state: State, cfg: Config, callbacks: Callbacks) -> None:
     """Train from `state.step` to the end of the plan, or until a rank receives a signal."""
-    # On a GPU bf16 products cost half of TF32's, and no more of the embeddings than their projection in bf16 has.
+    # On a GPU products of bf16 factors take half the time of TF32's. They lose no precision that is not lost already:
+    # the projection computes the embeddings in bf16.
     in_bf16 = replica.precision is torch.bfloat16 and replica.world.device.type == "cuda"
     objective = Objective(cfg.loss, cfg.duplicates, cfg.hardness, torch.bfloat16 if in_bf16 else None)
     step = Step(replica, objective, cfg.clip_norm, callbacks.profiler)
@@ -63,8 +64,8 @@ def fit(replica: Replica, batches: Batches, plan: Plan, state: State, cfg: Confi
         loop(step, batches.from_step(state.step), plan, state, cfg, callbacks)
 
 
-def loop(step: Callable[[Inputs, int, float], tuple[Tensor, Tensor]], stream: Iterator[Inputs], plan: Plan,
-         state: State, cfg: Config, callbacks: Callbacks) -> None:
+def loop(step: Callable[[Inputs, int, float], Outputs], stream: Iterator[Inputs], plan: Plan, state: State,
+         cfg: Config, callbacks: Callbacks) -> None:
     """Take a step for each item of the stream; log, save and evaluate when it is time."""
     log = callbacks.log
     while state.step < plan.steps and not state.stopped and not state.enough:
@@ -81,9 +82,10 @@ def loop(step: Callable[[Inputs, int, float], tuple[Tensor, Tensor]], stream: It
         evaluate_now = plan.due(state.step, cfg.eval_every) and not state.stopped
         save_now = plan.due(state.step, cfg.save_every) or evaluate_now or bool(state.stopped)
         if plan.due(state.step, cfg.log_every) or save_now:
-            # Nothing waits for the device but this flush before a checkpoint, and stop_signal about once a second.
+            # The host waits for the device here before a checkpoint, in stop_signal about once a second, and nowhere
+            # else in the loop.
             callbacks.check_gradients(log.flush(wait=bool(save_now)))
-        if save_now:  # before the evaluation, which a signal may cut off
+        if save_now:  # before the evaluation, which a signal may interrupt
             with log.pause_step_clock("checkpoint"):
                 callbacks.save_checkpoint(state)
         if evaluate_now:
@@ -100,18 +102,22 @@ class Step:
     clip_norm: float
     profiler: Profiler
 
-    def __call__(self, inputs: Batch | Features, rows: int, lr: float | Tensor) -> tuple[Tensor, Tensor]:
-        """Return this rank's part of the loss of `rows` rows, and the gradient norm of all; both on the device."""
+    def __call__(self, inputs: Batch | Features, rows: int, lr: float | Tensor) -> Outputs:
+        """Return this rank's part of the loss of a global batch of `rows` rows, and the norm of the whole gradient.
+
+        Both are tensors on the device.
+        """
         world, optimizer, precision = self.replica.world, self.replica.optimizer, self.replica.precision
-        # Beside fp16 towers the projections train in fp32: small gradients would be 0 in fp16.
-        region, device, mixed = self.profiler.region, world.device.type, precision is torch.bfloat16
-        with region("project"), torch.autocast(device, precision, enabled=mixed):
+        region = self.profiler.region
+        # With fp16 towers the projections train in fp32: gradients below 6e-8 would be 0 in fp16.
+        mixed = precision is torch.bfloat16
+        with region("project"), torch.autocast(world.device.type, precision, enabled=mixed):
             out = self.replica.model(inputs)
         with region("loss"):
             loss = global_batch_loss(self.objective, world, out, inputs, rows)
         with region("backward"), explain_collective_errors("averaging gradients"):
-            # DDP averages over ranks, and the parts of the loss add up. Given the factor as a gradient, torch would
-            # import sympy to compare shapes: .3 s.
+            # DDP averages gradients over ranks, and here the ranks' parts of the loss have to add up: hence the factor.
+            # Passed to backward() as a gradient, it would make torch import sympy to compare shapes, .3 s.
             (loss if world.size == 1 else loss * world.size).backward()
             loss = optimizer.add_penalty(loss.detach(), world.size)
         with region("optim"):
@@ -135,7 +141,9 @@ def global_batch_loss(objective: Objective, world: World, out: Embeddings, input
     image_to_text = objective.sum_over_rows(image_BE, titles, scale, first_row)
     if not symmetric:
         return image_to_text / rows
-    text_to_image = replace(objective, hardness=0.0).sum_over_rows(text_XE[: len(image_BE)], images, scale, first_row)
+    title_BE = text_XE[: len(image_BE)]
+    without_hardness = replace(objective, hardness=0.0)  # hardness is defined for images that choose a title
+    text_to_image = without_hardness.sum_over_rows(title_BE, images, scale, first_row)
     return (image_to_text + text_to_image) / (2 * rows)
 
 
@@ -143,8 +151,8 @@ def gather_candidates(world: World, out: Embeddings, inputs: Batch | Features, s
                       with_images: bool) -> tuple[Candidates, Candidates]:
     """Return the texts and the images of all ranks as candidates, with gradient; rank r holds sizes[r] rows.
 
-    The texts are the titles, then negative 1 of all rows, …. Without `with_images` those of other ranks are not
-    gathered. Several ranks exchange all of it in one collective: a small one costs as long as it takes to start it.
+    The texts are the titles, then negative 1 of all rows, …. Without `with_images`, images are not gathered. Several
+    ranks exchange everything in one collective, since the time of a small one is its launch.
     """
     image_BE, text_XE, _ = out
     ids = [inputs.image_id_B, inputs.title_id_B]
@@ -153,13 +161,16 @@ def gather_candidates(world: World, out: Embeddings, inputs: Batch | Features, s
     if world.size > 1:
         image_BE = image_BE if with_images else image_BE[:, :0]
         texts, width = len(ids) - 1, text_XE.shape[1]
+        # One line of floats a row, F = K * E (+ E with images), so that one all-gather carries texts and images.
         text_BF = text_XE.unflatten(0, (texts, len(inputs.title_id_B))).transpose(0, 1).flatten(1)
         rows_GF, ids_GN = world.gather(torch.cat([text_BF, image_BE], 1), torch.stack(ids, 1), sizes)
         text_XE = rows_GF[:, : texts * width].unflatten(1, (texts, width)).transpose(0, 1).flatten(0, 1)
-        image_BE, ids = rows_GF[:, texts * width :], list(ids_GN.unbind(1))
+        image_BE = rows_GF[:, texts * width :]
+        ids = list(ids_GN.unbind(1))
     image_id_G, title_id_G, *negative_ids = ids
     images = Candidates(image_BE, title_id_G, image_id_G)
     if not negative_ids:
         return Candidates(text_XE, title_id_G, image_id_G), images
     no_images = [torch.full_like(image_id_G, -1)] * len(negative_ids)
-    return Candidates(text_XE, torch.cat([title_id_G, *negative_ids]), torch.cat([image_id_G, *no_images])), images
+    texts_of_all = Candidates(text_XE, torch.cat([title_id_G, *negative_ids]), torch.cat([image_id_G, *no_images]))
+    return texts_of_all, images

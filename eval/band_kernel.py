@@ -1,4 +1,4 @@
-"""The scan of a tile of scores as one Triton kernel, which writes no score: see eval/banded.py. Needs Triton.
+"""The scan of a tile of scores as one Triton kernel that never writes the scores to memory; see eval/banded.py.
 
 Dimension key: R x C one tile of scores, E embedding, M scores in the band.
 """
@@ -32,7 +32,7 @@ def scan_by_kernel(image_RE: Tensor, title_CE: Tensor, limit_R: Limits, limit_C:
 def _scan(image_ptr, title_ptr, low_row_ptr, high_row_ptr, low_col_ptr, high_col_ptr, sure_row_ptr, sure_col_ptr,
           code_ptr, found_ptr, rows, cols, width, capacity, block: tl.constexpr, depth: tl.constexpr,
           group: tl.constexpr):
-    """Multiply one block of images and titles, count what is above, list what is in the band."""
+    """Multiply one block of images and titles, count the scores above the limits, list those in the band."""
     down, across = tl.cdiv(rows, block), tl.cdiv(cols, block)
     number = tl.program_id(0)
     block_row, block_col = tl.swizzle2d(number // across, number % across, down, across, group)

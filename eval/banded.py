@@ -1,8 +1,9 @@
-"""Ranks from products in half precision: only scores within their rounding of a threshold are computed exactly.
+"""Ranks from products in half precision: only scores close to a threshold are computed again, exactly.
 
-A candidate whose low-precision score is above the threshold of its query by more than the error bound is ahead of the
-right answer, one that is below by more is behind; those between, the band, are recounted. So ranks are those of exact
-scores: fp32 roundings of products in fp64, of which equal embeddings give equal ones.
+The threshold of a query is the score of its best right answer. A candidate whose low-precision score is above the
+threshold by more than the error bound is ahead, a candidate below it by more than the bound is behind; the scores in
+between, the band, are computed again. So the ranks are those of exact scores, which are products in fp64 rounded to
+fp32: equal embeddings have equal scores.
 
 Dimension key: U distinct images, W distinct titles, P distinct pairs, Q queries (U or W), E embedding, R x C one tile
 of the U x W scores, M scores in the band.
@@ -22,24 +23,24 @@ from torch import Tensor
 
 from eval.distinct import Distinct
 
-PIECE = 1 << 15  # scores that are recounted at once
+PIECE = 1 << 15  # scores that are computed exactly at once
 STRIP = 1024  # rows of a tile whose scores are computed in fp64 at once
-BAND_SHARE = 256  # a band of more than one in so many scores of a tile: the whole tile in fp64 costs less
+BAND_SHARE = 256  # where more than 1 / BAND_SHARE of a tile is in the band, the whole tile in fp64 takes less time
 MIN_CAPACITY = 1 << 16
-TORCH_TILE, KERNEL_TILE = 8192, 32768  # sides; the kernel writes no scores, and larger tiles launch less
+TORCH_TILE, KERNEL_TILE = 8192, 32768  # sides; the kernel writes no scores, and larger tiles need fewer launches
 # Additions in a tensor core truncate, and align a block of products to their largest (Fasi et al. 2021, "Numerical
 # behavior of NVIDIA tensor cores"): at most this much of |x||y| for each of the E products.
 ADDITION = 2.0**-22
 
 
 class Limits(NamedTuple):
-    """For each query of a side: scores above `high` are ahead for sure, those below `low` are behind."""
+    """The band of each query of a side: scores above `high` are ahead for sure, scores below `low` are behind."""
 
     low_Q: Tensor
     high_Q: Tensor
 
     def part(self, rows: slice) -> Limits:
-        """Return those of some queries."""
+        """Return the limits of some queries."""
         return Limits(self.low_Q[rows], self.high_Q[rows])
 
 
@@ -53,7 +54,7 @@ class Scan(NamedTuple):
 
 @dataclass(frozen=True)
 class Side:
-    """The embeddings of the images or of the titles: exact, rounded to `dtype`, and how far apart the two are."""
+    """The embeddings of all images or of all titles, exact and rounded, and the lengths that bound their difference."""
 
     exact_QE: Tensor
     rounded_QE: Tensor
@@ -62,7 +63,7 @@ class Side:
 
     @classmethod
     def of(cls, exact_QE: Tensor, dtype: torch.dtype) -> Side:
-        """Return a side; lengths are computed a few rows at a time."""
+        """Return the side of these embeddings; the lengths are computed PIECE rows at a time."""
         rounded_QE = exact_QE.to(dtype)
         lengths, residuals = [], []
         for exact, rounded in zip(exact_QE.split(PIECE), rounded_QE.split(PIECE), strict=True):
@@ -87,10 +88,10 @@ class Side:
 
 
 class BandedRanks:
-    """Ranks in both directions, added up tile by tile; `dtype` is that of the products.
+    """Ranks in both directions, added up tile by tile; `dtype` is that of the products' factors.
 
-    fp16 rounds unit vectors as finely as TF32 does, and bf16's eight times coarser band would hold eight times the
-    scores.
+    fp16 rounds unit vectors as finely as TF32 does; bf16 rounds eight times coarser, and its band would hold eight
+    times as many scores.
     """
 
     def __init__(self, image_UE: Tensor, title_WE: Tensor, distinct: Distinct,
@@ -98,14 +99,16 @@ class BandedRanks:
         self.images, self.titles = Side.of(image_UE, dtype), Side.of(title_WE, dtype)
         self.right_P = distinct.image_P * len(title_WE) + distinct.title_P  # ascending
         score_P = self._exact(distinct.image_P, distinct.title_P)
-        self.best_U, self.best_W = (image_UE.new_full((len(side),), -math.inf) for side in (image_UE, title_WE))
+        self.best_U = image_UE.new_full((len(image_UE),), -math.inf)
+        self.best_W = image_UE.new_full((len(title_WE),), -math.inf)
         self.best_U.scatter_reduce_(0, distinct.image_P, score_P, "amax")
         self.best_W.scatter_reduce_(0, distinct.title_P, score_P, "amax")
         self.limit_U = self.images.limits(self.titles, self.best_U)
         self.limit_W = self.titles.limits(self.images, self.best_W)
-        # What overflows `dtype` has no bound, and all is computed exactly.
+        # Values that overflow `dtype` have no error bound: then every tile is computed exactly.
         self._is_bounded = all(bool(limit.isfinite().all()) for limit in (*self.limit_U, *self.limit_W))
-        self.rank_U, self.rank_W = (torch.zeros_like(best, dtype=torch.int64) for best in (self.best_U, self.best_W))
+        self.rank_U = torch.zeros_like(self.best_U, dtype=torch.int64)
+        self.rank_W = torch.zeros_like(self.best_W, dtype=torch.int64)
         self._has_kernel = can_use_kernel(image_UE.device)
 
     def tile(self) -> tuple[int, int]:
@@ -126,6 +129,7 @@ class BandedRanks:
             self._recount(code_M, row, col, len(scan.sure_C))
 
     def _scan(self, rows: slice, cols: slice) -> Scan:
+        """Return the scan of a tile, by the Triton kernel while that works."""
         image_RE, title_CE = self.images.rounded_QE[rows], self.titles.rounded_QE[cols]
         capacity = max(MIN_CAPACITY, len(image_RE) * len(title_CE) // BAND_SHARE)
         arguments = image_RE, title_CE, self.limit_U.part(rows), self.limit_W.part(cols), capacity
@@ -142,12 +146,13 @@ class BandedRanks:
         return scan_by_torch(*arguments)
 
     def _recount(self, code_M: Tensor, row: int, col: int, width: int) -> None:
-        """Count those scores of a band whose exact value is at least the threshold, and which are wrong answers."""
+        """Count the wrong answers of a band whose exact score is at least the threshold."""
         pair_M = code_M >> 2
         row_M, col_M = pair_M // width + row, pair_M % width + col
-        score_M, key_M = self._exact(row_M, col_M), row_M * len(self.best_W) + col_M
-        place_M = torch.searchsorted(self.right_P, key_M).clamp_(max=len(self.right_P) - 1)
-        is_wrong_M = self.right_P[place_M] != key_M
+        score_M = self._exact(row_M, col_M)
+        key_M = row_M * len(self.best_W) + col_M
+        nearest_M = torch.searchsorted(self.right_P, key_M).clamp_(max=len(self.right_P) - 1)
+        is_wrong_M = self.right_P[nearest_M] != key_M
         ahead_row_M = (code_M & 1).bool() & is_wrong_M & (score_M >= self.best_U[row_M])
         ahead_col_M = (code_M & 2).bool() & is_wrong_M & (score_M >= self.best_W[col_M])
         self.rank_U.scatter_add_(0, row_M, ahead_row_M.long())
@@ -162,7 +167,7 @@ class BandedRanks:
         return torch.cat(parts)
 
     def _count_all(self, rows: slice, cols: slice) -> None:
-        """Count a tile from exact scores alone: one of a collapsed model, where all are in the band."""
+        """Count a tile from exact scores alone, as where the model has collapsed and all scores are in the band."""
         title_EC, best_C = self.titles.exact_QE[cols].double().T, self.best_W[cols]
         first_col, width = cols.start, len(best_C)
         stop = min(rows.stop, len(self.best_U))
@@ -179,7 +184,7 @@ class BandedRanks:
 
 
 def scan_by_torch(image_RE: Tensor, title_CE: Tensor, limit_R: Limits, limit_C: Limits, capacity: int) -> Scan:
-    """Return the scan of a tile; fp16 and bf16 values are exact in TF32, with which a GPU multiplies them."""
+    """Return the scan of a tile. A GPU multiplies in TF32, which holds fp16 and bf16 values exactly."""
     with _tf32_products(image_RE.device):
         score_RC = image_RE.float() @ title_CE.float().T
     sure_R, sure_C = (score_RC > limit_R.high_Q[:, None]).sum(1), (score_RC > limit_C.high_Q).sum(0)
@@ -194,7 +199,7 @@ def scan_by_torch(image_RE: Tensor, title_CE: Tensor, limit_R: Limits, limit_C: 
 
 @contextmanager
 def _tf32_products(device: torch.device) -> Iterator[None]:
-    """Inside, a GPU's fp32 matrix products use TF32; a CPU's are left alone."""
+    """Let a GPU's fp32 matrix products use TF32 meanwhile; a CPU's are left alone."""
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -206,12 +211,12 @@ def _tf32_products(device: torch.device) -> Iterator[None]:
 
 
 def has_fast_half(device: torch.device) -> bool:
-    """Return whether low-precision products of a device are so much faster that a band pays: GPUs from Ampere on."""
+    """Return whether half-precision products plus a recount take less time than exact ones: on GPUs from Ampere on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def can_use_kernel(device: torch.device) -> bool:
-    """Return whether Triton is there; torch's CUDA wheels bring it."""
+    """Return whether the device can run the kernel and Triton is installed; torch's CUDA wheels bring it."""
     if not has_fast_half(device):
         return False
     try:

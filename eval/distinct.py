@@ -29,7 +29,7 @@ class Distinct:
 
     @classmethod
     def from_ids(cls, image_id_N: Tensor | None, title_id_N: Tensor) -> Distinct:
-        """From an id for each row: equal ids mean the same item; without image ids every row has its own image.
+        """Return the distinct items of rows with these ids; without image ids every row has its own image.
 
         Raises UserError for no rows.
         """
@@ -54,10 +54,10 @@ class Distinct:
 
 
 def first_rows(id_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The first row of each distinct id, ascending [U], and the index (0 .. U-1) of each row's id among them [N]."""
-    ids, code_N = id_N.unique(return_inverse=True)
+    """Return the first row of each distinct id, ascending [U], and the index (0 .. U-1) of each row's id in it [N]."""
+    ids, code_N = id_N.unique(return_inverse=True)  # codes in the order of the ids, not of the rows
     row_N = torch.arange(len(id_N), device=id_N.device)
     row_U = torch.full_like(ids, len(id_N), dtype=torch.int64).scatter_reduce(0, code_N, row_N, "amin")
     row_U, order_U = row_U.sort()
-    place_U = torch.empty_like(order_U).scatter(0, order_U, row_N[:len(order_U)])
-    return row_U, place_U[code_N]
+    index_U = torch.empty_like(order_U).scatter(0, order_U, row_N[:len(order_U)])
+    return row_U, index_U[code_N]

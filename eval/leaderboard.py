@@ -23,7 +23,7 @@ HeldOut = Sequence[tuple[Tensor, Retrieval | None]]  # per run: its held-out row
 
 
 def to_host(result: Retrieval | None) -> Retrieval | None:
-    """A copy in main memory, which can be sent to other ranks."""
+    """Return a copy in main memory, which can be sent to other ranks."""
     def ranks_to_host(ranks: Ranks) -> Ranks:
         return Ranks(ranks.rank_Q.cpu(), ranks.row_Q.cpu(), ranks.unit_Q.cpu(), ranks.candidates)
 
@@ -37,11 +37,11 @@ def to_host(result: Retrieval | None) -> Retrieval | None:
 
 
 def average_over_runs(runs: Sequence[tuple[Tensor, Retrieval]], rows: int, metric: str) -> tuple[Tensor, Tensor]:
-    """Each query's `metric` averaged over the runs that held it out (float64), and its unit: [Q] each, by first row.
+    """Return each query's `metric`, averaged over the runs that held it out (float64), and its unit: [Q] each.
 
     A fold holds all rows of a unit or none, so a query and its unit have the same first row in all runs, and a row has
-    the same hard negatives in all: the j-th triplet of a row is one query. Runs without the metric (no hard negative
-    held out) are left out; raises UserError if it is missing in all.
+    the same hard negatives in all: the j-th triplet of a row is one query. The order of queries depends on the rows
+    alone. Runs without the metric (no hard negative held out) are left out; raises UserError if all runs lack it.
     """
     values, queries, units = [], [], []
     known: dict[str, None] = {}
@@ -65,14 +65,14 @@ def average_over_runs(runs: Sequence[tuple[Tensor, Retrieval]], rows: int, metri
 
 
 def _occurrence(row_Q: Tensor) -> Tensor:
-    """How often each row occurs before: [4, 4, 7, 4] -> [0, 1, 0, 2]."""
+    """Return how often each row occurred before: [4, 4, 7, 4] -> [0, 1, 0, 2]."""
     sorted_Q, order_Q = row_Q.sort(stable=True)
-    place_Q = torch.arange(len(row_Q)) - torch.searchsorted(sorted_Q, sorted_Q)
-    return torch.empty_like(row_Q).index_copy_(0, order_Q, place_Q)
+    earlier_Q = torch.arange(len(row_Q)) - torch.searchsorted(sorted_Q, sorted_Q)
+    return torch.empty_like(row_Q).index_copy_(0, order_Q, earlier_Q)
 
 
 def score_configuration(tuned: HeldOut, base: HeldOut, rows: int, metric: str) -> dict[str, Any]:
-    """Scores of one configuration: every metric averaged over runs, and `metric` with its interval and against base.
+    """Return one configuration's metrics, averaged over runs; for `metric` also the interval and the test against base.
 
     A configuration that has collapsed in any run scores 0, with the reason under "collapsed". Raises UserError for a
     base model whose embeddings are not finite.
@@ -95,14 +95,17 @@ def score_configuration(tuned: HeldOut, base: HeldOut, rows: int, metric: str) -
 
 
 def leaderboard(scored: Iterable[Mapping[str, Any]], names: Iterable[str], metric: str) -> str:
-    """A Markdown table, best first: configuration, `metric` with its interval, its difference from the base model."""
+    """Return a Markdown table: configuration, `metric` with its interval, its difference from the base model.
+
+    `scored` are lines of a sweep's journal, best first.
+    """
     rows = [["", "configuration", metric, "over base", "p"]]
-    for place, (line, name) in enumerate(zip(scored, names, strict=True), start=1):
+    for position, (line, name) in enumerate(zip(scored, names, strict=True), start=1):
         if "collapsed" in line:
             rows.append(["-", name, "collapsed", "-", "-"])
             continue
         (low, high), difference = line["ci95"], line["difference"]
         change, (change_low, change_high) = difference["value"], difference["ci95"]
-        rows.append([str(place), name, f"{line['scores'][metric]:.4f} [{low:.4f}, {high:.4f}]",
+        rows.append([str(position), name, f"{line['scores'][metric]:.4f} [{low:.4f}, {high:.4f}]",
                      f"{change:+.4f} [{change_low:+.4f}, {change_high:+.4f}]", f"{difference['p']:.4f}"])
     return markdown_table(rows)

@@ -33,20 +33,22 @@ class NotFinite(UserError):
 def retrieval_ranks(image_UE: Tensor, title_WE: Tensor, distinct: Distinct, chunk: tuple[int, int] | None = None,
                     shard: tuple[int, int] = (0, 1),
                     all_reduce: Callable[[Tensor], Tensor] = lambda counts: counts) -> tuple[Tensor, Tensor]:
-    """0-based ranks of each distinct image among titles [U] and of each title among images [W], from one pass.
+    """Return 0-based ranks of each distinct image among titles [U] and of each title among images [W], from one pass.
 
     The rank is the number of wrong candidates whose score is at least that of the best right one: a tie counts against
     the query. A candidate is right when a row of the split pairs it with the query; other right ones never count.
 
     Embeddings are L2-normalised, so that a score is a cosine. `chunk` is the tile (R images, C titles), rounded up to
     multiples of 64. `shard` (index, count) takes every count-th tile from the index-th on, and `all_reduce` sums the
-    counts of all shards: integers, so their number changes nothing. Raises NotFinite for NaN or infinity.
+    counts of all shards: sums of integers, so the number of shards changes no rank. Raises NotFinite for NaN or
+    infinity.
 
-    On a GPU from Ampere on, products run in fp16, and what is close to a threshold is computed again: eval/banded.py.
+    On a GPU from Ampere on, products run in fp16, and scores close to a threshold are computed again: eval/banded.py.
     """
     if has_fast_half(image_UE.device) and torch.float64 not in (image_UE.dtype, title_WE.dtype):
         return _banded_ranks(image_UE, title_WE, distinct, chunk, shard, all_reduce)
-    sizes, on_cpu = (len(image_UE), len(title_WE)), image_UE.device.type == "cpu"
+    sizes = len(image_UE), len(title_WE)
+    on_cpu = image_UE.device.type == "cpu"
     tile = _tile(chunk or (CPU_TILE if on_cpu else ACCELERATOR_TILE), sizes)
     scores = _Scores(image_UE, title_WE, distinct, [BLOCK, BLOCK] if on_cpu else tile)
     best_U, best_W = scores.best_right()
@@ -60,7 +62,7 @@ def retrieval_ranks(image_UE: Tensor, title_WE: Tensor, distinct: Distinct, chun
         if row != image_row:
             image_RE, image_row = scores.images(row, tile[0]), row
         scores_RC = scores.of(image_RE, col, tile_RC)[:sizes[0] - row, :sizes[1] - col]
-        if (row, col) in right:
+        if (row, col) in right:  # no right answer counts as ahead of another one
             row_P, col_P = right[row, col]
             scores_RC[row_P - row, col_P - col] = -math.inf
         rows, cols = slice(row, row + tile[0]), slice(col, col + tile[1])
@@ -84,24 +86,24 @@ def _banded_ranks(image_UE: Tensor, title_WE: Tensor, distinct: Distinct, chunk:
 
 
 def _tile(limits: tuple[int, int], sizes: tuple[int, int]) -> list[int]:
-    """The sides of a tile: the limits or, where there are fewer items, those, in whole blocks."""
+    """Return the sides of a tile in whole blocks: the limits, or the number of items where that is smaller."""
     return [math.ceil(min(limit, size) / BLOCK) * BLOCK for limit, size in zip(limits, sizes, strict=True)]
 
 
 def _corners(sizes: tuple[int, int], tile: list[int]) -> list[tuple[int, int]]:
-    """The first row and column of every tile."""
+    """Return the first row and column of every tile."""
     return [(row, col) for row in range(0, sizes[0], tile[0]) for col in range(0, sizes[1], tile[1])]
 
 
 def _require_finite(best_U: Tensor, best_W: Tensor) -> None:
-    """Raise NotFinite unless every best right score is a number; each image and title has one."""
+    """Raise NotFinite unless the score of every query's best right answer is finite."""
     if not bool(best_U.isfinite().all() & best_W.isfinite().all()):
         raise NotFinite("the model's embeddings hold NaN or infinity; use an earlier checkpoint or another model")
 
 
 def _count_at_least(scores_RC: Tensor, best_R: Tensor, best_C: Tensor, rank_R: Tensor, rank_C: Tensor) -> None:
-    """Add to the ranks of rows and columns the number of scores of a tile that are at least their best right one."""
-    # On a CPU torch compares into floats 4x faster than into bools (exact up to 2^24); 32 rows a core fit in L2.
+    """Add to the rank of each row and column how many scores of the tile are at least its best right score."""
+    # On a CPU torch writes comparisons 4x faster as floats than as bools (exact up to 2^24); 32 rows a core fit in L2.
     strip = 32 * torch.get_num_threads() if scores_RC.device.type == "cpu" else len(scores_RC)
     ahead_SC = torch.empty_like(scores_RC[:strip])
     count_R, count_C = torch.zeros_like(best_R), torch.zeros_like(best_C)
@@ -133,26 +135,31 @@ class _Scores:
         self.col_P = self.order_W.argsort()[distinct.title_P]
 
     def images(self, row: int, count: int) -> Tensor:
-        """At most `count` images from `row` on, padding included [R, E]."""
+        """Return at most `count` images from `row` on, padding included [R, E]."""
         return self.image_UE.index_select(0, self.order_X[row:row + count])
 
     def of(self, image_RE: Tensor, col: int, out: Tensor) -> Tensor:
-        """Scores of these images and the titles from `col` on, padding included, computed in `out`."""
+        """Return the scores of these images and the titles from `col` on, padding included, computed in `out`."""
         title_CE = self.title_YE[col:col + out.shape[1]]
         return torch.mm(image_RE, title_CE.T, out=out[:len(image_RE), :len(title_CE)])
 
     def pairs_by(self, tile: list[int]) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
-        """Rows and columns of right answers, by the corner of their tile; tiles without any are left out."""
+        """Return the rows and columns of right answers by the corner of their tile; tiles without any are left out."""
         across = -(-len(self.title_YE) // tile[1])
         tile_P, order_P = (self.row_P // tile[0] * across + self.col_P // tile[1]).sort(stable=True)
         tiles, counts = tile_P.unique_consecutive(return_counts=True)
-        rows, cols = (x_P[order_P].split(counts.tolist()) for x_P in (self.row_P, self.col_P))
-        corners = [(index // across * tile[0], index % across * tile[1]) for index in tiles.tolist()]
-        return dict(zip(corners, zip(rows, cols, strict=True), strict=True))
+        rows = self.row_P[order_P].split(counts.tolist())
+        cols = self.col_P[order_P].split(counts.tolist())
+        by_corner = {}
+        for index, row_P, col_P in zip(tiles.tolist(), rows, cols, strict=True):
+            corner = index // across * tile[0], index % across * tile[1]
+            by_corner[corner] = row_P, col_P
+        return by_corner
 
     def best_right(self) -> tuple[Tensor, Tensor]:
-        """The score of the best right answer of every image [U] and of every title [W], in sorted order."""
-        best_U, best_W = (self.image_UE.new_full((len(order),), -math.inf) for order in (self.order_U, self.order_W))
+        """Return the score of the best right answer of every image [U] and of every title [W], in sorted order."""
+        best_U = self.image_UE.new_full((len(self.order_U),), -math.inf)
+        best_W = self.image_UE.new_full((len(self.order_W),), -math.inf)
         block_RC = self.image_UE.new_empty(self.block)
         for (row, col), (row_P, col_P) in self.pairs_by(self.block).items():
             score_P = self.of(self.images(row, self.block[0]), col, block_RC)[row_P - row, col_P - col]
@@ -162,46 +169,46 @@ class _Scores:
 
 
 @torch.no_grad()
-def triplet_correct(image_ME: Tensor, title_ME: Tensor, negative_ME: Tensor, margin: float = 0.0,
-                    chunk: int = 65_536) -> Tensor:
-    """[M] bool: cos(image, title) > cos(image, negative) + margin, strictly: a tie is wrong.
+def triplet_correct(image_ME: Tensor, title_ME: Tensor, negative_ME: Tensor, chunk: int = 65_536) -> Tensor:
+    """Return whether cos(image, title) > cos(image, negative), bool [M]: a tie is wrong.
 
     The arithmetic is that of sentence-transformers' TripletEvaluator; rows need not be normalised.
     """
     parts = []
     for rows in zip(image_ME.split(chunk), title_ME.split(chunk), negative_ME.split(chunk), strict=True):
         image, title, negative = (F.normalize(_at_least_fp32(x), dim=-1) for x in rows)
-        parts.append((image * title).sum(-1) > (image * negative).sum(-1) + margin)
+        parts.append((image * title).sum(-1) > (image * negative).sum(-1))
     return torch.cat(parts)
 
 
 def recall_at(rank_Q: Tensor, k: int) -> float:
-    """Share of 0-based ranks within the first `k`; a `k` beyond the gallery means all of it."""
+    """Return the share of 0-based ranks within the first `k`; a `k` beyond the gallery means all of it."""
     _require_rows(rank_Q)
     return (rank_Q < k).double().mean().item()
 
 
 def median_rank(rank_Q: Tensor) -> float:
-    """Median of the 1-based ranks; the mean of the two middle ones when Q is even."""
+    """Return the median of the 1-based ranks; the mean of the two middle ones when Q is even."""
     _require_rows(rank_Q)
-    sorted_Q, count = rank_Q.sort()[0].double(), len(rank_Q)
+    sorted_Q = rank_Q.sort()[0].double()
+    count = len(rank_Q)
     return (sorted_Q[(count - 1) // 2] + sorted_Q[count // 2]).item() / 2 + 1
 
 
 def mean_rank(rank_Q: Tensor) -> float:
-    """Mean of the 1-based ranks."""
+    """Return the mean of the 1-based ranks."""
     _require_rows(rank_Q)
     return rank_Q.double().mean().item() + 1
 
 
 def mean_reciprocal_rank(rank_Q: Tensor) -> float:
-    """Mean of 1 / (1-based rank)."""
+    """Return the mean of 1 / (1-based rank)."""
     _require_rows(rank_Q)
     return reciprocal(rank_Q).mean().item()
 
 
 def reciprocal(rank_Q: Tensor) -> Tensor:
-    """1 / (1-based rank), float64 [Q]."""
+    """Return 1 / (1-based rank), float64 [Q]."""
     return 1 / (rank_Q.double() + 1)
 
 
@@ -215,7 +222,7 @@ class Ranks:
     candidates: int
 
     def hits(self, k: int) -> Tensor:
-        """Which queries have a right answer among the first `k`, bool [Q]."""
+        """Return which queries have a right answer among the first `k`, bool [Q]."""
         return self.rank_Q < k
 
 
@@ -243,7 +250,7 @@ class Retrieval:
     collapsed: str = ""
 
     def sizes(self) -> dict[str, int]:
-        """The numbers of pairs, units, queries and candidates, as in metrics.json."""
+        """Return the numbers of pairs, units, queries and candidates, as in metrics.json."""
         sizes = {"pairs": self.pairs, "units": self.units}
         for way, ranks in self._directions():
             sizes[f"{way}_queries"] = len(ranks.rank_Q)
@@ -251,7 +258,7 @@ class Retrieval:
         return sizes
 
     def values(self) -> dict[str, float]:
-        """Every metric by name, and `collapsed` (bool). Raises UserError for no rows."""
+        """Return every metric by name, and `collapsed` (bool). Raises UserError for no rows."""
         values: dict[str, float] = {}
         for way, ranks in self._directions():
             values |= {f"{way}_R@{k}": recall_at(ranks.rank_Q, k) for k in RECALL_AT}
@@ -263,15 +270,16 @@ class Retrieval:
         return {**values, "collapsed": bool(self.collapsed)}
 
     def summarise(self) -> dict[str, float | Interval]:
-        """`sizes` and `values`, each metric followed by its 95 % interval `NAME_ci95: [low, high]`."""
+        """Return `sizes` and `values`, each metric followed by its 95 % interval `NAME_ci95: [low, high]`."""
         values = self.values()
         intervals: dict[str, Interval] = {}
         for way, ranks in self._directions():
-            units, rank_Q, count = Units(ranks.unit_Q), ranks.rank_Q, ranks.candidates
+            units, rank_Q = Units(ranks.unit_Q), ranks.rank_Q
+            worst_rank = ranks.candidates
             intervals |= {f"{way}_R@{k}": share_interval(ranks.hits(k), units) for k in RECALL_AT}
             intervals[f"{way}_median_rank"] = median_interval(rank_Q + 1, units)
-            intervals[f"{way}_mean_rank"] = mean_interval(rank_Q + 1, 1, count, units)
-            intervals[f"{way}_mrr"] = mean_interval(reciprocal(rank_Q), 1 / count, 1, units)
+            intervals[f"{way}_mean_rank"] = mean_interval(rank_Q + 1, 1, worst_rank, units)
+            intervals[f"{way}_mrr"] = mean_interval(reciprocal(rank_Q), 1 / worst_rank, 1, units)
         if self.triplets is not None:
             intervals["triplet_accuracy"] = share_interval(self.triplets.correct_M, Units(self.triplets.unit_M))
         summary: dict[str, float | Interval] = dict(self.sizes())
@@ -282,7 +290,10 @@ class Retrieval:
         return summary
 
     def means(self) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-        """The metrics that are means over queries: name, values (hits or reciprocal ranks), rows and units [Q] each."""
+        """Yield each metric that is a mean over queries: its name, its values (hits or reciprocal ranks), rows, units.
+
+        A paired test and a sweep compare models by these; the three tensors are [Q] each.
+        """
         for way, ranks in self._directions():
             for k in RECALL_AT:
                 yield f"{way}_R@{k}", ranks.hits(k), ranks.row_Q, ranks.unit_Q
@@ -294,11 +305,11 @@ class Retrieval:
         return ("image_to_text", self.image_to_text), ("text_to_image", self.text_to_image)
 
 
-def compare(before: Retrieval, after: Retrieval, seed: int = 0) -> dict[str, PairedTest]:
-    """The paired test of every metric that is a mean over queries; both must come from the same rows in one order."""
+def compare(before: Retrieval, after: Retrieval) -> dict[str, PairedTest]:
+    """Return the paired test of every metric of `means`; both must come from the same rows in the same order."""
     tests = {}
     for (name, before_Q, *_), (_, after_Q, _, unit_Q) in zip(before.means(), after.means(), strict=True):
-        tests[name] = paired_test(before_Q, after_Q, Units(unit_Q), seed)
+        tests[name] = paired_test(before_Q, after_Q, Units(unit_Q))
     return tests
 
 

@@ -17,6 +17,7 @@ from eval.distinct import Distinct
 from eval.intervals import Interval
 from eval.metrics import NotFinite, Ranks, Retrieval, Triplets, compare, retrieval_ranks, triplet_correct
 
+ROWS_COMPARED = 4096  # embeddings compared at once
 Project = Callable[[Tensor], Tensor]  # features [n, V or T] -> unit embeddings [n, E]
 
 
@@ -30,7 +31,7 @@ class SplitEmbeddings:
     eps: float  # of the least precise dtype among features and embeddings
 
     def collapse(self) -> str:
-        """A sentence if all embeddings of a side are equal up to rounding, else ""."""
+        """Return a sentence if all embeddings of a side are equal up to rounding, else ""."""
         sides = []
         for name, x_QE in (("image", self.image_UE), ("title", self.title_WE)):
             if equal_rows(x_QE, self.eps):
@@ -40,15 +41,16 @@ class SplitEmbeddings:
         return f"the model has collapsed: {' and '.join(sides)}, so every answer is a tie and its figures mean nothing"
 
 
-def equal_rows(x_QE: Tensor, eps: float, chunk: int = 4096) -> bool:
-    """Return whether there are two or more unit vectors and all are equal up to rounding.
-
-    The tolerance: a projection in fp32 sums some thousand products, and its input and output are rounded to `eps`.
-    """
-    tolerance = 4 * eps + 64 * torch.finfo(torch.float32).eps
+def equal_rows(x_QE: Tensor, eps: float) -> bool:
+    """Return whether there are two or more unit vectors and all are equal up to rounding."""
     if len(x_QE) < 2:
         return False
-    return all(bool(((x_CE - x_QE[0]).norm(dim=1) <= tolerance).all()) for x_CE in x_QE.split(chunk))
+    # A projection in fp32 sums some thousand products, and its input and output are rounded to `eps`.
+    tolerance = 4 * eps + 64 * torch.finfo(torch.float32).eps
+    for x_CE in x_QE.split(ROWS_COMPARED):
+        if not bool(((x_CE - x_QE[0]).norm(dim=1) <= tolerance).all()):
+            return False
+    return True
 
 
 @torch.inference_mode()
@@ -72,7 +74,7 @@ def embed_split(project_image: Project, project_text: Project,
             row_M, place_M = (part.negative_id_BH >= 0).nonzero(as_tuple=True)
             negative_ME = project_text(part.negative_BHT[row_M, place_M])
             correct_M = triplet_correct(image_BE[row_M], title_BE[row_M], negative_ME)
-            # A negative equal to the row's own title is a tie; products of two shapes may round it to a win.
+            # A negative that is the row's own title is a tie, which products of two shapes may round to a win.
             own_title_M = part.negative_id_BH[row_M, place_M] == part.title_id_B[row_M]
             correct.append(correct_M & ~own_title_M)
             rows.append(row_M + start)
@@ -90,10 +92,10 @@ def embed_split(project_image: Project, project_text: Project,
 def measure_split(project_image: Project, project_text: Project, parts: Iterable[Features],
                   shard: tuple[int, int] = (0, 1),
                   all_reduce: Callable[[Tensor], Tensor] = lambda counts: counts) -> Retrieval:
-    """Ranks in both directions, and triplets for rows with hard negatives.
+    """Return ranks in both directions, and triplets for rows with hard negatives.
 
-    `shard` (rank, world size) and `all_reduce` (sum over ranks) share the score tiles among ranks; every rank returns
-    the same. Raises NotFinite for embeddings with NaN or infinity, UserError for no rows.
+    `shard` (rank, world size) and `all_reduce` (sum over ranks) divide the score tiles among ranks; every rank returns
+    the same result. Raises NotFinite for embeddings with NaN or infinity, UserError for no rows.
     """
     embeddings, triplets = embed_split(project_image, project_text, parts)
     distinct = embeddings.distinct
@@ -114,7 +116,7 @@ def measure_if_finite(measure: Callable[[], Retrieval]) -> Retrieval | None:
 
 def differences(before: Mapping[str, Retrieval],
                 after: Mapping[str, Retrieval]) -> dict[str, dict[str, dict[str, float | Interval]]]:
-    """After minus before on the same rows, as in metrics.json: split -> metric -> value, ci95, p."""
+    """Return after minus before on the same rows, as in metrics.json: split -> metric -> value, ci95, p."""
     by_split = {}
     for split, result in after.items():
         tests = compare(before[split], result)

@@ -30,7 +30,7 @@ class Answer(NamedTuple):
     title: str
 
     def place(self, folder: str) -> str:
-        """The image's path relative to `folder`, its URL, or split and row where the dataset holds its bytes."""
+        """Return the image's path relative to `folder`, its URL, or split and row where the dataset holds its bytes."""
         return self.image.removeprefix(f"{folder}/") or f"{self.split} row {self.row}"
 
 
@@ -44,7 +44,7 @@ class QueryResult(NamedTuple):
 
 def collect_results(titles: Sequence[str], image: str, scores_QK: Tensor, items_QK: Tensor,
                     item: Callable[[int], Item]) -> list[QueryResult]:
-    """Combine scores and items of `top_k` for these titles, or for one image, with the dataset's rows."""
+    """Return the answers to these titles, or to one image: scores and items of `top_k` with the dataset's rows."""
     results = []
     for query, scores, indices in zip(titles or [image], scores_QK.tolist(), items_QK.tolist(), strict=True):
         answers = []
@@ -56,7 +56,7 @@ def collect_results(titles: Sequence[str], image: str, scores_QK: Tensor, items_
 
 
 def as_json(results: Sequence[QueryResult]) -> dict[str, Any]:
-    """The answers for programs (`--json`)."""
+    """Return the answers for programs (`--json`)."""
     queries = []
     for result in results:
         answers = [answer._asdict() for answer in result.answers]
@@ -65,7 +65,7 @@ def as_json(results: Sequence[QueryResult]) -> dict[str, Any]:
 
 
 def as_text(results: Sequence[QueryResult], folder: str) -> str:
-    """The answers for a terminal: rank, score, image (relative to `folder`) and title, without control characters."""
+    """Return the answers for a terminal: rank, score, image (relative to `folder`), title; no control characters."""
     blocks = []
     for result in results:
         places = [answer.place(folder) if result.kind == "title" else "" for answer in result.answers]
@@ -80,11 +80,11 @@ def as_text(results: Sequence[QueryResult], folder: str) -> str:
 
 def top_k(query_QE: Tensor, gallery: Callable[[int, int], Tensor], size: int, k: int,
           chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
-    """The K = min(k, N) best cosines of each query, descending, and their items (int64): [Q, K] each, on the CPU.
+    """Return the K = min(k, N) best cosines of each query, descending, and their items (int64): [Q, K], on the CPU.
 
-    `gallery(start, stop)` returns the unit embeddings [stop - start, E] of these of its `size` items, on any device;
-    it is called once for each chunk. Items of equal score keep the gallery's order. Raises UserError for NaN or
-    infinity.
+    `gallery(start, stop)` returns the unit embeddings [stop - start, E] of items `start` to `stop` of `size`, on any
+    device; it is called once for each chunk. Items of equal score keep the gallery's order. Raises UserError for NaN
+    or infinity.
     """
     best_QK = query_QE.new_empty(len(query_QE), 0)
     item_QK = torch.empty(len(query_QE), 0, dtype=torch.int64, device=query_QE.device)
@@ -101,10 +101,11 @@ def top_k(query_QE: Tensor, gallery: Callable[[int, int], Tensor], size: int, k:
 
 
 def _best(scores_QC: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best scores of each row, descending, and their columns; equal scores by column, also in the last place."""
+    """Return the k best scores of each row, descending, and their columns; of equal scores the first columns are kept.
+    """
     k = min(k, scores_QC.shape[1])
     worst_Q1 = scores_QC.topk(k).values[:, -1:]
-    enough = max(k, int((scores_QC >= worst_Q1).sum(1).max()))  # more than k where the last place is shared
+    enough = max(k, int((scores_QC >= worst_Q1).sum(1).max()))  # more than k where scores tie with the k-th
     scores, items = scores_QC.topk(enough)
     items, order = items.sort(1)
     scores, order = scores.gather(1, order).sort(stable=True, dim=1, descending=True)

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from subprocess import SubprocessError
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +20,24 @@ from engine.cuda_graph import capture
 
 Inputs = Tensor | Tokens
 
-CPU_BATCH = 32  # measured best: the activations of 64 exceed the caches, and are allocated anew each time
-CPU_TITLES = 96  # batch of titles, likewise: a title has some 14 tokens where an image has 50
+CPU_BATCH = 32  # images; measured best: activations of 64 exceed the caches and are allocated anew in every batch
+CPU_TITLES = 96  # titles, likewise: a title has some 14 tokens where an image has 50
 GPU_BATCH = 512  # enough to keep a GPU busy
 PADDED_TO = 64  # compiled batches are padded to multiples of this, the batch of the cold pass
 GRAPH_AFTER = 3  # batches of one shape in a row; then it is worth a CUDA graph
 COMPILE_AFTER = 20_000  # inputs; below, a compilation of about a minute costs more than it saves
-TOWER_IS_LIMIT = 0.8  # share of the time that the device encodes; below it, a faster tower would wait for pictures
+MIN_BUSY_SHARE = 0.8  # of the time that the device encodes; below it, a faster tower would wait for pictures
 
 
 class BatchedEncoder:
-    """Applies `encode` (Towers.image or Towers.text) to any number of inputs, pixels or tokens.
+    """Applies `encode` (an ImageTower or a TextTower) to any number of inputs, pixels or tokens.
 
     `batch` inputs are encoded at a time; where a GPU runs out of memory, `batch` is halved from then on. Titles have
     many shapes and run eagerly. So do images on a CPU; on a GPU, batches of one shape are replayed as a CUDA graph.
-    `compiled` is auto, on or off: auto compiles on a GPU after COMPILE_AFTER images if the tower is the limit.
+    `compiled` is auto, on or off: auto compiles on a GPU after COMPILE_AFTER images if the tower takes most of the time.
     """
 
-    def __init__(self, encode: Callable[[Any], Tensor], device: torch.device, precision: torch.dtype,
+    def __init__(self, encode: Callable[[Inputs], Tensor], device: torch.device, precision: torch.dtype,
                  compiled: str = "off", cpu_batch: int | None = None) -> None:
         self.encode, self.device, self.precision, self.compiled = encode, device, precision, compiled
         self.batch = (cpu_batch or CPU_BATCH) if device.type == "cpu" else GPU_BATCH
@@ -87,12 +86,12 @@ class BatchedEncoder:
             return self._seen > 0 and self.compiled != "off"
         if self.compiled == "off" or self._clock is None or self._clock.inputs_since(self._seen) < COMPILE_AFTER:
             return False
-        is_limit = self._clock.busy_share() >= TOWER_IS_LIMIT
-        self._clock = None if is_limit else DeviceClock(self._seen)  # ask again after as many
-        return is_limit
+        is_bottleneck = self._clock.busy_share() >= MIN_BUSY_SHARE
+        self._clock = None if is_bottleneck else DeviceClock(self._seen)  # decide again after COMPILE_AFTER more
+        return is_bottleneck
 
     def _run_compiled(self, pixels: Tensor) -> Tensor:
-        """Encode a padded batch, so that there are few shapes to compile: one for the batches of the cold pass."""
+        """Encode a padded batch: padding keeps the number of shapes to compile low, and the cold pass needs one."""
         try:
             self._fast = self._fast or torch.compile(self.encode, dynamic=False)
             short = min(self.batch - len(pixels), -len(pixels) % PADDED_TO)
@@ -111,7 +110,7 @@ class BatchedEncoder:
 
 
 def _is_compile_error(error: Exception) -> bool:
-    """Return whether torch.compile failed, or Triton, which builds with a C compiler as late as at the first launch."""
+    """Return whether the error is of torch.compile, or of Triton, which runs a C compiler as late as the first launch."""
     if not isinstance(error, RuntimeError):
         return True  # the C compiler is missing, or lacks Python.h
     return isinstance(error, torch._dynamo.exc.TorchDynamoException) or "C compiler" in str(error)
@@ -120,8 +119,8 @@ def _is_compile_error(error: Exception) -> bool:
 class OneShapeGraph:
     """`encode`, as a CUDA graph for the shape that comes GRAPH_AFTER times in a row; other shapes run eagerly.
 
-    One launch instead of some 400, without Python between them, which leaves the main thread to the feed. The graph
-    is used only if it gives the very features of the eager pass.
+    One launch replaces some 400 with Python between them, which leaves the main thread to the feed. The graph is used
+    only if its features equal those of the eager pass to the bit.
     """
 
     def __init__(self, encode: Callable[[Tensor], Tensor]) -> None:
@@ -166,7 +165,10 @@ class OneShapeGraph:
 
 
 class DeviceClock:
-    """The share of the time since its making in which the device encodes, from CUDA events: no host waits for them."""
+    """Measures by CUDA events, for which the host never waits, in what share of the time the device encodes.
+
+    `seen` is the number of inputs that were encoded before.
+    """
 
     def __init__(self, seen: int = 0) -> None:
         self._seen, self._began, self._busy_ms = seen, time.monotonic(), 0.0
@@ -174,7 +176,7 @@ class DeviceClock:
 
     @contextmanager
     def encoding(self) -> Iterator[None]:
-        """Inside, kernels are launched whose time counts as busy."""
+        """Count the time of the kernels that are launched inside as busy."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         yield
@@ -185,16 +187,16 @@ class DeviceClock:
             self._busy_ms += start.elapsed_time(end)
 
     def inputs_since(self, seen: int) -> int:
-        """Return how many of `seen` inputs came after the making."""
+        """Return how many of the first `seen` inputs came since this clock was started."""
         return seen - self._seen
 
     def busy_share(self) -> float:
-        """Return the share so far, of batches that are finished."""
+        """Return the busy share so far; batches that are not finished do not count yet."""
         return self._busy_ms / 1000 / max(1e-9, time.monotonic() - self._began)
 
 
 class LazyEncoder:
-    """An encoder that is made, and its tower loaded, when there is something to encode."""
+    """An encoder that loads its tower on first use."""
 
     def __init__(self, make: Callable[[], BatchedEncoder]) -> None:
         self._make, self._lock = make, threading.Lock()
@@ -233,4 +235,5 @@ def use_quick_gelu(tower: nn.Module) -> None:
 
 
 def _apply(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
+    """Return pixels, or every tensor of tokens, after `function`."""
     return function(inputs) if isinstance(inputs, Tensor) else map_tensors(inputs, function)

@@ -1,4 +1,4 @@
-"""Facts of a CLIPModel, which a run needs before it loads a tower, and the record of them in the cache folder.
+"""Facts of a model that a run needs before it loads a tower, and the record of them in the cache folder.
 
 The first run loads the whole model, with every check of engine/clip/whole.py, and rank 0 leaves a record. Later runs
 open the record instead, as long as no file of the model and no version of a library has changed.
@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,7 +40,7 @@ Stamps = list[Stamp]
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Settings, names and digests of a CLIPModel in plain values: all but its tensors."""
+    """Everything about a model but its tensors, in plain values: settings, names, shapes, digests."""
 
     family: str  # its model_type
     commit: str | None  # of a hub repository
@@ -144,13 +145,13 @@ class ModelRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelRecords:
-    """The records of a cache folder. A damaged one counts as absent, and so does one of other files or libraries."""
+    """The records of a cache folder. A record that is damaged, or of other files or libraries, counts as absent."""
 
     folder: Path
-    writes: bool = True  # one rank does
+    writes: bool = True  # on one rank
 
     def find(self, name: str, commit: str | None = None) -> ModelRecord | None:
-        """Return the record of a model whose files are as they were; None without one."""
+        """Return the record of a model whose files have not changed since; None where there is none."""
         with suppress(OSError, ValueError, KeyError, TypeError):
             folder = find_folder(name, commit)
             content = _read_checked(self._path(name, commit))
@@ -163,7 +164,10 @@ class ModelRecords:
         return None
 
     def write(self, name: str, record: ModelRecord) -> None:
-        """Write a record, unless files have changed since their stamps were taken. Without it models load again."""
+        """Write a record, unless files have changed since their stamps were taken.
+
+        Failing to write is no error: the next run then loads the whole model again.
+        """
         with suppress(OSError):
             if not self.writes or stamp_files(record.folder) != record.stamps:
                 return
@@ -181,7 +185,7 @@ class ModelRecords:
         for path in sorted(self.folder.glob("*.json")):
             if keep and path == self._path(keep, None):
                 continue
-            with suppress(OSError, ValueError):  # a file of somebody else's has no checksum
+            with suppress(OSError, ValueError):  # a file that is not ours has no checksum and stays
                 _read_checked(path)
                 freed += path.stat().st_size
                 path.unlink()
@@ -213,7 +217,7 @@ def _read_checked(path: Path) -> dict[str, Any]:
 def find_folder(name: str, commit: str | None = None) -> Path | None:
     """Return a model's folder, or its snapshot in the hub's cache; None where it is not on this machine.
 
-    Without a `commit` it is the one that the branch main had when it was last fetched.
+    Without a `commit` it is the snapshot of the branch main when that was last fetched.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -244,15 +248,18 @@ def stamped_folder(name: str, commit: str | None = None) -> StampedFolder | None
 
 
 def stamp_files(folder: Path) -> Stamps:
-    """Return a stamp of every file in a model's folder and in the folders within, as sentence-transformers has them.
+    """Return a stamp of every file in a model's folder and in its subfolders, which sentence-transformers' have.
 
-    A snapshot of the hub links to files whose names are digests of their content; their times show what was written
-    through the link. Of others the stamp is size, inode, device, and times of the last change: that of the inode cannot
-    be set back, as the content's can. Raises OSError.
+    The files of a hub snapshot are links to files named by the digest of their content; their stamp is that name, and
+    the time of the last write, which shows writes through the link. The stamp of other files is size, inode, device and
+    both times of the last change: the content's can be set back, the inode's cannot. Raises OSError.
     """
     stamps = []
-    parts = [folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())]
-    for path in (path for part in parts for path in sorted(part.iterdir()) if path.is_file()):
+    folders = [folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())]
+    files = chain.from_iterable(sorted(each.iterdir()) for each in folders)
+    for path in files:
+        if not path.is_file():
+            continue
         status = path.stat()
         stamp: Stamp = [str(path.relative_to(folder)), status.st_size]
         target = path.readlink() if path.is_symlink() else path

@@ -1,9 +1,10 @@
 """Families of dual encoders: how transformers lays each out, what trains in it, and what its towers pool.
 
-The features of an image or a title are what the last linear layer of its side takes in. That layer is a projection
-behind the towers; in SigLIP it lies inside them: the text tower's `head`, and the last layer of the image tower's
-pooling head, whose outputs are added to the pooled image. Features hold both summands' origins there, pooled image and
-inputs of the layer, so that embeddings are linear in what trains.
+Features are the inputs of the last linear layer of a side. In CLIP that layer is a projection after the tower. In
+SigLIP it lies inside the tower: for titles it is `head`; for images it is the last layer of the pooling head's MLP,
+whose output is added to the pooled image. An image's features are then both, the pooled image and the layer's inputs,
+so that embeddings are a linear function of features and of what trains.
+To add a family: a `Family` in FAMILIES, and a tiny random model of it in tests/families.py.
 Dimension key: B batch, L tokens, V/T image/text width, I inner width of a pooling head, F = V + I.
 """
 
@@ -47,11 +48,11 @@ class Family:
     text_layer: str = "text_projection"
     has_bias: bool = False  # in both layers
     has_pooling_head: bool = False  # in the image tower, with the image layer as its last one
-    alone: bool = False  # a tower can be loaded without the other one
+    towers_load_alone: bool = False  # transformers has a class for each tower, so one can be loaded without the other
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """Names of the parameters of both layers: what `--trainable projection` means."""
+        """Names of the parameters of both layers; `--trainable projection` trains these."""
         kinds = ("weight", "bias") if self.has_bias else ("weight",)
         return tuple(f"{layer}.{kind}" for layer in (self.image_layer, self.text_layer) for kind in kinds)
 
@@ -60,8 +61,8 @@ class Family:
         return HeadLayers(model.get_submodule(self.image_layer), model.get_submodule(self.text_layer),
                           model.logit_scale)
 
-    def put_head(self, model: Any, head: HeadLayers) -> None:
-        """Give a model other layers in place of its own."""
+    def set_head(self, model: Any, head: HeadLayers) -> None:
+        """Replace the layers of a model by those of `head`."""
         for path, layer in ((self.image_layer, head.visual_projection), (self.text_layer, head.text_projection)):
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, layer)
@@ -88,7 +89,7 @@ class Family:
 
 
 def _run_pooling_head(head: Any, hidden_BLV: Tensor) -> Tensor:
-    """Return what the last layer of SigLIP's attention pooling is added to, then its inputs: [B, F]."""
+    """Return the pooled image and the inputs of the pooling head's last layer, side by side: [B, F]."""
     probe_B1V = head.probe.expand(len(hidden_BLV), -1, -1)
     pooled_BV = head.attention(probe_B1V, hidden_BLV, hidden_BLV)[0][:, 0]
     inner_BI = head.mlp.activation_fn(head.mlp.fc1(head.layernorm(pooled_BV)))
@@ -101,14 +102,17 @@ def feature_width(layer: nn.Linear, has_pooling_head: bool = False) -> int:
 
 
 def apply_layer(layer: nn.Linear, features_BF: Tensor) -> Tensor:
-    """Return the layer's outputs for the last features; those that it does not take are added to them."""
-    added = features_BF.shape[-1] - layer.in_features
-    if not added:
+    """Return the embeddings, not normalised, of features: layer(features).
+
+    Features of a pooling head hold V more numbers, at the front: the pooled image, to which the output is added.
+    """
+    pooled_width = features_BF.shape[-1] - layer.in_features
+    if not pooled_width:
         return layer(features_BF)
-    return features_BF[..., :added] + layer(features_BF[..., added:])
+    return features_BF[..., :pooled_width] + layer(features_BF[..., pooled_width:])
 
 
-CLIP = Family("clip", "CLIPModel", "CLIPProcessor", "eos", alone=True)
+CLIP = Family("clip", "CLIPModel", "CLIPProcessor", "eos", towers_load_alone=True)
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (
     CLIP,
     Family("metaclip_2", "MetaClip2Model", "CLIPProcessor", "eos"),
@@ -118,7 +122,7 @@ FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (
     Family("siglip", "SiglipModel", "SiglipProcessor", "last", "vision_model.head.mlp.fc2", "text_model.head",
            has_bias=True, has_pooling_head=True),
 )}
-# Names of all parameters behind the features, of whichever family.
+# Names of all parameters that features do not depend on, of all families.
 HEAD = frozenset(name for family in FAMILIES.values() for name in ("logit_scale", *family.projections))
 
 # The towers of a VisionTextDualEncoderModel that are known to have a `pooler_output`.
@@ -127,14 +131,14 @@ VISION_TOWERS = ("beit", "clip_vision_model", "deit", "dinov2", "dinov2_with_reg
 TEXT_TOWERS = ("albert", "bert", "camembert", "ernie", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
                "xlm-roberta-xl")
 ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")  # their positions fit images of any size
-# Text towers whose positions are counted from behind the id of padding.
+# Text towers whose position ids start at pad_token_id + 1.
 SHIFTED_POSITIONS = ("altclip_text_model", "camembert", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
                      "xlm-roberta-xl")
 
 SIGLIP_2 = "google/siglip2-base-patch16-224"
 META_CLIP_2 = "facebook/metaclip-2-worldwide-huge-quickgelu"
 OPENAI_CLIP = "openai/clip-vit-base-patch32"
-# model_type -> why it cannot be tuned, and the nearest that can.
+# model_type -> why it cannot be tuned, and the nearest model that can.
 REFUSED = {
     "align": f"its image features are embeddings already, without a linear layer; the nearest is {OPENAI_CLIP}",
     "blip": f"its towers see each other's inputs; the nearest dual encoder is {SIGLIP_2}",

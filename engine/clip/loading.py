@@ -1,4 +1,4 @@
-"""A CLIPModel as a run uses it: its facts and projections at once, its towers when something has to be encoded."""
+"""A CLIPModel as a run uses it: settings and projections are read at once, towers when they have to encode."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 class Clip:
     """A CLIPModel, or another dual encoder of `families`, in fp32, frozen, with its own preprocessing.
 
-    It is `whole`, or begins with what a `record` knows of it: then the head comes from the weight files at once, and
-    a tower or the whole model on first use. Either way there is one head, whose training changes the `model`.
+    It is made from a model in memory (`whole`), or from the `record` of an earlier run: then the head is read from the
+    weight files at once, and a tower or the whole model on first use. There is one head in either case, so training it
+    changes `model`.
     """
 
     def __init__(self, name: str, whole: WholeModel | None = None, record: ModelRecord | None = None,
@@ -43,8 +44,8 @@ class Clip:
             self.facts = ModelFacts.of(whole)
             self.model = whole.model.requires_grad_(False)
             self.head = whole.family.head_of(self.model)
-            # As loaded, tensors lie at any address of the file; products of few rows differ in the last bit between
-            # aligned weights, which a run with a record has, and others.
+            # Loaded tensors lie at any address of the mapped file, those of a run with a record are aligned, and
+            # products of few rows differ between the two in the last bit. So align them here as well.
             for layer in self.head[:2]:
                 for parameter in layer.parameters():
                     parameter.data = parameter.data.clone()
@@ -88,7 +89,7 @@ class Clip:
     def model(self) -> CLIPModel:
         """The whole model."""
         model = load_whole(self.name, self.commit).model.requires_grad_(False)
-        self.family.put_head(model, self.head)
+        self.family.set_head(model, self.head)
         return model
 
     @cached_property
@@ -102,7 +103,7 @@ class Clip:
         return self._tower("text_model")
 
     def _tower(self, name: str) -> Any:
-        if self.family.alone and not self.is_loaded:
+        if self.family.towers_load_alone and not self.is_loaded:
             return load_tower(self.name, self.commit, name).requires_grad_(False)
         with self._loading:
             return getattr(self.model, name)
@@ -119,7 +120,8 @@ class Clip:
     def frozen_weights(self, trained: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield all parameters but the `trained` ones, in fp32. Raises UserError where the files have changed.
 
-        They come from the files, unless the model is in memory or one is not as its file has it.
+        They are read one by one from the files, unless the model is in memory, or transformers changes some of them as
+        it loads, so that the files do not hold them.
         """
         names = [name for name in self.facts.shapes if name not in trained]
         if self.record is not None and not self.is_loaded:
@@ -132,7 +134,7 @@ class Clip:
 
 
 def _read_head(record: ModelRecord) -> HeadLayers:
-    """Read the head from the weight files. Raises one of UNREADABLE, which a digest of another content is as well."""
+    """Return the head from the weight files. Raises one of UNREADABLE, also where a digest is not the record's."""
     family = FAMILIES[record.facts.family]
     names = ("logit_scale", *family.projections)
     tensors = {}
@@ -162,26 +164,31 @@ def load_clip(name: str, commit: str | None = None, records: ModelRecords | None
     if record:
         try:
             return Clip(name, record=record)
-        except UNREADABLE:  # what is wrong with the files is for a whole load to say
+        except UNREADABLE:  # loading the whole model says what is wrong with the files
             pass
     before = stamped_folder(name, commit)
     whole = load_whole(name, commit)
-    # The hub may have given a newer snapshot, whose files nobody edits; a folder must be as it was before the load.
-    return Clip(name, whole, stamped=stamped_folder(name, whole.commit) if whole.commit else before)
+    # A folder's stamps must be from before the load, so that an edit during it is noticed. The hub may have given a
+    # newer snapshot than there was before, and nobody edits the files of a snapshot.
+    stamped = stamped_folder(name, whole.commit) if whole.commit else before
+    return Clip(name, whole, stamped=stamped)
 
 
 def write_record(clip: Clip, records: ModelRecords, log: Callable[[str], None]) -> None:
-    """Leave a record of a model that has been loaded whole, if its weights can be read one by one."""
+    """Write a record of a model that has been loaded whole, if its weights can be read one by one."""
     if clip.stamped is None:
         return
     known = records.find(clip.name)
-    if known and known.facts != clip.facts:  # the model was read again in spite of it, by `verify`
+    if known and known.facts != clip.facts:  # `verify` loads the whole model although there is a record
         log(f"what an earlier run recorded of {clip.name} is not what its files hold; recorded anew")
     folder, stamps = clip.stamped
     facts, source = clip.facts, folder / clip.facts.subfolder
     with suppress(*UNREADABLE):
         weights = locate_weights(source, facts.shapes, facts.saved_names)
-        if clip.family is not CLIP:  # as a ChineseCLIPModel loads, transformers sets the embedding of padding to 0
-            weights = {name: weights[name] for name, tensor in read_weights(source, weights, [*weights])
-                       if tensor_digest(tensor) == facts.digests[name]}
+        if clip.family is not CLIP:
+            # transformers may change a weight as it loads (it zeroes a ChineseCLIPModel's embedding of padding). Only
+            # weights that the file holds as they are in memory are recorded.
+            stored = read_weights(source, weights, [*weights])
+            unchanged = [name for name, tensor in stored if tensor_digest(tensor) == facts.digests[name]]
+            weights = {name: weights[name] for name in unchanged}
         records.write(clip.name, ModelRecord(facts, folder, stamps, weights))

@@ -5,6 +5,7 @@ Dimension key: B batch, H hard negatives of a row, X texts (titles, then negativ
 E embedding.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from engine.clip.towers import ImageTower, TextTower, Towers, describe_trainable
 from engine.device import pick_precision
 
 PROBE_TITLES = ("a red bicycle in the rain", "how to bake bread at home")
-SAME = 16 * torch.finfo(torch.float32).eps  # bound on rounding between the entries of two equal unit vectors
+MAX_ROUNDING = 16 * torch.finfo(torch.float32).eps  # largest difference between entries of two equal unit vectors
 MAX_SCALE = 100.0  # CLIP clamps its learned inverse temperature here (Radford et al. 2021, section 2.5)
 
 
@@ -67,7 +68,7 @@ def l2_normalize(rows_XE: Tensor) -> Tensor:
 
 
 class Head(nn.Module):
-    """Features -> Embeddings by the last linear layer of each side: the projections, or what stands in their place."""
+    """Features -> Embeddings by the last linear layer of each side: CLIP's projections, or SigLIP's layers."""
 
     fixed_scale: Tensor
 
@@ -77,24 +78,22 @@ class Head(nn.Module):
         self.register_buffer("fixed_scale", torch.tensor(scale), persistent=False)
 
     def image(self, features_BV: Tensor) -> Tensor:
-        """[B, V] -> [B, E], unit length, fp32 also under autocast."""
+        """Return [B, E] of [B, V], unit length, fp32 also under autocast."""
         return l2_normalize(apply_layer(self.visual_projection, features_BV).float())
 
     def text(self, features_BT: Tensor) -> Tensor:
-        """[B, T] -> [B, E], unit length, fp32 also under autocast."""
+        """Return [B, E] of [B, T], unit length, fp32 also under autocast."""
         return l2_normalize(apply_layer(self.text_projection, features_BT).float())
 
     def forward(self, features: Features) -> Embeddings:
         """Return embeddings with the recipe's constant scale, or the model's own `logit_scale` when that trains."""
-        learned = self.logit_scale.requires_grad
         text_XT = features.title_BT
         if features.negative_BHT is not None:
             text_XT = torch.cat([text_XT, *features.negative_BHT.unbind(1)])
-        return Embeddings(
-            self.image(features.image_BV),
-            self.text(text_XT),
-            self.logit_scale.exp().clamp(max=MAX_SCALE).squeeze() if learned else self.fixed_scale,
-        )
+        image_BE, text_XE = self.image(features.image_BV), self.text(text_XT)
+        if not self.logit_scale.requires_grad:
+            return Embeddings(image_BE, text_XE, self.fixed_scale)
+        return Embeddings(image_BE, text_XE, self.logit_scale.exp().clamp(max=MAX_SCALE).squeeze())
 
 
 class StreamingModel(nn.Module):
@@ -106,7 +105,7 @@ class StreamingModel(nn.Module):
         self.head = head
 
     def forward(self, batch: Batch) -> Embeddings:
-        """Tower inputs of one step -> Embeddings.
+        """Return the embeddings of the tower inputs of one step.
 
         An empty rank runs one dummy row and cuts it off: its gradient is 0 but reaches every parameter, so that DDP
         can all-reduce.
@@ -133,7 +132,7 @@ class MicroBatched(nn.Module):
         self.model, self.rows = model, rows
 
     def forward(self, batch: Batch) -> Embeddings:
-        """Tower inputs of one step -> Embeddings."""
+        """Return the embeddings of the tower inputs of one step."""
         count = len(batch.pixels_BCSS)
         texts = 1 if batch.negative_id_BH is None else 1 + batch.negative_id_BH.shape[1]
         images, titles_then_negatives = [], []
@@ -158,7 +157,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A CLIPModel, its head as a module, its towers as modules on first use, and its trainable parameters."""
+    """A model ready to train and to encode: its head as a module, its towers on first use, its trainable parameters."""
 
     clip: Clip
     head: Head
@@ -212,9 +211,9 @@ class LoadedModel:
 
 def open_model(name: str, options: ModelOptions, device: torch.device,
                records: ModelRecords | None = None) -> LoadedModel:
-    """Open a CLIPModel, freeze it by name, put it on the device. Raises UserError for options that contradict.
+    """Open a CLIPModel, freeze it by name, put it on the device. Raises UserError for options that exclude each other.
 
-    One that is loaded whole is checked for collapse; a model with a record has passed that.
+    A model that is loaded whole is checked for collapse; one with a record passed that check in an earlier run.
     """
     model = build_model(load_clip(name, records=records), options, device)
     if model.clip.record is None:
@@ -223,7 +222,10 @@ def open_model(name: str, options: ModelOptions, device: torch.device,
 
 
 def build_model(clip: Clip, options: ModelOptions, device: torch.device) -> LoadedModel:
-    """Freeze a CLIPModel by name and put its head on the device. Raises UserError for options that contradict."""
+    """Freeze a CLIPModel by name and put its head on the device.
+
+    Raises UserError for options that exclude each other.
+    """
     if options.augment and options.mode == "cached":
         raise UserError("--augment shows other pixels in every epoch, --mode cached the same; leave one out")
     tuned = freeze(clip, options.trainable)
@@ -233,20 +235,25 @@ def build_model(clip: Clip, options: ModelOptions, device: torch.device) -> Load
                        recompute=options.recompute)
 
 
+def draw_ramps(height: int, width: int) -> Tensor:
+    """Return two probe pictures as uint8 [2, 3, height, width]: black to white from the top, and the same flipped."""
+    ramp_HW = torch.linspace(0, 255, height).byte()[:, None].expand(height, width)
+    return torch.stack([ramp_HW, ramp_HW.flip(0)])[:, None].expand(2, 3, height, width).contiguous()
+
+
 def refuse_collapse(model: LoadedModel, device: torch.device) -> None:
-    """Embed two titles and two gradients in fp32; UserError where both embeddings of a kind are equal, or NaN."""
-    clip, side = model.clip, model.clip.spec.crop
-    ramp_HW = torch.linspace(0, 255, side[0]).byte()[:, None].expand(side)
-    pixels_BCSS = torch.stack([ramp_HW, ramp_HW.flip(0)])[:, None].expand(2, 3, *side).contiguous()
+    """Raise UserError where the embeddings of two titles, or of two drawn pictures, are equal or NaN (in fp32)."""
+    clip = model.clip
+    pixels_BCSS = draw_ramps(*clip.spec.crop)
     tokens = collate_tokens(tokenize(clip.tokenizer, PROBE_TITLES, clip.max_tokens), clip.tokenizer.pad_token_id)
     tokens = map_tensors(tokens, lambda part: part.to(device))
     with torch.no_grad():
         image_BV, text_BT = model.towers.probe(pixels_BCSS.to(device), tokens)
         pictures_BE, titles_BE = model.head.image(image_BV), model.head.text(text_BT)
     for kind, embeddings_BE in (("titles", titles_BE), ("pictures", pictures_BE)):
-        apart = float((embeddings_BE[0] - embeddings_BE[1]).abs().max())
-        if not apart > SAME:  # NaN is not
-            problem = "as NaN" if apart != apart else "alike"
+        difference = float((embeddings_BE[0] - embeddings_BE[1]).abs().max())
+        if not difference > MAX_ROUNDING:  # this way round for NaN, which is not above anything
+            problem = "as NaN" if math.isnan(difference) else "alike"
             raise UserError(f"--model {clip.name} embeds all {kind} {problem}: its weights are damaged or its training "
                             "has collapsed; give another checkpoint")
 

@@ -1,4 +1,4 @@
-"""The files of a CLIPModel, in a folder or on the hub, each checked before it is read."""
+"""The files of a model, in a folder or on the hub, each checked before it is read."""
 
 from __future__ import annotations
 

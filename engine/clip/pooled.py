@@ -1,4 +1,4 @@
-"""Forward pass of frozen towers that computes only the pooled output: no padding, one row of the last layer.
+"""Forward pass of frozen CLIP towers that computes only the pooled output: no padding, one row of the last layer.
 
 CLIP pools one token of each input, so the last layer needs the other tokens only as keys and values. Layers are
 transformers' own modules; the hidden states of all inputs are packed one after another, so that no product computes
@@ -35,7 +35,10 @@ def can_pool(tower: CLIPVisionModel | CLIPTextModel) -> bool:
 
 
 def pool_images(tower: CLIPVisionModel, pixels_BCSS: Tensor, patches: int | None = None) -> Tensor:
-    """Normalised pixels -> pooled [B, E] of a CLIP vision tower: the class token, over the first `patches` alone."""
+    """Return the pooled output [B, E] of a CLIP vision tower, the class token, for normalised pixels.
+
+    With `patches`, only the first patches of each image are seen.
+    """
     hidden_BLE = tower.embeddings(pixels_BCSS)
     if patches is not None:
         hidden_BLE = hidden_BLE[:, :1 + patches]
@@ -47,7 +50,7 @@ def pool_images(tower: CLIPVisionModel, pixels_BCSS: Tensor, patches: int | None
 
 
 def pool_texts(tower: CLIPTextModel, tokens: Tokens) -> Tensor:
-    """Tokens -> pooled [B, E] of a CLIP text tower: the first EOS; tokens after it are left out."""
+    """Return the pooled output [B, E] of a CLIP text tower, the first EOS; tokens after it are left out."""
     ids_BL = tokens.ids_BL
     # Old configs have the wrong EOS 2; transformers then pools at the highest id.
     eos: Any = tower.eos_token_id  # declared as a list or None too, which loading refuses
@@ -66,10 +69,11 @@ def pool_texts(tower: CLIPTextModel, tokens: Tokens) -> Tensor:
 
 
 def _encode(encoder: CLIPEncoder, hidden_RE: Tensor, groups: Groups, pooled_B: Tensor, causal: bool) -> Tensor:
-    """Run all layers, the last for the rows `pooled_B` only: [B, E]. With `causal` these are each input's last rows."""
+    """Run all layers, the last one only for the rows `pooled_B`: [B, E]."""
     *layers, last = encoder.layers
     for layer in layers:
         hidden_RE = _layer(layer, hidden_RE, groups, causal, None)
+    # No causal mask in the last layer: where attention is causal, the pooled row is the last of its input.
     return _layer(last, hidden_RE, groups, False, pooled_B)
 
 
@@ -84,7 +88,7 @@ def _layer(layer: Any, hidden_RE: Tensor, groups: Groups, causal: bool, pooled_B
 def _attend(attention: CLIPAttention, rows_RE: Tensor, groups: Groups, causal: bool,
             pooled_B: Tensor | None) -> Tensor:
     """Compute attention within each input."""
-    rows_RE = rows_RE.to(attention.q_proj.weight.dtype)  # once, where autocast would cast for each of three products
+    rows_RE = rows_RE.to(attention.q_proj.weight.dtype)  # once; autocast would cast for each of the three products
     sizes = [count * length for count, length in groups]
     query_sizes = sizes if pooled_B is None else [count for count, _ in groups]
     queries_RE = attention.q_proj(rows_RE if pooled_B is None else rows_RE[pooled_B])

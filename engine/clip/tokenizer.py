@@ -8,9 +8,9 @@ from data.images.decode import tokenize
 from engine.clip.families import CLIP, SHIFTED_POSITIONS, SIGLIP_2, Family
 from engine.clip.model_files import ModelFiles
 
-HISTORIC_EOS = 2  # in configs of old transformers versions; it means: pool at the highest token id
+HISTORIC_EOS = 2  # in configs of old transformers versions; transformers then pools at the highest token id
 HISTORIC_BOS = 0
-# Any of these makes a whole tokenizer, of families that have tokenizers of several kinds.
+# Any of these is a whole tokenizer, for families other than CLIP.
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model",
                 "tokenizer.model")
 EXAMPLE = "A title: 24 cafés, (one) Rating!"
@@ -33,9 +33,10 @@ def find_tokenizer_files(files: ModelFiles, family: Family) -> list[str]:
 
 
 def longest_title(family: Family, text: Any, tokenizer: Any) -> int:
-    """Return how many tokens a title may have, special ones included: as many as the tower `text` has positions for.
+    """Return how many tokens a title may have, special tokens included: as many as the tower has positions for.
 
-    Where the end is not what is pooled, a tokenizer may say that the tower was trained with fewer.
+    `text` is the config of the text tower. Families that do not pool at the end token may have been trained with
+    fewer tokens, which the tokenizer's `model_max_length` says.
     """
     positions = text.max_position_embeddings
     if text.model_type in SHIFTED_POSITIONS:
@@ -44,7 +45,8 @@ def longest_title(family: Family, text: Any, tokenizer: Any) -> int:
 
 
 def check_tokenizer(files: ModelFiles, tokenizer: Any, text: Any, family: Family) -> None:
-    """Compare the tokenizer with the text tower: its ids have embeddings, and a title is as the tower pools it."""
+    """Refuse a tokenizer that does not fit the text tower: ids without embeddings, or no token where the tower pools.
+    """
     if not hasattr(tokenizer, "backend_tokenizer"):
         files.refuse(f"tokenizer_config.json names {type(tokenizer).__name__}, which has no fast version; give a model "
                      "with a tokenizer.json")
@@ -62,7 +64,7 @@ def check_tokenizer(files: ModelFiles, tokenizer: Any, text: Any, family: Family
         _check_ends(files, tokenizer, text, family)
     else:
         _check_pooled_token(files, tokenizer, text, family)
-    if family is not CLIP:  # theirs may do more than their tokenizer.json says
+    if family is not CLIP:  # the Python class of a tokenizer may do more than its tokenizer.json, which is what we run
         longest = longest_title(family, text, tokenizer)
         ours = tokenize(tokenizer, [EXAMPLE], longest)[0]
         theirs = tokenizer(EXAMPLE, truncation=True, max_length=longest)["input_ids"]
@@ -113,7 +115,8 @@ def _check_pooled_token(files: ModelFiles, tokenizer: Any, text: Any, family: Fa
 
 
 def set_lengths(tokenizer: Any, max_tokens: int) -> None:
-    """Make other libraries that load the exported tokenizer cut and pad titles as `tokenize` does."""
+    """Set lengths so that other libraries cut and pad titles as `tokenize` does when they load the exported tokenizer.
+    """
     tokenizer.model_max_length = max_tokens
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     tokenizer.backend_tokenizer.no_truncation()

@@ -26,31 +26,35 @@ PROBE_PATCHES = 16
 
 
 def freeze(clip: Clip, trainable: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Let only parameters train whose name holds one of `trainable`; return them by name.
+    """Let only parameters train whose name contains one of `trainable`; return them by name.
 
-    `all` is every one, `projection` what stands behind the features, whatever its name. The model's own `logit_scale`
-    stays frozen unless asked for by name: the loss has its own scale. So does SigLIP's `logit_bias` in any case: no
-    loss here has it. Raises UserError when nothing matches, naming what there is.
+    `all` matches every name, `projection` the last linear layer of each side, whatever it is called. The model's own
+    `logit_scale` trains only if named in full, as the loss has its own scale, and SigLIP's `logit_bias` never, as no
+    loss here uses it. Raises UserError where one of `trainable` matches nothing.
     """
-    names = [name for name in clip.facts.shapes if name != "logit_bias"]
     def matches(part: str, name: str) -> bool:
-        return name in clip.family.projections if part == "projection" else part == "all" or part in name
-    def wanted(name: str) -> bool:
-        if name in ("logit_scale", "logit_bias"):
-            return name == "logit_scale" and "logit_scale" in trainable
-        return any(matches(part, name) for part in trainable)
+        if part == "projection":
+            return name in clip.family.projections
+        return part == "all" or part in name
+
+    def should_train(name: str) -> bool:
+        if name == "logit_scale":
+            return "logit_scale" in trainable
+        return name != "logit_bias" and any(matches(part, name) for part in trainable)
+
+    names = [name for name in clip.facts.shapes if name != "logit_bias"]
     for part in trainable:
         if not any(matches(part, name) for name in names):
-            tops = sorted({".".join(name.split(".")[:2]) for name in names})
-            raise UserError(f"--trainable {part} matches no parameter; names begin with {', '.join(tops)}")
-    named = clip.named_parameters([name for name in names if wanted(name)])
+            beginnings = sorted({".".join(name.split(".")[:2]) for name in names})
+            raise UserError(f"--trainable {part} matches no parameter; names begin with {', '.join(beginnings)}")
+    named = clip.named_parameters([name for name in names if should_train(name)])
     for name, parameter in named.items():
-        parameter.requires_grad_(wanted(name))
+        parameter.requires_grad_(should_train(name))
     return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
 
 
 def pick_mode(wanted: str, trainable: dict[str, nn.Parameter]) -> bool:
-    """Return True for cached: all trainable parameters come after the towers, whose features are then constants.
+    """Return True for cached: everything that trains comes after the features, which are then constants.
 
     Raises UserError when `cached` is asked for although a layer inside a tower trains.
     """
@@ -62,7 +66,7 @@ def pick_mode(wanted: str, trainable: dict[str, nn.Parameter]) -> bool:
 
 def describe_trainable(clip: Clip, trainable: dict[str, nn.Parameter]) -> str:
     """Return one line with the number of trainable parameters, e.g. `1,376,256 of 427,616,513 (0.32 %)`, and names."""
-    # logit_scale is a scalar of the loss; the reference counts it, so the totals are comparable.
+    # The total includes logit_scale, as the reference's does.
     total = clip.facts.parameters
     count = sum(p.numel() for p in trainable.values())
     shown = list(trainable) if len(trainable) <= 4 else [*list(trainable)[:3], f"… {len(trainable) - 3} more"]
@@ -70,7 +74,7 @@ def describe_trainable(clip: Clip, trainable: dict[str, nn.Parameter]) -> str:
 
 
 class Tower(nn.Module):
-    """One of the model's towers; while all of it is frozen, its weights are held in the dtype of autocast."""
+    """One of the model's towers. While all of it is frozen, autocast runs a copy whose weights are cast already."""
 
     def __init__(self, clip: Clip, name: str) -> None:
         super().__init__()
@@ -78,17 +82,17 @@ class Tower(nn.Module):
         use_quick_gelu(self.model)
         self.family, self.width = clip.family, clip.facts.widths[name]
         self.pools = can_pool(self.model)
-        # Not the layer that features end in, which may lie inside: it is not part of the pass.
+        # Without the head's layer, which in SigLIP lies inside the tower: features do not depend on it.
         self._inner = [value for inner, value in self.model.named_parameters() if f"{name}.{inner}" not in HEAD]
-        self._held: list[Any] = []  # in a list, as it is no part of this module: the model that is exported stays fp32
+        self._cast_copy: list[Any] = []  # in a list, so that it is no submodule: .to() and state_dict() leave it out
 
     def for_pass(self, device: torch.device) -> Any:
-        """Return the tower for one pass on a device."""
+        """Return the module to run in one pass on a device: the tower, or its copy in the dtype of autocast."""
         if not torch.is_autocast_enabled(device.type) or any(x.requires_grad for x in self._inner):
             return self.model
-        if not self._held:
-            self._held.append(hold_weights(self.model, torch.get_autocast_dtype(device.type)))
-        return self._held[0]
+        if not self._cast_copy:
+            self._cast_copy.append(cast_weights(self.model, torch.get_autocast_dtype(device.type)))
+        return self._cast_copy[0]
 
 
 class ImageTower(Tower):
@@ -104,7 +108,7 @@ class ImageTower(Tower):
         self.register_buffer("shift_C11", (-mean / std)[:, None, None], persistent=False)
 
     def forward(self, pixels_BCSS: Tensor, patches: int | None = None) -> Tensor:
-        """Return features, of the first `patches` of each image alone where the tower pools."""
+        """Return features; towers that `pooled.py` can run see only the first `patches` of each image, if given."""
         if not len(pixels_BCSS):
             return self.gain_C11.new_zeros(0, self.width)
         normalised = torch.addcmul(self.shift_C11, pixels_BCSS.float(), self.gain_C11)
@@ -155,7 +159,7 @@ class Towers(nn.Module):
                     layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
     def forward(self, batch: Batch) -> Features:
-        """One Batch of tower inputs -> its Features."""
+        """Return the features of the tower inputs of one step."""
         negative_BHT = None
         image_BV, title_BT = self.image(batch.pixels_BCSS), self.text(batch.title)
         if batch.negative is not None and batch.negative_id_BH is not None:
@@ -163,11 +167,11 @@ class Towers(nn.Module):
         return Features(image_BV, title_BT, negative_BHT, batch.image_id_B, batch.title_id_B, batch.negative_id_BH)
 
 
-def hold_weights(tower: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return the tower with the weights of its products cast to `dtype`; all else is shared with it.
+def cast_weights(tower: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy of the tower with the weights of its products cast to `dtype`; it shares all other tensors.
 
     Autocast would cast them in every pass, to the same bits: 196 of the 411 operations of a ViT-B/32's image tower.
-    Layer norms and embeddings stay in fp32, as autocast has them.
+    Layer norms and embeddings stay in fp32, as under autocast.
     """
     shared = [*tower.parameters(), *tower.buffers()]
     copies: dict[int, Any] = {id(tensor): tensor for tensor in shared}  # what deepcopy takes instead of copying
@@ -184,7 +188,7 @@ def fingerprint(clip: Clip, tower: str, preprocessing: str, precision: torch.dty
     `tower` is vision_model or text_model.
     """
     digest = hashlib.sha256(f"{preprocessing}|{precision}|{clip.facts.configs[tower]}".encode())
-    if tower == "text_model" and clip.family.pooling == "last":  # padding is seen
+    if tower == "text_model" and clip.family.pooling == "last":  # titles attend to their padding
         digest.update(f"padding={clip.facts.pad_id}\n".encode())
     for name, tensor in sorted(clip.facts.digests.items()):
         if name.startswith(f"{tower}.") and name not in HEAD:

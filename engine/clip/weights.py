@@ -1,4 +1,4 @@
-"""Single tensors out of the weight files of a CLIPModel, without loading the others."""
+"""Read single tensors from the weight files of a model, without loading the others."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SafetensorsFile:
 
 
 class PickledFile:
-    """A file of torch.save, mapped into memory; none of its code runs."""
+    """A file written by torch.save, mapped into memory; none of its code runs."""
 
     def __init__(self, path: Path) -> None:
         self._tensors: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -70,24 +70,28 @@ class Place(NamedTuple):
 
 
 def locate_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]],
-                   saved_names: Mapping[str, str] | None = None) -> dict[str, Place]:
-    """Return which file of a folder holds each parameter, in its own shape.
+                   saved_names: Mapping[str, str]) -> dict[str, Place]:
+    """Return which file of a folder holds each parameter; `shapes` are those of the parameters.
 
-    `saved_names` are names in the files that are not those of the parameters. Raises one of UNREADABLE where a
-    parameter is not to be found so, as in files that transformers converts otherwise.
+    `saved_names` holds the names of parameters that have another name in the files. Raises one of UNREADABLE where
+    a parameter is missing or has another shape, as in files that transformers converts while it loads.
     """
-    first = next(name for name in (*WEIGHTS, "") if not name or (folder / name).is_file())
-    if not first:
+    first = next((name for name in WEIGHTS if (folder / name).is_file()), None)
+    if first is None:
         raise FileNotFoundError(f"{folder} holds no weights")
-    names = {name: (saved_names or {}).get(name, name) for name in shapes}
-    places = {name: Place(first, saved) for name, saved in names.items()}
+    weight_map: Mapping[str, str] | None = None  # name -> file, of a model in several files
     if first.endswith(".index.json"):
         weight_map = json.loads((folder / first).read_text(encoding="utf-8"))["weight_map"]
-        places = {name: Place(weight_map[saved], saved) for name, saved in names.items()}
-    opened = {file: open_weights(folder / file) for file in sorted({place.file for place in places.values()})}
+    places: dict[str, Place] = {}
+    opened: dict[str, WeightFile] = {}
     for name, shape in shapes.items():
-        if opened[places[name].file].shape(places[name].name) != shape:
-            raise ValueError(f"{places[name].file} holds {name} in another shape")
+        saved = saved_names.get(name, name)
+        file = first if weight_map is None else weight_map[saved]
+        if file not in opened:
+            opened[file] = open_weights(folder / file)
+        if opened[file].shape(saved) != shape:
+            raise ValueError(f"{file} holds {name} in another shape")
+        places[name] = Place(file, saved)
     return places
 
 

@@ -32,7 +32,7 @@ OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".h5", ".msgpack")
 
 
 class WholeModel(NamedTuple):
-    """A CLIPModel, or another dual encoder, in fp32 with its own preprocessing, as transformers has loaded both."""
+    """A CLIPModel, or another dual encoder, in fp32, and its processor, both as transformers loads them."""
 
     model: CLIPModel
     processor: Any
@@ -74,7 +74,7 @@ def load_tower(name: str, commit: str | None, tower: str) -> CLIPVisionModel | C
 
 @contextmanager
 def _errors_of(name: str) -> Iterator[None]:
-    """Keep transformers quiet meanwhile; turn its errors into a UserError of one line."""
+    """Silence transformers meanwhile; turn its errors into a UserError of one line."""
     try:
         with _quiet_transformers():
             yield
@@ -111,7 +111,7 @@ def _load_failure(name: str, error: Exception) -> str:
 
 
 def find_family(files: ModelFiles) -> Family:
-    """Return how the model is laid out, by its config.json; refuse what cannot be tuned, or runs code of its own."""
+    """Return the family of the model, by its config.json; refuse models that cannot be tuned or bring code."""
     from transformers.utils import cached_file
 
     if files.path("adapter_config.json"):
@@ -138,7 +138,7 @@ def find_family(files: ModelFiles) -> Family:
 
 
 def _load_config(files: ModelFiles, family: Family) -> Any:
-    """Load config.json; refuse whatever would load something else than a plain model of the family."""
+    """Load config.json; refuse settings under which anything but a plain model of the family would load."""
     import transformers
 
     content = files.config("config.json")

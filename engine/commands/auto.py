@@ -88,7 +88,7 @@ def choose_settings(cfg: Config, world: World, tuner: Tuner, rows: FeatureSplit)
     base = Projections(*(tuner.base[name] for name in PROJECTIONS))
     parts = len(split_pairs(rows, cfg.seed))
     world.say(f"auto: {len(CANDIDATES)} candidates, {len(rows):,} pairs of train and valid, held out in {parts} parts")
-    choice = choose(base, rows, cfg, tuner.parts.precision, world)
+    choice = choose(base, rows, cfg, tuner.model.precision, world)
     world.say(f"auto: {choice.describe()}")
     return choice, final_settings(cfg, choice, base, rows)
 
@@ -122,12 +122,12 @@ def final_settings(cfg: Config, choice: Choice, base: Projections, rows: Feature
 def apply_choice(tuner: Tuner, choice: Choice, final: Config, rows: FeatureSplit, world: World,
                  log: Log | None = None) -> None:
     """Give the head its weights; the first rank computes them, so that their number changes nothing."""
-    parameters = tuner.parts.trainable
+    parameters = tuner.model.trainable
     if world.is_main and choice.candidate.kind == "run":
         tuner.tune(final, rows, log)
     elif world.is_main:
         base = Projections(*(tuner.base[name] for name in PROJECTIONS))
-        weights = candidate_weights(base, rows, final, tuner.parts.precision, choice.candidate)
+        weights = candidate_weights(base, rows, final, tuner.model.precision, choice.candidate)
         tuned = dict(zip(PROJECTIONS, weights, strict=True))
         blend(parameters, tuned, tuned, 1.0)
     if world.size > 1:

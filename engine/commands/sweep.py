@@ -102,7 +102,7 @@ def retrain_best(cfg: Config, tuner: Tuner, pairs: Pairs, rows: FeatureSplit,
     if "collapsed" in winner:
         raise RunFailed(f"every configuration has collapsed ({winner['collapsed']}); try a smaller lr in --space")
     best = replace(cfg, **winner["settings"])
-    head = tuner.parts.head
+    head = tuner.model.head
     tuner.reset()
     base = evaluate_splits(pairs.feature_splits(["test"]), head)
     tuner.tune(best, rows)

@@ -25,7 +25,7 @@ from data.files import replaced_folder
 from data.images.decode import ImageSpec, collate_tokens, decode_image, tokenize
 from engine.clip.families import CLIP
 from engine.clip.loading import Clip
-from engine.clip.model import Head
+from engine.clip.model import Head, draw_ramps
 from engine.clip.tokenizer import HISTORIC_EOS
 from engine.clip.towers import Towers
 from engine.config.fields import Config
@@ -205,10 +205,9 @@ def compare(clip: Clip, folder: Path) -> str:
 
 def draw_pictures(height: int, width: int) -> list[Image.Image]:
     """Return two ramps and noise, of the size that the towers see: no library's resizing comes in between."""
-    ramp_HW = torch.linspace(0, 255, height).byte()[:, None].expand(height, width)
     noise_HWC = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(0)).byte()
-    ramp_HWC = ramp_HW[..., None].expand(height, width, 3)
-    return [Image.fromarray(pixels.contiguous().numpy()) for pixels in (ramp_HWC, ramp_HWC.flip(0), noise_HWC)]
+    ramps_BHWC = draw_ramps(height, width).permute(0, 2, 3, 1)
+    return [Image.fromarray(pixels_HWC.contiguous().numpy()) for pixels_HWC in (*ramps_BHWC, noise_HWC)]
 
 
 def embed(clip: Clip, pictures: list[Image.Image]) -> Tensor:

@@ -1,7 +1,8 @@
 """Several configurations trained together on the same pairs: one matrix product for all of them.
 
-They see the same rows in the same order, so their batches are one, their weights lie side by side, and each has its own
-learning rate, schedule, scale, clipping and penalty. The results are those of `fit`, run by run, up to rounding.
+They see the same rows in the same order, so they share every batch and their weights are stacked in one tensor; each
+has its own learning rate, schedule, scale, clipping and penalty. The results are those of `fit`, run by run, up to
+rounding.
 Dimension key: K configurations, B rows of a step, H hard negatives of a row, X = B * (1 + H) texts (titles, negative 1
 of all rows, …), C = X candidates, E embedding, V/T image/text feature width.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -34,38 +36,39 @@ class Projections(NamedTuple):
 
 
 def group_configurations(configs: Sequence[Config], pairs: FeatureSplit) -> list[list[int]]:
-    """Return the places of configurations that can be trained together: one batch size, seed and loss.
+    """Return groups of indices of configurations that train together: they have one batch size, seed and loss.
 
-    A group's logits are at most `MAX_LOGITS`; a configuration whose own are more is left out, for `fit` to train.
+    The logits of a group are at most `MAX_LOGITS`. A configuration whose own logits are more is in no group; `fit`
+    trains it.
     """
     texts = 1 if pairs.negative_row_NH is None else 1 + pairs.negative_row_NH.shape[1]
     limit = MAX_LOGITS[pairs.device.type]
-    groups: dict[tuple[object, ...], list[list[int]]] = {}
-    for place, cfg in enumerate(configs):
-        most = limit // (cfg.batch_size**2 * texts)
-        if not most:
+    groups_by_key: dict[tuple[object, ...], list[list[int]]] = {}
+    for index, cfg in enumerate(configs):
+        max_members = limit // (cfg.batch_size**2 * texts)
+        if not max_members:
             continue
         key = (cfg.batch_size, cfg.seed, cfg.loss, cfg.duplicates, cfg.hardness)
-        parts = groups.setdefault(key, [[]])
-        if len(parts[-1]) == most:
-            parts.append([])
-        parts[-1].append(place)
-    return [part for parts in groups.values() for part in parts]
+        groups = groups_by_key.setdefault(key, [[]])
+        if len(groups[-1]) == max_members:
+            groups.append([])
+        groups[-1].append(index)
+    return list(chain.from_iterable(groups_by_key.values()))
 
 
 def train_together(base: Projections, pairs: FeatureSplit, configs: Sequence[Config],
                    precision: torch.dtype) -> Projections:
     """Return the weights [K, …] after training each of `configs`, which form a group, from `base` on `pairs`."""
-    order = sorted(range(len(configs)), key=lambda place: -configs[place].epochs)
-    sorted_configs = [configs[place] for place in order]
+    order = sorted(range(len(configs)), key=lambda index: -configs[index].epochs)
+    sorted_configs = [configs[index] for index in order]
     trained = _train_sorted(base, pairs, sorted_configs, precision)
-    back_K = torch.tensor(order, device=trained.image_KEV.device).argsort()
-    return Projections(*(weight_K[back_K] for weight_K in trained))
+    inverse_K = torch.tensor(order, device=trained.image_KEV.device).argsort()
+    return Projections(trained.image_KEV[inverse_K], trained.text_KET[inverse_K])
 
 
 def _train_sorted(base: Projections, pairs: FeatureSplit, configs: Sequence[Config],
                   precision: torch.dtype) -> Projections:
-    """Do `train_together` for configurations by descending epochs: those that train on are always the first ones."""
+    """Do `train_together` for configurations by descending epochs: the ones still training are always the first."""
     first = configs[0]
     objective = Objective(first.loss, first.duplicates, first.hardness)
     weights = Projections(*(weight.expand(len(configs), *weight.shape).clone() for weight in base))
@@ -85,9 +88,10 @@ def _train_sorted(base: Projections, pairs: FeatureSplit, configs: Sequence[Conf
 
 
 class _Embeddings:
-    """Embeddings [K, B, E] of features [B, V], of length `scale_K`, and their gradient back to the weights.
+    """Embeddings [K, B, E] of features [B, V], of length `scale_K`, and the chain rule from them to the weights.
 
-    Written out, as autograd would take more passes over them and another for every scale. Products are in `precision`.
+    The gradient is written out: autograd would take more passes over the embeddings, and another one for the scale.
+    Products are in `precision`.
     """
 
     def __init__(self, weight_KEV: Tensor, features_BV: Tensor, scale_K: Tensor, precision: torch.dtype) -> None:
@@ -110,16 +114,16 @@ class _Embeddings:
         return penalty_KEV.add_(torch.bmm(grad_KEB, self.features_KBV))
 
 
-def project(weight_KEV: Tensor, features_BV: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
-    """Return unit embeddings [K, B, E], in fp32; the products are in `precision`."""
-    return _Embeddings(weight_KEV, features_BV, torch.ones(len(weight_KEV)).to(weight_KEV.device), precision).scaled_KBE
+def project(weight_KEV: Tensor, features_BV: Tensor) -> Tensor:
+    """Return unit embeddings [K, B, E] in fp32."""
+    one_K = torch.ones(len(weight_KEV)).to(weight_KEV.device)
+    return _Embeddings(weight_KEV, features_BV, one_K, torch.float32).scaled_KBE
 
 
 @torch.no_grad()
 def gradients(objective: Objective, weights: Projections, features: Features, scale_K: Tensor, precision: torch.dtype,
               penalties: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return for images and texts the gradient of the loss that `global_batch_loss` gives, plus that of the penalties.
-    """
+    """Return the gradients of both weights: those of the loss of `global_batch_loss`, plus `penalties`."""
     text_XT = features.title_BT
     title_ids, image_ids = [features.title_id_B], [features.image_id_B]
     if features.negative_BHT is not None and features.negative_id_BH is not None:
@@ -133,15 +137,18 @@ def gradients(objective: Objective, weights: Projections, features: Features, sc
     logits_KBC = torch.bmm(image.scaled_KBE, text.scaled_KBE.transpose(1, 2))
     if objective.loss == "symmetric":
         images = Candidates(image.scaled_KBE, titles.title_id_C[:rows], titles.image_id_C[:rows])
+        # Text to image: the transposed logits of the titles alone. A copy, as both directions overwrite their logits.
         back_KBB = logits_KBC[:, :, :rows].transpose(1, 2).clone()
         back_KBB = logit_gradient(replace(objective, hardness=0.0), back_KBB, images, image.scale_K11)
-        logits_KBC = logit_gradient(objective, logits_KBC, titles, image.scale_K11)
-        logits_KBC[:, :, :rows] += back_KBB.transpose(1, 2)
-        logits_KBC /= 2 * rows
+        grad_KBC = logit_gradient(objective, logits_KBC, titles, image.scale_K11)
+        grad_KBC[:, :, :rows] += back_KBB.transpose(1, 2)
+        grad_KBC /= 2 * rows
     else:
-        logits_KBC = logit_gradient(objective, logits_KBC, titles, image.scale_K11).div_(rows)
-    return [image.weight_gradient(torch.bmm(logits_KBC, text.scaled_KBE), penalties[0]),
-            text.weight_gradient(torch.bmm(logits_KBC.transpose(1, 2), image.scaled_KBE), penalties[1])]
+        grad_KBC = logit_gradient(objective, logits_KBC, titles, image.scale_K11).div_(rows)
+    image_grad_KBE = torch.bmm(grad_KBC, text.scaled_KBE)
+    image_weight_grad_KEV = image.weight_gradient(image_grad_KBE, penalties[0])
+    text_grad_KCE = torch.bmm(grad_KBC.transpose(1, 2), image.scaled_KBE)
+    return [image_weight_grad_KEV, text.weight_gradient(text_grad_KCE, penalties[1])]
 
 
 def logit_gradient(objective: Objective, logits_KBC: Tensor, candidates: Candidates, scale_K11: Tensor) -> Tensor:
@@ -151,9 +158,10 @@ def logit_gradient(objective: Objective, logits_KBC: Tensor, candidates: Candida
     objective.harden(logits_KBC, target_BC, scale_K11)
     logits_KBC += ignored_BC * IGNORED_LOGIT  # costs a fifth of masked_fill_
     loss = LOSSES[objective.loss]
-    if loss is info_nce:
+    if loss is info_nce:  # in closed form; autograd would keep another [K, B, C]
         return torch.softmax(logits_KBC, -1).sub_(target_BC)
-    targets, ignored = (part_BC.expand(count, *part_BC.shape).flatten(0, 1) for part_BC in (target_BC, ignored_BC))
+    targets = target_BC.expand(count, *target_BC.shape).flatten(0, 1)
+    ignored = ignored_BC.expand(count, *ignored_BC.shape).flatten(0, 1)
     logits = logits_KBC.flatten(0, 1).requires_grad_()
     with torch.enable_grad():
         return torch.autograd.grad(loss(logits, targets, ignored), logits)[0].view_as(logits_KBC)
@@ -161,11 +169,11 @@ def logit_gradient(objective: Objective, logits_KBC: Tensor, candidates: Candida
 
 @dataclass
 class _RunState:
-    """The weights of one configuration and their moments, views of no other's."""
+    """One configuration's weights and AdamW's state of them, images first."""
 
     cfg: Config
-    units: list[float]  # of the learning rates
-    weights: list[Tensor]
+    units: list[float]  # that the learning rate is multiplied by
+    weights: list[Tensor]  # views of this configuration's rows of the stacked weights
     means: list[Tensor]
     squares: list[Tensor]
     steps: list[Tensor]
@@ -179,17 +187,19 @@ class _BatchedAdamW:
         base_units = [weight_unit(weight) for weight in base] if any(cfg.relative for cfg in configs) else []
         for run, cfg in enumerate(configs):
             own = [weight_K[run] for weight_K in weights]
-            means, squares = ([torch.zeros_like(weight) for weight in own] for _ in range(2))
+            means = [torch.zeros_like(weight) for weight in own]
+            squares = [torch.zeros_like(weight) for weight in own]
             steps = [torch.zeros((), device=weight.device) for weight in own]
             units = base_units if cfg.relative else [1.0] * len(own)
             self.runs.append(_RunState(cfg, units, own, means, squares, steps))
         self.strengths: list[Tensor] = []  # [K, 1, 1], of the gradient of L2-SP; empty where all are 0
         self.pulls: list[Tensor] = []  # [K, E, V] or [K, E, T]: the base's weights times -strength
-        for place, weight in enumerate(base if any(cfg.l2_sp for cfg in configs) else ()):
-            strengths = [2 * run.cfg.l2_sp / run.units[place]**2 for run in self.runs]
+        for side, weight in enumerate(base if any(cfg.l2_sp for cfg in configs) else ()):
+            strengths = [2 * run.cfg.l2_sp / run.units[side]**2 for run in self.runs]
             self.strengths.append(torch.tensor(strengths, device=weight.device)[:, None, None])
             self.pulls.append(weight * -self.strengths[-1])
-        self.buffers = list(map(torch.empty_like, self.pulls))  # pages of new ones would cost as much as the sums
+        # Allocated once: the page faults of new tensors would take as long as the sums written to them.
+        self.buffers = [torch.empty_like(pull) for pull in self.pulls]
 
     def penalties(self, weights: Projections) -> list[Tensor | None]:
         """Return the gradients of L2-SP at the weights of the first configurations."""
@@ -210,12 +220,11 @@ class _BatchedAdamW:
         skipped_K = (~norm_K.isfinite()).float()
         for number, (run, rate) in enumerate(zip(self.runs, rates, strict=False)):
             clip_norm = run.cfg.clip_norm
-            shrink = ((norm_K[number] + 1e-6) / clip_norm).clamp(min=1) if clip_norm else None
-            own = [grad_K[number] for grad_K in grads]
-            for unit in set(run.units):  # one call for all weights of one unit
-                at = [place for place, other in enumerate(run.units) if other == unit]
-                weights, grad, means, squares, steps = ([part[place] for place in at] for part in (
-                    run.weights, own, run.means, run.squares, run.steps))
-                adamw(weights, grad, means, squares, [], steps, fused=True, grad_scale=shrink,
+            grad_scale = ((norm_K[number] + 1e-6) / clip_norm).clamp(min=1) if clip_norm else None
+            for unit in set(run.units):  # one call for all weights with one learning rate
+                sides = [side for side, other in enumerate(run.units) if other == unit]
+                adamw([run.weights[side] for side in sides], [grads[side][number] for side in sides],
+                      [run.means[side] for side in sides], [run.squares[side] for side in sides], [],
+                      [run.steps[side] for side in sides], fused=True, grad_scale=grad_scale,
                       found_inf=skipped_K[number], amsgrad=False, beta1=0.9, beta2=0.999, lr=rate * unit,
                       weight_decay=run.cfg.weight_decay, eps=1e-8, maximize=False)

@@ -1,8 +1,8 @@
-"""`--recipe auto`: choose by cross-validation how to tune the projections, or that they stay as they are.
+"""`--recipe auto`: choose by cross-validation how to tune the projections, or to leave them as they are.
 
 Candidates are the base itself, two training runs at several shares between base and tuned, and canonical correlation at
-several weights. Each is scored by the held-out likelihood of the right partner; of all that are as good as the best up
-to chance, the one nearest to the base is taken.
+several weights. Each is scored by the held-out likelihood of the right partner. Of the candidates that chance alone
+could put behind the best, the one nearest to the base is chosen.
 Dimension key: C candidates, K runs, N pairs, H held-out pairs, S scales, E embedding, V/T image/text feature width
 (D for either).
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,16 +25,18 @@ from engine.config.fields import Config
 from engine.ranks.world import World
 from engine.sweep.batched import Projections, project, train_together
 from engine.sweep.cca import cca_projections, joined_sides
+from engine.sweep.trials import divide_among_ranks
 
 RATES = (0.00375, 0.0375)  # learning rates, in standard deviations of a pretrained projection
 SHARES = (0.25, 0.5, 0.75, 1.0)  # between base and tuned
 CCA_WEIGHTS = (0.1, 0.25, 0.5, 0.75)
 L2_SP = 6.4e-5  # in the same unit: .01 where the weights' standard deviation is .08
-BATCH, EPOCHS, STEPS = 128, 40, 640
-SHARP, SCALES = 20.0, (10.0, 30.0)  # the loss's scale: the second where the base's own best one is above SHARP
-SCALE_GRID = tuple(0.05 * 1.4**step for step in range(25))  # the smallest makes every model's answer a guess
+BATCH, EPOCHS, STEPS = 128, 40, 640  # pairs a step at least; epochs and steps at most
+SHARP = 20.0  # a base whose best scale is above this is trained at SHARP_SCALE, any other at SOFT_SCALE
+SOFT_SCALE, SHARP_SCALE = 10.0, 30.0
+SCALE_GRID = tuple(0.05 * 1.4**step for step in range(25))  # at the smallest, all answers are about equally likely
 RUN_SETTINGS = ("lr", "relative", "l2_sp", "scale", "loss", "batch_size", "epochs", "schedule", "interpolate")
-LARGE, HELD_OUT = 3_000, 2_000  # above LARGE pairs, one part of at most HELD_OUT is held out
+LARGE, HELD_OUT = 3_000, 2_000  # above LARGE pairs there is one fold, which holds out at most HELD_OUT
 
 
 class Candidate(NamedTuple):
@@ -49,11 +50,14 @@ class Candidate(NamedTuple):
         """Return a few words for tables."""
         if self.kind == "run":
             return f"training at rate {self.rate:g}, {self.share:.0%} of the way"
-        return f"canonical correlation, weight {self.share:g}" if self.kind == "cca" else "base model"
+        if self.kind == "cca":
+            return f"canonical correlation, weight {self.share:g}"
+        return "base model"
 
 
 BASE = Candidate("base")
-LEAVE_BASE = 2.0  # standard errors by which a candidate has to beat the base
+MIN_GAIN = 2.0  # standard errors by which a candidate has to beat the base
+# In the order in which `held_out_embeddings` yields them; the base is the first.
 CANDIDATES = (BASE, *(Candidate("run", rate, share) for rate in RATES for share in SHARES),
               *(Candidate("cca", 0.0, weight) for weight in CCA_WEIGHTS))
 
@@ -87,27 +91,26 @@ class Choice:
 class HeldOutScores(NamedTuple):
     """The losses of the candidates on one fold."""
 
-    row_N: Tensor  # row numbers of the held-out pairs, [H]
+    row_H: Tensor  # row numbers of the held-out pairs
     loss_CSH: Tensor  # negative log likelihood of the right partner, mean of both ways, at each scale
     change_C: Tensor  # mean absolute change of a cosine against the base
 
 
 def choose(base: Projections, pairs: FeatureSplit, cfg: Config, precision: torch.dtype, world: World) -> Choice:
-    """Return the choice for `pairs`. The ranks of `world` share the folds; their number changes no result."""
-    parts = split_pairs(pairs, cfg.seed)
-    own = {}
-    for number in range(world.rank, len(parts), world.size):
-        seed, fold = parts[number]
-        own[number] = score_fold(base, fold, replace(cfg, seed=seed), precision)
-    results: dict[int, HeldOutScores] = {}
-    for results_of_rank in world.exchange(own):
-        results |= results_of_rank
+    """Return the choice for `pairs`. The folds are divided among the ranks of `world`."""
+    seeded_folds = split_pairs(pairs, cfg.seed)
+
+    def score(number: int) -> HeldOutScores:
+        seed, fold = seeded_folds[number]
+        return score_fold(base, fold, replace(cfg, seed=seed), precision)
+
+    scores = divide_among_ranks(world, len(seeded_folds), score)
     unit_N = torch.from_numpy(components(pairs.title_row_N.cpu().numpy(), pairs.image_row_N.cpu().numpy()))
-    return pick([results[number] for number in range(len(parts))], unit_N)
+    return pick(scores, unit_N)
 
 
 def split_pairs(pairs: FeatureSplit, seed: int) -> list[tuple[int, Fold]]:
-    """Return seeds and folds: 5 folds twice up to 150 pairs, 5 below 300, 3 up to 3,000, above that one held-out part.
+    """Return folds with their seeds: 5 folds twice up to 150 pairs, 5 below 300, 3 up to 3,000, above that one fold.
 
     Raises UserError for too few pairs.
     """
@@ -115,6 +118,7 @@ def split_pairs(pairs: FeatureSplit, seed: int) -> list[tuple[int, Fold]]:
     try:
         if rows > LARGE:
             fold = hold_out(pairs, -(-rows // HELD_OUT), seed)
+            # A run of STEPS steps sees no more pairs than these.
             drawn_N = torch.randperm(len(fold.train), generator=torch.Generator().manual_seed(seed))[:BATCH * STEPS]
             return [(seed, fold._replace(train=take_rows(fold.train, drawn_N.sort()[0])))]
         seeds = [seed, seed + 1_000] if rows <= 150 else [seed]
@@ -125,8 +129,8 @@ def split_pairs(pairs: FeatureSplit, seed: int) -> list[tuple[int, Fold]]:
 
 
 def run_settings(cfg: Config, rate: float, rows: int, scale: float) -> Config:
-    """Return the settings of a training run on so many pairs; its steps are at most STEPS, however many there are."""
-    batch = min(max(BATCH, -(-rows // STEPS)), rows)
+    """Return the settings of a training run on `rows` pairs, which takes at most STEPS steps."""
+    batch = min(max(BATCH, -(-rows // STEPS)), rows)  # larger batches where an epoch would take more steps
     epochs = max(1, min(EPOCHS, STEPS // -(-rows // batch)))
     return replace(cfg, lr=rate, relative=True, l2_sp=L2_SP, scale=scale, loss="symmetric", batch_size=batch,
                    epochs=epochs, schedule="linear", warmup=0.0)
@@ -134,9 +138,10 @@ def run_settings(cfg: Config, rate: float, rows: int, scale: float) -> Config:
 
 def loss_scale(base: Projections, pairs: FeatureSplit) -> float:
     """Return the scale of the loss for a base model, by the scale at which it gives these pairs the best likelihood."""
-    some = take_rows(pairs, torch.arange(min(len(pairs), HELD_OUT)))
-    loss_SH = partner_losses(similarities(base, some), repeats(some))
-    return SCALES[SCALE_GRID[int(loss_SH.mean(1).argmin())] > SHARP]
+    first_pairs = take_rows(pairs, torch.arange(min(len(pairs), HELD_OUT)))
+    loss_SH = partner_losses(similarities(base, first_pairs), repeats(first_pairs))
+    best_scale = SCALE_GRID[int(loss_SH.mean(1).argmin())]
+    return SHARP_SCALE if best_scale > SHARP else SOFT_SCALE
 
 
 @torch.no_grad()
@@ -154,20 +159,20 @@ def score_fold(base: Projections, fold: Fold, cfg: Config, precision: torch.dtyp
 
 def held_out_embeddings(base: Projections, fold: Fold, cfg: Config,
                         precision: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield for each of CANDIDATES, in order, the embeddings of a fold's held-out images and titles, of any length.
+    """Yield for each of CANDIDATES, in order, the embeddings of a fold's held-out images and titles, not normalised.
 
-    They are those of `candidate_weights`, whose weights are not made: a mixture's outputs are the mixture of outputs.
+    They are those of `candidate_weights`. A candidate between base and tuned needs no weights of its own: outputs are
+    linear in the weights, so its outputs lie between those of base and tuned.
     """
     features = fold.held.features(torch.arange(len(fold.held)))
     inputs = features.image_BV.float(), features.title_BT.float()
     before = [input_HD @ weight.T for input_HD, weight in zip(inputs, base, strict=True)]
     yield before[0], before[1]
     runs = train_runs(base, fold.train, RATES, cfg, precision)
-    for place in range(len(RATES)):
-        after = [input_HD @ weight_K[place].T for input_HD, weight_K in zip(inputs, runs, strict=True)]
+    for run in range(len(RATES)):
+        after = [input_HD @ weight_K[run].T for input_HD, weight_K in zip(inputs, runs, strict=True)]
         for share in SHARES:
-            image_HE, title_HE = map(partial(torch.lerp, weight=share), before, after)
-            yield image_HE, title_HE
+            yield torch.lerp(before[0], after[0], share), torch.lerp(before[1], after[1], share)
     yield from joined_sides(base, fold.train).embed(CCA_WEIGHTS, *inputs)
 
 
@@ -175,7 +180,8 @@ def train_runs(base: Projections, pairs: FeatureSplit, rates: Sequence[float], c
                precision: torch.dtype) -> Projections:
     """Return the weights [K, …] of a run on `pairs` at each rate."""
     scale = loss_scale(base, pairs)
-    return train_together(base, pairs, [run_settings(cfg, rate, len(pairs), scale) for rate in rates], precision)
+    configs = [run_settings(cfg, rate, len(pairs), scale) for rate in rates]
+    return train_together(base, pairs, configs, precision)
 
 
 def candidate_weights(base: Projections, pairs: FeatureSplit, cfg: Config, precision: torch.dtype,
@@ -185,9 +191,9 @@ def candidate_weights(base: Projections, pairs: FeatureSplit, cfg: Config, preci
         return base
     if candidate.kind == "cca":
         return cca_projections(base, pairs, candidate.share)
-    runs = train_runs(base, pairs, [candidate.rate], cfg, precision)
-    return Projections(*(torch.lerp(before, tuned_K[0], candidate.share)
-                         for before, tuned_K in zip(base, runs, strict=True)))
+    tuned = train_runs(base, pairs, [candidate.rate], cfg, precision)
+    return Projections(torch.lerp(base.image_KEV, tuned.image_KEV[0], candidate.share),
+                       torch.lerp(base.text_KET, tuned.text_KET[0], candidate.share))
 
 
 @torch.no_grad()
@@ -200,7 +206,7 @@ def similarities(weights: Projections, pairs: FeatureSplit) -> Tensor:
 
 
 def repeats(pairs: FeatureSplit) -> Tensor:
-    """Return which other rows have a row's own image or title, bool [N, N]: they are no wrong answers."""
+    """Return which other rows have a row's own image or title, bool [N, N]: these are not wrong answers."""
     features = pairs.training_features(torch.arange(len(pairs)))
     image_N, title_N = features.image_id_B, features.title_id_B
     same_NN = (image_N[:, None] == image_N) | (title_N[:, None] == title_N)
@@ -210,7 +216,7 @@ def repeats(pairs: FeatureSplit) -> Tensor:
 def partner_losses(cosine_HH: Tensor, repeat_HH: Tensor) -> Tensor:
     """Return the negative log likelihood of each row's right partner, mean of both ways, at each scale [S, H]."""
     own_H = cosine_HH.diagonal()
-    cosine_HH = cosine_HH.masked_fill(repeat_HH, -1e4)  # no part of a sum at any scale
+    cosine_HH = cosine_HH.masked_fill(repeat_HH, -1e4)  # its exp is 0 at every scale of the grid
     losses = []
     for scale in SCALE_GRID:
         logits_HH = cosine_HH * scale
@@ -222,49 +228,57 @@ def partner_losses(cosine_HH: Tensor, repeat_HH: Tensor) -> Tensor:
 def pick(scores: Sequence[HeldOutScores], unit_N: Tensor) -> Choice:
     """Return the choice by the scores of all folds; rows with equal numbers in `unit_N` are not independent.
 
-    The scale of each candidate is the one with the best likelihood over all held-out rows. A candidate is as good as
-    the best if it is worse by at most one standard error of the paired difference (Breiman et al. 1984,
-    "Classification and Regression Trees", section 3.4.3); of those the nearest to the base is taken, and it has to beat
-    the base itself by two, as the best of twelve is partly luck.
+    The scale of each candidate is the one with the best likelihood over all held-out rows. A candidate counts as good
+    as the best if it is worse by at most one standard error of the paired difference (Breiman et al. 1984,
+    "Classification and Regression Trees", section 3.4.3). The nearest of these to the base is chosen if it beats the
+    base by MIN_GAIN standard errors, more than one because it was picked among twelve.
     """
-    row_H = torch.cat([part.row_N for part in scores])
+    row_H = torch.cat([part.row_H for part in scores])
     loss_CSH = torch.cat([part.loss_CSH for part in scores], 2).double()
     scales, losses = zip(*map(at_best_scale, loss_CSH), strict=True)
     loss_CH = torch.stack(losses)
-    weight = torch.tensor([len(part.row_N) for part in scores], dtype=torch.float64)
-    change_C = torch.stack([part.change_C for part in scores], 1).double() @ weight / weight.sum()
+    fold_size = torch.tensor([len(part.row_H) for part in scores], dtype=torch.float64)
+    change_C = torch.stack([part.change_C for part in scores], 1).double() @ fold_size / fold_size.sum()
     mean_C = loss_CH.mean(1)
     best = int(mean_C.argmin())
     error_C = standard_error(loss_CH - loss_CH[best], unit_N[row_H])
-    good = [place for place in range(1, len(CANDIDATES)) if mean_C[place] - mean_C[best] <= error_C[place]]
-    chosen = min(good, key=lambda place: float(change_C[place]), default=0)
-    gain_H = loss_CH[0] - loss_CH[chosen]  # of the chosen one over the base, which is the first candidate
-    if gain_H.mean() <= LEAVE_BASE * standard_error(gain_H[None], unit_N[row_H])[0]:
+    good = [index for index in range(1, len(CANDIDATES)) if mean_C[index] - mean_C[best] <= error_C[index]]
+    chosen = min(good, key=lambda index: float(change_C[index]), default=0)
+    gain_H = loss_CH[0] - loss_CH[chosen]  # over the base, which is the first candidate
+    if gain_H.mean() <= MIN_GAIN * standard_error(gain_H[None], unit_N[row_H])[0]:
         chosen = 0
-    curve = []
-    for place, candidate in enumerate(CANDIDATES):
-        curve.append({"candidate": candidate.describe(), "held_out_loss": float(mean_C[place]),
-                      "worse_than_best": float(mean_C[place] - mean_C[best]), "standard_error": float(error_C[place]),
-                      "scale": scales[place], "change": float(change_C[place])})
+    curve: list[dict[str, Any]] = []
+    for index, candidate in enumerate(CANDIDATES):
+        curve.append({
+            "candidate": candidate.describe(),
+            "held_out_loss": float(mean_C[index]),
+            "worse_than_best": float(mean_C[index] - mean_C[best]),
+            "standard_error": float(error_C[index]),
+            "scale": scales[index],
+            "change": float(change_C[index]),
+        })
     return Choice(CANDIDATES[chosen], curve, CANDIDATES[best])
 
 
 def at_best_scale(loss_SH: Tensor) -> tuple[float, Tensor]:
-    """Return the scale with the smallest mean loss and the losses at it, by a parabola through three of the grid."""
+    """Return the scale with the smallest mean loss and the losses at it, [H].
+
+    It lies at the lowest point of a parabola through the best scale of the grid and its neighbours.
+    """
     mean_S = loss_SH.mean(1)
-    place = int(mean_S.argmin())
-    if place in (0, len(mean_S) - 1):
-        return SCALE_GRID[place], loss_SH[place]
-    before, here, after = mean_S[place - 1:place + 2].tolist()
-    bend = before - 2 * here + after
-    offset = (before - after) / (2 * bend) if bend > 0 else 0.0
-    weights = (offset * (offset - 1) / 2, 1 - offset**2, offset * (offset + 1) / 2)
-    mixed_H = sum(weight * loss_SH[place - 1 + step] for step, weight in enumerate(weights))
-    return SCALE_GRID[place] * (SCALE_GRID[1] / SCALE_GRID[0])**offset, torch.as_tensor(mixed_H)
+    best = int(mean_S.argmin())
+    if best in (0, len(mean_S) - 1):
+        return SCALE_GRID[best], loss_SH[best]
+    before, here, after = mean_S[best - 1:best + 2].tolist()
+    curvature = before - 2 * here + after
+    offset = (before - after) / (2 * curvature) if curvature > 0 else 0.0  # in steps of the grid, -.5 to .5
+    weights = (offset * (offset - 1) / 2, 1 - offset**2, offset * (offset + 1) / 2)  # Lagrange's interpolation
+    mixed_H = sum(weight * loss_SH[best - 1 + step] for step, weight in enumerate(weights))
+    return SCALE_GRID[best] * (SCALE_GRID[1] / SCALE_GRID[0])**offset, torch.as_tensor(mixed_H)
 
 
 def standard_error(value_CH: Tensor, unit_H: Tensor) -> Tensor:
-    """Return the standard error of the mean of each row of values, whose columns are independent between units."""
+    """Return the standard error of the mean of each row; only columns of different units are independent."""
     residual_CH = value_CH - value_CH.mean(1, keepdim=True)
     sums_CU = torch.zeros(len(value_CH), int(unit_H.max()) + 1, dtype=value_CH.dtype).index_add_(1, unit_H, residual_CH)
     units = len(unit_H.unique())

@@ -1,4 +1,4 @@
-"""Weights between base and tuned, which often keep the gain of tuning and lose less of the base model's abilities.
+"""Weights between base and tuned, which often keep the gain of tuning and forget less of what the base model could do.
 
 Source: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models" (WiSE-FT, arXiv 2109.01903).
 """
@@ -38,10 +38,10 @@ def blend(parameters: Mapping[str, nn.Parameter], base: Mapping[str, Tensor], tu
 
 def interpolate(parameters: Mapping[str, nn.Parameter], base: Mapping[str, Tensor], wanted: str,
                 score: Callable[[], Metrics], metric: str) -> dict[str, Any]:
-    """Measure points between base and tuned, and leave `parameters` at `wanted`: a number, or `auto`.
+    """Measure points between base and tuned, and leave `parameters` at the alpha `wanted`: a number, or `auto`.
 
     `auto` takes the alpha with the highest `metric` on the first split of `score()`; of equal ones the smallest.
-    Returns {"alpha": the one taken, "chosen_on": split or None, "curve": [{"alpha": a, split: {metric: value}}]}.
+    Returns {"alpha": final alpha, "chosen_on": split or None, "curve": [{"alpha": a, split: {metric: value}}]}.
     """
     tuned = snapshot(parameters)
     scores = {}

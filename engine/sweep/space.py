@@ -72,9 +72,9 @@ def _values(text: str, kind: type) -> Range | Choices:
 
 
 def configurations(cfg: Config) -> list[Settings]:
-    """Return {} (the settings as given), then every combination of --space, or --trials drawn by --seed.
+    """Return {} (the settings as given), then every combination of --space, or --trials of them, drawn by --seed.
 
-    More --trials extend fewer ones. Raises UserError for a combination that cannot work.
+    The first N of a larger --trials are those of --trials N. Raises UserError for a combination that cannot work.
     """
     if cfg.recipe == "auto":
         raise UserError("--recipe auto searches by itself; use it with train, or leave it out of the sweep")
@@ -107,16 +107,20 @@ def _grid(space: Mapping[str, Range | Choices]) -> Iterator[Settings]:
 
 def _drawn(space: Mapping[str, Range | Choices], trials: int, seed: int) -> Iterator[Settings]:
     """Yield `trials` distinct combinations, fewer when the space has fewer."""
-    rng, stale = random.Random(seed), 0
+    rng = random.Random(seed)
+    repeats = 0
     seen: set[tuple[object, ...]] = set()
-    while len(seen) < trials and stale < PATIENCE:
-        settings = {name: values.draw(rng) if isinstance(values, Range) else rng.choice(values)
-                    for name, values in space.items()}
+    while len(seen) < trials and repeats < PATIENCE:
+        settings = {}
+        for name, values in space.items():
+            settings[name] = values.draw(rng) if isinstance(values, Range) else rng.choice(values)
         key = tuple(settings.values())
-        stale = stale + 1 if key in seen else 0
-        if key not in seen:
-            seen.add(key)
-            yield settings
+        if key in seen:
+            repeats += 1
+            continue
+        repeats = 0
+        seen.add(key)
+        yield settings
 
 
 def describe_settings(settings: Mapping[str, object]) -> str:

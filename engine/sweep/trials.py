@@ -1,4 +1,4 @@
-"""The runs of a sweep, which train the head from stored features, and the journal of their scores.
+"""The training runs of a sweep, which start from stored features, and the journal of their scores.
 
 A run takes milliseconds because features are constants, so every configuration is cross-validated and repeated.
 """
@@ -32,6 +32,7 @@ from engine.train import Callbacks, Replica, fit
 SEED_STRIDE = 1_000  # between the seeds of repeats, so that no two epochs share an order
 
 Measured = TypeVar("Measured")
+Result = TypeVar("Result")
 Trial = dict[str, Any]  # a line of sweep.jsonl: settings, identity, what `eval.leaderboard` returns of the scores
 
 
@@ -44,85 +45,103 @@ class Run(NamedTuple):
     row_N: Tensor  # row numbers of the held-out pairs
 
 
+def divide_among_ranks(world: World, count: int, compute: Callable[[int], Result]) -> list[Result]:
+    """Return [compute(0), …, compute(count - 1)] on every rank; each item is computed by one rank alone.
+
+    So the number of ranks changes no result.
+    """
+    own = {number: compute(number) for number in range(world.rank, count, world.size)}
+    results: dict[int, Result] = {}
+    for results_of_rank in world.exchange(own):
+        results |= results_of_rank
+    return [results[number] for number in range(count)]
+
+
 class Tuner:
     """Trains the head any number of times, each time from the base weights and without other ranks.
 
     `batches(pairs, batch size, seed)` makes the batches of a run.
     """
 
-    def __init__(self, parts: LoadedModel, batches: Callable[[FeatureSplit, int, int], Batches]) -> None:
-        self.parts, self.batches, self.base = parts, batches, snapshot(parts.trainable)
-        self.world = World(0, 0, 1, next(parts.head.parameters()).device)
+    def __init__(self, model: LoadedModel, batches: Callable[[FeatureSplit, int, int], Batches]) -> None:
+        self.model, self.batches, self.base = model, batches, snapshot(model.trainable)
+        self.world = World(0, 0, 1, next(model.head.parameters()).device)
 
     def reset(self) -> None:
         """Restore the base weights."""
-        blend(self.parts.trainable, self.base, self.base, 0.0)
+        blend(self.model.trainable, self.base, self.base, 0.0)
 
     def tune(self, cfg: Config, pairs: FeatureSplit, log: Log | None = None) -> None:
         """Train the head on `pairs` with the settings `cfg`, without evaluation and checkpoints."""
         self.reset()
-        self.parts.head.fixed_scale.fill_(cfg.scale)
-        optimizer = adamw(self.parts.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp, cfg.relative)
-        replica = Replica(self.parts.head, optimizer, self.world, self.parts.precision)
+        model = self.model
+        model.head.fixed_scale.fill_(cfg.scale)
+        optimizer = adamw(model.trainable.values(), cfg.lr, cfg.weight_decay, cfg.l2_sp, cfg.relative)
+        replica = Replica(model.head, optimizer, self.world, model.precision)
         plan = Plan(len(pairs), cfg.batch_size, cfg.epochs)
         fit(replica, self.batches(pairs, cfg.batch_size, cfg.seed), plan, State(), cfg, Callbacks(log or NullLog()))
         if cfg.interpolate:
-            blend(self.parts.trainable, self.base, snapshot(self.parts.trainable), float(cfg.interpolate))
+            blend(model.trainable, self.base, snapshot(model.trainable), float(cfg.interpolate))
 
     def cross_validate(self, configs: Sequence[Config | None], runs: Sequence[Run],
                        measure: Callable[[FeatureSplit], Measured],
                        world: World) -> list[list[tuple[Tensor, Measured]]]:
         """Return for each configuration and run the row numbers held out and what `measure` returns for these pairs.
 
-        None measures the base model. Configurations of one run train together where they can; see `batched.py`. The
-        ranks of `world` share the runs; each run takes place in one process, so the number of ranks changes no result.
+        The configuration None is the base model. Configurations of one run train together where they can; see
+        `batched.py`. The runs are divided among the ranks of `world`.
         """
-        own_results: dict[int, list[Measured]] = {}
-        for number in range(world.rank, len(runs), world.size):
-            own_results[number] = self._measure_all(configs, runs[number], measure)
-        results: dict[int, list[Measured]] = {}
-        for results_of_rank in world.exchange(own_results):
-            results |= results_of_rank
-        return [[(run.row_N, results[number][place]) for number, run in enumerate(runs)]
-                for place in range(len(configs))]
+        def measure_run(number: int) -> list[Measured]:
+            return self._measure_all(configs, runs[number], measure)
+
+        measured = divide_among_ranks(world, len(runs), measure_run)
+        by_config: list[list[tuple[Tensor, Measured]]] = []
+        for index in range(len(configs)):
+            by_config.append([(run.row_N, results[index]) for run, results in zip(runs, measured, strict=True)])
+        return by_config
 
     def _measure_all(self, configs: Sequence[Config | None], run: Run,
                      measure: Callable[[FeatureSplit], Measured]) -> list[Measured]:
-        """Return what `measure` returns of the held-out pairs after each configuration was trained."""
+        """Return for each configuration what `measure` returns of the held-out pairs once it has been trained."""
         measured: dict[int, Measured] = {}
-        seeded = {place: replace(cfg, seed=run.seed) for place, cfg in enumerate(configs) if cfg is not None}
-        for places in self._groups(seeded, run.train):
-            weights = train_together(self._base_projections(), run.train, [seeded[place] for place in places],
-                                     self.parts.precision)
-            for member, place in enumerate(places):
-                self._set(Projections(*(weight_K[member] for weight_K in weights)), seeded[place])
-                measured[place] = measure(run.held_out)
-        for place, cfg in enumerate(configs):
-            if place in measured:
+        seeded = {index: replace(cfg, seed=run.seed) for index, cfg in enumerate(configs) if cfg is not None}
+        for group in self._groups(seeded, run.train):
+            members = [seeded[index] for index in group]
+            weights = train_together(self._base_projections(), run.train, members, self.model.precision)
+            for index, cfg, image_EV, text_ET in zip(group, members, *weights, strict=True):
+                self._load(Projections(image_EV, text_ET), cfg)
+                measured[index] = measure(run.held_out)
+        for index in range(len(configs)):
+            if index in measured:
                 continue
-            if cfg is None:
-                self.reset()
+            if index in seeded:
+                self.tune(seeded[index], run.train)
             else:
-                self.tune(seeded[place], run.train)
-            measured[place] = measure(run.held_out)
-        return [measured[place] for place in range(len(configs))]
+                self.reset()
+            measured[index] = measure(run.held_out)
+        return [measured[index] for index in range(len(configs))]
 
     def _groups(self, seeded: Mapping[int, Config], pairs: FeatureSplit) -> list[list[int]]:
-        """Return the places of configurations that train together; none where other weights than both projections do.
+        """Return groups of indices of configurations that train together, two or more each.
+
+        There are none unless exactly the two projections train.
         """
-        if {*self.parts.trainable} != {*PROJECTIONS}:
+        if {*self.model.trainable} != {*PROJECTIONS}:
             return []
-        places = [*seeded]
-        groups = group_configurations([seeded[place] for place in places], pairs)
-        return [[places[member] for member in group] for group in groups if len(group) > 1]
+        indices = [*seeded]
+        groups = []
+        for group in group_configurations([*seeded.values()], pairs):
+            if len(group) > 1:
+                groups.append([indices[member] for member in group])
+        return groups
 
     def _base_projections(self) -> Projections:
         return Projections(*(self.base[name] for name in PROJECTIONS))
 
-    def _set(self, weights: Projections, cfg: Config) -> None:
+    def _load(self, weights: Projections, cfg: Config) -> None:
         """Give the head trained weights, at the configuration's share between base and tuned."""
         tuned = dict(zip(PROJECTIONS, weights, strict=True))
-        blend(self.parts.trainable, self.base, tuned, float(cfg.interpolate or 1))
+        blend(self.model.trainable, self.base, tuned, float(cfg.interpolate or 1))
 
 
 class Journal:

@@ -240,16 +240,15 @@ class Lookup:
     encode_document = encode_query
 
 
-@pytest.mark.parametrize("margin", [0.0, 0.1])
-def test_triplets_equal_sentence_transformers(margin: float) -> None:
+def test_triplets_equal_sentence_transformers() -> None:
     evaluation = pytest.importorskip("sentence_transformers.sentence_transformer.evaluation")
     n = 500
     image, title, negative = quantised(n, 5, 1) + 0.5, quantised(n, 5, 2) + 0.5, quantised(n, 5, 3) + 0.5
     title[:40] = negative[:40]  # ties
     rows = [list(range(i * n, (i + 1) * n)) for i in range(3)]
-    evaluator = evaluation.TripletEvaluator(*rows, margin=margin)
+    evaluator = evaluation.TripletEvaluator(*rows)
     want = evaluator(Lookup(torch.cat([image, title, negative])))["cosine_accuracy"]
-    correct = triplet_correct(image, title, negative, margin, chunk=77)
+    correct = triplet_correct(image, title, negative, chunk=77)
     assert correct.dtype == torch.bool and not correct[:40].any()
     assert correct.double().mean().item() == pytest.approx(want, abs=1e-7)
     assert not len(triplet_correct(image[:0], title[:0], negative[:0]))

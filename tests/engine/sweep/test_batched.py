@@ -40,7 +40,7 @@ def tuner(tiny_model: Path) -> Tuner:
 
 
 def weights_of(tuner: Tuner) -> Projections:
-    return Projections(*(tuner.parts.trainable[name].detach().clone() for name in PROJECTIONS))
+    return Projections(*(tuner.model.trainable[name].detach().clone() for name in PROJECTIONS))
 
 
 @pytest.mark.parametrize("negatives", [0, 2])

@@ -31,6 +31,7 @@ MARK = ".thumbtune"
 GENERATOR = '<meta name="generator" content="thumbtune">'  # the mark of an HTML page
 LEFT_BEHIND = re.compile(r"\.(.+)-(\d+)(\.old)?", re.DOTALL)  # .NAME-PID being written or deleted; .old: to be replaced
 
+MAX_HOLE = 1 << 30  # bytes of a sparse file in a row that may never have been written
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
 KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -44,19 +45,53 @@ class NotAFile(OSError):
         super().__init__(errno.EINVAL, f"{kind}, not a regular file", str(path))
 
 
+class TooLarge(OSError):
+    """A file with more bytes than are read."""
+
+
+class Unfinished(TooLarge):
+    """A file of which a large part was never written, as an unfinished copy or download leaves it."""
+
+    def __init__(self, path: str | Path, size: int) -> None:
+        super().__init__(errno.EINVAL, f"{size:,} bytes in a row were never written; copy it again", str(path))
+
+
 def open_descriptor(path: str | Path) -> int:
-    """Return a descriptor to read a regular file, opened without waiting. Raises NotAFile, OSError."""
+    """Return a descriptor to read a regular file, opened without waiting. Raises NotAFile, Unfinished, OSError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.ENXIO:
             raise NotAFile(path, KINDS[stat.S_IFSOCK]) from None
         raise
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise NotAFile(path, KINDS.get(stat.S_IFMT(mode), "something else"))
+        raise NotAFile(path, KINDS.get(stat.S_IFMT(status.st_mode), "something else"))
+    if status.st_size > MAX_HOLE and (hole := _large_hole(descriptor, status.st_size)):
+        os.close(descriptor)
+        raise Unfinished(path, hole)
     return descriptor
+
+
+def _large_hole(descriptor: int, size: int) -> int:
+    """Return the bytes of a hole above MAX_HOLE in a file; 0 if there is none among its first 1,000."""
+    stop = 0
+    for _ in range(1000):
+        try:
+            start = os.lseek(descriptor, stop, os.SEEK_HOLE)
+        except OSError:  # a file system that knows no holes
+            break
+        try:
+            stop = os.lseek(descriptor, start, os.SEEK_DATA)
+        except OSError:  # ENXIO: no data behind it
+            stop = size
+        if stop - start > MAX_HOLE:
+            return stop - start
+        if stop >= size:
+            break
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return 0
 
 
 def open_regular(path: str | Path, buffering: int = io.DEFAULT_BUFFER_SIZE) -> io.BufferedReader:
@@ -117,16 +152,13 @@ def _unpack(file: io.BufferedReader, path: str) -> Generator[bytes]:
             raise OSError(errno.EIO, f"a damaged gzip file ({error})", path) from None
 
 
-class TooLarge(OSError):
-    """A file with more bytes than are read."""
-
-
 def read_regular(path: str | Path, most: int | None = None) -> bytes:
     """Return the bytes of a regular file. Raises NotAFile, OSError, TooLarge where it has more than `most`."""
     with open_regular(path) as file:
-        if most is None:
-            return file.read()
-        if (size := os.fstat(file.fileno()).st_size) > most or len(data := file.read(most + 1)) > most:
+        size = os.fstat(file.fileno()).st_size
+        limit = -1 if most is None else most + 1
+        data = b"" if most is not None and size > most else file.read(limit) or b""  # None: some of /proc would block
+        if most is not None and max(size, len(data)) > most:
             raise TooLarge(errno.EFBIG, f"{max(size, most + 1):,} bytes, {most:,} allowed", str(path))
         return data
 
@@ -139,9 +171,9 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested without end") from None
 
 
-def read_text(path: str | Path) -> str:
-    """Return the text of a regular file in UTF-8. Raises NotAFile, OSError, UnicodeDecodeError."""
-    return read_regular(path).decode("utf-8")
+def read_text(path: str | Path, most: int | None = None) -> str:
+    """Return the text of a regular file in UTF-8. Raises NotAFile, OSError, TooLarge, UnicodeDecodeError."""
+    return read_regular(path, most).decode("utf-8")
 
 
 def replace_text(path: Path, text: str) -> None:

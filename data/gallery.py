@@ -19,6 +19,7 @@ from torch import Tensor
 from data.batch import BadSample, UserError
 from data.catalogue import build_catalogue
 from data.cold import Encoders, encode_missing_images, encode_missing_titles, encode_titles
+from data.files import read_text
 from data.identity import distinct, keys_of_tokens
 from data.images.album import small_jpeg
 from data.images.decode import decode_image, tokenize
@@ -30,6 +31,7 @@ from data.store.features import FeatureStore
 from data.store.stat_cache import StatCache
 from data.titles import TokenLists, is_blank
 
+MAX_QUERIES = 1 << 26  # bytes of a file of titles to search for
 SIDE = 320  # pixels of the longer side of a preview
 
 
@@ -165,7 +167,7 @@ def read_queries(given: Sequence[str], file: str, image: str) -> list[str]:
     titles = list(given)
     if file:
         try:
-            titles += Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+            titles += read_text(Path(file).expanduser(), MAX_QUERIES).splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise UserError(f"--queries {file}: {reason}; give a text file with one title a line") from None

@@ -56,15 +56,20 @@ def pack(splits: Mapping[str, Rows], reader: Reader, out: Path, side: int,
 
 
 def links_out(splits: Mapping[str, Rows], folder: Path) -> list[str]:
-    """Return the images that are below a folder by their names, and through links outside it, as "NAME -> FILE"."""
+    """Return the files that are below a folder by their names, and through links outside it, as "NAME -> FILE".
+
+    Images, and the texts beside them.
+    """
     below, real = os.path.abspath(folder) + os.sep, os.path.realpath(folder) + os.sep
     outside = dict[str, None]()
     for rows in splits.values():
         for chunk in rows.image.chunks:
             for path in chunk.unique().to_pylist():
                 file = parse_reference(path)[0] if is_range(path) else path
-                if file.startswith(below) and not (target := os.path.realpath(file)).startswith(real):
-                    outside[f"{file[len(below):]} -> {target}"] = None
+                stem = os.path.splitext(file)[0]
+                for name in (file, *filter(os.path.islink, (f"{stem}.txt", f"{stem}.json"))):
+                    if name.startswith(below) and not (target := os.path.realpath(name)).startswith(real):
+                        outside[f"{name[len(below):]} -> {target}"] = None
     return [*outside]
 
 

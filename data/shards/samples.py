@@ -94,7 +94,7 @@ def class_names_beside(shard: Path) -> list[str]:
     for folder in (shard.absolute().parent, shard.absolute().parent.parent):
         for name in CLASS_FILES:
             if (folder / name).is_file():
-                return parse_class_names(read_text(folder / name))
+                return parse_class_names(read_text(folder / name, MAX_TEXT))
     return []
 
 

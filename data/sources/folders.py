@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data.batch import BadSample, UserError
-from data.files import is_output
+from data.files import is_output, open_regular
 from data.ledger import Account
 from data.sources import img2dataset
 from data.sources.arrow_tables import column_names
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 HIVE = re.compile(r"([^=]+)=([^=]*)")  # a folder of a partitioned table
 METADATA = re.compile(r"metadata\.(csv|jsonl|parquet)")  # of the `datasets` library, beside images
 CARD = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)  # the head of a README.md, YAML
+MAX_CARD = 1 << 22  # bytes of it that are looked at
 KNOWN_LAYOUTS = (f"tables ({' '.join(sorted(TABLES))}, also .csv.gz …), nor shards (.tar), nor train/ valid/ test/, "
                  f"nor images ({' '.join(sorted(PICTURES))}) with KEY.txt or in a folder for each class, nor "
                  "captions_*.json of COCO or dataset_*.json of Karpathy, nor what save_to_disk writes")
@@ -108,7 +109,10 @@ def _saved(folder: Folder) -> list[DatasetPart] | None:
 def _configured(folder: Folder) -> list[DatasetPart] | None:
     """A clone of a hub dataset whose README.md lists the files of each split."""
     card = folder.path / "README.md"
-    head = CARD.match(card.read_text("utf-8", "replace")) if card.is_file() else None
+    if not card.is_file():
+        return None
+    with open_regular(card) as file:
+        head = CARD.match(file.read(MAX_CARD).decode("utf-8", "replace"))
     if head is None or not re.search(r"^configs:", head[1], re.MULTILINE) or "data_files" not in head[1]:
         return None
     folder.account.note(f"{folder.path}: the splits are those of README.md")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -52,6 +53,8 @@ def load_splits(dataset: str, options: ReadOptions = DETECT, ledger: Ledger = di
     account = Account(ledger, log)
     if scheme_of(dataset) == "file":
         dataset = path_of_file_url(dataset)
+    if any("\udc80" <= char <= "\udcff" for char in os.path.abspath(dataset)):  # bytes that are not UTF-8
+        raise UserError(f"{dataset}: the name of the folder is not UTF-8; rename it, or give a link to it")
     if Path(dataset).expanduser().exists():  # else the datasets library reads it, which needs pandas
         keep_pandas_out()
     context = ReadContext(options, EmbeddedPictures(embedded, log), is_local="://" not in dataset)

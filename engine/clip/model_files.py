@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, NoReturn
 
 from data.batch import UserError
+from data.files import NotAFile, Unfinished, open_descriptor
 
 LFS_POINTER = b"version https://git-lfs"
+TEXTS, WEIGHTS = (".json", ".txt", ".jinja", ".model"), (".safetensors", ".bin")  # endings of what is read
+MAX_TEXT = 1 << 28  # bytes
 
 
 class ModelFiles:
@@ -24,11 +28,30 @@ class ModelFiles:
         self.name, self.is_local = name, path.is_dir()
         self.source = str(path) if self.is_local else name
         self.where: dict[str, Any] = {"revision": commit, "subfolder": ""}
+        self._refuse_odd_files(path)
         self.where["subfolder"] = self._subfolder()
+        self._refuse_odd_files(path / self.where["subfolder"])
 
     def refuse(self, problem: str) -> NoReturn:
         """Raise UserError: the model's name, then `problem`, which names a file and the fix."""
         raise UserError(f"--model {self.name}: {problem}")
+
+    def _refuse_odd_files(self, folder: Path) -> None:
+        """Refuse a local folder with a pipe, a device or a huge text, which libraries would read without end."""
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.suffix not in (*TEXTS, *WEIGHTS) or path.is_dir():
+                continue
+            try:
+                descriptor = open_descriptor(path)
+            except NotAFile as error:
+                        self.refuse(f"{path.name} is {error.strerror}; remove it, or copy it again")
+            except OSError:  # a dead link, no permission: said by what needs the file
+                continue
+            size = os.fstat(descriptor).st_size
+            os.close(descriptor)
+            if path.suffix in TEXTS and size > MAX_TEXT:
+                self.refuse(f"{path.name} has {size:,} bytes, {MAX_TEXT:,} allowed; copy it again from where the model "
+                            "came from")
 
     def path(self, name: str) -> Path | None:
         """Return the local path of a file; None where there is none."""

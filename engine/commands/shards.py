@@ -33,7 +33,7 @@ def shards(cfg: Config, world: World, stop: StopSignal) -> int:
     rows = divide_source(cfg, world, source.rows, reader)
     outside = links_out(rows, Path(cfg.dataset)) if Path(cfg.dataset).is_dir() else []
     if outside:
-        world.say(f"{len(outside):,} images are packed that lie outside {cfg.dataset}, behind links such as "
+        world.say(f"{len(outside):,} images or texts are packed that lie outside {cfg.dataset}, behind links such as "
                   f"{outside[0]}; look at them before the shards leave this machine")
     ledger = source.unreadable + pack(rows, reader, out, cfg.resize, world.say)
     folder.write_ledger(out / "ledger.jsonl", ledger)

@@ -16,6 +16,7 @@ from data.files import read_text
 from engine.config.fields import Config, Setting, config_fields, flag_of
 
 MAX_PROFILED = 1_000  # steps in a trace: a viewer does not open larger ones
+MAX_TOML = 1 << 20  # bytes of a --config file
 Settings = dict[str, Any]  # values of Config by name
 DIRECTIONS = ("image_to_text", "text_to_image")
 RETRIEVAL_METRICS = ("R@1", "R@5", "R@10", "median_rank", "mean_rank", "mrr")
@@ -61,11 +62,11 @@ def parse_number(text: str) -> float:
 def read_toml(path: Path) -> Settings:
     """Return the settings in a TOML file. Raises ValueError with one sentence for an unknown key or a wrong type."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(read_text(path, MAX_TOML))
     except FileNotFoundError:
         raise ValueError(f"--config {path}: no such file") from None
     except (ValueError, OSError, RecursionError) as error:  # no TOML, no UTF-8, no file, or nested without end
-        raise ValueError(f"--config {path}: {error}") from None
+        raise ValueError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
     known = config_fields()
     values: Settings = {}
     for key, value in table.items():

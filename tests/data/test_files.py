@@ -16,6 +16,7 @@ from data.batch import BadSample, UserError
 from data.files import (
     MARK,
     NotAFile,
+    TooLarge,
     delete_folder,
     first_foreign,
     is_output,
@@ -27,9 +28,12 @@ from data.files import (
     sha256,
     write_mark,
 )
+from data.gallery import read_queries
 from data.images.decode import ImageSpec
 from data.images.reader import Reader
+from data.sources.source import load_splits
 from data.web.limits import FetchPolicy
+from engine.config.settings import read_toml
 from engine.run_folder.ownership import is_run, refuse_foreign_shards
 
 
@@ -140,6 +144,47 @@ def test_a_named_pipe_is_never_waited_for(tmp_path: Path) -> None:
     for read in (read_text, sha256):
         with pytest.raises(NotAFile, match="a named pipe"):
             read(tmp_path / "config.json")
+
+
+def test_a_file_with_a_large_hole_is_refused_and_not_read(tmp_path: Path) -> None:
+    """An unfinished copy of a table or shard: terabytes of zeros would be read, or held as one line."""
+    path = tmp_path / "train.csv"
+    path.write_text("image,title\n")
+    os.truncate(path, 1 << 40)
+    if path.stat().st_blocks * 512 > 1 << 30:
+        pytest.skip("this file system has no holes")
+    with pytest.raises(TooLarge, match="1,09.* never written"):
+        read_text(path)
+    with pytest.raises(UserError, match="1,09.* never written"):
+        load_splits(str(tmp_path))
+    with open(path, "r+b") as file:  # one that was written at its end is not finished either
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\n")
+    with pytest.raises(UserError, match="1,09.* never written"):
+        load_splits(str(tmp_path))
+
+
+def test_files_of_titles_and_settings_are_read_bounded_and_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(1 << 27)
+    for name, reason in (("pipe", "a named pipe"), ("zero", "a device"), ("large", "134,217,728 bytes")):
+        with pytest.raises(UserError, match=f"--queries .*{name}: {reason}"):
+            read_queries([], str(tmp_path / name), "")
+        with pytest.raises(ValueError, match=f"--config .*{name}: {reason}"):
+            read_toml(tmp_path / name)
+
+
+def test_a_folder_whose_name_is_not_utf8_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "pairs\udce9"
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system has no such names")
+    (folder / "train.csv").write_text("image,title\na.jpg,a\n")
+    with pytest.raises(UserError, match="not UTF-8; rename it"):
+        load_splits(str(folder))
 
 
 def test_the_index_of_somebody_elses_shard_is_not_replaced(tmp_path: Path) -> None:

@@ -87,4 +87,8 @@ def test_pictures_behind_links_out_of_the_folder_are_counted_before_they_are_pac
     (folder / "inside.jpg").symlink_to("own.jpg")
     (folder / "out.jpg").symlink_to("../private.jpg")
     (folder / "train.csv").write_text("image,title\nown.jpg,a\ninside.jpg,b\nout.jpg,c\nout.jpg,d\n")
-    assert links_out(load_splits(str(folder)), folder) == [f"out.jpg -> {(tmp_path / 'private.jpg').resolve()}"]
+    (tmp_path / "private.txt").write_text("a password")
+    (folder / "own.txt").symlink_to("../private.txt")
+    assert links_out(load_splits(str(folder)), folder) == [
+        f"{name} -> {(tmp_path / target).resolve()}" for name, target in (("own.txt", "private.txt"),
+                                                                          ("out.jpg", "private.jpg"))]

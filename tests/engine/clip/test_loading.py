@@ -286,6 +286,13 @@ BROKEN: dict[str, tuple[Surgery, tuple[str, ...]]] = {  # what was done to a fol
     "code among weights": (zip_of_code, ("pytorch_model.bin", "never run")),
     # places
     "folder is a link to itself": (folder_loop, ("link",)),
+    "tokenizer is a pipe": (both(remove("tokenizer.json"), lambda folder: os.mkfifo(folder / "tokenizer.json")),
+                            ("tokenizer.json is a named pipe",)),
+    "weights are a device": (both(remove("model.safetensors"),
+                                  lambda folder: (folder / "model.safetensors").symlink_to("/dev/zero")),
+                             ("model.safetensors is a device",)),
+    "settings of a gigabyte": (lambda folder: os.truncate(folder / "config.json", 1 << 30),
+                               ("config.json has 1,073,741,824 bytes",)),
     "config.json is a link to itself": (looped("config.json"), ("config.json",)),
     "a file": (a_file, ("is a file", "config.json")),
 }

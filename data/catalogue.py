@@ -6,9 +6,11 @@ F negatives of all rows, D distinct images by content.
 
 from __future__ import annotations
 
+import ctypes
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -128,6 +130,7 @@ def build_catalogue(splits: Mapping[str, Rows], title_ids: TitleIds | None = Non
     """
     import pyarrow.compute as pc
 
+    release_freed_memory()  # of reading the tables
     ends = np.cumsum([len(rows) for rows in splits.values()])
     images = [pc.fill_null(chunk, "") for rows in splits.values() for chunk in rows.image.chunks]
     image_all, references = _encoded(images)
@@ -144,7 +147,17 @@ def build_catalogue(splits: Mapping[str, Rows], title_ids: TitleIds | None = Non
     image_N = dict(zip(splits, np.split(image_all, ends[:-1]), strict=True))
     title_N = dict(zip(splits, np.split(title_all[: ends[-1]], ends[:-1]), strict=True))
     groups = title_groups(splits, title_N, len(titles))
+    release_freed_memory()
     return Catalogue(splits, references, titles, title_keys, image_N, title_N, negative_N, groups)
+
+
+def release_freed_memory() -> None:
+    """Return to the system what this process has freed: Arrow and the C library keep a third of a big table's size."""
+    import pyarrow as pa
+
+    pa.default_memory_pool().release_unused()
+    with suppress(AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _padded(value_F: np.ndarray, row_F: np.ndarray, rows: int) -> np.ndarray | None:
@@ -166,6 +179,8 @@ def _distinct_titles(columns: Sequence[pa.ChunkedArray], title_ids: TitleIds) ->
     spelling_all, spelt = _encoded([chunk for column in columns for chunk in column.chunks])
     keys = title_ids.keys(spelt)  # spellings that give equal token ids are one title
     number, first_P = distinct(keys)
+    if len(first_P) == len(spelt):
+        return spelling_all, spelt, keys
     return np.append(number, -1)[spelling_all], spelt.take(pa.array(first_P)), keys[first_P]
 
 

@@ -17,7 +17,15 @@ import torch
 
 from data.agreement import require_same_images
 from data.batch import Batches, Team, UserError, share
-from data.catalogue import Catalogue, DecodeResults, Split, build_catalogue, keep_usable_rows, keys_and_usable
+from data.catalogue import (
+    Catalogue,
+    DecodeResults,
+    Split,
+    build_catalogue,
+    keep_usable_rows,
+    keys_and_usable,
+    release_freed_memory,
+)
 from data.cold import DecodedImages, Pipeline, check_images, encode_missing_images, encode_missing_titles
 from data.identity import Contents
 from data.images.album import RowPreviews
@@ -115,6 +123,7 @@ def open_pairs(rows: Mapping[str, Rows], unread: Sequence[Mapping[str, Any]], pi
     if images is None:
         streamed = StreamedPairs.open(pipeline, decoded, lost)
         return Pairs(splits, ledger, identity, contents, streamed, streamed, album, classes=count_classes(rows))
+    release_freed_memory()  # before the tables are made
     image_table, seconds = stored_table(images, image_keys), time.monotonic() - began
     feature_splits = make_feature_splits(splits, image_table, title_table, device, catalogue.title_group_P)
     cached = CachedPairs(feature_splits)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SETTLED = 2.0  # seconds; the coarsest clock of a file system in use
+PIECE = 65_536  # references that are copied at a time
 NO_FILE = (-1,) * 5  # its stamps
 RANGE, RANGE_END = f"^{REFERENCE.pattern}$", "#[0-9]+\\+[0-9]+$"  # of a reference FILE#OFFSET+SIZE
 
@@ -88,9 +89,16 @@ class StatCache:
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        if wanted.any():
-            files = pc.replace_substring_regex(self.paths.filter(pa.array(wanted)), RANGE_END, "").dictionary_encode()
-            self.stamps[wanted] = _stamps(files.dictionary.to_pylist())[files.indices.to_numpy()]
+        stamps: dict[str, np.ndarray] = {}  # by file
+        places = np.flatnonzero(wanted)
+        for start in range(0, len(places), PIECE):
+            part = places[start : start + PIECE]
+            files = pc.replace_substring_regex(self.paths.take(pa.array(part)), RANGE_END, "").dictionary_encode()
+            names = files.dictionary.to_pylist()
+            for name in names:
+                if name not in stamps:
+                    stamps[name] = _stamps([name])[0]
+            self.stamps[part] = np.array([stamps[name] for name in names])[files.indices.to_numpy()]
 
     def exchange(self, results: DecodeResults, unchanged: np.ndarray, team: Team) -> list[DecodeResults]:
         """Return the results of all ranks, those of this rank's `unchanged` references added; remember new ones."""

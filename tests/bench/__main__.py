@@ -16,7 +16,7 @@ import torch
 
 from data.batch import RunFailed, UserError
 
-from . import decoding, fetching, gpu, jobs, loss, recall, store, towers
+from . import decoding, fetching, gpu, jobs, loss, recall, start, store, towers
 from .harness import Bench, Figure, NotMeasured, machine
 
 QUICK = "--quick: inputs are smaller; the goals are those of the full sizes"
@@ -26,8 +26,9 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "P5": decoding.jpeg, "P16": decoding.feed, "P6": store.cold_pass, "P7": recall.ranks, "P15": recall.intervals,
     "P8": loss.large_batch, "P9": store.million_pairs, "P10": fetching.thumbnails, "P17,shards": decoding.shards,
     "P13,P14": jobs.warm_jobs, "parts": jobs.warm_parts, "P18": jobs.sweep, "P1": jobs.reference_job,
-    "P12": jobs.two_ranks, "P19": jobs.streaming, "P20": jobs.million_rows, "GPU,machine": gpu.machine,
-    "GPU,towers": gpu.towers, "GPU,cold": gpu.cold_passes, "GPU,epochs": gpu.warm_epochs, "GPU,recall": gpu.recall}
+    "P12": jobs.two_ranks, "P19": jobs.streaming, "P20": jobs.million_rows, "P20,start": start.warm_start,
+    "GPU,machine": gpu.machine, "GPU,towers": gpu.towers, "GPU,cold": gpu.cold_passes, "GPU,epochs": gpu.warm_epochs,
+    "GPU,recall": gpu.recall}
 
 
 def measure(bench: Bench, names: str) -> None:

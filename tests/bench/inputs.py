@@ -28,7 +28,8 @@ from engine.clip.whole import WholeModel
 from engine.config.cli import DEMO_MODEL
 
 # Shapes by name: vision (width, layers, heads, patch), text (width, layers, heads), embedding; the rest as OpenAI's.
-SHAPES = {"ViT-B/32": ((768, 12, 12, 32), (512, 12, 8), 512), "ViT-L/14": ((1024, 24, 16, 14), (768, 12, 12), 768)}
+SHAPES = {"ViT-B/32": ((768, 12, 12, 32), (512, 12, 8), 512), "ViT-L/14": ((1024, 24, 16, 14), (768, 12, 12), 768),
+          "tiny": ((32, 1, 2, 32), (32, 1, 2), 32)}
 CPU = torch.device("cpu")
 
 

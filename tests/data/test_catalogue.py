@@ -13,7 +13,7 @@ import pytest
 
 from data import titles as module
 from data.batch import BadSample, UserError
-from data.catalogue import DecodeResult, DecodeResults, build_catalogue, check_bad_share, keep_usable_rows
+from data.catalogue import DecodeResult, DecodeResults, _encoded, build_catalogue, check_bad_share, keep_usable_rows
 from data.identity import clip_words
 from data.sources.rows import Rows
 from data.store.segments import key_of
@@ -85,6 +85,17 @@ def test_titles_in_pieces_equal_titles_at_once(monkeypatch: pytest.MonkeyPatch, 
         assert list(packed[part]) == lists[part] and len(packed[part]) == len(lists[part])
     with pytest.raises(IndexError):
         packed[40]
+
+
+def test_values_are_numbered_alike_in_chunks_and_at_once() -> None:
+    """Else a table that is read in several chunks pairs images with the titles of other rows."""
+    rng = random.Random(2)
+    values = [rng.choice(["", None, "a", "日本", *"bcdefghij"]) for _ in range(60)]
+    chunks = [pa.array(part, pa.string()) for part in (values[:7], [], values[7:20], values[20:])]
+    numbers, texts = _encoded(chunks)
+    assert [None if number < 0 else texts[number].as_py() for number in numbers.tolist()] == values
+    assert texts.to_pylist() == [*dict.fromkeys(value for value in values if value is not None)]
+    assert [len(part) for part in _encoded([])] == [0, 0]
 
 
 def test_too_many_bad_rows_are_refused_with_an_example_of_any_kind() -> None:

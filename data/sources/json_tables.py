@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BLOCK = 1 << 20  # bytes of an array that are read at one time
+HEAD = 1 << 16  # bytes by which an array is recognised
 BLANKS = (" ", "\t", "\r", "\n")
 MAX_JSON = 1 << 29  # bytes of a value that is not read item by item; it takes ten times that in memory
 SHAPES = ('an array [{"image": …, "title": …}, …], an object with such an array under "data", columns {"image": […], '
@@ -139,7 +140,7 @@ def _array_items(path: Path) -> Iterator[tuple[Any, int]]:
 def _is_array(path: Path) -> bool:
     """Return whether the value of a JSON file is an array."""
     with open_unpacked(path) as file:
-        return file.read(BLOCK).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        return file.read(HEAD).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def load_json(path: Path) -> Any:

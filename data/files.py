@@ -21,8 +21,9 @@ import stat
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, AnyStr
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -150,6 +151,21 @@ def _unpack(file: io.BufferedReader, path: str) -> Generator[bytes]:
                 yield block
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise OSError(errno.EIO, f"a damaged gzip file ({error})", path) from None
+
+
+MAX_LINE = 1 << 24  # characters or bytes
+
+
+def bounded_lines(file: IO[AnyStr], path: str | Path) -> Iterator[AnyStr]:
+    """Yield the lines of a file. Raises TooLarge at one of more than MAX_LINE: it would be in memory as a whole."""
+    for number in count(1):
+        line = file.readline(MAX_LINE)
+        if not line:
+            return
+        if len(line) == MAX_LINE and line.splitlines()[0] == line:
+            reason = f"line {number} has more than {MAX_LINE:,} characters; write each row on a line of its own"
+            raise TooLarge(errno.EFBIG, reason, str(path))
+        yield line
 
 
 def read_regular(path: str | Path, most: int | None = None) -> bytes:

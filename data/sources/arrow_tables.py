@@ -17,6 +17,7 @@ from data.batch import UserError
 from data.files import open_regular, parse_json
 from data.ledger import Account
 from data.sources import img2dataset
+from data.sources.arrow_sizes import unpacked_size
 from data.sources.columns import CLASS_COLUMNS, KNOWN, Columns, detect_columns
 from data.sources.embedded import EmbeddedPictures
 from data.sources.lists import is_list
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from pyarrow import parquet
 
+OFFSET = 4  # bytes that a value takes at least in memory
 UNPACKED, MAX_RATIO = 1 << 30, 1000  # bytes, and times a Parquet file's own, that its columns may take in memory
 ClassNames = Mapping[str, Sequence[str]]  # column -> the names of its classes
 
@@ -74,32 +76,55 @@ def _refuse_huge(path: Path, metadata: parquet.FileMetaData, columns: Collection
             packed, unpacked, name = chunk.total_compressed_size, chunk.total_uncompressed_size, chunk.path_in_schema
             if name.partition(".")[0] not in columns:
                 continue
-            sizes[name] += unpacked
+            if min(packed, unpacked, chunk.num_values) < 0:
+                raise ValueError(f"column {name} claims {min(packed, unpacked, chunk.num_values):,} values or bytes")
+            sizes[name] += max(unpacked, OFFSET * chunk.num_values)  # equal or null values take no bytes in the file
             # That counts each value of a dictionary once, however often it is repeated.
             if chunk.has_dictionary_page and (packed < chunk.num_values or packed * 100 < unpacked):
                 repeated.add(name)
-    for name in repeated & {*columns}:
+    _refuse_inflated(path, sizes.total())
+    for name in repeated:
         sizes[name] = max(sizes[name], _decoded_size(path, name))
-    size = sizes.total()
+    _refuse_inflated(path, sizes.total())
+
+
+def _refuse_inflated(path: Path, size: int) -> None:
     if size > max(UNPACKED, MAX_RATIO * path.stat().st_size):
         raise UserError(f"{path}: its columns take {size:,} bytes in memory, more than {MAX_RATIO:,} times the file's; "
                         "if that is meant, write it without compression and without dictionaries")
 
 
 def _decoded_size(path: Path, column: str) -> int:
-    """Return the bytes of all values of a column, which is read as a dictionary and its indices."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
+    """Return the bytes of all values of a column, which is read as a dictionary and its indices.
+
+    `column` is a path in the schema, as title.list.element.
+    """
     from pyarrow import parquet
 
     size = 0
     with parquet.ParquetFile(path, read_dictionary=[column]) as file:
         for batch in file.iter_batches(1 << 16, columns=[column]):
-            values = batch.column(0)
-            if pa.types.is_dictionary(values.type) and len(values.dictionary):
-                length = pc.binary_length(values.dictionary.cast(pa.large_binary()))
-                size += pc.sum(length.take(values.indices)).as_py() or 0
+            size += dictionary_size(batch.column(0))
     return size
+
+
+def dictionary_size(values: pa.Array) -> int:
+    """Return the bytes of all values of a column of texts by number, or of lists of them; 0 for another column."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    while is_list(values.type):
+        values = values.flatten()
+    if pa.types.is_struct(values.type):
+        return sum(map(dictionary_size, values.flatten()))
+    if not pa.types.is_dictionary(values.type) or not len(values.dictionary):
+        return 0
+    kind = values.type.value_type
+    if not (pa.types.is_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_string(kind)
+            or pa.types.is_large_binary(kind)):
+        return 0
+    length = pc.binary_length(values.dictionary.cast(pa.large_binary())).cast(pa.int64())
+    return pc.sum(length.take(values.indices)).as_py() or 0
 
 
 def read_arrow(path: Path, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
@@ -107,7 +132,9 @@ def read_arrow(path: Path, options: ReadOptions, account: Account, embedded: Emb
     import pyarrow as pa
 
     try:
+        _refuse_inflated(path, unpacked_size(path))
         table = embedded.open(path)
+        _refuse_inflated(path, sum(dictionary_size(chunk) for column in table.columns for chunk in column.chunks))
     except (pa.ArrowException, ValueError) as error:
         text = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: not an Arrow file that can be read ({text}); "

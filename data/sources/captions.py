@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.batch import BadSample, UserError
-from data.files import open_unpacked
+from data.files import bounded_lines, open_unpacked
 from data.ledger import Account
 from data.sources.json_tables import load_json
 from data.sources.parts import (
@@ -194,7 +194,7 @@ def _token(files: Sequence[Path], context: ReadContext, account: Account) -> lis
     captions: list[CaptionedImage] = []
     unused = 0
     with open_unpacked(file) as opened:
-        for row, line in enumerate(opened):
+        for row, line in enumerate(bounded_lines(opened, file)):
             match = re.fullmatch(r"(.+)#\d+\t(.*)", line.decode("utf-8", "replace").rstrip("\r\n"))
             if match is None and line.strip():
                 problem = BadSample("bad-row", f"line {row + 1} is not name.jpg#0<TAB>caption")

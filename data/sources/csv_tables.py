@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from data.batch import BadSample, UserError
+from data.files import MAX_LINE, bounded_lines
 from data.ledger import Account
 from data.sources.columns import Columns, detect_columns
 from data.sources.dialect import BLOCK, IMAGE_VALUE, Dialect, roles_found, sniff
@@ -43,7 +44,7 @@ def read_csv(path: Path, options: ReadOptions, account: Account, delimiter: str)
 
     `delimiter` is the usual one for the file's ending; another one is detected, as the encoding is.
     """
-    csv.field_size_limit(1 << 30)
+    csv.field_size_limit(MAX_LINE)
     account.apply("--delimiter", "--encoding")
     try:
         dialect = sniff(path, options, delimiter)
@@ -130,7 +131,8 @@ def _read_by_arrow(path: Path, shape: _Shape, picked: Mapping[str, Sequence[str]
 def _first_row(path: Path, dialect: Dialect) -> list[str]:
     try:
         with dialect.open_text(path) as file:
-            rows = csv.reader(file, delimiter=dialect.delimiter, skipinitialspace=dialect.skips_blanks)
+            rows = csv.reader(bounded_lines(file, path), delimiter=dialect.delimiter,
+                              skipinitialspace=dialect.skips_blanks)
             names = next(filter(None, rows), [])
     except csv.Error as error:
         raise UserError(f"{path}: line {1 + dialect.skip}: {error}") from None
@@ -199,13 +201,17 @@ def _rows(path: Path, shape: _Shape, account: Account) -> Iterator[Record]:
     like = "the header" if shape.has_header else "the first row"
     first = 1 + dialect.skip
     with dialect.open_text(path) as file:
-        reader = csv.reader(chain(file, [END]), delimiter=dialect.delimiter,
+        reader = csv.reader(chain(bounded_lines(file, path), [END]), delimiter=dialect.delimiter,
                             skipinitialspace=dialect.skips_blanks)
         while True:
             try:
                 cells = next(reader)
             except csv.Error as error:
-                raise UserError(f"{path}: line {first}: {error}") from None
+                reason = str(error)
+                if reason.startswith("field larger"):
+                    reason = f"a value of more than {MAX_LINE:,} characters, as a quote begins that nothing closes"
+                raise UserError(f"{path}: line {first}: {reason}; close it, or write quotes within a value twice"
+                                ) from None
             line, first = first, reader.line_num + 1 + dialect.skip
             if not cells:
                 continue
@@ -229,7 +235,8 @@ def _rows(path: Path, shape: _Shape, account: Account) -> Iterator[Record]:
             elif row >= 0:
                 if dialect.trim:
                     cells = [cell.strip(" ") for cell in cells]
-                yield Record(row, f"line {line}", dict(zip(names, cells, strict=True)))
+                size = sum(map(len, cells))
+                yield Record(row, f"line {line}", dict(zip(names, cells, strict=True)), size)
             row += joined + 1
 
 

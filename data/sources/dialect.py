@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from data.files import BlockStream, open_unpacked
+from data.files import BlockStream, bounded_lines, open_unpacked
 from data.sources.columns import FLAGS, KNOWN
 from data.sources.options import ReadOptions, resolve_positions
 from data.sources.paths import ENDINGS
@@ -154,7 +154,7 @@ def _is_cp1252(path: Path, from_excel: bool) -> bool:
     """
     invalid = valid = 0
     with open_unpacked(path) as file:
-        for line in file:
+        for line in bounded_lines(file, path):
             if line.isascii():
                 continue
             try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.batch import BadSample, UserError
@@ -20,7 +19,7 @@ from data.sources.rows import ROW, drop_rows, rename_to_roles
 if TYPE_CHECKING:
     import pyarrow as pa
 
-RECORDS = 10_000  # records that are Python objects at one time
+RECORDS, RECORD_BYTES = 10_000, 1 << 26  # records that are Python objects at one time, and their size in the file
 AS_WRITTEN = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)  # the title 1e5 stays 1e5
 
 
@@ -30,12 +29,16 @@ class Record(NamedTuple):
     row: int  # its number in the file, from 0
     where: str  # its line or item, for messages
     fields: dict[str, Any]
+    size: int = 0  # bytes or characters that it takes there
 
 
 def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
     """Return the object that a line or a file holds. Raises BadSample: not-utf8, bad-json."""
     try:
-        record = AS_WRITTEN.decode(text.decode().removeprefix("\ufeff"))
+        line = text.decode().removeprefix("\ufeff").strip(" \t\r\n")
+        record, end = AS_WRITTEN.raw_decode(line)
+        if end != len(line):
+            raise json.JSONDecodeError("Extra data", line, end)
     except UnicodeDecodeError:
         raise BadSample("not-utf8", f"{where} is not UTF-8; save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
@@ -59,7 +62,7 @@ def from_records(records: Iterator[Record], columns: Columns, source: str, messa
     names: dict[str, None] = {}
     problems: dict[str, dict[int, BadSample]] = defaultdict(dict)  # by field, then by place in the table
     parts, start, before = [], 0, account.dropped
-    while chunk := list(islice(records, RECORDS)):
+    for chunk in _chunks(records):
         for record in chunk:
             names.update(dict.fromkeys(record.fields))
         used = [name for name in names if name in named or is_known(name)]
@@ -80,6 +83,20 @@ def from_records(records: Iterator[Record], columns: Columns, source: str, messa
         problem = BadSample("not-text", f"{picked['image'][0]!r} is a list; it must be text")
         bad |= dict.fromkeys(lists, problem)
     return drop_rows(table, bad, table[ROW].to_numpy(), source, account)
+
+
+def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
+    """Yield records, RECORDS of them or RECORD_BYTES at a time."""
+    chunk: list[Record] = []
+    size = 0
+    for record in records:
+        chunk.append(record)
+        size += record.size
+        if len(chunk) == RECORDS or size > RECORD_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def _field_column(name: str, chunk: Sequence[Record], start: int, problems: dict[int, BadSample]) -> pa.Array:

@@ -678,6 +678,35 @@ def test_a_small_gzip_file_that_holds_too_much_is_refused(folder: Path, monkeypa
         load_splits(str(folder))
 
 
+@pytest.mark.parametrize("name, head, tail", [
+    ("train.csv", 'image,title\na.jpg,', "\n"), ("train.csv", 'image,title\na.jpg,"', "\n" * 9),
+    ("train.jsonl", '{"image": "a.jpg", "title": "', '"}\n'), ("train.json", '[{"image": "a.jpg", "title": "', '"}'),
+    ("train.json", '{"data": [{"image": "a.jpg", "title": "', '"}]}')])
+def test_a_row_without_end_is_refused_by_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str,
+                                                  head: str, tail: str) -> None:
+    """A line, a quote or an object that nothing ends would be in memory as a whole, and its Python objects with it."""
+    for module in ("data.files", "data.sources.csv_tables", "data.sources.json_tables"):
+        monkeypatch.setattr(f"{module}.MAX_LINE", 5000)
+    monkeypatch.setattr("data.sources.csv_tables.BLOCK", 5000)
+    monkeypatch.setattr("data.sources.json_tables.MAX_JSON", 5000)
+    monkeypatch.setattr("data.sources.json_tables.BLOCK", 1000)
+    (tmp_path / name).write_text(head + "0123456\n9" * 1000 + tail if '"' in head else head + "x" * 30000 + tail)
+    with pytest.raises(UserError, match=rf"{name}.*(more than 5,000|is not JSON|line \d has more)"):
+        load_splits(str(tmp_path))
+
+
+def test_an_array_is_read_in_blocks_as_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An item, a number or a letter that lies across two blocks would be cut."""
+    rows = [{"image": f"{row}.jpg", "title": row if row % 3 else f"tïtle {row}", "more": [{}, [row, None]]}
+            for row in range(40)]
+    (tmp_path / "train.json").write_text("\n" + json.dumps(rows, ensure_ascii=False, indent=1) + "\n ")
+    whole = load_splits(str(tmp_path))["train"]
+    for block in (1, 7, 64):
+        monkeypatch.setattr("data.sources.json_tables.BLOCK", block)
+        assert load_splits(str(tmp_path))["train"].fingerprint() == whole.fingerprint()
+    assert whole.title.to_pylist()[:2] == ["tïtle 0", "1"]
+
+
 def test_damaged_captions_are_ledger_entries(folder: Path) -> None:
     """Captions of an image that the file does not list, or that are no text, would vanish."""
     coco_beside_its_images(folder)

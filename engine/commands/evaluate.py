@@ -29,7 +29,7 @@ def evaluate(cfg: Config, world: World, stop: StopSignal) -> int:
         print(json.dumps(scores, indent=2))
         if out:
             folder.write_json(out / "metrics.json", scores)
-            folder.write_ledger(out / "ledger.jsonl", pairs.ledger)
+            folder.write_ledger(out / "ledger.jsonl", pairs.all_dropped())
         for name, problem in collapsed.items():
             show(f"run.py eval: {name}: {problem}", sys.stderr)
     return 1 if collapsed else 0

@@ -27,6 +27,7 @@ from data.images.reader import Reader
 from data.images.worker import Job, Outcome, Spent, Task, do_task
 from data.ledger import LINES, discard, dropped_rows
 from data.sources.embedded import shown_name
+from data.store.segments import KEY
 from data.web import storage
 
 RETRIES = 2  # of all that fails in a lot
@@ -209,12 +210,14 @@ class LostPictures:
             image = min(self.image_of(reference), len(self.example_D) - 1)
             if self.example_D[image] == reference:  # not a copy of another file
                 unreadable[image] = problem
-        returned = dict[int, list[Entry]]()
+        returned, rows = dict[int, list[Entry]](), set[tuple[str, int]]()
         for entry in map(dict, ledger):
-            row_image = self._image_at(entry) if "content" in entry else None
-            if row_image is None:
+            row_image = self._image_at(entry) if is_loss(entry) else None
+            if row_image is None or (place := (entry["split"], entry["row"])) in rows:  # two ranks have met it
                 continue
             image = row_image
+            if "back" not in entry:
+                rows.add(place)
             if "back" in entry:
                 self._closed.append(entry)
                 self._spans.setdefault(image, []).append((entry["step"], entry["back"]))
@@ -251,6 +254,11 @@ class LostPictures:
         return int(split.image_N[place])
 
 
+def is_loss(entry: Mapping[str, Any]) -> bool:
+    """Return whether a ledger entry is that of a picture that a run has lost, and whole."""
+    return {"split", "row", "image", "step"} <= entry.keys() and len(entry.get("content", "")) == 2 * KEY
+
+
 def restore(catalogue: Catalogue, results: Sequence[DecodeResults], ledger: Sequence[Mapping[str, Any]],
             last_key_MK: np.ndarray, log: Callable[[str], None]) -> None:
     """Put back what a run began with and has lost: by its ledger, else by the keys of when it was last read.
@@ -267,8 +275,8 @@ def restore(catalogue: Catalogue, results: Sequence[DecodeResults], ledger: Sequ
         if image_N is None or not 0 <= entry.get("row", -1) < len(image_N) or "file" in entry:
             continue
         reference = int(image_N[entry["row"]])
-        if "content" not in entry:  # could not be used when the run began either
-            if entry["reason"] != "no-title":
+        if not is_loss(entry):  # could not be used when the run began either
+            if entry.get("reason") != "no-title":
                 wanted.pop(reference, None)
         elif not good_M[reference] or key_MK[reference].tobytes().hex() != entry["content"]:
             wanted[reference] = bytes.fromhex(entry["content"])

@@ -70,6 +70,10 @@ class Pairs:
         """Return the inputs of `rank` in a training run; `batch_size` is that of all `size` ranks together."""
         return self.inputs.batches(split, batch_size, seed, rank, size)
 
+    def all_dropped(self) -> Sequence[Mapping[str, Any]]:
+        """Return the ledger, and the entries of what was lost since the opening."""
+        return [*self.ledger, *(self.inputs.lost.ledger() if isinstance(self.inputs, StreamedPairs) else [])]
+
     def describe(self) -> str:
         """Return the kept rows of each split, the dropped rows, and the state of the feature store, if there is one."""
         kept = ", ".join(f"{name} {len(split):,}" for name, split in self.splits.items())

@@ -16,6 +16,7 @@ from data.prefetch import batched
 if TYPE_CHECKING:
     import pyarrow as pa
 
+VISIBLE = r"[^\pZ\p{Cc}\p{Cf}]"  # U+200B, a space of no width, is a Cf
 CHUNK, CHUNK_BYTES = 8192, 1 << 24  # titles that are Python objects at one time, and their size unless one is larger
 
 
@@ -69,7 +70,7 @@ def text_chunks(texts: pa.LargeStringArray) -> Iterator[list[str]]:
 
 
 def is_blank(titles: pa.LargeStringArray) -> np.ndarray:
-    """Return which titles hold nothing but white space, bool [P]."""
+    """Return which titles hold nothing that is seen: white space, control and format characters alone, bool [P]."""
     import pyarrow.compute as pc
 
-    return pc.or_(pc.equal(titles, ""), pc.utf8_is_space(titles)).to_numpy(zero_copy_only=False)
+    return ~pc.match_substring_regex(titles, VISIBLE).to_numpy(zero_copy_only=False)

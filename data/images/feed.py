@@ -162,7 +162,12 @@ class _Ring:
     def __init__(self, feed: Feed) -> None:
         self.feed, self.backlog = feed, Backlog()
         size = NOTES + feed.slots * feed.lot * feed.job.record.itemsize
-        self.descriptor, self.memory = shared_memory(size)
+        self.descriptor: int | None = None
+        try:
+            self.descriptor, self.memory = shared_memory(size)
+        except OSError as error:  # a limit on the size of files, no descriptor left
+            feed.log(f"{size / 1e6:,.0f} MB of memory for pictures cannot be shared ({error.strerror}): threads decode")
+            feed.use_processes, self.memory = False, mmap.mmap(-1, size)
         self.records = records_in(self.memory, feed.job)
         self.processes: Processes | None = None
         self._threads = list[threading.Thread]()
@@ -196,7 +201,8 @@ class _Ring:
             thread.join()
         if self.feed.pinned:
             unregister(self.memory)
-        os.close(self.descriptor)
+        if self.descriptor is not None:
+            os.close(self.descriptor)
 
     def begin(self, group: Iterable[tuple[Tag, Task | BadSample | np.ndarray]], slot: int) -> _PendingLot[Tag]:
         """Hand out the tasks of a group, to be decoded into this part of the ring."""
@@ -253,8 +259,15 @@ def shared_memory(size: int) -> tuple[int, mmap.mmap]:
     else:
         with tempfile.TemporaryFile() as file:
             descriptor = os.dup(file.fileno())
-    os.ftruncate(descriptor, size)
-    return descriptor, mmap.mmap(descriptor, size)
+    try:
+        if hasattr(os, "memfd_create"):
+            os.ftruncate(descriptor, size)
+        else:  # writing beyond a full disk would end the process by SIGBUS
+            os.posix_fallocate(descriptor, 0, size)
+        return descriptor, mmap.mmap(descriptor, size)
+    except OSError:
+        os.close(descriptor)
+        raise
 
 
 def register(memory: mmap.mmap) -> None:

@@ -247,6 +247,7 @@ class Processes:
         try:
             server = self._server = Server.get()
             self._looking.start()
+            assert self.ring.descriptor is not None  # memory that is not shared has no processes
             self._feed = server.open(self.ring.feed.job, self.ring.feed.reader, self.ring.descriptor)
             for number in range(self.ring.feed.workers):
                 self._start(number)

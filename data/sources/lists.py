@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data.titles import VISIBLE
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -79,7 +81,7 @@ def spell_lists(texts: pa.ChunkedArray) -> bool:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    said = texts.filter(pa.array(_holds_text(texts)))
+    said = texts.filter(pa.array(holds_text(texts)))
     return len(said) > 0 and pc.all(pc.match_substring_regex(said, r"(?s)^\s*\[.*\]\s*$")).as_py()
 
 
@@ -155,7 +157,7 @@ def without_blanks(values: pa.ChunkedArray, row_F: np.ndarray, rows: int) -> pa.
     """Return texts [F] as one list a row, without nulls and without texts of white space alone."""
     import pyarrow as pa
 
-    is_text_F = _holds_text(values)
+    is_text_F = holds_text(values)
     return as_lists(values.filter(pa.array(is_text_F)), row_F[is_text_F], rows)
 
 
@@ -173,8 +175,8 @@ def explode(table: pa.Table, column: str) -> pa.Table:
     return taken.add_column(table.column_names.index(column), column, values)
 
 
-def _holds_text(values: pa.ChunkedArray) -> np.ndarray:
-    """Return which texts [F] hold more than white space."""
+def holds_text(values: pa.ChunkedArray) -> np.ndarray:
+    """Return which texts [F] have a character that is seen: not white space, control or format (zero width) alone."""
     import pyarrow.compute as pc
 
-    return pc.not_equal(pc.utf8_trim_whitespace(pc.fill_null(values, "")), "").to_numpy()
+    return pc.match_substring_regex(pc.fill_null(values, ""), VISIBLE).to_numpy()

@@ -19,7 +19,7 @@ from data.batch import BadSample, UserError
 from data.ledger import Account
 from data.sources.columns import CLASS_COLUMNS, FLAGS
 from data.sources.embedded import EmbeddedPictures, shown_name
-from data.sources.lists import decoded, explode, flatten, is_list, join_columns, without_blanks
+from data.sources.lists import decoded, explode, flatten, holds_text, is_list, join_columns, without_blanks
 from data.sources.paths import ENDINGS, ImageLocation, absolute_paths
 
 if TYPE_CHECKING:
@@ -71,18 +71,29 @@ def rename_to_roles(table: pa.Table, picked: Mapping[str, Sequence[str]]) -> pa.
 
     columns = {}
     for role, names in picked.items():
-        columns[role] = table[names[0]] if len(names) == 1 else join_columns([table[name] for name in names])
+        several = [_without_empty_cells(table[name]) for name in names] if len(names) > 1 else []
+        columns[role] = join_columns(several) if several else table[names[0]]
     if {name.strip().lower() for name in picked["title"]} <= {*CLASS_COLUMNS}:
         is_plain = not is_list(columns["title"].type)
         columns[LABEL] = columns["title"] if is_plain else pa.array([""] * len(table), pa.large_string())
     return pa.table(columns)
 
 
+def _without_empty_cells(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column of texts with null for those that are blank: a row need not have a value in each column."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return column
+    return pc.if_else(pa.chunked_array([pa.array(holds_text(column))]), column, pa.scalar(None, column.type))
+
+
 def to_row_columns(table: pa.Table, source: str, location: ImageLocation, account: Account,
                    embedded: EmbeddedPictures) -> pa.Table:
     """Return the columns of `rename_to_roles` as `Rows` has them, with ROW and EXTRA_COLUMNS; images lie at `location`.
 
-    Each title of a list makes a row with the image and the negatives; blank titles are removed unless all are blank.
+    Each title of a list makes a row with the image and the negatives; blank ones are dropped rows.
     Blanks around paths and addresses are removed. A row whose text is not UTF-8 or whose image leaves the folders is
     dropped. Raises UserError for a column of a type that its role cannot have.
     """
@@ -90,6 +101,7 @@ def to_row_columns(table: pa.Table, source: str, location: ImageLocation, accoun
     import pyarrow.compute as pc
 
     problems: dict[int, BadSample] = {}  # by place in the table
+    blanks: dict[str, np.ndarray] = {}  # by role, the places of blank values in lists
     pictures, paths, start = [], [], 0
     for chunk in _pieces(table["image"]):
         data, path = _bytes_and_path(chunk, source, start, problems)
@@ -119,11 +131,35 @@ def to_row_columns(table: pa.Table, source: str, location: ImageLocation, accoun
             account.note(f"{source}: the {role} column holds names of pictures, such as {picture[:100]!r}; "
                          f"{FLAGS[role]} names another column")
         columns[role] = pc.fill_null(texts, "") if is_plain else without_blanks(texts, row_F, len(table))
+        if not is_plain:
+            blanks[role] = row_F[pc.is_valid(texts).to_numpy() & ~holds_text(texts)]
     columns |= {name: table[name] for name in EXTRA_COLUMNS if name in table.column_names}
     numbers = table[ROW].to_numpy() if ROW in table.column_names else np.arange(len(table))
     columns[ROW] = pa.array(numbers)
+    for role, row_B in blanks.items():
+        _account_for_blanks(role, row_B[~np.isin(row_B, [*problems])], pa.table(columns), source, account)
     rows = drop_rows(pa.table(columns), problems, numbers, source, account)
     return explode(rows, "title") if is_list(rows["title"].type) else rows
+
+
+def _account_for_blanks(role: str, row_B: np.ndarray, table: pa.Table, source: str, account: Account) -> None:
+    """Report the blank values of lists, given by their rows in the table of Rows: each blank title is a dropped row.
+
+    Where all of a list are blank, one of them is left, as a row without a title.
+    """
+    if not len(row_B):
+        return
+    if role != "title":
+        account.note(f"{source}: {len(row_B):,} blank negatives are not used")
+        return
+    left_N = np.diff(table["title"].combine_chunks().offsets.to_numpy())
+    rows, counts = np.unique(row_B, return_counts=True)
+    for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
+        dropped = count - int(left_N[row] == 0)
+        if dropped:
+            image, number = shown_name(table["image"][row].as_py()) or None, table[ROW][row].as_py()
+            problem = BadSample("no-title", f"{dropped} of {count + int(left_N[row])} captions are blank")
+            account.drop(source, number, problem, image, rows=dropped)
 
 
 def _pieces(column: pa.ChunkedArray) -> list[pa.Array]:

@@ -27,7 +27,7 @@ def evaluate(cfg: Config, world: World, stop: StopSignal) -> int:
     if world.is_main:
         if out:  # before anything is printed: a pager may close stdout
             folder.write_json(out / "metrics.json", scores)
-            folder.write_ledger(out / "ledger.jsonl", pairs.ledger)
+            folder.write_ledger(out / "ledger.jsonl", pairs.all_dropped())
         world.say(metrics_table({model.clip.name: scores}, pairs.classes))
         show(json.dumps(scores, indent=2))
         for name, problem in collapsed.items():

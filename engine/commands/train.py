@@ -180,10 +180,10 @@ def open_answers(out: Path, names: Collection[str], pairs: Pairs, model: LoadedM
                  world: World) -> AnswerLog:
     """Return the log of answers; of a resumed run (`base` is measured) with those there were."""
     answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture, world.say if base else None)
-    if base and world.is_main and answers.lacks("base"):
-        shown = pairs.feature_splits([answers.split])[answers.split]
-        space = embed_shown(model, shown)
-        answers.add("base", space, base[answers.split])
+    if base and world.exchange(answers.lacks("base"))[0]:
+        shown = pairs.feature_splits([answers.split])[answers.split]  # all ranks encode it
+        if world.is_main:
+            answers.add("base", embed_shown(model, shown), base[answers.split])
     return answers
 
 

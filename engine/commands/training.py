@@ -85,7 +85,7 @@ class RowTraining:
 
     def ledger(self) -> Sequence[Mapping[str, Any]]:
         """Return the rows that the opening dropped, and those lost since."""
-        return [*self.pairs.ledger, *(self.lost.ledger() if self.lost is not None else [])]
+        return self.pairs.all_dropped()
 
     def step_world(self, cfg: Config, world: World, model: LoadedModel) -> World:
         """Return the world whose ranks share a step: all of them, or each rank alone where that is faster."""
@@ -149,10 +149,20 @@ class ShardTraining:
 
     def begin(self, step: int, stop: Callable[[], None]) -> Sequence[Mapping[str, Any]]:
         """Return what the opening dropped, and what an earlier process of this run met in the shards."""
+        self._lost.begin(step)
         lines = read_ledger(self.out / "ledger.jsonl")
         named = {"shard", "key", "detail"}
         self.stream.problems.add([line for line in lines if line.get("split") == "train" and named <= line.keys()])
-        return [*self.pairs.ledger, *self.stream.problems.entries.values()]
+        return self._ledger()
+
+    @property
+    def _lost(self) -> LostPictures:
+        """Pictures of the measured splits."""
+        assert isinstance(self.pairs.inputs, StreamedPairs)  # see `refuse_cached`
+        return self.pairs.inputs.lost
+
+    def _ledger(self) -> Sequence[Mapping[str, Any]]:
+        return [*self.pairs.all_dropped(), *self.stream.problems.entries.values()]
 
     def step_world(self, cfg: Config, world: World, model: LoadedModel) -> World:
         """Return `world`: every rank reads other shards."""
@@ -174,8 +184,7 @@ class ShardTraining:
         state.shards = sorted({shard for finished, _, _ in parts for shard in finished})
         for _, others, _ in parts:
             stream.problems.add(others)
-        ledger = [*self.pairs.ledger, *stream.problems.entries.values()]
-        self.world.on_main(lambda: folder.write_ledger(self.out / "ledger.jsonl", ledger))
+        self.world.on_main(lambda: folder.write_ledger(self.out / "ledger.jsonl", self._ledger()))
         saver.save(state)
         unused = sum(count for _, _, count in parts)
         if unused and not self.has_reported_negatives:
@@ -186,7 +195,7 @@ class ShardTraining:
 
     def keep_ledger(self) -> None:
         """Write what this rank knows to be dropped, when the stream ends the run before a checkpoint does."""
-        folder.write_ledger(self.out / "ledger.jsonl", [*self.pairs.ledger, *self.stream.problems.entries.values()])
+        folder.write_ledger(self.out / "ledger.jsonl", self._ledger())
 
     def guard(self, cfg: Config, world: World, out: Path, trained: nn.Module) -> NonfiniteGuard:
         """Return a guard that names the samples of a step; a stream is not read again to find which it was."""

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from faulty_jobs import FirstBytes
-from helpers import ROOT, family, full
+from helpers import HANGS_S, ROOT, family, full
 from PIL import Image
 
 from data.batch import BadSample
@@ -152,9 +152,9 @@ class _Stalling:
 
 
 @pytest.mark.usefixtures("by_processes")
-@pytest.mark.parametrize(("to_main", "from_main"), full(
-    [(200, 1 << 30), (1 << 30, 9000)],
-    [*((bytes_, 1 << 30) for bytes_ in range(15, 400, 11)), *((1 << 30, 1 + 3001 * k) for k in range(20))]))
+@pytest.mark.parametrize(("to_main", "from_main"), [
+    *((200 + 11 * number, 1 << 30) for number in range(full(1, 36))),
+    *((1 << 30, 9000 + 3001 * number) for number in range(full(1, 20)))])
 def test_a_worker_that_stops_within_a_message_is_replaced(to_main: int, from_main: int, tmp_path: Path,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a worker that is stopped while it sends or is sent pictures stops the run for ever."""
@@ -191,6 +191,29 @@ def test_where_processes_cannot_be_had_threads_go_on(tmp_path: Path, monkeypatch
     monkeypatch.setattr(processes, "START", "raise SystemExit(1)")  # nor where it does not even start
     require_all_but({}, decoded(contents, tmp_path, log=said.append), contents)
     Server.stop()  # else the next test may meet it before it has ended
+
+
+def test_where_memory_cannot_be_shared_threads_decode() -> None:
+    """`ulimit -f`, a container without room for shared memory: the run says so and goes on."""
+    code = """if True:
+        import resource, sys
+        from pathlib import Path
+        from faulty_jobs import FirstBytes
+        from data.images import feed
+        from data.images.decode import ImageSpec
+        from data.images.reader import Reader
+        from data.images.worker import Task
+        from data.web.limits import FetchPolicy
+        feed.MIN_PICTURES, feed.cores_of_rank = 0, lambda: 4
+        pictures = feed.Feed(FirstBytes(), Reader(Path(), ImageSpec.clip(32), FetchPolicy(), 1000, 2), 40, print)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        for lot in pictures.lots([[(number, Task(b"%04d" % number)) for number in range(40)]]):
+            print(lot.records.tobytes().decode())"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGS_S, check=True,
+                          env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    said, pixels = done.stdout.splitlines()
+    assert "cannot be shared" in said and "threads decode" in said
+    assert pixels == "".join(f"{number:04d}" for number in range(40))
 
 
 @pytest.mark.usefixtures("by_processes")

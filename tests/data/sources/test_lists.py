@@ -19,7 +19,7 @@ from data.batch import UserError
 from data.catalogue import build_catalogue
 from data.cold import Reader
 from data.images.decode import ImageSpec
-from data.ledger import Account
+from data.ledger import Account, dropped_rows
 from data.shards.pack import pack
 from data.sources import records
 from data.sources.embedded import EmbeddedPictures
@@ -99,7 +99,7 @@ def test_json_lines_may_mix_texts_and_lists(tmp_path: Path, monkeypatch: pytest.
     rows, _, lost = read(tmp_path / "all.jsonl")
     assert shown(rows) == WANTED and rows.title_neg is not None
     assert rows.title_neg.to_pylist() == [["n", "7"] if name == "1" else [] for name, _ in WANTED]
-    assert [(entry["row"], entry["reason"]) for entry in lost] == [(5, "not-text")]
+    assert [(entry["row"], entry["reason"]) for entry in lost] == [(5, "not-text"), (3, "no-title")]
 
 
 def test_a_title_that_is_not_utf8_is_told_by_the_row_of_the_file(tmp_path: Path) -> None:
@@ -283,3 +283,23 @@ def test_negatives_that_templates_leave_as_they_are_are_said(tmp_path: Path) -> 
     said.clear()
     load_splits(str(tmp_path / "all.csv"), ReadOptions(templates=("a {}",)), log=said.append)
     assert len(said) == 1
+
+
+def test_blank_captions_are_dropped_rows_and_blank_negatives_are_counted(tmp_path: Path) -> None:
+    """Else an image with five captions, two of them empty, trains with three and nothing says so."""
+    captions = [["a", "", "\u200b\u00a0", "b"], ["", " "], ["c"], []]
+    lines = [{"image": f"{row}.jpg", "caption": each, "negative": ["n", " ", ""]} for row, each in enumerate(captions)]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows, said, lost = read(tmp_path / "all.jsonl")
+    assert rows.title.to_pylist() == ["a", "b", "", "c", ""]  # a row without a title is dropped when it is opened
+    assert [(entry["row"], entry["reason"], entry.get("rows", 1)) for entry in lost] == [
+        (0, "no-title", 2), (1, "no-title", 1)]
+    assert len(rows) + dropped_rows(lost) == sum(max(1, len(texts)) for texts in captions)
+    assert any("8 blank negatives are not used" in line for line in said)
+
+
+def test_empty_cells_of_several_title_columns_are_no_captions(tmp_path: Path) -> None:
+    """A table with columns caption_0 to caption_4 has empty cells where an image has fewer."""
+    (tmp_path / "all.csv").write_text("image,caption_0,caption_1\n0.jpg,a,b\n1.jpg,c,\n2.jpg,,\n")
+    rows, _, lost = read(tmp_path / "all.csv", Columns(title=("caption_0", "caption_1")))
+    assert rows.title.to_pylist() == ["a", "b", "c", ""] and not lost

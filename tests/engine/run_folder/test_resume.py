@@ -19,10 +19,14 @@ from safetensors.torch import load_file
 import engine.train as loop
 from data import locks
 from data.batch import UserError
+from data.images import feed
+from data.prefetch import epoch_order
+from data.web import storage
 from engine.commands.train import train as run_train
 from engine.config.cli import parse
 from engine.ranks import sharing
 from engine.ranks.world import World
+from engine.run_folder.log import Log
 
 FLAGS = ["--precision", "fp32", "--lr", "1e-3", "--batch-size", "4", "--eval-every", "15", "--log-every", "7"]
 NUMBERS = count()  # of the runs of this process
@@ -314,3 +318,46 @@ def test_whatever_ends_the_loop_the_last_whole_step_is_saved(
     assert ("--resume goes on from there" in capsys.readouterr().err) == (not place.startswith("an update"))
     assert train(short, out, "--resume") == 0
     assert result(short / out) == result(short / "whole")
+
+
+@pytest.mark.parametrize("flag", ["--mode=streaming", "--augment", "--trainable=all"][:full(1, 3)])
+def test_a_run_that_has_lost_a_picture_is_resumed_as_if_uninterrupted(flag: str, tiny_model: Path, tmp_path: Path,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a file that vanishes at night makes the data other data, and the run can never be gone on with."""
+    (tmp_path / "tiny").symlink_to(tiny_model)
+    picture = make_pairs(tmp_path / "pairs", 12, 4, 4) / "images" / f"train-{int(epoch_order(12, 42, 0)[1]):04d}.jpg"
+    content, log_step = picture.read_bytes(), Log.step
+    monkeypatch.setattr(storage, "BACKOFF", 0.0)
+
+    def lose(log: Log, number: int, *rest: Any) -> None:
+        log_step(log, number, *rest)
+        if number == 1:
+            picture.unlink(missing_ok=True)
+
+    def one_ahead(pictures: feed.Feed, *rest: Any, **named: Any) -> None:
+        feed_init(pictures, *rest, **named)
+        pictures.slots = 2  # else pictures of later steps may be decoded before the loss
+
+    feed_init = feed.Feed.__init__
+    monkeypatch.setattr(feed.Feed, "__init__", one_ahead)
+    monkeypatch.setattr(Log, "step", lose)
+    flags = [*FLAGS, "--epochs", "4", "--max-bad", "0.2", flag]
+    assert train(tmp_path, "whole", *flags) == 0
+    wanted = (tmp_path / "whole/ledger.jsonl").read_text()
+    (entry,) = map(json.loads, wanted.splitlines())
+    assert entry["image"] == str(picture) and 4 <= entry["step"] <= 6 and entry["reason"] == "missing-file"
+    metrics = json.loads((tmp_path / "whole/metrics.json").read_text())
+    assert metrics["base"]["train"]["pairs"] == metrics["tuned"]["train"]["pairs"] == 11
+    for stop in (2, 8):  # before the run has met the loss, and after
+        picture.write_bytes(content)
+        assert train(tmp_path, f"cut-{stop}", *flags, stop=stop) == 143
+        assert train(tmp_path, f"cut-{stop}", "--resume") == 0
+        assert result(tmp_path / f"cut-{stop}") == result(tmp_path / "whole")
+    assert (tmp_path / "cut-8/ledger.jsonl").read_text() == wanted
+    picture.write_bytes(content)  # it is back: used again, and the ledger says for how long it was lost
+    assert train(tmp_path, "back", *flags, stop=8) == 143
+    picture.write_bytes(content)
+    monkeypatch.setattr(Log, "step", log_step)
+    assert train(tmp_path, "back", "--resume") == 0
+    (entry,) = map(json.loads, (tmp_path / "back/ledger.jsonl").read_text().splitlines())
+    assert (entry["rows"], entry["back"]) == (0, 9)

@@ -110,7 +110,7 @@ def require_same_shards(shards: Sequence[Entry], team: Team) -> None:
 
     As with images: where sizes or times differ, as of copies on each node, both ends of SAMPLED shards are compared.
     """
-    if team.size == 1 or any(shard.version for shard in shards):  # a store's shards are the same for all
+    if team.size == 1 or any(is_stored(shard.address) for shard in shards):  # a store's shards are the same for all
         return
     stamps = []
     for shard in shards:

@@ -19,6 +19,7 @@ from torch import Tensor
 from data.batch import BadSample, UserError
 from data.catalogue import build_catalogue
 from data.cold import Encoders, encode_missing_images, encode_missing_titles, encode_titles
+from data.files import read_text
 from data.identity import distinct, keys_of_tokens
 from data.images.album import small_jpeg
 from data.images.decode import decode_image, tokenize
@@ -165,8 +166,8 @@ def read_queries(given: Sequence[str], file: str, image: str) -> list[str]:
     titles = list(given)
     if file:
         try:
-            titles += Path(file).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            titles += read_text(Path(file).expanduser()).splitlines()
+        except (OSError, ValueError) as error:  # a NUL in the name, or no UTF-8
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise UserError(f"--queries {file}: {reason}; give a text file with one title a line") from None
     titles = [title.strip() for title in titles if title.strip()]

@@ -27,9 +27,11 @@ from data.files import (
     sha256,
     write_mark,
 )
+from data.gallery import read_queries
 from data.images.decode import ImageSpec
 from data.images.reader import Reader
 from data.web.limits import FetchPolicy
+from engine.config.settings import read_toml
 from engine.run_folder.ownership import is_run, refuse_foreign_shards
 
 
@@ -140,6 +142,10 @@ def test_a_named_pipe_is_never_waited_for(tmp_path: Path) -> None:
     for read in (read_text, sha256):
         with pytest.raises(NotAFile, match="a named pipe"):
             read(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="a named pipe"):
+        read_toml(tmp_path / "config.json")
+    with pytest.raises(UserError, match="a named pipe"):
+        read_queries([], str(tmp_path / "config.json"), "")
 
 
 def test_the_index_of_somebody_elses_shard_is_not_replaced(tmp_path: Path) -> None:

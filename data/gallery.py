@@ -168,7 +168,7 @@ def read_queries(given: Sequence[str], file: str, image: str) -> list[str]:
     if file:
         try:
             titles += read_text(Path(file).expanduser(), MAX_QUERIES).splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # a NUL in the name, or no UTF-8
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise UserError(f"--queries {file}: {reason}; give a text file with one title a line") from None
     titles = [title.strip() for title in titles if title.strip()]

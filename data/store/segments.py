@@ -7,6 +7,7 @@ space and size; sums[0] is the CRC-32 of keys and of the other sums, sums[1 + b]
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -174,20 +175,29 @@ def hold(folder: Path) -> int | None:
         os.close(descriptor)  # pruned just now
 
 
+class _Kept(Exception):
+    """The reason why a space is not pruned."""
+
+
 def _begin_prune(folder: Path) -> int | None:
-    """Lock a space that no process holds; None where nothing can be locked. Raises BlockingIOError for one in use."""
-    descriptor = None
-    with suppress(OSError):
+    """Lock a space that no process holds; None where a full disk has no room for the lock file, which none holds then.
+
+    Raises _Kept for a space in use, and where locks do not work: nothing says then whether a run uses it.
+    """
+    try:
         descriptor = os.open(folder / IN_USE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    if descriptor is None:
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return None
+        raise _Kept(f"it cannot be locked ({error.strerror})") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         os.close(descriptor)
-        raise
-    except OSError:  # a file system without locks
-        pass
+        if isinstance(error, BlockingIOError):
+            raise _Kept("another process is using it") from None
+        raise _Kept(f"the file system has no locks ({error.strerror}), so a run may be using it; when none is, delete "
+                    f"{folder}") from None
     return descriptor
 
 
@@ -213,36 +223,40 @@ def _is_ours(path: Path) -> bool:
 
 
 class Pruned(NamedTuple):
-    """Bytes that were freed, spaces that stay as other processes use them, and odd files that stay."""
+    """Bytes that were freed, spaces that stay with the reason, and odd files that stay."""
 
     freed: int
-    in_use: list[str]
+    kept: dict[str, str]
     odd: list[Path]
 
 
 def prune(cache_dir: Path, keep: Collection[str]) -> Pruned:
-    """Delete the spaces not named in `keep` that no process holds, and damaged segments everywhere.
+    """Delete the spaces not named in `keep` that no process can be using, and damaged segments everywhere.
 
     Files that this program did not write, and what is no regular file, stay where they are.
     """
     before = spaces(cache_dir)
-    in_use: list[str] = []
+    kept: dict[str, str] = {}
     odd: list[Path] = []
     for name in before:
         folder = cache_dir / name
+        lock = None
         try:
             lock = None if name in keep else _begin_prune(folder)
-        except BlockingIOError:
-            in_use.append(name)
-            continue
-        for path in folder.glob(f"*{SUFFIX}.damaged" if name in keep else f"*{SUFFIX}*"):
-            if not path.is_file() or path.is_symlink():
-                odd.append(path)
-            elif path.suffix == ".damaged" or _is_ours(path):  # in our own spaces, only this program names files so
-                path.unlink(missing_ok=True)
-        if lock is not None:
-            (folder / IN_USE).unlink(missing_ok=True)
-            os.close(lock)
+            for path in folder.glob(f"*{SUFFIX}.damaged" if name in keep else f"*{SUFFIX}*"):
+                if not path.is_file() or path.is_symlink():
+                    odd.append(path)
+                elif path.suffix == ".damaged" or _is_ours(path):  # in our own spaces, only this program names files so
+                    path.unlink(missing_ok=True)
+            if lock is not None:
+                (folder / IN_USE).unlink(missing_ok=True)
+        except _Kept as reason:
+            kept[name] = str(reason)
+        except OSError as error:  # a disk that is read-only, a folder of another user
+            kept[name] = f"it cannot be deleted ({error.strerror})"
+        finally:
+            if lock is not None:
+                os.close(lock)
         with suppress(OSError):  # not empty: kept, or other files are in it
             folder.rmdir()
-    return Pruned(sum(before.values()) - sum(spaces(cache_dir).values()), in_use, odd)
+    return Pruned(sum(before.values()) - sum(spaces(cache_dir).values()), kept, odd)

@@ -122,9 +122,9 @@ def verify_store(cfg: Config, world: World) -> int:
         kept = sorted(keep & {space.name for space in spaces})
         pruned = delete_spaces(cache, keep)
         freed = pruned.freed + model_records(cfg, world).prune(cfg.model)
-        for name in pruned.in_use:
-            show(f"{name} stays: a run is using it")
+        for name, reason in pruned.kept.items():
+            show(f"{name} stays: {reason}")
         for path in pruned.odd:
             show(f"{path} stays: it is no regular file")
-        show(f"pruned {freed / 1e6:,.1f} MB; kept {', '.join([*kept, *pruned.in_use]) or 'nothing'}")
+        show(f"pruned {freed / 1e6:,.1f} MB; kept {', '.join([*kept, *pruned.kept]) or 'nothing'}")
     return int(any(space.damaged for space in spaces))

@@ -102,6 +102,9 @@ class Parser(argparse.ArgumentParser):
         known, rest = self.parse_known_args(arguments)
         flags = vars(known)
         given = [*flags]
+        for name, value in flags.items():
+            if value == [] and name != POSITIONAL:  # argparse takes "--" out, also of --patience=--
+                self.error(f"{flag_of(name)} needs a value, and -- is none")
         toml = flags.pop("config")
         written = flags.pop("write_config")
         unknown = [word for word in rest if word.startswith("-") or POSITIONAL not in self.names]

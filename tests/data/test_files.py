@@ -144,6 +144,10 @@ def test_a_named_pipe_is_never_waited_for(tmp_path: Path) -> None:
     for read in (read_text, sha256):
         with pytest.raises(NotAFile, match="a named pipe"):
             read(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="a named pipe"):
+        read_toml(tmp_path / "config.json")
+    with pytest.raises(UserError, match="a named pipe"):
+        read_queries([], str(tmp_path / "config.json"), "")
 
 
 def test_a_file_with_a_large_hole_is_refused_and_not_read(tmp_path: Path) -> None:

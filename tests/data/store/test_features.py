@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import random
@@ -25,6 +26,7 @@ from data.batch import UserError, share
 from data.files import write_mark
 from data.prefetch import EpochBatches, epoch_order
 from data.store import features as module
+from data.store import segments
 from data.store.feature_split import FeatureSplit, StoredTable
 from data.store.features import FeatureStore
 from data.store.segments import HEADER, key_of, prune, spaces
@@ -363,10 +365,11 @@ def test_spaces_and_prune(tmp_path: Path) -> None:
     size = files(tmp_path / "old")[0].stat().st_size
     mapped = FeatureStore(tmp_path / "old", WIDTH)
     assert spaces(tmp_path) == {"old": size, "kept": size + 77, "shared": size}
-    assert prune(tmp_path, keep=["kept"]) == (size + 77, ["old"], [])  # a running job keeps what it has open
+    # A running job keeps what it has open.
+    assert prune(tmp_path, keep=["kept"]) == (size + 77, {"old": "another process is using it"}, [])
     assert mapped.gather(mapped.locate(keys_of([3]))).equal(values_of([3]))
     del mapped
-    assert prune(tmp_path, keep=["kept"]) == (size, [], [])
+    assert prune(tmp_path, keep=["kept"]) == (size, {}, [])
     assert spaces(tmp_path) == {"kept": size} and len(FeatureStore(tmp_path / "kept", WIDTH)) == 9
     assert (tmp_path / "shared" / "notes.txt").exists() and (tmp_path / "stranger" / "model.safetensors").exists()
     assert not (tmp_path / "old").exists() and spaces(tmp_path / "absent") == {}
@@ -392,7 +395,7 @@ def test_odd_files_under_a_segments_name_are_skipped_and_stay(tmp_path: Path) ->
 
 
 def prune_elsewhere(pipe: Connection, folder: Path) -> None:
-    pipe.send(prune(folder, []).in_use)
+    pipe.send([*prune(folder, []).kept])
 
 
 def test_a_space_is_not_pruned_beside_the_process_that_uses_it(tmp_path: Path) -> None:
@@ -402,6 +405,30 @@ def test_a_space_is_not_pruned_beside_the_process_that_uses_it(tmp_path: Path) -
     with child(prune_elsewhere, tmp_path) as (_, pipe):
         assert pipe.recv() == ["space"]
     assert (FeatureStore(tmp_path / "space", WIDTH).locate(keys_of(range(9))) >= 0).all()
+
+
+@pytest.mark.parametrize("number, stays", [(errno.ENOLCK, "no locks"), (errno.EROFS, "cannot be locked"),
+                                           (errno.ENOSPC, "")])
+def test_what_cannot_be_locked_is_not_pruned(number: int, stays: str, tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a network disk without locks nothing says whether a run uses a space; a full disk must still be cleared."""
+    FeatureStore(tmp_path / "space", WIDTH).append(keys_of(range(9)), values_of(range(9)))
+    real = os.open
+
+    def failing(path: Path, flags: int, *rest: int) -> int:
+        if Path(path).name == "in-use" and number != errno.ENOLCK:
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, flags, *rest)
+
+    def locking(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(segments.os, "open", failing)
+    if number == errno.ENOLCK:
+        monkeypatch.setattr(segments.fcntl, "flock", locking)
+    pruned = prune(tmp_path, [])
+    assert (pruned.freed > 0) == (not stays) and ("space" in pruned.kept) == bool(stays)
+    assert stays in pruned.kept.get("space", "") and bool(files(tmp_path / "space")) == bool(stays)
 
 
 def make_split(folder: Path, mapped: bool, negatives: bool) -> FeatureSplit:

@@ -146,11 +146,13 @@ def test_parts_that_were_damaged_are_said_and_written_again(flags: list[object],
     assert inside([*flags, "--out", out]).returncode == 0
     vectors, tables = sorted(out.rglob("*.npy")), sorted(out.rglob("*.parquet"))
     before = {path: path.read_bytes() for path in (*vectors, *tables)}
-    for path in vectors[::2]:
+    for path in vectors[1::2]:
         path.write_bytes(before[path][:-1] + b"?")
-    first = pq.ParquetFile(tables[0]).metadata.row_group(0).column(0)
+    group = pq.ParquetFile(tables[0]).metadata.row_group(0)
+    columns = [group.column(number) for number in range(group.num_columns)]
+    (embedding,) = [column for column in columns if column.path_in_schema.startswith("embedding")]
     data = bytearray(before[tables[0]])
-    data[(first.dictionary_page_offset or first.data_page_offset) + first.total_compressed_size - 1] ^= 1
+    data[embedding.data_page_offset + embedding.total_compressed_size - 1] ^= 1
     tables[0].write_bytes(data)
     tables[1].write_bytes(before[tables[1]][:-9])
     tables[-1].unlink()

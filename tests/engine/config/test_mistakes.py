@@ -38,6 +38,7 @@ MISTAKES = {  # arguments -> what the answer has to name
     "bad choice": (["--schedule", "cubic"], "linear"),
     "nothing to train": (["--trainable", ","], "--trainable projection"),
     # the recipe file
+    "two dashes for a value": (["--patience=--"], "--patience needs a value"),
     "no such config": (["--config", "nowhere.toml"], "nowhere.toml"),
     "config is a folder": (["--config", "{tmp}"], "{tmp}"),
     "config is not TOML": (["--config", "{pairs}/train.csv"], "line 1"),

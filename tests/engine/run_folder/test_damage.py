@@ -72,7 +72,7 @@ def damage(path: Path, kind: str) -> None:
         path.write_bytes({"empty": b"", "cut": before[: len(before) * 2 // 3], "a file": b"a file\n",
                           "rubbish": random.Random(0).randbytes(3000), "other JSON": other.encode(),
                           "twice": before * 2, "reversed": b"".join(before.splitlines(keepends=True)[::-1]),
-                          "NaN": re.sub(rb"\b\d[\d.]*", b"NaN", before), "deep": b"[" * 100_000,
+                          "NaN": re.sub(rb"(?<=: )[\d.]+", b"NaN", before), "deep": b"[" * 100_000,
                           "as text": target.name.encode()}[kind])
 
 

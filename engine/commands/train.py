@@ -73,7 +73,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     # 3. Replace config.json and ledger.jsonl, after every refusal: a refused resume leaves both files as they were.
     folder.write_run_header(out, as_dict(cfg, "train"), world, model.precision, training.ledger(out))
     # 4. Keep the base metrics of the earlier process, unless they are damaged; at step 0 they are measured again.
-    metrics = saved_metrics(out / "metrics.json", summaries(base), world.say) if state.step else {}
+    metrics = saved_metrics(out / "metrics.json", summaries(base), world.warn) if state.step else {}
     metrics |= find_overlap(pairs, world) | named_classes(pairs)
     # 5. Cut the log after the checkpoint's step; the loop writes the later steps again.
     step_world = training.step_world(cfg, world, model)
@@ -93,7 +93,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
             evaluate()
         fit(replica, batches, plan, state, cfg, Callbacks(log, prof, evaluate, partial(training.save, saver),
                                                           partial(stop.agreed_signal, world), guard.check))
-        best_step = saver.load_best_weights(state, world.say)
+        best_step = saver.load_best_weights(state, world.warn)
         if best_step or results_lost:
             evaluate(best_step)
         if cfg.interpolate and not state.stopped:
@@ -127,7 +127,7 @@ def make_saver(cfg: Config, world: World, out: Path, model: LoadedModel, trainin
 
 def first_state(saver: Saver, world: World, plan: Plan, resuming: bool) -> State:
     """Return the state to train from. Raises AgreedError where ranks would train on other data or from another step."""
-    state = saver.resume(world.say) if resuming else State()
+    state = saver.resume(world.warn) if resuming else State()
     require_agreement(world.team, {**saver.identity, "the checkpoint to go on from": state.step,
                                    "the number of steps": plan.steps})
     return state
@@ -136,7 +136,7 @@ def first_state(saver: Saver, world: World, plan: Plan, resuming: bool) -> State
 def open_answers(out: Path, names: Collection[str], pairs: Pairs, model: LoadedModel, base: Mapping[str, Retrieval],
                  world: World) -> AnswerLog:
     """Return the log of answers; of a resumed run (`base` is measured) with those there were."""
-    answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture, world.say if base else None)
+    answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture, world.warn if base else None)
     if base and world.is_main and answers.lacks("base"):
         shown = pairs.feature_splits([answers.split])[answers.split]
         space = embed_shown(model, shown)

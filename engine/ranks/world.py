@@ -79,6 +79,10 @@ class World:
         if self.is_main and not self.quiet:
             _print(text, CLEAR if _on_terminal() else "")
 
+    def warn(self, text: str) -> None:
+        """`say` a line that --quiet keeps: something was damaged, and what was done about it."""
+        replace(self, quiet=False).say(text)
+
     def live(self, text: str) -> None:
         """Print progress: on a terminal a line that the next one replaces, elsewhere a line like any other."""
         self._count_progress()

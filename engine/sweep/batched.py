@@ -8,7 +8,7 @@ of all rows, …), C = X candidates, E embedding, V/T image/text feature width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -53,18 +53,25 @@ def group_configurations(configs: Sequence[Config], pairs: FeatureSplit) -> list
     return [part for parts in groups.values() for part in parts]
 
 
+def do_nothing() -> None:
+    """Take no notice of a step."""
+
+
 def train_together(base: Projections, pairs: FeatureSplit, configs: Sequence[Config],
-                   precision: torch.dtype) -> Projections:
-    """Return the weights [K, …] after training each of `configs`, which form a group, from `base` on `pairs`."""
+                   precision: torch.dtype, on_step: Callable[[], object] = do_nothing) -> Projections:
+    """Return the weights [K, …] after training each of `configs`, which form a group, from `base` on `pairs`.
+
+    `on_step` is called after each step, which all of them take together.
+    """
     order = sorted(range(len(configs)), key=lambda place: -configs[place].epochs)
     sorted_configs = [configs[place] for place in order]
-    trained = _train_sorted(base, pairs, sorted_configs, precision)
+    trained = _train_sorted(base, pairs, sorted_configs, precision, on_step)
     back_K = torch.tensor(order, device=trained.image_KEV.device).argsort()
     return Projections(*(weight_K[back_K] for weight_K in trained))
 
 
 def _train_sorted(base: Projections, pairs: FeatureSplit, configs: Sequence[Config],
-                  precision: torch.dtype) -> Projections:
+                  precision: torch.dtype, on_step: Callable[[], object]) -> Projections:
     """Do `train_together` for configurations by descending epochs: those that train on are always the first ones."""
     first = configs[0]
     objective = Objective(first.loss, first.duplicates, first.hardness)
@@ -81,6 +88,7 @@ def _train_sorted(base: Projections, pairs: FeatureSplit, configs: Sequence[Conf
         rates = [learning_rate(step, plan.steps, cfg.lr, cfg.schedule, cfg.warmup)
                  for plan, cfg in zip(plans[:active], configs, strict=False)]
         optimizer.step(grads, rates)
+        on_step()
     return weights
 
 

@@ -9,7 +9,7 @@ Dimension key: C candidates, K runs, N pairs, H held-out pairs, S scales, E embe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.batch import UserError
+from data.progress import Progress
 from data.sources.folds import Fold, folds, hold_out, take_rows
 from data.sources.split import components
 from data.store.feature_split import FeatureSplit
 from engine.config.fields import Config
+from engine.optim import Plan
 from engine.ranks.world import World
-from engine.sweep.batched import Projections, project, train_together
+from engine.sweep.batched import Projections, do_nothing, project, train_together
 from engine.sweep.cca import cca_projections, joined_sides
 
 RATES = (0.00375, 0.0375)  # learning rates, in standard deviations of a pretrained projection
@@ -96,9 +98,12 @@ def choose(base: Projections, pairs: FeatureSplit, cfg: Config, precision: torch
     """Return the choice for `pairs`. The ranks of `world` share the folds; their number changes no result."""
     parts = split_pairs(pairs, cfg.seed)
     own = {}
-    for number in range(world.rank, len(parts), world.size):
+    numbers = range(world.rank, len(parts), world.size)
+    steps = sum(_steps(cfg, len(parts[number][1].train)) for number in numbers)
+    progress = Progress("auto: steps of the candidates", steps, world.live)
+    for number in numbers:
         seed, fold = parts[number]
-        own[number] = score_fold(base, fold, replace(cfg, seed=seed), precision)
+        own[number] = score_fold(base, fold, replace(cfg, seed=seed), precision, progress)
     results: dict[int, HeldOutScores] = {}
     for results_of_rank in world.exchange(own):
         results |= results_of_rank
@@ -132,6 +137,12 @@ def run_settings(cfg: Config, rate: float, rows: int, scale: float) -> Config:
                    epochs=epochs, schedule="linear", warmup=0.0)
 
 
+def _steps(cfg: Config, rows: int) -> int:
+    """Return the number of steps of a training run on so many pairs."""
+    settings = run_settings(cfg, RATES[0], rows, SCALES[0])
+    return Plan(rows, settings.batch_size, settings.epochs).steps
+
+
 def loss_scale(base: Projections, pairs: FeatureSplit) -> float:
     """Return the scale of the loss for a base model, by the scale at which it gives these pairs the best likelihood."""
     some = take_rows(pairs, torch.arange(min(len(pairs), HELD_OUT)))
@@ -140,20 +151,21 @@ def loss_scale(base: Projections, pairs: FeatureSplit) -> float:
 
 
 @torch.no_grad()
-def score_fold(base: Projections, fold: Fold, cfg: Config, precision: torch.dtype) -> HeldOutScores:
+def score_fold(base: Projections, fold: Fold, cfg: Config, precision: torch.dtype,
+               on_step: Callable[[], object]) -> HeldOutScores:
     """Train every candidate on a fold's training pairs and score it on those held out."""
     repeat_HH = repeats(fold.held)
     losses, changes = [], []
     base_HH = similarities(base, fold.held)
-    for image_HE, title_HE in held_out_embeddings(base, fold, cfg, precision):
+    for image_HE, title_HE in held_out_embeddings(base, fold, cfg, precision, on_step):
         cosine_HH = F.normalize(image_HE, dim=1) @ F.normalize(title_HE, dim=1).T
         losses.append(partner_losses(cosine_HH, repeat_HH))
         changes.append((cosine_HH - base_HH).abs().mean())
     return HeldOutScores(fold.row_N.cpu(), torch.stack(losses).cpu(), torch.stack(changes).cpu())
 
 
-def held_out_embeddings(base: Projections, fold: Fold, cfg: Config,
-                        precision: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+def held_out_embeddings(base: Projections, fold: Fold, cfg: Config, precision: torch.dtype,
+                        on_step: Callable[[], object] = do_nothing) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield for each of CANDIDATES, in order, the embeddings of a fold's held-out images and titles, of any length.
 
     They are those of `candidate_weights`, whose weights are not made: a mixture's outputs are the mixture of outputs.
@@ -162,7 +174,7 @@ def held_out_embeddings(base: Projections, fold: Fold, cfg: Config,
     inputs = features.image_BV.float(), features.title_BT.float()
     before = [input_HD @ weight.T for input_HD, weight in zip(inputs, base, strict=True)]
     yield before[0], before[1]
-    runs = train_runs(base, fold.train, RATES, cfg, precision)
+    runs = train_runs(base, fold.train, RATES, cfg, precision, on_step)
     for place in range(len(RATES)):
         after = [input_HD @ weight_K[place].T for input_HD, weight_K in zip(inputs, runs, strict=True)]
         for share in SHARES:
@@ -172,10 +184,11 @@ def held_out_embeddings(base: Projections, fold: Fold, cfg: Config,
 
 
 def train_runs(base: Projections, pairs: FeatureSplit, rates: Sequence[float], cfg: Config,
-               precision: torch.dtype) -> Projections:
+               precision: torch.dtype, on_step: Callable[[], object] = do_nothing) -> Projections:
     """Return the weights [K, …] of a run on `pairs` at each rate."""
     scale = loss_scale(base, pairs)
-    return train_together(base, pairs, [run_settings(cfg, rate, len(pairs), scale) for rate in rates], precision)
+    return train_together(base, pairs, [run_settings(cfg, rate, len(pairs), scale) for rate in rates], precision,
+                          on_step)
 
 
 def candidate_weights(base: Projections, pairs: FeatureSplit, cfg: Config, precision: torch.dtype,

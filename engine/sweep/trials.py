@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data.batch import Batches, UserError
 from data.files import keep_lines, read_text
+from data.progress import Progress
 from data.store.feature_split import FeatureSplit
 from engine.clip.model import LoadedModel
 from engine.config.fields import Config
@@ -78,8 +79,11 @@ class Tuner:
         ranks of `world` share the runs; each run takes place in one process, so the number of ranks changes no result.
         """
         own_results: dict[int, list[Measured]] = {}
-        for number in range(world.rank, len(runs), world.size):
+        numbers = range(world.rank, len(runs), world.size)
+        progress = Progress("folds trained and measured", len(numbers), world.live)
+        for number in numbers:
             own_results[number] = self._measure_all(configs, runs[number], measure)
+            progress()
         results: dict[int, list[Measured]] = {}
         for results_of_rank in world.exchange(own_results):
             results |= results_of_rank

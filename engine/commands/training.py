@@ -138,7 +138,7 @@ class ShardTraining:
     def ledger(self, out: Path) -> Sequence[Mapping[str, Any]]:
         """Return what the opening dropped, and what an earlier process of this run met in the shards."""
         with suppress(OSError, ValueError, KeyError):
-            lines = [json.loads(line) for line in read_text(out / "ledger.jsonl").splitlines()]
+            lines = [json.loads(line) for line in read_text(out / "ledger.jsonl").split("\n") if line]
             self.stream.problems.add([line for line in lines if line.get("split") == "train"])
         return [*self.pairs.ledger, *self.stream.problems.entries.values()]
 

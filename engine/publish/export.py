@@ -22,7 +22,6 @@ from torch import Tensor
 
 from data.batch import UserError
 from data.files import recover_folders, replaced_folder
-from data.text import printable
 from data.web.storage import public_name, scheme_of
 from engine.clip.loading import Clip
 from engine.clip.whole import is_finite
@@ -252,8 +251,7 @@ def _checked(origin: Origin) -> Origin:
         by_split = origin.metrics.get(kind, {})
         if not isinstance(by_split, dict) or not all(isinstance(values, dict) for values in by_split.values()):
             raise TypeError("its metrics are not tables")
-    base = origin.base if origin.commit else printable(origin.base)
-    return replace(origin, base=base, metrics=_plain_names(origin.metrics))
+    return replace(origin, metrics=_plain_names(origin.metrics))  # a base's path stays as it is, or it is not found
 
 
 def _plain_names(value: Any) -> Any:

@@ -44,7 +44,8 @@ def on_terminal(args: list[Any]) -> tuple[int, str]:
     """Run run.py with a pseudo-terminal of 80 columns as its stderr; its exit code and what the terminal was sent."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *map(str, args)], stderr=theirs, cwd=ROOT,
-                               stdout=subprocess.DEVNULL, env={**os.environ, "COLUMNS": "80", "TERM": "xterm", "OMP_NUM_THREADS": "1"})
+                               stdout=subprocess.DEVNULL, env={**os.environ, "COLUMNS": "80", "TERM": "xterm",
+                                                               "OMP_NUM_THREADS": "1"})
     os.close(theirs)
     said = b""
     while True:

@@ -243,10 +243,13 @@ def _checked(origin: Origin) -> Origin:
         raise ValueError("its base model is no model of the hub")
     if not isinstance(origin.recipe, dict) or not isinstance(origin.metrics, dict):
         raise TypeError("its recipe and metrics are not tables")
+    settings = config_fields()
     for name, setting in origin.recipe.items():
         values = setting if isinstance(setting, list) else [setting]
         if not re.fullmatch("[a-z0-9_]+", name) or not all(isinstance(each, str | int | float) for each in values):
             raise TypeError("its recipe holds other things than settings")
+        if name in settings and isinstance(settings[name].default, tuple) != isinstance(setting, list):
+            raise TypeError(f"its recipe holds a {name} of another type")
     for kind in ("base", "tuned", "difference"):
         by_split = origin.metrics.get(kind, {})
         if not isinstance(by_split, dict) or not all(isinstance(values, dict) for values in by_split.values()):

@@ -190,7 +190,8 @@ def test_points_of_the_projector_have_one_line_each_that_no_terminal_obeys(tmp_p
     """A title with a tab or a line end would shift all labels after it to other points."""
     writer = TensorBoardWriter(tmp_path, 0, 1)
     titles = ["a\tb\nc", "\x1b]0;title\x07", "https://h/x?sig=SECRET"]
-    writer.embedding("base", torch.zeros(3, 2), [(title, "image") for title in titles], np.zeros((4, 4, 3), np.uint8), 0)
+    sprites = np.zeros((4, 4, 3), np.uint8)
+    writer.embedding("base", torch.zeros(3, 2), [(title, "image") for title in titles], sprites, 0)
     writer.close()
     lines = (tmp_path / "00000" / "base" / "metadata.tsv").read_text(encoding="utf-8").split("\n")
     assert len(lines) == 5 and all(line.count("\t") == 1 for line in lines[:4])

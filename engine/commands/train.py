@@ -256,7 +256,7 @@ def write_results(cfg: Config, world: World, model: LoadedModel, out: Path, metr
     """Write the model folder, the page and the digests of a finished run, print its table; return the exit code."""
     if world.is_main:
         tuned = Tuned(model.trainable, Origin.of(cfg, model.clip, model.trainable, metrics))
-        export(model.clip, out / "model", tuned, metrics_table(metrics), cfg.license)
+        export(model.clip, out / "model", tuned, metrics_table(tuned.origin.metrics), cfg.license)
         page = f"report      {write_page()}\n" if write_page else ""
         folder.write_manifest(out)
         show(metrics_table(metrics))

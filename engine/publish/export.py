@@ -53,7 +53,8 @@ class Origin:
         """Return the origin of the tensors that this run has trained."""
         base = clip.name if clip.commit else str(Path(clip.name).expanduser().absolute())
         recipe = recipe_of(as_dict(cfg, "train"))
-        return cls(base, clip.commit or "", frozen_digest(clip, trained), _public(cfg.dataset), recipe, metrics)
+        names = _plain_names(metrics)  # a split may be called anything, and a card shows it
+        return cls(base, clip.commit or "", frozen_digest(clip, trained), _public(cfg.dataset), recipe, names)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import datetime
 import gc
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -90,7 +89,7 @@ class World:
             if text:
                 self.say(text)
         elif self.is_main and not self.quiet:
-            line = whole_fields(text, shutil.get_terminal_size().columns - 1)
+            line = whole_fields(text, _columns() - 1)
             _print(line, CLEAR, end="\r")
 
     def _count_progress(self) -> None:
@@ -171,6 +170,14 @@ class World:
 def _on_terminal() -> bool:
     """Return whether stderr is a terminal on which a line can be erased."""
     return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _columns() -> int:
+    """Return the width of the terminal behind stderr; stdout may go to a file."""
+    columns = os.environ.get("COLUMNS", "")
+    with suppress(OSError, ValueError, AttributeError):
+        columns = columns or str(os.get_terminal_size(sys.stderr.fileno()).columns)
+    return int(columns) if columns.isdecimal() and int(columns) else 80
 
 
 def _print(text: str, before: str = "", end: str = "\n") -> None:

@@ -19,7 +19,7 @@ from data.images.reader import Reader
 from data.sources.rows import Rows, digest_column
 from data.store.segments import key_of
 from data.store.stat_cache import StatCache
-from data.web.storage import Entry
+from data.web.storage import Entry, is_stored
 
 if TYPE_CHECKING:
     import pyarrow as pa

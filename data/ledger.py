@@ -110,7 +110,7 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
     """Return the entries of ledger.jsonl that can be read; its last line may be half written, [] where it is gone."""
     entries = []
     with suppress(OSError, UnicodeDecodeError):
-        for line in read_text(path).splitlines():
+        for line in read_text(path).split("\n"):
             with suppress(ValueError):
                 entry = parse_json(line)
                 if isinstance(entry, dict) and all(isinstance(entry.get(name, kind()), kind) for name, kind in KINDS):

@@ -17,6 +17,7 @@ from data.text import printable
 
 CHUNK = 65_536  # gallery rows at a time
 QUERIES = 1024  # queries at a time
+LONGEST = 300  # characters of a title on the terminal; --json has all
 
 
 class Answer(NamedTuple):
@@ -73,7 +74,7 @@ def as_text(results: Sequence[QueryResult], folder: str) -> str:
         lines = [result.query]
         for answer, place in zip(result.answers, places, strict=True):
             column = f"{place.ljust(width)}  " if width else ""
-            lines.append(f"{answer.rank:4d}  {answer.score:6.3f}  {column}{answer.title}")
+            lines.append(f"{answer.rank:4d}  {answer.score:6.3f}  {column}{answer.title[:LONGEST]}")
         blocks.append("\n".join(map(printable, lines)))
     return "\n\n".join(blocks)
 

@@ -219,7 +219,7 @@ def open_recorded(cfg: Config, world: World, options: ModelOptions, reread: bool
     world.say(describe_device(cfg, world.device, world.size))
     if model.clip.record is None:
         mark_cache(cfg)
-        write_record(model.clip, records, world.say)
+        write_record(model.clip, records, world.warn)
     return model
 
 

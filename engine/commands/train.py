@@ -86,7 +86,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     # 3. Replace config.json and ledger.jsonl, after every refusal: a refused resume leaves both files as they were.
     folder.write_run_header(out, as_dict(cfg, "train"), world, model.precision, training.begin(state.step, stop.ask))
     # 4. Keep the base metrics of the earlier process, unless they are damaged; at step 0 they are measured again.
-    metrics = saved_metrics(out / "metrics.json", summaries(base), world.say) if state.step else {}
+    metrics = saved_metrics(out / "metrics.json", summaries(base), world.warn) if state.step else {}
     metrics |= find_overlap(pairs, world) | named_classes(pairs)
     # 5. Cut the log after the checkpoint's step; the loop writes the later steps again.
     step_world = training.step_world(cfg, world, model)
@@ -107,7 +107,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
         with saved_on_failure(state, replica, log, guard, partial(training.save, replace(saver, world=step_world))):
             fit(replica, batches, plan, state, cfg, Callbacks(log, prof, evaluate, partial(training.save, saver),
                                                               partial(stop.agreed_signal, world), guard.check))
-        best_step = saver.load_best_weights(state, world.say)
+        best_step = saver.load_best_weights(state, world.warn)
         if best_step or results_lost:
             evaluate(best_step)
         if cfg.interpolate and not state.stopped:
@@ -163,7 +163,7 @@ def make_saver(cfg: Config, world: World, out: Path, model: LoadedModel, trainin
 
 def first_state(saver: Saver, world: World, plan: Plan, resuming: bool) -> State:
     """Return the state to train from. Raises AgreedError where ranks would train on other data or from another step."""
-    state = saver.resume(world.say) if resuming else State()
+    state = saver.resume(world.warn) if resuming else State()
     require_agreement(world.team, {**saver.identity, "the checkpoint to go on from": state.step,
                                    "the number of steps": plan.steps})
     return state
@@ -179,7 +179,7 @@ def earlier_run(out: Path, world: World, resuming: bool) -> EarlierRun | None:
 def open_answers(out: Path, names: Collection[str], pairs: Pairs, model: LoadedModel, base: Mapping[str, Retrieval],
                  world: World) -> AnswerLog:
     """Return the log of answers; of a resumed run (`base` is measured) with those there were."""
-    answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture, world.say if base else None)
+    answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture, world.warn if base else None)
     if base and world.exchange(answers.lacks("base"))[0]:
         shown = pairs.feature_splits([answers.split])[answers.split]  # all ranks encode it
         if world.is_main:
@@ -328,7 +328,7 @@ def write_results(cfg: Config, world: World, model: LoadedModel, out: Path, metr
     """Write the model folder, the page and the digests of a finished run, print its table; return the exit code."""
     if world.is_main:
         tuned = Tuned(model.trainable, Origin.of(cfg, model.clip, model.trainable, metrics))
-        export(model.clip, out / "model", tuned, metrics_table(metrics), cfg.license)
+        export(model.clip, out / "model", tuned, metrics_table(tuned.origin.metrics), cfg.license)
         page = f"report      {write_page()}\n" if write_page else ""
         folder.write_manifest(out)
     world.monitored_exchange(None)  # the others end when the results are whole, or where rank 0 shows no sign of life

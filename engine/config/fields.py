@@ -188,8 +188,8 @@ class Config:
     prune: bool = setting(False, "output", ("verify",), "delete stored features and records of all models but --model")
     strict: bool = setting(False, "output", ("check",), "exit 1 when there are errors")
     json: bool = setting(False, "output", ("check", "search"), "print JSON to stdout")
-    quiet: bool = setting(False, "output", (*TOWERS, "shards", "check"), "say nothing but errors and the final table",
-                          resumable=True)
+    quiet: bool = setting(False, "output", (*TOWERS, "shards", "check"),
+                          "say nothing but errors, damage and the final table", resumable=True)
     html: str = setting("", "output", ("search",), "write a page with the pictures to this file")
     to: str = setting("", "output", ("export",), "folder to write the Hugging Face model to")
     format: str = setting("transformers", "output", ("export",), "whose folder --to is: transformers and "

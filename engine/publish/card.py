@@ -52,7 +52,7 @@ def write_card(path: Path, origin: Origin, table: str, licence: str, library: st
     recipe = []
     for key, value in origin.recipe.items():
         toml = toml_value(tuple(value) if isinstance(value, list) else value).replace("`", "'")
-        recipe.append(f"{key.replace('_', '-')} = {toml}")
+        recipe.append(printable(f"{key.replace('_', '-')} = {toml}"))
     text = CARD.format(base=base, dataset=dataset, link=link, table=table or "Not measured.", here=HERE,
                        loading=LOADING[loading].format(
                            here=HERE, model=family.model_class, processor=family.processor_class,

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from data.batch import UserError
 from data.files import recover_folders, replaced_folder
-from data.text import printable
 from data.web.storage import public_name, scheme_of
 from engine.clip.loading import Clip
 from engine.clip.whole import is_finite
@@ -54,7 +53,8 @@ class Origin:
         """Return the origin of the tensors that this run has trained."""
         base = clip.name if clip.commit else str(Path(clip.name).expanduser().absolute())
         recipe = recipe_of(as_dict(cfg, "train"))
-        return cls(base, clip.commit or "", frozen_digest(clip, trained), _public(cfg.dataset), recipe, metrics)
+        names = _plain_names(metrics)  # a split may be called anything, and a card shows it
+        return cls(base, clip.commit or "", frozen_digest(clip, trained), _public(cfg.dataset), recipe, names)
 
 
 @dataclass(frozen=True)
@@ -245,16 +245,18 @@ def _checked(origin: Origin) -> Origin:
         raise ValueError("its base model is no model of the hub")
     if not isinstance(origin.recipe, dict) or not isinstance(origin.metrics, dict):
         raise TypeError("its recipe and metrics are not tables")
+    settings = config_fields()
     for name, setting in origin.recipe.items():
         values = setting if isinstance(setting, list) else [setting]
         if not re.fullmatch("[a-z0-9_]+", name) or not all(isinstance(each, str | int | float) for each in values):
             raise TypeError("its recipe holds other things than settings")
+        if name in settings and isinstance(settings[name].default, tuple) != isinstance(setting, list):
+            raise TypeError(f"its recipe holds a {name} of another type")
     for kind in ("base", "tuned", "difference"):
         by_split = origin.metrics.get(kind, {})
         if not isinstance(by_split, dict) or not all(isinstance(values, dict) for values in by_split.values()):
             raise TypeError("its metrics are not tables")
-    base = origin.base if origin.commit else printable(origin.base)
-    return replace(origin, base=base, metrics=_plain_names(origin.metrics))
+    return replace(origin, metrics=_plain_names(origin.metrics))  # a base's path stays as it is, or it is not found
 
 
 def _plain_names(value: Any) -> Any:

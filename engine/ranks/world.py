@@ -11,7 +11,6 @@ import gc
 import os
 import re
 import select
-import shutil
 import sys
 import threading
 import time
@@ -83,6 +82,10 @@ class World:
         if self.is_main and not self.quiet:
             _print(text, CLEAR if _on_terminal() else "")
 
+    def warn(self, text: str) -> None:
+        """`say` a line that --quiet keeps: something was damaged, and what was done about it."""
+        replace(self, quiet=False).say(text)
+
     def live(self, text: str) -> None:
         """Print progress: on a terminal a line that the next one replaces, elsewhere a line like any other."""
         self._count_progress()
@@ -90,7 +93,7 @@ class World:
             if text:
                 self.say(text)
         elif self.is_main and not self.quiet:
-            line = whole_fields(text, shutil.get_terminal_size().columns - 1)
+            line = whole_fields(text, _columns() - 1)
             _print(line, CLEAR, end="\r")
 
     def show(self, text: str, place: str) -> None:
@@ -231,6 +234,14 @@ class ProgressPrinter:
 
 
 _print = ProgressPrinter()
+
+
+def _columns() -> int:
+    """Return the width of the terminal behind stderr; stdout may go to a file."""
+    columns = os.environ.get("COLUMNS", "")
+    with suppress(OSError, ValueError, AttributeError):
+        columns = columns or str(os.get_terminal_size(sys.stderr.fileno()).columns)
+    return int(columns) if columns.isdecimal() and int(columns) else 80
 
 
 def _has_room(stream: TextIO, seconds: float) -> bool:

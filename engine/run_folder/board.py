@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from data.images.album import png
+from data.text import hide_secrets, printable
 from engine.clip.families import HEAD
 from engine.config.fields import Config, as_dict, config_fields
 
@@ -184,7 +185,8 @@ class TensorBoardWriter:
 
 
 def _tab_separated(rows: Iterable[Sequence[object]]) -> str:
-    return "".join("\t".join(map(str, row)) + "\n" for row in rows)
+    """Return the rows as the projector reads them; a cell is one line without tabs."""
+    return "".join("\t".join(hide_secrets(printable(str(cell))) for cell in row) + "\n" for row in rows)
 
 
 def tag(split: str, name: str) -> str:

@@ -44,7 +44,7 @@ def open_folder(cfg: Config, world: World) -> tuple[Path, bool]:
     problem, opened = "", None
     if world.is_main:
         try:
-            opened = _open(cfg, world.say)
+            opened = _open(cfg, world.warn)
         except UserError as error:
             problem = str(error)
     problem, opened = world.exchange((problem, opened))[0]

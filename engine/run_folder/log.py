@@ -83,12 +83,12 @@ class Log:
             self._files = [steps.open(state.step, _is_step), evaluations.open(last_evaluation, _is_evaluation)]
             self._known = {*read_text(evaluations.path).splitlines()}
             if steps.count < state.step:
-                world.say(f"{steps.path} was damaged: it lacks {state.step - steps.count:,} of {state.step:,} steps, "
-                          "which are not trained again")
+                world.warn(f"{steps.path} was damaged: it lacks {state.step - steps.count:,} of {state.step:,} steps, "
+                           "which are not trained again")
             if evaluations.damaged or not evaluations.count and last_evaluation >= 0:
-                world.say(f"{evaluations.path} was damaged: {evaluations.count:,} evaluations of it are left")
+                world.warn(f"{evaluations.path} was damaged: {evaluations.count:,} evaluations of it are left")
         self.board = TensorBoardWriter(folder / "tensorboard" if world.is_main else None, state.step, plan.steps,
-                                       world.say)
+                                       world.warn)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

@@ -149,7 +149,8 @@ def compare_losses(start: int, losses: Mapping[int, float], logged: Mapping[int,
 def check_ledger(run: Path, dropped: Sequence[Mapping[str, object]]) -> Finding:
     """Compare the rows dropped now with those in ledger.jsonl; what addresses are signed with differs every day."""
     try:
-        lines = [parse_json(DIGEST.sub("", line)) for line in read_text(run / "ledger.jsonl").splitlines()]
+        text = read_text(run / "ledger.jsonl").removesuffix("\n")
+        lines = [parse_json(DIGEST.sub("", line)) for line in text.split("\n")] if text else []
         lines.sort(key=json.dumps)
     except (OSError, ValueError) as error:
         return Finding("ledger.jsonl", FAILED, str(error))

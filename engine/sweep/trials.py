@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data.batch import Batches, UserError
 from data.files import keep_lines, parse_json, read_text
+from data.progress import Progress
 from data.store.feature_split import FeatureSplit
 from engine.clip.model import LoadedModel
 from engine.config.fields import Config
@@ -50,7 +51,12 @@ def divide_among_ranks(world: World, count: int, compute: Callable[[int], Result
 
     So the number of ranks changes no result.
     """
-    own = {number: compute(number) for number in range(world.rank, count, world.size)}
+    own = {}
+    numbers = range(world.rank, count, world.size)
+    progress = Progress("folds trained and measured", len(numbers), world.live)
+    for number in numbers:
+        own[number] = compute(number)
+        progress()
     results: dict[int, Result] = {}
     for results_of_rank in world.exchange(own):
         results |= results_of_rank

@@ -165,10 +165,10 @@ def test_the_hub_accepts_the_card_whatever_things_are_called(name: str, tmp_path
 
 @pytest.mark.parametrize("change", [
     {"metrics": {"tuned": {"</td><script>alert(1)</script>\n\x9b2J\u202e": {"image_to_text_R@1": 0.5}}}},
-    {"recipe": {"lr": 1e-05, "schedule": "`x`\n# [a](http://evil)"}},
+    {"recipe": {"lr": 1e-05, "schedule": "`x`\n# [a](http://evil)", "loss": "\u202e\x9b"}},
     {"base": "x](http://evil)", "commit": "a" * 40},
     {"metrics": {"tuned": [1]}}, {"metrics": {"tuned": {"test": {"image_to_text_R@1": "<b>"}}}}, {"metrics": 3},
-    {"recipe": [1]}, {"recipe": {"a\nb": 1}}, {"recipe": {"lr": {}}}, {"base": 3}])
+    {"recipe": [1]}, {"recipe": {"a\nb": 1}}, {"recipe": {"lr": {}}}, {"recipe": {"trainable": 3}}, {"base": 3}])
 def test_a_foreign_header_puts_nothing_but_text_into_the_card(change: dict[str, Any], tuned: Path, tmp_path: Path,
                                                               capsys: pytest.CaptureFixture[str]) -> None:
     """Names in a file from elsewhere would be markup on a page, or a traceback."""

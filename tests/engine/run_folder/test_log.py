@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from google.protobuf import text_format
@@ -43,7 +44,8 @@ def on_terminal(args: list[Any]) -> tuple[int, str]:
     """Run run.py with a pseudo-terminal of 80 columns as its stderr; its exit code and what the terminal was sent."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *map(str, args)], stderr=theirs, cwd=ROOT,
-                               stdout=subprocess.DEVNULL, env={**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1"})
+                               stdout=subprocess.DEVNULL, env={**os.environ, "COLUMNS": "80", "TERM": "xterm",
+                                                               "OMP_NUM_THREADS": "1"})
     os.close(theirs)
     said = b""
     while True:
@@ -186,3 +188,22 @@ def test_a_terminal_has_one_live_line(finished: tuple[Path, str]) -> None:
         line for line in shown if line.startswith("step 6/6")]  # the last one stays, the others are gone
     assert any(line.startswith(f"report      {out / 'report.html'}") for line in shown)
     assert any(line.startswith("TensorBoard tensorboard --logdir") for line in shown)
+
+
+def test_quiet_keeps_what_was_damaged(capsys: pytest.CaptureFixture[str]) -> None:
+    """A run of a job queue that is --quiet would train on without a word after half of its log was lost."""
+    WORLD.say("progress")
+    WORLD.warn("steps.jsonl was damaged")
+    assert capsys.readouterr().err.strip(CLEAR + "\n") == "steps.jsonl was damaged"
+
+
+def test_points_of_the_projector_have_one_line_each_that_no_terminal_obeys(tmp_path: Path) -> None:
+    """A title with a tab or a line end would shift all labels after it to other points."""
+    writer = TensorBoardWriter(tmp_path, 0, 1)
+    titles = ["a\tb\nc", "\x1b]0;title\x07", "https://h/x?sig=SECRET"]
+    sprites = np.zeros((4, 4, 3), np.uint8)
+    writer.embedding("base", torch.zeros(3, 2), [(title, "image") for title in titles], sprites, 0)
+    writer.close()
+    lines = (tmp_path / "00000" / "base" / "metadata.tsv").read_text(encoding="utf-8").split("\n")
+    assert len(lines) == 5 and all(line.count("\t") == 1 for line in lines[:4])
+    assert "\x1b" not in "".join(lines) and "SECRET" not in "".join(lines)

@@ -34,7 +34,7 @@ class BatchedEncoder:
 
     `batch` inputs are encoded at a time; where a GPU runs out of memory, `batch` is halved from then on. Titles have
     many shapes and run eagerly. So do images on a CPU; on a GPU, batches of one shape are replayed as a CUDA graph.
-    `compiled` is auto, on or off: auto compiles on a GPU after COMPILE_AFTER images if the tower takes most of the time.
+    `compiled` is auto, on or off: auto compiles on a GPU after COMPILE_AFTER images if the tower is the bottleneck.
     """
 
     def __init__(self, encode: Callable[[Inputs], Tensor], device: torch.device, precision: torch.dtype,
@@ -110,7 +110,7 @@ class BatchedEncoder:
 
 
 def _is_compile_error(error: Exception) -> bool:
-    """Return whether the error is of torch.compile, or of Triton, which runs a C compiler as late as the first launch."""
+    """Return whether torch.compile failed, or Triton, which runs a C compiler only at the first launch."""
     if not isinstance(error, RuntimeError):
         return True  # the C compiler is missing, or lacks Python.h
     return isinstance(error, torch._dynamo.exc.TorchDynamoException) or "C compiler" in str(error)

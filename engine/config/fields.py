@@ -19,7 +19,7 @@ TOWERS = (*TRAINING, "eval", "search", "embed", "verify")
 
 @dataclass(frozen=True)
 class Setting:
-    """All that is known of a setting: its default, how it is shown, which commands take it, what values it allows."""
+    """The declaration of a setting: its default, how it is shown, which commands take it, which values it allows."""
 
     default: Any
     group: str  # heading in `--help` and in written TOML

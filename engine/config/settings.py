@@ -40,6 +40,11 @@ def group_settings(names: Sequence[str]) -> dict[str, list[str]]:
     return groups
 
 
+def metric_sign(metric: str) -> int:
+    """Return 1 for a metric whose highest value is the best, -1 for a rank, whose lowest value is."""
+    return -1 if metric.endswith("_rank") else 1
+
+
 def suggest(kind: str, word: str, known: Sequence[str]) -> str:
     """Return a sentence that names the unknown word and the nearest known one."""
     near = difflib.get_close_matches(word, known, n=1)

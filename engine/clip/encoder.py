@@ -51,7 +51,7 @@ class BatchedEncoder:
         count = len(inputs) if isinstance(inputs, Tensor) else len(inputs[0])
         features: list[Tensor] = []
         low = 0
-        while low < count or not features:
+        while low < count or not features:  # no inputs at all run once, for the width of the features
             part = _apply(lambda tensor: tensor[low:low + self.batch], inputs)  # noqa: B023
             try:
                 features.append(self._run(part))

@@ -250,6 +250,6 @@ def as_dict(config: Config, command: str) -> dict[str, Any]:
         plain[name] = list(value) if isinstance(value, tuple) else value
         if isinstance(value, str):
             plain[name] = without_secrets(value)
-        if name == "proxy" and "@" in value:
+        if name == "proxy" and "@" in value:  # it holds a password; a resumed run may be given another proxy
             plain[name] = ""
     return plain

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from subprocess import SubprocessError
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,8 @@ class BatchedEncoder:
     `compiled` is auto, on or off: auto compiles on a GPU after COMPILE_AFTER images if the tower is the bottleneck.
     """
 
-    def __init__(self, encode: Callable[[Inputs], Tensor], device: torch.device, precision: torch.dtype,
+    # `encode` takes pixels or tokens, whichever its tower takes: Any, as no type of one argument says that.
+    def __init__(self, encode: Callable[[Any], Tensor], device: torch.device, precision: torch.dtype,
                  compiled: str = "off", cpu_batch: int | None = None) -> None:
         self.encode, self.device, self.precision, self.compiled = encode, device, precision, compiled
         self.batch = (cpu_batch or CPU_BATCH) if device.type == "cpu" else GPU_BATCH

@@ -94,7 +94,7 @@ class GraphedStep:
                 self._index_B.copy_(index_B)
                 self._lr.fill_(lr)
                 self._replay()
-                return self._outputs[0].clone(), self._outputs[1].clone()
+                return self._outputs[0].clone(), self._outputs[1].clone()  # the next replay overwrites the originals
         if self._warmup_steps == WARMUP_STEPS:
             return self._capture_and_compare(index_B, lr)
         self._warmup_steps += 1
@@ -114,6 +114,7 @@ class GraphedStep:
             self.optimizer.zero_grad(set_to_none=True)
             self._disable(f"it cannot be captured ({str(error.__context__ or error).splitlines()[0][:150]})")
             return self.step(self.look_up(index_B), self.rows, lr)
+        # The capture ran no kernel, so the state is still that of before the step.
         before = self._copy_state()
         with self.optimizer.changing():
             replay()

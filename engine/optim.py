@@ -161,6 +161,7 @@ def adamw_by_name(named: Mapping[str, nn.Parameter], lr: float, weight_decay: fl
     for name, parameter in named.items():
         unit = weight_unit(parameter) if rates.relative else 1.0
         rate = rates.of(name)
+        # A group's rate is its share of --lr, so that one schedule, and one tensor in a CUDA graph, drives all groups.
         scale = (rate / lr if rate else 1.0) * unit
         decay = weight_decay if parameter.dim() > 1 else 0.0
         members.setdefault((scale, decay), []).append(parameter)

@@ -46,6 +46,7 @@ def _scan(image_ptr, title_ptr, low_row_ptr, high_row_ptr, low_col_ptr, high_col
         title = tl.load(title_ptr + col * width + place[:, None], mask=in_cols & inside[:, None], other=0.0)
         score = tl.dot(image, title, score)
 
+    # Beyond the edge of the tile, limits are infinite: no score is above them or in their band.
     low_row = tl.load(low_row_ptr + row, mask=in_rows, other=float("inf"))[:, None]
     high_row = tl.load(high_row_ptr + row, mask=in_rows, other=float("inf"))[:, None]
     low_col = tl.load(low_col_ptr + col, mask=in_cols, other=float("inf"))
@@ -60,5 +61,6 @@ def _scan(image_ptr, title_ptr, low_row_ptr, high_row_ptr, low_col_ptr, high_col
     in_col_band = in_tile & (score >= low_col) & (score <= high_col)
     in_band = in_row_band | in_col_band
     code = 4 * (row.to(tl.int64)[:, None] * cols + col) + in_row_band.to(tl.int64) + 2 * in_col_band.to(tl.int64)
+    # Each score in the band takes the next free slot. The count goes on beyond `capacity`, which shows an overflow.
     slot = tl.atomic_add(found_ptr + tl.zeros((block, block), tl.int32), 1, mask=in_band)
     tl.store(code_ptr + slot, code, mask=in_band & (slot < capacity))

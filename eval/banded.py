@@ -161,6 +161,7 @@ class BandedRanks:
     def _exact(self, row_M: Tensor, col_M: Tensor) -> Tensor:
         """Return exact scores of these pairs, rounded to fp32."""
         parts = []
+        # Products and sums row by row, not a matrix product: the order of additions is the same for every pair.
         for row, col in zip(row_M.split(PIECE), col_M.split(PIECE), strict=True):
             product_ME = self.images.exact_QE[row].double().mul_(self.titles.exact_QE[col])
             parts.append(product_ME.sum(1).float())

@@ -129,7 +129,7 @@ def mean_interval(value_N: Tensor, lowest: float, highest: float, units: Units |
     units, mean = units or Units.single(len(value)), float(value.mean())
     residual_U = units.sums(value - mean)
     squares, n = float((residual_U**2).sum()), units.correlated_size
-    if squares <= (1e-12 * np.abs(value).max() * units.n) ** 2:
+    if squares <= (1e-12 * np.abs(value).max() * units.n) ** 2:  # all values are equal, up to the rounding of the mean
         equal = _wilson(1.0, n)[0]
         return [equal * mean + (1 - equal) * extreme for extreme in (lowest, highest)]
     reach = math.sqrt(n / (n - 1)) * _student_t(n - 1)

@@ -59,7 +59,7 @@ def retrieval_ranks(image_UE: Tensor, title_WE: Tensor, distinct: Distinct, chun
     tile_RC = best_U.new_empty(tile)
     image_row = -1
     for row, col in _corners(sizes, tile)[shard[0]::shard[1]]:
-        if row != image_row:
+        if row != image_row:  # tiles come row by row, so images are gathered once for a row of tiles
             image_RE, image_row = scores.images(row, tile[0]), row
         scores_RC = scores.of(image_RE, col, tile_RC)[:sizes[0] - row, :sizes[1] - col]
         if (row, col) in right:  # no right answer counts as ahead of another one

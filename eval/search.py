@@ -93,7 +93,9 @@ def top_k(query_QE: Tensor, gallery: Callable[[int, int], Tensor], size: int, k:
         item_CE = gallery(start, min(start + chunk, size)).to(query_QE.device)
         parts = [_best(part_QE @ item_CE.T, k) for part_QE in query_QE.split(QUERIES)]
         score_QK, index_QK = map(torch.cat, zip(*parts, strict=True))
-        best_QK, item_QK = torch.cat([best_QK, score_QK], 1), torch.cat([item_QK, index_QK + start], 1)
+        best_QK = torch.cat([best_QK, score_QK], 1)
+        item_QK = torch.cat([item_QK, index_QK + start], 1)
+        # Earlier chunks stand first and the sort is stable, so equal scores keep the gallery's order.
         best_QK, order = best_QK.sort(stable=True, dim=1, descending=True)
         best_QK, item_QK = best_QK[:, :k], item_QK.gather(1, order)[:, :k]
     if not bool(best_QK.isfinite().all()):

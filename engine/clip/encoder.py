@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from subprocess import SubprocessError
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +35,11 @@ class BatchedEncoder:
 
     `batch` inputs are encoded at a time; where a GPU runs out of memory, `batch` is halved from then on. Titles have
     many shapes and run eagerly. So do images on a CPU; on a GPU, batches of one shape are replayed as a CUDA graph.
-    `compiled` is auto, on or off: auto compiles on a GPU after COMPILE_AFTER images if the tower takes most of the time.
+    `compiled` is auto, on or off: auto compiles on a GPU after COMPILE_AFTER images if the tower is the bottleneck.
     """
 
-    def __init__(self, encode: Callable[[Inputs], Tensor], device: torch.device, precision: torch.dtype,
+    # `encode` takes pixels or tokens, whichever its tower takes: Any, as no type of one argument says that.
+    def __init__(self, encode: Callable[[Any], Tensor], device: torch.device, precision: torch.dtype,
                  compiled: str = "off", cpu_batch: int | None = None) -> None:
         self.encode, self.device, self.precision, self.compiled = encode, device, precision, compiled
         self.batch = (cpu_batch or CPU_BATCH) if device.type == "cpu" else GPU_BATCH
@@ -51,7 +53,7 @@ class BatchedEncoder:
         count = len(inputs) if isinstance(inputs, Tensor) else len(inputs[0])
         features: list[Tensor] = []
         low = 0
-        while low < count or not features:
+        while low < count or not features:  # no inputs at all run once, for the width of the features
             part = _apply(lambda tensor: tensor[low:low + self.batch], inputs)  # noqa: B023
             try:
                 features.append(self._run(part))
@@ -110,7 +112,7 @@ class BatchedEncoder:
 
 
 def _is_compile_error(error: Exception) -> bool:
-    """Return whether the error is of torch.compile, or of Triton, which runs a C compiler as late as the first launch."""
+    """Return whether torch.compile failed, or Triton, which runs a C compiler only at the first launch."""
     if not isinstance(error, RuntimeError):
         return True  # the C compiler is missing, or lacks Python.h
     return isinstance(error, torch._dynamo.exc.TorchDynamoException) or "C compiler" in str(error)

@@ -262,6 +262,7 @@ def distribute(model: nn.Module, size: int) -> nn.Module:
     """Wrap in DistributedDataParallel, which averages gradients over ranks; the loop makes that a sum."""
     if size == 1:
         return model
+    # All buffers are constants (pixel mean and deviation, scale), so nothing is to be broadcast in each step.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer torch renames broadcast_buffers, older has no other name
         return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -57,6 +57,7 @@ class ModelFiles:
         """Return the local path of a file; None where there is none."""
         from transformers.utils import cached_file
 
+        # None in place of an error: a missing file may be optional, and for one that is not the caller names the fix.
         path = cached_file(self.source, name, **self.where, _raise_exceptions_for_missing_entries=False,
                            _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False)
         if path is None:

@@ -156,6 +156,7 @@ class Towers(nn.Module):
         for tower in (self.image.model, self.text.model):
             for layer in tower.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
+                    # Towers stay in eval mode, without dropout, so there is no random state to restore.
                     layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
     def forward(self, batch: Batch) -> Features:

@@ -225,6 +225,7 @@ def _load_model(files: ModelFiles, config: Any, family: Family) -> Any:
     from safetensors import SafetensorError
 
     weights = _check_weight_files(files) if files.is_local else "the checkpoint"
+    # Other shapes are let through here, and refused below with the name of one tensor in place of a list of all.
     try:
         model, report = getattr(transformers, family.model_class).from_pretrained(
             files.source, **files.where, config=config, dtype=torch.float32, trust_remote_code=False,

@@ -1,4 +1,4 @@
-"""The command line: the commands, `--help` and `--help-all`, and one sentence for every mistake."""
+"""The command line: commands, flags, `--help` and `--help-all`, and one sentence for every mistake."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Parser(argparse.ArgumentParser):
         unknown = [word for word in rest if word.startswith("-") or POSITIONAL not in self.names]
         if unknown:
             self.error(suggest("argument", unknown[0].split("=")[0], [*self._option_string_actions]))
-        if words := [*flags.get(POSITIONAL, ()), *rest]:  # words that stand between flags are in the rest
+        if words := [*flags.get(POSITIONAL, ()), *rest]:  # argparse leaves words between flags in `rest`
             flags[POSITIONAL] = tuple(words)
         try:
             if toml:

@@ -21,7 +21,7 @@ TOWERS = (*TRAINING, "eval", "search", "embed", "verify")
 
 @dataclass(frozen=True)
 class Setting:
-    """All that is known of a setting: its default, how it is shown, which commands take it, what values it allows."""
+    """The declaration of a setting: its default, how it is shown, which commands take it, which values it allows."""
 
     default: Any
     group: str  # heading in `--help` and in written TOML
@@ -250,6 +250,6 @@ def as_dict(config: Config, command: str) -> dict[str, Any]:
         plain[name] = list(value) if isinstance(value, tuple) else value
         if isinstance(value, str):
             plain[name] = without_secrets(value)
-        if name == "proxy" and "@" in value:
+        if name == "proxy" and "@" in value:  # it holds a password; a resumed run may be given another proxy
             plain[name] = ""
     return plain

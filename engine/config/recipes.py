@@ -7,6 +7,7 @@ from engine.config.settings import CHOSEN_BY_AUTO, Settings
 
 RECIPES: dict[str, Settings] = {
     "reference": {},
-    # Chosen on the pairs themselves; what a command presets does not apply. See engine/sweep/choose.py.
+    # engine/sweep/choose.py chooses these on the pairs. Config's defaults stand here so that the presets of a command
+    # (the demo's epochs and rate) do not count as settings that somebody gave.
     "auto": {name: getattr(Config, name) for name in CHOSEN_BY_AUTO},
 }

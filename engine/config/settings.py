@@ -23,7 +23,8 @@ RETRIEVAL_METRICS = ("R@1", "R@5", "R@10", "median_rank", "mean_rank", "mrr")
 METRICS = [*(f"{direction}_{name}" for direction in DIRECTIONS for name in RETRIEVAL_METRICS), "triplet_accuracy"]
 
 
-# With --recipe auto: what it chooses, and what a run without checkpoints on both projections has no use for.
+# The settings that --recipe auto chooses, and those without a meaning for it: it tunes both projections in one go,
+# without checkpoints and evaluations on the way.
 CHOSEN_BY_AUTO = ("epochs", "batch_size", "lr", "schedule", "warmup", "weight_decay", "clip_norm", "scale", "loss",
                   "hardness", "l2_sp", "relative", "interpolate")
 UNUSED_BY_AUTO = ("trainable", "lr_tower", "lr_text", "micro_batch", "augment", "shuffle_buffer", "train_samples",
@@ -40,6 +41,11 @@ def group_settings(names: Sequence[str]) -> dict[str, list[str]]:
     return groups
 
 
+def metric_sign(metric: str) -> int:
+    """Return 1 for a metric whose highest value is the best, -1 for a rank, whose lowest value is."""
+    return -1 if metric.endswith("_rank") else 1
+
+
 def suggest(kind: str, word: str, known: Sequence[str]) -> str:
     """Return a sentence that names the unknown word and the nearest known one."""
     near = difflib.get_close_matches(word, known, n=1)
@@ -50,12 +56,12 @@ def suggest(kind: str, word: str, known: Sequence[str]) -> str:
 
 
 def comma_list(text: str) -> tuple[str, ...]:
-    """Return the parts of `a,b`, blanks and empty parts left out."""
+    """Return the parts of `a,b` without blanks around them and without empty ones."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def parse_number(text: str) -> float:
-    """Return a number, also one written as `5%`. Raises ValueError."""
+    """Return a number, `5%` as 0.05. Raises ValueError."""
     return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 
@@ -121,13 +127,13 @@ def toml_value(value: object) -> str:
     """Return one setting's value as TOML."""
     if isinstance(value, tuple):
         return "[" + ", ".join(map(toml_value, value)) + "]"
-    if isinstance(value, str):  # JSON's escapes are TOML's, but for this one
+    if isinstance(value, str):  # JSON's escapes are valid in TOML, except that TOML also wants DEL escaped
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value).lower()  # true, 0.0001, 1e-05
 
 
 def resumed_settings(flags: Settings) -> Settings:
-    """Return the settings of the run that --resume goes on with, {} if there is none.
+    """Return the settings of the run that --resume continues, {} if there is none.
 
     Raises ValueError for a flag that would change what the run computes.
     """
@@ -239,7 +245,8 @@ def check_paths(settings: Mapping[str, object]) -> None:
             continue
         if "\0" in value:
             raise ValueError(f"{flag} {value!r} holds a NUL character; leave it out")
-        if name == "out" and any("\ud800" <= letter <= "\udfff" for letter in value):  # TensorBoard writes none such
+        # Surrogates are bytes of a name that are not text in this locale; TensorBoard cannot write such a path.
+        if name == "out" and any("\ud800" <= letter <= "\udfff" for letter in value):
             raise ValueError(f"{flag} {value} is no text here; choose another name, or a locale with UTF-8, such as "
                              "LC_ALL=C.UTF-8")
         if value.startswith("~") and os.path.expanduser(value).startswith("~"):
@@ -249,7 +256,7 @@ def check_paths(settings: Mapping[str, object]) -> None:
 
 
 def _number(text: str) -> float:
-    """Return a text as a number, NaN if it is none."""
+    """Return a text as a number, NaN where it is not one."""
     try:
         return float(text)
     except ValueError:

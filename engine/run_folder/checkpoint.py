@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from data.batch import UnsoundWeights, UserError
 from data.files import delete_folder, parse_json, read_text, recover_folders, replaced_folder, sha256
+from engine.config.settings import metric_sign
 from engine.optim import AdamWL2SP
 from engine.ranks.world import World
 from engine.run_folder.board import Metrics
@@ -181,7 +182,7 @@ class Saver:
         value = self.world.exchange(float(values[self.metric]))[0]
         if state.step <= state.evaluated:
             return
-        sign = -1 if self.metric.endswith("_rank") else 1  # a small rank is a good one
+        sign = metric_sign(self.metric)
         state.evaluated = state.step
         state.worse += 1
         collapsed = any(values.get("collapsed") for values in scores.values())

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.config.settings import metric_sign
 from engine.run_folder.board import Metrics
 
 ALPHAS = tuple(step / 10 for step in range(11))  # 0 is the base, 1 is tuned
@@ -40,7 +41,7 @@ def interpolate(parameters: Mapping[str, nn.Parameter], base: Mapping[str, Tenso
                 score: Callable[[], Metrics], metric: str) -> dict[str, Any]:
     """Measure points between base and tuned, and leave `parameters` at the alpha `wanted`: a number, or `auto`.
 
-    `auto` takes the alpha with the highest `metric` on the first split of `score()`; of equal ones the smallest.
+    `auto` takes the alpha with the best `metric` on the first split of `score()`; of equal ones the smallest.
     Returns {"alpha": final alpha, "chosen_on": split or None, "curve": [{"alpha": a, split: {metric: value}}]}.
     """
     tuned = snapshot(parameters)
@@ -51,7 +52,7 @@ def interpolate(parameters: Mapping[str, nn.Parameter], base: Mapping[str, Tenso
     chosen_on = None
     if wanted == "auto":
         chosen_on = next(iter(scores[0]))
-        chosen = max(scores, key=lambda alpha: scores[alpha][chosen_on][metric])
+        chosen = max(scores, key=lambda alpha: metric_sign(metric) * scores[alpha][chosen_on][metric])
     else:
         chosen = float(wanted)
     blend(parameters, base, tuned, chosen)

@@ -135,7 +135,7 @@ def test_autocast_runs_every_tower(folder: Path) -> None:
     towers, head = Towers(clip), Head(clip, 1.0)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         image_BV, title_BT = towers.image(decoded(clip, pictures())), towers.text(tokens)
-    assert towers.image._held and towers.text._held and image_BV.dtype == title_BT.dtype == torch.float32
+    assert towers.image._cast_copy and towers.text._cast_copy and image_BV.dtype == title_BT.dtype == torch.float32
     with torch.no_grad():
         for part, expected in zip((head.image(image_BV), head.text(title_BT)), ours(clip), strict=True):
             assert (part * expected).sum(-1).min() > 0.99

@@ -48,6 +48,14 @@ def test_auto_takes_the_best_and_a_number_is_taken_as_it_is(wanted: str, peak: f
     assert all(torch.equal(now[name], want[name]) for name in want)
 
 
+def test_auto_by_a_rank_takes_the_lowest() -> None:
+    """Else `--interpolate auto --best-metric image_to_text_median_rank` exports the worst of all mixtures."""
+    ranks = iter(range(len(ALPHAS), 0, -1))
+    found = interpolate(layers(1), snapshot(layers(0)), "auto", lambda: {"valid": {"median_rank": float(next(ranks))}},
+                        "median_rank")
+    assert found["alpha"] == 1.0
+
+
 def test_of_equal_ones_the_nearest_to_base() -> None:
     now = layers(1)
     assert interpolate(now, snapshot(layers(0)), "auto", lambda: {"valid": {"mrr": 0.5}}, "mrr")["alpha"] == 0

@@ -44,7 +44,9 @@ class ModelFiles:
             try:
                 descriptor = open_descriptor(path)
             except NotAFile as error:
-                        self.refuse(f"{path.name} is {error.strerror}; remove it, or copy it again")
+                self.refuse(f"{path.name} is {error.strerror}; remove it, or copy it again")
+            except Unfinished as error:
+                self.refuse(f"{path.name}: {error.strerror}")
             except OSError:  # a dead link, no permission: said by what needs the file
                 continue
             size = os.fstat(descriptor).st_size

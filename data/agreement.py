@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data.batch import AgreedError, BadSample, Team
-from data.files import open_regular
 from data.images.reader import Reader
+from data.reading import open_regular
 from data.sources.rows import Rows, digest_column
 from data.store.segments import key_of
 from data.store.stat_cache import StatCache

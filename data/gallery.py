@@ -19,11 +19,11 @@ from torch import Tensor
 from data.batch import BadSample, UserError
 from data.catalogue import build_catalogue
 from data.cold import Encoders, encode_missing_images, encode_missing_titles, encode_titles
-from data.files import read_text
 from data.identity import distinct, keys_of_tokens
 from data.images.album import small_jpeg
 from data.images.decode import decode_image, tokenize
 from data.images.reader import Reader, is_url
+from data.reading import read_text
 from data.sources.embedded import shown_name
 from data.sources.source import Rows
 from data.store.feature_split import StoredTable

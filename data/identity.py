@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from data.files import open_regular, replaced_file
+from data.files import replaced_file
 from data.images.decode import FastTokenizer, tokenize
+from data.reading import open_regular
 from data.store.segments import KEY, key_of
 from data.titles import CHUNK, TokenLists, text_chunks
 

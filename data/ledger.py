@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.batch import BadSample
-from data.files import parse_json, read_text
+from data.reading import parse_json, read_text
 from data.text import printable
 
 Ledger = Callable[[dict[str, Any]], None]

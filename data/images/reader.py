@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data.batch import BadSample
-from data.files import NotAFile, TooLarge, read_regular
 from data.images.decode import ImageSpec, decode_image
+from data.reading import NotAFile, TooLarge, read_regular
 from data.shards.index import MAX_IMAGE, is_range, read_member, read_stored
 from data.web.fetched import Fetched, cached_path, delete_fetched
 from data.web.limits import FetchPolicy

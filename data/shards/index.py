@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from data.batch import BadSample, UserError
-from data.files import open_descriptor
 from data.ledger import Ledger
+from data.reading import open_descriptor
 from data.shards.samples import MAX_IMAGE, class_names_beside, row, samples
 from data.shards.tar import BLOCK, members, open_tar, read_at
 from data.web import storage

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from data.batch import BadSample
-from data.files import parse_json, replaced_file
+from data.files import replaced_file
+from data.reading import parse_json
 from data.shards.index import parse_reference, table_of
 from data.store.segments import KEY
 from data.web.storage import Entry, is_stored

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.batch import BadSample
-from data.files import read_text
+from data.reading import read_text
 from data.shards.tar import Member, SeekableFile, read_at
 
 MAX_TEXT = 1 << 20  # bytes of a title, of a JSON file

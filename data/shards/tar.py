@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from data.batch import BadSample, UserError
-from data.files import open_regular
+from data.reading import open_regular
 
 BLOCK = 512
 END = bytes(2 * BLOCK)  # the mark of a tar's end

@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.files import open_regular
+from data.reading import open_regular
 
 if TYPE_CHECKING:
     import pyarrow as pa

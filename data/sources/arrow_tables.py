@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data.batch import UserError
-from data.files import open_regular, parse_json
 from data.ledger import Account
+from data.reading import open_regular, parse_json
 from data.sources import img2dataset
 from data.sources.arrow_sizes import unpacked_size
 from data.sources.columns import CLASS_COLUMNS, KNOWN, Columns, detect_columns

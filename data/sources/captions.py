@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.batch import BadSample, UserError
-from data.files import bounded_lines, open_unpacked
 from data.ledger import Account
+from data.reading import bounded_lines, open_unpacked
 from data.sources.json_tables import load_json
 from data.sources.parts import (
     DatasetPart,

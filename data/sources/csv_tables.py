@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from data.batch import BadSample, UserError
-from data.files import MAX_LINE, bounded_lines
 from data.ledger import Account
+from data.reading import MAX_LINE, bounded_lines
 from data.sources.columns import Columns, detect_columns
 from data.sources.dialect import BLOCK, IMAGE_VALUE, Dialect, roles_found, sniff
 from data.sources.lists import is_list, parse_lists, spell_lists

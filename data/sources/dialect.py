@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from data.files import BlockStream, bounded_lines, open_unpacked
+from data.reading import BlockStream, bounded_lines, open_unpacked
 from data.sources.columns import FLAGS, KNOWN
 from data.sources.options import ReadOptions, resolve_positions
 from data.sources.paths import ENDINGS

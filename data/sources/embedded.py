@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from data.batch import UserError
-from data.files import open_regular, replaced_file
+from data.files import replaced_file
 from data.ledger import discard
 from data.progress import Progress
+from data.reading import open_regular
 from data.sources.lists import joined
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data.batch import BadSample, UserError
-from data.files import is_output, open_regular
+from data.files import is_output
 from data.ledger import Account
+from data.reading import open_regular
 from data.sources import img2dataset
 from data.sources.arrow_tables import column_names
 from data.sources.captions import find_layouts, local_file_parts

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.batch import BadSample
-from data.files import open_regular
 from data.ledger import Account
+from data.reading import open_regular
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from data.batch import BadSample, UserError
-from data.files import MAX_LINE, bounded_lines, open_unpacked
 from data.ledger import Account
+from data.reading import MAX_LINE, bounded_lines, open_unpacked
 from data.sources.options import ReadOptions
 from data.sources.pictures import is_picture
 from data.sources.records import AS_WRITTEN, Record, from_records, parse_json_object

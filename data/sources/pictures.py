@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from data.batch import BadSample
-from data.files import NotAFile, is_output, open_regular
+from data.files import is_output
 from data.ledger import Account
+from data.reading import NotAFile, open_regular
 from data.shards.samples import MAX_TEXT
 from data.sources.paths import PICTURES
 from data.sources.records import Record, parse_json_object

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from data.batch import UserError
-from data.files import NotAFile
 from data.ledger import Account, Ledger, discard
+from data.reading import NotAFile
 from data.sources.captions import local_file_parts
 from data.sources.columns import Columns as Columns
 from data.sources.embedded import EmbeddedPictures

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from data.batch import UserError
-from data.files import open_regular
 from data.ledger import Account
+from data.reading import open_regular
 from data.shards.index import read_index
 from data.shards.manifests import read_manifest
 from data.shards.samples import class_names_beside, spell_class

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.batch import UserError
-from data.files import NotAFile
+from data.reading import NotAFile
 from data.store.segments import BLOCK, KEY, SUFFIX, Layout, Segment, hold, open_segment, remove_stale, write_segment
 
 CHUNK = 8192  # rows moved to a device at a time

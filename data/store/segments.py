@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.files import open_regular
+from data.reading import open_regular
 
 KEY = 16  # bytes of a key
 BLOCK = 256  # rows under one checksum

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from data.batch import Team
-from data.files import read_regular, replaced_file
+from data.files import replaced_file
+from data.reading import read_regular
 from data.store.features import SEGMENT, FeatureStore
 
 NETWORK_FOLDER_S = 5.0  # how long to look for another node's file: an NFS client may know an older listing

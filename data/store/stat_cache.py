@@ -23,8 +23,9 @@ import numpy as np
 
 from data.batch import Team
 from data.catalogue import DecodeResults, keys_and_usable
-from data.files import open_regular, replaced_file
+from data.files import replaced_file
 from data.images.reader import STORE_START, URL_START, matching
+from data.reading import open_regular
 from data.shards.index import REFERENCE
 from data.shards.manifests import manifest_keys
 from data.store.segments import KEY

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from data.files import open_regular, parse_json
+from data.reading import open_regular, parse_json
 from data.store.features import FeatureStore
 from data.store.segments import DTYPES, HEADER, SUFFIX, Layout, Pruned, prune, spaces
 

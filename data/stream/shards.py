@@ -14,8 +14,8 @@ from typing import BinaryIO, NamedTuple
 import torch
 
 from data.batch import BadSample, UserError
-from data.files import open_regular, parse_json
 from data.prefetch import threaded_map
+from data.reading import open_regular, parse_json
 from data.shards.index import FORMAT, MAX_INDEX, indexed
 from data.shards.tar import open_tar
 from data.sources.parts import expand_pattern, files_by_split, pattern_by_split

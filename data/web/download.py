@@ -18,8 +18,8 @@ import aiohttp
 from yarl import URL
 
 from data.batch import BadSample
-from data.files import read_text
 from data.progress import DownloadProgress
+from data.reading import read_text
 from data.shards.tar import BLOCK, END, is_header
 from data.web.fetched import disk_errors_as_user_errors
 from data.web.guard import BadStatus, Sessions, redirect_target

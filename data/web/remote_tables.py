@@ -9,8 +9,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from data.files import fsync, read_text, replace_text
+from data.files import fsync, replace_text
 from data.locks import locked
+from data.reading import read_text
 from data.web.fetched import disk_errors_as_user_errors
 from data.web.storage import RemoteFile, open_stream, public_name, stat
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 
 from data.batch import BadSample, UserError
-from data.files import BlockStream
 from data.prefetch import threaded_map
+from data.reading import BlockStream
 from data.text import without_secrets
 
 if TYPE_CHECKING:

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from data.batch import UserError
-from data.files import read_regular, replaced_file
+from data.files import replaced_file
 from data.images.decode import TOKENS_VERSION, ImageSpec, tokenizer_fingerprint
+from data.reading import read_regular
 from engine.clip.families import CLIP, feature_width
 from engine.clip.tokenizer import longest_title
 from engine.clip.weights import Place

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data.batch import UserError
-from data.files import NotAFile, open_descriptor
+from data.reading import NotAFile, Unfinished, open_descriptor
 
 LFS_POINTER = b"version https://git-lfs"
 TEXTS, WEIGHTS = (".json", ".txt", ".jinja", ".model"), (".safetensors", ".bin")  # endings of what is read

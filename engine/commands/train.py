@@ -63,8 +63,8 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     model = load_model(cfg, world)
     refuse_cached(cfg, model)
     trained = model.trained_model(cfg.micro_batch)
-    run = earlier_run(out, world, resuming)
-    pairs = with_probe(cfg, world, model, open_data(row_cfg, world, model, source, run=run), probe)
+    pairs = open_data(row_cfg, world, model, source, run=earlier_run(out, world, resuming))
+    pairs = with_probe(cfg, world, model, pairs, probe)
     if cfg.recipe == "auto":
         return auto.train_auto(cfg, world, out, model, pairs)
     training = open_training(cfg, world, pairs, shards.train, out)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data.files import read_text
+from data.reading import read_text
 from engine.config.fields import Config, Setting, config_fields, flag_of
 
 MAX_PROFILED = 1_000  # steps in a trace: a viewer does not open larger ones

@@ -27,9 +27,10 @@ from torch import Tensor
 
 from data.batch import UserError
 from data.embedding_tables import Columns, DistinctInputs, EmbeddingTables
-from data.files import kind_of, open_regular, replaced_file, sha256, write_mark
+from data.files import kind_of, replaced_file, sha256, write_mark
 from data.locks import lock_folder
 from data.progress import Progress
+from data.reading import open_regular
 from engine.run_folder.folder import read_json, write_json
 from engine.run_folder.ownership import refuse_out
 

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from data.batch import AgreedError, UserError
-from data.files import changed_files, parse_json, read_text, recover_folders, replace_text, sha256
+from data.files import changed_files, recover_folders, replace_text, sha256
 from data.locks import lock_folder
+from data.reading import parse_json, read_text
 from data.text import hide_secrets, json_text, public_arguments
 from engine.config.fields import Config
 from engine.config.settings import known_settings

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from data.files import keep_lines, parse_json, read_text
+from data.files import keep_lines
+from data.reading import parse_json, read_text
 from engine.optim import Plan
 from engine.ranks.world import World
 from engine.run_folder.board import Metrics, TensorBoardWriter, WeightDrift, memory

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data.batch import UserError
-from data.files import first_foreign, is_foreign_page, kind_of, parse_json, read_text, write_mark
+from data.files import first_foreign, is_foreign_page, kind_of, write_mark
+from data.reading import parse_json, read_text
 
 # Files of a run: a folder that holds one of these without a run's config.json is refused.
 RUN_FILES = ("config.json", "steps.jsonl", "evaluations.jsonl", "metrics.json", "ledger.jsonl", "tensorboard",

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from data.batch import UserError
-from data.files import MARK, first_foreign, parse_json, read_text
+from data.files import MARK, first_foreign
+from data.reading import parse_json, read_text
 
 FILES = ("answers.npz", "evaluations.jsonl", "ledger.jsonl", "manifest.json", "metrics.json", "steps.jsonl")
 FOLDERS = ("profile", "tensorboard")

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from data.batch import UserError
-from data.files import open_regular, parse_json, read_text
+from data.reading import open_regular, parse_json, read_text
 from data.text import DIGEST
 from engine.ranks.world import World
 from engine.run_folder.board import Metrics

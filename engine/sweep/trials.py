@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from data.batch import Batches, UserError
-from data.files import keep_lines, parse_json, read_text
+from data.files import keep_lines
 from data.progress import Progress
+from data.reading import parse_json, read_text
 from data.store.feature_split import FeatureSplit
 from engine.clip.model import LoadedModel
 from engine.config.fields import Config

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from data.batch import UserError
-from data.files import open_regular, replaced_file
+from data.files import replaced_file
+from data.reading import open_regular
 from eval.metrics import Ranks, Retrieval
 from eval.retrieval import SplitEmbeddings
 

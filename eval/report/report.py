@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from data.files import open_regular, parse_json, read_text, replace_text
+from data.files import replace_text
+from data.reading import open_regular, parse_json, read_text
 from eval.report import figures
 from eval.report.answers import AnswersByDirection
 from eval.report.cases import case_sections

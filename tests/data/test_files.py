@@ -15,14 +15,11 @@ from data import files as durable
 from data.batch import BadSample, UserError
 from data.files import (
     MARK,
-    NotAFile,
-    TooLarge,
     delete_folder,
     first_foreign,
     is_output,
     keep_lines,
     kind_of,
-    read_text,
     recover_folders,
     replaced_folder,
     sha256,
@@ -31,6 +28,7 @@ from data.files import (
 from data.gallery import read_queries
 from data.images.decode import ImageSpec
 from data.images.reader import Reader
+from data.reading import NotAFile, TooLarge, read_text
 from data.sources.source import load_splits
 from data.web.limits import FetchPolicy
 from engine.config.settings import read_toml

@@ -28,7 +28,7 @@ from helpers import full, picture
 import data.shards.index as module
 import data.shards.writer as writing
 from data.batch import BadSample, UserError
-from data.files import open_regular
+from data.reading import open_regular
 from data.shards.index import (
     COLUMNS,
     expand_braces,

@@ -673,7 +673,7 @@ def test_of_two_candidates_the_choice_is_said(folder: Path, tmp_path: Path) -> N
 
 def test_a_small_gzip_file_that_holds_too_much_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     csv_gz(folder)
-    monkeypatch.setattr("data.files.MAX_UNPACKED", 20)
+    monkeypatch.setattr("data.reading.MAX_UNPACKED", 20)
     with pytest.raises(UserError, match=r"(train|test)\.csv\.gz: holds more than 20 bytes; unpack it"):
         load_splits(str(folder))
 

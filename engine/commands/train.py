@@ -68,8 +68,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     if cfg.recipe == "auto":
         return auto.train_auto(cfg, world, out, model, pairs)
     training = open_training(cfg, world, pairs, shards.train, out)
-    plan = Plan(training.rows, cfg.batch_size, cfg.epochs)
-    require_profiled_steps(cfg.profile, plan.steps)
+    plan = plan_steps(cfg, training.rows)
     names = evaluated_splits(cfg, pairs)
     saver = make_saver(cfg, world, out, model, training, names)
 
@@ -136,6 +135,13 @@ def saved_on_failure(state: State, replica: Replica, log: Log, guard: NonfiniteG
                     save(state)
                     log.say(f"the run fails after step {state.step}, which is saved; --resume goes on from there")
         raise
+
+
+def plan_steps(cfg: Config, rows: int) -> Plan:
+    """Return the plan of the run's steps. Raises UserError where --profile names steps that it does not have."""
+    plan = Plan(rows, cfg.batch_size, cfg.epochs)
+    require_profiled_steps(cfg.profile, plan.steps)
+    return plan
 
 
 def evaluated_splits(cfg: Config, pairs: Pairs) -> list[str]:

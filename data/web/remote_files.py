@@ -34,8 +34,8 @@ AT_ONCE = 4  # shards under way in one process
 POLL_S = 0.2  # between checks of a shard that another process is fetching
 ADVICE = {  # what to do about a reason; the first that matches counts
     TRANSIENT.pattern: "run again to go on where it stopped, or leave it out of the pattern",
-    "http-40[013]|http-410": "a signed address expires: give it with a signature that is valid now, also to resume (no "
-                             "file of a run keeps one); where a login is needed, download it and pass its folder",
+    "http-40[013]|http-410": "a signed address expires: give one that is signed anew as --dataset, also to resume (no "
+                             "file of a run keeps it); where a login is needed, download it and pass its folder",
     "http-4..": "mend the address, or leave it out of the pattern",
     "not-tar": "see in a browser what the address answers: it may be a page that asks for a login",
     "forbidden-address|tls": "mend the address or the server, or download it and pass its folder",

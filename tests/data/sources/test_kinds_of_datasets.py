@@ -685,7 +685,7 @@ def test_a_small_gzip_file_that_holds_too_much_is_refused(folder: Path, monkeypa
 def test_a_row_without_end_is_refused_by_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str,
                                                   head: str, tail: str) -> None:
     """A line, a quote or an object that nothing ends would be in memory as a whole, and its Python objects with it."""
-    for module in ("data.files", "data.sources.csv_tables", "data.sources.json_tables"):
+    for module in ("data.reading", "data.sources.csv_tables", "data.sources.json_tables"):
         monkeypatch.setattr(f"{module}.MAX_LINE", 5000)
     monkeypatch.setattr("data.sources.csv_tables.BLOCK", 5000)
     monkeypatch.setattr("data.sources.json_tables.MAX_JSON", 5000)

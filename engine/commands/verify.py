@@ -67,7 +67,8 @@ def verify(cfg: Config, world: World, stop: StopSignal) -> int:
 def rerun(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path]) -> list[Finding]:
     """Train some steps of the run in `run` again, and measure its exported model again. Raises UserError."""
     cfg, shards = split_dataset(cfg, world.say)
-    source = open_source(cfg, world, shards=shards.measured)
+    ledger = read_ledger(run / "ledger.jsonl")
+    source = open_source(cfg, world, shards=shards.measured, run=EarlierRun(ledger, replays=True))
     if shards.train:
         findings = [Finding("replay", verification.UNCHECKED, "resuming changes the order of a stream of shards")]
     elif cfg.recipe == "auto":
@@ -82,7 +83,7 @@ def rerun(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path]) -> 
     tuned_cfg = replace(cfg, model=str(run / "model"))
     tuned = load_model(tuned_cfg, world, reread=True)
     probe = open_probe(tuned_cfg, world)
-    pairs = open_data(tuned_cfg, world, tuned, source, run=EarlierRun(read_ledger(run / "ledger.jsonl"), replays=True))
+    pairs = open_data(tuned_cfg, world, tuned, source)
     pairs = with_probe(tuned_cfg, world, tuned, pairs, probe)
     recorded = read_metrics(run).get("tuned", {})
     retrieval = evaluate_splits(pairs.feature_splits(recorded), tuned.head)
@@ -95,7 +96,7 @@ def replay(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path], so
     """Train some steps of a run again."""
     # Open the run as `train` does, from the base model.
     model = load_model(cfg, world, reread=True)
-    pairs = open_data(cfg, world, model, source, run=EarlierRun(read_ledger(run / "ledger.jsonl"), replays=True))
+    pairs = open_data(cfg, world, model, source)
     pairs = with_probe(cfg, world, model, pairs, open_probe(cfg, world))
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     training = RowTraining(pairs, world, run)

@@ -10,7 +10,6 @@ from data.batch import UserError
 from data.cold import EarlierRun
 from data.ledger import read_ledger
 from data.store.upkeep import delete_spaces, describe_spaces, verify_spaces
-from data.text import show
 from engine.commands import auto
 from engine.commands.common import (
     Source,
@@ -59,8 +58,7 @@ def verify(cfg: Config, world: World, stop: StopSignal) -> int:
         findings += rerun(run_cfg, world, run, checkpoints)
     except UserError as error:  # data or base model gone
         findings.append(Finding("replay and metrics", verification.UNCHECKED, str(error)))
-    if world.is_main:
-        show(verification.format_findings(findings))
+    world.show(verification.format_findings(findings))
     return int(any(finding.verdict == verification.FAILED for finding in findings))
 
 
@@ -114,7 +112,7 @@ def verify_store(cfg: Config, world: World) -> int:
         return 0
     cache = cache_folder(cfg)
     spaces = verify_spaces(cache)
-    show(describe_spaces(spaces))
+    world.show(describe_spaces(spaces))
     if cfg.prune:
         keep: set[str] = set()
         if cfg.model:
@@ -124,8 +122,8 @@ def verify_store(cfg: Config, world: World) -> int:
         pruned = delete_spaces(cache, keep)
         freed = pruned.freed + model_records(cfg, world).prune(cfg.model)
         for name, reason in pruned.kept.items():
-            show(f"{name} stays: {reason}")
+            world.show(f"{name} stays: {reason}")
         for path in pruned.odd:
-            show(f"{path} stays: it is no regular file")
-        show(f"pruned {freed / 1e6:,.1f} MB; kept {', '.join([*kept, *pruned.kept]) or 'nothing'}")
+            world.show(f"{path} stays: it is no regular file")
+        world.show(f"pruned {freed / 1e6:,.1f} MB; kept {', '.join([*kept, *pruned.kept]) or 'nothing'}")
     return int(any(space.damaged for space in spaces))

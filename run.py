@@ -27,6 +27,7 @@ from engine.run_folder.crash import CURRENT_RUN, explain_crash, rank_from_enviro
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command on this rank; the exit code says how it went."""
+    crash.hold_standard_descriptors()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # whatever the locale, a title can be printed
             stream.reconfigure(errors="backslashreplace")

@@ -9,7 +9,7 @@ for files that were not used.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +38,7 @@ class Account:
     ledger: Ledger = discard
     log: Callable[[str], None] = discard
     split: str | None = None  # the split being read, None before rows are split
+    lost: Collection[str] = ()  # paths of pictures that a run had when it began: rows, though their files may be gone
     dropped: int = 0  # rows of that split
     example: str = ""  # the first of them, printable
     _unused: dict[str, list[str]] = field(default_factory=dict)  # reason -> files

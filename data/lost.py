@@ -11,6 +11,7 @@ Dimension key: D distinct images by content, K bytes of a key, N rows of a split
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -259,6 +260,12 @@ def is_loss(entry: Mapping[str, Any]) -> bool:
     return {"split", "row", "image", "step"} <= entry.keys() and len(entry.get("content", "")) == 2 * KEY
 
 
+def lost_files(ledger: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+    """Return the paths of the pictures that a run has lost, by its ledger."""
+    images = [str(entry["image"] or "") for entry in ledger if is_loss(entry)]
+    return frozenset(filter(os.path.isabs, images))
+
+
 def restore(catalogue: Catalogue, results: Sequence[DecodeResults], ledger: Sequence[Mapping[str, Any]],
             last_key_MK: np.ndarray, log: Callable[[str], None]) -> None:
     """Put back what a run began with and has lost: by its ledger, else by the keys of when it was last read.
@@ -268,6 +275,7 @@ def restore(catalogue: Catalogue, results: Sequence[DecodeResults], ledger: Sequ
     named: the digest refuses them.
     """
     key_MK, good_M = keys_and_usable(results, len(catalogue.references))
+    require_rows(catalogue, ledger)
     failed = [reference for part in results for reference in part.problems]
     wanted = {reference: last_key_MK[reference].tobytes() for reference in failed if last_key_MK[reference].any()}
     for entry in ledger:
@@ -285,6 +293,22 @@ def restore(catalogue: Catalogue, results: Sequence[DecodeResults], ledger: Sequ
         log(f"{shown_name(catalogue.references[reference].as_py())} is another picture than when it was last read")
     for part in results:
         part.restore(wanted)
+
+
+def require_rows(catalogue: Catalogue, ledger: Sequence[Mapping[str, Any]]) -> None:
+    """Raise AgreedError, which names it, where a file that a run has lost is no row any more."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    losses = [entry for entry in ledger if lost_files([entry]) and entry["split"] in catalogue.image_N]
+    images = pa.array([entry["image"] for entry in losses], pa.large_string())
+    unknown = pc.invert(pc.is_in(images, catalogue.references)).to_numpy(zero_copy_only=False)
+    for entry in (losses[number] for number in np.flatnonzero(unknown)):
+        image_N, row = catalogue.image_N[entry["split"]], entry["row"]
+        row_image = catalogue.references[int(image_N[row])].as_py() if 0 <= row < len(image_N) else ""
+        if os.path.basename(row_image) != os.path.basename(entry["image"]):  # else the dataset has moved
+            raise AgreedError(f"{entry['image']}, which the run lost at step {entry['step']}, is no row of the dataset "
+                              "as it is read now; put it back, or an empty file in its place")
 
 
 def next_good(lost_N: np.ndarray) -> np.ndarray:

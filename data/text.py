@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -126,9 +127,12 @@ def show(text: str, file: TextIO | None = None, end: str = "\n") -> None:
     """Print lines to stdout or `file`: the one place where text that names of others may be in goes to a terminal.
 
     On stderr, where people are told things, a line of more than MOST characters loses its middle; results are whole.
-    Raises OSError, and ValueError or AttributeError where the stream is closed.
+    Raises OSError, also where the process was started with stdout closed (`>&-`), and ValueError where it was closed
+    later.
     """
     file = sys.stdout if file is None else file
+    if file is None:
+        raise OSError(errno.EBADF, "stdout is closed")
     encoding = getattr(file, "encoding", None) or "utf-8"
     lines = printable_lines(hide_secrets(text))
     if file is sys.stderr and len(lines) > MOST:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -191,7 +191,7 @@ def scanned(path: Path, file: BinaryIO, ledger: Ledger | None) -> pa.Table:
     classes = class_names_beside(path)
     for key, files in samples(members(file, report)):
         try:
-            rows.append((key, *row(file, files, classes)))
+            rows.append((key, *row(file, files, classes, partial(report, key))))
         except BadSample as problem:
             report(key, problem)
     return table_of(rows)

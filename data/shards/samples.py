@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,12 @@ def samples(files_of_tar: Iterable[Member]) -> Iterator[tuple[str, dict[str, Mem
         yield current, files
 
 
-def row(file: SeekableFile, files: Mapping[str, Member],
-        classes: Sequence[str] = ()) -> tuple[int, int, list[str], list[str]]:
-    """Return offset and size of the image, titles (one or more), negatives. Raises BadSample."""
+def row(file: SeekableFile, files: Mapping[str, Member], classes: Sequence[str],
+        report: Callable[[BadSample], None]) -> tuple[int, int, list[str], list[str]]:
+    """Return offset and size of the image, titles (one or more), negatives. Raises BadSample.
+
+    `report` gets each title that is blank beside others, which would be a row of its own.
+    """
     image = _choose(files, IMAGES)
     if image is None:
         raise BadSample("no-image", f"only {', '.join(files)}; the files of a sample must be neighbours"[:200])
@@ -61,7 +64,11 @@ def row(file: SeekableFile, files: Mapping[str, Member],
     record = _content(file, member) if member else None
     texts = [_content(file, text) for text in _text_files(files)]
     try:
-        return image.offset, image.size, *titles_and_negatives(texts, record)
+        titles, negatives = titles_and_negatives(texts, record)
+        for number, title in enumerate(titles, 1):
+            if not title.strip():
+                report(BadSample("no-title", f"caption {number} of {len(titles)} is blank"))
+        return image.offset, image.size, [title for title in titles if title.strip()], negatives
     except BadSample as problem:
         if problem.reason != "no-title" or "cls" not in files:
             raise
@@ -136,7 +143,10 @@ def _content(file: SeekableFile, member: Member) -> bytes:
 
 
 def titles_and_negatives(texts: Sequence[bytes], record: bytes | None) -> tuple[list[str], list[str]]:
-    """Return titles and negatives from the contents of the .txt files and of KEY.json. Raises BadSample."""
+    """Return titles and negatives from the contents of the .txt files and of KEY.json. Raises BadSample.
+
+    Of several titles some may be blank, but not all.
+    """
     fields: Any = {}
     if record is not None:
         try:
@@ -151,25 +161,25 @@ def titles_and_negatives(texts: Sequence[bytes], record: bytes | None) -> tuple[
         titles = [text.decode("utf-8-sig").rstrip("\r\n") for text in texts]
     except UnicodeDecodeError as error:
         raise BadSample("bad-title", str(error)) from None
-    titles = [title for title in titles or _field(fields, *TITLES) if title.strip()]
-    if not titles:
+    titles = titles or _field(fields, *TITLES)
+    if not any(title.strip() for title in titles):
         raise BadSample("no-title", "KEY.txt, or title or caption in KEY.json, is missing or blank")
     numbered = sorted((int(match[1]), name) for name in fields if (match := NEGATIVE.fullmatch(name)))
     negatives = [*_field(fields, *NEGATIVES), *(text for _, name in numbered for text in _field(fields, name))]
-    return titles, negatives
+    return titles, [*filter(None, negatives)]
 
 
 def _field(fields: Mapping[str, Any], *names: str) -> list[str]:
     """Return the texts, one or a list, of the first of `names` that has any. Raises BadSample."""
     for name in filter(fields.__contains__, names):
         value = fields[name]
-        values = [each for each in (value if isinstance(value, list) else [value]) if each not in (None, "")]
+        values = [each for each in (value if isinstance(value, list) else [value]) if each is not None]
         for each in values:
             try:
                 each.encode()
             except (AttributeError, UnicodeEncodeError):
                 raise BadSample("bad-json", f"{name!r} is no text but a {type(each).__name__}") from None
-        if values:
+        if any(values):
             return values
     return []
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -128,7 +129,7 @@ def stream_samples(file: ForwardFile, report: Callable[[str, BadSample], None],
     """
     for key, files in samples(_held(members(file, report), file)):
         try:
-            values = (key, *row(file, files, classes))
+            values = (key, *row(file, files, classes, partial(report, key)))
             sample = StreamedSample(values, read_at(file, *values[1:3]))
         except BadSample as problem:
             report(key, problem)

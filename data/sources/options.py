@@ -23,6 +23,7 @@ class ReadOptions:
     image_root: str = ""  # the folder that relative image paths start at, in place of the table's
     image_template: str = ""  # turns image ids into paths: "{}.jpg"
     templates: tuple[str, ...] = ()  # turn class names into titles: "a photo of a {}"
+    lost: frozenset[str] = frozenset()  # paths of pictures that are rows of a folder though their files may be gone
 
     def by_flag(self) -> dict[str, object]:
         """Return the options that may find nothing to apply to, by the flag that sets them."""

@@ -116,10 +116,16 @@ def read_class_folders(folder: Path, account: Account) -> pa.Table:
 
 
 def _walk(folder: Path, account: Account) -> Iterator[tuple[str, list[str]]]:
-    """Yield folders at any depth and their files, sorted, without hidden ones and without output of this program."""
+    """Yield folders at any depth and their files, sorted, without hidden ones and without output of this program.
+
+    A picture that a run has lost is among the files of its folder: its row is one of those that the run began with.
+    """
     def refuse(error: OSError) -> NoReturn:
         raise error
 
+    lost: dict[str, set[str]] = defaultdict(set)
+    for path in account.lost:
+        lost[os.path.dirname(path)].add(os.path.basename(path))
     for here, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in list(folders):
@@ -129,6 +135,8 @@ def _walk(folder: Path, account: Account) -> Iterator[tuple[str, list[str]]]:
             elif is_output(Path(path)):
                 folders.remove(name)
                 account.pass_over("own-output", path)
+        if lost:
+            names = [*{*names, *lost.get(os.path.abspath(here), ())}]
         yield here, sorted(name for name in names if not name.startswith("."))
 
 

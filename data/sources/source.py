@@ -50,7 +50,7 @@ def load_splits(dataset: str, options: ReadOptions = DETECT, ledger: Ledger = di
     every other row is kept, also without image or title. `log` gets a line for what is not used or is changed. The
     pictures of a Parquet file are copied to the folder `embedded` (see data/sources/embedded.py). Raises UserError.
     """
-    account = Account(ledger, log)
+    account = Account(ledger, log, lost=options.lost)
     if scheme_of(dataset) == "file":
         dataset = path_of_file_url(dataset)
     if any("\udc80" <= char <= "\udcff" for char in os.path.abspath(dataset)):  # bytes that are not UTF-8

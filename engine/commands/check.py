@@ -8,7 +8,6 @@ from data.check.checks import check as find_problems
 from data.check.findings import as_json, table
 from data.images.decode import ImageSpec
 from data.ledger import dropped_rows
-from data.text import show
 from engine.commands.common import divide_source, make_reader, read_rows
 from engine.config.fields import Config
 from engine.ranks.signals import StopSignal
@@ -25,8 +24,8 @@ def check(cfg: Config, world: World, stop: StopSignal) -> int:
     findings, usable = find_problems(rows, reader, world.say, source.unreadable)
     counts = {name: len(split) for name, split in rows.items()}
     if cfg.json:
-        show(json.dumps(as_json(findings, counts, usable), indent=2))
+        world.show(json.dumps(as_json(findings, counts, usable), indent=2))
     else:
-        show(table(findings, counts, usable, dropped_rows(source.unreadable)))
+        world.show(table(findings, counts, usable, dropped_rows(source.unreadable)))
     has_errors = any(finding.severity == "error" for finding in findings)
     return int(cfg.strict and has_errors)

@@ -18,6 +18,7 @@ from data.images.feed import cores_of_rank
 from data.ingest import ingest_shards
 from data.inputs import AddedSplit, StreamedPairs
 from data.ledger import Account
+from data.lost import lost_files
 from data.pairs import Pairs, data_key, open_pairs
 from data.sources.labels import count_classes
 from data.sources.options import ReadOptions, parse_delimiter, parse_encoding, parse_splits, parse_templates
@@ -56,6 +57,7 @@ class Source(NamedTuple):
     rows: dict[str, Rows]
     unreadable: list[dict[str, Any]]
     shards: Mapping[str, Sequence[Entry]] = {}  # in a store, to be streamed once the towers are there: then no rows yet
+    run: EarlierRun | None = None  # one that began with these rows, of which it may have lost some
 
     def split_names(self) -> list[str]:
         """Return the names of the splits; a lone split counts as the three that it will be."""
@@ -73,11 +75,11 @@ def open_run(cfg: Config, world: World) -> tuple[Path, bool]:
     return open_folder(cfg, world)
 
 
-def read_rows(cfg: Config, log: Callable[[str], None], stream: bool = False) -> Source:
+def read_rows(cfg: Config, log: Callable[[str], None], stream: bool = False, run: EarlierRun | None = None) -> Source:
     """Read the splits of --dataset; what lies at an address is fetched first. Raises UserError.
 
     A lone split comes whole, under the name train; see `divide_source`. With `stream`, shards in a store are only
-    listed, for `stream_shards`.
+    listed, for `stream_shards`. Files that an earlier `run` has lost are rows where the files of a folder are.
     """
     cache = cache_folder(cfg)
     stored = find_files(cfg.dataset) if is_stored(cfg.dataset) else {}
@@ -96,13 +98,14 @@ def read_rows(cfg: Config, log: Callable[[str], None], stream: bool = False) -> 
             return copies
         return {name: [copy.path for copy in files] for name, files in copies.items()}
 
-    return load_source(cfg, log, download)
+    return load_source(cfg, log, download, lost_files(run.ledger) if run else frozenset())
 
 
-def load_source(cfg: Config, log: Callable[[str], None], download: Download) -> Source:
-    """Return the rows of --dataset, whose files at an address `download` returns."""
+def load_source(cfg: Config, log: Callable[[str], None], download: Download,
+                lost: frozenset[str] = frozenset()) -> Source:
+    """Return the rows of --dataset, whose files at an address `download` returns; see `ReadOptions` for `lost`."""
     unreadable: list[dict[str, Any]] = []
-    rows = load_splits(cfg.dataset, read_options(cfg), unreadable.append, download, log,
+    rows = load_splits(cfg.dataset, replace(read_options(cfg), lost=lost), unreadable.append, download, log,
                        cache_folder(cfg) / "embedded")
     return Source(rows, unreadable)
 
@@ -115,13 +118,13 @@ def read_options(cfg: Config) -> ReadOptions:
 
 
 def open_source(cfg: Config, world: World, split: str = "train",
-                shards: Mapping[str, Sequence[Entry]] | None = None) -> Source:
+                shards: Mapping[str, Sequence[Entry]] | None = None, run: EarlierRun | None = None) -> Source:
     """Read the rows, before anything slow or written; `shards` are those of a store to be measured, if known.
 
     Raises UserError where `split` or a split of --eval-splits is missing. A lone split is whole, under the name
     train, and counts as the three that it will be.
     """
-    source = Source({}, [], shards) if shards else read_rows(cfg, world.say, stream=True)
+    source = Source({}, [], shards) if shards else read_rows(cfg, world.say, stream=True, run=run)
     names = source.split_names()
     if cfg.probe:
         names.append("probe")
@@ -130,7 +133,7 @@ def open_source(cfg: Config, world: World, split: str = "train",
     for name in cfg.eval_splits:
         if name not in names:
             raise UserError(f"--eval-splits {name}: there is {', '.join(names)}")
-    return source
+    return source._replace(run=run)
 
 
 def require_split(cfg: Config, split: str, names: Collection[str]) -> None:
@@ -255,14 +258,12 @@ def open_pipeline(cfg: Config, world: World, model: LoadedModel) -> Pipeline:
     return Pipeline(reader, encoders, team, cache_folder(cfg), world.device, world.live)
 
 
-def open_data(cfg: Config, world: World, model: LoadedModel, source: Source, only: str = "",
-              run: EarlierRun | None = None) -> Pairs:
+def open_data(cfg: Config, world: World, model: LoadedModel, source: Source, only: str = "") -> Pairs:
     """Return the pairs of `source`: every image and title read and, where features are stored, encoded once.
 
-    Rows that cannot be used are dropped and counted. `only` names the one split that is opened, or all; `run` is one
-    that began with these pairs, of which it may have lost some.
+    Rows that cannot be used are dropped and counted. `only` names the one split that is opened, or all.
     """
-    pipeline = replace(open_pipeline(cfg, world, model), run=run)
+    pipeline = replace(open_pipeline(cfg, world, model), run=source.run)
     team, streamed = pipeline.team, bool(source.shards)
     source = stream_shards(cfg, world, source, pipeline, only)
     require_same_rows(team, source.rows)

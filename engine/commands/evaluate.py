@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 
-from data.text import show
 from engine.commands.common import evaluate_splits, load_model, open_data, open_source
 from engine.config.fields import Config
 from engine.ranks.signals import StopSignal
 from engine.ranks.world import World
 from engine.run_folder import folder
+from engine.run_folder.crash import say_error
 from engine.run_folder.ownership import open_evaluation
 from eval.report.table import metrics_table
 
@@ -29,7 +28,7 @@ def evaluate(cfg: Config, world: World, stop: StopSignal) -> int:
             folder.write_json(out / "metrics.json", scores)
             folder.write_ledger(out / "ledger.jsonl", pairs.all_dropped())
         world.say(metrics_table({model.clip.name: scores}, pairs.classes))
-        show(json.dumps(scores, indent=2))
+        world.show(json.dumps(scores, indent=2), str(out / "metrics.json") if out else "")
         for name, problem in collapsed.items():
-            show(f"run.py eval: {name}: {problem}", sys.stderr)
+            say_error(f"run.py eval: {name}: {problem}")
     return 1 if collapsed else 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from data import gallery
 from data.batch import ALONE
 from data.cold import Pipeline
-from data.text import show, without_secrets
+from data.text import without_secrets
 from data.web.storage import scheme_of
 from engine.clip.model import ModelOptions
 from engine.commands.common import (
@@ -67,7 +67,7 @@ def search(cfg: Config, world: World, stop: StopSignal) -> int:
         shown = {(answer.split, answer.row) for result in results for answer in result.answers}
         previews = gallery.preview_pictures(splits, shown, cfg.image, reader)
         write_text(Path(cfg.html).expanduser(), page(dataset, results, previews))
-    show(json.dumps(as_json(results), indent=2) if cfg.json else as_text(results, dataset))
+    world.show(json.dumps(as_json(results), indent=2) if cfg.json else as_text(results, dataset), cfg.html)
     return 0
 
 

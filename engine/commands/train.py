@@ -58,12 +58,12 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     # Open everything, what a typo breaks first: a misspelt split is an error before a model is loaded.
     out, resuming = open_run(cfg, world)
     row_cfg, shards = split_dataset(cfg, world.say)
-    source = open_source(row_cfg, world, shards=shards.measured)
+    source = open_source(row_cfg, world, shards=shards.measured, run=earlier_run(out, world, resuming))
     probe = open_probe(cfg, world)
     model = load_model(cfg, world)
     refuse_cached(cfg, model)
     trained = model.trained_model(cfg.micro_batch)
-    pairs = open_data(row_cfg, world, model, source, run=earlier_run(out, world, resuming))
+    pairs = open_data(row_cfg, world, model, source)
     pairs = with_probe(cfg, world, model, pairs, probe)
     if cfg.recipe == "auto":
         return auto.train_auto(cfg, world, out, model, pairs)

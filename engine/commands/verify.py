@@ -10,7 +10,6 @@ from data.batch import UserError
 from data.cold import EarlierRun
 from data.ledger import read_ledger
 from data.store.upkeep import delete_spaces, describe_spaces, verify_spaces
-from data.text import show
 from engine.commands import auto
 from engine.commands.common import (
     Source,
@@ -59,15 +58,15 @@ def verify(cfg: Config, world: World, stop: StopSignal) -> int:
         findings += rerun(run_cfg, world, run, checkpoints)
     except UserError as error:  # data or base model gone
         findings.append(Finding("replay and metrics", verification.UNCHECKED, str(error)))
-    if world.is_main:
-        show(verification.format_findings(findings))
+    world.show(verification.format_findings(findings))
     return int(any(finding.verdict == verification.FAILED for finding in findings))
 
 
 def rerun(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path]) -> list[Finding]:
     """Train some steps of the run in `run` again, and measure its exported model again. Raises UserError."""
     cfg, shards = split_dataset(cfg, world.say)
-    source = open_source(cfg, world, shards=shards.measured)
+    ledger = read_ledger(run / "ledger.jsonl")
+    source = open_source(cfg, world, shards=shards.measured, run=EarlierRun(ledger, replays=True))
     if shards.train:
         findings = [Finding("replay", verification.UNCHECKED, "resuming changes the order of a stream of shards")]
     elif cfg.recipe == "auto":
@@ -82,7 +81,7 @@ def rerun(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path]) -> 
     tuned_cfg = replace(cfg, model=str(run / "model"))
     tuned = load_model(tuned_cfg, world, reread=True)
     probe = open_probe(tuned_cfg, world)
-    pairs = open_data(tuned_cfg, world, tuned, source, run=EarlierRun(read_ledger(run / "ledger.jsonl"), replays=True))
+    pairs = open_data(tuned_cfg, world, tuned, source)
     pairs = with_probe(tuned_cfg, world, tuned, pairs, probe)
     recorded = read_metrics(run).get("tuned", {})
     retrieval = evaluate_splits(pairs.feature_splits(recorded), tuned.head)
@@ -95,7 +94,7 @@ def replay(cfg: Config, world: World, run: Path, checkpoints: Sequence[Path], so
     """Train some steps of a run again."""
     # Open the run as `train` does, from the base model.
     model = load_model(cfg, world, reread=True)
-    pairs = open_data(cfg, world, model, source, run=EarlierRun(read_ledger(run / "ledger.jsonl"), replays=True))
+    pairs = open_data(cfg, world, model, source)
     pairs = with_probe(cfg, world, model, pairs, open_probe(cfg, world))
     plan = Plan(len(pairs.splits["train"]), cfg.batch_size, cfg.epochs)
     training = RowTraining(pairs, world, run)
@@ -113,7 +112,7 @@ def verify_store(cfg: Config, world: World) -> int:
         return 0
     cache = cache_folder(cfg)
     spaces = verify_spaces(cache)
-    show(describe_spaces(spaces))
+    world.show(describe_spaces(spaces))
     if cfg.prune:
         keep: set[str] = set()
         if cfg.model:
@@ -123,8 +122,8 @@ def verify_store(cfg: Config, world: World) -> int:
         pruned = delete_spaces(cache, keep)
         freed = pruned.freed + model_records(cfg, world).prune(cfg.model)
         for name, reason in pruned.kept.items():
-            show(f"{name} stays: {reason}")
+            world.show(f"{name} stays: {reason}")
         for path in pruned.odd:
-            show(f"{path} stays: it is no regular file")
-        show(f"pruned {freed / 1e6:,.1f} MB; kept {', '.join([*kept, *pruned.kept]) or 'nothing'}")
+            world.show(f"{path} stays: it is no regular file")
+        world.show(f"pruned {freed / 1e6:,.1f} MB; kept {', '.join([*kept, *pruned.kept]) or 'nothing'}")
     return int(any(space.damaged for space in spaces))

@@ -27,6 +27,7 @@ from engine.config.settings import (
     suggest,
     to_toml,
 )
+from engine.run_folder.crash import mute_stdout, say_error
 
 HOME = Path(__file__).resolve().parents[2]
 DEMO_MODEL = HOME / "data" / "demo_model"
@@ -89,12 +90,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print two lines on stderr and exit 2."""
-        self.exit(2, f"{self.prog}: {printable(message)}\nsee {self.prog} --help\n")
+        say_error(f"{self.prog}: {printable(message)}\nsee {self.prog} --help")
+        sys.exit(2)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """Print help and errors as everything else is printed: they repeat what was on the command line."""
-        if message:
-            show(message, file, end="")
+        """Print help as everything else is printed: it repeats what was on the command line."""
+        try:
+            show(message, end="")
+        except OSError as error:
+            mute_stdout()
+            if isinstance(error, BrokenPipeError):  # as by `| head`
+                sys.exit(141)
+            say_error(f"{self.prog}: the help could not be printed ({error.strerror})")
+            sys.exit(1)
 
     def settings(self, arguments: Sequence[str]) -> Config:
         """Return the Config of these arguments: preset, then the resumed run's or TOML's settings, then flags."""
@@ -208,7 +216,7 @@ def parse(program: str, arguments: Sequence[str]) -> tuple[str, Config]:
     named = bool(arguments) and not arguments[0].startswith("-")
     command = arguments[0] if named else "train"
     if command not in COMMANDS:
-        show(f"{program}: {printable(suggest('command', command, list(COMMANDS)))}\nsee {program} --help", sys.stderr)
+        say_error(f"{program}: {printable(suggest('command', command, list(COMMANDS)))}\nsee {program} --help")
         sys.exit(2)
     parser = Parser(program, command, show_all="--help-all" in arguments)
     return command, parser.settings(arguments[1:] if named else arguments)

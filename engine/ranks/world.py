@@ -96,15 +96,24 @@ class World:
             line = whole_fields(text, _columns() - 1)
             _print(line, CLEAR, end="\r")
 
-    def show(self, text: str, place: str) -> None:
-        """Print a result on stdout, from rank 0. Where that fails, the command does not: say that it is in `place`."""
+    def show(self, text: str, place: str = "") -> None:
+        """Print a result on stdout, from rank 0. Where that fails and it is in a file, `place`, that is said instead.
+
+        Else raises BrokenPipeError where the reader has gone, as `| head` does, RunFailed where the result is lost.
+        """
         if not self.is_main:
             return
         try:
             show(text)
         except (OSError, ValueError) as error:
             mute_stdout()
-            self.say(f"the table could not be printed ({error}); it is in {place}")
+            reason = getattr(error, "strerror", None) or str(error)
+            if place:
+                self.warn(f"the result could not be printed ({reason}); it is in {place}")
+            elif isinstance(error, BrokenPipeError):
+                raise
+            else:
+                raise RunFailed(f"the result could not be printed ({reason})") from error
 
     def _count_progress(self) -> None:
         if self.store is not None:

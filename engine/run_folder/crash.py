@@ -66,6 +66,16 @@ def end_now(code: int) -> NoReturn:
     os._exit(code)
 
 
+def hold_standard_descriptors() -> None:
+    """Open the null device for each standard stream that was closed when this process was started, as by `2>&-`.
+
+    Else the next file that is opened gets its number, and what a library in C prints goes into that file.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+
+
 def mute_stdout() -> None:
     """Let stdout lead nowhere once nothing can be written to it: Python's last flush would fail and change the code."""
     with suppress(OSError, ValueError, AttributeError):

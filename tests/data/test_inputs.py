@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import make_pairs, tiny_tokenizer
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from data import lost
 from data.batch import ALONE, Tokens, UserError
+from data.catalogue import build_catalogue
 from data.cold import Encoders, Pipeline, Reader
 from data.images.decode import ImageSpec
 from data.inputs import StreamedBatches, StreamedPairs
@@ -124,3 +126,13 @@ def test_a_picture_that_vanishes_is_named_and_the_run_goes_on(tmp_path: Path, mo
             break
     with pytest.raises(UserError, match="max-bad"):
         streamed.lost.share(ALONE)
+
+
+def test_a_lost_picture_whose_row_is_gone_is_named_with_what_to_do(tmp_path: Path) -> None:
+    """`The data of train changed` would send a user who lost one file to a new run."""
+    splits = load_splits(str(make_pairs(tmp_path / "pairs", 8, 3, 3)))
+    entry = {"split": "train", "row": 3, "image": splits["train"].image[3].as_py(), "step": 7, "content": "00" * 16}
+    whole, shorter = build_catalogue(splits), splits["train"].take(np.array([0, 1, 2, 4, 5, 6, 7]))
+    lost.require_rows(whole, [entry, {**entry, "image": "/moved/to/" + Path(entry["image"]).name}, {"reason": "odd"}])
+    with pytest.raises(UserError, match="train-0003.jpg, which the run lost at step 7, .* an empty file in its place"):
+        lost.require_rows(build_catalogue({**splits, "train": shorter}), [entry])

@@ -258,6 +258,10 @@ HOSTILE: dict[str, tuple[bytes, list[str], list[tuple[str, str]]]] = {  # tar, k
     "giant title": (IMAGE + raw(b"a.txt", b"t" * 100_000_000) + END, [], [("a", "too-large")]),
     "title not UTF-8": (IMAGE + raw(b"a.txt", b"\xff") + END, [], [("a", "bad-title")]),
     "JSON list": (IMAGE + raw(b"a.json", b'["title"]') + END, ["a"], []),
+    "blanks in a JSON list": (IMAGE + raw(b"a.json", b'{"caption": ["", "one", null, " ", "two"]}') + END, ["a"],
+                              [("a", "no-title")] * 2),  # as in a table: each title is a row
+    "a blank text of several": (IMAGE + raw(b"a.0.txt", b"one") + raw(b"a.1.txt", b" \n") + END, ["a"],
+                                [("a", "no-title")]),
     "JSON deep": (IMAGE + raw(b"a.json", DEEP) + END, [], [("a", "bad-json")]),
     "JSON broken": (IMAGE + raw(b"a.json", b'{"title": "x') + TITLE + END, [], [("a", "bad-json")]),
     "JSON huge": (IMAGE + raw(b"a.json", b'{"title": "' + b"x" * (1 << 21) + b'"}') + END, [],

@@ -23,7 +23,7 @@ from data.check.findings import Finding, table
 from data.cold import Reader
 from data.images.decode import ImageSpec
 from data.ledger import dropped_rows
-from data.sources.source import Rows, load_splits
+from data.sources.source import ReadOptions, Rows, load_splits
 from data.web.limits import FetchPolicy
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest sets aside the filter for torch's
@@ -94,6 +94,22 @@ def test_every_file_that_looks_like_data_is_accounted_for(tmp_path: Path) -> Non
     assert {(one.kind, one.count) for one in findings} >= {
         ("unknown-ending", 1), ("sidecar-without-image", 2), ("linked-folder", 1), ("no-title", 1)}
     assert usable == 21 and "drop 2 of 23 rows" in last
+
+
+@pytest.mark.parametrize("kind", ["sidecars", "class folders"])
+def test_a_picture_that_a_run_has_lost_is_still_a_row(tmp_path: Path, kind: str) -> None:
+    """Else a run that lost it while it streamed could not be gone on with: its rows would be others."""
+    folder = folder_of(tmp_path / "set", 4)
+    if kind == "class folders":
+        for row, path in enumerate(sorted(folder.glob("*.jpg"))):
+            path.with_suffix(".txt").unlink()
+            (folder / f"class {row % 2}").mkdir(exist_ok=True)
+            path.rename(folder / f"class {row % 2}" / path.name)
+    whole, other = load_splits(str(folder))["train"], str(folder / "of another dataset.jpg")
+    path = whole.image[1].as_py()
+    Path(path).unlink()
+    rows = load_splits(str(folder), ReadOptions(lost=frozenset([path, other.replace("set", "sat")])))["train"]
+    assert rows.fingerprint() == whole.fingerprint() != load_splits(str(folder))["train"].fingerprint()
 
 
 @pytest.mark.parametrize(("name", "content", "reason"), [

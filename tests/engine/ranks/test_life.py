@@ -1,5 +1,6 @@
 """How processes end: signals, stalls, lost launchers, full disks. Real processes, real signals, nobody left behind."""
 
+import errno
 import io
 import os
 import pickle
@@ -14,12 +15,12 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, as_ranks, family, full, kill, last_flags, on_ranks, served, start
+from helpers import HANGS_S, ROOT, as_ranks, family, full, kill, last_flags, on_ranks, served, start
 
 import run
 from data.batch import AgreedError, RunFailed, Team
@@ -357,16 +358,31 @@ def test_a_store_that_does_not_answer_ends_the_rank(monkeypatch: pytest.MonkeyPa
     assert given_up[0] == "asking the store of rank 0"
 
 
-def test_a_table_that_cannot_be_printed_is_no_failure(capsys: pytest.CaptureFixture[str],
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    """A finished run under nohup, its terminal closed, would exit 1 and be started again by its scheduler."""
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full")
-    with open("/dev/full", "w") as full_disk:
-        monkeypatch.setattr("sys.stdout", full_disk)
-        World(0, 0, 1, torch.device("cpu")).show("a table", "run/metrics.json")
-        monkeypatch.undo()
-    assert "run/metrics.json" in capsys.readouterr().err
+@pytest.mark.parametrize("stdout", ["full", "closed", "left"])
+def test_a_result_that_cannot_be_printed_is_in_a_file_or_an_error(
+        stdout: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished run whose terminal is gone would be started again by its scheduler; a lost answer would pass for one.
+    """
+    def broken(*_: object) -> NoReturn:
+        raise {"full": OSError(errno.ENOSPC, "full"), "left": BrokenPipeError(errno.EPIPE, "left")}[stdout]
+
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "write", broken)
+    monkeypatch.setattr("sys.stdout", None if stdout == "closed" else terminal)
+    world = World(0, 0, 1, torch.device("cpu"), quiet=True)
+    world.show("a table", "run/metrics.json")
+    assert f"{stdout}); it is in run/metrics.json" in capsys.readouterr().err
+    with pytest.raises(BrokenPipeError if stdout == "left" else RunFailed):
+        world.show("a table")
+
+
+def test_a_closed_standard_stream_is_no_place_for_a_file(tmp_path: Path) -> None:
+    """With `2>&-`, the next file that is opened would get what a library in C prints on stderr."""
+    script = ("import os; from engine.run_folder.crash import hold_standard_descriptors as hold; hold(); "
+              f"file = open({str(tmp_path / 'log')!r}, 'w'); file.write('a line'); os.write(2, b'warning')")
+    command = ["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, script]
+    assert subprocess.run(command, cwd=ROOT, timeout=HANGS_S).returncode == 0
+    assert (tmp_path / "log").read_text() == "a line"
 
 
 def test_what_nobody_foresaw_is_one_line_and_a_file_with_the_traceback(

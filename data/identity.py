@@ -24,7 +24,7 @@ from data.files import replaced_file
 from data.images.decode import FastTokenizer, tokenize
 from data.reading import open_regular
 from data.store.segments import KEY, key_of
-from data.titles import CHUNK, TokenLists, text_chunks
+from data.titles import CHUNK, TokenLists, text_chunks, text_slices
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 UNTRUNCATED = 1 << 30  # tokens
 PLAIN = r"^[\t\n\r -~]*\z"  # titles of which Arrow finds the words as CLIP's tokenizers do
 WORD, WORD_END = r"('s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+)\s*", "\x1f"
+SPACE, LETTER, DIGIT, MARK = range(4)  # kinds of characters of PLAIN titles
+KIND = bytes(SPACE if chr(code).isspace() else LETTER if chr(code).isalpha() else DIGIT if chr(code).isdigit() else MARK
+             for code in range(256))
 BYTE_LEVEL = Path(__file__).with_name("demo_model") / "tokenizer.json"
 Overlap = dict[str, dict[str, dict[str, int]]]  # split -> earlier split -> images, titles, rows
 
@@ -92,13 +95,13 @@ class _Backend(NamedTuple):
 
 @dataclass(frozen=True)
 class ClipWords(TitleIds):
-    """`clip_words`: keys of the words of titles, which Arrow finds for ASCII in a sixth of the time."""
+    """`clip_words`: keys of the words of titles, which are found for ASCII without the tokenizer."""
 
     def _keys(self, titles: pa.LargeStringArray) -> np.ndarray:
         """Keys of the words, a chunk of titles at a time."""
         parts = [np.empty((0, KEY), np.uint8)]
-        for start in range(0, len(titles), CHUNK):
-            parts.append(self._word_keys(titles.slice(start, CHUNK)))
+        for chunk in text_slices(titles):
+            parts.append(self._word_keys(chunk))
         return np.concatenate(parts)
 
     def _word_keys(self, titles: pa.LargeStringArray) -> np.ndarray:
@@ -107,10 +110,12 @@ class ClipWords(TitleIds):
 
         is_plain = pc.match_substring_regex(titles, PLAIN)
         is_plain = pc.and_not(is_plain, pc.match_substring(titles, "<|")).to_numpy(zero_copy_only=False)
-        words = pc.replace_substring_regex(pc.ascii_lower(titles.filter(pa.array(is_plain))), WORD, f"\\1{WORD_END}")
-        words = pc.replace_substring_regex(words, "^\\s+", "").cast(pa.large_binary())
+        has_mark = pc.match_substring(titles, "'").to_numpy(zero_copy_only=False)
         keys = np.empty((len(titles), KEY), np.uint8)
-        keys[is_plain] = np.frombuffer(b"".join(map(key_of, words.to_pylist())), np.uint8).reshape(-1, KEY)
+        for is_one, spelt in ((is_plain & ~has_mark, _plain_words), (is_plain & has_mark, _words_with_apostrophes)):
+            if is_one.any():
+                words = spelt(titles.filter(pa.array(is_one))).to_pylist()
+                keys[is_one] = np.frombuffer(b"".join(map(key_of, words)), np.uint8).reshape(-1, KEY)
         others = titles.filter(pa.array(~is_plain)).to_pylist()
         keys[~is_plain] = np.frombuffer(b"".join(map(self._key, others)), np.uint8).reshape(-1, KEY)
         return keys
@@ -123,6 +128,40 @@ class ClipWords(TitleIds):
         text = backend.normalizer.normalize_str(title.encode("utf-8", "replace").decode("utf-8"))
         words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
         return key_of("".join(word + WORD_END for word in words).encode("utf-8"))
+
+
+def _plain_words(titles: pa.LargeStringArray) -> pa.LargeBinaryArray:
+    """Return titles of ASCII without apostrophes in lower case, WORD_END behind each word, no white space.
+
+    What `_words_with_apostrophes` returns, in a tenth of its time: a word is a run of letters, a digit, or a run of
+    other characters.
+    """
+    import pyarrow as pa
+
+    titles = titles.cast(pa.large_string())
+    _, ends, data = titles.buffers()
+    bounds = np.frombuffer(ends, np.int64)[titles.offset : titles.offset + len(titles) + 1]
+    text = bytes(memoryview(data or b"")[bounds[0] : bounds[-1]])
+    bounds = bounds - bounds[0]
+    kind = np.frombuffer(text.translate(KIND), np.uint8)
+    next_kind = np.append(kind[1:], SPACE)[: len(kind)]
+    next_kind[bounds[bounds > 0] - 1] = SPACE  # the last character of a title
+    is_end = (kind != SPACE) & ((kind == DIGIT) | (kind != next_kind))
+    length = (kind != SPACE) + is_end.astype(np.uint8)
+    place = np.append(0, np.cumsum(length, dtype=np.int64))  # where each character goes
+    words = np.repeat(np.frombuffer(text.lower(), np.uint8), length)
+    words[place[1:][is_end] - 1] = ord(WORD_END)
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(titles),
+                                            [None, pa.py_buffer(place[bounds]), pa.py_buffer(words)])
+
+
+def _words_with_apostrophes(titles: pa.LargeStringArray) -> pa.LargeBinaryArray:
+    """Return titles of ASCII in lower case, WORD_END behind each word, no white space."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    words = pc.replace_substring_regex(pc.ascii_lower(titles), WORD, f"\\1{WORD_END}")
+    return pc.replace_substring_regex(words, "^\\s+", "").cast(pa.large_binary())
 
 
 @cache

@@ -56,6 +56,12 @@ class TokenLists(Sequence[Sequence[int]]):
 
 def text_chunks(texts: pa.LargeStringArray) -> Iterator[list[str]]:
     """Yield titles, or other texts, a CHUNK of them or CHUNK_BYTES at a time."""
+    for part in text_slices(texts):
+        yield part.to_pylist()
+
+
+def text_slices(texts: pa.LargeStringArray) -> Iterator[pa.LargeStringArray]:
+    """Yield the texts of `text_chunks` as slices."""
     import pyarrow.compute as pc
 
     for start in range(0, len(texts), CHUNK):
@@ -65,7 +71,7 @@ def text_chunks(texts: pa.LargeStringArray) -> Iterator[list[str]]:
         while first < len(part):
             room = CHUNK_BYTES + (end_P[first - 1] if first else 0)
             last = max(first + 1, int(np.searchsorted(end_P, room, side="right")))
-            yield part.slice(first, last - first).to_pylist()
+            yield part.slice(first, last - first)
             first = last
 
 

@@ -28,7 +28,7 @@ from data.sources.labels import class_codes
 from data.sources.rows import Rows
 from data.store.segments import KEY
 from data.text import hide_secrets, printable
-from data.titles import is_blank
+from data.titles import is_blank, text_slices
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -116,10 +116,14 @@ def _signatures(inputs: Catalogue, reader: Reader, log: Callable[[str], None]) -
 
 def _flaws(titles: pa.LargeStringArray) -> np.ndarray:
     """The flaw of each title, "" for none, str [P]."""
+    return np.concatenate([np.empty(0, object), *map(_flaws_of_some, text_slices(titles))])
+
+
+def _flaws_of_some(titles: pa.LargeStringArray) -> np.ndarray:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    flaw_P = np.full(len(titles), "", "U10")
+    flaw_P = np.full(len(titles), "", object)
     long_P = np.flatnonzero(pc.greater(pc.utf8_length(titles), TOO_MANY_PIECES))
     pieces = pc.count_substring_regex(titles.take(pa.array(long_P)), PIECE).to_numpy(zero_copy_only=False)
     flaw_P[long_P[pieces > TOO_MANY_PIECES]] = "long-title"
@@ -217,8 +221,8 @@ def _repeats(inputs: Catalogue, image_M: np.ndarray, title_P: np.ndarray, simila
 
 def _is_caption(image_N: np.ndarray, title_N: np.ndarray) -> np.ndarray:
     """Whether all titles of a row's image differ [N]: the rows of an image are then its captions, not repeats."""
-    pair_N2 = np.stack([image_N, title_N], 1)
-    _, pair_N, count = np.unique(pair_N2, axis=0, return_inverse=True, return_counts=True)
+    pair_N = image_N * (title_N.max(initial=0) + 2) + title_N + 1
+    _, pair_N, count = np.unique(pair_N, return_inverse=True, return_counts=True)
     is_repeat_N = (count[pair_N] > 1) & (title_N >= 0)
     return ~np.isin(image_N, image_N[is_repeat_N])
 

@@ -28,8 +28,9 @@ from data.sources.lists import joined
 if TYPE_CHECKING:
     import pyarrow as pa
 
-COPY = "embedded pictures 1"  # another layout of the copies gets another number
-ROWS = 64  # rows of a Parquet file in memory at one time
+COPY = "embedded pictures 2"  # another layout of the copies gets another number
+ROWS = 64  # rows of a Parquet file that are unpacked at one time
+BATCH_BYTES = 1 << 24  # of the batches of a copy, but for the last rows: small pictures would make too many batches
 POLL_S = 0.2  # between checks of a copy that another process is writing
 
 
@@ -195,15 +196,23 @@ def _disk_refuses(path: Path, error: OSError) -> UserError:
 
 
 def _parquet_batches(path: Path, column: str, log: Callable[[str], None]) -> Iterator[pa.RecordBatch]:
-    """Yield a column of a Parquet file, ROWS at a time, as the column "image"."""
+    """Yield a column of a Parquet file, BATCH_BYTES at a time, as the column "image"."""
     import pyarrow as pa
     from pyarrow import parquet
 
+    parts: list[pa.Array] = []
+    size = 0
     with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
         progress = Progress(f"pictures copied from {path.name}", file.metadata.num_rows, log)
         for batch in file.iter_batches(ROWS, columns=[column]):
             values = batch.column(0)
             if pa.types.is_dictionary(values.type):  # an Arrow file has one dictionary for all batches
                 values = values.dictionary_decode()
-            yield pa.record_batch([values], ["image"])
+            parts.append(values)
+            size += values.nbytes
+            if size >= BATCH_BYTES:
+                yield pa.record_batch([pa.concat_arrays(parts)], ["image"])
+                parts, size = [], 0
             progress(len(batch))
+    if parts:
+        yield pa.record_batch([pa.concat_arrays(parts)], ["image"])

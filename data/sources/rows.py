@@ -110,9 +110,10 @@ def to_row_columns(table: pa.Table, source: str, location: ImageLocation, accoun
         paths.append(pc.if_else(is_none, pa.scalar(None, path.type), path))
         pictures.append(embedded.references(data, source))
         start += len(chunk)
-    paths_N = absolute_paths(pa.chunked_array(paths, pa.large_string()), location, source, account, problems).chunks
+    named = pa.chunked_array(_merged(paths), pa.large_string())
+    paths_N = absolute_paths(named, location, source, account, problems).chunks
     images = []
-    for picture, path in zip(pictures, paths_N, strict=True):
+    for picture, path in zip(_merged(pictures), paths_N, strict=True):
         # A coalesce would copy every path, fill_null copies none where each row has one.
         has_pictures = picture.null_count < len(picture)
         images.append(pc.coalesce(picture, path, "") if has_pictures else pc.fill_null(path, ""))
@@ -167,6 +168,21 @@ def _pieces(column: pa.ChunkedArray) -> list[pa.Array]:
     if holds_bytes(column.type):  # a chunk of pictures in memory is copied to a file of its own
         return column.chunks
     return [chunk.slice(start, PIECE) for chunk in column.chunks for start in range(0, len(chunk), PIECE)]
+
+
+def _merged(chunks: Sequence[pa.Array]) -> list[pa.Array]:
+    """Return chunks with neighbours joined up to PIECE rows: tables of pictures come in thousands of small chunks."""
+    import pyarrow as pa
+
+    groups: list[list[pa.Array]] = []
+    rows = PIECE + 1  # no group yet
+    for chunk in chunks:
+        if rows + len(chunk) > PIECE:
+            groups.append([])
+            rows = 0
+        groups[-1].append(chunk)
+        rows += len(chunk)
+    return [pa.concat_arrays(group) if len(group) > 1 else group[0] for group in groups]
 
 
 def _picture_name(texts: pa.ChunkedArray) -> str:

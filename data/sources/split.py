@@ -79,6 +79,7 @@ def divide_lone_split(splits: Mapping[str, Rows], contents: ContentReader, seed:
         if titles is not None:
             codes.append(_title_codes(build_catalogue(splits, titles)))
         parts = three_way_split(seed, *codes)
+    del inputs  # the rows are copied now, beside the undivided ones
     return {name: replace(rows.take(part), name=name) for name, part in parts.items()}
 
 

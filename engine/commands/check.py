@@ -19,13 +19,14 @@ def check(cfg: Config, world: World, stop: StopSignal) -> int:
     if not world.is_main:
         return 0
     source = read_rows(cfg, world.say)
-    reader = make_reader(cfg, ImageSpec.clip())
-    rows = divide_source(cfg, world, source.rows, reader)
-    findings, usable = find_problems(rows, reader, world.say, source.unreadable)
+    reader, rows, unreadable = make_reader(cfg, ImageSpec.clip()), source.rows, source.unreadable
+    del source  # an undivided split is freed when it is divided
+    rows = divide_source(cfg, world, rows, reader)
+    findings, usable = find_problems(rows, reader, world.say, unreadable)
     counts = {name: len(split) for name, split in rows.items()}
     if cfg.json:
         world.show(json.dumps(as_json(findings, counts, usable), indent=2))
     else:
-        world.show(table(findings, counts, usable, dropped_rows(source.unreadable)))
+        world.show(table(findings, counts, usable, dropped_rows(unreadable)))
     has_errors = any(finding.severity == "error" for finding in findings)
     return int(cfg.strict and has_errors)

@@ -120,12 +120,12 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
 
 
 def dropped_rows(ledger: Iterable[Mapping[str, Any]]) -> int:
-    """The number of rows that ledger entries stand for."""
+    """Return the number of rows that ledger entries stand for."""
     return sum(entry.get("rows", 1) for entry in ledger)
 
 
 def place_of(entry: Mapping[str, Any]) -> str:
-    """The place of a ledger entry's row, for people."""
+    """Return the place of a ledger entry's row, for people."""
     if "shard" in entry:
         return f"{entry['shard']}, {entry['key'] or '(unknown sample)'}"
     row = f"row {entry['row']}" if "row" in entry else "files"
@@ -133,5 +133,5 @@ def place_of(entry: Mapping[str, Any]) -> str:
 
 
 def _writable(value: Any) -> Any:
-    """Text that UTF-8 can hold: file names may hold any bytes."""
+    """Return text that UTF-8 can hold: file names may hold any bytes."""
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value

@@ -33,9 +33,9 @@ AZURE_SIGNATURE = {"sv", "ss", "srt", "sp", "st", "se", "spr", "sip", "sr", "sig
 
 
 def hide_secrets(text: str) -> str:
-    """The text without tokens, without credentials in its addresses, and with a digest in place of secret queries.
+    """Return the text without tokens and credentials in addresses, and with a digest in place of secret queries.
 
-    So a file or a line shows which of two signed addresses is meant, and no one can fetch with it.
+    The digest shows which of two signed addresses is meant, and no one can fetch with it.
     """
     if "://" in text:
         text = ADDRESS.sub(lambda match: _without_user(match) + _digest_of_secret(match[4] or ""), text)
@@ -45,7 +45,7 @@ def hide_secrets(text: str) -> str:
 
 
 def without_secrets(address: str) -> str:
-    """The address without credentials, and without a query that is secret, as that of a signed address."""
+    """Return the address without credentials, and without a query that is secret, as that of a signed address."""
     def public(match: re.Match[str]) -> str:
         query = match[4] or ""
         return _without_user(match) + ("" if _is_secret(query) else query)
@@ -54,14 +54,15 @@ def without_secrets(address: str) -> str:
 
 
 def public_arguments(words: Sequence[str]) -> list[str]:
-    """The words of a command line `without_secrets`, also of a proxy that is given as USER:PASSWORD@HOST."""
+    """Return the words of a command line `without_secrets`, also of a proxy that is given as USER:PASSWORD@HOST."""
     return [re.sub(r"^(--[\w-]+=)?[^\s/:@]+:[^\s@]*@", r"\1", hide_secrets(without_secrets(word))) for word in words]
 
 
 def unsigned(url: str) -> str:
-    """The address without its signature, which another day's list of the same files has not: what a file is kept under.
+    """Return the address without its signature: the name that a file has in the cache.
 
-    Parameters of other names stay: they may choose between files.
+    A signature differs from one day's list of files to the next. Parameters of other names stay: they may choose
+    between files.
     """
     place, mark, query = url.partition("?")
     if not query or "://" not in place:
@@ -104,19 +105,19 @@ def _digest_of_secret(query: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text as one line: a blank for each line end, control character, direction mark and lone surrogate."""
+    """Return the text as one line: a blank for each line end, control character, direction mark and lone surrogate."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else " " for char in text)
 
 
 def printable_lines(text: str) -> str:
-    """The text with each of its lines `printable`."""
+    """Return the text with each of its lines `printable`."""
     return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))
 
 
 def json_text(value: object, indent: int | None = None) -> str:
-    """The value as JSON in its own alphabet; what is not `printable` is escaped, and nothing is lost."""
+    """Return a value as JSON in its own alphabet; what is not `printable` is escaped, and nothing is lost."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     return re.sub(r"[^\x20-\x7e\n]", lambda match: match[0] if match[0].isprintable() else json.dumps(match[0])[1:-1],
                   text)
@@ -142,7 +143,7 @@ def _without_middle(line: str) -> str:
 
 
 def clean_library_output() -> None:
-    """From now on, what libraries say by `warnings` and `logging` is `printable` and without secrets too."""
+    """Make what libraries say by `warnings` and `logging` `printable` and free of secrets from now on."""
     logging.setLogRecordFactory(_clean_record)
     warnings.formatwarning = _one_warning
 

@@ -88,7 +88,7 @@ def _unread(unread: Sequence[Mapping[str, Any]]) -> list[Finding]:
 
 
 def _unread_place(entry: Mapping[str, Any]) -> str:
-    """The place of a ledger entry within its file, and its detail."""
+    """Return the place of a ledger entry within its file, and its detail."""
     if not dropped_rows([entry]):
         return printable(entry["detail"])
     place = f"row {entry['row']}" if "row" in entry else entry["key"] or "(unknown sample)"
@@ -115,7 +115,7 @@ def _signatures(inputs: Catalogue, reader: Reader, log: Callable[[str], None]) -
 
 
 def _flaws(titles: pa.LargeStringArray) -> np.ndarray:
-    """The flaw of each title, "" for none, str [P]."""
+    """Return the flaw of each title, "" for none, str [P]."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -168,7 +168,7 @@ def _texts(inputs: Catalogue, name: str, flaw_P: np.ndarray, title_P: np.ndarray
 
 
 def _path(inputs: Catalogue, name: str, row: int) -> str:
-    """The image of a row for people: its address, the end of its path; of a picture that has none, the row's title."""
+    """Return the image of a row for people: its address or the end of its path; without either, the row's title."""
     reference = inputs.references[inputs.image_N[name][row]].as_py()
     path = hide_secrets(shown_name(reference))
     if reference and not path:
@@ -182,7 +182,7 @@ def _title(inputs: Catalogue, name: str, row: int) -> str:
 
 
 def _repeats(inputs: Catalogue, image_M: np.ndarray, title_P: np.ndarray, similar_MS: np.ndarray) -> list[Finding]:
-    """Images and titles that a split's rows share with earlier rows of it, and with the splits before it."""
+    """Find images and titles that a split's rows share with earlier rows of it, and with the splits before it."""
     names = list(inputs.splits)
     findings = []
     image = {name: image_M[inputs.image_N[name]] for name in names}
@@ -216,7 +216,7 @@ def _repeats(inputs: Catalogue, image_M: np.ndarray, title_P: np.ndarray, simila
 
 
 def _is_caption(image_N: np.ndarray, title_N: np.ndarray) -> np.ndarray:
-    """Whether all titles of a row's image differ [N]: the rows of an image are then its captions, not repeats."""
+    """Return for each row [N] whether all titles of its image differ: such rows are captions of it, not repeats."""
     pair_N2 = np.stack([image_N, title_N], 1)
     _, pair_N, count = np.unique(pair_N2, axis=0, return_inverse=True, return_counts=True)
     is_repeat_N = (count[pair_N] > 1) & (title_N >= 0)
@@ -229,7 +229,7 @@ def _beside(inputs: Catalogue, name: str, other: str, twin_N: np.ndarray, show: 
 
 
 def _first_rows(label_N: np.ndarray, labels: int) -> np.ndarray:
-    """The first row with each label [labels + 1]; -1 for none, and in the last place."""
+    """Return the first row with each label [labels + 1]; -1 for none, and in the last place."""
     first = np.full(labels + 1, -1)
     row = np.flatnonzero(label_N >= 0)[::-1]  # the last to be written stays
     first[label_N[row]] = row
@@ -237,7 +237,7 @@ def _first_rows(label_N: np.ndarray, labels: int) -> np.ndarray:
 
 
 def _similar(inputs: Catalogue, image_M: np.ndarray, looks_M: np.ndarray, log: Callable[[str], None]) -> np.ndarray:
-    """The first other image in each split that looks like each image [M + 1, S]; -1 for none, and in the last row."""
+    """Return the first other image in each split that looks like each image [M + 1, S]; -1: none, and the last row."""
     is_in_MS = np.zeros((len(image_M), len(inputs.splits)), bool)
     for place, name in enumerate(inputs.splits):
         image_N = image_M[inputs.image_N[name]]

@@ -355,7 +355,7 @@ def _end_of_words(title: str, length: int) -> int:
 
 
 def collate_tokens(ids: Sequence[Sequence[int]], pad_id: int) -> Tokens:
-    """Pad on the right to the longest of the batch: ids and mask, int64 [B, L]."""
+    """Pad on the right to the longest of the batch; return ids and mask, int64 [B, L]."""
     lengths_B = np.array([len(row) for row in ids], np.int64)
     mask_BL = np.arange(max(lengths_B, default=0)) < lengths_B[:, None]
     ids_BL = np.full(mask_BL.shape, pad_id, np.int64)

@@ -117,7 +117,7 @@ class ToKey:
     record = np.dtype((np.uint8, (0,)))
 
     def decode(self, data: bytes, key: bytes, crop: tuple[int, int, int] | None) -> None:
-        """Return None."""
+        """Decode nothing."""
 
 
 def content_number(key: bytes) -> int:

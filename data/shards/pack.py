@@ -90,7 +90,7 @@ def _write(writer: ShardWriter, rows: Rows, row: int, image: bytes) -> BadSample
 
 
 def _available(rows: Rows, pending: np.ndarray, reader: Reader) -> Iterator[tuple[int, BadSample | None]]:
-    """The pending rows in order, each as soon as its bytes can be read; fetching goes on meanwhile.
+    """Yield the pending rows in order, each as soon as its bytes can be read; fetching goes on meanwhile.
 
     Only what has landed before its turn came is remembered.
     """

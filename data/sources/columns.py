@@ -117,7 +117,7 @@ def _families(role: str, names: Sequence[str], with_bytes: Collection[str], take
 
 
 def _lookalikes(role: str, names: Sequence[str], families: Sequence[Sequence[str]]) -> list[str]:
-    """The columns of no family that may be meant for a role: image_2, hard_negative."""
+    """Return the columns of no family that may be meant for a role: image_2, hard_negative."""
     known = {name for family in families for name in family}
     if role == "title_neg":
         return [name for name in names if name not in known and NEGATIVE.search(name.lower())]

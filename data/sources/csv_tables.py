@@ -63,7 +63,7 @@ def read_csv(path: Path, options: ReadOptions, account: Account, delimiter: str)
 
 
 def _with_lists(table: pa.Table, path: Path, account: Account) -> pa.Table:
-    """The table with lists for texts that spell lists, ['…', '…'], as pandas writes a column of lists."""
+    """Return the table with lists for texts that spell lists, ['…', '…'], as pandas writes a column of lists."""
     for role in [role for role in ("title", "title_neg") if role in table.column_names]:
         texts = table[role]
         if is_list(texts.type) or not spell_lists(texts):

@@ -41,7 +41,7 @@ class Dialect(NamedTuple):
 
     @property
     def skips_blanks(self) -> bool:
-        """True if blanks may precede an opening quote; in columns separated by bars, quotes are part of the text."""
+        """Return whether blanks may precede an opening quote; between bars, quotes are part of the text."""
         return self.trim and self.delimiter != "|"
 
     def open(self, path: Path) -> BinaryIO:

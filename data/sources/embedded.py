@@ -161,7 +161,7 @@ def shown_name(reference: str | None) -> str:
 
 
 def write_once(path: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` make a file unless it exists: whole or not at all, by one process while others wait."""
+    """Make a file by `write` unless it exists: whole or not at all, by one process while others wait."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(f"{path}.lock", "ab")

@@ -31,7 +31,7 @@ def joined(*parts: str | pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArr
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """True for Arrow's types of lists."""
+    """Return whether a type is one of Arrow's types of lists."""
     import pyarrow as pa
 
     return (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
@@ -77,7 +77,7 @@ def text_field(names: Iterable[str]) -> str | None:
 
 
 def spell_lists(texts: pa.ChunkedArray) -> bool:
-    """True if all texts that are not blank are in brackets."""
+    """Return whether all texts that are not blank are in brackets."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

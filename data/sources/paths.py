@@ -51,7 +51,7 @@ class ImageLocation:
 
     @property
     def in_store(self) -> bool:
-        """Whether the table lies in a store; its relative paths are then addresses below its own."""
+        """Return whether the table lies in a store; its relative paths are then addresses below its own."""
         return bool(scheme_of(self.folders[0]))
 
     def under(self, root: str) -> ImageLocation:

@@ -191,7 +191,7 @@ class FeatureStore:
         warnings.warn(f"feature segment {path} is damaged ({reason}); its rows will be encoded again", stacklevel=2)
 
     def _rebuild(self) -> None:
-        """Index all live segments anew, in an order that is the same in every process."""
+        """Index all live segments again, in an order that is the same in every process."""
         live, self._index = sorted(self._live()), []
         if live:
             keys = np.concatenate([segment.keys for segment in live])

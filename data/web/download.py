@@ -141,7 +141,7 @@ class Downloader:
 
 
 async def _pieces(response: aiohttp.ClientResponse, is_tar: bool) -> AsyncIterator[bytes]:
-    """The body in pieces; `is_tar` checks its first header before anything is stored. Raises BadSample."""
+    """Yield the body in pieces; `is_tar` checks its first header before anything is stored. Raises BadSample."""
     if is_tar:
         head = b""
         while len(head) < BLOCK and (more := await response.content.read(BLOCK - len(head))):
@@ -154,7 +154,7 @@ async def _pieces(response: aiohttp.ClientResponse, is_tar: bool) -> AsyncIterat
 
 
 def validator_path(part: Path) -> Path:
-    """The file that holds the version and size of which a file, or a part of it, is."""
+    """Return the path of the file that holds version and size of a file, or of a part of it."""
     return part.with_name(part.name + ".seal")
 
 
@@ -207,7 +207,7 @@ def _span(response: aiohttp.ClientResponse) -> Span | None:
 
 
 def _begun(part: Path) -> tuple[int, str]:
-    """The number of bytes to resume behind, and their version.
+    """Return the number of bytes to resume behind, and their version.
 
     0 where version or size of the whole is unknown: nothing would tell a server's word that no more is left from a lie.
     """
@@ -220,7 +220,7 @@ def _size(part: Path) -> int:
 
 
 def _validator(response: aiohttp.ClientResponse) -> str:
-    """The version of an answer as If-Range takes it (RFC 9110, 13.1.5): a strong ETag, else a date, else "".
+    """Return the version of an answer as If-Range takes it (RFC 9110, 13.1.5): a strong ETag, else a date, else "".
 
     One that could not be sent back, such as a tag that is not ASCII, is none.
     """

@@ -143,7 +143,7 @@ def read(address: str, most: int) -> bytes:
 
 
 def read_if_there(address: str, most: int) -> bytes | None:
-    """The bytes of a file of at most `most`; None where there is none that may be read. Raises BadSample."""
+    """Return `read`; None where the file is missing or may not be read. Raises BadSample."""
     try:
         return read(address, most)
     except BadSample as problem:

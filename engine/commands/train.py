@@ -118,7 +118,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
 @contextmanager
 def saved_on_failure(state: State, replica: Replica, log: Log, guard: NonfiniteGuard,
                      save: Callable[[State], None]) -> Iterator[None]:
-    """Inside, an error ends the run only after the last whole step is saved, so that --resume goes on from there.
+    """Save the last whole step before an error inside ends the run, so that --resume goes on from there.
 
     Not where weights are unsound or an update of them was cut off; nor where ranks share steps and only some failed:
     the losses since the last flush are spread over all.

@@ -178,11 +178,12 @@ def _available(catalogue: Catalogue, reader: Reader, references: np.ndarray,
 class DecodedImages:
     """Pixels from the opening until the first evaluation takes them, so that no image is decoded twice for both.
 
-    Kept are those of the references `wanted`, as far as `room` bytes go; what is not kept is decoded again.
+    Those of the references `wanted` are kept, up to PIXELS bytes; what is not kept is decoded again.
     """
 
-    def __init__(self, wanted: Collection[int] = (), room: int = PIXELS) -> None:
-        self._wanted, self._room = frozenset(wanted), room
+    def __init__(self, wanted: Collection[int] = ()) -> None:
+        self._wanted = frozenset(wanted)
+        self._room = PIXELS  # bytes
         self._pixels: dict[int, np.ndarray] = {}
 
     def keep(self, reference: int, pixels_CSS: np.ndarray) -> None:
@@ -192,8 +193,9 @@ class DecodedImages:
             self._room -= pixels_CSS.nbytes
 
     def take(self) -> dict[int, np.ndarray]:
-        """Return what is kept, by reference, and keep nothing any more."""
-        self._wanted, pixels, self._pixels = frozenset(), self._pixels, {}
+        """Return the kept pixels by reference; from now on nothing is kept."""
+        pixels, self._pixels = self._pixels, {}
+        self._wanted = frozenset()
         return pixels
 
 

@@ -126,7 +126,8 @@ def saved_on_failure(state: State, replica: Replica, log: Log, guard: NonfiniteG
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        world, is_sound = replica.world, replica.optimizer.is_whole and not isinstance(error, UnsoundWeights)
+        world = replica.world
+        is_sound = replica.optimizer.is_whole and not isinstance(error, UnsoundWeights)
         lost_rank = world.size > 1 and isinstance(error, RunFailed)
         if is_sound and state.step and not lost_rank and world.have_all_failed(state.step):
             with suppress(Exception):  # of a full disk, a device that has failed: `error` ends the run, not this one
@@ -145,7 +146,7 @@ def plan_steps(cfg: Config, rows: int) -> Plan:
 
 
 def evaluated_splits(cfg: Config, pairs: Pairs) -> list[str]:
-    """Return the splits that --eval-splits names and the probe, else all there are."""
+    """Return the splits that --eval-splits names, and the probe; without that flag all splits."""
     if not cfg.eval_splits:
         return list(pairs.splits)
     return [name for name in pairs.splits if name in (*cfg.eval_splits, "probe")]
@@ -176,15 +177,17 @@ def first_state(saver: Saver, world: World, plan: Plan, resuming: bool) -> State
 
 
 def earlier_run(out: Path, world: World, resuming: bool) -> EarlierRun | None:
-    """Return the run to go on with as the opening of its data knows it."""
+    """Return the ledger of the run to go on with, for the opening of its data; None for a new run."""
     if not resuming:
         return None
-    return EarlierRun(world.exchange(read_ledger(out / "ledger.jsonl") if world.is_main else [])[0], replays=False)
+    # Rank 0 reads it for all: on another node the file may not be there, or be an older copy.
+    ledger = read_ledger(out / "ledger.jsonl") if world.is_main else []
+    return EarlierRun(world.exchange(ledger)[0], replays=False)
 
 
 def open_answers(out: Path, names: Collection[str], pairs: Pairs, model: LoadedModel, base: Mapping[str, Retrieval],
                  world: World) -> AnswerLog:
-    """Return the log of answers; of a resumed run (`base` is measured) with those there were."""
+    """Return the log of answers; for a resumed run (`base` is measured) with the answers of its earlier processes."""
     answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture, world.warn if base else None)
     if base and world.exchange(answers.lacks("base"))[0]:
         shown = pairs.feature_splits([answers.split])[answers.split]  # all ranks encode it
@@ -199,14 +202,14 @@ def embed_shown(model: LoadedModel, split: FeatureSplit) -> SplitEmbeddings:
 
 
 def warn_of_collapse(log: Log, results: Mapping[str, Retrieval]) -> None:
-    """Print the splits on which all embeddings of a side are equal."""
+    """Print the splits on which all image embeddings, or all title embeddings, are equal."""
     for name, result in results.items():
         if result.collapsed:
             log.say(f"warning: {name}: {result.collapsed}")
 
 
 def lacks_results(metrics: Mapping[str, object], answers: AnswerLog, world: World) -> bool:
-    """Return, on all ranks the same, whether a run after its last step has lost what it measured then."""
+    """Return, the same on all ranks, whether a run after its last step lacks answers or figures in metrics.json."""
     return world.exchange("tuned" not in metrics or answers.lacks("tuned"))[0]
 
 

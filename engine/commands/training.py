@@ -174,7 +174,7 @@ class ShardTraining:
         return self.stream
 
     def save(self, saver: Saver, state: State) -> None:
-        """Write a checkpoint with the shards that all ranks have finished; account for samples met as unusable.
+        """Write a checkpoint with the shards that all ranks have finished; account for samples found unusable.
 
         Raises UserError on all ranks when those are more than --max-bad.
         """

@@ -93,6 +93,7 @@ def require_same_images(stats: StatCache, reader: Reader, team: Team) -> None:
     if len({stamps for stamps, _ in parts}) == 1:
         return
     if len({sizes for _, sizes in parts}) > 1:
+        # Other sizes are proof enough: `require_agreement` names the files, and none has to be read.
         values = dict(enumerate(size_M.tolist()))
     else:
         local = np.flatnonzero(stats.is_local)
@@ -101,7 +102,7 @@ def require_same_images(stats: StatCache, reader: Reader, team: Team) -> None:
     names = {}
     for place in values:
         name = stats.paths[place].as_py().rpartition("/")[2]  # of any folder
-        names[place] = f"image {place} ({name})"
+        names[place] = f"image {place} ({name})"  # numbered, as two folders may hold files of one name
     require_agreement(team, {names[place]: value for place, value in values.items()})
 
 

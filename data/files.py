@@ -49,7 +49,7 @@ def replaced_file(path: Path, durable: bool = True) -> Iterator[Path]:
             fsync(temporary)
         temporary.replace(path)
         if durable:
-            fsync(path.parent)
+            fsync(path.parent)  # the new name is on the disk only when its folder is
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -133,6 +133,7 @@ def replaced_folder(folder: Path, kind: str, durable: bool = True) -> Iterator[P
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover_folders(folder.parent)
     _refuse(first_foreign(folder))
+    # Beside the folder, not in /tmp: a rename works within one file system only.
     new = _beside(folder)
     old = new.with_name(new.name + ".old")
     new.mkdir(exist_ok=True)
@@ -143,6 +144,7 @@ def replaced_folder(folder: Path, kind: str, durable: bool = True) -> Iterator[P
         write_mark(new, kind, (str(path.relative_to(new)) for path in new.rglob("*") if path.name != MARK))
         for path in (*new.rglob("*"), new) if durable else ():
             fsync(path)
+        # Checked again: filling the folder may have taken hours, in which others may have put files there.
         _refuse(first_foreign(folder))
         if folder.exists() and _exchange(new, folder):
             old = new
@@ -161,6 +163,7 @@ def replaced_folder(folder: Path, kind: str, durable: bool = True) -> Iterator[P
 
 def _exchange(new: Path, folder: Path) -> bool:
     """Exchange the names of two folders in one step; return False where the system or the file system cannot."""
+    # Python has no function for it; os.replace cannot replace a folder that is not empty.
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     return renameat2 is not None and renameat2(AT_FDCWD, bytes(new), AT_FDCWD, bytes(folder), RENAME_EXCHANGE) == 0
 
@@ -179,15 +182,15 @@ def delete_folder(folder: Path) -> None:
 
 
 def recover_folders(parent: Path, locked: bool = False) -> None:
-    """Put back folders that a killed `replaced_folder` has left aside in `parent`, and delete unfinished ones.
+    """Put back folders that a killed `replaced_folder` has renamed aside in `parent`, and delete unfinished ones.
 
-    Folders of processes that live are left alone, unless the caller holds a lock that keeps other writers out.
+    Folders of processes that still run are left alone, unless the caller holds a lock that keeps other writers out.
     """
     for path in sorted(parent.glob(".*")):
         left = LEFT_BEHIND.fullmatch(path.name)
         if left is None or path.is_symlink() or not path.is_dir() or not (locked or _is_dead(int(left[2]))):
             continue
-        # killed before `write_mark`
+        # A writer killed before `write_mark` left an empty folder, or one with the mark's temporary file alone.
         barely_begun = locked and all(name.startswith(f".{MARK}") for name in os.listdir(path))
         if not (kind_of(path) or barely_begun):
             continue

@@ -127,6 +127,7 @@ def _first_rows(index_N: Mapping[str, np.ndarray], count: int) -> np.ndarray:
 
 
 def _gallery(splits: Mapping[str, Rows], store: FeatureStore, keys: np.ndarray, first: np.ndarray) -> Gallery:
+    # In the order of rows: which of two items with equal scores comes first does not depend on the store.
     order = np.argsort(first)
     return Gallery(splits, StoredTable(store, store.locate(keys[order])), first[order])
 

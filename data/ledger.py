@@ -107,14 +107,14 @@ class Account:
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """Return the entries of ledger.jsonl that can be read; its last line may be half written, [] where it is gone."""
+    """Return the entries of ledger.jsonl that can be read, [] without the file; its last line may be half written."""
     entries = []
     with suppress(OSError, UnicodeDecodeError):
         for line in read_text(path).split("\n"):
             with suppress(ValueError):
                 entry = parse_json(line)
                 if isinstance(entry, dict) and all(isinstance(entry.get(name, kind()), kind) for name, kind in KINDS):
-                    bytes.fromhex(entry.get("content", ""))
+                    bytes.fromhex(entry.get("content", ""))  # raises ValueError for damage, so the line is left out
                     entries.append(entry)
     return entries
 

@@ -1,4 +1,4 @@
-"""Text for people: what a terminal would obey is taken out of it, and rows become a Markdown table."""
+"""Text for people: without control characters and secrets; Markdown tables."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
-# Names of parameters that let whoever has the address fetch, and values that look like such: long, in one word.
+# Parts of the names of parameters whose value lets anyone who has the address fetch the file.
 SECRET = re.compile(r"(?i)sig|key|token|secret|credential|auth|pass|pwd|hash|hmac|hdn|md5|jwt|sess|policy|code|verify|"
                     r"ticket|expires")
-LONG = 16  # characters of a value, from which on it may be a key, whatever its name
+LONG = 16  # characters from which on a value may be a key, whatever its name
 ADDRESS = re.compile(r"""([A-Za-z][A-Za-z0-9+.-]*://)  # the scheme; a password may hold a slash, a port is none
                      ([^\s/?@'"<>]*@|[^\s/?@'"<>:]*:(?!\d{1,5}/)[^\s?@'"<>]*@)?
                      ([^\s?\#'"<>]*)
@@ -45,7 +45,7 @@ def hide_secrets(text: str) -> str:
 
 
 def without_secrets(address: str) -> str:
-    """Return the address without credentials, and without a query that is secret, as that of a signed address."""
+    """Return the address without credentials, and without a secret query, such as a signature."""
     def public(match: re.Match[str]) -> str:
         query = match[4] or ""
         return _without_user(match) + ("" if _is_secret(query) else query)
@@ -55,7 +55,12 @@ def without_secrets(address: str) -> str:
 
 def public_arguments(words: Sequence[str]) -> list[str]:
     """Return the words of a command line `without_secrets`, also of a proxy that is given as USER:PASSWORD@HOST."""
-    return [re.sub(r"^(--[\w-]+=)?[^\s/:@]+:[^\s@]*@", r"\1", hide_secrets(without_secrets(word))) for word in words]
+    shown = []
+    for word in words:
+        hidden = hide_secrets(without_secrets(word))
+        # A proxy may be given without a scheme, so that ADDRESS does not match it.
+        shown.append(re.sub(r"^(--[\w-]+=)?[^\s/:@]+:[^\s@]*@", r"\1", hidden))
+    return shown
 
 
 def unsigned(url: str) -> str:
@@ -118,15 +123,17 @@ def printable_lines(text: str) -> str:
 
 def json_text(value: object, indent: int | None = None) -> str:
     """Return a value as JSON in its own alphabet; what is not `printable` is escaped, and nothing is lost."""
+    def escaped(match: re.Match[str]) -> str:
+        return match[0] if match[0].isprintable() else json.dumps(match[0])[1:-1]
+
     text = json.dumps(value, indent=indent, ensure_ascii=False)
-    return re.sub(r"[^\x20-\x7e\n]", lambda match: match[0] if match[0].isprintable() else json.dumps(match[0])[1:-1],
-                  text)
+    return re.sub(r"[^\x20-\x7e\n]", escaped, text)
 
 
 def show(text: str, file: TextIO | None = None, end: str = "\n") -> None:
-    """Print lines to stdout or `file`: the one place where text that names of others may be in goes to a terminal.
+    """Print lines to stdout or `file`. All text that may hold names from data reaches the terminal through here.
 
-    On stderr, where people are told things, a line of more than MOST characters loses its middle; results are whole.
+    On stderr, which has messages, a line of more than MOST characters loses its middle; results on stdout are whole.
     Raises OSError, and ValueError or AttributeError where the stream is closed.
     """
     file = sys.stdout if file is None else file
@@ -134,6 +141,7 @@ def show(text: str, file: TextIO | None = None, end: str = "\n") -> None:
     lines = printable_lines(hide_secrets(text))
     if file is sys.stderr and len(lines) > MOST:
         lines = "\n".join(map(_without_middle, lines.split("\n")))
+    # A terminal in the C locale cannot print most titles: what it lacks is escaped rather than an error.
     lines = lines.encode(encoding, "backslashreplace").decode(encoding)
     print(lines, end=end, file=file, flush=True)
 
@@ -167,7 +175,9 @@ def markdown_table(rows: Sequence[Sequence[str]], pad_last: bool = True) -> str:
 
     `pad_last=False` leaves the last column as wide as each of its cells, for long text.
     """
-    cells = [[printable(cell).replace("|", "\\|") for cell in row] for row in rows]
+    cells = []
+    for row in rows:
+        cells.append([printable(cell).replace("|", "\\|") for cell in row])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     if not pad_last:
         widths[-1] = 0

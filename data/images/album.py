@@ -1,4 +1,4 @@
-"""Titles and small pictures of kept rows, for reports; pictures are read anew, since the store holds features only.
+"""Titles and small pictures of kept rows, for reports; pictures are read again, since the store holds features only.
 
 Dimension key: D distinct images by content.
 """

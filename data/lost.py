@@ -218,9 +218,10 @@ class LostPictures:
         returned = dict[int, list[Entry]]()
         rows = set[tuple[str, int]]()  # of entries without an end
         for entry in map(dict, ledger):
-            image = self._image_at(entry) if is_loss(entry) else None
-            if image is None:
+            row_image = self._image_at(entry) if is_loss(entry) else None
+            if row_image is None:
                 continue
+            image = row_image
             place = (entry["split"], entry["row"])
             if place in rows:  # the entry of a second rank that lost the same picture
                 continue

@@ -69,6 +69,7 @@ def check(rows: Mapping[str, Rows], reader: Reader, log: Callable[[str], None],
 
 
 def _finding(split: str, kind: str, severity: str, is_so_N: np.ndarray, show: Callable[[int], str]) -> list[Finding]:
+    """Return the finding of the rows `is_so_N` [N], with the first of them as examples; [] for none."""
     row_N = np.flatnonzero(is_so_N)
     examples = tuple(f"row {row}: {show(row)}" for row in row_N[:EXAMPLES].tolist())
     return [Finding(split, kind, severity, len(row_N), examples)] if len(row_N) else []
@@ -109,6 +110,7 @@ def _signatures(inputs: Catalogue, reader: Reader, log: Callable[[str], None]) -
             key_MK[result.reference] = np.frombuffer(result.key, np.uint8)
             looks_M[result.reference] = result.pixels
     number_M, first = distinct(key_MK)
+    # Failed references share the key of zeros: they are no image, rather than one image.
     image_M = first[number_M]
     image_M[list(problems)] = -1
     return image_M, looks_M, problems
@@ -197,8 +199,9 @@ def _repeats(inputs: Catalogue, image_M: np.ndarray, title_P: np.ndarray, simila
             similar_N = similar_MS[image[name], other_place]
             if other == name:
                 for twin_N in (titled_N, same_N):
-                    twin_N[twin_N == np.arange(len(twin_N))] = -1
-                similar_N[similar_N > image[name]] = -1
+                    twin_N[twin_N == np.arange(len(twin_N))] = -1  # a row is no repeat of itself
+                similar_N[similar_N > image[name]] = -1  # each pair of look-alikes counts once, at its later image
+                # Several captions of one image, each in a row, are how datasets are made: a hint, not a repeat.
                 is_caption_N = _is_caption(image[name], title[name]) & (same_N >= 0)
                 findings += _finding(name, "several-titles", "hint", is_caption_N,
                                      partial(_beside, inputs, name, name, same_N.copy(), _path))

@@ -231,7 +231,7 @@ def _height_first(x: _Axis, y: _Axis) -> bool:
 
 
 def _rgb(image: Image.Image, has_alpha: bool) -> Image.Image:
-    """Convert as transformers does: composite transparent parts on white."""
+    """Convert to RGB as transformers does, transparent parts composited on white."""
     if has_alpha:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")

@@ -61,7 +61,7 @@ class Lot(NamedTuple, Generic[Tag]):
 
 @dataclass
 class Times:
-    """The time that a feed has taken, by what it was spent on."""
+    """The time that a feed has taken: reading, decoding, waiting."""
 
     pictures: int = 0
     spent: Spent = field(default_factory=Spent)
@@ -179,6 +179,7 @@ class _Ring:
             register(self.memory)
         if feed.use_processes:
             self.processes = Processes(self)
+        # An earlier feed of this process may have loaded the server: then processes start at once, without threads.
         if self.processes is not None and Server.can_fork_now():
             self.backlog.set(for_threads=False)
             self.processes.start()
@@ -187,7 +188,7 @@ class _Ring:
         return self
 
     def start_threads(self) -> None:
-        """Let threads decode."""
+        """Start threads that decode."""
         self.backlog.set(for_threads=True)
         for number in range(self.feed.workers):
             self._threads.append(threading.Thread(target=self._decode, name=f"decode-{number}", daemon=True))

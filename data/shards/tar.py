@@ -75,7 +75,8 @@ def members(file: SeekableFile, report: Callable[[str, BadSample], None]) -> Ite
             yield Member(label, at, size, extra.get("fault") or _fault(kind, label, size, end - at))
         if kind not in b"xLgK":
             extra = {}
-        if kind not in b"123456" and at + size <= end:  # those have no content, whatever their size field is
+        # Links, devices, folders and pipes have no content, whatever their size field says.
+        if kind not in b"123456" and at + size <= end:
             at += size + -size % BLOCK
     if end < BLOCK:
         raise _no_tar(file)
@@ -121,7 +122,7 @@ def _number(field: bytes) -> int:
 
 
 def _extension(file: SeekableFile, kind: bytes, at: int, size: int, end: int) -> dict[str, Any]:
-    """Name, size, fault that an extended header (L: GNU's long name, x: pax records) gives to the member after it."""
+    """Return name, size and fault that an extended header (L: GNU's long name, x: pax) gives to the next member."""
     if size > MAX_EXTENSION or at + size > end:
         return {"fault": BadSample("bad-header", f"extended by {size} bytes, {MAX_EXTENSION} allowed")}
     data = read_at(file, at, size)

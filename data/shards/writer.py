@@ -120,9 +120,10 @@ class ShardWriter:
             index.flush()
             os.fsync(index.fileno())
         os.fsync(self._file.fileno())
+        # The index first: a tar under its name is a complete shard, so its index must be on the disk already.
         os.replace(self._index, sidecar(path))
         fsync(self.folder)
-        os.replace(self._part, path)  # this makes the shard complete
+        os.replace(self._part, path)
         fsync(self.folder)
         self._file.close()
         self._done.update(self._rows)

@@ -100,7 +100,7 @@ def _families(role: str, names: Sequence[str], with_bytes: Collection[str], take
     Columns `taken` by other roles have none but that of the image.
     """
     numbered: dict[str, dict[int, str]] = {base: {} for base in KNOWN[role]}
-    for name in reversed(names):
+    for name in reversed(names):  # of two spellings of one name (Image, image) the first column counts
         spelled = name.strip().lower()
         match = NUMBERED.fullmatch(spelled)
         if role != "image" and (name in taken or name in with_bytes):
@@ -109,10 +109,14 @@ def _families(role: str, names: Sequence[str], with_bytes: Collection[str], take
             numbered[spelled][-1] = name
         elif match and match[1] in numbered and role not in ("image", "split"):
             numbered[match[1]][int(match[2])] = name
-    families = [[family[number] for number in sorted(family)] for family in numbered.values() if family]
+    families: list[list[str]] = []
+    for family in numbered.values():
+        if family:
+            families.append([family[number] for number in sorted(family)])
     if role == "image":
+        # `positive` is an image only where it holds bytes: in most sets with an anchor both are text.
         families = [[name] for (name,) in families if name in with_bytes or name.strip().lower() != "positive"]
-        families.sort(key=lambda family: family[0] not in with_bytes)  # stable
+        families.sort(key=lambda family: family[0] not in with_bytes)  # stable: known names keep their order
     return families
 
 

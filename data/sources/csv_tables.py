@@ -172,6 +172,8 @@ def _may_join_rows(path: Path, table: pa.Table, columns: Mapping[str, int], shap
     """
     import pyarrow.compute as pc
 
+    # Arrow reads quotes over line ends, so one stray quote swallows rows up to the next one. All line ends of the file
+    # must be those between rows or inside values; where they are not, the rows are read one by one.
     quotes = newlines = returns = 0
     last = b"\n"
     with shape.dialect.open(path) as file:

@@ -170,6 +170,7 @@ def write_once(path: Path, write: Callable[[Path], None]) -> None:
     with lock:
         while not path.exists():
             try:
+                # Without waiting: the holder may finish the file in between, and then nothing has to be locked.
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _remove_parts(path)
             except BlockingIOError:

@@ -168,8 +168,10 @@ def _named_folders(folder: Folder) -> list[DatasetPart] | None:
         return [folder.part(split, metadata[0], partial(_read_below, metadata[0], entry.name, names, folder.context))
                 for split, (entry,) in splits.items()]
     _note_unused(folder, [], [entry for entry in folder.entries if entry.is_dir() and entry not in named])
-    return [replace(part, split=split) for split, (entry,) in splits.items()
-            for part in _without_splits(folder.inner(entry))]
+    parts = []
+    for split, (entry,) in splits.items():
+        parts += [replace(part, split=split) for part in _without_splits(folder.inner(entry))]
+    return parts
 
 
 def _note_unused(folder: Folder, used: Sequence[DatasetPart], folders: Sequence[Path] = ()) -> None:
@@ -291,8 +293,11 @@ def _tables(folder: Folder, tables: Sequence[Path]) -> list[DatasetPart]:
         return _parts({UNSPLIT: tables}, folder)
     splits = files_by_word(tables)
     if splits:
-        named = "; ".join(f"{split}: {', '.join(file.name for file in files[:3])}" for split, files in splits.items())
-        folder.account.note(f"{folder.path}: splits by the words of file names: {named}")
+        named = []
+        for split, files in splits.items():
+            names = ", ".join(file.name for file in files[:3])
+            named.append(f"{split}: {names}")
+        folder.account.note(f"{folder.path}: splits by the words of file names: {'; '.join(named)}")
         return _parts(splits, folder)
     if _are_one_table(tables):
         folder.account.note(f"{folder.path}: {len(tables)} numbered files ({tables[0].name}, …) are one table")
@@ -310,4 +315,6 @@ def _are_one_table(tables: Sequence[Path]) -> bool:
     return all(each == columns[0] for each in columns)
 
 
+# The order decides: a folder may look like several kinds. What names its splits comes before what is divided by seed,
+# and what a tool wrote (a saved dataset, a README.md with configurations) before what only names suggest.
 KINDS = (_saved, _configured, _named_files, _captions, _named_folders, _data_folder, _hive, _inner, _rows)

@@ -68,6 +68,7 @@ def is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped or ip in NAT64:
+            # Both reach the IPv4 address in the last 32 bits: ::ffff:127.0.0.1 is this machine.
             ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         elif ip not in IPV6_GLOBAL:
             return False
@@ -79,6 +80,7 @@ def is_public(address: str) -> bool:
 def _public_socket(info: tuple[Any, ...]) -> socket.socket:
     """Return a socket for one (family, type, protocol, name, address) about to be dialled. Raises _ForbiddenAddress."""
     family, kind, protocol, _, address = info
+    # Checked where the address is dialled, not where the name is resolved: a name may change between the two.
     if not is_public(address[0]):
         raise _ForbiddenAddress
     return socket.socket(family, kind, protocol)
@@ -245,7 +247,10 @@ def _is_placeholder(url: URL, body: bytes) -> bool:
 def as_bad_sample(error: Exception) -> BadSample:
     """Return a network error as a BadSample; the cause that aiohttp wraps (`os_error`) counts too."""
     causes = error, getattr(error, "os_error", None)
-    reason = next(name for kind, name in ERRORS if any(isinstance(cause, kind) for cause in causes))
+    for kind, name in ERRORS:
+        if any(isinstance(cause, kind) for cause in causes):
+            reason = name
+            break
     text = error.message if isinstance(error, aiohttp.ClientResponseError) else str(error)  # without its address
     return BadSample(reason, IN_WORDS.get(reason) or " ".join(f"{type(error).__name__} {text}".split())[:200])
 

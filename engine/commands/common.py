@@ -307,7 +307,9 @@ def stream_shards(cfg: Config, world: World, source: Source, pipeline: Pipeline,
     shards = source.shards
     if len(shards) > 1 and only in SPLITS[1:] and only in shards:
         shards = {only: shards[only]}
-    files = ingest_shards({name: shards[name] for name in sorted(shards, key=[*SPLITS, *shards].index)}, pipeline)
+    # train, valid, test, then others: overlap is counted against the splits before.
+    in_order = sorted(shards, key=[*SPLITS, *shards].index)
+    files = ingest_shards({name: shards[name] for name in in_order}, pipeline)
     return load_source(replace(cfg, splits=()), world.say, lambda dataset: files)  # --splits has named the shards
 
 

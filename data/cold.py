@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 TITLES = 512  # titles that the tower encodes at once
 PIXELS = 1 << 28  # bytes of decoded images that a rank keeps from the opening for the first evaluation
-NO_PICTURE = {"empty", "not-image", "truncated", "undecodable"}  # reasons of `decode_image` that are in the bytes
+# Reasons of `decode_image` that lie in the bytes; others depend on settings, such as --max-pixels.
+NO_PICTURE = {"empty", "not-image", "truncated", "undecodable"}
 STORE_REQUESTS = 32  # images that are read from a store at the same time
 
 
@@ -203,8 +204,8 @@ class DecodedImages:
 def check_images(catalogue: Catalogue, reader: Reader, references: Sequence[int], decoded: DecodedImages,
                  log: Callable[[str], None]) -> DecodeResults:
     """Read and decode the given references, to find out before the first step which rows streaming can use."""
-    results = DecodeResults()
-    for result in decode_distinct(catalogue, reader, references, ToPixels(reader.spec, reader.max_pixels), log):
+    results, job = DecodeResults(), ToPixels(reader.spec, reader.max_pixels)
+    for result in decode_distinct(catalogue, reader, references, job, log):
         results.add(result)
         if result.pixels is not None:
             decoded.keep(result.reference, result.pixels)

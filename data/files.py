@@ -165,7 +165,9 @@ def _exchange(new: Path, folder: Path) -> bool:
     """Exchange the names of two folders in one step; return False where the system or the file system cannot."""
     # Python has no function for it; os.replace cannot replace a folder that is not empty.
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    return renameat2 is not None and renameat2(AT_FDCWD, bytes(new), AT_FDCWD, bytes(folder), RENAME_EXCHANGE) == 0
+    if renameat2 is None:
+        return False
+    return bool(renameat2(AT_FDCWD, bytes(new), AT_FDCWD, bytes(folder), RENAME_EXCHANGE) == 0)
 
 
 def _refuse(obstacle: Path | None) -> None:
@@ -188,7 +190,9 @@ def recover_folders(parent: Path, locked: bool = False) -> None:
     """
     for path in sorted(parent.glob(".*")):
         left = LEFT_BEHIND.fullmatch(path.name)
-        if left is None or path.is_symlink() or not path.is_dir() or not (locked or _is_dead(int(left[2]))):
+        if left is None or path.is_symlink() or not path.is_dir():
+            continue
+        if not locked and not _is_dead(int(left[2])):  # its writer may be at work
             continue
         # A writer killed before `write_mark` left an empty folder, or one with the mark's temporary file alone.
         barely_begun = locked and all(name.startswith(f".{MARK}") for name in os.listdir(path))

@@ -141,7 +141,8 @@ def title_features(titles: Sequence[str], encoders: Encoders, cache: Path) -> Te
     new = np.flatnonzero(rows < 0)
     features_QT = torch.empty(len(ids), encoders.text_width)
     features_QT[known] = store.gather(rows[known])
-    features_QT[new] = encode_titles([ids[i] for i in new], encoders.pad_id, encoders.text, encoders.text_width)
+    new_ids = [ids[place] for place in new]
+    features_QT[new] = encode_titles(new_ids, encoders.pad_id, encoders.text, encoders.text_width)
     return features_QT
 
 

@@ -57,6 +57,7 @@ def ingest_shards(splits: Mapping[str, Sequence[Entry]], pipeline: Pipeline) -> 
         names = classes[parent(entry.address)]
         if manifest is None or manifest.classes != names or not _is_current(manifest, entry, pipeline.reader, store):
             missing[entry.address] = entry
+        # Only a change is logged: that a shard is new, or that another model needs its pictures, is expected.
         if manifest is not None and (manifest.entry != entry or manifest.classes != names):
             place = "" if manifest.entry != entry else "the file of class names beside "
             changed.append(f"{place}{public_name(entry.address)}")
@@ -143,7 +144,8 @@ class _Ingestion:
     def _stream(self, entries: Sequence[Entry], known: KnownKeys) -> list[Entry]:
         """Stream these shards; return those that have to be streamed again, as pictures of them were not decoded."""
         job = ToPixels(self.reader.spec, self.reader.max_pixels, known)
-        feed = Feed(job, self.reader, sum(entry.size for entry in entries) // PICTURE_BYTES, self.pipeline.log)
+        pictures = sum(entry.size for entry in entries) // PICTURE_BYTES
+        feed = Feed(job, self.reader, pictures, self.pipeline.log)
         damaged: dict[str, Entry] = {}
         with closing(feed.lots(self._groups(entries, feed))) as lots:
             for lot in lots:

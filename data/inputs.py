@@ -75,7 +75,8 @@ class StreamedPairs:
         splits, used_D, used_P = _keep_used(splits)
         reference_D = self.example_D[used_D]
         own_D, losses = owned_references(reference_D, team), self.lost
-        ids = [self.token_ids[title] for title in used_P[slice(*share(len(used_P), team.rank, team.size))].tolist()]
+        own_P = used_P[slice(*share(len(used_P), team.rank, team.size))]
+        ids = [self.token_ids[title] for title in own_P.tolist()]
         parts = team.exchange((
             own_D, encode_images(own_D, self.pipeline, self.decoded.take(), losses),
             encode_titles(ids, encoders.pad_id, encoders.text, encoders.text_width)))
@@ -231,8 +232,8 @@ def without_lost(split: Split, lost: np.ndarray) -> tuple[Split, int]:
     negative_N = split.negative_N
     if negative_N is not None:
         negative_N = negative_N.masked_fill(torch.from_numpy(lost_N)[:, None], -1)
-    return replace(split, image_N=split.image_N[row_N], title_N=split.title_N[row_N], negative_N=negative_N), int(
-        lost_N.sum())
+    kept = replace(split, image_N=split.image_N[row_N], title_N=split.title_N[row_N], negative_N=negative_N)
+    return kept, int(lost_N.sum())
 
 
 @dataclass(frozen=True)

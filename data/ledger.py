@@ -77,7 +77,9 @@ class Account:
         if text in self._notes:
             return
         self._notes.add(text)
-        alike = self._alike.setdefault(re.sub(r"\(.*\)|\d[\d,]*", "#", text.partition(": ")[2] or text), [])
+        # Without the file that it begins with, numbers and what is in brackets, a note says the same of any file.
+        said = re.sub(r"\(.*\)|\d[\d,]*", "#", text.partition(": ")[2] or text)
+        alike = self._alike.setdefault(said, [])
         alike.append(text)
         if len(alike) <= LINES:
             self.log(printable(text))

@@ -143,7 +143,9 @@ def _images(inputs: Catalogue, name: str, image_M: np.ndarray, side_M: np.ndarra
     def show(row: int) -> str:
         path = _path(inputs, name, row)
         reference = int(reference_N[row])
-        detail = printable(problems[reference].detail) if reference in problems else f"{side_M[reference]} px"
+        detail = f"{side_M[reference]} px"
+        if reference in problems:
+            detail = printable(problems[reference].detail)
         return detail if path in detail else f"{path} {detail}"
 
     findings = []

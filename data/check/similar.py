@@ -21,11 +21,13 @@ SQUARE = ImageSpec((S, S), (S, S), int(Image.Resampling.BILINEAR), 1 / 255, (0.0
 COSINES_WS = np.cos(np.pi / S * np.arange(W)[:, None] * (np.arange(S) + 0.5))
 LUMA_C = np.array([0.299, 0.587, 0.114])
 LOOK = np.dtype([("hash", np.uint64), ("side", np.int32), ("cells", np.uint8, (3, CELLS, CELLS))])  # 204 bytes
-NEAR = 7  # bits of 64 that may differ; four bands and one flip find all such pairs, see `near_pairs`
+# Bits of 64 that may differ. With 8, each of the four bands could differ in two, and one flip would miss the pair.
+NEAR = 7
 BANDS, FLIPS = 4, (0, *(1 << bit for bit in range(16)))
 PASSES = BANDS * len(FLIPS)  # of `near_pairs`
 CROWD = 128  # images with equal bands beyond which each is compared with its neighbours alone
-SAME_CELL, SAME_MEAN = 20, 32  # levels of 255 by which cells may differ once exposure is evened out, and exposures may
+# Levels of 255: by which cells may differ once brightness and contrast are evened out, and by which brightness may.
+SAME_CELL, SAME_MEAN = 20, 32
 CHUNK = 1 << 18  # candidate pairs at a time, 2 MB an array
 SLICE = 1 << 14  # pairs whose cells are compared at a time, 12 MB an array
 
@@ -101,8 +103,10 @@ def _colour_order(cells_N: np.ndarray) -> np.ndarray:
     By 4 bits of each channel, interleaved (Morton's curve). Images of equal value come in random order: in the order of
     the rows, the images of one split would have no neighbours of another.
     """
-    mean_N3 = np.concatenate([cells_N[start:start + SLICE].mean((2, 3)) for start in range(0, len(cells_N), SLICE)]
-                             or [np.empty((0, 3))]).astype(np.uint32)
+    means = [np.empty((0, 3))]
+    for start in range(0, len(cells_N), SLICE):
+        means.append(cells_N[start:start + SLICE].mean((2, 3)))
+    mean_N3 = np.concatenate(means).astype(np.uint32)
     place_N = np.zeros(len(cells_N), np.uint64)
     for bit in (7, 6, 5, 4):
         for channel in range(3):
@@ -185,5 +189,7 @@ def _same_cells(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     one, other = (cells.reshape(len(cells), -1).astype(np.float32) for cells in (one, other))
     mean, other_mean = one.mean(1, keepdims=True), other.mean(1, keepdims=True)
     spread, other_spread = (np.maximum(cells.std(1, keepdims=True), 1) for cells in (one, other))
-    apart = np.abs((one - mean) / spread - (other - other_mean) / other_spread) * (spread + other_spread) / 2
-    return (apart.max(1) <= SAME_CELL) & (np.abs(mean - other_mean)[:, 0] <= SAME_MEAN)
+    standard, other_standard = (one - mean) / spread, (other - other_mean) / other_spread
+    # In levels again, by the mean of both spreads: standardised noise of a plain image would look like structure.
+    difference = np.abs(standard - other_standard) * (spread + other_spread) / 2
+    return (difference.max(1) <= SAME_CELL) & (np.abs(mean - other_mean)[:, 0] <= SAME_MEAN)

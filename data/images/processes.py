@@ -31,7 +31,8 @@ HANG_S = 120  # seconds that one picture may take; the largest that is allowed b
 READY_S = 120  # seconds in which a server that is loaded forks a worker
 LOOK_S = 1.0  # seconds between two looks at what workers are doing
 CLOSE_S = 10.0  # seconds in which the server takes a request
-QUEUED = 1 << 15  # bytes of a piece that a busy worker may be sent: more might not fit into its socket
+# Bytes of a piece that a busy worker may be sent: more might not fit into its socket, and sending would wait for it.
+QUEUED = 1 << 15
 TRIES = 3  # workers that may end before they are ready
 START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); " \
         "from data.images.worker import serve; serve(int(sys.argv[2]))"
@@ -234,7 +235,8 @@ class Processes:
             self._closed = True
         self.wake()
         if self.started:
-            for worker in [*self._workers.values()]:  # one that is stopped in a message would be waited for
+            # The thread may be reading a message of a worker that is stopped (SIGSTOP), and would wait for the rest.
+            for worker in [*self._workers.values()]:
                 worker.kill()
             self._thread.join(CLOSE_S)
             while self._thread.is_alive():  # the server is stopped

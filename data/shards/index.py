@@ -60,7 +60,8 @@ def read_member(reference: str) -> bytes:
     status = os.stat(path)
     data = b""
     if offset + size <= status.st_size:
-        handle = _handle(path, status.st_dev, status.st_ino, status.st_mtime_ns)  # keeps it open while it is read
+        # Held in a variable: a handle that another thread drops from the cache stays open while it is read here.
+        handle = _handle(path, status.st_dev, status.st_ino, status.st_mtime_ns)
         data = os.pread(handle.descriptor, size, offset)
     if len(data) < size:
         raise BadSample("truncated", f"{path} ends before the {size} bytes at {offset} do")

@@ -80,7 +80,8 @@ def train_auto(cfg: Config, world: World, out: Path, model: LoadedModel, pairs: 
 
 def tuned_rows(pairs: Pairs) -> FeatureSplit:
     """Return the rows of train and valid."""
-    return concatenate([*pairs.feature_splits([name for name in TUNED_ON if name in pairs.splits]).values()])
+    names = [name for name in TUNED_ON if name in pairs.splits]
+    return concatenate([*pairs.feature_splits(names).values()])
 
 
 def choose_settings(cfg: Config, world: World, tuner: Tuner, rows: FeatureSplit) -> tuple[Choice, Config]:

@@ -98,7 +98,8 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
         replica = Replica(distribute(trained, step_world.size), saver.optimizer, step_world, model.precision)
     saver.require_equal_weights(state.step)
     with closing(log), stop.graceful_exit(), profiler(cfg.profile, state.step, out, world.rank, log) as prof:
-        evaluate = stop.immediate_exit()(evaluator)  # a signal may cut it off: the trained weights are saved before
+        # A signal may cut an evaluation off: the checkpoint of its step is saved before it begins.
+        evaluate = stop.immediate_exit()(evaluator)
         evaluation_missing = state.evaluated < state.step and plan.due(state.step, cfg.eval_every)
         results_lost = state.step == plan.steps and not evaluation_missing and lacks_results(metrics, answers, world)
         if state.step == 0 or evaluation_missing:
@@ -130,7 +131,8 @@ def saved_on_failure(state: State, replica: Replica, log: Log, guard: NonfiniteG
         is_sound = replica.optimizer.is_whole and not isinstance(error, UnsoundWeights)
         lost_rank = world.size > 1 and isinstance(error, RunFailed)
         if is_sound and state.step and not lost_rank and world.have_all_failed(state.step):
-            with suppress(Exception):  # of a full disk, a device that has failed: `error` ends the run, not this one
+            # Saving may fail too, as on a full disk or a failed device: `error` ends the run, not that failure.
+            with suppress(Exception):
                 guard.check(log.flush(wait=True))
                 if log.written == state.step and not guard.skipped:
                     save(state)
@@ -340,7 +342,8 @@ def write_results(cfg: Config, world: World, model: LoadedModel, out: Path, metr
         export(model.clip, out / "model", tuned, metrics_table(tuned.origin.metrics), cfg.license)
         page = f"report      {write_page()}\n" if write_page else ""
         folder.write_manifest(out)
-    world.monitored_exchange(None)  # the others end when the results are whole, or where rank 0 shows no sign of life
+    # Other ranks end when the results are whole, or when rank 0 shows no sign of life.
+    world.monitored_exchange(None)
     if world.is_main:
         world.show(metrics_table(metrics), str(out / "metrics.json"))  # a pager may keep it waiting
         world.say(f"run folder  {out}\nmodel       {out / 'model'}\n{page}"

@@ -152,9 +152,9 @@ class ShardTraining:
     def begin(self, step: int, stop: Callable[[], None]) -> Sequence[Mapping[str, Any]]:
         """Return what the opening dropped, and what an earlier process of this run met in the shards."""
         self._lost.begin(step)
-        lines = read_ledger(self.out / "ledger.jsonl")
-        named = {"shard", "key", "detail"}
-        self.stream.problems.add([line for line in lines if line.get("split") == "train" and named <= line.keys()])
+        for line in read_ledger(self.out / "ledger.jsonl"):
+            if line.get("split") == "train" and {"shard", "key", "detail"} <= line.keys():
+                self.stream.problems.add([line])
         return self._ledger()
 
     @property

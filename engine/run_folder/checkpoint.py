@@ -347,7 +347,7 @@ def _rename_newer(root: Path, newest_valid: str) -> None:
         if folder.name > newest_valid:
             folder.replace(unused_name(folder.with_name(f"damaged-{folder.name}")))
     best = root / "best"
-    if not best.is_dir() and not (root / (pointed_name(best) or "none")).is_dir():  # its target was renamed just now
-        best.unlink(missing_ok=True)
+    if not best.is_dir() and not (root / (pointed_name(best) or "none")).is_dir():
+        best.unlink(missing_ok=True)  # its target was renamed just now
     if newest_valid:
         replace_link(root / "last", newest_valid)

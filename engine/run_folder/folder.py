@@ -60,7 +60,8 @@ def _open(cfg: Config, log: Callable[[str], None]) -> tuple[Path, bool]:
     dataset = re.sub(r"[^\w.-]+", "-", Path(cfg.dataset.rstrip("/")).name) or "pairs"
     named = [Path(cfg.out).expanduser()] if cfg.out else []
     restarted = _folder_before_restart(named or sorted(Path("runs").glob("*"), reverse=True))
-    folder = restarted or (named[0] if named else Path("runs", f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{dataset}"))
+    new_name = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{dataset}"
+    folder = restarted or (named[0] if named else Path("runs", new_name))
     holds_run = bool(restarted or named) and is_run(folder)
     if holds_run and cfg.resume == "off" and not restarted:
         raise UserError(f"--out {folder} already holds a run; choose another folder or carry on with --resume")
@@ -162,7 +163,9 @@ def write_run_header(folder: Path, settings: Mapping[str, object], world: World,
 def _provenance(settings: Mapping[str, object], world: World, precision: torch.dtype) -> dict[str, object]:
     """Return the content of config.json: resolved settings, versions, commit, host, devices."""
     device = world.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return {
         "config": settings,
         "precision": str(precision).removeprefix("torch."),
@@ -225,7 +228,9 @@ def append_to_ledger(path: Path, entries: Iterable[Mapping[str, object]]) -> Non
 def ledger_lines(entries: Iterable[Mapping[str, object]]) -> Iterator[str]:
     """Yield the lines of ledger.jsonl, each with its end."""
     for entry in entries:
-        shown = {name: hide_secrets(value) if isinstance(value, str) else value for name, value in entry.items()}
+        shown: dict[str, object] = {}
+        for name, value in entry.items():
+            shown[name] = hide_secrets(value) if isinstance(value, str) else value
         yield json_text(shown) + "\n"
 
 

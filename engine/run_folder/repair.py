@@ -59,7 +59,8 @@ def set_aside_obstacles(folder: Path, log: Callable[[str], None]) -> None:
         if os.path.lexists(folder / name) and not (folder / name).is_dir():
             set_aside(folder / name, folder, log)
     for path in sorted((folder / "tensorboard").rglob("*")):
-        is_file = "." in path.name  # of TensorBoard's names those of files have an ending, those of folders have none
+        # Names of TensorBoard's files have an ending, names of its folders have none.
+        is_file = "." in path.name
         if os.path.lexists(path) and is_file != path.is_file():
             set_aside(path, folder, log)
 

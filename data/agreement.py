@@ -93,15 +93,18 @@ def require_same_images(stats: StatCache, reader: Reader, team: Team) -> None:
     if len({stamps for stamps, _ in parts}) == 1:
         return
     if len({sizes for _, sizes in parts}) > 1:
+        # Other sizes are proof enough: `require_agreement` names the files, and none has to be read.
         values = dict(enumerate(size_M.tolist()))
     else:
         local = np.flatnonzero(stats.is_local)
-        sample = local[np.unique(np.linspace(0, max(0, len(local) - 1), SAMPLED).astype(np.int64))[: len(local)]]
+        # Spread over the dataset: folders that were copied at different times are all looked at.
+        places = np.unique(np.linspace(0, max(0, len(local) - 1), SAMPLED).astype(np.int64))
+        sample = local[places[: len(local)]]
         values = {place: _key(stats.paths[place].as_py(), reader) for place in sample.tolist()}
     names = {}
     for place in values:
         name = stats.paths[place].as_py().rpartition("/")[2]  # of any folder
-        names[place] = f"image {place} ({name})"
+        names[place] = f"image {place} ({name})"  # numbered, as two folders may hold files of one name
     require_agreement(team, {names[place]: value for place, value in values.items()})
 
 
@@ -110,7 +113,8 @@ def require_same_shards(shards: Sequence[Entry], team: Team) -> None:
 
     As with images: where sizes or times differ, as of copies on each node, both ends of SAMPLED shards are compared.
     """
-    if team.size == 1 or any(is_stored(shard.address) for shard in shards):  # a store's shards are the same for all
+    # A store shows all ranks the same shards.
+    if team.size == 1 or any(is_stored(shard.address) for shard in shards):
         return
     stamps = []
     for shard in shards:
@@ -119,7 +123,10 @@ def require_same_shards(shards: Sequence[Entry], team: Team) -> None:
     if len({*team.exchange(key_of(repr(stamps).encode()))}) == 1:
         return
     places = np.unique(np.linspace(0, len(shards) - 1, SAMPLED).astype(np.int64)).tolist()
-    require_agreement(team, {f"shard {shards[place].name}": _ends_of(shards[place].address) for place in places})
+    digests: dict[str, object] = {}
+    for place in places:
+        digests[f"shard {shards[place].name}"] = _ends_of(shards[place].address)
+    require_agreement(team, digests)
 
 
 def _ends_of(path: str) -> bytes:

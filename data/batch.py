@@ -131,12 +131,12 @@ class Team:
 
     @property
     def has_caches(self) -> bool:
-        """True where ranks have several cache folders, as one on each node."""
+        """Return whether ranks have several cache folders, as one on each node."""
         return len({*self.cache_of}) > 1
 
     @property
     def leads_cache(self) -> bool:
-        """True on one rank of each cache folder, which writes what is written once."""
+        """Return whether this is the one rank of its cache folder that writes what is written once."""
         return self.rank == (self.cache_of[self.rank] if self.cache_of else 0)
 
 

@@ -86,7 +86,7 @@ class DecodeResults:
         self._key += np.ascontiguousarray(key_nK, np.uint8).tobytes()
 
     def restore(self, keys: Mapping[int, bytes]) -> None:
-        """Let references that are among the results count as read, with these keys."""
+        """Count references that are among the results as read, with these keys."""
         for position in np.flatnonzero(np.isin(np.array(self._reference, np.int64), [*keys])).tolist():
             reference = self._reference[position]
             self._key[KEY * position : KEY * (position + 1)] = keys[reference]
@@ -152,7 +152,7 @@ def build_catalogue(splits: Mapping[str, Rows], title_ids: TitleIds | None = Non
 
 
 def release_freed_memory() -> None:
-    """Return to the system what this process has freed: Arrow and the C library keep a third of a big table's size."""
+    """Give freed memory back to the system: Arrow and the C library keep a third of a big table's size."""
     import pyarrow as pa
 
     pa.default_memory_pool().release_unused()

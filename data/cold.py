@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 TITLES = 512  # titles that the tower encodes at once
 PIXELS = 1 << 28  # bytes of decoded images that a rank keeps from the opening for the first evaluation
-NO_PICTURE = {"empty", "not-image", "truncated", "undecodable"}  # reasons of `decode_image` that are in the bytes
+# Reasons of `decode_image` that lie in the bytes; others depend on settings, such as --max-pixels.
+NO_PICTURE = {"empty", "not-image", "truncated", "undecodable"}
 STORE_REQUESTS = 32  # images that are read from a store at the same time
 
 
@@ -90,7 +91,7 @@ class Pipeline:
     cache: Path
     device: torch.device
     log: Callable[[str], None]
-    run: EarlierRun | None = None  # one that began with the same data, to be gone on with or verified
+    run: EarlierRun | None = None  # a run that began with the same data and is resumed or verified
 
 
 def decode_lots(catalogue: Catalogue, references: Sequence[int], feed: Feed) -> Iterator[Lot[int]]:
@@ -112,6 +113,7 @@ def decode_lots(catalogue: Catalogue, references: Sequence[int], feed: Feed) -> 
                 if outcome.problem is None:
                     good += 1
                     continue
+                # A server may have answered with a page: bytes that are no picture are fetched again by a later run.
                 if outcome.problem[0] in NO_PICTURE:
                     reader.forget(catalogue.references[index].as_py())
                 progress(problem=BadSample(*outcome.problem))
@@ -140,9 +142,9 @@ def decode_distinct(catalogue: Catalogue, reader: Reader, references: Sequence[i
 
 def _available(catalogue: Catalogue, reader: Reader, references: np.ndarray,
                log: Callable[[str], None]) -> Iterator[tuple[int, BadSample | bytes | None]]:
-    """Yield the references as their bytes become readable, or why they cannot be.
+    """Yield each reference when its bytes can be read, or with the reason why they cannot.
 
-    Local ones come at once, those in a store with their bytes, URLs as the fetcher finishes them.
+    Local files and fetched URLs come with None: a worker reads them. Images in a store come with their bytes.
     """
     is_remote_R = matching(catalogue.references, URL_START)[references]
     is_stored_R = matching(catalogue.references, STORE_START)[references]
@@ -178,11 +180,12 @@ def _available(catalogue: Catalogue, reader: Reader, references: np.ndarray,
 class DecodedImages:
     """Pixels from the opening until the first evaluation takes them, so that no image is decoded twice for both.
 
-    Kept are those of the references `wanted`, as far as `room` bytes go; what is not kept is decoded again.
+    Those of the references `wanted` are kept, up to PIXELS bytes; what is not kept is decoded again.
     """
 
-    def __init__(self, wanted: Collection[int] = (), room: int = PIXELS) -> None:
-        self._wanted, self._room = frozenset(wanted), room
+    def __init__(self, wanted: Collection[int] = ()) -> None:
+        self._wanted = frozenset(wanted)
+        self._room = PIXELS  # bytes
         self._pixels: dict[int, np.ndarray] = {}
 
     def keep(self, reference: int, pixels_CSS: np.ndarray) -> None:
@@ -192,16 +195,17 @@ class DecodedImages:
             self._room -= pixels_CSS.nbytes
 
     def take(self) -> dict[int, np.ndarray]:
-        """Return what is kept, by reference, and keep nothing any more."""
-        self._wanted, pixels, self._pixels = frozenset(), self._pixels, {}
+        """Return the kept pixels by reference; from now on nothing is kept."""
+        pixels, self._pixels = self._pixels, {}
+        self._wanted = frozenset()
         return pixels
 
 
 def check_images(catalogue: Catalogue, reader: Reader, references: Sequence[int], decoded: DecodedImages,
                  log: Callable[[str], None]) -> DecodeResults:
-    """Read and decode the given references, to know before the first step which rows streaming can use."""
-    results = DecodeResults()
-    for result in decode_distinct(catalogue, reader, references, ToPixels(reader.spec, reader.max_pixels), log):
+    """Read and decode the given references, to find out before the first step which rows streaming can use."""
+    results, job = DecodeResults(), ToPixels(reader.spec, reader.max_pixels)
+    for result in decode_distinct(catalogue, reader, references, job, log):
         results.add(result)
         if result.pixels is not None:
             decoded.keep(result.reference, result.pixels)
@@ -217,7 +221,7 @@ class FeatureWriter:
         self._unwritten: dict[bytes, Tensor] = {}  # key -> features [V] that are not yet in the store
 
     def known_keys(self) -> KnownKeys:
-        """Return what the store holds now, as far as its checksums have not been looked at."""
+        """Return the keys that the store holds now; the checksums of their features are not looked at."""
         return KnownKeys(*(self.store.sorted_keys() if self.store is not None else ()))
 
     def add(self, lot: Lot[Any]) -> list[int]:
@@ -237,8 +241,10 @@ class FeatureWriter:
         decoded = {key: place for key, place in missing.items() if lot.outcomes[place].is_filled}
         if decoded:
             rows = [*decoded.values()]
+            # A lot that is new as a whole needs no copy: the tower reads the shared memory of the decoders.
             records = lot.records if len(rows) == len(lot.records) else lot.records[rows]
-            self._unwritten.update(zip(decoded, self.encode(torch.from_numpy(records)).cpu(), strict=True))
+            features = self.encode(torch.from_numpy(records)).cpu()
+            self._unwritten.update(zip(decoded, features, strict=True))
         if len(self._unwritten) >= SEGMENT:
             self.flush()
         return [place for key, place in missing.items() if key not in decoded]
@@ -255,7 +261,9 @@ def encode_missing_images(catalogue: Catalogue, reader: Reader, references: Sequ
     """Read the given references; encode those that the store does not hold yet, in lots, and store the features."""
     results, writer = DecodeResults(), FeatureWriter(store, encode)
     todo, known = references, writer.known_keys()
-    while len(todo):  # a second time those whose stored features turned out to be damaged
+    # The feed skips pictures whose keys are in the store before the checksums of their features are looked at. Those
+    # whose features turned out to be damaged are read a second time, with no key known.
+    while len(todo):
         job = ToPixels(reader.spec, reader.max_pixels, known)
         feed = Feed(job, reader, len(todo), log, pinned=torch.cuda.is_initialized())
         results.times = results.times or feed.times

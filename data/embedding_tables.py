@@ -59,7 +59,8 @@ class UsableRows:
         negative_RH = self.negative_RH[part]
         is_there_RH = negative_RH >= 0
         ends = np.append(0, is_there_RH.sum(1).cumsum())
-        negatives = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(negative_RH[is_there_RH], pa.int64()))
+        numbers = pa.array(negative_RH[is_there_RH], pa.int64())
+        negatives = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), numbers)
         return {**self.places(np.arange(len(self))[part]), "image": pa.array(self.image_R[part], pa.int64()),
                 "title": pa.array(self.title_R[part], pa.int64()), "negatives": negatives}
 
@@ -159,7 +160,8 @@ def _number(splits: Mapping[str, Split]) -> tuple[UsableRows, np.ndarray, np.nda
     """
     image_R = np.concatenate([split.image_N.numpy() for split in splits.values()])
     title_R = np.concatenate([split.title_N.numpy() for split in splits.values()])
-    most = max((split.negative_N.shape[1] for split in splits.values() if split.negative_N is not None), default=0)
+    widths = [split.negative_N.shape[1] for split in splits.values() if split.negative_N is not None]
+    most = max(widths, default=0)
     parts = []
     for split in splits.values():
         padded_NH = np.full((len(split), most), -1, np.int64)

@@ -49,7 +49,7 @@ def replaced_file(path: Path, durable: bool = True) -> Iterator[Path]:
             fsync(temporary)
         temporary.replace(path)
         if durable:
-            fsync(path.parent)
+            fsync(path.parent)  # the new name is on the disk only when its folder is
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -83,23 +83,23 @@ def _read_mark(folder: Path) -> tuple[str, list[str]]:
 
 
 def kind_of(folder: Path) -> str:
-    """The kind that `write_mark` gave to a folder; "" for a folder without a mark, which is not this program's."""
+    """Return the kind that `write_mark` gave to a folder; "" without a mark: the folder is not this program's."""
     return _read_mark(folder)[0]
 
 
 def is_whole(folder: Path, kind: str) -> bool:
-    """True for a marked folder of that kind in which no file is missing."""
+    """Return whether a folder is marked as that kind and no file is missing in it."""
     marked, files = _read_mark(folder)
     return marked == kind and bool(files) and all((folder / name).exists() for name in files)
 
 
 def is_output(folder: Path) -> bool:
-    """True for a folder that this program wrote, unless it is a dataset to be read (shards)."""
+    """Return whether this program wrote a folder, other than shards, which are a dataset to be read."""
     return kind_of(folder) not in ("", "shards")
 
 
 def first_foreign(folder: Path) -> Path | None:
-    """The first path at `folder` or in it that this program did not make; None: it may be made or replaced."""
+    """Return the first path at `folder` or in it that this program did not make; None: it may be made or replaced."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         return folder
     kind, files = _read_mark(folder)
@@ -113,7 +113,7 @@ def first_foreign(folder: Path) -> Path | None:
 
 
 def is_foreign_page(path: Path) -> bool:
-    """True if `path` exists and is neither a page of this program nor an empty file."""
+    """Return whether `path` exists and is neither a page of this program nor an empty file."""
     if not path.is_file():
         return os.path.lexists(path)
     with path.open("rb") as file:
@@ -133,6 +133,7 @@ def replaced_folder(folder: Path, kind: str, durable: bool = True) -> Iterator[P
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover_folders(folder.parent)
     _refuse(first_foreign(folder))
+    # Beside the folder, not in /tmp: a rename works within one file system only.
     new = _beside(folder)
     old = new.with_name(new.name + ".old")
     new.mkdir(exist_ok=True)
@@ -143,6 +144,7 @@ def replaced_folder(folder: Path, kind: str, durable: bool = True) -> Iterator[P
         write_mark(new, kind, (str(path.relative_to(new)) for path in new.rglob("*") if path.name != MARK))
         for path in (*new.rglob("*"), new) if durable else ():
             fsync(path)
+        # Checked again: filling the folder may have taken hours, in which others may have put files there.
         _refuse(first_foreign(folder))
         if folder.exists() and _exchange(new, folder):
             old = new
@@ -160,9 +162,12 @@ def replaced_folder(folder: Path, kind: str, durable: bool = True) -> Iterator[P
 
 
 def _exchange(new: Path, folder: Path) -> bool:
-    """Exchange the names of two folders in one step; False where the system or the file system cannot."""
+    """Exchange the names of two folders in one step; return False where the system or the file system cannot."""
+    # Python has no function for it; os.replace cannot replace a folder that is not empty.
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    return renameat2 is not None and renameat2(AT_FDCWD, bytes(new), AT_FDCWD, bytes(folder), RENAME_EXCHANGE) == 0
+    if renameat2 is None:
+        return False
+    return bool(renameat2(AT_FDCWD, bytes(new), AT_FDCWD, bytes(folder), RENAME_EXCHANGE) == 0)
 
 
 def _refuse(obstacle: Path | None) -> None:
@@ -179,15 +184,17 @@ def delete_folder(folder: Path) -> None:
 
 
 def recover_folders(parent: Path, locked: bool = False) -> None:
-    """Put back folders that a killed `replaced_folder` has left aside in `parent`, and delete unfinished ones.
+    """Put back folders that a killed `replaced_folder` has renamed aside in `parent`, and delete unfinished ones.
 
-    Folders of processes that live are left alone, unless the caller holds a lock that keeps other writers out.
+    Folders of processes that still run are left alone, unless the caller holds a lock that keeps other writers out.
     """
     for path in sorted(parent.glob(".*")):
         left = LEFT_BEHIND.fullmatch(path.name)
-        if left is None or path.is_symlink() or not path.is_dir() or not (locked or _is_dead(int(left[2]))):
+        if left is None or path.is_symlink() or not path.is_dir():
             continue
-        # killed before `write_mark`
+        if not locked and not _is_dead(int(left[2])):  # its writer may be at work
+            continue
+        # A writer killed before `write_mark` left an empty folder, or one with the mark's temporary file alone.
         barely_begun = locked and all(name.startswith(f".{MARK}") for name in os.listdir(path))
         if not (kind_of(path) or barely_begun):
             continue
@@ -203,7 +210,7 @@ def _beside(folder: Path) -> Path:
 
 
 def _is_dead(pid: int) -> bool:
-    """True if no process of this number lives here; true for this one, which is not writing now."""
+    """Return whether no process of this number lives here; True for this one, which is not writing now."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -236,13 +243,13 @@ def fsync(path: Path) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file's bytes. Raises OSError."""
+    """Return the SHA-256 in hex of a file's bytes. Raises OSError."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def changed_files(root: Path, digests: Mapping[str, str]) -> list[str]:
-    """Problems of the files named relative to `root`: missing, unreadable, or with another digest."""
+    """Return the problems of files named relative to `root`: missing, unreadable, or with another digest."""
     wrong = []
     for name, digest in digests.items():
         try:

@@ -127,6 +127,7 @@ def _first_rows(index_N: Mapping[str, np.ndarray], count: int) -> np.ndarray:
 
 
 def _gallery(splits: Mapping[str, Rows], store: FeatureStore, keys: np.ndarray, first: np.ndarray) -> Gallery:
+    # In the order of rows: which of two items with equal scores comes first does not depend on the store.
     order = np.argsort(first)
     return Gallery(splits, StoredTable(store, store.locate(keys[order])), first[order])
 
@@ -140,7 +141,8 @@ def title_features(titles: Sequence[str], encoders: Encoders, cache: Path) -> Te
     new = np.flatnonzero(rows < 0)
     features_QT = torch.empty(len(ids), encoders.text_width)
     features_QT[known] = store.gather(rows[known])
-    features_QT[new] = encode_titles([ids[i] for i in new], encoders.pad_id, encoders.text, encoders.text_width)
+    new_ids = [ids[place] for place in new]
+    features_QT[new] = encode_titles(new_ids, encoders.pad_id, encoders.text, encoders.text_width)
     return features_QT
 
 

@@ -82,7 +82,7 @@ class TitleIds:
         return keys_PK
 
     def _keys(self, titles: pa.LargeStringArray) -> np.ndarray:
-        """`keys` without the cache, a chunk of titles at a time: the token ids of all would take more memory."""
+        """Return `keys` without the cache, in chunks of titles: the token ids of all would take more memory."""
         parts = [np.empty((0, KEY), np.uint8)]
         for chunk in text_chunks(titles):
             parts.append(keys_of_tokens(TokenLists.of(iter(tokenize(self.tokenizer, chunk, self.max_tokens)))))
@@ -98,7 +98,7 @@ class ClipWords(TitleIds):
     """`clip_words`: keys of the words of titles, which are found for ASCII without the tokenizer."""
 
     def _keys(self, titles: pa.LargeStringArray) -> np.ndarray:
-        """Keys of the words, a chunk of titles at a time."""
+        """Return keys of the words, computed in chunks of titles."""
         parts = [np.empty((0, KEY), np.uint8)]
         for chunk in text_slices(titles):
             parts.append(self._word_keys(chunk))

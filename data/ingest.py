@@ -33,8 +33,8 @@ from data.web.storage import Entry, RemoteFile, open_stream, parent, public_name
 
 STATS_AT_ONCE = 16  # shards whose version is asked for at the same time
 MAX_AHEAD = 1 << 28  # bytes of pictures that wait to be decoded
-PICTURE_BYTES = 50_000  # of a picture, to tell how many a shard may hold before it is read
-END = BadSample("end")  # stands behind the last picture of a shard
+PICTURE_BYTES = 50_000  # assumed size of a picture, to estimate how many a shard holds before it is read
+END = BadSample("end")  # the task behind the last picture of a shard: its outcome comes when all before it are decoded
 
 
 def ingest_shards(splits: Mapping[str, Sequence[Entry]], pipeline: Pipeline) -> dict[str, list[RemoteFile]]:
@@ -43,8 +43,10 @@ def ingest_shards(splits: Mapping[str, Sequence[Entry]], pipeline: Pipeline) -> 
     Those whose features the store lacks, as after a change of the model, are streamed too. Raises UserError.
     """
     team, cache = pipeline.team, pipeline.cache
-    splits = team.exchange(splits)[0]  # one listing for all ranks
-    shards = list({entry.address: entry for entries in splits.values() for entry in entries})
+    # All ranks take the listing of rank 0: a store may gain a shard between two listings.
+    splits = team.exchange(splits)[0]
+    entries_of_all_splits = chain.from_iterable(splits.values())
+    shards = list(dict.fromkeys(entry.address for entry in entries_of_all_splits))
     store = pipeline.encoders.image_store(cache) if pipeline.encoders.stored else None
     own = shards[team.rank :: team.size]
     classes = {folder: class_names(f"{folder}/x.tar") for folder in sorted({*map(parent, shards)})}
@@ -55,13 +57,16 @@ def ingest_shards(splits: Mapping[str, Sequence[Entry]], pipeline: Pipeline) -> 
         names = classes[parent(entry.address)]
         if manifest is None or manifest.classes != names or not _is_current(manifest, entry, pipeline.reader, store):
             missing[entry.address] = entry
+        # Only a change is logged: that a shard is new, or that another model needs its pictures, is expected.
         if manifest is not None and (manifest.entry != entry or manifest.classes != names):
             place = "" if manifest.entry != entry else "the file of class names beside "
             changed.append(f"{place}{public_name(entry.address)}")
     if changed:
         more = f" (and {len(changed) - 1:,} more shards)" if len(changed) > 1 else ""
         pipeline.log(f"{changed[0]} has changed since it was streamed: it is streamed again{more}")
-    all_missing = {address: entry for part in team.exchange(missing) for address, entry in part.items()}
+    all_missing: dict[str, Entry] = {}
+    for missing_on_rank in team.exchange(missing):
+        all_missing |= missing_on_rank
     todo = [all_missing[address] for address in shards if address in all_missing]
     _Ingestion(pipeline, store, classes).run(todo[team.rank :: team.size])
     team.exchange(None)  # every rank has written
@@ -72,8 +77,10 @@ def ingest_shards(splits: Mapping[str, Sequence[Entry]], pipeline: Pipeline) -> 
             store.refresh()
             encoded = f", {store.grown:,} images encoded"
         pipeline.log(f"streamed {len(todo):,} of {len(shards):,} shards once{encoded}")
-    return {name: [RemoteFile(entry.address, manifest_path(cache, entry.address)) for entry in entries]
-            for name, entries in splits.items()}
+    files: dict[str, list[RemoteFile]] = {}
+    for name, entries in splits.items():
+        files[name] = [RemoteFile(entry.address, manifest_path(cache, entry.address)) for entry in entries]
+    return files
 
 
 def _share(shards: Sequence[str], store: FeatureStore | None, pipeline: Pipeline) -> None:
@@ -126,7 +133,9 @@ class _Ingestion:
         for entry in entries:
             self.progress.expect(entry.size)
         todo, known = list(entries), self.writer.known_keys()
-        while todo:  # a second time those of which a stored feature turned out to be damaged
+        # The feed skips pictures whose keys are in the store before the checksums of their features are looked at.
+        # Shards with a feature that turned out to be damaged are streamed again, with no key known.
+        while todo:
             todo, known = self._stream(todo, known), KnownKeys()
         self.writer.flush()  # of a shard that failed, so that another run need not encode it again
         if self.failure is not None:
@@ -135,7 +144,8 @@ class _Ingestion:
     def _stream(self, entries: Sequence[Entry], known: KnownKeys) -> list[Entry]:
         """Stream these shards; return those that have to be streamed again, as pictures of them were not decoded."""
         job = ToPixels(self.reader.spec, self.reader.max_pixels, known)
-        feed = Feed(job, self.reader, sum(entry.size for entry in entries) // PICTURE_BYTES, self.pipeline.log)
+        pictures = sum(entry.size for entry in entries) // PICTURE_BYTES
+        feed = Feed(job, self.reader, pictures, self.pipeline.log)
         damaged: dict[str, Entry] = {}
         with closing(feed.lots(self._groups(entries, feed))) as lots:
             for lot in lots:
@@ -145,7 +155,7 @@ class _Ingestion:
         return [*damaged.values()]
 
     def _add(self, lot: Lot[_Shard]) -> list[_Shard]:
-        """Note the keys of a lot; return the shards that end in it."""
+        """Add the keys of a lot to its shards; return the shards that end in it."""
         ended = list[_Shard]()
         for shard, outcome in zip(lot.tags, lot.outcomes, strict=True):
             if outcome.problem == (END.reason, END.detail):

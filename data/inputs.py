@@ -1,4 +1,4 @@
-"""Features and batches of opened pairs, from the feature store or from the towers anew.
+"""Features and batches of opened pairs, from the feature store or computed by the towers when they are needed.
 
 Dimension key: B rows of a batch, D distinct images by content, P distinct titles, V/T image/text feature width.
 """
@@ -31,7 +31,7 @@ class FeatureSource(Protocol):
     """Features of every split of a dataset."""
 
     def feature_splits(self, names: Collection[str]) -> Mapping[str, FeatureSplit]:
-        """Return the features of the splits `names`, as far as there are such splits."""
+        """Return the features of those of the splits `names` that exist."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,20 @@ class StreamedPairs:
 
     @classmethod
     def open(cls, pipeline: Pipeline, decoded: DecodedImages, lost: LostPictures) -> StreamedPairs:
-        """Tokenize all titles."""
+        """Return the pairs with all titles tokenized."""
         catalogue = lost.catalogue
         ids = TitleIds(pipeline.encoders.tokenizer, pipeline.encoders.max_tokens).tokens(catalogue.titles)
         return cls(catalogue, lost.splits, lost.example_D, ids, pipeline, decoded, lost)
 
     def feature_splits(self, names: Collection[str]) -> Mapping[str, FeatureSplit]:
-        """Encode what the splits `names` hold and return their features; ranks share the work."""
+        """Encode the images and titles of the splits `names`; return their features. Ranks share the work."""
         team, encoders = self.pipeline.team, self.pipeline.encoders
         splits = [split for name, split in self.splits.items() if name in names]
         splits, used_D, used_P = _keep_used(splits)
         reference_D = self.example_D[used_D]
         own_D, losses = owned_references(reference_D, team), self.lost
-        ids = [self.token_ids[title] for title in used_P[slice(*share(len(used_P), team.rank, team.size))].tolist()]
+        own_P = used_P[slice(*share(len(used_P), team.rank, team.size))]
+        ids = [self.token_ids[title] for title in own_P.tolist()]
         parts = team.exchange((
             own_D, encode_images(own_D, self.pipeline, self.decoded.take(), losses),
             encode_titles(ids, encoders.pad_id, encoders.text, encoders.text_width)))
@@ -140,7 +141,9 @@ class StreamedBatches:
                 while (others := self._others(lot, now)) and not losses.too_many:
                     losses.read_others(lot, others, job)
                 rows_B = self._present(now.step, now.rows_B)
-                if others:  # more than the run may lose: it ends after this step
+                if others:
+                    # More is lost than --max-bad allows. The loop ends after this step, which needs a full batch: all
+                    # ranks take part in its collectives.
                     rows_B = fill_places(rows_B, lot.records, [*others], spare)
                 elif len(rows_B):
                     spare = int(rows_B[0]), lot.records[0].copy()
@@ -148,14 +151,14 @@ class StreamedBatches:
                 yield self._make(rows_B, lot)
 
     def _others(self, lot: Lot[int], now: _UnderWay) -> dict[int, tuple[int, Task | BadSample]]:
-        """Return, by place, what is to be decoded in place of pictures that are lost by now."""
+        """Return, by place in the lot, the pictures to be decoded in place of those that are lost by now."""
         if not self.pairs.lost.lost_images(now.step):
             return {}
         tasks = enumerate(self._tasks(now.step, now.rows_B))
         return {place: (reference, task) for place, (reference, task) in tasks if lot.tags[place] != reference}
 
     def _present(self, step: int, rows_B: Tensor) -> Tensor:
-        """Return the rows, in place of those whose pictures are lost by then the ones that stand in for them."""
+        """Return the rows, each whose picture is lost at this step replaced by its stand-in."""
         stand_in_N = self.pairs.lost.stand_ins(self.split, step)
         return rows_B if stand_in_N is None else stand_in_N[rows_B]
 
@@ -214,10 +217,10 @@ def encode_images(references: np.ndarray, pipeline: Pipeline, decoded: dict[int,
 
 
 def without_lost(split: Split, lost: np.ndarray) -> tuple[Split, int]:
-    """Return a split to be measured without the rows of these images, and how many those are.
+    """Return a split to be measured without the rows of these images, and the number of such rows.
 
-    Each of those rows is made a copy of the next one that is there, without negatives: metrics count each image and
-    title once, and rows keep their numbers.
+    Each of them becomes a copy of the next row that is not lost, without negatives: metrics count each image and title
+    once, and rows keep their numbers.
     """
     lost_N = np.isin(split.image_N.numpy(), lost)
     if not lost_N.any():
@@ -229,8 +232,8 @@ def without_lost(split: Split, lost: np.ndarray) -> tuple[Split, int]:
     negative_N = split.negative_N
     if negative_N is not None:
         negative_N = negative_N.masked_fill(torch.from_numpy(lost_N)[:, None], -1)
-    return replace(split, image_N=split.image_N[row_N], title_N=split.title_N[row_N], negative_N=negative_N), int(
-        lost_N.sum())
+    kept = replace(split, image_N=split.image_N[row_N], title_N=split.title_N[row_N], negative_N=negative_N)
+    return kept, int(lost_N.sum())
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,9 @@ class Account:
         if text in self._notes:
             return
         self._notes.add(text)
-        alike = self._alike.setdefault(re.sub(r"\(.*\)|\d[\d,]*", "#", text.partition(": ")[2] or text), [])
+        # Without the file that it begins with, numbers and what is in brackets, a note says the same of any file.
+        said = re.sub(r"\(.*\)|\d[\d,]*", "#", text.partition(": ")[2] or text)
+        alike = self._alike.setdefault(said, [])
         alike.append(text)
         if len(alike) <= LINES:
             self.log(printable(text))
@@ -108,25 +110,25 @@ class Account:
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """Return the entries of ledger.jsonl that can be read; its last line may be half written, [] where it is gone."""
+    """Return the entries of ledger.jsonl that can be read, [] without the file; its last line may be half written."""
     entries = []
     with suppress(OSError, UnicodeDecodeError):
         for line in read_text(path).split("\n"):
             with suppress(ValueError):
                 entry = parse_json(line)
                 if isinstance(entry, dict) and all(isinstance(entry.get(name, kind()), kind) for name, kind in KINDS):
-                    bytes.fromhex(entry.get("content", ""))
+                    bytes.fromhex(entry.get("content", ""))  # raises ValueError for damage, so the line is left out
                     entries.append(entry)
     return entries
 
 
 def dropped_rows(ledger: Iterable[Mapping[str, Any]]) -> int:
-    """The number of rows that ledger entries stand for."""
+    """Return the number of rows that ledger entries stand for."""
     return sum(entry.get("rows", 1) for entry in ledger)
 
 
 def place_of(entry: Mapping[str, Any]) -> str:
-    """The place of a ledger entry's row, for people."""
+    """Return the place of a ledger entry's row, for people."""
     if "shard" in entry:
         return f"{entry['shard']}, {entry['key'] or '(unknown sample)'}"
     row = f"row {entry['row']}" if "row" in entry else "files"
@@ -134,5 +136,5 @@ def place_of(entry: Mapping[str, Any]) -> str:
 
 
 def _writable(value: Any) -> Any:
-    """Text that UTF-8 can hold: file names may hold any bytes."""
+    """Return text that UTF-8 can hold: file names may hold any bytes."""
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value

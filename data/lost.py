@@ -53,13 +53,13 @@ class LostPictures:
     is_measured: bool = True  # evaluations read pictures too, not stored features
     record: Callable[[Sequence[Entry]], None] = discard  # writes new entries at once: the next checkpoint may not come
     stop: Callable[[], None] = lambda: None  # asks the loop to save and end
-    step: int = 0  # the first that goes without what is lost now; counted from 1
-    met: list[int] = field(default_factory=list)  # steps at which this process has met a loss
-    _open: dict[int, list[Entry]] = field(default_factory=dict)
-    _closed: list[Entry] = field(default_factory=list)  # of pictures that were back
-    _spans: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # first step without it, first step with it
-    _returned: list[Entry] = field(default_factory=list)  # of pictures that the opening has met as back
-    _stand_ins: tuple[tuple[str, tuple[int, ...]], Tensor] | None = None  # the latest
+    step: int = 0  # the first step without what is lost from now on; counted from 1
+    met: list[int] = field(default_factory=list)  # steps at which this process has found a picture lost
+    _open: dict[int, list[Entry]] = field(default_factory=dict)  # by image: entries of those that are lost now
+    _closed: list[Entry] = field(default_factory=list)  # of those that were lost for a while
+    _spans: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # by image: first step without it, and with
+    _returned: list[Entry] = field(default_factory=list)  # of those that are back; `begin` moves them to _closed
+    _stand_ins: tuple[tuple[str, tuple[int, ...]], Tensor] | None = None  # split, lost images and rows: the last answer
 
     def image_of(self, reference: int) -> int:
         """Return the number of the distinct image of which this is the example."""
@@ -75,15 +75,16 @@ class LostPictures:
 
     def task(self, reference: int, crop: tuple[int, int, int | None] | None = None,
              step: int = END) -> Task | BadSample:
-        """Return what is to be done for the example of an image: nothing if it is lost."""
+        """Return the task of decoding the example of an image, a BadSample if it is lost."""
         if self.is_lost(self.image_of(reference), step):
             return BadSample("lost")
         return Task(self.catalogue.references[reference].as_py(), crop)
 
     def stand_ins(self, split: Split, step: int = END) -> Tensor | None:
-        """Return for each row itself or, where its picture is lost, the first row after it of which none is lost.
+        """Return for each row itself or, where its picture is lost, the next row whose picture is not.
 
-        None where no row is lost. The rule knows of no rank and no history: all ranks, and a resumed run, do the same.
+        None where no row is lost. The answer depends on no rank and no history: all ranks, and a resumed run, have the
+        same.
         """
         lost = self.lost_images(step)
         if not lost:
@@ -117,8 +118,7 @@ class LostPictures:
             lot.outcomes[place] = do_task(task, job, self.reader, lot.records, place, Spent())
 
     def _problems(self, lot: Lot[int], places: Iterable[int]) -> dict[int, BadSample]:
-        """Return why pictures at these places of a lot cannot be used: they are unreadable, or other ones than before.
-        """
+        """Return why pictures at these places of a lot cannot be used: unreadable, or other ones than before."""
         problems = {}
         for place in places:
             key, problem = lot.outcomes[place].key, lot.outcomes[place].problem
@@ -129,7 +129,7 @@ class LostPictures:
         return problems
 
     def _enter(self, lot: Lot[int], problems: Mapping[int, BadSample]) -> list[int]:
-        """Enter pictures that are not known as lost into the ledger; return the places."""
+        """Enter the pictures of `problems` that are not known as lost yet into the ledger; return all the places."""
         new = {self.image_of(lot.tags[place]): problem for place, problem in problems.items()}
         new = {image: problem for image, problem in new.items() if not self.is_lost(image, self.step)}
         if not new:
@@ -186,15 +186,18 @@ class LostPictures:
         return [*self._closed, *(entry for image in sorted(self._open) for entry in self._open[image])]
 
     def share(self, team: Team) -> None:
-        """Make known to all ranks what one of them has lost. Raises AgreedError where that is too much."""
-        parts = [(entries[0]["step"], image, entries) for part in team.exchange(self._open)
-                 for image, entries in part.items() if entries]
-        for _, image, entries in sorted(parts, key=lambda part: part[:2]):
+        """Tell all ranks what each of them has lost. Raises AgreedError where it is more than `max_bad` together."""
+        parts: list[tuple[int, int, list[Entry]]] = []
+        for lost_on_rank in team.exchange(self._open):
+            parts += [(entries[0]["step"], image, entries) for image, entries in lost_on_rank.items() if entries]
+        parts.sort(key=lambda part: part[:2])
+        for _, image, entries in parts:
             if image not in self._open:
                 self._take({image: entries})
                 self._say(entries, len(self._open))
+        # Two ranks may have lost one picture at different steps. The earliest is set last, so that all ranks keep it.
         for _, image, entries in sorted(parts, key=lambda part: part[:2], reverse=True):
-            self._open[image] = entries  # of the rank that met it first: all ranks have the same
+            self._open[image] = entries
         if self.too_many:
             try:
                 check_bad_share(self.rows, [*self.ledger(), *self.dropped], self.max_bad)
@@ -202,21 +205,27 @@ class LostPictures:
                 raise AgreedError(str(error)) from None
 
     def adopt(self, ledger: Sequence[Mapping[str, Any]], results: Sequence[DecodeResults], replays: bool) -> None:
-        """Take over what the ledger of a run says of what it has lost; `results` are those of all ranks.
+        """Take over the losses in the ledger of an earlier process; `results` are those of this opening, of all ranks.
 
         A run that goes on uses what is back. One that is replayed has each picture at the steps at which it was there.
         """
+        # 1. The lost pictures that this opening could not read either, and why.
         unreadable = {}
         for reference, problem in sorted(pair for part in results for pair in part.restored.items()):
             image = min(self.image_of(reference), len(self.example_D) - 1)
             if self.example_D[image] == reference:  # not a copy of another file
                 unreadable[image] = problem
-        returned, rows = dict[int, list[Entry]](), set[tuple[str, int]]()
+        # 2. Each entry of the ledger is closed, still open, or of a picture that is back.
+        returned = dict[int, list[Entry]]()
+        rows = set[tuple[str, int]]()  # of entries without an end
         for entry in map(dict, ledger):
             row_image = self._image_at(entry) if is_loss(entry) else None
-            if row_image is None or (place := (entry["split"], entry["row"])) in rows:  # two ranks have met it
+            if row_image is None:
                 continue
             image = row_image
+            place = (entry["split"], entry["row"])
+            if place in rows:  # the entry of a second rank that lost the same picture
+                continue
             if "back" not in entry:
                 rows.add(place)
             if "back" in entry:
@@ -231,6 +240,7 @@ class LostPictures:
         for entries in returned.values():
             self.log(f"{entries[0]['image']}, lost since step {entries[0]['step']}, is back and used again")
         self._returned = [entry for entries in returned.values() for entry in entries]
+        # 3. What is lost since the last process ended is in no ledger yet.
         new = {} if replays else {image: problem for image, problem in unreadable.items() if image not in self._open}
         if new:
             self._take(self._entries(new))
@@ -238,7 +248,7 @@ class LostPictures:
                 self._say(self._open[image], number)
 
     def begin(self, step: int) -> None:
-        """Note the step that a run goes on from: what the opening has met as lost or as back is so from there on."""
+        """Note the step that a run goes on from: what the opening found lost, or back, is so from the next step on."""
         self.step = step + 1
         for entries in self._open.values():
             for entry in entries:
@@ -268,11 +278,11 @@ def lost_files(ledger: Sequence[Mapping[str, Any]]) -> frozenset[str]:
 
 def restore(catalogue: Catalogue, results: Sequence[DecodeResults], ledger: Sequence[Mapping[str, Any]],
             last_key_MK: np.ndarray, log: Callable[[str], None]) -> None:
-    """Put back what a run began with and has lost: by its ledger, else by the keys of when it was last read.
+    """Count pictures that a run has lost as read, so that it has the rows that it began with.
 
-    In `results`, of all ranks, these references count as read, with their content of then; whether the whole is what
-    the run began with, its digest says. Other pictures under the same names, of which the ledger knows nothing, are
-    named: the digest refuses them.
+    In `results`, of all ranks, they get their content from the ledger, else from the time when they were last read. The
+    digest of the data then tells whether all rows are those that the run began with. Other pictures under old names, of
+    which the ledger knows nothing, are logged here and refused by that digest.
     """
     key_MK, good_M = keys_and_usable(results, len(catalogue.references))
     require_rows(catalogue, ledger)

@@ -32,7 +32,9 @@ def mine_negatives(split: Split, title_PT: Tensor, rule: str, known_splits: Sequ
     before it: every rank mines all, and rank 0's result counts.
     """
     used_U, row_title_N = split.title_N.unique(return_inverse=True)
-    given_NH = torch.full_like(split.title_N, -1)[:, None] if split.negative_N is None else split.negative_N
+    given_NH = split.negative_N
+    if given_NH is None:
+        given_NH = torch.full_like(split.title_N, -1)[:, None]
     missing_N = ((given_NH < 0) | (given_NH == split.title_N[:, None])).all(1)
     if len(used_U) < 2 or not bool(missing_N.any()):
         return split

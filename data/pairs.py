@@ -63,7 +63,7 @@ class Pairs:
     classes: Mapping[str, int] = field(default_factory=dict)  # their number, of splits whose titles are class names
 
     def feature_splits(self, names: Collection[str]) -> Mapping[str, FeatureSplit]:
-        """Return the features of the splits `names` that there are; streaming encodes them anew on each call."""
+        """Return the features of those of the splits `names` that exist; streaming encodes them again on each call."""
         return self.features.feature_splits(names)
 
     def batches(self, split: str, batch_size: int, seed: int, rank: int, size: int) -> Batches:

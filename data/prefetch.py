@@ -63,7 +63,8 @@ class EpochBatches:
         first_epoch, skipped = divmod(step, -(-self.rows // self.batch_size))
         for epoch in count(first_epoch):
             order = epoch_order(self.rows, self.seed, epoch)
-            if torch.device(self.device).type == "cuda":  # once an epoch: slicing it then needs no copy and no sync
+            if torch.device(self.device).type == "cuda":
+                # Copied once an epoch: slices of it then need neither a copy nor a sync in a step.
                 order = order.pin_memory().to(self.device, non_blocking=True)
             for start in range(skipped * self.batch_size, self.rows, self.batch_size):
                 low, high = share(min(self.batch_size, self.rows - start), self.rank, self.size)
@@ -108,7 +109,8 @@ def prefetch_to_device(inputs: Iterable[Inputs], device: torch.device) -> Iterat
 
     def copy(tensor: Tensor) -> Tensor:
         moved = tensor.pin_memory().to(device, non_blocking=True)
-        moved.record_stream(compute)  # allocated on `copies`: its memory must not be reused while a kernel reads it
+        # The allocator knows of the stream `copies` alone: without this it could reuse memory that a kernel reads.
+        moved.record_stream(compute)
         return moved
 
     previous: Inputs | None = None

@@ -55,7 +55,7 @@ class DownloadProgress(Progress):
         self.announced: list[int] = []  # sizes of the files begun
 
     def expect(self, size: int) -> None:
-        """A file of `size` bytes begins."""
+        """Note that a file of `size` bytes begins."""
         self.announced.append(size)
 
     def add_bytes(self, size: int) -> None:

@@ -48,11 +48,13 @@ class Unfinished(TooLarge):
 def open_descriptor(path: str | Path) -> int:
     """Return a descriptor to read a regular file, opened without waiting. Raises NotAFile, Unfinished, OSError."""
     try:
+        # O_NONBLOCK: opening a named pipe would wait for a writer. It changes nothing for a regular file.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        if error.errno == errno.ENXIO:
+        if error.errno == errno.ENXIO:  # Linux's answer to opening a socket
             raise NotAFile(path, KINDS[stat.S_IFSOCK]) from None
         raise
+    # Of the descriptor, not the path: another file may be renamed to that name in between.
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
@@ -144,20 +146,25 @@ def bounded_lines(file: IO[AnyStr], path: str | Path) -> Iterator[AnyStr]:
         line = file.readline(MAX_LINE)
         if not line:
             return
+        # A line of exactly MAX_LINE that ends with its line end is whole.
         if len(line) == MAX_LINE and line.splitlines()[0] == line:
             reason = f"line {number} has more than {MAX_LINE:,} characters; write each row on a line of its own"
             raise TooLarge(errno.EFBIG, reason, str(path))
         yield line
 
 
-def read_regular(path: str | Path, most: int | None = None) -> bytes:
-    """Return the bytes of a regular file. Raises NotAFile, OSError, TooLarge where it has more than `most`."""
+def read_regular(path: str | Path, max_bytes: int | None = None) -> bytes:
+    """Return the bytes of a regular file. Raises NotAFile, OSError, TooLarge where it has more than `max_bytes`."""
     with open_regular(path) as file:
+        if max_bytes is None:
+            return file.read() or b""  # None: some files of /proc would block
         size = os.fstat(file.fileno()).st_size
-        limit = -1 if most is None else most + 1
-        data = b"" if most is not None and size > most else file.read(limit) or b""  # None: some of /proc would block
-        if most is not None and max(size, len(data)) > most:
-            raise TooLarge(errno.EFBIG, f"{max(size, most + 1):,} bytes, {most:,} allowed", str(path))
+        data = b""
+        if size <= max_bytes:
+            # One byte more than allowed: files of /proc claim a size of 0, and a file may grow while it is read.
+            data = file.read(max_bytes + 1) or b""
+        if max(size, len(data)) > max_bytes:
+            raise TooLarge(errno.EFBIG, f"{max(size, max_bytes + 1):,} bytes, {max_bytes:,} allowed", str(path))
         return data
 
 
@@ -169,6 +176,6 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested without end") from None
 
 
-def read_text(path: str | Path, most: int | None = None) -> str:
+def read_text(path: str | Path, max_bytes: int | None = None) -> str:
     """Return the text of a regular file in UTF-8. Raises NotAFile, OSError, TooLarge, UnicodeDecodeError."""
-    return read_regular(path, most).decode("utf-8")
+    return read_regular(path, max_bytes).decode("utf-8")

@@ -1,4 +1,4 @@
-"""Text for people: what a terminal would obey is taken out of it, and rows become a Markdown table."""
+"""Text for people: without control characters and secrets; Markdown tables."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
-# Names of parameters that let whoever has the address fetch, and values that look like such: long, in one word.
+# Parts of the names of parameters whose value lets anyone who has the address fetch the file.
 SECRET = re.compile(r"(?i)sig|key|token|secret|credential|auth|pass|pwd|hash|hmac|hdn|md5|jwt|sess|policy|code|verify|"
                     r"ticket|expires")
-LONG = 16  # characters of a value, from which on it may be a key, whatever its name
+LONG = 16  # characters from which on a value may be a key, whatever its name
 ADDRESS = re.compile(r"""([A-Za-z][A-Za-z0-9+.-]*://)  # the scheme; a password may hold a slash, a port is none
                      ([^\s/?@'"<>]*@|[^\s/?@'"<>:]*:(?!\d{1,5}/)[^\s?@'"<>]*@)?
                      ([^\s?\#'"<>]*)
@@ -34,9 +34,9 @@ AZURE_SIGNATURE = {"sv", "ss", "srt", "sp", "st", "se", "spr", "sip", "sr", "sig
 
 
 def hide_secrets(text: str) -> str:
-    """The text without tokens, without credentials in its addresses, and with a digest in place of secret queries.
+    """Return the text without tokens and credentials in addresses, and with a digest in place of secret queries.
 
-    So a file or a line shows which of two signed addresses is meant, and no one can fetch with it.
+    The digest shows which of two signed addresses is meant, and no one can fetch with it.
     """
     if "://" in text:
         text = ADDRESS.sub(lambda match: _without_user(match) + _digest_of_secret(match[4] or ""), text)
@@ -46,7 +46,7 @@ def hide_secrets(text: str) -> str:
 
 
 def without_secrets(address: str) -> str:
-    """The address without credentials, and without a query that is secret, as that of a signed address."""
+    """Return the address without credentials, and without a secret query, such as a signature."""
     def public(match: re.Match[str]) -> str:
         query = match[4] or ""
         return _without_user(match) + ("" if _is_secret(query) else query)
@@ -55,14 +55,20 @@ def without_secrets(address: str) -> str:
 
 
 def public_arguments(words: Sequence[str]) -> list[str]:
-    """The words of a command line `without_secrets`, also of a proxy that is given as USER:PASSWORD@HOST."""
-    return [re.sub(r"^(--[\w-]+=)?[^\s/:@]+:[^\s@]*@", r"\1", hide_secrets(without_secrets(word))) for word in words]
+    """Return the words of a command line `without_secrets`, also of a proxy that is given as USER:PASSWORD@HOST."""
+    shown = []
+    for word in words:
+        hidden = hide_secrets(without_secrets(word))
+        # A proxy may be given without a scheme, so that ADDRESS does not match it.
+        shown.append(re.sub(r"^(--[\w-]+=)?[^\s/:@]+:[^\s@]*@", r"\1", hidden))
+    return shown
 
 
 def unsigned(url: str) -> str:
-    """The address without its signature, which another day's list of the same files has not: what a file is kept under.
+    """Return the address without its signature: the name that a file has in the cache.
 
-    Parameters of other names stay: they may choose between files.
+    A signature differs from one day's list of files to the next. Parameters of other names stay: they may choose
+    between files.
     """
     place, mark, query = url.partition("?")
     if not query or "://" not in place:
@@ -105,28 +111,30 @@ def _digest_of_secret(query: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text as one line: a blank for each line end, control character, direction mark and lone surrogate."""
+    """Return the text as one line: a blank for each line end, control character, direction mark and lone surrogate."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else " " for char in text)
 
 
 def printable_lines(text: str) -> str:
-    """The text with each of its lines `printable`."""
+    """Return the text with each of its lines `printable`."""
     return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))
 
 
 def json_text(value: object, indent: int | None = None) -> str:
-    """The value as JSON in its own alphabet; what is not `printable` is escaped, and nothing is lost."""
+    """Return a value as JSON in its own alphabet; what is not `printable` is escaped, and nothing is lost."""
+    def escaped(match: re.Match[str]) -> str:
+        return match[0] if match[0].isprintable() else json.dumps(match[0])[1:-1]
+
     text = json.dumps(value, indent=indent, ensure_ascii=False)
-    return re.sub(r"[^\x20-\x7e\n]", lambda match: match[0] if match[0].isprintable() else json.dumps(match[0])[1:-1],
-                  text)
+    return re.sub(r"[^\x20-\x7e\n]", escaped, text)
 
 
 def show(text: str, file: TextIO | None = None, end: str = "\n") -> None:
-    """Print lines to stdout or `file`: the one place where text that names of others may be in goes to a terminal.
+    """Print lines to stdout or `file`. All text that may hold names from data reaches the terminal through here.
 
-    On stderr, where people are told things, a line of more than MOST characters loses its middle; results are whole.
+    On stderr, which has messages, a line of more than MOST characters loses its middle; results on stdout are whole.
     Raises OSError, also where the process was started with stdout closed (`>&-`), and ValueError where it was closed
     later.
     """
@@ -137,6 +145,7 @@ def show(text: str, file: TextIO | None = None, end: str = "\n") -> None:
     lines = printable_lines(hide_secrets(text))
     if file is sys.stderr and len(lines) > MOST:
         lines = "\n".join(map(_without_middle, lines.split("\n")))
+    # A terminal in the C locale cannot print most titles: what it lacks is escaped rather than an error.
     lines = lines.encode(encoding, "backslashreplace").decode(encoding)
     print(lines, end=end, file=file, flush=True)
 
@@ -146,7 +155,7 @@ def _without_middle(line: str) -> str:
 
 
 def clean_library_output() -> None:
-    """From now on, what libraries say by `warnings` and `logging` is `printable` and without secrets too."""
+    """Make what libraries say by `warnings` and `logging` `printable` and free of secrets from now on."""
     logging.setLogRecordFactory(_clean_record)
     warnings.formatwarning = _one_warning
 
@@ -170,7 +179,9 @@ def markdown_table(rows: Sequence[Sequence[str]], pad_last: bool = True) -> str:
 
     `pad_last=False` leaves the last column as wide as each of its cells, for long text.
     """
-    cells = [[printable(cell).replace("|", "\\|") for cell in row] for row in rows]
+    cells = []
+    for row in rows:
+        cells.append([printable(cell).replace("|", "\\|") for cell in row])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     if not pad_last:
         widths[-1] = 0

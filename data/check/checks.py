@@ -69,6 +69,7 @@ def check(rows: Mapping[str, Rows], reader: Reader, log: Callable[[str], None],
 
 
 def _finding(split: str, kind: str, severity: str, is_so_N: np.ndarray, show: Callable[[int], str]) -> list[Finding]:
+    """Return the finding of the rows `is_so_N` [N], with the first of them as examples; [] for none."""
     row_N = np.flatnonzero(is_so_N)
     examples = tuple(f"row {row}: {show(row)}" for row in row_N[:EXAMPLES].tolist())
     return [Finding(split, kind, severity, len(row_N), examples)] if len(row_N) else []
@@ -88,7 +89,7 @@ def _unread(unread: Sequence[Mapping[str, Any]]) -> list[Finding]:
 
 
 def _unread_place(entry: Mapping[str, Any]) -> str:
-    """The place of a ledger entry within its file, and its detail."""
+    """Return the place of a ledger entry within its file, and its detail."""
     if not dropped_rows([entry]):
         return printable(entry["detail"])
     place = f"row {entry['row']}" if "row" in entry else entry["key"] or "(unknown sample)"
@@ -109,13 +110,14 @@ def _signatures(inputs: Catalogue, reader: Reader, log: Callable[[str], None]) -
             key_MK[result.reference] = np.frombuffer(result.key, np.uint8)
             looks_M[result.reference] = result.pixels
     number_M, first = distinct(key_MK)
+    # Failed references share the key of zeros: they are no image, rather than one image.
     image_M = first[number_M]
     image_M[list(problems)] = -1
     return image_M, looks_M, problems
 
 
 def _flaws(titles: pa.LargeStringArray) -> np.ndarray:
-    """The flaw of each title, "" for none, str [P]."""
+    """Return the flaw of each title, "" for none, str [P]."""
     return np.concatenate([np.empty(0, object), *map(_flaws_of_some, text_slices(titles))])
 
 
@@ -145,7 +147,9 @@ def _images(inputs: Catalogue, name: str, image_M: np.ndarray, side_M: np.ndarra
     def show(row: int) -> str:
         path = _path(inputs, name, row)
         reference = int(reference_N[row])
-        detail = printable(problems[reference].detail) if reference in problems else f"{side_M[reference]} px"
+        detail = f"{side_M[reference]} px"
+        if reference in problems:
+            detail = printable(problems[reference].detail)
         return detail if path in detail else f"{path} {detail}"
 
     findings = []
@@ -172,7 +176,7 @@ def _texts(inputs: Catalogue, name: str, flaw_P: np.ndarray, title_P: np.ndarray
 
 
 def _path(inputs: Catalogue, name: str, row: int) -> str:
-    """The image of a row for people: its address, the end of its path; of a picture that has none, the row's title."""
+    """Return the image of a row for people: its address or the end of its path; without either, the row's title."""
     reference = inputs.references[inputs.image_N[name][row]].as_py()
     path = hide_secrets(shown_name(reference))
     if reference and not path:
@@ -186,7 +190,7 @@ def _title(inputs: Catalogue, name: str, row: int) -> str:
 
 
 def _repeats(inputs: Catalogue, image_M: np.ndarray, title_P: np.ndarray, similar_MS: np.ndarray) -> list[Finding]:
-    """Images and titles that a split's rows share with earlier rows of it, and with the splits before it."""
+    """Find images and titles that a split's rows share with earlier rows of it, and with the splits before it."""
     names = list(inputs.splits)
     findings = []
     image = {name: image_M[inputs.image_N[name]] for name in names}
@@ -201,8 +205,9 @@ def _repeats(inputs: Catalogue, image_M: np.ndarray, title_P: np.ndarray, simila
             similar_N = similar_MS[image[name], other_place]
             if other == name:
                 for twin_N in (titled_N, same_N):
-                    twin_N[twin_N == np.arange(len(twin_N))] = -1
-                similar_N[similar_N > image[name]] = -1
+                    twin_N[twin_N == np.arange(len(twin_N))] = -1  # a row is no repeat of itself
+                similar_N[similar_N > image[name]] = -1  # each pair of look-alikes counts once, at its later image
+                # Several captions of one image, each in a row, are how datasets are made: a hint, not a repeat.
                 is_caption_N = _is_caption(image[name], title[name]) & (same_N >= 0)
                 findings += _finding(name, "several-titles", "hint", is_caption_N,
                                      partial(_beside, inputs, name, name, same_N.copy(), _path))
@@ -220,7 +225,7 @@ def _repeats(inputs: Catalogue, image_M: np.ndarray, title_P: np.ndarray, simila
 
 
 def _is_caption(image_N: np.ndarray, title_N: np.ndarray) -> np.ndarray:
-    """Whether all titles of a row's image differ [N]: the rows of an image are then its captions, not repeats."""
+    """Return for each row [N] whether all titles of its image differ: such rows are captions of it, not repeats."""
     pair_N = image_N * (title_N.max(initial=0) + 2) + title_N + 1
     _, pair_N, count = np.unique(pair_N, return_inverse=True, return_counts=True)
     is_repeat_N = (count[pair_N] > 1) & (title_N >= 0)
@@ -233,7 +238,7 @@ def _beside(inputs: Catalogue, name: str, other: str, twin_N: np.ndarray, show: 
 
 
 def _first_rows(label_N: np.ndarray, labels: int) -> np.ndarray:
-    """The first row with each label [labels + 1]; -1 for none, and in the last place."""
+    """Return the first row with each label [labels + 1]; -1 for none, and in the last place."""
     first = np.full(labels + 1, -1)
     row = np.flatnonzero(label_N >= 0)[::-1]  # the last to be written stays
     first[label_N[row]] = row
@@ -241,7 +246,7 @@ def _first_rows(label_N: np.ndarray, labels: int) -> np.ndarray:
 
 
 def _similar(inputs: Catalogue, image_M: np.ndarray, looks_M: np.ndarray, log: Callable[[str], None]) -> np.ndarray:
-    """The first other image in each split that looks like each image [M + 1, S]; -1 for none, and in the last row."""
+    """Return the first other image in each split that looks like each image [M + 1, S]; -1: none, and the last row."""
     is_in_MS = np.zeros((len(image_M), len(inputs.splits)), bool)
     for place, name in enumerate(inputs.splits):
         image_N = image_M[inputs.image_N[name]]

@@ -43,7 +43,7 @@ class Finding(NamedTuple):
 
 
 def table(findings: Sequence[Finding], rows: Mapping[str, int], usable: Mapping[str, int], unread: int) -> str:
-    """The findings as a Markdown table with their meanings and a summary.
+    """Return the findings as a Markdown table with their meanings and a summary.
 
     `rows` and `usable`: numbers by split; `unread`: the number of rows that could not be read.
     """
@@ -69,13 +69,13 @@ def table(findings: Sequence[Finding], rows: Mapping[str, int], usable: Mapping[
 
 
 def as_json(findings: Sequence[Finding], rows: Mapping[str, int], usable: Mapping[str, int]) -> dict[str, Any]:
-    """The findings as plain JSON values, with the number of rows and of usable rows of each split, and by severity."""
+    """Return the findings as plain JSON values, with counts of all and of usable rows by split, and by severity."""
     return {"rows": dict(rows), "usable": dict(usable), "totals": _totals(findings),
             "findings": [{**finding._asdict(), "examples": list(finding.examples)} for finding in findings]}
 
 
 def _totals(findings: Sequence[Finding]) -> dict[str, int]:
-    """Rows by severity; a row counts once for each of its defects."""
+    """Return the number of rows by severity; a row counts once for each of its defects."""
     totals = dict.fromkeys(SEVERITIES, 0)
     for finding in findings:
         totals[finding.severity] += finding.count

@@ -21,11 +21,13 @@ SQUARE = ImageSpec((S, S), (S, S), int(Image.Resampling.BILINEAR), 1 / 255, (0.0
 COSINES_WS = np.cos(np.pi / S * np.arange(W)[:, None] * (np.arange(S) + 0.5))
 LUMA_C = np.array([0.299, 0.587, 0.114])
 LOOK = np.dtype([("hash", np.uint64), ("side", np.int32), ("cells", np.uint8, (3, CELLS, CELLS))])  # 204 bytes
-NEAR = 7  # bits of 64 that may differ; four bands and one flip find all such pairs, see `near_pairs`
+# Bits of 64 that may differ. With 8, each of the four bands could differ in two, and one flip would miss the pair.
+NEAR = 7
 BANDS, FLIPS = 4, (0, *(1 << bit for bit in range(16)))
 PASSES = BANDS * len(FLIPS)  # of `near_pairs`
 CROWD = 128  # images with equal bands beyond which each is compared with its neighbours alone
-SAME_CELL, SAME_MEAN = 20, 32  # levels of 255 by which cells may differ once exposure is evened out, and exposures may
+# Levels of 255: by which cells may differ once brightness and contrast are evened out, and by which brightness may.
+SAME_CELL, SAME_MEAN = 20, 32
 CHUNK = 1 << 18  # candidate pairs at a time, 2 MB an array
 SLICE = 1 << 14  # pairs whose cells are compared at a time, 12 MB an array
 
@@ -43,7 +45,7 @@ class ToSignature:
 
 
 def picture_signature(data: bytes, max_pixels: int) -> np.ndarray:
-    """The LOOK of an image: its hash, its shortest side in pixels, its colours. Raises BadSample as `decode_image`."""
+    """Return the LOOK of an image: hash, shortest side in pixels, colours. Raises BadSample as `decode_image`."""
     pixels_CSS = decode_image(data, SQUARE, max_pixels)
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # the header alone
         side = min(image.size)
@@ -52,7 +54,7 @@ def picture_signature(data: bytes, max_pixels: int) -> np.ndarray:
 
 
 def perceptual_hash(pixels_CSS: np.ndarray) -> np.uint64:
-    """64 bits of uint8 pixels [3, 32, 32]: which of the 8x8 longest cosine waves are stronger than their median.
+    """Return 64 bits of uint8 pixels [3, 32, 32]: which of the 8x8 longest cosine waves are stronger than their median.
 
     Stronger by a ripple of one grey level at least: less is noise, and a plain image hashes to 0. Brightness, the wave
     that is constant, is left out. After "pHash", Zauner 2010, Implementation and Benchmarking of Perceptual Hashes.
@@ -63,7 +65,7 @@ def perceptual_hash(pixels_CSS: np.ndarray) -> np.uint64:
 
 
 def first_similar(looks_N: np.ndarray, is_in_NS: np.ndarray, passed: Callable[[], None] = lambda: None) -> np.ndarray:
-    """The first other image in each of some sets that is alike; from LOOKs [N] and membership [N, sets].
+    """Return the first other image in each of some sets that is alike; from LOOKs [N] and membership [N, sets].
 
     Returns int64 [N, sets], N where there is none. `passed` is called after each of PASSES passes. Time and memory grow
     with N, not with the number of pairs: of images in a crowd it is the first of those compared, see `near_pairs`.
@@ -80,7 +82,7 @@ def first_similar(looks_N: np.ndarray, is_in_NS: np.ndarray, passed: Callable[[]
 
 def similar_pairs(looks_N: np.ndarray, passed: Callable[[], None] = lambda: None) -> Iterator[
         tuple[np.ndarray, np.ndarray]]:
-    """The pairs of LOOKs [N] that are alike, as two index arrays [Q] at a time; memory stays bounded."""
+    """Yield the pairs of LOOKs [N] that are alike, as two index arrays [Q] at a time; memory stays bounded."""
     hash_N = np.ascontiguousarray(looks_N["hash"])
     for left_Q, right_Q in near_pairs(hash_N, _colour_order(looks_N["cells"]), passed):
         for start in range(0, len(left_Q), SLICE):
@@ -90,19 +92,21 @@ def similar_pairs(looks_N: np.ndarray, passed: Callable[[], None] = lambda: None
 
 
 def crowded(hash_N: np.ndarray) -> int:
-    """The number of images whose hash more than CROWD images have."""
+    """Return the number of images whose hash more than CROWD images have."""
     _, counts = np.unique(hash_N, return_counts=True)
     return int(counts[counts > CROWD].sum())
 
 
 def _colour_order(cells_N: np.ndarray) -> np.ndarray:
-    """An order [N] in which images of similar mean colour are near one another, equal ones in no order of their own.
+    """Return an order [N] in which images of similar mean colour are near one another.
 
-    By 4 bits of each channel, interleaved (Morton's curve). Were equal ones in the order of the rows, the images of one
-    split would have no neighbours of another.
+    By 4 bits of each channel, interleaved (Morton's curve). Images of equal value come in random order: in the order of
+    the rows, the images of one split would have no neighbours of another.
     """
-    mean_N3 = np.concatenate([cells_N[start:start + SLICE].mean((2, 3)) for start in range(0, len(cells_N), SLICE)]
-                             or [np.empty((0, 3))]).astype(np.uint32)
+    means = [np.empty((0, 3))]
+    for start in range(0, len(cells_N), SLICE):
+        means.append(cells_N[start:start + SLICE].mean((2, 3)))
+    mean_N3 = np.concatenate(means).astype(np.uint32)
     place_N = np.zeros(len(cells_N), np.uint64)
     for bit in (7, 6, 5, 4):
         for channel in range(3):
@@ -112,7 +116,7 @@ def _colour_order(cells_N: np.ndarray) -> np.ndarray:
 
 def near_pairs(hash_N: np.ndarray, order_N: np.ndarray | None = None, passed: Callable[[], None] = lambda: None
                ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The pairs of uint64 hashes that differ in at most NEAR bits, as two index arrays [Q] at a time.
+    """Yield the pairs of uint64 hashes that differ in at most NEAR bits, as two index arrays [Q] at a time.
 
     Were two bits to differ in each of the four 16-bit bands, eight would: so in some band at most one does, and equal
     values of that band, or values one bit apart, find the pair (multi-index hashing, Norouzi, Punjani, Fleet 2012).
@@ -151,12 +155,14 @@ class _BandTable:
         self.start_V = np.searchsorted(self.value_N, np.arange((1 << 16) + 1))
 
     def candidates(self, flip: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Pairs of images whose values differ by `flip`, about CHUNK at a time."""
-        at = np.flatnonzero(self.value_N & flip == 0)  # from the side without the bit, or each pair would come twice
+        """Yield pairs of images whose values differ by `flip`, about CHUNK at a time."""
+        # Only from the side without the bit: from both, each pair would come twice.
+        at = np.flatnonzero(self.value_N & flip == 0)
         partner = self.value_N[at] | flip
         low, high = self.start_V[partner] if flip else at + 1, self.start_V[partner + 1]
         crowd = np.flatnonzero(high - self.start_V[partner] > CROWD)
-        if flip and len(crowd):  # those about the place where a hash that differs by the flip alone would be
+        if flip and len(crowd):
+            # In a crowd, compare with the CROWD hashes around the place of the hash that differs in this bit alone.
             near = np.searchsorted(self.key_N, self.key_N[at[crowd]] ^ np.uint64(flip << 48))
             low[crowd] = np.clip(near - CROWD // 2, low[crowd], high[crowd] - CROWD)
         high[crowd] = np.minimum(high[crowd], low[crowd] + CROWD)
@@ -165,7 +171,7 @@ class _BandTable:
 
 
 def _members(low: np.ndarray, high: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(number of the range, member) for all members of all ranges [low, high), about CHUNK at a time."""
+    """Yield (number of the range, member) for all members of all ranges [low, high), about CHUNK at a time."""
     end = np.cumsum(high - low)
     marks = np.arange(CHUNK, end[-1] if len(end) else 0, CHUNK)
     for first, last in pairwise([0, *np.searchsorted(end, marks) + 1, len(end)]):
@@ -176,12 +182,14 @@ def _members(low: np.ndarray, high: np.ndarray) -> Iterator[tuple[np.ndarray, np
 
 
 def _same_cells(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The pairs of cells uint8 [Q, 3, 8, 8] that are alike once brightness and contrast are evened out; bool [Q].
+    """Return which pairs of cells uint8 [Q, 3, 8, 8] are alike, brightness and contrast evened out; bool [Q].
 
     The hash compares structure only; this separates images that differ in colour, or in one place of a template.
     """
     one, other = (cells.reshape(len(cells), -1).astype(np.float32) for cells in (one, other))
     mean, other_mean = one.mean(1, keepdims=True), other.mean(1, keepdims=True)
     spread, other_spread = (np.maximum(cells.std(1, keepdims=True), 1) for cells in (one, other))
-    apart = np.abs((one - mean) / spread - (other - other_mean) / other_spread) * (spread + other_spread) / 2
-    return (apart.max(1) <= SAME_CELL) & (np.abs(mean - other_mean)[:, 0] <= SAME_MEAN)
+    standard, other_standard = (one - mean) / spread, (other - other_mean) / other_spread
+    # In levels again, by the mean of both spreads: standardised noise of a plain image would look like structure.
+    difference = np.abs(standard - other_standard) * (spread + other_spread) / 2
+    return (difference.max(1) <= SAME_CELL) & (np.abs(mean - other_mean)[:, 0] <= SAME_MEAN)

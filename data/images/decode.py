@@ -31,14 +31,18 @@ if TYPE_CHECKING:
 PIXELS_VERSION = 2  # part of every image fingerprint: raise it whenever the pixels of some input change
 TOKENS_VERSION = 1  # part of every title fingerprint: raise it whenever the tokens of some title change
 MAX_PIXELS = 25_000_000
-MAX_TEXT_CHUNKS = 16  # of a PNG; Pillow inflates each to 1 MiB at most
-MAX_SCANS = 100  # of a JPEG; each costs a pass over the whole image, and a file needs no more than about fifteen
+# Compressed texts of a PNG. Pillow inflates each to 1 MiB at most, but any number of them.
+MAX_TEXT_CHUNKS = 16
+# Scans of a progressive JPEG. Each costs a pass over the whole image, and a file needs no more than about fifteen.
+MAX_SCANS = 100
 # Raster formats decoded inside this process. By default Pillow tries every format: EPS, for one, starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM")
 # Called by `interpolate`; these take a scale and a size, so that pixels behind the crop need not be computed.
 _TORCH_FILTER = {int(Image.Resampling.BILINEAR): torch.ops.aten._upsample_bilinear2d_aa,
                  int(Image.Resampling.BICUBIC): torch.ops.aten._upsample_bicubic2d_aa}
-_SIMD = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # without it Pillow is the faster of the two
+# torch resizes with SIMD where the CPU has AVX; elsewhere Pillow is the faster of the two.
+_SIMD = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+# `tokenize` changes the truncation of a tokenizer that threads share.
 _TOKENIZING = threading.Lock()
 CHARACTERS_PER_TOKEN = 16  # of a long title that are encoded at first
 ENCODED_AT_ONCE = 1 << 20  # characters
@@ -174,7 +178,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     if data.startswith(b"\x89PNG") and data.count(b"zTXt") + data.count(b"iTXt") > MAX_TEXT_CHUNKS:
         raise BadSample("undecodable", f"more than {MAX_TEXT_CHUNKS} compressed text chunks")
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    tile = [int(getattr(image, "tag_v2", {}).get(tag, 1)) for tag in (322, 323)]  # a TIFF's tile may dwarf its image
+    # A TIFF is decoded in whole tiles, and a tile (tags 322, 323: width, length) may be far larger than the image.
+    tile = [int(getattr(image, "tag_v2", {}).get(tag, 1)) for tag in (322, 323)]
     if (pixels := max(math.prod(image.size), math.prod(tile))) > max_pixels:
         raise BadSample("too-many-pixels", f"{pixels:,} where {max_pixels:,} are allowed")
     if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
@@ -215,6 +220,7 @@ def _fit(image: Image.Image, has_alpha: bool, spec: ImageSpec) -> np.ndarray:
     else:
         height, width = spec.resize
     x, y = _Axis.of(image.width, width, spec.crop[1]), _Axis.of(image.height, height, spec.crop[0])
+    # torch computes all pixels up to the crop's end. Of a long image most would be thrown away.
     mostly_kept = x.after * y.after <= 4 * math.prod(spec.crop)
     if _SIMD and mostly_kept and not _height_first(x, y):
         pixels_HWC = _resize_then_crop(_rgb(image, has_alpha), x, y, spec.resample)
@@ -231,7 +237,7 @@ def _height_first(x: _Axis, y: _Axis) -> bool:
 
 
 def _rgb(image: Image.Image, has_alpha: bool) -> Image.Image:
-    """Convert as transformers does: composite transparent parts on white."""
+    """Convert to RGB as transformers does, transparent parts composited on white."""
     if has_alpha:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
@@ -245,7 +251,8 @@ def _resize_then_crop(image: Image.Image, x: _Axis, y: _Axis, resample: int) -> 
     """
     import pyarrow
     try:
-        pixels_HWC = pyarrow.array(image).flatten().to_numpy().reshape(image.height, image.width, 4)  # RGBX, no copy
+        # Through Arrow's C interface, which Pillow has: RGBX without a copy, where numpy would make one.
+        pixels_HWC = pyarrow.array(image).flatten().to_numpy().reshape(image.height, image.width, 4)
     except ValueError:  # beyond 4 megapixels Pillow keeps an image in several blocks
         pixels_HWC = np.asarray(image)
     pixels_1CHW = torch.from_numpy(pixels_HWC[: y.cut()[1]]).permute(2, 0, 1)[None]
@@ -320,8 +327,9 @@ def _encode_beginnings(backend: Tokenizer, titles: Sequence[str], max_length: in
         longer = []
         for places in _sized_batches(titles, todo, length):
             ends = [_end_of_words(titles[place], length) for place in places]
-            texts = [titles[place][:end].encode("utf-8", "replace").decode("utf-8")
-                     for place, end in zip(places, ends, strict=True)]
+            texts = []
+            for place, end in zip(places, ends, strict=True):
+                texts.append(titles[place][:end].encode("utf-8", "replace").decode("utf-8"))
             for place, end, encoding in zip(places, ends, backend.encode_batch(texts), strict=True):
                 if end < len(titles[place]) and not encoding.overflowing:
                     longer.append(place)
@@ -355,7 +363,7 @@ def _end_of_words(title: str, length: int) -> int:
 
 
 def collate_tokens(ids: Sequence[Sequence[int]], pad_id: int) -> Tokens:
-    """Pad on the right to the longest of the batch: ids and mask, int64 [B, L]."""
+    """Pad on the right to the longest of the batch; return ids and mask, int64 [B, L]."""
     lengths_B = np.array([len(row) for row in ids], np.int64)
     mask_BL = np.arange(max(lengths_B, default=0)) < lengths_B[:, None]
     ids_BL = np.full(mask_BL.shape, pad_id, np.int64)

@@ -33,10 +33,13 @@ from data.prefetch import batched
 Item = TypeVar("Item")
 Tag = TypeVar("Tag")
 
-LOT, SMALL_LOT = 256, 64  # pictures handed on at once: of many, and of few, where a long first lot is a long wait
+# Pictures handed on at once: of MANY, and of fewer, where a large first lot would be a long wait.
+LOT, SMALL_LOT = 256, 64
 MANY = 4096  # pictures
-PIECE = 16  # pictures that a worker takes at once: 20 ms of work where handing it out takes .1 ms
-MIN_PICTURES = MANY  # that processes are started for: loading their libraries takes 1.6 s of one core, as 1,300 do
+# Pictures that a worker takes at once: 20 ms of work, where handing it out takes .1 ms.
+PIECE = 16
+# Pictures from which on processes are started: loading their libraries takes 1.6 s of a core, the time of 1,300.
+MIN_PICTURES = MANY
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # "max PERIOD" or "QUOTA PERIOD"
 SHOWN_S = 5.0  # a feed that takes less says nothing of its rates
 
@@ -61,7 +64,7 @@ class Lot(NamedTuple, Generic[Tag]):
 
 @dataclass
 class Times:
-    """The time that a feed has taken, by what it was spent on."""
+    """The time that a feed has taken: reading, decoding, waiting."""
 
     pictures: int = 0
     spent: Spent = field(default_factory=Spent)
@@ -98,7 +101,8 @@ class Feed:
         self.lot = lot or (LOT if pictures >= MANY else SMALL_LOT)
         self.workers = min(reader.workers, MAX_WORKERS)
         self.use_processes = self.workers > 1 and cores_of_rank() > 1 and pictures >= MIN_PICTURES
-        self.slots = 2 + -(-2 * PIECE * self.workers // self.lot)  # the consumer's lot, and two pieces for each worker
+        # Lots of the ring: enough for the consumer's and for two pieces of each worker.
+        self.slots = 2 + -(-2 * PIECE * self.workers // self.lot)
         self.times = Times()
 
     def lots(self, groups: Iterable[Iterable[tuple[Tag, Task | BadSample | np.ndarray]]]) -> Generator[Lot[Tag]]:
@@ -179,6 +183,7 @@ class _Ring:
             register(self.memory)
         if feed.use_processes:
             self.processes = Processes(self)
+        # An earlier feed of this process may have loaded the server: then processes start at once, without threads.
         if self.processes is not None and Server.can_fork_now():
             self.backlog.set(for_threads=False)
             self.processes.start()
@@ -187,7 +192,7 @@ class _Ring:
         return self
 
     def start_threads(self) -> None:
-        """Let threads decode."""
+        """Start threads that decode."""
         self.backlog.set(for_threads=True)
         for number in range(self.feed.workers):
             self._threads.append(threading.Thread(target=self._decode, name=f"decode-{number}", daemon=True))

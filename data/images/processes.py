@@ -31,7 +31,8 @@ HANG_S = 120  # seconds that one picture may take; the largest that is allowed b
 READY_S = 120  # seconds in which a server that is loaded forks a worker
 LOOK_S = 1.0  # seconds between two looks at what workers are doing
 CLOSE_S = 10.0  # seconds in which the server takes a request
-QUEUED = 1 << 15  # bytes of a piece that a busy worker may be sent: more might not fit into its socket
+# Bytes of a piece that a busy worker may be sent: more might not fit into its socket, and sending would wait for it.
+QUEUED = 1 << 15
 TRIES = 3  # workers that may end before they are ready
 START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); " \
         "from data.images.worker import serve; serve(int(sys.argv[2]))"
@@ -105,7 +106,8 @@ class Server:
         own_end, server_end = socket.socketpair()
         one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         path = [str(Path(__file__).resolve().parents[2]), *sys.path]
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_MAIN)  # is inherited
+        # A child inherits the mask: Ctrl-C in a terminal reaches every process of the group.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_MAIN)
         try:
             with server_end:
                 self.process = subprocess.Popen(
@@ -142,7 +144,7 @@ class Server:
             return self._feeds
 
     def start(self, feed: int, number: int) -> Connection:
-        """Have a worker forked; return this end of its socket. Raises OSError."""
+        """Ask the server to fork a worker; return this end of its socket. Raises OSError."""
         own_end, worker_end = socket.socketpair()
         with self._lock, worker_end:
             self._requests.send(("start", feed, number))
@@ -233,7 +235,8 @@ class Processes:
             self._closed = True
         self.wake()
         if self.started:
-            for worker in [*self._workers.values()]:  # one that is stopped in a message would be waited for
+            # The thread may be reading a message of a worker that is stopped (SIGSTOP), and would wait for the rest.
+            for worker in [*self._workers.values()]:
                 worker.kill()
             self._thread.join(CLOSE_S)
             while self._thread.is_alive():  # the server is stopped
@@ -313,7 +316,10 @@ class Processes:
         self._has_room = False
 
     def _look(self) -> None:
-        """Kill what does not go on for HANG_S, not counting time in which this process was stopped."""
+        """Kill workers that make no progress for HANG_S, and a server that forks none; run by a thread of its own.
+
+        Time is counted in looks, not by a clock, so that time in which this process was stopped does not count.
+        """
         unready_for = 0.0
         while not self._ended.wait(LOOK_S):
             workers = [*self._workers.values()]
@@ -326,7 +332,7 @@ class Processes:
                 self._server.process.kill()
 
     def _look_for_hang(self, worker: _Worker) -> None:
-        """Kill a worker that has work and does not go on."""
+        """Kill a worker that has work and has made no progress for HANG_S."""
         note = int(self.notes[worker.number, 0]), int(self.notes[worker.number, 1])
         worker.seen_for = worker.seen_for + LOOK_S if note == worker.seen and worker.pieces else 0.0
         worker.seen = note
@@ -363,7 +369,7 @@ class Processes:
             self.ring.finish(pieces.popleft(), {}, Spent())
 
     def _fall_back(self, reason: str) -> None:
-        """Let threads decode from now on."""
+        """End all processes and start threads, which decode from now on."""
         if self._closed:
             return
         self.ring.feed.log(f"decoding in processes is not possible here ({reason}): threads decode")

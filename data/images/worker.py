@@ -117,7 +117,7 @@ class ToKey:
     record = np.dtype((np.uint8, (0,)))
 
     def decode(self, data: bytes, key: bytes, crop: tuple[int, int, int] | None) -> None:
-        """Return None."""
+        """Decode nothing."""
 
 
 def content_number(key: bytes) -> int:
@@ -143,8 +143,11 @@ def do_task(task: Task, job: Job, reader: Reader, records: np.ndarray, place: in
         read = time.perf_counter()
         spent.bytes += len(data)
         spent.reading += read - began
-        crop = task.crop
-        result = job.decode(data, key, crop and (crop[0], crop[1], content_number(key) if crop[2] is None else crop[2]))
+        crop = None
+        if task.crop is not None:
+            seed, epoch, number = task.crop
+            crop = seed, epoch, content_number(key) if number is None else number
+        result = job.decode(data, key, crop)
         if result is None or isinstance(result, bytes):
             return Outcome(key, content=result or b"")
         records[place] = result
@@ -237,6 +240,7 @@ def _fork(feed: tuple[Job, Reader, int], number: int, end: int, server: int) -> 
     except (EOFError, OSError):  # the feed has ended
         pass
     finally:
+        # Without Python's exit handlers: they belong to the server, of which this process is a copy.
         os._exit(0)
 
 
@@ -244,7 +248,7 @@ def _die_with(parent: int) -> None:
     """Let the kernel kill this process when its parent ends."""
     if hasattr(ctypes.CDLL(None), "prctl"):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+    if os.getppid() != parent:  # it ended before the call above
         os._exit(0)
 
 

@@ -36,7 +36,7 @@ FORMAT = "thumbtune shard index 2"
 
 
 def read_index(path: Path, ledger: Ledger | None = None) -> pa.Table:
-    """The samples of a shard in order, without reading an image: key, image_offset, image_size, title, title_neg.
+    """Return the samples of a shard in order, as a table of COLUMNS, without reading an image.
 
     int64 offsets and sizes are bytes of the tar; `title` and `title_neg` are lists of texts. `ledger` gets an
     entry for each sample dropped: {"shard", "key", "reason", "detail"}; the key "" stands for damage that may have
@@ -50,7 +50,7 @@ def read_index(path: Path, ledger: Ledger | None = None) -> pa.Table:
 
 
 def read_member(reference: str) -> bytes:
-    """The bytes at FILE#OFFSET+SIZE, of a tar or any other regular file, in any thread.
+    """Return the bytes at FILE#OFFSET+SIZE, of a tar or any other regular file, in any thread.
 
     Raises BadSample (truncated, too-large, bad-reference), OSError.
     """
@@ -60,7 +60,8 @@ def read_member(reference: str) -> bytes:
     status = os.stat(path)
     data = b""
     if offset + size <= status.st_size:
-        handle = _handle(path, status.st_dev, status.st_ino, status.st_mtime_ns)  # keeps it open while it is read
+        # Held in a variable: a handle that another thread drops from the cache stays open while it is read here.
+        handle = _handle(path, status.st_dev, status.st_ino, status.st_mtime_ns)
         data = os.pread(handle.descriptor, size, offset)
     if len(data) < size:
         raise BadSample("truncated", f"{path} ends before the {size} bytes at {offset} do")
@@ -145,7 +146,7 @@ def sidecar(path: Path) -> Path:
 
 
 def seal(file: BinaryIO, body: bytes) -> dict[str, Any]:
-    """The identity of a tar (its size and 64 blocks spread over it, no time) and of the body of its index."""
+    """Return the identity of a tar (its size and 64 blocks spread over it, no time) and of the body of its index."""
     size = file.seek(0, os.SEEK_END)
     sampled = b"".join(read_at(file, (size - BLOCK) * i // 63, BLOCK) for i in range(64))
     return {"format": FORMAT, "tar_bytes": size, "tar_sha256_of_64_blocks": hashlib.sha256(sampled).hexdigest(),
@@ -153,7 +154,7 @@ def seal(file: BinaryIO, body: bytes) -> dict[str, Any]:
 
 
 def indexed(path: Path, file: BinaryIO) -> pa.Table | None:
-    """The index beside a tar; None if there is none, it is damaged, or it does not fit this tar."""
+    """Return the index beside a tar; None where it is missing or damaged, or does not fit this tar."""
     try:
         with open_tar(sidecar(path)) as index:
             claim, _, body = read_at(index, 0, min(index.seek(0, os.SEEK_END), MAX_INDEX)).partition(b"\n")
@@ -170,7 +171,7 @@ def indexed(path: Path, file: BinaryIO) -> pa.Table | None:
 
 
 def tar_digest(index: pa.Table) -> str:
-    """The SHA-256 in hex of the whole tar that an index was written with."""
+    """Return the SHA-256 in hex of the whole tar that an index was written with."""
     return index.schema.metadata[b"tar_sha256"].decode()
 
 
@@ -182,7 +183,7 @@ def _table(columns: Mapping[str, Any], names: Iterable[str]) -> pa.Table:
 
 
 def scanned(path: Path, file: BinaryIO, ledger: Ledger | None) -> pa.Table:
-    """`read_index` from the tar itself."""
+    """Return what `read_index` does, from the tar itself."""
     def report(key: str, problem: BadSample) -> None:
         if ledger is not None:
             ledger({"shard": str(path), "key": key, "reason": problem.reason, "detail": problem.detail})
@@ -198,6 +199,6 @@ def scanned(path: Path, file: BinaryIO, ledger: Ledger | None) -> pa.Table:
 
 
 def table_of(rows: Sequence[tuple[Any, ...]]) -> pa.Table:
-    """The index of samples, from the values of COLUMNS of each."""
+    """Return the index of samples, from the values of COLUMNS of each."""
     columns = zip(*rows, strict=True) if rows else [()] * len(COLUMNS)
     return _table(dict(zip(COLUMNS, columns, strict=True)), COLUMNS)

@@ -26,7 +26,8 @@ from data.sources.source import Rows
 from data.text import hide_secrets
 from data.web.fetched import Fetched
 
-QUALITY = 95  # of re-encoded crops, without chroma subsampling: within 3/255 of the crop on photographs, on average
+# JPEG quality of crops, without chroma subsampling: within 3/255 of the crop on photographs, on average.
+QUALITY = 95
 
 
 def pack(splits: Mapping[str, Rows], reader: Reader, out: Path, side: int,
@@ -90,7 +91,7 @@ def _write(writer: ShardWriter, rows: Rows, row: int, image: bytes) -> BadSample
 
 
 def _available(rows: Rows, pending: np.ndarray, reader: Reader) -> Iterator[tuple[int, BadSample | None]]:
-    """The pending rows in order, each as soon as its bytes can be read; fetching goes on meanwhile.
+    """Yield the pending rows in order, each as soon as its bytes can be read; fetching goes on meanwhile.
 
     Only what has landed before its turn came is remembered.
     """
@@ -107,7 +108,8 @@ def _available(rows: Rows, pending: np.ndarray, reader: Reader) -> Iterator[tupl
             if not is_url(path):
                 yield row, None
                 continue
-            while path not in early:  # every row that names a URL gets a result, so it will come
+            # Every row that names a URL gets a result, so that of this row will come.
+            while path not in early:
                 result = next(fetched)
                 early.setdefault(result.url, []).append(result)
             result = early[path].pop()

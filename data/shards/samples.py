@@ -92,7 +92,7 @@ def class_name(content: bytes, classes: Sequence[str]) -> bytes:
 
 
 def spell_class(name: str) -> str:
-    """The name of a class in plain words: golden_retriever as "golden retriever"."""
+    """Return the name of a class in plain words: golden_retriever as "golden retriever"."""
     return name.replace("_", " ")
 
 
@@ -106,7 +106,7 @@ def class_names_beside(shard: Path) -> list[str]:
 
 
 def parse_class_names(text: str) -> list[str]:
-    """The names of classes, one a line."""
+    """Return the names of classes, one a line."""
     return text.removeprefix("\ufeff").splitlines()
 
 

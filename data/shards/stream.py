@@ -64,6 +64,7 @@ class ForwardFile:
             return self._reread(at, size)
         self._skip(at - self._read)
         data = self._take(size)
+        # Kept for `_no_tar`, which looks at the first bytes, and `_behind_damage`, which reads a header twice.
         self._first = self._first if at else data
         self._last = data[-BLOCK:]
         return data

@@ -75,7 +75,8 @@ def members(file: SeekableFile, report: Callable[[str, BadSample], None]) -> Ite
             yield Member(label, at, size, extra.get("fault") or _fault(kind, label, size, end - at))
         if kind not in b"xLgK":
             extra = {}
-        if kind not in b"123456" and at + size <= end:  # those have no content, whatever their size field is
+        # Links, devices, folders and pipes have no content, whatever their size field says.
+        if kind not in b"123456" and at + size <= end:
             at += size + -size % BLOCK
     if end < BLOCK:
         raise _no_tar(file)
@@ -106,12 +107,12 @@ def _header(block: bytes) -> _Header | None:
 
 
 def is_header(block: bytes) -> bool:
-    """True if a tar may start with these bytes."""
+    """Return whether a tar may start with these bytes."""
     return len(block) == BLOCK and _header(block) is not None
 
 
 def _number(field: bytes) -> int:
-    """An octal number, or one in base 256 as GNU writes large ones. Raises ValueError, also if it is negative."""
+    """Parse an octal number, or one in base 256 as GNU writes large ones. Raises ValueError, also if negative."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.partition(b"\0")[0].strip()
@@ -121,7 +122,7 @@ def _number(field: bytes) -> int:
 
 
 def _extension(file: SeekableFile, kind: bytes, at: int, size: int, end: int) -> dict[str, Any]:
-    """Name, size, fault that an extended header (L: GNU's long name, x: pax records) gives to the member after it."""
+    """Return name, size and fault that an extended header (L: GNU's long name, x: pax) gives to the next member."""
     if size > MAX_EXTENSION or at + size > end:
         return {"fault": BadSample("bad-header", f"extended by {size} bytes, {MAX_EXTENSION} allowed")}
     data = read_at(file, at, size)
@@ -142,7 +143,7 @@ def _extension(file: SeekableFile, kind: bytes, at: int, size: int, end: int) ->
 
 
 def _pax_records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """The records "LENGTH KEY=VALUE\\n" of a pax header. Raises ValueError."""
+    """Yield the records "LENGTH KEY=VALUE\\n" of a pax header. Raises ValueError."""
     at = 0
     while at < len(data):
         space = data.index(b" ", at, at + 8)
@@ -161,7 +162,7 @@ def _decimal(digits: bytes) -> int:
 
 
 def _behind_damage(file: SeekableFile, at: int, end: int, report: Callable[[str, BadSample], None]) -> int:
-    """The offset of the next header, or `end`. Bytes before it are reported, but for the zeros that end a tar."""
+    """Return the offset of the next header, or `end`; report the bytes before it unless they end a tar (zeros)."""
     start = at
     blank = True
     while at + BLOCK <= end and _header(block := read_at(file, at, BLOCK)) is None:
@@ -190,7 +191,7 @@ def open_tar(path: str | Path) -> BinaryIO:
 
 
 def read_at(file: SeekableFile, offset: int, size: int) -> bytes:
-    """Exactly these bytes, which lie inside the file. Raises OSError if it has become shorter."""
+    """Return exactly these bytes, which lie inside the file. Raises OSError if it has become shorter."""
     file.seek(offset)
     data = file.read(size)
     if len(data) < size:

@@ -61,7 +61,7 @@ class ShardWriter:
             self._abandon()
 
     def done(self) -> frozenset[str]:
-        """The keys in complete shards, of this run and of earlier ones."""
+        """Return the keys in complete shards, of this run and of earlier ones."""
         return frozenset(self._done)
 
     def write(self, key: str, image: bytes, title: str, title_neg: str | Sequence[str] | None = None,
@@ -120,9 +120,10 @@ class ShardWriter:
             index.flush()
             os.fsync(index.fileno())
         os.fsync(self._file.fileno())
+        # The index first: a tar under its name is a complete shard, so its index must be on the disk already.
         os.replace(self._index, sidecar(path))
         fsync(self.folder)
-        os.replace(self._part, path)  # this makes the shard complete
+        os.replace(self._part, path)
         fsync(self.folder)
         self._file.close()
         self._done.update(self._rows)
@@ -137,7 +138,7 @@ class ShardWriter:
 
 
 def _files(image: bytes, title: str, record: Mapping[str, Any]) -> dict[str, bytes]:
-    """The files of a sample by ending. Raises BadSample."""
+    """Return the files of a sample by ending. Raises BadSample."""
     check_image("the image", len(image))
     ending = next((name for name, magic in IMAGES.items() if magic and re.match(magic, image, re.DOTALL)), None)
     if ending is None:

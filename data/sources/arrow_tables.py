@@ -34,7 +34,7 @@ ClassNames = Mapping[str, Sequence[str]]  # column -> the names of its classes
 
 
 def read_parquet(path: Path, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
-    """A Parquet file; of its columns, only those in use are read. Raises UserError."""
+    """Read a Parquet file, of its columns only those in use. Raises UserError."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -128,7 +128,7 @@ def dictionary_size(values: pa.Array) -> int:
 
 
 def read_arrow(path: Path, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
-    """An Arrow IPC file or stream (.arrow, .feather), mapped from the disk. Raises UserError."""
+    """Open an Arrow IPC file or stream (.arrow, .feather), mapped from the disk. Raises UserError."""
     import pyarrow as pa
 
     try:
@@ -151,7 +151,7 @@ def roles_of(table: pa.Table, columns: Columns, source: str, account: Account,
 
 
 def column_names(path: Path) -> list[str] | None:
-    """The columns of a Parquet or Arrow file; None for another kind of file or one that cannot be read."""
+    """Return the columns of a Parquet or Arrow file; None for another kind of file or one that cannot be read."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -166,7 +166,7 @@ def column_names(path: Path) -> list[str] | None:
 
 
 def class_names(schema: pa.Schema) -> dict[str, Sequence[str]]:
-    """The names of the classes of each ClassLabel column, from what `datasets` writes into a schema."""
+    """Return the names of the classes of each ClassLabel column, from what `datasets` writes into a schema."""
     try:
         features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: feature["names"] for name, feature in features.items()
@@ -176,7 +176,7 @@ def class_names(schema: pa.Schema) -> dict[str, Sequence[str]]:
 
 
 def _with_labels(schema: pa.Schema, classes: ClassNames, columns: Columns) -> Columns:
-    """`columns` with the only column of class labels as the title, where no column is known to hold titles."""
+    """Return `columns` with the only column of class labels as the title, where no column is known to hold titles."""
     labels = [name for name in schema.names if name in classes]
     titles = {*KNOWN["title"]} - {*CLASS_COLUMNS}
     if columns.title or len(labels) != 1 or {name.strip().lower() for name in schema.names} & titles:
@@ -194,7 +194,7 @@ def _holds_pictures(kind: pa.DataType) -> bool:
 
 
 def _to_roles(table: pa.Table, picked: Mapping[str, Sequence[str]], classes: ClassNames) -> pa.Table:
-    """The picked columns by role; class names for their numbers, and one image a row for lists of one."""
+    """Return the picked columns by role; class names for their numbers, and one image a row for lists of one."""
     roles = rename_to_roles(table, picked).replace_schema_metadata(None)
     title = picked["title"][0]
     if len(picked["title"]) == 1 and title in classes:
@@ -210,7 +210,7 @@ def _to_roles(table: pa.Table, picked: Mapping[str, Sequence[str]], classes: Cla
 
 
 def _names_of(column: pa.ChunkedArray, names: Sequence[str]) -> pa.ChunkedArray:
-    """Class names for class numbers; null for -1, which is no class, and for numbers that have no name."""
+    """Return class names for class numbers; null for -1, which is no class, and for numbers that have no name."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -223,7 +223,7 @@ def _names_of(column: pa.ChunkedArray, names: Sequence[str]) -> pa.ChunkedArray:
 
 
 def _only_items(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Lists of at most one item as items; a column with longer lists as it is."""
+    """Replace lists of at most one item by the items; return a column with longer lists as it is."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

@@ -67,7 +67,9 @@ class ImageFinder:
     def __init__(self, file: Path, root: str) -> None:
         beside = [file.parent.absolute(), file.parent.parent.absolute()]
         roots = [Path(root).expanduser().absolute()] if root else beside
-        self.folders = [str(root / name) for root in roots for name in IMAGE_FOLDERS if (root / name).is_dir()]
+        self.folders: list[str] = []
+        for folder in roots:
+            self.folders += [str(folder / name) for name in IMAGE_FOLDERS if (folder / name).is_dir()]
         self._files: dict[str, frozenset[str]] = {}
         self.found = 0
         self.example = self.missing = ""  # the first image that is there, the first that is nowhere
@@ -156,8 +158,13 @@ def _coco(files: Sequence[Path], context: ReadContext, account: Account) -> list
     splits = files_by_word(files)
     if not splits:
         return [_part(UNSPLIT, _single_file(files), partial(_read_coco, files[0], context))]
-    splits = unique_splits((split, file.name, [file]) for split, files in splits.items() for file in files)
-    return [_part(split, file, partial(_read_coco, file, context)) for split, files in splits.items() for file in files]
+    named = []
+    for split, files_of_split in splits.items():
+        named += [(split, file.name, [file]) for file in files_of_split]
+    parts = []
+    for split, (file,) in unique_splits(named).items():
+        parts.append(_part(split, file, partial(_read_coco, file, context)))
+    return parts
 
 
 def _read_coco(file: Path, context: ReadContext, account: Account) -> pa.Table:

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from data.batch import UserError
 from data.ledger import Account
@@ -61,7 +62,10 @@ def detect_columns(names: list[str], columns: Columns, source: str, account: Acc
             close = difflib.get_close_matches(name, names, 1)
             raise UserError(f"{source}: no column {name!r} for {FLAGS[role]}; {existing}"
                             + (f"; did you mean {close[0]!r}?" if close else ""))
-        taken = [name for other in KNOWN if other != role for name in (*columns.names(other), *picked.get(other, ()))]
+        taken: list[str] = []  # by other roles
+        for other in KNOWN:
+            if other != role:
+                taken += [*columns.names(other), *picked.get(other, ())]
         families = [] if given else _families(role, names, with_bytes, taken)
         if given:
             account.apply(FLAGS[role])
@@ -69,7 +73,7 @@ def detect_columns(names: list[str], columns: Columns, source: str, account: Acc
             picked[role] = [*given] or families[0]
         elif role not in OPTIONAL:
             missing.append(role)
-        unused = [name for family in families[1:] for name in family]
+        unused = [*chain.from_iterable(families[1:])]
         unused += [] if given else _lookalikes(role, names, families)
         if unused or families and (len(families[0]) > 1 or families[0][0].strip().lower() in TUPLE):
             choices.append(f"{role} = {', '.join(_shown(picked.get(role, ()))) or 'none'}"
@@ -78,7 +82,7 @@ def detect_columns(names: list[str], columns: Columns, source: str, account: Acc
         raise _no_column(missing, source, existing)
     if choices:
         account.note(f"columns: {'; '.join(choices)}")
-    for column in [name for role in picked for name in picked[role]]:
+    for column in chain.from_iterable(picked.values()):
         if names.count(column) > 1:
             raise UserError(f"{source}: the column {column[:100]!r} is there {names.count(column)} times; rename all "
                             "but one")
@@ -100,7 +104,7 @@ def _families(role: str, names: Sequence[str], with_bytes: Collection[str], take
     Columns `taken` by other roles have none but that of the image.
     """
     numbered: dict[str, dict[int, str]] = {base: {} for base in KNOWN[role]}
-    for name in reversed(names):
+    for name in reversed(names):  # of two spellings of one name (Image, image) the first column counts
         spelled = name.strip().lower()
         match = NUMBERED.fullmatch(spelled)
         if role != "image" and (name in taken or name in with_bytes):
@@ -109,16 +113,20 @@ def _families(role: str, names: Sequence[str], with_bytes: Collection[str], take
             numbered[spelled][-1] = name
         elif match and match[1] in numbered and role not in ("image", "split"):
             numbered[match[1]][int(match[2])] = name
-    families = [[family[number] for number in sorted(family)] for family in numbered.values() if family]
+    families: list[list[str]] = []
+    for family in numbered.values():
+        if family:
+            families.append([family[number] for number in sorted(family)])
     if role == "image":
+        # `positive` is an image only where it holds bytes: in most sets with an anchor both are text.
         families = [[name] for (name,) in families if name in with_bytes or name.strip().lower() != "positive"]
-        families.sort(key=lambda family: family[0] not in with_bytes)  # stable
+        families.sort(key=lambda family: family[0] not in with_bytes)  # stable: known names keep their order
     return families
 
 
 def _lookalikes(role: str, names: Sequence[str], families: Sequence[Sequence[str]]) -> list[str]:
-    """The columns of no family that may be meant for a role: image_2, hard_negative."""
-    known = {name for family in families for name in family}
+    """Return the columns of no family that may be meant for a role: image_2, hard_negative."""
+    known = {*chain.from_iterable(families)}
     if role == "title_neg":
         return [name for name in names if name not in known and NEGATIVE.search(name.lower())]
     matches = [(name, NUMBERED.fullmatch(name.strip().lower())) for name in names if name not in known]

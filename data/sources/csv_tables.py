@@ -65,7 +65,7 @@ def read_csv(path: Path, options: ReadOptions, account: Account, delimiter: str)
 
 
 def _with_lists(table: pa.Table, path: Path, account: Account) -> pa.Table:
-    """The table with lists for texts that spell lists, ['…', '…'], as pandas writes a column of lists."""
+    """Return the table with lists for texts that spell lists, ['…', '…'], as pandas writes a column of lists."""
     for role in [role for role in ("title", "title_neg") if role in table.column_names]:
         texts = table[role]
         if is_list(texts.type) or not spell_lists(texts):
@@ -174,6 +174,8 @@ def _may_join_rows(path: Path, table: pa.Table, columns: Mapping[str, int], shap
     """
     import pyarrow.compute as pc
 
+    # Arrow reads quotes over line ends, so one stray quote swallows rows up to the next one. All line ends of the file
+    # must be those between rows or inside values; where they are not, the rows are read one by one.
     quotes = newlines = returns = 0
     last = b"\n"
     with shape.dialect.open(path) as file:

@@ -41,7 +41,7 @@ class Dialect(NamedTuple):
 
     @property
     def skips_blanks(self) -> bool:
-        """True if blanks may precede an opening quote; in columns separated by bars, quotes are part of the text."""
+        """Return whether blanks may precede an opening quote; between bars, quotes are part of the text."""
         return self.trim and self.delimiter != "|"
 
     def open(self, path: Path) -> BinaryIO:
@@ -88,7 +88,7 @@ def sniff(path: Path, options: ReadOptions, usual: str) -> Dialect:
     separators = [options.delimiter] if options.delimiter else [*dict.fromkeys((usual, *SEPARATORS))]
     if excel and not options.delimiter:
         separators = [excel[1]]
-    best = max(separators, key=partial(_fit, sample, options))
+    best = max(separators, key=partial(_fit, sample, options))  # of equal ones the first: the usual one of the ending
     header = next(iter(_sample_rows(sample, best)), [])
     trim = len(header) > 1 and all(cell[:1] == " " for cell in header[1:])
     is_damaged = encoding == "utf-8" and not _is_utf8(path)

@@ -162,7 +162,7 @@ def shown_name(reference: str | None) -> str:
 
 
 def write_once(path: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` make a file unless it exists: whole or not at all, by one process while others wait."""
+    """Make a file by `write` unless it exists: whole or not at all, by one process while others wait."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(f"{path}.lock", "ab")
@@ -171,6 +171,7 @@ def write_once(path: Path, write: Callable[[Path], None]) -> None:
     with lock:
         while not path.exists():
             try:
+                # Without waiting: the holder may finish the file in between, and then nothing has to be locked.
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _remove_parts(path)
             except BlockingIOError:

@@ -103,12 +103,12 @@ def folder_parts(folder: Folder) -> list[DatasetPart]:
 
 
 def _saved(folder: Folder) -> list[DatasetPart] | None:
-    """A dataset written by save_to_disk."""
+    """Read a dataset written by save_to_disk."""
     return saved_parts(folder.path, folder.context) if is_saved(folder.path) else None
 
 
 def _configured(folder: Folder) -> list[DatasetPart] | None:
-    """A clone of a hub dataset whose README.md lists the files of each split."""
+    """Read a clone of a hub dataset whose README.md lists the files of each split."""
     card = folder.path / "README.md"
     if not card.is_file():
         return None
@@ -121,7 +121,7 @@ def _configured(folder: Folder) -> list[DatasetPart] | None:
 
 
 def _named_files(folder: Folder) -> list[DatasetPart] | None:
-    """Files called after splits."""
+    """Read files called after splits."""
     parts = _parts(files_by_split(folder.entries), folder)
     if parts:
         _note_unused(folder, parts)
@@ -137,7 +137,7 @@ def _parts(splits: Mapping[str, Sequence[Path]], folder: Folder) -> list[Dataset
 
 
 def _captions(folder: Folder) -> list[DatasetPart] | None:
-    """A published layout of captions; where there are several, the first, with a note."""
+    """Read a published layout of captions; of several, read the first and note the others."""
     layouts = list(find_layouts(folder.path))
     if not layouts:
         return None
@@ -153,7 +153,7 @@ def _captions(folder: Folder) -> list[DatasetPart] | None:
 
 
 def _named_folders(folder: Folder) -> list[DatasetPart] | None:
-    """Folders called after splits."""
+    """Read folders called after splits."""
     named = [entry for entry in folder.entries if entry.name.lower() in FILE_SPLITS and entry.is_dir()]
     folders = [entry for entry in named if not is_output(entry)]
     if not folders:
@@ -168,8 +168,10 @@ def _named_folders(folder: Folder) -> list[DatasetPart] | None:
         return [folder.part(split, metadata[0], partial(_read_below, metadata[0], entry.name, names, folder.context))
                 for split, (entry,) in splits.items()]
     _note_unused(folder, [], [entry for entry in folder.entries if entry.is_dir() and entry not in named])
-    return [replace(part, split=split) for split, (entry,) in splits.items()
-            for part in _without_splits(folder.inner(entry))]
+    parts = []
+    for split, (entry,) in splits.items():
+        parts += [replace(part, split=split) for part in _without_splits(folder.inner(entry))]
+    return parts
 
 
 def _note_unused(folder: Folder, used: Sequence[DatasetPart], folders: Sequence[Path] = ()) -> None:
@@ -185,7 +187,7 @@ def _note_unused(folder: Folder, used: Sequence[DatasetPart], folders: Sequence[
 
 
 def _read_below(metadata: Path, name: str, names: Sequence[str], context: ReadContext, account: Account) -> pa.Table:
-    """The rows of a metadata file whose images are below the folder `name`, one of `names`.
+    """Return the rows of a metadata file whose images are below the folder `name`, one of `names`.
 
     With the first of these, rows whose image is below none of them are dropped.
     """
@@ -206,7 +208,7 @@ def _read_below(metadata: Path, name: str, names: Sequence[str], context: ReadCo
 
 
 def _hive(folder: Folder) -> list[DatasetPart] | None:
-    """A partitioned table in folders KEY=VALUE, where `split=train` names a split."""
+    """Read a partitioned table in folders KEY=VALUE, where `split=train` names a split."""
     if not any(HIVE.fullmatch(entry.name) and entry.is_dir() for entry in folder.entries):
         return None
     splits: dict[str, list[Path]] = {}
@@ -226,7 +228,7 @@ def _hive(folder: Folder) -> list[DatasetPart] | None:
 
 
 def _data_folder(folder: Folder) -> list[DatasetPart] | None:
-    """A clone of a hub dataset without configurations: `data/train-00000-of-00001.parquet`."""
+    """Read a clone of a hub dataset without configurations: `data/train-00000-of-00001.parquet`."""
     data = folder.path / "data"
     parts = _named_files(folder.inner(data)) if data.is_dir() and not is_output(data) else None
     if parts:
@@ -235,7 +237,7 @@ def _data_folder(folder: Folder) -> list[DatasetPart] | None:
 
 
 def _inner(folder: Folder) -> list[DatasetPart] | None:
-    """A folder that holds only another one with the dataset, as unpacked archives do."""
+    """Read a folder that holds only another one with the dataset, as unpacked archives do."""
     entries = [entry for entry in folder.entries if not entry.name.lower().startswith(("readme", "license"))]
     if len(entries) != 1 or not entries[0].is_dir() or is_output(entries[0]):
         return None
@@ -254,7 +256,7 @@ def _without_splits(folder: Folder) -> list[DatasetPart]:
 
 
 def _rows(folder: Folder) -> list[DatasetPart] | None:
-    """Shards, tables or images without splits."""
+    """Read shards, tables or images without splits."""
     shards = [file for file in folder.entries if file.suffix.lower() == ".tar"]
     tables = folder.tables
     if shards:
@@ -279,7 +281,7 @@ def _rows(folder: Folder) -> list[DatasetPart] | None:
 
 
 def _tables(folder: Folder, tables: Sequence[Path]) -> list[DatasetPart]:
-    """Tables whose names have words for splits, or which are parts of one table. Raises UserError for others."""
+    """Read tables whose names have words for splits, or which are parts of one table. Raises UserError for others."""
     metadata = [file for file in tables if METADATA.fullmatch(file.name)]
     if len(metadata) == 1:
         others = [file.name for file in tables if file not in metadata]
@@ -291,8 +293,11 @@ def _tables(folder: Folder, tables: Sequence[Path]) -> list[DatasetPart]:
         return _parts({UNSPLIT: tables}, folder)
     splits = files_by_word(tables)
     if splits:
-        named = "; ".join(f"{split}: {', '.join(file.name for file in files[:3])}" for split, files in splits.items())
-        folder.account.note(f"{folder.path}: splits by the words of file names: {named}")
+        named = []
+        for split, files in splits.items():
+            names = ", ".join(file.name for file in files[:3])
+            named.append(f"{split}: {names}")
+        folder.account.note(f"{folder.path}: splits by the words of file names: {'; '.join(named)}")
         return _parts(splits, folder)
     if _are_one_table(tables):
         folder.account.note(f"{folder.path}: {len(tables)} numbered files ({tables[0].name}, …) are one table")
@@ -310,4 +315,6 @@ def _are_one_table(tables: Sequence[Path]) -> bool:
     return all(each == columns[0] for each in columns)
 
 
+# The order decides: a folder may look like several kinds. What names its splits comes before what is divided by seed,
+# and what a tool wrote (a saved dataset, a README.md with configurations) before what only names suggest.
 KINDS = (_saved, _configured, _named_files, _captions, _named_folders, _data_folder, _hive, _inner, _rows)

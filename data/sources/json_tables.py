@@ -177,7 +177,10 @@ def _items(value: Any, path: Path, account: Account) -> Sequence[Any]:
     lists = {name: field for name, field in value.items() if _holds_objects(field)} if isinstance(value, dict) else {}
     if len(lists) > 1 and len(lists) == len(value) and all(name.lower() in SPLIT_NAMES for name in lists):
         account.note(f"{path}: the rows are the objects under the names of splits")
-        return [{"split": name, **row} if isinstance(row, dict) else row for name in lists for row in lists[name]]
+        rows = []
+        for name, items in lists.items():
+            rows += [{"split": name, **row} if isinstance(row, dict) else row for row in items]
+        return rows
     if len(lists) == 1 or "data" in lists:
         name = "data" if "data" in lists else next(iter(lists))
         account.note(f"{path}: the rows are the objects under {name!r}")

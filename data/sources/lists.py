@@ -32,7 +32,7 @@ def joined(*parts: str | pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArr
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """True for Arrow's types of lists."""
+    """Return whether a type is one of Arrow's types of lists."""
     import pyarrow as pa
 
     return (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
@@ -73,12 +73,13 @@ def flatten(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray]:
 
 
 def text_field(names: Iterable[str]) -> str | None:
-    """Return the field that holds the text of an object in a list; None if there is none known."""
-    return next((name for name in FIELDS if name in {*names}), None)
+    """Return the field that holds the text of an object in a list; None if none is known."""
+    existing = {*names}
+    return next((name for name in FIELDS if name in existing), None)
 
 
 def spell_lists(texts: pa.ChunkedArray) -> bool:
-    """True if all texts that are not blank are in brackets."""
+    """Return whether all texts that are not blank are in brackets."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -136,7 +137,8 @@ def join_columns(columns: Sequence[pa.ChunkedArray]) -> pa.ChunkedArray:
     parts = [flatten(column) for column in columns]
     chunks = [decoded(chunk) for values, _ in parts for chunk in values.chunks]
     kinds = {chunk.type for chunk in chunks}
-    if len(kinds) > 1 or all(map(_is_text, kinds)):  # the take below joins all chunks: 32-bit offsets may be too few
+    if len(kinds) > 1 or all(map(_is_text, kinds)):
+        # The take below joins all chunks: together they may hold more than the 2 GiB that 32-bit offsets reach.
         kind = pa.large_string()
         if not all(map(_is_text, kinds)) and all(_is_text(each) or _is_bytes(each) for each in kinds):
             kind = pa.large_binary()

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -51,7 +52,7 @@ class ImageLocation:
 
     @property
     def in_store(self) -> bool:
-        """Whether the table lies in a store; its relative paths are then addresses below its own."""
+        """Return whether the table lies in a store; its relative paths are then addresses below its own."""
         return bool(scheme_of(self.folders[0]))
 
     def under(self, root: str) -> ImageLocation:
@@ -249,7 +250,10 @@ def _moved(chunks: Sequence[pa.Array], location: ImageLocation, source: str, acc
     names = _first(chunks, _is_absolute)
     if any(os.path.lexists(name) for name in names):
         return [*chunks]
-    prefixes = (name[: place + 1] for name in names for place, letter in enumerate(name) if letter == "/")
+    prefixes = []
+    for name in names:
+        prefixes += [name[: slash.end()] for slash in re.finditer("/", name)]
+    # The shortest first: the more of a path stays, the less likely another file of that name is taken for the image.
     for prefix in dict.fromkeys(sorted(prefixes, key=len)):
         tails = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
         if any(os.path.isfile(os.path.join(location.folders[0], tail)) for tail in tails):
@@ -283,7 +287,7 @@ def _first(chunks: Sequence[pa.Array], is_wanted: Callable[[str], bool]) -> list
 def _folders_within(base: str) -> list[str]:
     """Return the folder and those up to two levels below: images/, flickr30k_images/flickr30k_images/."""
     inner = _subfolders(base)
-    deeper = [folder for parent in inner for folder in _subfolders(parent)]
+    deeper = [*chain.from_iterable(map(_subfolders, inner))]
     return [base, *inner, *deeper][:MAX_FOLDERS]
 
 

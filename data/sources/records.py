@@ -77,7 +77,9 @@ def from_records(records: Iterator[Record], columns: Columns, source: str, messa
     whole = pa.concat_tables(_with_same_lists(parts), promote_options="default")
     table = rename_to_roles(whole, {**picked, ROW: [""]})
     used = [name for role in picked for name in picked[role]]
-    bad = {place: problem for name in used for place, problem in problems[name].items()}
+    bad: dict[int, BadSample] = {}
+    for name in used:
+        bad |= problems[name]
     if is_list(table["image"].type):
         lists = pc.indices_nonzero(table["image"].is_valid()).to_pylist()
         problem = BadSample("not-text", f"{picked['image'][0]!r} is a list; it must be text")
@@ -131,7 +133,9 @@ def _text_of(item: Any) -> Any:
 
 def _with_same_lists(parts: Sequence[pa.Table]) -> list[pa.Table]:
     """Return the tables with lists in each column that has lists in one of them."""
-    listed = {name for part in parts for name in part.column_names if is_list(part[name].type)}
+    listed: set[str] = set()
+    for part in parts:
+        listed.update(name for name in part.column_names if is_list(part[name].type))
     converted = []
     for part in parts:
         for place, name in enumerate(part.column_names):

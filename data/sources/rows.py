@@ -299,7 +299,7 @@ def join_tables(name: str, tables: Sequence[pa.Table], source: str, account: Acc
 
 
 def _take(column: pa.ChunkedArray, indices: np.ndarray) -> pa.ChunkedArray:
-    """`column.take(indices)` chunk by chunk: Arrow would first join all chunks into one, with all their images."""
+    """Return `column.take(indices)`, chunk by chunk: Arrow would first join all chunks, with all their images."""
     import pyarrow as pa
 
     starts = np.cumsum([0, *map(len, column.chunks)])

@@ -69,6 +69,7 @@ def divide_lone_split(splits: Mapping[str, Rows], contents: ContentReader, seed:
     if list(splits) != ["train"]:
         return dict(splits)
     rows = splits["train"]
+    # By the words of titles, not by a model's tokens: the split is the same for every model.
     inputs = build_catalogue(splits, replace(clip_words(), cache=contents.cache / "seen"))
     image_N = distinct(contents.keys(inputs))[0][inputs.image_N["train"]]
     image_N = _codes(image_N, _has_no_image(inputs))
@@ -114,7 +115,7 @@ def three_way_split(seed: int, *codes: np.ndarray) -> dict[str, np.ndarray]:
     N = len(group_N)
     size_N = np.bincount(group_N, minlength=N)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(seed)).numpy()
-    held = max(1, round(HELD_OUT * N)) if N >= 3 else 0
+    held = max(1, round(HELD_OUT * N)) if N >= 3 else 0  # two rows cannot fill three splits
     goal = [N - 2 * held, held, held]
     room = goal.copy()
     split_N = np.zeros(N, np.int8)  # of each group, at the place of its first row

@@ -69,8 +69,10 @@ def select_shards(shards: Mapping[str, Sequence[T]], options: ReadOptions, accou
 
 def without_split_column(name: str, tables: Sequence[pa.Table], account: Account) -> list[pa.Table]:
     """Return the tables of one of several splits without their column of splits; other names in it are noted."""
-    others = {canonical_split(value) for table in tables for value in _values(table).unique().to_pylist()} - {"", name}
-    if others:
+    others: set[str] = set()
+    for table in tables:
+        others.update(map(canonical_split, _values(table).unique().to_pylist()))
+    if others - {"", name}:
         account.note("the column 'split' is not used, as the dataset names its splits; --split-column split uses it "
                      "instead")
     return [_without_column(table) for table in tables]
@@ -147,7 +149,10 @@ def _rename(names: Sequence[str], options: ReadOptions) -> dict[str, str]:
     if not options.splits:
         return {name: canonical_split(name) for name in names}
     renamed: dict[str, str] = {}
-    for split, sought in [(split, name) for split, wanted in options.splits.items() for name in wanted]:
+    wanted: list[tuple[str, str]] = []
+    for split, sources in options.splits.items():
+        wanted += [(split, name) for name in sources]
+    for split, sought in wanted:
         matches = [sought] if sought in names else [name for name in names if _is_same(name, sought)]
         if not matches:
             ordered = sorted(names, key=lambda name: (*SPLITS, name).index(name))

@@ -65,9 +65,7 @@ class FeatureSplit:
     @property
     def widths(self) -> tuple[int, int]:
         """Widths of image and text features."""
-        image, title = (table.store.width if isinstance(table, StoredTable) else table.shape[1]
-                        for table in (self.image_MV, self.title_PT))
-        return image, title
+        return _width(self.image_MV), _width(self.title_PT)
 
     def parts(self) -> Iterator[Features]:
         """Yield the features of all pairs in order, in parts: all at once may be as large as the tables."""
@@ -127,6 +125,10 @@ class FeatureSplit:
         if features.image_id_B.device.type == self.device.type:
             return features
         return map_tensors(features, lambda part: part.pin_memory().to(self.device, non_blocking=True))
+
+
+def _width(table: Tensor | StoredTable) -> int:
+    return table.store.width if isinstance(table, StoredTable) else table.shape[1]
 
 
 def loss_ids(title_ids: Tensor, title_group_P: Tensor | None) -> Tensor:

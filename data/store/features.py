@@ -61,7 +61,10 @@ class FeatureStore:
         return sum(self._layout.header(len(segment.keys))[1] for segment in self._live())
 
     def refresh(self) -> None:
-        """Load what other processes wrote. Processes with equal segments choose equal copies of repeated content."""
+        """Load the segments that other processes wrote.
+
+        Where content is stored several times, processes that see the same segments choose the same copy.
+        """
         self._hold()
         try:
             names = os.listdir(self.folder) if self.folder.exists() else []
@@ -74,9 +77,9 @@ class FeatureStore:
         self._rebuild()
 
     def wait_for(self, keys: np.ndarray, seconds: float) -> np.ndarray:
-        """Return `locate` of keys that other ranks have just written, waiting for those that are not to be seen yet.
+        """Return `locate` of keys that other ranks have just written, waiting for those that are not visible yet.
 
-        An NFS client may show an older listing of the folder, until it has changed something there itself.
+        An NFS client may show an older listing of the folder until it changes something there itself.
         """
         deadline = time.monotonic() + seconds
         while True:
@@ -84,6 +87,7 @@ class FeatureStore:
             rows = self.locate(keys)
             if (rows >= 0).all() or time.monotonic() > deadline:
                 return rows
+            # A file made here changes the folder, so that an NFS client asks the server for a new listing.
             with suppress(OSError), tempfile.TemporaryFile(dir=self.folder):
                 time.sleep(POLL_S)
 
@@ -106,6 +110,7 @@ class FeatureStore:
         target = out.view(torch.uint8).numpy()
         starts = np.array([segment.start for segment in self._segments], np.int64)
         buffer = np.empty((PIECE, self._layout.row_bytes), np.uint8)
+        # Ascending rows read each file front to back, and so each page of it once.
         order = np.argsort(rows)
         wanted = rows[order]
         cuts = [*np.searchsorted(wanted, starts).tolist(), len(wanted)]  # segment i: wanted[cuts[i] : cuts[i + 1]]
@@ -191,7 +196,7 @@ class FeatureStore:
         warnings.warn(f"feature segment {path} is damaged ({reason}); its rows will be encoded again", stacklevel=2)
 
     def _rebuild(self) -> None:
-        """Index all live segments anew, in an order that is the same in every process."""
+        """Index all live segments again, in an order that is the same in every process."""
         live, self._index = sorted(self._live()), []
         if live:
             keys = np.concatenate([segment.keys for segment in live])
@@ -199,7 +204,7 @@ class FeatureStore:
             self._add(keys, rows)
 
     def _add(self, keys: np.ndarray, rows: np.ndarray) -> None:
-        """Index these rows; parts of similar size are merged, so that a row is sorted few times in many appends."""
+        """Index these rows; parts of similar size are merged, so that many appends sort each row only a few times."""
         while self._index and len(self._index[-1][0]) <= 2 * len(keys):
             older_keys, older_rows = self._index.pop()
             keys, rows = np.concatenate([older_keys, keys]), np.concatenate([older_rows, rows])
@@ -208,7 +213,8 @@ class FeatureStore:
 
     def _find(self, keys: np.ndarray) -> np.ndarray:
         result = np.full(len(keys), -1)
-        order = np.argsort(keys)  # sorted queries share cache lines: twice as fast
+        # Sorted queries share the processor's cache lines: twice as fast.
+        order = np.argsort(keys)
         for known, rows in self._index:
             position = np.minimum(np.searchsorted(known, keys[order]), len(known) - 1)
             is_hit = known[position] == keys[order]
@@ -216,7 +222,7 @@ class FeatureStore:
         return result
 
     def _verify(self, wanted: np.ndarray) -> bool:
-        """Read these blocks (bool [blocks]) and set aside damaged segments; return whether there were none."""
+        """Read these blocks (bool [blocks]) and set aside damaged segments; return whether all were sound."""
         before = len(self.damaged)
         for segment in self._live() if wanted.any() else []:
             blocks = slice(segment.start // BLOCK, segment.start // BLOCK + len(segment.sums))

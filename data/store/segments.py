@@ -83,7 +83,8 @@ class Segment(NamedTuple):
         """Copy these rows of the store (ascending) to `out` [n, row bytes]; IndexError when one is not in this file."""
         if rows[-1] >= self.start + len(self.keys):
             raise IndexError(f"no row {rows[-1]}")
-        np.take(self.values, rows - self.start, 0, out, "clip")  # "clip": unlike "raise" it needs no buffer
+        # "clip", as "raise" would copy through a buffer; no index is clipped, the first check has seen to that.
+        np.take(self.values, rows - self.start, 0, out, "clip")
 
     def first_bad(self, blocks: np.ndarray) -> int | None:
         """Return the first of `blocks` whose values are not those that were written, or None."""
@@ -105,7 +106,8 @@ def open_segment(path: Path, start: int, layout: Layout) -> Segment:
         header, expected = layout.header(rows)
         if rows < 1 or size != expected:
             raise ValueError("truncated, or of another width")
-        # through the descriptor, since another rank may rename the path now; the mapping keeps no descriptor open
+        # Through the descriptor, since another rank may rename the path now. torch maps the file and keeps no
+        # descriptor open, so that a store of many segments does not use them up.
         raw = torch.from_file(f"/dev/fd/{file.fileno()}", shared=False, size=size, dtype=torch.uint8).numpy()
     if raw[:HEADER].tobytes() != header:
         raise ValueError("header damaged, or of another space")
@@ -124,6 +126,7 @@ def write_segment(folder: Path, layout: Layout, keys: np.ndarray, values: Tensor
     block_sums = [zlib.crc32(flat[low : low + BLOCK].data) for low in range(0, len(flat), BLOCK)]
     sums = np.array([0, *block_sums], "<u4")
     sums[0] = zlib.crc32(sums[1:].data, zlib.crc32(keys.data))
+    # A random name: processes that write at the same time need not agree on numbers.
     path = folder / (secrets.token_hex(16) + SUFFIX)
     temporary = path.with_name(path.name + ".tmp")
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +147,8 @@ def write_segment(folder: Path, layout: Layout, keys: np.ndarray, values: Tensor
 
 
 def remove_stale(folder: Path) -> None:
-    """Delete what killed writers left: a live one holds a shared lock on the folder, released when it ends."""
+    """Delete the temporary files of killed writers; does nothing while one writes, as that holds a lock on the folder.
+    """
     with suppress(OSError):
         directory = os.open(folder, os.O_RDONLY)
         try:
@@ -156,9 +160,9 @@ def remove_stale(folder: Path) -> None:
 
 
 def hold(folder: Path) -> int | None:
-    """Lock a space as one in use until the descriptor is closed or the process ends; any number of processes can.
+    """Lock a space as in use, beside any number of others; return the descriptor that holds the lock.
 
-    None where there is no such folder yet, or where nothing can be locked, as in a folder that is read-only.
+    None where the folder does not exist yet, or where nothing can be locked, as in a folder that is read-only.
     """
     while True:
         try:
@@ -172,7 +176,7 @@ def hold(folder: Path) -> int | None:
             return None
         if os.fstat(descriptor).st_nlink:
             return descriptor
-        os.close(descriptor)  # pruned just now
+        os.close(descriptor)  # `prune` has deleted the file before we locked it: lock a new one
 
 
 class _Kept(Exception):
@@ -180,9 +184,10 @@ class _Kept(Exception):
 
 
 def _begin_prune(folder: Path) -> int | None:
-    """Lock a space that no process holds; None where a full disk has no room for the lock file, which none holds then.
+    """Lock a space that no process holds; return the descriptor.
 
-    Raises _Kept for a space in use, and where locks do not work: nothing says then whether a run uses it.
+    None where a full disk has no room for the lock file: then no process can have made and locked it. Raises _Kept for
+    a space in use, and where locks do not work: nothing shows there whether a run uses it.
     """
     try:
         descriptor = os.open(folder / IN_USE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -216,7 +221,7 @@ def spaces(cache_dir: Path) -> dict[str, int]:
 
 
 def _is_ours(path: Path) -> bool:
-    """Return whether `write_segment` wrote it: by its header, or by its name where the header is damaged."""
+    """Return whether `write_segment` wrote a file, by its name or its header."""
     with suppress(OSError), open_regular(path) as file:
         return bool(NAME.match(path.name)) or FORMAT.encode() in file.read(HEADER)
     return False
@@ -246,7 +251,8 @@ def prune(cache_dir: Path, keep: Collection[str]) -> Pruned:
             for path in folder.glob(f"*{SUFFIX}.damaged" if name in keep else f"*{SUFFIX}*"):
                 if not path.is_file() or path.is_symlink():
                     odd.append(path)
-                elif path.suffix == ".damaged" or _is_ours(path):  # in our own spaces, only this program names files so
+                elif path.suffix == ".damaged" or _is_ours(path):
+                    # A damaged segment has no header to know it by; only this program writes that ending here.
                     path.unlink(missing_ok=True)
             if lock is not None:
                 (folder / IN_USE).unlink(missing_ok=True)

@@ -41,6 +41,7 @@ def find_caches(cache: Path, team: Team, log: Callable[[str], None]) -> Team:
     leaders = [places.index(place) for place in places]  # lowest rank with the same folder of the same machine
     if len({*leaders}) == 1:
         return replace(team, cache_of=tuple(leaders))
+    # Numbers of devices and inodes mean nothing on another machine. A file that both machines see does.
     token = cache / f".probe-{uuid4().hex}"
     if leaders[team.rank] == team.rank:
         with suppress(OSError):  # read-only: found by the files of others
@@ -87,7 +88,8 @@ def _look_for(cache: Path, names: dict[int, str], far: set[int]) -> list[int]:
 
 def _exists(path: Path) -> bool:
     with suppress(OSError):
-        os.close(os.open(path, os.O_RDONLY))  # NFS asks the server at an open, not at a stat
+        # Opened: an NFS client may answer a stat from its cache, but asks the server at an open.
+        os.close(os.open(path, os.O_RDONLY))
         return True
     return False
 
@@ -98,7 +100,7 @@ def missing_everywhere(store: FeatureStore, keys: np.ndarray, team: Team) -> np.
 
 
 def _held(store: FeatureStore, keys: np.ndarray, team: Team) -> np.ndarray:
-    """Return which cache holds which key, bool [G, n]; one rank of each cache counts, as others may see it later."""
+    """Return which cache holds which key, bool [G, n], as one rank of each sees it: others may see new files later."""
     bits = np.packbits(store.locate(keys) >= 0) if team.leads_cache else None
     return np.array([np.unpackbits(part, count=len(keys)) for part in team.exchange(bits) if part is not None], bool)
 

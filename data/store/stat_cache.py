@@ -113,6 +113,7 @@ class StatCache:
 
     def remember(self, keys: np.ndarray, good: np.ndarray) -> None:
         """Save the keys [M, 16] of the `good` [M] references."""
+        # A file written just now may be written again within the same tick of the file system's clock.
         settled = self.stamps[:, 1:3].max(1) < (self._began - SETTLED) * 1e9
         stamp_M5 = np.where((good & settled)[:, None], self.stamps, -1)
         with suppress(OSError):
@@ -144,5 +145,5 @@ def _stamps(files: Iterable[str | Path]) -> np.ndarray:
 
 
 def _signed(inode: int) -> int:
-    """Return the 64 bits of an inode number as int64 holds them."""
+    """Return an inode number, which has 64 bits without a sign, as the int64 with the same bits."""
     return inode - (1 << 64) if inode >> 63 else inode

@@ -64,5 +64,8 @@ def describe_spaces(spaces: Collection[Space]) -> str:
     for space in spaces:
         verdict = "FAILED" if space.damaged else "ok"
         lines.append(f"{space.name}  {space.nbytes / 1e6:12,.1f} MB  {space.rows:12,} rows  {verdict}")
-    lines += [f"{space.name}/{name} is damaged" for space in spaces for name in space.damaged]
-    return "\n".join([*lines, f"{len(spaces)} spaces, {sum(space.nbytes for space in spaces) / 1e6:,.1f} MB"])
+    for space in spaces:
+        lines += [f"{space.name}/{name} is damaged" for name in space.damaged]
+    total = sum(space.nbytes for space in spaces)
+    lines.append(f"{len(spaces)} spaces, {total / 1e6:,.1f} MB")
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""This rank's batches of a stream of shards, with what a checkpoint has to know of it.
+"""This rank's batches of a stream of shards, and the finished shards that a checkpoint records.
 
 An epoch is `samples` samples in ceil(samples / batch_size) steps, on every rank equally many. A rank whose shards hold
 fewer than its part of that (or lose some as unusable) goes on with its shards from the first, in another order; what
@@ -147,7 +147,8 @@ class ShardBatches:
         for epoch in count(step // self.steps_per_epoch):
             finished = self.resumed[1] if step and step == self.resumed[0] else ()
             progress = self._progress[epoch] = Progress(finished)
-            self._progress.pop(epoch - 2, None)  # the one before may still be asked for
+            # Batches are made ahead of the loop: a checkpoint may still ask for the epoch before this one.
+            self._progress.pop(epoch - 2, None)
             with closing(self._epoch(epoch, finished, progress)) as stream:
                 while step < (epoch + 1) * self.steps_per_epoch:
                     step += 1
@@ -168,7 +169,8 @@ class ShardBatches:
         self.unused_negatives += sum(len(item.sample.negatives) > self.negatives for item in batch)
         self.keys[step - 1] = [f"{self._name(item.sample.shard)}, {item.sample.key}" for item in batch]
         self.keys.pop(step - 1 - KEYS_KEPT, None)
-        self.problems.check()  # of this rank alone: more than --max-bad of all is clear then
+        # This rank's problems alone may be more than --max-bad of all rows; a checkpoint adds those of other ranks.
+        self.problems.check()
         return batch
 
     def _epoch(self, epoch: int, finished: Collection[int], progress: Progress) -> Generator[Decoded]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -41,14 +42,18 @@ def find_local_shards(dataset: str) -> dict[str, list[Entry]]:
         files = files_by_split([entry for entry in sorted(path.iterdir()) if entry.suffix.lower() == ".tar"])
     else:
         files = pattern_by_split(list(expand_pattern(str(path))))
-    return {split: [Entry(str(file), 0, "") for file in shards] for split, shards in files.items()}
+    entries: dict[str, list[Entry]] = {}
+    for split, shards in files.items():
+        entries[split] = [Entry(str(file), 0, "") for file in shards]  # `divide_shards` adds sizes, of train alone
+    return entries
 
 
 def divide_shards(splits: Mapping[str, Sequence[Entry]], dataset: str) -> Divided:
     """Return the shards of train with their sizes, and the others. Raises UserError where there are none of either."""
     shown = public_name(dataset)
     others = {name: list(shards) for name, shards in splits.items() if name != "train"}
-    is_sharded = bool(splits) and all(shard.name.lower().endswith(".tar") for each in splits.values() for shard in each)
+    shards_of_all_splits = chain.from_iterable(splits.values())
+    is_sharded = bool(splits) and all(shard.name.lower().endswith(".tar") for shard in shards_of_all_splits)
     if not is_sharded or [*splits] == [UNSPLIT]:
         raise UserError(f"--shuffle-buffer streams tar shards, and --dataset {shown} has none called train-*.tar; "
                         "`run.py shards` writes them")
@@ -74,7 +79,7 @@ def _stat(shard: Entry) -> Entry:
 
 def local_pattern(splits: Mapping[str, Sequence[Entry]]) -> str:
     """Return a pattern that names these local files. Raises UserError where a name does not fit into one."""
-    names = [shard.address for shards in splits.values() for shard in shards]
+    names = [shard.address for shard in chain.from_iterable(splits.values())]
     for name in names:
         if set(name) & set("{},*"):
             raise UserError(f"{name}: rename the files or folders that have one of {{ }} , * in their names")

@@ -47,11 +47,11 @@ class Sample(NamedTuple):
     image: bytes
     title: str
     negatives: Sequence[str]
-    class_name: str = ""  # of a title that is made of one; the titles of a class are no negatives of each other
+    class_name: str = ""  # of a title made from it; the titles of a class are no negatives of each other
 
 
 class Decoded(NamedTuple):
-    """A sample whose picture is decoded; None: it cannot be."""
+    """A sample and the pixels of its picture, None where it cannot be decoded."""
 
     sample: Sample
     image_id: int
@@ -85,7 +85,8 @@ def _read_once(number: int, shard: Entry, report: Report, rules: TitleRules) -> 
         for (key, _, _, texts, negatives), image in stream_samples(file, partial(report, name), classes):
             for title, class_name in rules.titles(texts, known):
                 yield Sample(number, key, image, title, negatives, class_name)
-        file.skip_rest()  # a store says at the end whether the shard has changed meanwhile
+        # The last block of a stream from a store comes only if the shard has not changed since it was listed.
+        file.skip_rest()
 
 
 class _Reading:
@@ -147,11 +148,12 @@ def read_ahead(shards: Sequence[int], read: Callable[[int], Iterable[Sample]],
 
 
 def shuffle(items: Iterable[Item], size: int, seed: str) -> Iterator[Item]:
-    """Yield the items in random order as far as a buffer of `size` allows: each time one that is drawn from it."""
+    """Yield the items in random order, each time one drawn from a buffer of `size` items."""
     draw, buffer = random.Random(seed), list[Item]()
     for item in items:
         buffer.append(item)
         if len(buffer) > size:
+            # Swapped with the last one, as taking an item out of the middle of a list moves all behind it.
             place = draw.randrange(len(buffer))
             buffer[place], buffer[-1] = buffer[-1], buffer[place]
             yield buffer.pop()
@@ -178,25 +180,27 @@ def decode(stream: Iterable[Sample], reader: Reader, crop_seed: tuple[int, int],
 
 
 def collate(batch: Sequence[Decoded], encoders: Encoders, crop: tuple[int, int], negatives: int) -> Batch:
-    """Tokenise and stack a batch; a row has `negatives` hard negatives, those that it lacks with the id -1.
+    """Tokenise and stack a batch; each row gets `negatives` hard negatives, missing ones with the id -1.
 
-    Equal ids mean equal bytes or token ids, as in every batch; they are digests, as no list of all rows is made.
+    Equal ids mean equal bytes or token ids, as in every batch. They are digests: a stream has no list of all rows to
+    number contents by.
     """
     pixels = [item.pixels_CSS for item in batch if item.pixels_CSS is not None]
     pixels_BCSS = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 3, *crop, dtype=torch.uint8)
     image_id_B = torch.tensor([item.image_id for item in batch], dtype=torch.int64)
     texts = [item.sample.title for item in batch]
-    there = [True] * len(batch)
+    exists = [True] * len(batch)
     for place in range(negatives):  # negative 1 of all rows, then negative 2 of all rows, …
         for item in batch:
-            there.append(place < len(item.sample.negatives))
-            texts.append(item.sample.negatives[place] if there[-1] else item.sample.title)
+            exists.append(place < len(item.sample.negatives))
+            # A missing negative is filled with the row's own title; its id -1 keeps it out of the loss.
+            texts.append(item.sample.negatives[place] if exists[-1] else item.sample.title)
     tokens = tokenize(encoders.tokenizer, texts, encoders.max_tokens)
     ids = [content_id(np.array(row_ids, np.int32).tobytes()) for row_ids in tokens]
     for place, item in enumerate(batch):
         if item.sample.class_name:  # titles of one class are the same to the loss, whatever their templates
             ids[place] = content_id(item.sample.class_name.encode("utf-8", "surrogatepass"))
-    id_KB = torch.where(torch.tensor(there, dtype=torch.bool), torch.tensor(ids, dtype=torch.int64), -1)
+    id_KB = torch.where(torch.tensor(exists, dtype=torch.bool), torch.tensor(ids, dtype=torch.int64), -1)
     id_KB = id_KB.reshape(1 + negatives, len(batch))
     title = collate_tokens(tokens[: len(batch)], encoders.pad_id)
     if not negatives:

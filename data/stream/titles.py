@@ -1,4 +1,4 @@
-"""The titles that a sample of a stream trains with: its own, or made of the name of its class as `labels.py` does."""
+"""The titles that a sample of a stream trains with: its own, or made from the name of its class as in `labels.py`."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ class TitleRules:
         return frozenset(map(spell_class, self.classes_of(shard)))
 
     def titles(self, texts: Sequence[str], known: frozenset[str]) -> list[tuple[str, str]]:
-        """Return each title with the class name that it is made of, "" where it is none.
+        """Return each title with the class name that it is made from, "" for a title of its own.
 
-        The lone text of a sample is a class name if it is `known`; without any, --template says that all texts are.
+        A sample's only text is a class name if it is among the `known` ones. Where no class names are known, all texts
+        are class names if --template is given, and none otherwise.
         """
         is_class = len(texts) == 1 and texts[0] in known if known else bool(self.templates)
         if not is_class:

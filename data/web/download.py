@@ -93,7 +93,7 @@ class Downloader:
             span = _span(response)
             is_rest = (response.status == 206 and _validator(response) == version and span is not None
                        and span.begin == begin and span.total in (None, total))
-            if response.status != 200 and not is_rest:  # a part of something else: start afresh
+            if response.status != 200 and not is_rest:  # a part of another version: begin again with the first byte
                 part.unlink(missing_ok=True)
                 raise BadSample("short-body", "the server answers with another part than was asked for")
             begin = begin if response.status == 206 else 0
@@ -112,7 +112,7 @@ class Downloader:
                 try:
                     await self._save(response, file, begin, most, is_tar, limit)
                 except BaseException:
-                    if total is None:  # it cannot be gone on with
+                    if total is None:  # a part of unknown size cannot be resumed, see `_begun`
                         part.unlink(missing_ok=True)
                     raise
             if total is not None and _size(part) != total:
@@ -136,12 +136,13 @@ class Downloader:
             if size >= milestone:
                 milestone = size + LEAST_BYTES
                 limit.reschedule(asyncio.get_running_loop().time() + self.policy.timeout)
+        # Without length or chunks a body ends when the connection does, and a cut one looks whole: a tar's end tells.
         if is_tar and response.content_length is None and "Transfer-Encoding" not in response.headers and last != END:
             raise BadSample("short-body", "it ends without the mark of a tar's end")
 
 
 async def _pieces(response: aiohttp.ClientResponse, is_tar: bool) -> AsyncIterator[bytes]:
-    """The body in pieces; `is_tar` checks its first header before anything is stored. Raises BadSample."""
+    """Yield the body in pieces; `is_tar` checks its first header before anything is stored. Raises BadSample."""
     if is_tar:
         head = b""
         while len(head) < BLOCK and (more := await response.content.read(BLOCK - len(head))):
@@ -154,7 +155,7 @@ async def _pieces(response: aiohttp.ClientResponse, is_tar: bool) -> AsyncIterat
 
 
 def validator_path(part: Path) -> Path:
-    """The file that holds the version and size of which a file, or a part of it, is."""
+    """Return the path of the file that holds version and size of a file, or of a part of it."""
     return part.with_name(part.name + ".seal")
 
 
@@ -166,14 +167,14 @@ class Seal(NamedTuple):
 
 
 def write_seal(path: Path, seal: Seal) -> None:
-    """Note of what a file, or a part of it, is."""
+    """Record version and size of a file, or of a part of it."""
     total = "" if seal.total is None else f"\n{seal.total}"
     validator_path(path).unlink(missing_ok=True)
     validator_path(path).write_text(seal.version + total, encoding="utf-8")
 
 
 def read_seal(path: Path) -> Seal:
-    """Return what `write_seal` noted of a file; no version and no size where there is none."""
+    """Return what `write_seal` recorded of a file; no version and no size where nothing is recorded."""
     try:
         version, _, total = read_text(validator_path(path)).partition("\n")
     except (OSError, ValueError):
@@ -182,7 +183,7 @@ def read_seal(path: Path) -> Seal:
 
 
 def is_whole(path: Path) -> bool:
-    """Return whether a fetched file is there, and has the size that was noted of it."""
+    """Return whether a fetched file exists and has its recorded size."""
     total = read_seal(path).total
     return path.is_file() and total in (None, path.stat().st_size)
 
@@ -207,9 +208,9 @@ def _span(response: aiohttp.ClientResponse) -> Span | None:
 
 
 def _begun(part: Path) -> tuple[int, str]:
-    """The number of bytes to resume behind, and their version.
+    """Return the number of bytes to resume behind, and their version.
 
-    0 where version or size of the whole is unknown: nothing would tell a server's word that no more is left from a lie.
+    0 where the version or the size of the whole file is unknown: nothing could show then that the rest is complete.
     """
     version, total = read_seal(part)
     return (_size(part) if version and total is not None else 0), version
@@ -220,12 +221,15 @@ def _size(part: Path) -> int:
 
 
 def _validator(response: aiohttp.ClientResponse) -> str:
-    """The version of an answer as If-Range takes it (RFC 9110, 13.1.5): a strong ETag, else a date, else "".
+    """Return the version of an answer as If-Range takes it (RFC 9110, 13.1.5): a strong ETag, else a date, else "".
 
-    One that could not be sent back, such as a tag that is not ASCII, is none.
+    A value that could not be sent back, such as a tag that is not ASCII, is passed over.
     """
-    tag, date = (response.headers.get(name, "") for name in ("ETag", "Last-Modified"))
-    return next((version for version in (tag, date) if SENDABLE.fullmatch(version)), "")
+    for name in ("ETag", "Last-Modified"):
+        version = response.headers.get(name, "")
+        if SENDABLE.fullmatch(version):
+            return version
+    return ""
 
 
 def _refuse_if_no_room(folder: Path, more: int) -> None:

@@ -103,7 +103,7 @@ class _Results:
         return not lines or lines.endswith(b"\n")
 
     def known(self, url: str) -> Fetched | None:
-        """The result for `url`, None if it has to be fetched."""
+        """Return the result for `url`, None if it has to be fetched."""
         path = cached_path(url, self.folder)
         with suppress(FileNotFoundError):
             if path.stat().st_size:  # none is stored empty, but a power cut can leave one so
@@ -204,7 +204,7 @@ class _Client:
             await asyncio.sleep(pause)
 
     async def _best(self, url: URL) -> bytes:
-        """The body at a URL, or at the first of its variants that exists."""
+        """Return the body at a URL, or at the first of its variants that exists."""
         *variants, last = variants_of(url) if self.policy.variants else [url]
         for variant in variants:
             try:
@@ -215,7 +215,7 @@ class _Client:
         return await self._get(last)
 
     async def _get(self, url: URL) -> bytes:
-        """The body at a URL, after retries and redirects."""
+        """Return the body at a URL, after retries and redirects."""
         return await with_retries(lambda: self._try(url), self.policy)
 
     async def _try(self, url: URL) -> bytes:

@@ -23,7 +23,7 @@ class Fetched(NamedTuple):
 
 
 def cached_path(url: str, folder: Path) -> Path:
-    """The path of the bytes of `url` once they are fetched, whatever it is signed with: `folder/xx/SHA256`."""
+    """Return the path of the bytes of `url` once they are fetched, whatever it is signed with: `folder/xx/SHA256`."""
     digest = hashlib.sha256(unsigned(url).encode(errors="surrogatepass")).hexdigest()
     return folder / digest[:2] / digest
 

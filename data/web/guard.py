@@ -64,10 +64,11 @@ IN_WORDS = {"timeout": "no end of the answer in the time of a try",
 
 
 def is_public(address: str) -> bool:
-    """True for an IP address on the public internet; IPv6 that embeds an IPv4 address is checked by that one."""
+    """Return whether an IP address is on the public internet; one in IPv6 that embeds IPv4 counts as the latter."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped or ip in NAT64:
+            # Both reach the IPv4 address in the last 32 bits: ::ffff:127.0.0.1 is this machine.
             ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         elif ip not in IPV6_GLOBAL:
             return False
@@ -77,15 +78,16 @@ def is_public(address: str) -> bool:
 
 
 def _public_socket(info: tuple[Any, ...]) -> socket.socket:
-    """A socket for one (family, type, protocol, name, address) about to be dialled. Raises _ForbiddenAddress."""
+    """Return a socket for one (family, type, protocol, name, address) about to be dialled. Raises _ForbiddenAddress."""
     family, kind, protocol, _, address = info
+    # Checked where the address is dialled, not where the name is resolved: a name may change between the two.
     if not is_public(address[0]):
         raise _ForbiddenAddress
     return socket.socket(family, kind, protocol)
 
 
 def is_local_name(host: str) -> bool:
-    """True if a host is a private address, in any spelling, or a name of the local network."""
+    """Return whether a host is a private address, in any spelling, or a name of the local network."""
     with suppress(OSError):  # 127.1 and 0x7f.1 are addresses too
         host = socket.inet_ntoa(socket.inet_aton(host))
     try:
@@ -114,7 +116,7 @@ class Sessions:
         await self._unguarded.close()
 
     def of(self, url: URL) -> aiohttp.ClientSession:
-        """The session for requests to this host. Raises BadSample for a host that must not be requested by proxy."""
+        """Return the session for requests to a host. Raises BadSample if a proxy must not be asked for it."""
         if url.host in self._names:
             return self._unguarded
         if self._proxy and is_local_name(url.host or ""):
@@ -123,7 +125,7 @@ class Sessions:
 
 
 def _open_session(guarded: bool, proxy: str) -> aiohttp.ClientSession:
-    """A session that keeps no cookie, trusts no proxy variable, inflates nothing and always checks TLS."""
+    """Return a session that keeps no cookie, trusts no proxy variable, inflates nothing and always checks TLS."""
     # The client limits connections. Idle ones close early: a list of many hosts would use up the descriptors.
     factory = _public_socket if guarded else None
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0, socket_factory=factory)
@@ -139,7 +141,7 @@ def _open_session(guarded: bool, proxy: str) -> aiohttp.ClientSession:
 
 
 def web_url(text: str, base: URL | None = None) -> URL:
-    """The URL to request, byte for byte as it is written; only bytes that no URL may hold are percent-encoded.
+    """Return the URL to request, byte for byte as it is written; only bytes that no URL may hold are percent-encoded.
 
     Signed and thumbor addresses are valid in one spelling alone. `base` is the URL that redirects. Raises
     BadSample.
@@ -167,12 +169,12 @@ def web_url(text: str, base: URL | None = None) -> URL:
 
 
 def _percent_encode(text: str) -> str:
-    """The same text with every byte that a URL may not hold percent-encoded. Raises ValueError for lone surrogates."""
+    """Percent-encode every byte that a URL may not hold. Raises ValueError for lone surrogates."""
     return UNSAFE.sub(lambda match: b"%%%02X" % match[0][0], text.encode(errors="surrogateescape")).decode("ascii")
 
 
 def variants_of(url: URL) -> list[URL]:
-    """A YouTube thumbnail's URLs, largest first, the one given included; any other URL alone."""
+    """Return a YouTube thumbnail's URLs, largest first, the one given included; any other URL alone."""
     if not YOUTUBE.fullmatch(url.host or ""):
         return [url]
     names = [f"{name}{url.suffix}" for name in ("maxresdefault", "sddefault", "hqdefault")]
@@ -180,14 +182,14 @@ def variants_of(url: URL) -> list[URL]:
 
 
 def redirect_target(response: aiohttp.ClientResponse) -> URL | None:
-    """The URL that an answer redirects to, None if it does not. Raises BadSample."""
+    """Return the URL that an answer redirects to, None if it does not. Raises BadSample."""
     if response.status in (301, 302, 303, 307, 308) and "Location" in response.headers:
         return web_url(response.headers["Location"], response.url)
     return None
 
 
 async def get(session: aiohttp.ClientSession, url: URL, max_bytes: int) -> bytes | URL:
-    """The body of one answer, or the URL it redirects to. Raises BadSample and aiohttp's errors."""
+    """Return the body of one answer, or the URL it redirects to. Raises BadSample and aiohttp's errors."""
     async with session.get(url, allow_redirects=False) as response:
         if (elsewhere := redirect_target(response)) is not None:
             return elsewhere
@@ -204,7 +206,7 @@ async def get(session: aiohttp.ClientSession, url: URL, max_bytes: int) -> bytes
 
 
 async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
-    """The body, inflated; no more than `max_bytes` are taken from the wire or kept in memory."""
+    """Return the body, inflated; no more than `max_bytes` are taken from the wire or kept in memory."""
     encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
         raise BadSample("bad-encoding", repr(encoding))
@@ -232,7 +234,7 @@ async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
 
 
 def _is_placeholder(url: URL, body: bytes) -> bool:
-    """True if a YouTube name of a larger picture holds 120x90 pixels; the picture itself is not decoded."""
+    """Return whether a YouTube name of a larger picture holds 120x90 pixels; the picture itself is not decoded."""
     if url.name.partition(".")[0].removesuffix("_live") in ("default", "1", "2", "3"):
         return False  # these are that small by nature
     try:
@@ -243,15 +245,18 @@ def _is_placeholder(url: URL, body: bytes) -> bool:
 
 
 def as_bad_sample(error: Exception) -> BadSample:
-    """A network error as a BadSample; the cause that aiohttp wraps (`os_error`) counts too."""
+    """Return a network error as a BadSample; the cause that aiohttp wraps (`os_error`) counts too."""
     causes = error, getattr(error, "os_error", None)
-    reason = next(name for kind, name in ERRORS if any(isinstance(cause, kind) for cause in causes))
+    for kind, name in ERRORS:
+        if any(isinstance(cause, kind) for cause in causes):
+            reason = name
+            break
     text = error.message if isinstance(error, aiohttp.ClientResponseError) else str(error)  # without its address
     return BadSample(reason, IN_WORDS.get(reason) or " ".join(f"{type(error).__name__} {text}".split())[:200])
 
 
 def _seconds(retry_after: str) -> float:
-    """Seconds that a Retry-After asks for, given as a number or a date (RFC 9110, 10.2.3); 0 if unreadable."""
+    """Return the seconds of a Retry-After, a number or a date (RFC 9110, 10.2.3); 0 if it is unreadable."""
     try:
         if retry_after.strip().isdecimal():
             return float(retry_after)

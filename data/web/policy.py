@@ -20,7 +20,7 @@ Answer = TypeVar("Answer")
 
 async def with_retries(attempt: Callable[[], Awaitable[Answer]], policy: FetchPolicy,
                        has_advanced: Callable[[], bool] = lambda: False) -> Answer:
-    """The answer of `attempt`, called again after transient failures, `policy.retries` times in a row at most.
+    """Return the answer of `attempt`, called again after transient failures, `policy.retries` times in a row at most.
 
     A failed attempt after which `has_advanced()` does not count. Raises BadSample.
     """
@@ -38,7 +38,7 @@ async def with_retries(attempt: Callable[[], Awaitable[Answer]], policy: FetchPo
 
 
 async def follow_redirects(request: Callable[[URL], Awaitable[Answer | URL]], url: URL, policy: FetchPolicy) -> Answer:
-    """The answer of `request(url)`, or that of the URL it redirects to. Raises BadSample, also for network errors."""
+    """Return the answer of `request(url)`, following redirects. Raises BadSample, also for network errors."""
     for _ in range(policy.redirects + 1):
         try:
             answer = await request(url)
@@ -51,7 +51,7 @@ async def follow_redirects(request: Callable[[URL], Awaitable[Answer | URL]], ur
 
 
 def _retry_delay(tried: int, bad: BadSample, policy: FetchPolicy) -> float:
-    """Seconds to wait after failure number `tried` (from 0): the server's Retry-After, plus backoff with jitter."""
+    """Return the seconds to wait after failure `tried` (from 0): Retry-After, plus backoff with jitter."""
     pause = BACKOFF * 2**tried * random.uniform(0.5, 1.5)
     if isinstance(bad, BadStatus):
         pause += bad.wait

@@ -63,7 +63,8 @@ def fetch_files(pattern: str, folder: Path, policy: FetchPolicy, log: Callable[[
     for url, path in missing:
         if path.exists() and not is_whole(path):
             log(f"{public_name(url)} is not as it was fetched, perhaps cut: it is fetched again")
-    random.shuffle(missing)  # an order of its own for every rank, so that they share the work and seldom wait
+    # Each rank takes them in an order of its own, so that ranks share the work and seldom wait for one file.
+    random.shuffle(missing)
     if missing and not policy.proxy and (variable := unused_proxy()):
         log(f"{variable} is set and not used: files are fetched directly; --proxy URL fetches them through a proxy")
     if missing:

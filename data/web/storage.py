@@ -91,7 +91,7 @@ def stat(address: str) -> Entry:
     """Return the present size and version of a file. Raises UserError, also for a folder."""
     with _readable_errors(address):
         files, path = _open_filesystem(address)
-        files.invalidate_cache(path)
+        files.invalidate_cache(path)  # fsspec keeps listings for the whole process: a changed file would look as before
         entry = _entry(address, files.info(path))
     if entry.is_folder:
         raise UserError(f"{public_name(address)} is a folder, not a file")
@@ -112,10 +112,12 @@ def list_folder(address: str) -> list[Entry]:
     with _readable_errors(address):
         files, path = _open_filesystem(base)
         files.invalidate_cache(path)
-        entries = files.ls(path, detail=True)
         own = path.rstrip("/")
-        names = {str(info["name"]).rstrip("/").rpartition("/")[2]: info for info in entries
-                 if str(info["name"]).rstrip("/") != own}
+        names: dict[str, dict[str, object]] = {}
+        for info in files.ls(path, detail=True):
+            listed = str(info["name"]).rstrip("/")
+            if listed != own:  # S3 lists an empty object of the folder's own name in it
+                names[listed.rpartition("/")[2]] = info
     return [_entry(f"{base}/{name}", names[name]) for name in sorted(names) if name and not name.startswith(".")]
 
 
@@ -133,22 +135,24 @@ def expand(pattern: str) -> list[str]:
     return addresses
 
 
-def read(address: str, most: int) -> bytes:
-    """Return the bytes, at most `most`, of a file, in any thread. Raises BadSample."""
+def read(address: str, max_bytes: int) -> bytes:
+    """Return the bytes of a file, in any thread. Raises BadSample, also for more than `max_bytes`."""
     with _as_bad_sample(address):
-        data = _with_retries(lambda: _cat(address, 0, most + 1))
-    if len(data) > most:
-        raise BadSample("too-large", f"{public_name(address)}: more than {most} bytes")
+        data = _with_retries(lambda: _cat(address, 0, max_bytes + 1))
+    if len(data) > max_bytes:
+        raise BadSample("too-large", f"{public_name(address)}: more than {max_bytes} bytes")
     return data
 
 
-def read_if_there(address: str, most: int) -> bytes | None:
-    """The bytes of a file of at most `most`; None where there is none that may be read. Raises BadSample."""
+def read_if_there(address: str, max_bytes: int) -> bytes | None:
+    """Return `read`; None where the file is missing or may not be read. Raises BadSample."""
     try:
-        return read(address, most)
+        return read(address, max_bytes)
     except BadSample as problem:
-        refusal = problem.__cause__ and problem.__cause__.__cause__
-        if isinstance(refusal, (FileNotFoundError, PermissionError)):  # S3 refuses what it may not say is missing
+        # The driver's own error: `_as_bad_sample` raises from a UserError, which is raised from it. S3 answers 403, not
+        # 404, for a missing file in a bucket that this account may not list.
+        driver_error = problem.__cause__ and problem.__cause__.__cause__
+        if isinstance(driver_error, (FileNotFoundError, PermissionError)):
             return None
         raise
 
@@ -196,6 +200,7 @@ def _fetch_block(entry: Entry, start: int) -> bytes:
 
     with _readable_errors(address):
         _with_retries(rest)
+    # Asked before the last block is given out: whoever has read the whole file knows that it is of one version.
     if stop == entry.size and stat(address) != entry:
         raise Changed(f"{public_name(address)} has changed while it was read; run again")
     return b"".join(parts)
@@ -259,8 +264,11 @@ def _as_bad_sample(address: str) -> Iterator[None]:
         with _readable_errors(address):
             yield
     except UserError as error:
-        missing, short = (isinstance(error.__cause__, kind) for kind in (FileNotFoundError, _ShortAnswer))
-        reason = "missing-file" if missing else "truncated" if short else "unreadable-file"
+        reason = "unreadable-file"
+        if isinstance(error.__cause__, FileNotFoundError):
+            reason = "missing-file"
+        elif isinstance(error.__cause__, _ShortAnswer):
+            reason = "truncated"
         raise BadSample(reason, str(error)) from error
 
 
@@ -268,7 +276,7 @@ def _reason(address: str, error: Exception) -> str:
     """Return the cause of a driver's error, and what to do about it."""
     scheme = scheme_of(address)
     text = " ".join(str(error).split()).replace(address, public_name(address))
-    text = re.sub(r"\?\S*", "", text)[:200]  # signed addresses carry their key behind the "?"
+    text = re.sub(r"\?\S*", "", text)[:200]  # the signature of a signed address
     if isinstance(error, ImportError):
         return f"{scheme}:// addresses are read by the package {PACKAGES[scheme]}: pip install {PACKAGES[scheme]}"
     if isinstance(error, FileNotFoundError):

@@ -65,7 +65,7 @@ def train_auto(cfg: Config, world: World, out: Path, model: LoadedModel, pairs: 
     choice, final = choose_settings(cfg, world, tuner, rows)
     metrics["auto"] = choice.as_json(final)
     plan = Plan(len(rows), final.batch_size, final.epochs)
-    # The first rank trains alone, so its log asks no other rank for a share of the loss.
+    # Rank 0 trains alone, so its log asks no other rank for a share of the loss.
     with closing(Log(out, world.alone(), plan, State(), WeightDrift(model.trainable),
                      Reference(comparable_settings(final), {}))) as log:
         answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture)
@@ -80,12 +80,13 @@ def train_auto(cfg: Config, world: World, out: Path, model: LoadedModel, pairs: 
 
 def tuned_rows(pairs: Pairs) -> FeatureSplit:
     """Return the rows of train and valid."""
-    return concatenate([*pairs.feature_splits([name for name in TUNED_ON if name in pairs.splits]).values()])
+    names = [name for name in TUNED_ON if name in pairs.splits]
+    return concatenate([*pairs.feature_splits(names).values()])
 
 
 def choose_settings(cfg: Config, world: World, tuner: Tuner, rows: FeatureSplit) -> tuple[Choice, Config]:
     """Return the choice for `rows`, and the settings of the run on all of them; say what was tried and chosen."""
-    base = Projections(*(tuner.base[name] for name in PROJECTIONS))
+    base = tuner.base_projections()
     parts = len(split_pairs(rows, cfg.seed))
     world.say(f"auto: {len(CANDIDATES)} candidates, {len(rows):,} pairs of train and valid, held out in {parts} parts")
     choice = choose(base, rows, cfg, tuner.model.precision, world)
@@ -104,16 +105,18 @@ def recompute(cfg: Config, world: World, run: Path, model: LoadedModel, pairs: P
         return Finding("choice and weights", UNCHECKED, str(error))
     difference = 0.0
     for name, weight in model.trainable.items():
-        apart = float((weight.detach().cpu().float() - exported[name]).abs().max())
-        difference = max(difference, apart / float(exported[name].std()))
+        largest = float((weight.detach().cpu().float() - exported[name]).abs().max())
+        # In units of the weights' standard deviation, so that one limit serves models of any scale.
+        difference = max(difference, largest / float(exported[name].std()))
     detail = f"{choice.candidate.describe()}; largest difference of a weight {difference:.2g} of their deviation"
     same = difference <= (1e-3 if model.precision == torch.float32 else 1e-1)
     return Finding("choice and weights", OK if same else FAILED, detail, difference)
 
 
 def final_settings(cfg: Config, choice: Choice, base: Projections, rows: FeatureSplit) -> Config:
-    """Return the settings of the run on all pairs; for a closed form, those of one step that is none."""
+    """Return the settings of the run on all pairs; for a closed form, those of one step, which is not taken."""
     if choice.candidate.kind != "run":
+        # The log and config.json state a number of steps: one step over all rows stands for the closed form.
         return replace(cfg, batch_size=len(rows), epochs=1)
     settings = run_settings(cfg, choice.candidate.rate, len(rows), loss_scale(base, rows))
     return replace(settings, interpolate=f"{choice.candidate.share:g}")
@@ -121,20 +124,20 @@ def final_settings(cfg: Config, choice: Choice, base: Projections, rows: Feature
 
 def apply_choice(tuner: Tuner, choice: Choice, final: Config, rows: FeatureSplit, world: World,
                  log: Log | None = None) -> None:
-    """Give the head its weights; the first rank computes them, so that their number changes nothing."""
+    """Give the head its weights; rank 0 computes them, so the number of ranks changes nothing."""
     parameters = tuner.model.trainable
     if world.is_main and choice.candidate.kind == "run":
         tuner.tune(final, rows, log)
     elif world.is_main:
-        base = Projections(*(tuner.base[name] for name in PROJECTIONS))
-        weights = candidate_weights(base, rows, final, tuner.model.precision, choice.candidate)
+        weights = candidate_weights(tuner.base_projections(), rows, final, tuner.model.precision, choice.candidate)
         tuned = dict(zip(PROJECTIONS, weights, strict=True))
         blend(parameters, tuned, tuned, 1.0)
     if world.size > 1:
-        first = world.exchange({name: value.detach().cpu() for name, value in parameters.items()})[0]
+        on_host = {name: value.detach().cpu() for name, value in parameters.items()}
+        weights_of_rank_0 = world.exchange(on_host)[0]
         with torch.no_grad():
             for name, value in parameters.items():
-                value.copy_(first[name])
+                value.copy_(weights_of_rank_0[name])
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,7 +84,8 @@ def read_rows(cfg: Config, log: Callable[[str], None], stream: bool = False, run
     """
     cache = cache_folder(cfg)
     stored = find_files(cfg.dataset) if is_stored(cfg.dataset) else {}
-    is_sharded = any(entry.name.endswith(".tar") for entries in stored.values() for entry in entries)
+    entries_of_all_splits = chain.from_iterable(stored.values())
+    is_sharded = any(entry.name.endswith(".tar") for entry in entries_of_all_splits)
     if stream and is_sharded:
         return Source({}, [], select_shards(stored, read_options(cfg), Account(log=log)))
 
@@ -92,11 +94,12 @@ def read_rows(cfg: Config, log: Callable[[str], None], stream: bool = False, run
             from data.web.remote_files import fetch_files  # its client takes a fifth of a second to import
 
             return pattern_by_split(fetch_files(dataset, cache / "shards", fetch_policy(cfg), log))
-        copies = {name: [copy_file(entry.address, cache / "stored", log) for entry in entries]
-                  for name, entries in stored.items()}
-        if not is_sharded:
-            return copies
-        return {name: [copy.path for copy in files] for name, files in copies.items()}
+        copies: dict[str, list[Path | RemoteFile]] = {}
+        for name, entries in stored.items():
+            files = [copy_file(entry.address, cache / "stored", log) for entry in entries]
+            # A table keeps its address, since its relative paths start there; a shard holds its images itself.
+            copies[name] = [file.path for file in files] if is_sharded else [*files]
+        return copies
 
     return load_source(cfg, log, download, lost_files(run.ledger) if run else frozenset())
 
@@ -184,7 +187,7 @@ def mark_cache(cfg: Config) -> None:
 
 
 def fetch_policy(cfg: Config) -> FetchPolicy:
-    """Return which hosts may be asked over the network, and how."""
+    """Return the rules for requests over the network: allowed hosts, larger thumbnails, proxy."""
     proxy = cfg.proxy and check_proxy(cfg.proxy)
     return FetchPolicy(allow_hosts=cfg.allow_host, variants=cfg.variants, proxy=proxy)
 
@@ -246,7 +249,7 @@ def make_encoders(model: LoadedModel, compile_image_tower: str = "off") -> Encod
 
 
 def open_pipeline(cfg: Config, world: World, model: LoadedModel) -> Pipeline:
-    """Return the way from references and titles to features on this rank, with the caches of all ranks.
+    """Return the Pipeline of this rank, from references and titles to features; find out which ranks share a cache.
 
     Raises AgreedError where ranks have other models.
     """
@@ -305,7 +308,9 @@ def stream_shards(cfg: Config, world: World, source: Source, pipeline: Pipeline,
     shards = source.shards
     if len(shards) > 1 and only in SPLITS[1:] and only in shards:
         shards = {only: shards[only]}
-    files = ingest_shards({name: shards[name] for name in sorted(shards, key=[*SPLITS, *shards].index)}, pipeline)
+    # train, valid, test, then others: overlap is counted against the splits before.
+    in_order = sorted(shards, key=[*SPLITS, *shards].index)
+    files = ingest_shards({name: shards[name] for name in in_order}, pipeline)
     return load_source(replace(cfg, splits=()), world.say, lambda dataset: files)  # --splits has named the shards
 
 

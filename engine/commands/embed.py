@@ -37,7 +37,7 @@ def embed(cfg: Config, world: World, stop: StopSignal) -> int:
     source = stream_shards(cfg, world, source, pipeline, cfg.split)
     require_same_rows(pipeline.team, source.rows)
     rows, unreadable = source.rows, source.unreadable
-    if cfg.split != "all":  # a lone split stays whole otherwise, so that rows keep their numbers
+    if cfg.split != "all":  # with all, a lone split stays whole, so that rows keep their numbers
         rows = {cfg.split: divide_source(cfg, world, rows, pipeline.reader, encoders, pipeline.team)[cfg.split]}
         unreadable = [entry for entry in unreadable if entry.get("split", cfg.split) == cfg.split]
     tables = open_tables(rows, unreadable, pipeline, cfg.max_bad)

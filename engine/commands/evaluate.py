@@ -24,7 +24,7 @@ def evaluate(cfg: Config, world: World, stop: StopSignal) -> int:
     scores = {name: retrieval.summarise() for name, retrieval in results.items()}
     collapsed = {name: retrieval.collapsed for name, retrieval in results.items() if retrieval.collapsed}
     if world.is_main:
-        if out:  # before anything is printed: a pager may close stdout
+        if out:  # before anything is printed: printing fails where a pager has closed stdout
             folder.write_json(out / "metrics.json", scores)
             folder.write_ledger(out / "ledger.jsonl", pairs.all_dropped())
         world.say(metrics_table({model.clip.name: scores}, pairs.classes))

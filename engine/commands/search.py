@@ -64,7 +64,9 @@ def search(cfg: Config, world: World, stop: StopSignal) -> int:
 
     dataset = cfg.dataset.rstrip("/") if scheme_of(cfg.dataset) else os.path.abspath(cfg.dataset)
     if cfg.html:
-        shown = {(answer.split, answer.row) for result in results for answer in result.answers}
+        shown: set[tuple[str, int]] = set()  # an answer to several queries is read once
+        for result in results:
+            shown.update((answer.split, answer.row) for answer in result.answers)
         previews = gallery.preview_pictures(splits, shown, cfg.image, reader)
         write_text(Path(cfg.html).expanduser(), page(dataset, results, previews))
     world.show(json.dumps(as_json(results), indent=2) if cfg.json else as_text(results, dataset), cfg.html)

@@ -30,7 +30,7 @@ SEARCHED = ("train", "valid")  # splits that trials train on and hold out; test 
 
 
 def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
-    """Try settings by cross-validation over all rows but test's; retrain the best on them, and test that once."""
+    """Try settings by cross-validation over all rows but those of test; retrain the best on them, and test it once."""
     # Open everything that a typo could break before anything slow.
     tried = configurations(cfg)
     out, resuming = open_run(cfg, world)
@@ -42,12 +42,14 @@ def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
     rows = concatenate([*pairs.feature_splits(SEARCHED).values()])
     runs = cross_validation_runs(cfg, rows)
     smallest = min(len(run.train) for run in runs)
-    for settings in tried:  # a batch too large for a fold is better said now
+    # `Plan` refuses a batch that is larger than a fold: now, not after hours of trials.
+    for settings in tried:
         Plan(smallest, replace(cfg, **settings).batch_size, 1)
 
     # Trials depend on train and valid alone: a test split that changed does not discard them.
     identity = identity_of(pairs.identity, pairs, SEARCHED)
-    journal = Journal(out, world, identity, cfg.best_metric, resuming)  # a refused resume leaves config.json as it was
+    # Before config.json is replaced: a refused resume leaves that file unchanged.
+    journal = Journal(out, world, identity, cfg.best_metric, resuming)
     folder.write_run_header(out, as_dict(cfg, "sweep"), world, model.precision, pairs.ledger)
     tuner = Tuner(model, FeatureSplit.batches)
 
@@ -58,7 +60,8 @@ def sweep(cfg: Config, world: World, stop: StopSignal) -> int:
     began, finished, trained = time.monotonic(), 0, 0
     remaining = sum(not journal.is_finished(settings) for settings in tried)
     with stop.graceful_exit():
-        # The same configurations train together whatever was finished before, so that a resumed sweep rounds alike.
+        # The same configurations train together whatever was finished before: products of other sizes would be rounded
+        # otherwise, and a resumed sweep would get other scores.
         for bundle in [tried[first:first + TOGETHER] for first in range(0, len(tried), TOGETHER)]:
             if all(map(journal.is_finished, bundle)):
                 continue

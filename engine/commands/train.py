@@ -98,7 +98,8 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
         replica = Replica(distribute(trained, step_world.size), saver.optimizer, step_world, model.precision)
     saver.require_equal_weights(state.step)
     with closing(log), stop.graceful_exit(), profiler(cfg.profile, state.step, out, world.rank, log) as prof:
-        evaluate = stop.immediate_exit()(evaluator)  # a signal may cut it off: the trained weights are saved before
+        # A signal may cut an evaluation off: the checkpoint of its step is saved before it begins.
+        evaluate = stop.immediate_exit()(evaluator)
         evaluation_missing = state.evaluated < state.step and plan.due(state.step, cfg.eval_every)
         results_lost = state.step == plan.steps and not evaluation_missing and lacks_results(metrics, answers, world)
         if state.step == 0 or evaluation_missing:
@@ -118,7 +119,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
 @contextmanager
 def saved_on_failure(state: State, replica: Replica, log: Log, guard: NonfiniteGuard,
                      save: Callable[[State], None]) -> Iterator[None]:
-    """Inside, an error ends the run only after the last whole step is saved, so that --resume goes on from there.
+    """Save the last whole step before an error inside ends the run, so that --resume goes on from there.
 
     Not where weights are unsound or an update of them was cut off; nor where ranks share steps and only some failed:
     the losses since the last flush are spread over all.
@@ -126,10 +127,12 @@ def saved_on_failure(state: State, replica: Replica, log: Log, guard: NonfiniteG
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        world, is_sound = replica.world, replica.optimizer.is_whole and not isinstance(error, UnsoundWeights)
+        world = replica.world
+        is_sound = replica.optimizer.is_whole and not isinstance(error, UnsoundWeights)
         lost_rank = world.size > 1 and isinstance(error, RunFailed)
         if is_sound and state.step and not lost_rank and world.have_all_failed(state.step):
-            with suppress(Exception):  # of a full disk, a device that has failed: `error` ends the run, not this one
+            # Saving may fail too, as on a full disk or a failed device: `error` ends the run, not that failure.
+            with suppress(Exception):
                 guard.check(log.flush(wait=True))
                 if log.written == state.step and not guard.skipped:
                     save(state)
@@ -145,7 +148,7 @@ def plan_steps(cfg: Config, rows: int) -> Plan:
 
 
 def evaluated_splits(cfg: Config, pairs: Pairs) -> list[str]:
-    """Return the splits that --eval-splits names and the probe, else all there are."""
+    """Return the splits that --eval-splits names, and the probe; without that flag all splits."""
     if not cfg.eval_splits:
         return list(pairs.splits)
     return [name for name in pairs.splits if name in (*cfg.eval_splits, "probe")]
@@ -176,15 +179,17 @@ def first_state(saver: Saver, world: World, plan: Plan, resuming: bool) -> State
 
 
 def earlier_run(out: Path, world: World, resuming: bool) -> EarlierRun | None:
-    """Return the run to go on with as the opening of its data knows it."""
+    """Return the ledger of the run to go on with, for the opening of its data; None for a new run."""
     if not resuming:
         return None
-    return EarlierRun(world.exchange(read_ledger(out / "ledger.jsonl") if world.is_main else [])[0], replays=False)
+    # Rank 0 reads it for all: on another node the file may not be there, or be an older copy.
+    ledger = read_ledger(out / "ledger.jsonl") if world.is_main else []
+    return EarlierRun(world.exchange(ledger)[0], replays=False)
 
 
 def open_answers(out: Path, names: Collection[str], pairs: Pairs, model: LoadedModel, base: Mapping[str, Retrieval],
                  world: World) -> AnswerLog:
-    """Return the log of answers; of a resumed run (`base` is measured) with those there were."""
+    """Return the log of answers; for a resumed run (`base` is measured) with the answers of its earlier processes."""
     answers = AnswerLog(out, shown_split(names), pairs.album.title, pairs.album.picture, world.warn if base else None)
     if base and world.exchange(answers.lacks("base"))[0]:
         shown = pairs.feature_splits([answers.split])[answers.split]  # all ranks encode it
@@ -199,14 +204,14 @@ def embed_shown(model: LoadedModel, split: FeatureSplit) -> SplitEmbeddings:
 
 
 def warn_of_collapse(log: Log, results: Mapping[str, Retrieval]) -> None:
-    """Print the splits on which all embeddings of a side are equal."""
+    """Print the splits on which all image embeddings, or all title embeddings, are equal."""
     for name, result in results.items():
         if result.collapsed:
             log.say(f"warning: {name}: {result.collapsed}")
 
 
 def lacks_results(metrics: Mapping[str, object], answers: AnswerLog, world: World) -> bool:
-    """Return, on all ranks the same, whether a run after its last step has lost what it measured then."""
+    """Return, the same on all ranks, whether a run after its last step lacks answers or figures in metrics.json."""
     return world.exchange("tuned" not in metrics or answers.lacks("tuned"))[0]
 
 
@@ -337,7 +342,8 @@ def write_results(cfg: Config, world: World, model: LoadedModel, out: Path, metr
         export(model.clip, out / "model", tuned, metrics_table(tuned.origin.metrics), cfg.license)
         page = f"report      {write_page()}\n" if write_page else ""
         folder.write_manifest(out)
-    world.monitored_exchange(None)  # the others end when the results are whole, or where rank 0 shows no sign of life
+    # Other ranks end when the results are whole, or when rank 0 shows no sign of life.
+    world.monitored_exchange(None)
     if world.is_main:
         world.show(metrics_table(metrics), str(out / "metrics.json"))  # a pager may keep it waiting
         world.say(f"run folder  {out}\nmodel       {out / 'model'}\n{page}"

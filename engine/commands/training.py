@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ class RowTraining:
         return world_of_steps(world, inputs.splits["train"], cfg.batch_size, embedding, cfg.loss == "symmetric")
 
     def batches(self, cfg: Config, state: State, world: World) -> Batches:
-        """Return this rank's inputs among the ranks of `world`; any state has its place in the order."""
+        """Return this rank's inputs among the ranks of `world`; the order depends on the step alone, not on `state`."""
         return self.pairs.batches("train", cfg.batch_size, cfg.seed, world.rank, world.size)
 
     def save(self, saver: Saver, state: State) -> None:
@@ -104,6 +105,7 @@ class RowTraining:
 
         Raises UserError on all ranks when those and the rows dropped are more than --max-bad.
         """
+        # First, so that a run which ends for too many losses can go on from this step when they are mended.
         saver.save(state)
         if self.lost is None:
             return
@@ -150,9 +152,9 @@ class ShardTraining:
     def begin(self, step: int, stop: Callable[[], None]) -> Sequence[Mapping[str, Any]]:
         """Return what the opening dropped, and what an earlier process of this run met in the shards."""
         self._lost.begin(step)
-        lines = read_ledger(self.out / "ledger.jsonl")
-        named = {"shard", "key", "detail"}
-        self.stream.problems.add([line for line in lines if line.get("split") == "train" and named <= line.keys()])
+        for line in read_ledger(self.out / "ledger.jsonl"):
+            if line.get("split") == "train" and {"shard", "key", "detail"} <= line.keys():
+                self.stream.problems.add([line])
         return self._ledger()
 
     @property
@@ -174,16 +176,18 @@ class ShardTraining:
         return self.stream
 
     def save(self, saver: Saver, state: State) -> None:
-        """Write a checkpoint with the shards that all ranks have finished; account for samples met as unusable.
+        """Write a checkpoint with the shards that all ranks have finished; account for samples found unusable.
 
         Raises UserError on all ranks when those are more than --max-bad.
         """
         stream = self.stream
         entries = [*stream.problems.entries.values()]
         parts = self.world.exchange((stream.finished(state.step), entries, stream.unused_negatives))
-        state.shards = sorted({shard for finished, _, _ in parts for shard in finished})
-        for _, others, _ in parts:
-            stream.problems.add(others)
+        finished_shards: set[int] = set()
+        for finished, entries_of_rank, _ in parts:
+            finished_shards.update(finished)
+            stream.problems.add(entries_of_rank)
+        state.shards = sorted(finished_shards)
         self.world.on_main(lambda: folder.write_ledger(self.out / "ledger.jsonl", self._ledger()))
         saver.save(state)
         unused = sum(count for _, _, count in parts)
@@ -200,7 +204,7 @@ class ShardTraining:
     def guard(self, cfg: Config, world: World, out: Path, trained: nn.Module) -> NonfiniteGuard:
         """Return a guard that names the samples of a step; a stream is not read again to find which it was."""
         def rows(step: int) -> list[str]:
-            return [key for keys in world.exchange(self.stream.keys.get(step, [])) for key in keys]
+            return [*chain.from_iterable(world.exchange(self.stream.keys.get(step, [])))]
 
         return NonfiniteGuard(out, trained, None, rows, world)
 
@@ -209,10 +213,10 @@ Training = RowTraining | ShardTraining
 
 
 def split_dataset(cfg: Config, log: Callable[[str], None]) -> tuple[Config, Divided]:
-    """Return the settings that read what is opened row by row, and the shards of train that are streamed, if any.
+    """Return the settings for the splits that are opened row by row, and the shards of train to stream, if any.
 
-    Of shards in a store, those to be measured come with them. Raises UserError where --shuffle-buffer has no shards to
-    stream.
+    For shards in a store, those of the measured splits are returned too. Raises UserError where --shuffle-buffer has no
+    shards to stream.
     """
     if not cfg.shuffle_buffer:
         return cfg, Divided([], {})

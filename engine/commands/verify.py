@@ -35,12 +35,12 @@ from engine.run_folder.folder import read_metrics, settings_of
 from engine.run_folder.replay import ReopenedRun, replay_steps
 from engine.run_folder.verification import Finding
 
-# Settings of the machine that verifies, not of the run.
+# Settings that belong to the machine that verifies: they replace those with which the run was started.
 MACHINE = ("cache_dir", "device", "workers", "allow_host", "proxy", "max_pixels")
 
 
 def verify(cfg: Config, world: World, stop: StopSignal) -> int:
-    """Print what of a run folder, or of the feature store, is not as it was; then the exit code is 1."""
+    """Print every difference from what was written, in a run folder or the feature store; exit code 1 if any."""
     if not cfg.run:
         return verify_store(cfg, world)
     run = Path(cfg.run).expanduser()

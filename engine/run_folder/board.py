@@ -56,7 +56,10 @@ Arguments = ParamSpec("Arguments")
 
 def shown_only(write: Callable[Concatenate[TensorBoardWriter, Arguments], None]
                ) -> Callable[Concatenate[TensorBoardWriter, Arguments], None]:
-    """Return a method that does nothing without a folder, and after the first error of the disk: no run ends by it."""
+    """Return a method that does nothing without a folder, and gives up at the first error of the disk.
+
+    A run does not end because its curves cannot be written.
+    """
     @wraps(write)
     def write_or_give_up(board: TensorBoardWriter, *args: Arguments.args, **named: Arguments.kwargs) -> None:
         if board.folder is None:
@@ -123,7 +126,7 @@ class TensorBoardWriter:
 
     @shown_only
     def picture(self, name: str, pixels_HWC: np.ndarray, step: int) -> None:
-        """Write a uint8 RGB picture, by less than `add_image` does: it resizes to the same size and compresses hard."""
+        """Write a uint8 RGB picture. `add_image` takes longer: it resizes to the same size and compresses hard."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         image = Summary.Image(height=pixels_HWC.shape[0], width=pixels_HWC.shape[1], colorspace=3,
@@ -132,7 +135,7 @@ class TensorBoardWriter:
 
     @shown_only
     def histogram(self, name: str, values: Tensor, step: int) -> None:
-        """Write a histogram of the finite values; none is finite for a single title, which has no wrong answer."""
+        """Write a histogram of the finite values; a split with a single title has none, as it has no wrong answer."""
         finite = values[values.isfinite()]
         if len(finite):
             self._main.add_histogram(name, finite, step)
@@ -166,6 +169,7 @@ class TensorBoardWriter:
         for key, value in recipe.items():
             plain[key] = value if isinstance(value, (bool, int, float)) else str(value)
         measured = [split for split in splits if split != "train"]
+        # Only their names count here; the values are the scalars of the same tags.
         results = {tag(split, name): 0.0 for split in measured for name in HEADLINE}
         experiment, begin, end = hparams(plain, results)
         for summary in (end,) if done else (experiment, begin):
@@ -186,7 +190,11 @@ class TensorBoardWriter:
 
 def _tab_separated(rows: Iterable[Sequence[object]]) -> str:
     """Return the rows as the projector reads them; a cell is one line without tabs."""
-    return "".join("\t".join(hide_secrets(printable(str(cell))) for cell in row) + "\n" for row in rows)
+    lines = []
+    for row in rows:
+        cells = [hide_secrets(printable(str(cell))) for cell in row]
+        lines.append("\t".join(cells) + "\n")
+    return "".join(lines)
 
 
 def tag(split: str, name: str) -> str:

@@ -96,6 +96,7 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], optimizer: Mapping
             (folder / "state.json").write_text(json.dumps(dict(state), indent=2) + "\n", encoding="utf-8")
             digests = {file: sha256(folder / file) for file in FILES}
             (folder / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+    # `last` first: `delete_old` spares the checkpoint that it points at.
     replace_link(root / "last", name)
     delete_old(root, keep)
 
@@ -180,6 +181,7 @@ class Saver:
         if not isinstance(values.get(self.metric), float):
             names = [name for name, value in values.items() if isinstance(value, float)]
             raise UserError(f"--best-metric {self.metric} is not measured here; there is {', '.join(names)}")
+        # Rank 0's value on all ranks: a difference in the last bit must not make them save different checkpoints.
         value = self.world.exchange(float(values[self.metric]))[0]
         if state.step <= state.evaluated:
             return
@@ -189,7 +191,7 @@ class Saver:
         collapsed = any(values.get("collapsed") for values in scores.values())
         if not collapsed and (state.best is None or sign * value > sign * state.best):
             state.best, state.best_step, state.worse = value, state.step, 0
-            self.save(state)
+            self.save(state)  # before `best` points there
             self.world.on_main(lambda: replace_link(self.run / "checkpoints" / "best", f"step-{state.step:08d}"))
         state.enough = 0 < self.patience <= state.worse
 
@@ -261,6 +263,7 @@ class Saver:
         if changed:
             return changed
         _copy_weights(content.weights, self.named)
+        # Moments of another checkpoint may be there: those that this one lacks must not stay.
         for parameter in self.named.values():
             self.optimizer.state[parameter] = {}
         for key, value in content.moments.items():
@@ -309,7 +312,10 @@ def changes_since(saved: SavedState, identity: Mapping[str, str], recipe: Mappin
 
 
 def missing_identity(saved: SavedState, identity: Mapping[str, str]) -> list[str]:
-    """Return the keys of `identity` that a state.json lacks: an older version wrote it, or before that was measured."""
+    """Return the keys of `identity` that a state.json lacks.
+
+    An older version wrote it, or the split that a key is of was not measured then.
+    """
     return [key for key in identity if key not in saved["identity"]]
 
 
@@ -341,7 +347,7 @@ def _rename_newer(root: Path, newest_valid: str) -> None:
         if folder.name > newest_valid:
             folder.replace(unused_name(folder.with_name(f"damaged-{folder.name}")))
     best = root / "best"
-    if not best.is_dir() and not (root / (pointed_name(best) or "none")).is_dir():  # its target was renamed just now
-        best.unlink(missing_ok=True)
+    if not best.is_dir() and not (root / (pointed_name(best) or "none")).is_dir():
+        best.unlink(missing_ok=True)  # its target was renamed just now
     if newest_valid:
         replace_link(root / "last", newest_valid)

@@ -1,4 +1,4 @@
-"""The run folder of this process, removed again if unused, and what is said of an error. Imports nothing heavy."""
+"""The run folder of this process, removed if unused; the line about an unexpected error. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def end_rank(code: int) -> None:
 def end_now(code: int) -> NoReturn:
     """End this process with nothing but a flush of what it has printed."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):
+        with suppress(OSError, ValueError, AttributeError):  # closed, or its reader is gone
             stream.flush()
     os._exit(code)
 
@@ -77,7 +77,10 @@ def hold_standard_descriptors() -> None:
 
 
 def mute_stdout() -> None:
-    """Let stdout lead nowhere once nothing can be written to it: Python's last flush would fail and change the code."""
+    """Point stdout at /dev/null once nothing can be written to it.
+
+    Python flushes it once more as it ends, and would exit with another code where that fails.
+    """
     with suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
@@ -102,6 +105,7 @@ def explain_crash(command: str, error: BaseException, rank: int) -> str:
     text = "".join(traceback.format_exception(error))
     summary = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     name = f"error-rank-{rank}-{os.getpid()}.txt"
+    # The run folder's disk may be full, which may be the error: then a temporary folder, then the present one.
     for folder in (CURRENT_RUN.folder, Path(tempfile.gettempdir()), Path.cwd()):
         if folder is None or not folder.is_dir():
             continue

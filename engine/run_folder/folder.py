@@ -42,6 +42,7 @@ def open_folder(cfg: Config, world: World) -> tuple[Path, bool]:
     Raises UserError when it holds a run already or another program's files that a run would replace, cannot be made,
     is in use, or holds nothing to resume.
     """
+    # Rank 0 opens it, and its error reaches all ranks: one that raised alone would leave the others waiting.
     problem, opened = "", None
     if world.is_main:
         try:
@@ -59,7 +60,8 @@ def _open(cfg: Config, log: Callable[[str], None]) -> tuple[Path, bool]:
     dataset = re.sub(r"[^\w.-]+", "-", Path(cfg.dataset.rstrip("/")).name) or "pairs"
     named = [Path(cfg.out).expanduser()] if cfg.out else []
     restarted = _folder_before_restart(named or sorted(Path("runs").glob("*"), reverse=True))
-    folder = restarted or (named[0] if named else Path("runs", f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{dataset}"))
+    new_name = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{dataset}"
+    folder = restarted or (named[0] if named else Path("runs", new_name))
     holds_run = bool(restarted or named) and is_run(folder)
     if holds_run and cfg.resume == "off" and not restarted:
         raise UserError(f"--out {folder} already holds a run; choose another folder or carry on with --resume")
@@ -80,6 +82,7 @@ def _open(cfg: Config, log: Callable[[str], None]) -> tuple[Path, bool]:
         raise UserError(f"--out {error.filename or folder} cannot be made: {error.strerror}") from None
     if not locked:
         raise UserError(f"--out {folder} is being written by another run; wait for its end or choose another folder")
+    # Only now, under the lock: before it these might be files that another process is writing.
     recover_folders(folder, locked=True)
     remove_unfinished(folder)
     if holds_run:
@@ -106,7 +109,7 @@ def _folder_before_restart(folders: Iterable[Path]) -> Path | None:
     TORCHELASTIC_RESTART_COUNT is no help: it counts per node, and stays 0 where the lost rank was on another node.
     """
     for folder in folders:
-        with suppress(OSError, ValueError, AttributeError):  # no run there, or not a whole one
+        with suppress(OSError, ValueError, AttributeError):  # no run there, or a damaged config.json
             launch = parse_json(read_text(folder / "config.json")).get("launch")
             if launch and launch == _launch_id():
                 return folder
@@ -160,7 +163,9 @@ def write_run_header(folder: Path, settings: Mapping[str, object], world: World,
 def _provenance(settings: Mapping[str, object], world: World, precision: torch.dtype) -> dict[str, object]:
     """Return the content of config.json: resolved settings, versions, commit, host, devices."""
     device = world.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return {
         "config": settings,
         "precision": str(precision).removeprefix("torch."),
@@ -213,7 +218,8 @@ def write_ledger(path: Path, entries: Iterable[Mapping[str, object]]) -> None:
 
 
 def append_to_ledger(path: Path, entries: Iterable[Mapping[str, object]]) -> None:
-    """Add lines to a ledger.jsonl until it is written anew; does nothing where this rank cannot."""
+    """Add lines to an existing ledger.jsonl, which the next checkpoint writes again; does nothing where that fails."""
+    # "r+", not "a": on another node the run folder may not exist, and no file may be made there.
     with suppress(OSError), open(path, "r+b") as file:
         file.seek(0, os.SEEK_END)
         file.write("".join(ledger_lines(entries)).encode())
@@ -222,7 +228,9 @@ def append_to_ledger(path: Path, entries: Iterable[Mapping[str, object]]) -> Non
 def ledger_lines(entries: Iterable[Mapping[str, object]]) -> Iterator[str]:
     """Yield the lines of ledger.jsonl, each with its end."""
     for entry in entries:
-        shown = {name: hide_secrets(value) if isinstance(value, str) else value for name, value in entry.items()}
+        shown: dict[str, object] = {}
+        for name, value in entry.items():
+            shown[name] = hide_secrets(value) if isinstance(value, str) else value
         yield json_text(shown) + "\n"
 
 
@@ -254,7 +262,7 @@ def is_complete(folder: Path, settings: Mapping[str, object], world: World) -> b
             return False
         if not isinstance(saved, dict):
             return False
-        names = (saved.keys() | settings.keys()) - {"resume", "quiet", "out"}
+        names = (saved.keys() | settings.keys()) - {"resume", "quiet", "out"}  # these do not change a result
         return unchanged and all(saved.get(name) == settings.get(name) for name in names)
 
     return world.exchange(world.is_main and check())[0]

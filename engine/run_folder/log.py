@@ -71,9 +71,9 @@ class Log:
         self._copying: deque[Flush] = deque()
         self._began = time.perf_counter()
         self.written = state.step  # the last step whose values are in the files of rank 0
-        self._flushed_at = self._began  # moved on by the time that is not spent on steps
+        self._flushed_at = self._began  # later by the time spent on evaluations and checkpoints since
         self._waited = 0.0  # for data since the last flush
-        self._recall = ""  # of the last evaluation, for the progress line
+        self._recall = ""  # part of the progress line: R@10 of the last evaluation
         self._seconds = dict.fromkeys(("waiting for data", "evaluate", "checkpoint"), 0.0)
         self._drift, self._recipe, self._base = drift, reference.recipe, reference.base
         self._files: list[TextIO] = []
@@ -156,6 +156,7 @@ class Log:
         seconds = time.perf_counter() - self._flushed_at
         if values.device.type != "cuda":
             return Flush(steps, values.cpu(), None, seconds, self._waited)
+        # Only a copy into pinned memory runs beside the host; one into pageable memory would wait for the device.
         on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         on_host.copy_(values, non_blocking=True)
         arrived = torch.cuda.Event()
@@ -209,7 +210,8 @@ class Log:
             drift = self._drift()
             line = {"step": step, "epoch": self._epoch(step), **plain}
             text = json.dumps(line)
-            if text not in self._known:  # a resumed run measures its last step again where results were lost
+            # A run that was killed after its last step measures that step again, and may have written the line before.
+            if text not in self._known:
                 self._files[1].write(text + "\n")
                 self._files[1].flush()
             self.board.metrics(plain, self._base, step)
@@ -239,7 +241,7 @@ class Log:
 
     def close(self) -> None:
         """Write what is on the way to the host, close the files, and erase the progress line."""
-        with suppress(RuntimeError):  # of a GPU that has failed; that error ends the run
+        with suppress(RuntimeError):  # a GPU has failed: the error of the step ends the run, not that of this copy
             while self._copying:
                 self._write(self._copying.popleft())
         self.world.live("")
@@ -295,12 +297,12 @@ class LogFile:
     def __init__(self, path: Path, ascending: bool = False) -> None:
         self.path, self.ascending = path, ascending  # ascending: each line is of a later step than the one before
         self.count = 0  # lines kept by `open`
-        self.damaged = 0  # lines that were none
+        self.damaged = 0  # lines that could not be read or were out of order
 
     def open(self, last_step: int, is_whole: Callable[[Mapping[str, Any]], bool]) -> TextIO:
-        """Open it for appending, without damaged or misplaced lines and what follows the line of `last_step`.
+        """Open it for appending, without damaged or misplaced lines and without those behind that of `last_step`.
 
-        What follows may be of an earlier step: the evaluation of the best weights at the end of a run.
+        A line behind it may be of an earlier step: the evaluation of the best weights at the end of a run.
         """
         is_over, before = False, -1
 

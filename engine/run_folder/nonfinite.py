@@ -1,10 +1,11 @@
-"""Ends a run after three steps in a row whose gradient is not finite, naming the rows that cause it."""
+"""End a run after three steps in a row whose gradient is not finite, and name the rows that cause it."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TypedDict
 
@@ -14,6 +15,7 @@ from torch import nn
 from data.batch import Batches, UnsoundWeights
 from engine.ranks.world import World
 
+# One such step is skipped: a single bad batch, or an overflow that does not come again, need not end a run.
 IN_A_ROW = 3
 
 
@@ -49,7 +51,7 @@ class NonfiniteGuard:
         path = self.run / f"nan-step-{self.skipped[-1] + 1:08d}.json"
         if self.world.is_main:
             path.write_text(json.dumps({"skipped_steps": culprits}, indent=2) + "\n", encoding="utf-8")
-        rows = {entry["row"] for entries in culprits.values() for entry in entries}
+        rows = {entry["row"] for entry in chain.from_iterable(culprits.values())}
         shown = ", ".join(sorted(map(str, rows), key=lambda row: (len(row), row))[:10])
         if len(rows) > 10:
             shown += f" and {len(rows) - 10} more"
@@ -72,7 +74,7 @@ class NonfiniteGuard:
             for i in (~embedding_BE.isfinite().all(-1)).nonzero()[:, 0].tolist():
                 names_of_rows[i][name] = None
         entries: list[Culprit] = []
-        names_of_all = [list(names) for part in self.world.exchange(names_of_rows) for names in part]
+        names_of_all = map(list, chain.from_iterable(self.world.exchange(names_of_rows)))  # ranks hold parts in order
         for row, names in zip(self.rows(step), names_of_all, strict=True):
             entries.append({"row": row, "not_finite": names})
         return [entry for entry in entries if entry["not_finite"]] or entries

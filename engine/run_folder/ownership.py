@@ -34,7 +34,7 @@ def refuse_out(folder: Path, names: Iterable[str], dataset: str) -> None:
     """Raise UserError when --out is the folder of the dataset, or holds one of `names`, which would be replaced."""
     source = Path(dataset).expanduser()
     dataset_folder = Path(os.path.realpath(source if source.is_dir() else source.parent))
-    place = Path(os.path.realpath(folder))
+    place = Path(os.path.realpath(folder))  # by its real path, as a link may lead into the dataset
     if source.exists() and place == dataset_folder:
         raise UserError(f"--out {folder} is the folder of --dataset, where results would be read as data; choose "
                         "another folder, which may lie in it")
@@ -72,7 +72,8 @@ def open_evaluation(out: str, dataset: str) -> Path:
 
 
 def _foreign_checkpoint(root: Path) -> Path | None:
-    """Return the first `step-*` with files and none of a checkpoint's; a damaged checkpoint still has some, or none."""
+    """Return the first `step-*` that holds files and none of a checkpoint's; a damaged checkpoint is empty or has some.
+    """
     for folder in sorted(root.glob("step-*")):
         is_empty = STEP.fullmatch(folder.name) and folder.is_dir() and not any(folder.iterdir())
         if not is_empty and not any((folder / name).is_file() for name in (*FILES, MANIFEST)):

@@ -1,7 +1,7 @@
-"""Damage to a run folder that need not keep a run from going on: put aside or mended, and said.
+"""Repair of a damaged run folder: what a run can go on without is set aside or written again, and a line says so.
 
-Logs and files that are only shown (answers, metrics, page, TensorBoard) are written again as far as they can be;
-settings and checkpoints are not made up: a run that lacks them says so and ends.
+Logs and results (answers, metrics, page, TensorBoard) are written again as far as they can be. Settings and checkpoints
+cannot be: a run that lacks them says so and ends.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def set_aside(path: Path, folder: Path, log: Callable[[str], None]) -> None:
 
 
 def set_aside_obstacles(folder: Path, log: Callable[[str], None]) -> None:
-    """Set aside folders that have the name of a file that a resumed run writes, and files with that of a folder."""
+    """Set aside folders in the place of files that a resumed run writes, and files in the place of folders."""
     for name in FILES:
         if os.path.lexists(folder / name) and not (folder / name).is_file():
             set_aside(folder / name, folder, log)
@@ -59,7 +59,8 @@ def set_aside_obstacles(folder: Path, log: Callable[[str], None]) -> None:
         if os.path.lexists(folder / name) and not (folder / name).is_dir():
             set_aside(folder / name, folder, log)
     for path in sorted((folder / "tensorboard").rglob("*")):
-        is_file = "." in path.name  # of TensorBoard's names those of files have an ending, those of folders have none
+        # Names of TensorBoard's files have an ending, names of its folders have none.
+        is_file = "." in path.name
         if os.path.lexists(path) and is_file != path.is_file():
             set_aside(path, folder, log)
 
@@ -84,6 +85,7 @@ def replace_link(link: Path, target: str) -> None:
     """
     temporary = link.with_name(f".{link.name}-link")
     temporary.unlink(missing_ok=True)
+    # Made under another name and renamed: a link cannot be replaced in one step otherwise.
     try:
         temporary.symlink_to(target)
     except OSError as error:

@@ -14,7 +14,15 @@ from engine.clip.model import LoadedModel, distribute
 from engine.config.fields import Config
 from engine.optim import Plan
 from engine.ranks.world import World
-from engine.run_folder.checkpoint import Saver, State, changes_since, load, missing_identity, parse_state
+from engine.run_folder.checkpoint import (
+    SavedState,
+    Saver,
+    State,
+    changes_since,
+    load,
+    missing_identity,
+    parse_state,
+)
 from engine.run_folder.log import NullLog
 from engine.run_folder.verification import (
     FAILED,
@@ -52,11 +60,13 @@ def replay_steps(cfg: Config, world: World, run: ReopenedRun) -> list[Finding]:
     model = distribute(run.model.trained_model(cfg.micro_batch), world.size)
     findings = [check_steps(logged, run.plan.rows_at), check_ledger(run.folder, run.ledger),
                 check_order(run.checkpoints, saver.order), _replay_from(State(), cfg, world, run, model)]
-    newest = load(run.checkpoints[-1]).saved if run.checkpoints else {
-        "identity": saver.identity, "recipe": saver.recipe}
+    newest: SavedState = {"identity": saver.identity, "recipe": saver.recipe}
+    if run.checkpoints:
+        newest = load(run.checkpoints[-1]).saved
     if missing := missing_identity(newest, saver.identity):
         findings.append(Finding("data, model, recipe", UNCHECKED, f"not recorded: {', '.join(missing)}"))
     last_step = max(logged, default=0)
+    # That of the last step has no steps behind it to train again.
     earlier = [folder for folder in run.checkpoints if int(folder.name.removeprefix("step-")) < last_step]
     changed = changes_since(newest, saver.identity, saver.recipe)
     if not changed and earlier:
@@ -77,7 +87,8 @@ def _replay_from(state: State, cfg: Config, world: World, run: ReopenedRun, mode
     replica = Replica(model, run.saver.optimizer, world, run.model.precision)
     fit(replica, run.batches, run.plan, state, cfg, callbacks)
     losses = recorder.losses
-    if run.lost is not None:  # from there on the run used pictures that cannot be read any more
+    if run.lost is not None:
+        # From the first step on at which this replay has found a picture lost, its batches are not those of the run.
         gone_at = min((step for step in run.lost.met if step > start), default=end + 1)
         losses = {step: loss for step, loss in losses.items() if step < gone_at}
         if not losses and recorder.losses:

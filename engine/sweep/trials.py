@@ -114,7 +114,7 @@ class Tuner:
         seeded = {index: replace(cfg, seed=run.seed) for index, cfg in enumerate(configs) if cfg is not None}
         for group in self._groups(seeded, run.train):
             members = [seeded[index] for index in group]
-            weights = train_together(self._base_projections(), run.train, members, self.model.precision)
+            weights = train_together(self.base_projections(), run.train, members, self.model.precision)
             for index, cfg, image_EV, text_ET in zip(group, members, *weights, strict=True):
                 self._load(Projections(image_EV, text_ET), cfg)
                 measured[index] = measure(run.held_out)
@@ -142,7 +142,8 @@ class Tuner:
                 groups.append([indices[member] for member in group])
         return groups
 
-    def _base_projections(self) -> Projections:
+    def base_projections(self) -> Projections:
+        """Return both projections of the base model."""
         return Projections(*(self.base[name] for name in PROJECTIONS))
 
     def _load(self, weights: Projections, cfg: Config) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from eval.report.page import template
 
+BINS = 40  # of a histogram
 WIDE, HIGH, LEFT, RIGHT, TOP, BOTTOM = 440, 250, 48, 12, 12, 40  # user units; a page scales the whole
 
 
@@ -119,16 +120,16 @@ def binned(values: Sequence[float], bins: int) -> tuple[list[float], list[float]
     return centre, mean, low, high
 
 
-def outline(values: Sequence[float], low: float, high: float, bins: int = 40) -> tuple[list[float], list[float]]:
-    """Return the share of values in each bin as the corners of a step curve: x and y."""
-    counts = [0] * bins
+def outline(values: Sequence[float], low: float, high: float) -> tuple[list[float], list[float]]:
+    """Return the share of values in each of BINS bins as the corners of a step curve: x and y."""
+    counts = [0] * BINS
     for value in values:
-        bin = int((value - low) / max(high - low, 1e-9) * bins)
-        counts[min(bins - 1, max(0, bin))] += 1
+        bin = int((value - low) / max(high - low, 1e-9) * BINS)
+        counts[min(BINS - 1, max(0, bin))] += 1
     x: list[float] = []
     y: list[float] = []
     for i, count in enumerate(counts):
-        x += [low + (high - low) * i / bins, low + (high - low) * (i + 1) / bins]
+        x += [low + (high - low) * i / BINS, low + (high - low) * (i + 1) / BINS]
         y += 2 * [count / max(1, len(values))]
     return x, y
 

@@ -69,9 +69,9 @@ def escape_text(value: object, limit: int = LIMIT) -> str:
     return f'<bdi dir="auto">{escape(clean(value, limit))}</bdi>'
 
 
-def escape_attribute(value: object, limit: int = LIMIT) -> str:
-    """Return text from data for the inside of a quoted attribute."""
-    return escape(clean(value, limit), quote=True)
+def escape_attribute(value: object) -> str:
+    """Return text from data for the inside of a quoted attribute: escaped, at most LIMIT characters."""
+    return escape(clean(value, LIMIT), quote=True)
 
 
 def image_tag(jpeg: bytes, alt: str) -> str:

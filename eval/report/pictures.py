@@ -22,6 +22,7 @@ Title = Callable[[int], str]  # row of the split -> its title
 Picture = Callable[[int], bytes]  # row of the split -> a small JPEG, b"" where there is none
 FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf")
 WIDTH, TILE_W, TILE_H, LINE, GAP = 580, 104, 78, 20, 8  # a card of TensorBoard is some 400 pixels wide
+CELL, SPRITE = 14, 64  # pixels of a side: a cell of the heat map, a picture of the projector
 PAPER, INK, FAINT, RIGHT, RIGHT_PAPER = "#ffffff", "#1b1f24", "#6a737d", "#116329", "#dafbe1"
 VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # at 0, 1/4 … 1
 
@@ -59,7 +60,7 @@ def draw_text_to_image(answers: Answers, places: Sequence[int], title: Title, pi
     return np.asarray(sheet)
 
 
-def heat_map(image_NE: Tensor, title_NE: Tensor, cell: int = 14) -> np.ndarray:
+def heat_map(image_NE: Tensor, title_NE: Tensor) -> np.ndarray:
     """Draw cosines of images (rows) and titles (columns), bright is similar, pairs on the diagonal: uint8 [H, W, 3].
 
     The colours span lowest to highest cosine, which also shows a model whose cosines all lie close together.
@@ -68,7 +69,7 @@ def heat_map(image_NE: Tensor, title_NE: Tensor, cell: int = 14) -> np.ndarray:
     low, high = float(score.min()), float(score.max())
     position = (score - low) / max(high - low, 1e-9) * (len(VIRIDIS) - 1)
     colour = np.stack([np.interp(position, range(len(VIRIDIS)), channel) for channel in zip(*VIRIDIS, strict=True)], -1)
-    body = colour.round().astype(np.uint8).repeat(cell, 0).repeat(cell, 1)
+    body = colour.round().astype(np.uint8).repeat(CELL, 0).repeat(CELL, 1)
     sheet = Image.new("RGB", (max(body.shape[1], 420), body.shape[0] + 30), PAPER)
     sheet.paste(Image.fromarray(body), (0, 30))
     ImageDraw.Draw(sheet).text((4, 7), f"images down, titles across; cosines {low:.2f} (dark) to {high:.2f} (bright)",
@@ -76,17 +77,17 @@ def heat_map(image_NE: Tensor, title_NE: Tensor, cell: int = 14) -> np.ndarray:
     return np.asarray(sheet)
 
 
-def sprite_sheet(pictures: Sequence[bytes], titles: Sequence[str], side: int = 64) -> np.ndarray:
+def sprite_sheet(pictures: Sequence[bytes], titles: Sequence[str]) -> np.ndarray:
     """Draw small squares for the projector, first the pictures, then the titles as text: uint8 [H, H, 3].
 
     They fill the sheet row by row, as many in a row as there are rows.
     """
     across = math.ceil(math.sqrt(len(pictures) + len(titles)))
-    sheet = Image.new("RGB", (across * side, across * side))
+    sheet = Image.new("RGB", (across * SPRITE, across * SPRITE))
     for place, data in enumerate(pictures):
-        _paste_tile(sheet, place, _picture_tile(data, side))
+        _paste_tile(sheet, place, _picture_tile(data, SPRITE))
     for place, text in enumerate(titles, len(pictures)):
-        _paste_tile(sheet, place, _title_tile(_clean(text), side))
+        _paste_tile(sheet, place, _title_tile(_clean(text), SPRITE))
     return np.asarray(sheet)
 
 

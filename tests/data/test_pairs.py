@@ -12,7 +12,7 @@ import torch
 from helpers import make_pairs, noting, tiny_clip
 
 from data.batch import ALONE
-from data.cold import DecodedImages, Encoders, Pipeline, Reader
+from data.cold import Encoders, Pipeline, Reader
 from data.identity import overlap
 from data.images.decode import ImageSpec
 from data.pairs import Pairs, open_pairs
@@ -143,7 +143,7 @@ def test_more_decoded_images_than_there_is_room_for_are_decoded_again(tmp_path: 
     cache, folder = tmp_path / "cache", make_pairs(tmp_path / "pairs", 4, 5, 6)
     tiny_clip(cache / "model")
     whole = features_of(opened(folder, cache, monkeypatch, stored=False)[0], "valid")
-    monkeypatch.setattr(DecodedImages.__init__, "__defaults__", ((), 2 * 3 * 32 * 32))
+    monkeypatch.setattr("data.cold.PIXELS", 2 * 3 * 32 * 32)
     pairs, _ = opened(folder, tmp_path / "other", monkeypatch, stored=False)
     read: list[str] = []
     monkeypatch.setattr(Reader, "read", noting(Reader.read, lambda self, reference: read.append(reference)))

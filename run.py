@@ -21,6 +21,7 @@ from importlib import import_module
 from data.text import clean_library_output, printable
 from engine.config.cli import parse
 from engine.config.fields import TOWERS, Config
+from engine.ranks.launch import announce_early_end
 from engine.run_folder import crash
 from engine.run_folder.crash import CURRENT_RUN, explain_crash, rank_from_environment, say_error
 
@@ -36,6 +37,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         command, cfg = parse("run.py", arguments)
         return run(command, cfg)
+    except SystemExit as ended:
+        if ended.code:  # a mistake on the command line, perhaps of this rank alone
+            announce_early_end()
+        raise
     except Exception as error:  # in the command line's own code, or an installation that is broken
         say_error(explain_crash(command, error, rank_from_environment()))
         return 1

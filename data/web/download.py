@@ -22,7 +22,7 @@ from data.progress import DownloadProgress
 from data.reading import read_text
 from data.shards.tar import BLOCK, END, is_header
 from data.web.fetched import disk_errors_as_user_errors
-from data.web.guard import BadStatus, Sessions, redirect_target
+from data.web.guard import BadStatus, Sessions, encoding_of, redirect_target
 from data.web.limits import FetchPolicy
 from data.web.policy import follow_redirects, with_retries
 
@@ -98,7 +98,7 @@ class Downloader:
                 raise BadSample("short-body", "the server answers with another part than was asked for")
             begin = begin if response.status == 206 else 0
             total = total if begin else response.content_length
-            if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+            if encoding_of(response) != "identity":
                 raise BadSample("bad-encoding", "shards must be sent as they are")
             _refuse_if_too_large(begin + (response.content_length or 0), most)
             self.progress.expect(response.content_length or 0)

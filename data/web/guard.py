@@ -30,6 +30,7 @@ NAT64, IPV6_GLOBAL = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network(
 # Cloud metadata services and dead relays that Python, or some version of it, calls global.
 SPECIAL = [ipaddress.ip_network(each) for each in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")]
 
+NOT_ENCODED = ("", "identity", "none", "binary", "utf-8", "aws-chunked")  # the last is left in S3 by some uploads
 UNSAFE = re.compile(rb"%(?![0-9A-Fa-f]{2})|[^A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]")  # bytes that RFC 3986 forbids
 LOCAL_NAME = re.compile(r"[^.:]+|.*\.(localhost|local|internal|home\.arpa)\.?")
 
@@ -207,30 +208,57 @@ async def get(session: aiohttp.ClientSession, url: URL, max_bytes: int) -> bytes
 
 async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     """Return the body, inflated; no more than `max_bytes` are taken from the wire or kept in memory."""
-    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    encoding = encoding_of(response)
     if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
         raise BadSample("bad-encoding", repr(encoding))
     if (response.content_length or 0) > max_bytes:
         raise BadSample("too-large", f"{response.content_length} bytes announced, {max_bytes} allowed")
     body = bytearray()
     taken = 0
-    inflater = None
+    inflater = None if encoding == "identity" else _Inflater(encoding)
     async for chunk in response.content.iter_any():
         taken += len(chunk)
-        if encoding != "identity":
-            # "deflate" is zlib by the standard and bare in practice: only a zlib header has 8 in its low bits.
-            bare = encoding == "deflate" and chunk[0] & 15 != 8
-            inflater = inflater or zlib.decompressobj(-zlib.MAX_WBITS if bare else zlib.MAX_WBITS | 32)
-            try:
-                chunk = inflater.decompress(chunk, max_bytes + 1 - len(body))
-            except zlib.error as error:
-                raise BadSample("bad-encoding", str(error)) from error
-        body += chunk
+        body += inflater.inflate(chunk, max_bytes + 1 - len(body)) if inflater else chunk
         if max(taken, len(body)) > max_bytes:
             raise BadSample("too-large", f"more than {max_bytes} bytes")
-    if inflater and not inflater.eof:
+    if inflater and not inflater.is_whole():
         raise BadSample("short-body", f"{encoding} ends early")
     return bytes(body)
+
+
+def encoding_of(response: aiohttp.ClientResponse) -> str:
+    """The Content-Encoding of an answer, "identity" for none and for words that servers write there by mistake."""
+    encoding = response.headers.get("Content-Encoding", "").strip().lower()
+    return "identity" if encoding in NOT_ENCODED else encoding
+
+
+class _Inflater:
+    """Inflates a body piece by piece: all members of a gzip file, or the one stream of "deflate"."""
+
+    def __init__(self, encoding: str) -> None:
+        self.encoding = encoding
+        self._stream: zlib._Decompress | None = None
+
+    def inflate(self, chunk: bytes, most: int) -> bytes:
+        """Return what a piece inflates to, at most `most` bytes, which is more than may come. Raises BadSample."""
+        parts = b""
+        while chunk and len(parts) < most:
+            if self._stream is None or self._stream.eof:
+                if self._stream is not None and (self.encoding == "deflate" or not chunk.startswith(b"\x1f")):
+                    break  # what follows the end is padding
+                # "deflate" is zlib by the standard and bare in practice: only a zlib header has 8 in its low bits.
+                is_bare = self.encoding == "deflate" and chunk[0] & 15 != 8
+                self._stream = zlib.decompressobj(-zlib.MAX_WBITS if is_bare else zlib.MAX_WBITS | 32)
+            try:
+                parts += self._stream.decompress(chunk, most - len(parts))
+            except zlib.error as error:
+                raise BadSample("bad-encoding", str(error)) from error
+            chunk = self._stream.unused_data
+        return parts
+
+    def is_whole(self) -> bool:
+        """Return whether the last stream has come to its end; also before the first one."""
+        return self._stream is None or self._stream.eof
 
 
 def _is_placeholder(url: URL, body: bytes) -> bool:

@@ -30,7 +30,7 @@ from data.batch import AgreedError, RunFailed, Team
 from data.text import show
 from engine.device import open_device
 from engine.ranks.launch import choose_interface, describe_network, read_launch
-from engine.ranks.rendezvous import POLL_S, agree_session_id, meet, refuse_shared_devices
+from engine.ranks.rendezvous import POLL_S, agree_session_id, end_announced, meet, refuse_shared_devices
 from engine.ranks.watchdog import AwakeClock, Watchdog
 from engine.run_folder.crash import end_now, mute_stdout
 
@@ -353,7 +353,8 @@ def _without_padding(rows_GX: Tensor, sizes: Sequence[int]) -> Tensor:
 def init(wanted: str, timeout_s: float, quiet: bool = False, command: str = "train") -> World:
     """Join the other ranks of torchrun, srun or mpirun; without a launcher return a world of one. Raises UserError."""
     launch = read_launch()
-    device = open_device(wanted, launch.local_rank)
+    with end_announced(launch):
+        device = open_device(wanted, launch.local_rank)
     store, timeout = None, datetime.timedelta(seconds=timeout_s)
     if launch.size > 1:
         choose_interface(launch)

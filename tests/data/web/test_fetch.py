@@ -86,6 +86,11 @@ HOSTILE: dict[str, tuple[Answer, str | None]] = {
     "page": (lambda p, n: reply(body=b"\n<!DOCTYPE html><p>Not here"), "not-image"),
     "nothing": (lambda p, n: reply(body=b""), "empty"),
     "gzip": (lambda p, n: reply(body=gzip.compress(PICTURE), Content_Encoding="gzip"), None),
+    "members": (lambda p, n: reply(body=gzip.compress(PICTURE[:99]) + gzip.compress(PICTURE[99:]) + bytes(9),
+                                   Content_Encoding="gzip"), None),
+    "second-cut": (lambda p, n: reply(body=gzip.compress(PICTURE[:99]) + gzip.compress(PICTURE[99:])[:-9],
+                                      Content_Encoding="gzip"), "short-body"),
+    "aws-chunked": (lambda p, n: reply(Content_Encoding="aws-chunked"), None),  # S3 keeps it of some uploads
     "zlib": (lambda p, n: reply(body=zlib.compress(PICTURE), Content_Encoding="deflate"), None),
     "bare": (lambda p, n: reply(body=BARE, Content_Encoding="deflate"), None),
     "hops": (lambda p, n: reply() if p == "/5" else reply(302, b"", Location=f"/{int(p[1:] or 0) + 1}"), None),

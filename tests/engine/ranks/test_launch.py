@@ -3,9 +3,12 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from helpers import HANGS_S, ROOT, kill
 
 from data.batch import UserError
 from engine.device import pick_device
-from engine.ranks import launch
+from engine.ranks import launch, rendezvous
 from engine.ranks.launch import Launch, choose_interface, first_host, interface_towards, read_launch
 from engine.ranks.watchdog import AwakeClock
 
@@ -101,6 +104,43 @@ def test_gloo_takes_the_interface_that_reaches_rank_0(environment: pytest.Monkey
         assert os.environ["GLOO_SOCKET_IFNAME"] == expected
         choose_interface(Launch(0, 0, 8, 8, "torchrun"))  # what is set stays
         assert os.environ.pop("GLOO_SOCKET_IFNAME") == expected
+
+
+def refusals(environment: pytest.MonkeyPatch, *launches: Launch) -> list[str]:
+    """What ranks of these launches say that meet at one store; a launch without a device ends before it joins."""
+    environment.setattr(rendezvous, "REFUSAL_S", 3.0)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+
+    def join(launch: Launch) -> str:
+        try:
+            if launch.local_rank < 0:
+                with rendezvous.end_announced(launch):
+                    raise UserError("no such flag")
+            _, store = rendezvous.meet(launch, timedelta(seconds=HANGS_S))
+            assert store is not None
+            return rendezvous.agree_session_id(store, launch.rank, launch.size, HANGS_S)
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(launches)) as threads:
+        return list(threads.map(join, launches))
+
+
+def test_ranks_that_cannot_join_do_not_keep_the_others_waiting(environment: pytest.MonkeyPatch) -> None:
+    """They would wait for --dist-timeout, ten minutes, and then name no cause."""
+    first, second = refusals(environment, Launch(0, 0, 2), Launch(1, 0, 3))
+    assert first == second and "WORLD_SIZE is 3 for rank 1 and 2 for rank 0" in first
+    said = refusals(environment, Launch(0, 0, 3), Launch(1, 0, 3), Launch(1, 0, 3))
+    assert "two processes were started as rank 1" in said[0]
+    for ended, waiting in ((0, 1), (1, 0)):
+        launches = {ended: Launch(ended, -1, 2), waiting: Launch(waiting, 0, 2)}
+        said = refusals(environment, launches[0], launches[1])
+        assert said[ended] == "no such flag" and f"rank {ended} has ended before it joined" in said[waiting]
+    os.environ["MASTER_ADDR"] = "no.such.host.invalid"
+    with pytest.raises(UserError, match="MASTER_ADDR is no.such.host.invalid, a name that is not known here"):
+        rendezvous.meet(Launch(1, 0, 2), timedelta(0))
 
 
 def test_the_one_gpu_that_a_rank_sees_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

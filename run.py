@@ -11,35 +11,29 @@ from __future__ import annotations
 
 import atexit
 import gc
-import io
 import os
 import sys
 import time
 from collections.abc import Sequence
 from importlib import import_module
 
-from data.text import clean_library_output, printable
+from data.text import printable
 from engine.config.cli import parse
 from engine.config.fields import TOWERS, Config
-from engine.ranks.launch import announce_early_end
-from engine.run_folder import crash
-from engine.run_folder.crash import CURRENT_RUN, explain_crash, rank_from_environment, say_error
+from engine.console import mute_stdout, open_console
+from engine.run_folder.crash import CURRENT_RUN, end_rank, explain_crash, rank_from_environment, say_error
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command on this rank; the exit code says how it went."""
-    crash.hold_standard_descriptors()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # whatever the locale, a title can be printed
-            stream.reconfigure(errors="backslashreplace")
-    clean_library_output()
+    open_console()
     command = ""
     try:
         command, cfg = parse("run.py", arguments)
         return run(command, cfg)
     except SystemExit as ended:
         if ended.code:  # a mistake on the command line, perhaps of this rank alone
-            announce_early_end()
+            import_module("engine.ranks.launch").announce_early_end()  # imports torch, which --help does not wait for
         raise
     except Exception as error:  # in the command line's own code, or an installation that is broken
         say_error(explain_crash(command, error, rank_from_environment()))
@@ -71,14 +65,13 @@ def run(command: str, cfg: Config) -> int:
             require_same_settings(ranks, command, cfg)
             return run_command(cfg, ranks, stop)
     except BrokenPipeError:  # stdout was closed, as by `| head`
-        crash.mute_stdout()
+        mute_stdout()
         return leave(141)
     except (UserError, RunFailed, OSError, SafetensorError) as error:  # the last two: a full disk, a folder gone
         rank, mistake = rank_from_environment(), isinstance(error, UserError)
         if not (rank and isinstance(error, AgreedError)):
             time.sleep(2 * bool(rank))  # let rank 0 print first: it has most likely met the same error
-            say_error(f"run.py {command}{'' if mistake else ' failed'}: "
-                      f"{printable(str(error)) if mistake else error}")
+            say_error(f"run.py {command}: {printable(str(error))}" if mistake else f"run.py {command} failed: {error}")
         return leave(2 if mistake else 1)
     except SystemExit as signalled:
         return leave(int(signalled.code or 0))
@@ -102,5 +95,5 @@ if __name__ == "__main__":
     gc.set_threshold(100_000)  # libraries make as many objects and no garbage: collections would take .3 s
     atexit.register(gc.freeze)  # or Python would look through all objects once more as it ends: .3 s
     code = main(sys.argv[1:])
-    crash.end_rank(code)
+    end_rank(code)
     sys.exit(code)

@@ -27,7 +27,8 @@ from engine.config.settings import (
     suggest,
     to_toml,
 )
-from engine.run_folder.crash import mute_stdout, say_error
+from engine.console import mute_stdout
+from engine.run_folder.crash import say_error
 
 HOME = Path(__file__).resolve().parents[2]
 DEMO_MODEL = HOME / "data" / "demo_model"

@@ -10,15 +10,13 @@ import datetime
 import gc
 import os
 import re
-import select
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,24 +26,17 @@ from torch import Tensor
 
 from data.batch import AgreedError, RunFailed, Team
 from data.text import show
+from engine.console import ProgressPrinter, mute_stdout, on_terminal
 from engine.device import open_device
 from engine.ranks.launch import choose_interface, describe_network, read_launch
 from engine.ranks.rendezvous import POLL_S, agree_session_id, end_announced, meet, refuse_shared_devices
 from engine.ranks.watchdog import AwakeClock, Watchdog
-from engine.run_folder.crash import end_now, mute_stdout
+from engine.run_folder.crash import end_now
 
 Value = TypeVar("Value")
 ENDLESS = datetime.timedelta(days=1000)  # for gloo, where a Watchdog counts instead
 MEET_S = 3.0  # how long a rank that has failed waits for the others to fail too
-PATIENCE_S = 1.0  # how long a line of progress waits for somebody to read
-CLEAR = "\x1b[2K"  # erases the progress line of a terminal
-
-
-def whole_fields(line: str, width: int) -> str:
-    """Return the fields of a line, two blanks apart, that fit into `width` columns; no number is cut in half."""
-    if len(line) <= width:
-        return line
-    return line[: width + 2].rpartition("  ")[0] or line[:width]
+_console = ProgressPrinter()
 
 
 @dataclass(frozen=True)
@@ -80,7 +71,7 @@ class World:
         """Print a line on stderr from rank 0; from any rank it counts as progress for `monitored_exchange`."""
         self._count_progress()
         if self.is_main and not self.quiet:
-            _print(text, CLEAR if _on_terminal() else "")
+            _console.line(text)
 
     def warn(self, text: str) -> None:
         """`say` a line that --quiet keeps: something was damaged, and what was done about it."""
@@ -89,12 +80,11 @@ class World:
     def live(self, text: str) -> None:
         """Print progress: on a terminal a line that the next one replaces, elsewhere a line like any other."""
         self._count_progress()
-        if not _on_terminal():
+        if not on_terminal():
             if text:
                 self.say(text)
         elif self.is_main and not self.quiet:
-            line = whole_fields(text, _columns() - 1)
-            _print(line, CLEAR, end="\r")
+            _console.live(text)
 
     def show(self, text: str, place: str = "") -> None:
         """Print a result on stdout, from rank 0. Where that fails and it is in a file, `place`, that is said instead.
@@ -210,58 +200,6 @@ class World:
         if self.size > 1:
             with explain_collective_errors("waiting for all ranks"):
                 dist.barrier()
-
-
-def _on_terminal() -> bool:
-    """Return whether stderr is a terminal on which a line can be erased."""
-    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-
-
-class ProgressPrinter:
-    """Prints lines of progress to stderr. None of them can end or hold up the run.
-
-    Where the terminal or a `tee` is gone, or the disk of a log is full, the line is lost. Where nobody reads (a
-    terminal stopped by Ctrl-S, a pager that waits), lines are left out until somebody does; the first one waits
-    PATIENCE_S.
-    """
-
-    def __init__(self) -> None:
-        self.left_out = 0  # lines since somebody read
-
-    def __call__(self, text: str, before: str = "", end: str = "\n") -> None:
-        """Print `text` after the control sequence `before`."""
-        with suppress(OSError, ValueError):
-            if sys.stderr is None:
-                return
-            if not _has_room(sys.stderr, 0 if self.left_out else PATIENCE_S):
-                self.left_out += 1
-                return
-            missing = f"({self.left_out:,} lines are left out here: nobody read them)\n" if self.left_out else ""
-            self.left_out = 0
-            print(before, end="", file=sys.stderr)
-            show(missing + text, sys.stderr, end)
-
-
-_print = ProgressPrinter()
-
-
-def _columns() -> int:
-    """Return the width of the terminal behind stderr; stdout may go to a file."""
-    columns = os.environ.get("COLUMNS", "")
-    with suppress(OSError, ValueError, AttributeError):
-        columns = columns or str(os.get_terminal_size(sys.stderr.fileno()).columns)
-    return int(columns) if columns.isdecimal() and int(columns) else 80
-
-
-def _has_room(stream: TextIO, seconds: float) -> bool:
-    """Return whether a line can be written to a stream without waiting, now or within so many seconds."""
-    try:
-        descriptor = stream.fileno()
-    except (OSError, ValueError):  # a stream in memory
-        return True
-    watch = select.poll()
-    watch.register(descriptor, select.POLLOUT)
-    return bool(watch.poll(1000 * seconds))
 
 
 def _asking_store() -> AbstractContextManager[None]:

@@ -66,27 +66,6 @@ def end_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-def hold_standard_descriptors() -> None:
-    """Open the null device for each standard stream that was closed when this process was started, as by `2>&-`.
-
-    Else the next file that is opened gets its number, and what a library in C prints goes into that file.
-    """
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(number, True)
-    os.close(number)
-
-
-def mute_stdout() -> None:
-    """Point stdout at /dev/null once nothing can be written to it.
-
-    Python flushes it once more as it ends, and would exit with another code where that fails.
-    """
-    with suppress(OSError, ValueError, AttributeError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
-
-
 def say_error(text: str) -> None:
     """Print a line on stderr, if stderr is open."""
     with suppress(OSError, ValueError):

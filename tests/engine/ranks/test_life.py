@@ -294,7 +294,7 @@ def test_a_closed_terminal_takes_the_line_and_not_the_run(monkeypatch: pytest.Mo
 
 def test_lines_that_nobody_reads_hold_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal stopped by Ctrl-S, a pager that waits: training goes on, and other ranks meet no timeout."""
-    monkeypatch.setattr("engine.ranks.world.PATIENCE_S", 0.01)
+    monkeypatch.setattr("engine.console.PATIENCE_S", 0.01)
     reader, writer = os.pipe()
     world = World(0, 0, 1, torch.device("cpu"))
     with open(writer, "w", buffering=1) as stream:
@@ -378,7 +378,7 @@ def test_a_result_that_cannot_be_printed_is_in_a_file_or_an_error(
 
 def test_a_closed_standard_stream_is_no_place_for_a_file(tmp_path: Path) -> None:
     """With `2>&-`, the next file that is opened would get what a library in C prints on stderr."""
-    script = ("import os; from engine.run_folder.crash import hold_standard_descriptors as hold; hold(); "
+    script = ("import os; from engine.console import hold_standard_descriptors as hold; hold(); "
               f"file = open({str(tmp_path / 'log')!r}, 'w'); file.write('a line'); os.write(2, b'warning')")
     command = ["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, script]
     assert subprocess.run(command, cwd=ROOT, timeout=HANGS_S).returncode == 0

@@ -20,8 +20,9 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch import nn
 
 import run as command_line
+from engine.console import CLEAR, whole_fields
 from engine.optim import Plan
-from engine.ranks.world import CLEAR, World, whole_fields
+from engine.ranks.world import World
 from engine.run_folder.board import POINTS, TensorBoardWriter, WeightDrift
 from engine.run_folder.checkpoint import State
 from engine.run_folder.log import Log

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 COPY = "embedded pictures 1"  # another layout of the copies gets another number
-ROWS = 64  # rows of a Parquet file in memory at one time
+ROWS = 64  # rows of a Parquet file in memory at one time: a picture may have megabytes
 POLL_S = 0.2  # between checks of a copy that another process is writing
 
 
@@ -50,7 +50,7 @@ class EmbeddedPictures:
     def open(self, path: Path) -> pa.Table:
         """Map an Arrow file (IPC file, stream or Feather), so that `references` finds its values.
 
-        Raises pyarrow.ArrowInvalid where it is none, OSError.
+        Raises OSError; pyarrow.ArrowInvalid for another kind of file.
         """
         import pyarrow as pa
 
@@ -58,6 +58,7 @@ class EmbeddedPictures:
         with pa.memory_map(str(path)) as file:
             content = file.read_buffer()  # the map itself, not a copy
         self._maps.append(_Map(os.path.abspath(path), content))
+        # From a buffer over the map, arrays are views of it: `_find` knows by their addresses where they lie.
         is_file = content.slice(0, 6).to_pybytes() == b"ARROW1"
         source = pa.BufferReader(content)
         return (pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)).read_all()

@@ -73,11 +73,12 @@ class _Results:
 
     def __init__(self, folder: Path, policy: FetchPolicy, retry_failed: bool) -> None:
         self.folder = folder
-        self.failed: dict[str, Fetched] = {}
+        self.failed: dict[str, Fetched] = {}  # by `hide_secrets` of the URL: failures.jsonl holds no signature
         # Other limits may give another result, so a failure counts only under the limits that it happened under.
         self.limits = f"{policy.max_bytes} bytes, {policy.redirects} redirects, variants {policy.variants}"
         with disk_errors_as_user_errors(folder):
             (folder / "partial").mkdir(parents=True, exist_ok=True)
+            # A lock tells a killed run's file from that of a run beside this one.
             for part in (folder / "partial").iterdir():
                 with suppress(FileNotFoundError), part.open("ab") as file:  # another run's, finished meanwhile
                     if time.time() - os.fstat(file.fileno()).st_mtime > STALE and try_lock(file):

@@ -98,8 +98,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
         replica = Replica(distribute(trained, step_world.size), saver.optimizer, step_world, model.precision)
     saver.require_equal_weights(state.step)
     with closing(log), stop.graceful_exit(), profiler(cfg.profile, state.step, out, world.rank, log) as prof:
-        # A signal may cut an evaluation off: the checkpoint of its step is saved before it begins.
-        evaluate = stop.immediate_exit()(evaluator)
+        evaluate = stop.immediate_exit()(evaluator)  # a signal may cut it off: its step was saved before
         evaluation_missing = state.evaluated < state.step and plan.due(state.step, cfg.eval_every)
         results_lost = state.step == plan.steps and not evaluation_missing and lacks_results(metrics, answers, world)
         if state.step == 0 or evaluation_missing:

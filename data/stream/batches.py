@@ -196,7 +196,7 @@ class ShardBatches:
                                 f"({reasons})")
 
     def _read(self, shard: int) -> Iterator[Sample]:
-        """Yield the samples of a shard; one that is gone, cut or another is named, and left out from then on."""
+        """Yield the samples of a shard; one that cannot be read, or has changed, is named and left out from then on."""
         given = 0
         if shard in self._lost:
             return

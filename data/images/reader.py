@@ -21,6 +21,7 @@ from data.web.storage import PACKAGES, is_stored
 if TYPE_CHECKING:
     import pyarrow as pa
 
+# Errors of this machine at this moment; all others are the file's, whose row is dropped.
 OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 # Patterns of references, for `matching`: `is_url` and `is_stored` of each.
 URL_START = "^(?i)https?://"

@@ -194,6 +194,7 @@ class _Client:
                 file = path.open("ab")
             with file:
                 is_held = try_lock(file)
+                # Without the lock after that time: the worst is that two runs request one URL.
                 if is_held or time.monotonic() > until:
                     try:
                         yield
@@ -220,7 +221,7 @@ class _Client:
         return await with_retries(lambda: self._try(url), self.policy)
 
     async def _try(self, url: URL) -> bytes:
-        """One try, over all its redirects; the time waited for a free connection is not counted."""
+        """Try once, over all redirects; the time waited for a free connection is not counted."""
         left = self.policy.timeout
 
         async def request(url: URL) -> bytes | URL:

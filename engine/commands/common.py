@@ -192,7 +192,7 @@ def fetch_policy(cfg: Config) -> FetchPolicy:
 def make_reader(cfg: Config, spec: ImageSpec) -> Reader:
     """Return the reader that turns an image reference into the pixels `spec` describes."""
     fetched = cache_folder(cfg) / "fetched"
-    workers = cfg.workers or cores_of_rank()
+    workers = cfg.workers or cores_of_rank()  # 0: as many as this rank has cores
     return Reader(fetched, spec, fetch_policy(cfg), cfg.max_pixels, workers, cfg.retry_failed, cfg.augment)
 
 

@@ -68,10 +68,10 @@ def read_member(reference: str) -> bytes:
     return data
 
 
-def read_stored(reference: str, most: int) -> bytes:
-    """Return the bytes (at most `most`) of an image in a store, or of ADDRESS#OFFSET+SIZE. Raises BadSample."""
+def read_stored(reference: str, max_bytes: int) -> bytes:
+    """Return the bytes of an image in a store, whole or at ADDRESS#OFFSET+SIZE. Raises BadSample, also if too large."""
     if REFERENCE.fullmatch(reference) is None:
-        return storage.read(reference, most)
+        return storage.read(reference, max_bytes)
     address, offset, size = parse_reference(reference)
     if size > MAX_IMAGE:
         raise BadSample("too-large", f"{size} bytes, {MAX_IMAGE} allowed")

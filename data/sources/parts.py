@@ -99,10 +99,10 @@ def files_by_split(entries: Sequence[File]) -> dict[str, list[File]]:
             name, numbered, ending, packed = match.groups("")
             pattern = f"{name}{'-*' if numbered else ''}.{ending}{packed}"
             patterns.setdefault((SPLIT_NAMES[name], pattern), []).append(entry)
-    found = [(split, pattern, files) for (split, pattern), files in patterns.items()]
+    named = [(split, pattern, files) for (split, pattern), files in patterns.items()]
     # Tables beside shards usually hold the same rows without the pictures.
-    shards = [each for each in found if ".tar" in each[1]]
-    return unique_splits(shards or found)
+    shards = [each for each in named if ".tar" in each[1]]
+    return unique_splits(shards or named)
 
 
 def files_by_word(files: Sequence[Path]) -> dict[str, list[Path]]:

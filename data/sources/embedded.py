@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 COPY = "embedded pictures 1"  # another layout of the copies gets another number
-ROWS = 64  # rows of a Parquet file in memory at one time: a picture may have megabytes
+ROWS = 64  # rows of a Parquet file in memory at one time
 POLL_S = 0.2  # between checks of a copy that another process is writing
 
 

@@ -90,7 +90,7 @@ class Backlog:
             return self._pieces.popleft() if self._pieces and self.for_threads and not self.closed else None
 
     def set(self, closed: bool = False, for_threads: bool = True) -> None:
-        """Say that the feed is closed, or whether threads take part."""
+        """Close the backlog, or set whether threads take pieces from it."""
         with self._changed:
             self.closed, self.for_threads = self.closed or closed, for_threads
             self._changed.notify_all()
@@ -216,14 +216,14 @@ class Processes:
         self._looking = threading.Thread(target=self._look, name="decoding-hangs", daemon=True)
 
     def start(self) -> None:
-        """Begin to start processes, if that has not begun."""
+        """Start the thread that starts the processes, unless it runs already."""
         with self._starting:
             if not self.started and not self._closed:
                 self.started = True
                 self._thread.start()
 
     def wake(self) -> None:
-        """Say that there is a new piece, if a worker could take it."""
+        """Wake the thread that hands out pieces, if a worker could take a new one."""
         if self._has_room or self._closed:
             self._has_room = False
             with suppress(BlockingIOError):

@@ -135,7 +135,7 @@ class Spent:
 
 
 def do_task(task: Task, job: Job, reader: Reader, records: np.ndarray, place: int, spent: Spent) -> Outcome:
-    """Read and decode one picture into its record. Raises what is not the picture's fault."""
+    """Read and decode one picture into its record. Raises errors that are not the picture's fault."""
     began, key, read = time.perf_counter(), b"", None
     try:
         data = task.source if isinstance(task.source, bytes) else reader.read(task.source)

@@ -75,7 +75,7 @@ class EmbeddedPictures:
         return self.open(copy).column(0)
 
     def references(self, values: pa.Array, source: str) -> pa.Array:
-        """Return FILE#OFFSET+SIZE for each value of bytes, null for null and for none; values in memory are copied."""
+        """Return FILE#OFFSET+SIZE for each value, null for null and for no bytes; values in memory are copied first."""
         import pyarrow as pa
         import pyarrow.compute as pc
 

@@ -46,7 +46,7 @@ from engine.run_folder.folder import open_folder
 from eval.metrics import Retrieval
 from eval.retrieval import measure_split
 
-# Settings that say how --dataset is read; --probe is another dataset.
+# Settings of how --dataset is read. --probe is another dataset, which is read with their defaults.
 READING = ("image_column", "title_column", "negative_column", "split_column", "splits", "template", "image_root",
            "image_template", "delimiter", "encoding")
 
@@ -56,7 +56,7 @@ class Source(NamedTuple):
 
     rows: dict[str, Rows]
     unreadable: list[dict[str, Any]]
-    shards: Mapping[str, Sequence[Entry]] = {}  # in a store, to be streamed once the towers are there: then no rows yet
+    shards: Mapping[str, Sequence[Entry]] = {}  # in a store; `rows` is empty until `stream_shards` has streamed them
 
     def split_names(self) -> list[str]:
         """Return the names of the splits; a lone split counts as the three that it will be."""
@@ -67,7 +67,7 @@ class Source(NamedTuple):
 def open_run(cfg: Config, world: World) -> tuple[Path, bool]:
     """Return the run folder and whether it holds a run to go on with. Raises UserError.
 
-    First it is checked that the hub would take the model: hours later would be too late.
+    Before that, checks that the hub would take the model, rather than hours later when it is pushed.
     """
     if cfg.push_to_hub and world.is_main:
         check_push(cfg.push_to_hub, world.say)
@@ -119,7 +119,7 @@ def read_options(cfg: Config) -> ReadOptions:
 
 def open_source(cfg: Config, world: World, split: str = "train",
                 shards: Mapping[str, Sequence[Entry]] | None = None) -> Source:
-    """Read the rows, before anything slow or written; `shards` are those of a store to be measured, if known.
+    """Read the rows before anything slow is done or any file written; `shards` of a store are the measured ones.
 
     Raises UserError where `split` or a split of --eval-splits is missing. A lone split is whole, under the name
     train, and counts as the three that it will be.

@@ -56,7 +56,7 @@ class Source(NamedTuple):
 
     rows: dict[str, Rows]
     unreadable: list[dict[str, Any]]
-    shards: Mapping[str, Sequence[Entry]] = {}  # in a store; `rows` is empty until `stream_shards` has streamed them
+    shards: Mapping[str, Sequence[Entry]] = {}  # in a store, to be streamed once the towers are there: then no rows yet
 
     def split_names(self) -> list[str]:
         """Return the names of the splits; a lone split counts as the three that it will be."""
@@ -119,7 +119,7 @@ def read_options(cfg: Config) -> ReadOptions:
 
 def open_source(cfg: Config, world: World, split: str = "train",
                 shards: Mapping[str, Sequence[Entry]] | None = None) -> Source:
-    """Read the rows before anything slow is done or any file written; `shards` of a store are the measured ones.
+    """Read the rows, before anything slow or written; `shards` are those of a store to be measured, if known.
 
     Raises UserError where `split` or a split of --eval-splits is missing. A lone split is whole, under the name
     train, and counts as the three that it will be.

@@ -73,7 +73,7 @@ class Times:
     by: str = ""  # number and kind of the workers: `2 threads`, `8 processes`
 
     def add(self, spent: Spent) -> None:
-        """Add what a worker has spent."""
+        """Add the bytes and seconds of a worker."""
         self.spent.bytes += spent.bytes
         self.spent.reading += spent.reading
         self.spent.decoding += spent.decoding
@@ -246,7 +246,7 @@ class _Ring:
             self.finish(piece, outcomes, spent)
 
     def finish(self, piece: Piece, outcomes: dict[int, Outcome], spent: Spent) -> None:
-        """Set the outcomes of a piece; the first that is decoded shows that processes are worth their start."""
+        """Set the outcomes of a piece; start the processes once the first picture is decoded."""
         if self.processes is not None and not self.processes.started:
             if any(outcome.is_filled or outcome.content for outcome in outcomes.values()):
                 self.processes.start()

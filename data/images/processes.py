@@ -56,7 +56,7 @@ class Piece:
         return sum(len(task.source) for task in self.tasks.values())
 
     def finish(self, outcomes: dict[int, Outcome]) -> None:
-        """Set the outcomes of the tasks that were left."""
+        """Set the outcomes of the remaining tasks."""
         self.outcomes |= outcomes
         self.done.set_result(None)
 
@@ -152,7 +152,7 @@ class Server:
         return Connection(own_end.detach())
 
     def exit_code(self, process: int) -> int | None:
-        """Wait for a worker that is ending; None where the server has ended itself, or is ended as it is stopped."""
+        """Wait for a worker that is ending and return its exit code; None where the server has ended or is stopped."""
         try:
             with self._lock:
                 self._requests.send(("status", 0, process))
@@ -341,7 +341,7 @@ class Processes:
             worker.kill()
 
     def _replace(self, worker: _Worker) -> None:
-        """Replace a worker that has ended, and name the picture that it had in hand."""
+        """Replace a worker that has ended, and suspect the picture that it was decoding."""
         del self._workers[worker.connection]
         worker.connection.close()
         status = self._server.exit_code(worker.process) if worker.process else None

@@ -52,7 +52,7 @@ class Reader:
             delete_fetched(reference, self.folder)
 
     def fetch_and_read(self, reference: str) -> bytes:
-        """Do `read`; a URL whose bytes are not here, as where another node has fetched them, is fetched first."""
+        """Return `read` of a reference, after fetching a URL whose bytes only the cache of another node holds."""
         if is_url(reference) and not cached_path(reference, self.folder).exists():
             for _ in self.fetch([reference]):
                 pass

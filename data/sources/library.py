@@ -102,7 +102,7 @@ def hub_parts(name: str, context: ReadContext) -> list[DatasetPart]:
 
 
 def _parts(name: str, configuration: str, context: ReadContext, folders: Sequence[str]) -> list[DatasetPart]:
-    """Return the parts of what the library calls `name`: a folder or a hub dataset."""
+    """Return the parts of `name`, a folder or a dataset of the hub, as the library finds them."""
     import datasets
 
     is_local = os.path.isdir(name)

@@ -212,7 +212,7 @@ def _in_store(path: pa.Array, start: int, location: ImageLocation, problems: dic
 
 
 def _locate(chunks: Sequence[pa.Array], location: ImageLocation, source: str, account: Account) -> ImageLocation:
-    """Return the location, with a folder nearby if the first images lie there and none is in its place.
+    """Return the location, moved to a folder nearby if no image is at its path and all first ones are there.
 
     Raises UserError where there are several such folders.
     """
@@ -245,7 +245,7 @@ def _locate(chunks: Sequence[pa.Array], location: ImageLocation, source: str, ac
 
 
 def _moved(chunks: Sequence[pa.Array], location: ImageLocation, source: str, account: Account) -> list[pa.Array]:
-    """Return absolute paths of another machine as relative ones, if none of the first is here and one is below."""
+    """Return absolute paths of another machine as relative ones, if no file has the first paths and one is below."""
     import pyarrow.compute as pc
 
     names = _first(chunks, _is_absolute)

@@ -163,7 +163,8 @@ def _account_for_blanks(role: str, row_B: np.ndarray, table: pa.Table, source: s
 
 
 def _pieces(column: pa.ChunkedArray) -> list[pa.Array]:
-    """Return the chunks of a column, those of text cut to PIECE rows: what is made of one on the way is soon freed."""
+    """Return the chunks of a column, those of text cut to PIECE rows: copies made of a piece are small and soon freed.
+    """
     if holds_bytes(column.type):  # a chunk of pictures in memory is copied to a file of its own
         return column.chunks
     pieces: list[pa.Array] = []

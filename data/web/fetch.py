@@ -160,7 +160,7 @@ class _Client:
         await self.sessions.__aexit__()
 
     async def obtain(self, url: str) -> Fetched:
-        """Fetch a URL into the cache, or return the result that another run has got meanwhile."""
+        """Fetch a URL into the cache, unless another run has done so while its lock was waited for."""
         async with self._locked(url):
             self.results.read_failures()
             if result := self.results.known(url):

@@ -52,7 +52,7 @@ def _shown(name: str, value: object, value_0: object) -> str:
 
 
 def require_same_rows(team: Team, splits: Mapping[str, Rows]) -> None:
-    """Raise AgreedError on all ranks where two of them have read other rows, or in another order."""
+    """Raise AgreedError on all ranks unless all have read the same rows in the same order."""
     if team.size > 1:
         require_agreement(team, rows_to_compare(splits))
 

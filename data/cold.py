@@ -75,7 +75,7 @@ class Encoders:
 
 
 class EarlierRun(NamedTuple):
-    """A run that began with the data that is opened again."""
+    """An earlier run on the data that is being opened."""
 
     ledger: Sequence[Mapping[str, Any]]  # what it dropped and lost
     replays: bool  # its steps are trained again, to verify them; else it goes on
@@ -250,7 +250,7 @@ class FeatureWriter:
         return [place for key, place in missing.items() if key not in decoded]
 
     def flush(self) -> None:
-        """Store what has been encoded. Raises UserError."""
+        """Write the features that are encoded and not yet stored. Raises UserError."""
         if self.store is not None and self._unwritten:
             self.store.append(as_keys(list(self._unwritten)), torch.stack(list(self._unwritten.values())))
             self._unwritten.clear()

@@ -83,7 +83,7 @@ class DistinctInputs:
         return len(self.first_N)
 
     def columns(self, start: int, stop: int) -> Columns:
-        """Return what is known of the inputs from `start` to `stop`: number, place of the first row, digest, names."""
+        """Return the columns of the inputs from `start` to `stop`: number, place of the first row, digest, names."""
         import pyarrow as pa
 
         number = np.arange(len(self))[start:stop]
@@ -128,7 +128,7 @@ class EmbeddingTables:
 
 def open_tables(rows: Mapping[str, Rows], unread: Sequence[Mapping[str, Any]], pipeline: Pipeline,
                 max_bad: float) -> EmbeddingTables:
-    """Read every image and title, encode those whose features are not stored, and number what usable rows hold.
+    """Read every image and title, encode those whose features are not stored, and number those of usable rows.
 
     `unread` are ledger entries of what never became a row. All ranks share the reading and the encoding. Raises
     UserError when more than `max_bad` of all rows are unusable or a split ends up empty.

@@ -99,7 +99,7 @@ def is_output(folder: Path) -> bool:
 
 
 def first_foreign(folder: Path) -> Path | None:
-    """Return the first path at `folder` or in it that this program did not make; None: it may be made or replaced."""
+    """Return the first path at `folder` or in it that this program did not make; None if it may be replaced."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         return folder
     kind, files = _read_mark(folder)
@@ -176,7 +176,7 @@ def _refuse(obstacle: Path | None) -> None:
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete a folder of this program, first renaming it; one that holds anything foreign stays as it is."""
+    """Delete a folder of this program, first renaming it; do nothing if it holds anything foreign."""
     if first_foreign(folder) is None:
         doomed = _beside(folder)
         folder.replace(doomed)

@@ -128,7 +128,7 @@ class _Ingestion:
         self.progress: DownloadProgress
 
     def run(self, entries: Sequence[Entry]) -> None:
-        """Stream these shards, one after the other. Raises UserError, when what came before it is stored."""
+        """Stream these shards, one after the other. Raises UserError, after storing what came before the failure."""
         self.progress = DownloadProgress("shards streamed", len(entries), self.pipeline.log)
         for entry in entries:
             self.progress.expect(entry.size)
@@ -142,7 +142,7 @@ class _Ingestion:
             raise self.failure
 
     def _stream(self, entries: Sequence[Entry], known: KnownKeys) -> list[Entry]:
-        """Stream these shards; return those that have to be streamed again, as pictures of them were not decoded."""
+        """Stream these shards; return those to be streamed again: stored features of their pictures are damaged."""
         job = ToPixels(self.reader.spec, self.reader.max_pixels, known)
         pictures = sum(entry.size for entry in entries) // PICTURE_BYTES
         feed = Feed(job, self.reader, pictures, self.pipeline.log)

@@ -238,7 +238,7 @@ def without_lost(split: Split, lost: np.ndarray) -> tuple[Split, int]:
 
 @dataclass(frozen=True)
 class AddedSplit:
-    """The features of a dataset, and beside them a split of another one under a name of its own."""
+    """The features of a dataset, and a split of another dataset beside them under its own name."""
 
     features: FeatureSource
     name: str
@@ -263,7 +263,7 @@ def owned_references(references: np.ndarray, team: Team) -> np.ndarray:
 
 
 def _keep_used(splits: Sequence[Split]) -> tuple[list[Split], np.ndarray, np.ndarray]:
-    """Return the splits as indices into the images and titles that they use, and which those are, ascending."""
+    """Return the splits renumbered to the images and titles that they use, and the old numbers of these, ascending."""
     titles = [split.title_N for split in splits]
     titles += [split.negative_N for split in splits if split.negative_N is not None]
     used_D = torch.cat([split.image_N for split in splits]).unique()

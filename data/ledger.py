@@ -90,7 +90,7 @@ class Account:
         self._applied.update(flags)
 
     def note_unused(self, flags: Mapping[str, object]) -> None:
-        """Log which of the flags that have a value had nothing to apply to."""
+        """Log the flags that were given and had nothing to apply to."""
         unused = [flag for flag, value in flags.items() if value and flag not in self._applied]
         if unused:
             self.note(f"not used, as nothing that was read depends on it: {', '.join(unused)}")

@@ -15,6 +15,8 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -138,7 +140,7 @@ class LostPictures:
         before = len(self._open)
         self._take(entries)
         self.met.append(self.step)
-        self.record([entry for of_image in entries.values() for entry in of_image])
+        self.record([*chain.from_iterable(entries.values())])
         for number, of_image in enumerate(entries.values(), before + 1):
             self._say(of_image, number)
         if self.too_many:
@@ -183,7 +185,10 @@ class LostPictures:
 
     def ledger(self) -> list[Entry]:
         """Return the entries, those of pictures that were lost for a while with 0 rows."""
-        return [*self._closed, *(entry for image in sorted(self._open) for entry in self._open[image])]
+        entries = [*self._closed]
+        for image in sorted(self._open):
+            entries += self._open[image]
+        return entries
 
     def share(self, team: Team) -> None:
         """Tell all ranks what each of them has lost. Raises AgreedError where it is more than `max_bad` together."""
@@ -211,7 +216,8 @@ class LostPictures:
         """
         # 1. The lost pictures that this opening could not read either, and why.
         unreadable = {}
-        for reference, problem in sorted(pair for part in results for pair in part.restored.items()):
+        restored = chain.from_iterable(part.restored.items() for part in results)
+        for reference, problem in sorted(restored, key=itemgetter(0)):
             image = min(self.image_of(reference), len(self.example_D) - 1)
             if self.example_D[image] == reference:  # not a copy of another file
                 unreadable[image] = problem
@@ -239,7 +245,7 @@ class LostPictures:
             self._spans.setdefault(image, []).append((entries[0]["step"] if replays else 0, ALWAYS))
         for entries in returned.values():
             self.log(f"{entries[0]['image']}, lost since step {entries[0]['step']}, is back and used again")
-        self._returned = [entry for entries in returned.values() for entry in entries]
+        self._returned = [*chain.from_iterable(returned.values())]
         # 3. What is lost since the last process ended is in no ledger yet.
         new = {} if replays else {image: problem for image, problem in unreadable.items() if image not in self._open}
         if new:

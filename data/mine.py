@@ -46,7 +46,7 @@ def mine_negatives(split: Split, title_PT: Tensor, rule: str, known_splits: Sequ
     hard = rule == "hard"
     picks: dict[int, Tensor] = {}  # by chunk
     for number, start in enumerate(range(0, len(given_NH), rows_at_once)):
-        if hard and number % team.size != team.rank:
+        if hard and number % team.size != team.rank:  # another rank's chunk
             continue
         chunk = slice(start, start + rows_at_once)
         similarity_RU = unit_UT[row_title_N[chunk].to(device)] @ unit_UT.T

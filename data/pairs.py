@@ -170,7 +170,7 @@ def _fetch_for_this_cache(references: pa.LargeStringArray, results: Sequence[Dec
 
 
 def _restore(results: Sequence[DecodeResults], catalogue: Catalogue, stats: StatCache, pipeline: Pipeline) -> None:
-    """Put back what the run that is gone on with has lost, where every step reads pictures."""
+    """Count pictures that the resumed run has lost as read (`lost.restore`), where every step reads pictures."""
     if pipeline.run is not None and (pipeline.reader.augment or not pipeline.encoders.stored):
         restore(catalogue, results, pipeline.run.ledger, stats.keys, pipeline.log)
 

@@ -55,7 +55,7 @@ class DownloadProgress(Progress):
         self.announced: list[int] = []  # sizes of the files begun
 
     def expect(self, size: int) -> None:
-        """Note that a file of `size` bytes begins."""
+        """Count a file of `size` bytes as begun: the mean of these sizes stands for the files to come."""
         self.announced.append(size)
 
     def add_bytes(self, size: int) -> None:

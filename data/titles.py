@@ -16,7 +16,8 @@ from data.prefetch import batched
 if TYPE_CHECKING:
     import pyarrow as pa
 
-VISIBLE = r"[^\pZ\p{Cc}\p{Cf}]"  # U+200B, a space of no width, is a Cf
+# A character that is seen. Cf are format characters: U+200B, a space without width, is one.
+VISIBLE = r"[^\pZ\p{Cc}\p{Cf}]"
 CHUNK, CHUNK_BYTES = 8192, 1 << 24  # titles that are Python objects at one time, and their size unless one is larger
 
 

@@ -65,7 +65,9 @@ def perceptual_hash(pixels_CSS: np.ndarray) -> np.uint64:
 
 
 def first_similar(looks_N: np.ndarray, is_in_NS: np.ndarray, passed: Callable[[], None] = lambda: None) -> np.ndarray:
-    """Return the first other image in each of some sets that is alike; from LOOKs [N] and membership [N, sets].
+    """Return, for each image and set, the first other image of the set that looks like it.
+
+    Takes LOOKs [N] and membership [N, sets].
 
     Returns int64 [N, sets], N where there is none. `passed` is called after each of PASSES passes. Time and memory grow
     with N, not with the number of pairs: of images in a crowd it is the first of those compared, see `near_pairs`.

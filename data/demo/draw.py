@@ -67,7 +67,7 @@ class Scene:
 
     @property
     def lot(self) -> int:
-        """A number below LOT_COUNT that depends on the contents alone: splits made from it never share contents."""
+        """Return a number below LOT_COUNT that depends on the contents alone: splits made by it share none."""
         contents = (self.count, self.size, self.colour, self.shape, self.place, self.rival, self.pattern, self.ground)
         return crc32(repr(contents).encode()) % LOT_COUNT
 

@@ -28,6 +28,7 @@ def random_region(seed: int, epoch: int, row: int, width: int, height: int) -> R
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
+    # None fitted, as in a very long image.
     w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h

@@ -353,7 +353,7 @@ def _sized_batches(titles: Sequence[str], places: Sequence[int], length: int) ->
 
 
 def _end_of_words(title: str, length: int) -> int:
-    """Return where the words end that are whole in the first `length` characters; of a longer word, its end."""
+    """Return where the last word ends that lies within the first `length` characters; of a longer word, its end."""
     if len(title) <= length:
         return len(title)
     end = title.rfind(" ", 0, length + 1)

@@ -73,7 +73,7 @@ class Times:
     by: str = ""  # number and kind of the workers: `2 threads`, `8 processes`
 
     def add(self, spent: Spent) -> None:
-        """Add what a worker has spent."""
+        """Add the bytes and seconds of a worker."""
         self.spent.bytes += spent.bytes
         self.spent.reading += spent.reading
         self.spent.decoding += spent.decoding
@@ -108,7 +108,7 @@ class Feed:
     def lots(self, groups: Iterable[Iterable[tuple[Tag, Task | BadSample | np.ndarray]]]) -> Generator[Lot[Tag]]:
         """Yield a lot for each group of at most `lot` tasks, in order.
 
-        A BadSample and a record that is already there are handed through.
+        A BadSample, or a record that is decoded already, takes its place in the lot as it is.
         """
         times, began = self.times, time.perf_counter()
         wait_began = began
@@ -148,11 +148,11 @@ class _PendingLot(Generic[Tag]):
         self.records, self.tags, self.pieces = records, list[Tag](), list[Piece]()
 
     def is_done(self) -> bool:
-        """Return whether nothing of it is still to be decoded."""
+        """Return whether all its pieces are decoded."""
         return all(piece.done.done() for piece in self.pieces)
 
     def result(self) -> Lot[Tag]:
-        """Wait for all of it. Raises what a worker has raised."""
+        """Wait for all its pieces and return the lot. Raises the exception of a worker."""
         outcomes = list[Outcome]()
         for piece in self.pieces:
             piece.done.result()
@@ -246,7 +246,7 @@ class _Ring:
             self.finish(piece, outcomes, spent)
 
     def finish(self, piece: Piece, outcomes: dict[int, Outcome], spent: Spent) -> None:
-        """Set the outcomes of a piece; the first that is decoded shows that processes are worth their start."""
+        """Set the outcomes of a piece; start the processes once the first picture is decoded."""
         if self.processes is not None and not self.processes.started:
             if any(outcome.is_filled or outcome.content for outcome in outcomes.values()):
                 self.processes.start()

@@ -56,7 +56,7 @@ class Piece:
         return sum(len(task.source) for task in self.tasks.values())
 
     def finish(self, outcomes: dict[int, Outcome]) -> None:
-        """Set the outcomes of the tasks that were left."""
+        """Set the outcomes of the remaining tasks."""
         self.outcomes |= outcomes
         self.done.set_result(None)
 
@@ -90,7 +90,7 @@ class Backlog:
             return self._pieces.popleft() if self._pieces and self.for_threads and not self.closed else None
 
     def set(self, closed: bool = False, for_threads: bool = True) -> None:
-        """Say that the feed is closed, or whether threads take part."""
+        """Close the backlog, or set whether threads take pieces from it."""
         with self._changed:
             self.closed, self.for_threads = self.closed or closed, for_threads
             self._changed.notify_all()
@@ -152,7 +152,7 @@ class Server:
         return Connection(own_end.detach())
 
     def exit_code(self, process: int) -> int | None:
-        """Wait for a worker that is ending; None where the server has ended itself, or is ended as it is stopped."""
+        """Wait for a worker that is ending and return its exit code; None where the server has ended or is stopped."""
         try:
             with self._lock:
                 self._requests.send(("status", 0, process))
@@ -216,14 +216,14 @@ class Processes:
         self._looking = threading.Thread(target=self._look, name="decoding-hangs", daemon=True)
 
     def start(self) -> None:
-        """Begin to start processes, if that has not begun."""
+        """Start the thread that starts the processes, unless it runs already."""
         with self._starting:
             if not self.started and not self._closed:
                 self.started = True
                 self._thread.start()
 
     def wake(self) -> None:
-        """Say that there is a new piece, if a worker could take it."""
+        """Wake the thread that hands out pieces, if a worker could take a new one."""
         if self._has_room or self._closed:
             self._has_room = False
             with suppress(BlockingIOError):
@@ -341,7 +341,7 @@ class Processes:
             worker.kill()
 
     def _replace(self, worker: _Worker) -> None:
-        """Replace a worker that has ended, and name the picture that it had in hand."""
+        """Replace a worker that has ended, and suspect the picture that it was decoding."""
         del self._workers[worker.connection]
         worker.connection.close()
         status = self._server.exit_code(worker.process) if worker.process else None

@@ -21,6 +21,7 @@ from data.web.storage import PACKAGES, is_stored
 if TYPE_CHECKING:
     import pyarrow as pa
 
+# Errors of this machine at this moment; all others are the file's, whose row is dropped.
 OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 # Patterns of references, for `matching`: `is_url` and `is_stored` of each.
 URL_START = "^(?i)https?://"
@@ -51,7 +52,7 @@ class Reader:
             delete_fetched(reference, self.folder)
 
     def fetch_and_read(self, reference: str) -> bytes:
-        """Do `read`; a URL whose bytes are not here, as where another node has fetched them, is fetched first."""
+        """Return `read` of a reference, after fetching a URL whose bytes only the cache of another node holds."""
         if is_url(reference) and not cached_path(reference, self.folder).exists():
             for _ in self.fetch([reference]):
                 pass

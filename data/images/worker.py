@@ -135,7 +135,7 @@ class Spent:
 
 
 def do_task(task: Task, job: Job, reader: Reader, records: np.ndarray, place: int, spent: Spent) -> Outcome:
-    """Read and decode one picture into its record. Raises what is not the picture's fault."""
+    """Read and decode one picture into its record. Raises errors that are not the picture's fault."""
     began, key, read = time.perf_counter(), b"", None
     try:
         data = task.source if isinstance(task.source, bytes) else reader.read(task.source)
@@ -167,7 +167,7 @@ def records_in(memory: mmap.mmap | bytearray, job: Job) -> np.ndarray:
 
 
 def notes_in(memory: mmap.mmap | bytearray) -> np.ndarray:
-    """Return for each worker how many pictures it has begun, and the place in its piece of the one in hand or IDLE."""
+    """Return, for each worker, the number of pictures begun and the place of the present one in its piece, or IDLE."""
     return np.ndarray((MAX_WORKERS, 2), np.int64, memory)
 
 
@@ -200,7 +200,7 @@ def serve(descriptor: int) -> None:
 
 
 def _load_libraries() -> None:
-    """Decode a picture, so that workers find loaded what decoding loads late, and share its memory."""
+    """Decode a picture once, so that forked workers share the libraries that decoding loads at its first use."""
     import torch
 
     torch.set_num_threads(1)

@@ -68,10 +68,10 @@ def read_member(reference: str) -> bytes:
     return data
 
 
-def read_stored(reference: str, most: int) -> bytes:
-    """Return the bytes (at most `most`) of an image in a store, or of ADDRESS#OFFSET+SIZE. Raises BadSample."""
+def read_stored(reference: str, max_bytes: int) -> bytes:
+    """Return the bytes of an image in a store, whole or at ADDRESS#OFFSET+SIZE. Raises BadSample, also if too large."""
     if REFERENCE.fullmatch(reference) is None:
-        return storage.read(reference, most)
+        return storage.read(reference, max_bytes)
     address, offset, size = parse_reference(reference)
     if size > MAX_IMAGE:
         raise BadSample("too-large", f"{size} bytes, {MAX_IMAGE} allowed")
@@ -148,6 +148,7 @@ def sidecar(path: Path) -> Path:
 def seal(file: BinaryIO, body: bytes) -> dict[str, Any]:
     """Return the identity of a tar (its size and 64 blocks spread over it, no time) and of the body of its index."""
     size = file.seek(0, os.SEEK_END)
+    # Neither the time, which a copy changes, nor all bytes, which would take as long as scanning the tar.
     sampled = b"".join(read_at(file, (size - BLOCK) * i // 63, BLOCK) for i in range(64))
     return {"format": FORMAT, "tar_bytes": size, "tar_sha256_of_64_blocks": hashlib.sha256(sampled).hexdigest(),
             "index_sha256": hashlib.sha256(body).hexdigest()}
@@ -164,6 +165,7 @@ def indexed(path: Path, file: BinaryIO) -> pa.Table | None:
         columns = json.loads(body)
         table = _table(columns, INDEX).replace_schema_metadata({"tar_sha256": columns["tar_sha256"]})
         offset, size = (table[name].to_numpy() for name in COLUMNS[1:3])
+        # An index comes with its tar from elsewhere: it may name no bytes outside of it.
         inside = (offset >= 0) & (size > 0) & (size <= MAX_IMAGE) & (offset <= identity["tar_bytes"] - size)
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None

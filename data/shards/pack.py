@@ -57,10 +57,7 @@ def pack(splits: Mapping[str, Rows], reader: Reader, out: Path, side: int,
 
 
 def links_out(splits: Mapping[str, Rows], folder: Path) -> list[str]:
-    """Return the files that are below a folder by their names, and through links outside it, as "NAME -> FILE".
-
-    Images, and the texts beside them.
-    """
+    """Return the images and texts that links inside a folder lead to outside of it, as "NAME -> FILE"."""
     below, real = os.path.abspath(folder) + os.sep, os.path.realpath(folder) + os.sep
     outside = dict[str, None]()
     for rows in splits.values():
@@ -131,7 +128,7 @@ def _packed(rows: Rows, pending: np.ndarray, reader: Reader, side: int,
 
 @dataclass(frozen=True)
 class ToStored:
-    """Decodes a picture to know that it can be, and returns its bytes, or those of a JPEG of the crop."""
+    """Decodes a picture to check it, and returns its bytes, or those of a JPEG of the crop."""
 
     spec: ImageSpec
     max_pixels: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,8 +49,8 @@ def read_parquet(path: Path, options: ReadOptions, account: Account, embedded: E
             kind = schema.field(image).type
             is_copied = holds_bytes(kind)
             failures = img2dataset.status_columns(schema.names) if _holds_pictures(kind) else []
-            used = {*failures, *(name for names in picked.values() for name in names)}
-            if is_copied:
+            used = {*failures, *chain.from_iterable(picked.values())}
+            if is_copied:  # its pictures go to a file of their own, a few rows at a time
                 used.remove(image)
             _refuse_huge(path, file.metadata, used)
             whole = file.read(columns=[*used])
@@ -79,7 +80,8 @@ def _refuse_huge(path: Path, metadata: parquet.FileMetaData, columns: Collection
             if min(packed, unpacked, chunk.num_values) < 0:
                 raise ValueError(f"column {name} claims {min(packed, unpacked, chunk.num_values):,} values or bytes")
             sizes[name] += max(unpacked, OFFSET * chunk.num_values)  # equal or null values take no bytes in the file
-            # That counts each value of a dictionary once, however often it is repeated.
+            # These sizes count each value of a dictionary once, however often it is repeated. A column that is far
+            # smaller than its number of values, or than its unpacked size, may repeat a long value many times.
             if chunk.has_dictionary_page and (packed < chunk.num_values or packed * 100 < unpacked):
                 repeated.add(name)
     _refuse_inflated(path, sizes.total())
@@ -134,7 +136,8 @@ def read_arrow(path: Path, options: ReadOptions, account: Account, embedded: Emb
     try:
         _refuse_inflated(path, unpacked_size(path))
         table = embedded.open(path)
-        _refuse_inflated(path, sum(dictionary_size(chunk) for column in table.columns for chunk in column.chunks))
+        chunks = chain.from_iterable(column.chunks for column in table.columns)
+        _refuse_inflated(path, sum(map(dictionary_size, chunks)))
     except (pa.ArrowException, ValueError) as error:
         text = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: not an Arrow file that can be read ({text}); "

@@ -26,7 +26,8 @@ from data.sources.rows import rename_to_roles
 if TYPE_CHECKING:
     import pyarrow as pa
 
-END = "\0end"  # a line after the last one; it ends up in a value if a quote is still open
+# A line after the last one. If a quote is still open at the end of the file, it ends up inside a value.
+END = "\0end"
 LINE_END = re.compile(r"\r\n|\r|\n")
 NAME = re.compile(r"\s*\S*[\d/]\S*\s*")  # may name an image, as 17 and a/b do
 
@@ -109,7 +110,7 @@ def _read_by_arrow(path: Path, shape: _Shape, picked: Mapping[str, Sequence[str]
     from pyarrow import csv as arrow
 
     dialect = shape.dialect
-    positions = {name: shape.names.index(name) for names in picked.values() for name in names}
+    positions = {name: shape.names.index(name) for name in chain.from_iterable(picked.values())}
     used = [shape.written[position] for position in positions.values()]
     try:
         with dialect.open(path) as file:

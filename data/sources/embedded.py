@@ -51,7 +51,7 @@ class EmbeddedPictures:
     def open(self, path: Path) -> pa.Table:
         """Map an Arrow file (IPC file, stream or Feather), so that `references` finds its values.
 
-        Raises pyarrow.ArrowInvalid where it is none, OSError.
+        Raises OSError; pyarrow.ArrowInvalid for another kind of file.
         """
         import pyarrow as pa
 
@@ -59,6 +59,7 @@ class EmbeddedPictures:
         with pa.memory_map(str(path)) as file:
             content = file.read_buffer()  # the map itself, not a copy
         self._maps.append(_Map(os.path.abspath(path), content))
+        # From a buffer over the map, arrays are views of it: `_find` knows by their addresses where they lie.
         is_file = content.slice(0, 6).to_pybytes() == b"ARROW1"
         source = pa.BufferReader(content)
         return (pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)).read_all()
@@ -75,7 +76,7 @@ class EmbeddedPictures:
         return self.open(copy).column(0)
 
     def references(self, values: pa.Array, source: str) -> pa.Array:
-        """Return FILE#OFFSET+SIZE for each value of bytes, null for null and for none; values in memory are copied."""
+        """Return FILE#OFFSET+SIZE for each value, null for null and for no bytes; values in memory are copied first."""
         import pyarrow as pa
         import pyarrow.compute as pc
 

@@ -143,7 +143,9 @@ def _captions(folder: Folder) -> list[DatasetPart] | None:
         return None
     (layout, files), *others = layouts
     used = set(files)
-    unused = [file for _, other in others for file in other]
+    unused: list[Path] = []
+    for _, files_of_other in others:
+        unused += files_of_other
     unused += [file for file in folder.tables if file not in used and ending(file) != ".json"]
     if unused:
         names = ", ".join(dict.fromkeys(file.name for file in unused[:4]))

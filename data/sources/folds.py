@@ -61,6 +61,7 @@ def fold_of(title_N: np.ndarray, image_N: np.ndarray, folds: int, seed: int) -> 
     if len(groups) < folds:
         raise UserError(f"--folds {folds} needs as many pairs that share no title and no image; there are "
                         f"{len(groups)}")
+    # Shuffled first: the stable sort by size below keeps this order among groups of one size.
     groups = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).numpy()]
     fold_G = np.zeros(len(group_N), np.int64)
     room = [(0, fold) for fold in range(folds)]
@@ -97,6 +98,7 @@ def _fold(pairs: FeatureSplit, is_held_N: Tensor) -> Fold:
     held = take_rows(pairs, held_row_N)
     train = take_rows(pairs, (~is_held_N).nonzero()[:, 0])
     if train.negative_row_NH is not None:
+        # A held-out title must not be pushed away from training images either: that would be training on it.
         leaks_NH = torch.isin(train.negative_row_NH, held.title_row_N)
         train = replace(train, negative_row_NH=train.negative_row_NH.masked_fill(leaks_NH, -1))
     return Fold(train, held, held_row_N)

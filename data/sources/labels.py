@@ -61,9 +61,11 @@ def class_titles(table: pa.Table, templates: Sequence[str], source: str, account
     if len(titles) == 1:
         return table.set_column(table.column_names.index("title"), "title", titles[0])
     row_N = np.repeat(np.arange(len(table)), len(titles))
-    row_N += np.tile(np.arange(len(titles)) * len(table), len(table))  # the titles of a row follow each other
+    # The tables, one for each template, lie end to end. Their rows are taken so that the titles of a row follow each
+    # other; a title that is no class name is the same in all of them and is taken once.
+    row_N += np.tile(np.arange(len(titles)) * len(table), len(table))
     is_class_N = classes.is_valid().to_numpy()
-    row_N = row_N[(row_N < len(table)) | is_class_N[row_N % len(table)]]  # a title that is no class name stays one
+    row_N = row_N[(row_N < len(table)) | is_class_N[row_N % len(table)]]
     parts = [table.set_column(table.column_names.index("title"), "title", title) for title in titles]
     return pa.concat_tables(parts).take(pa.array(row_N))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,7 @@ def hub_parts(name: str, context: ReadContext) -> list[DatasetPart]:
 
 
 def _parts(name: str, configuration: str, context: ReadContext, folders: Sequence[str]) -> list[DatasetPart]:
-    """Return the parts of what the library calls `name`: a folder or a hub dataset."""
+    """Return the parts of `name`, a folder or a dataset of the hub, as the library finds them."""
     import datasets
 
     is_local = os.path.isdir(name)
@@ -110,9 +111,12 @@ def _parts(name: str, configuration: str, context: ReadContext, folders: Sequenc
     try:
         builder = datasets.load_dataset_builder(name, configuration or None)
         data_files = builder.config.data_files or {}
+        # Parquet of the hub is prepared by the library, which keeps it as Arrow files that are read where they lie.
         readable = TABLES | {".tar"} if is_local else TEXT_TABLES
-        read_here = bool(data_files) and not getattr(builder.config, "field", None) and all(
-            ending(file) in readable for files in data_files.values() for file in files)
+        all_files = [*chain.from_iterable(data_files.values())]
+        # `field` names a part of a JSON file, which only the library looks up.
+        has_field = getattr(builder.config, "field", None)
+        read_here = bool(data_files) and not has_field and all(ending(file) in readable for file in all_files)
         if read_here:
             splits = datasets.DownloadManager().download(data_files)
         else:

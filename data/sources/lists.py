@@ -135,7 +135,9 @@ def join_columns(columns: Sequence[pa.ChunkedArray]) -> pa.ChunkedArray:
     import pyarrow as pa
 
     parts = [flatten(column) for column in columns]
-    chunks = [decoded(chunk) for values, _ in parts for chunk in values.chunks]
+    chunks: list[pa.Array] = []
+    for values, _ in parts:
+        chunks += map(decoded, values.chunks)
     kinds = {chunk.type for chunk in chunks}
     if len(kinds) > 1 or all(map(_is_text, kinds)):
         # The take below joins all chunks: together they may hold more than the 2 GiB that 32-bit offsets reach.

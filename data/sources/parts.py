@@ -60,7 +60,10 @@ class DatasetPart:
 
 def folder_spellings(*folders: Path) -> tuple[str, ...]:
     """Return each folder as an absolute path, and the same with links resolved."""
-    return tuple(spell(folder) for folder in folders for spell in (os.path.abspath, os.path.realpath))
+    spellings: list[str] = []
+    for folder in folders:
+        spellings += [os.path.abspath(folder), os.path.realpath(folder)]
+    return tuple(spellings)
 
 
 def file_part(split: str, file: Path | RemoteFile, context: ReadContext) -> DatasetPart:
@@ -78,7 +81,10 @@ def file_part(split: str, file: Path | RemoteFile, context: ReadContext) -> Data
 
 def file_parts(splits: Mapping[str, Sequence[Path | RemoteFile]], context: ReadContext) -> list[DatasetPart]:
     """Return the parts of files by split."""
-    return [file_part(split, file, context) for split, files in splits.items() for file in files]
+    parts = []
+    for split, files in splits.items():
+        parts += [file_part(split, file, context) for file in files]
+    return parts
 
 
 def files_by_split(entries: Sequence[File]) -> dict[str, list[File]]:
@@ -93,9 +99,10 @@ def files_by_split(entries: Sequence[File]) -> dict[str, list[File]]:
             name, numbered, ending, packed = match.groups("")
             pattern = f"{name}{'-*' if numbered else ''}.{ending}{packed}"
             patterns.setdefault((SPLIT_NAMES[name], pattern), []).append(entry)
-    found = [(split, pattern, files) for (split, pattern), files in patterns.items()]
-    shards = [each for each in found if ".tar" in each[1]]
-    return unique_splits(shards or found)
+    named = [(split, pattern, files) for (split, pattern), files in patterns.items()]
+    # Tables beside shards usually hold the same rows without the pictures.
+    shards = [each for each in named if ".tar" in each[1]]
+    return unique_splits(shards or named)
 
 
 def files_by_word(files: Sequence[Path]) -> dict[str, list[Path]]:

@@ -212,7 +212,7 @@ def _in_store(path: pa.Array, start: int, location: ImageLocation, problems: dic
 
 
 def _locate(chunks: Sequence[pa.Array], location: ImageLocation, source: str, account: Account) -> ImageLocation:
-    """Return the location, with a folder nearby if the first images lie there and none is in its place.
+    """Return the location, moved to a folder nearby if no image is at its path and all first ones are there.
 
     Raises UserError where there are several such folders.
     """
@@ -223,7 +223,7 @@ def _locate(chunks: Sequence[pa.Array], location: ImageLocation, source: str, ac
     if not names or any(os.path.lexists(os.path.join(base, name)) for name in names):
         return location
     endings = [""] if all(os.path.splitext(name)[1].lower() in PICTURES for name in names) else GUESSED_ENDINGS
-    found: list[tuple[str, str]] = []
+    nearest: list[tuple[str, str]] = []
     for nearby in (_folders_within(base), _folders_beside(base) if location.anywhere else []):
         hits: dict[tuple[int, int], tuple[str, str]] = {}  # the same folder by another name counts once
         for folder in nearby:
@@ -231,20 +231,21 @@ def _locate(chunks: Sequence[pa.Array], location: ImageLocation, source: str, ac
                 if all(os.path.isfile(os.path.join(folder, name + ending)) for name in names):
                     stat = os.stat(folder)
                     hits.setdefault((stat.st_dev, stat.st_ino), (folder, ending))
-        found = found or list(hits.values())
-    if len(found) > 1:
-        raise UserError(f"{source}: its images are not in {base}, but in {found[0][0]} and in {found[1][0]}; choose "
-                        f"with --image-root {found[0][0]}")
-    if not found:
+        nearest = nearest or list(hits.values())
+    if len(nearest) > 1:
+        first, second = nearest[0][0], nearest[1][0]
+        raise UserError(f"{source}: its images are not in {base}, but in {first} and in {second}; choose with "
+                        f"--image-root {first}")
+    if not nearest:
         return location
-    folder, ending = found[0]
+    folder, ending = nearest[0]
     lacking = f", with {ending} after their names" if ending else ""
     account.note(f"{source}: the images are read from {folder}{lacking}; --image-root says otherwise")
     return replace(location, folders=(folder, os.path.realpath(folder)), ending=ending)
 
 
 def _moved(chunks: Sequence[pa.Array], location: ImageLocation, source: str, account: Account) -> list[pa.Array]:
-    """Return absolute paths of another machine as relative ones, if none of the first is here and one is below."""
+    """Return absolute paths of another machine as relative ones, if no file has the first paths and one is below."""
     import pyarrow.compute as pc
 
     names = _first(chunks, _is_absolute)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.batch import BadSample, UserError
@@ -58,7 +59,7 @@ def from_records(records: Iterator[Record], columns: Columns, source: str, messa
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    named = {name for role in KNOWN for name in columns.names(role)}
+    named = {*chain.from_iterable(map(columns.names, KNOWN))}
     names: dict[str, None] = {}
     problems: dict[str, dict[int, BadSample]] = defaultdict(dict)  # by field, then by place in the table
     parts, start, before = [], 0, account.dropped
@@ -76,7 +77,7 @@ def from_records(records: Iterator[Record], columns: Columns, source: str, messa
     picked = detect_columns(list(names), columns, source + kind, account)
     whole = pa.concat_tables(_with_same_lists(parts), promote_options="default")
     table = rename_to_roles(whole, {**picked, ROW: [""]})
-    used = [name for role in picked for name in picked[role]]
+    used = [*chain.from_iterable(picked.values())]
     bad: dict[int, BadSample] = {}
     for name in used:
         bad |= problems[name]

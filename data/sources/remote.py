@@ -42,11 +42,11 @@ def _find(folder: str) -> dict[str, list[Entry]]:
         return splits
     folders = [entry for entry in entries if entry.is_folder and entry.name.lower() in FILE_SPLITS]
     if folders:
-        found = []
+        named = []
         for entry in folders:
             files = _without_splits(entry.address, list_folder(entry.address))
-            found.append((SPLIT_NAMES[entry.name.lower()], entry.name, files))
-        return unique_splits(found)
+            named.append((SPLIT_NAMES[entry.name.lower()], entry.name, files))
+        return unique_splits(named)
     return {UNSPLIT: _without_splits(folder, entries)}
 
 

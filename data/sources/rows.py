@@ -164,10 +164,14 @@ def _account_for_blanks(role: str, row_B: np.ndarray, table: pa.Table, source: s
 
 
 def _pieces(column: pa.ChunkedArray) -> list[pa.Array]:
-    """Return the chunks of a column, those of text cut to PIECE rows: what is made of one on the way is soon freed."""
+    """Return the chunks of a column, those of text cut to PIECE rows: copies made of a piece are small and soon freed.
+    """
     if holds_bytes(column.type):  # a chunk of pictures in memory is copied to a file of its own
         return column.chunks
-    return [chunk.slice(start, PIECE) for chunk in column.chunks for start in range(0, len(chunk), PIECE)]
+    pieces: list[pa.Array] = []
+    for chunk in column.chunks:
+        pieces += [chunk.slice(start, PIECE) for start in range(0, len(chunk), PIECE)]
+    return pieces
 
 
 def _merged(chunks: Sequence[pa.Array]) -> list[pa.Array]:
@@ -264,7 +268,7 @@ def _text_chunk(chunk: pa.Array, source: str, role: str, start: int, problems: d
     chunk = decoded(chunk)
     try:
         cast = chunk.cast(pa.large_string())
-        cast.validate(full=True)
+        cast.validate(full=True)  # a cast from bytes checks UTF-8, one from text of a file does not
         return cast
     except pa.ArrowNotImplementedError:
         raise _unfit(source, role, chunk.type) from None
@@ -309,6 +313,7 @@ def _take(column: pa.ChunkedArray, indices: np.ndarray) -> pa.ChunkedArray:
     parts = [column.chunk(chunk).take(pa.array(indices[rows] - starts[chunk]))
              for chunk, rows in zip(used, np.split(order, firsts)[1:], strict=True)]
     taken = pa.chunked_array(parts, column.type)
+    # Ascending rows, as those of a split, come out in order; others are put back into theirs.
     return taken if (np.diff(order) > 0).all() else taken.take(pa.array(np.argsort(order)))
 
 

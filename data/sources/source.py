@@ -53,7 +53,8 @@ def load_splits(dataset: str, options: ReadOptions = DETECT, ledger: Ledger = di
     account = Account(ledger, log, lost=options.lost)
     if scheme_of(dataset) == "file":
         dataset = path_of_file_url(dataset)
-    if any("\udc80" <= char <= "\udcff" for char in os.path.abspath(dataset)):  # bytes that are not UTF-8
+    # Python keeps bytes of a path that are not UTF-8 as surrogates, which Arrow's strings cannot hold.
+    if any("\udc80" <= char <= "\udcff" for char in os.path.abspath(dataset)):
         raise UserError(f"{dataset}: the name of the folder is not UTF-8; rename it, or give a link to it")
     if Path(dataset).expanduser().exists():  # else the datasets library reads it, which needs pandas
         keep_pandas_out()
@@ -71,9 +72,10 @@ def load_splits(dataset: str, options: ReadOptions = DETECT, ledger: Ledger = di
 
 
 def keep_pandas_out() -> None:
-    """Let pyarrow look for pandas now and find none: it would import it, .2 s, to compare values with its types.
+    """Keep pyarrow from importing pandas, which takes .2 s, only to compare values with the types of pandas.
 
-    An installed pandas still works with pyarrow afterwards, but pd.NA and pd.NaT in a column of Python objects do not.
+    pyarrow looks for pandas once in a process: it looks here, and finds none. An installed pandas works with pyarrow
+    afterwards, but pd.NA and pd.NaT in a column of Python objects do not.
     """
     if "pandas" in sys.modules:
         return

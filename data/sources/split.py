@@ -150,8 +150,8 @@ def stratified_split(seed: int, class_N: np.ndarray, image_N: np.ndarray) -> dic
         parts = three_way_split(seed, np.arange(len(members)))
         for name, part in parts.items():
             split_N[members[part]] = SPLITS.index(name)
-    found = {name: np.flatnonzero(split_N[group_N] == k) for k, name in enumerate(SPLITS)}
-    return {name: part for name, part in found.items() if len(part)}
+    rows = {name: np.flatnonzero(split_N[group_N] == k) for k, name in enumerate(SPLITS)}
+    return {name: part for name, part in rows.items() if len(part)}
 
 
 def components(*codes: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from operator import itemgetter
 from typing import TYPE_CHECKING, TypeVar
 
@@ -38,7 +39,7 @@ def select_groups(groups: Mapping[str, Sequence[T]], options: ReadOptions, accou
     there.
     """
     if options.columns.split is not None and len(groups) > 1:
-        return {UNSPLIT: [table for group in groups.values() for table in group]}
+        return {UNSPLIT: [*chain.from_iterable(groups.values())]}
     if len(groups) == 1:
         return {name: list(group) for name, group in groups.items()}
     renamed = _rename(list(groups), options)

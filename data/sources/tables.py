@@ -35,6 +35,7 @@ from data.web.storage import RemoteFile
 if TYPE_CHECKING:
     import pyarrow as pa
 
+
 class HasName(Protocol):
     """A file or folder on this machine or in a store."""
 
@@ -127,7 +128,6 @@ def read_remote(file: RemoteFile, options: ReadOptions, account: Account, embedd
 def _shard(path: Path, options: ReadOptions, account: Account) -> pa.Table:
     table = _index_as_rows(read_index(path, account.drop_sample), str(path.absolute()), options, account)
     return _with_labels(table, class_names_beside(path))
-
 
 
 def _with_labels(table: pa.Table, classes: Sequence[str]) -> pa.Table:

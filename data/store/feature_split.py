@@ -40,6 +40,7 @@ class StoredTable(NamedTuple):
 
     def to(self, device: torch.device) -> Tensor:
         """Return the whole table as a tensor; the host never holds a second copy of it."""
+        # In chunks into memory of the device: the host may not have room for the table.
         table = torch.empty(len(self.rows), self.store.width, dtype=self.store.dtype, device=device)
         for low in range(0, len(self.rows), CHUNK):
             table[low : low + CHUNK] = self.store.gather(self.rows[low : low + CHUNK])
@@ -117,6 +118,7 @@ class FeatureSplit:
         if self.negative_row_NH is None:
             return Features(image_BV, title_BT, None, image_B, title_B, None)
         negative_BH = self.negative_row_NH.index_select(0, rows)
+        # Missing negatives (-1) get the features of title 0; the loss takes them out by their id.
         negative_XT = self.title_PT.index_select(0, negative_BH.clamp(min=0).flatten())
         negative_BHT = negative_XT.unflatten(0, negative_BH.shape)
         return Features(image_BV, title_BT, negative_BHT, image_B, title_B, negative_BH)

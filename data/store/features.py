@@ -128,6 +128,7 @@ class FeatureStore:
 
         Raises UserError, with the store as it was, when the disk is full or the folder cannot be written.
         """
+        # A wrong shape would be a segment that every later run sets aside as damaged.
         if keys.shape != (len(values), KEY) or values.shape != (len(keys), self.width):
             raise ValueError(f"keys {keys.shape}, values {tuple(values.shape)}: want [n, {KEY}], [n, {self.width}]")
         if not len(keys):

@@ -87,7 +87,7 @@ class Segment(NamedTuple):
         np.take(self.values, rows - self.start, 0, out, "clip")
 
     def first_bad(self, blocks: np.ndarray) -> int | None:
-        """Return the first of `blocks` whose values are not those that were written, or None."""
+        """Return the first of `blocks` whose values do not match their checksum, None if all do."""
         for block in blocks.tolist():
             if zlib.crc32(self.values[block * BLOCK : (block + 1) * BLOCK].data) != self.sums[block]:
                 return int(block)

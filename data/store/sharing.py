@@ -106,7 +106,7 @@ def _held(store: FeatureStore, keys: np.ndarray, team: Team) -> np.ndarray:
 
 
 def share_features(store: FeatureStore, keys: np.ndarray, team: Team, log: Callable[[str], None]) -> None:
-    """Copy features [n] between the caches of all ranks, until each holds all that one of them holds.
+    """Copy features [n] between the caches of all ranks: afterwards each holds what any of them held.
 
     A rank sends its part of what its cache is the first to hold, ROUND bytes of all ranks at a time.
     """
@@ -151,7 +151,7 @@ class _Received:
             self.flush()
 
     def flush(self) -> None:
-        """Store what has come."""
+        """Write the features received so far."""
         if self.places:
             self.store.append(self.keys[np.concatenate(self.places)], torch.from_numpy(np.concatenate(self.values)))
             self.places, self.values = [], []

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 SETTLED = 2.0  # seconds; the coarsest clock of a file system in use
 PIECE = 65_536  # references that are copied at a time
-NO_FILE = (-1,) * 5  # its stamps
+NO_FILE = (-1,) * 5  # stamps where there is no file
 RANGE, RANGE_END = f"^{REFERENCE.pattern}$", "#[0-9]+\\+[0-9]+$"  # of a reference FILE#OFFSET+SIZE
 
 

@@ -30,7 +30,8 @@ KEYS_KEPT = 64  # steps whose sample keys are kept, to name what a gradient fail
 
 
 class Progress:
-    """The shards of one epoch of which every sample has been trained on, by the step after which that was so."""
+    """The finished shards of one epoch, every sample of which has been trained on, each with the step of the last one.
+    """
 
     def __init__(self, finished: Collection[int] = ()) -> None:
         self._finished = [(0, shard) for shard in sorted(finished)]
@@ -174,7 +175,7 @@ class ShardBatches:
         return batch
 
     def _epoch(self, epoch: int, finished: Collection[int], progress: Progress) -> Generator[Decoded]:
-        """Yield the samples of an epoch, this rank's part, and then those of its shards again without end."""
+        """Yield this rank's samples of an epoch, then those of its shards again, without end."""
         team, reader = self.pipeline.team, self.pipeline.reader
         for repeat in count():
             order = shard_order(len(self.shards), self.seed, epoch, repeat)
@@ -196,7 +197,7 @@ class ShardBatches:
                                 f"({reasons})")
 
     def _read(self, shard: int) -> Iterator[Sample]:
-        """Yield the samples of a shard; one that is gone, cut or another is named, and left out from then on."""
+        """Yield the samples of a shard; one that cannot be read, or has changed, is named and left out from then on."""
         given = 0
         if shard in self._lost:
             return

@@ -110,7 +110,7 @@ class _Reading:
         self._queue.put(end)
 
     def take(self) -> Iterator[Sample]:
-        """Yield what is read, until the end or the error that ended it."""
+        """Yield the samples as they are read. Raises the error that ended the reading."""
         while isinstance(item := self._queue.get(), Sample):
             yield item
         if item is not None:
@@ -215,6 +215,6 @@ def content_id(data: bytes) -> int:
 
 
 def count_negatives(shard: Generator[Sample], looked_at: int) -> int:
-    """Return the most negatives that one of the first samples of a shard has."""
+    """Return the largest number of negatives among the first samples of a shard."""
     with closing(shard):
         return max((len(sample.negatives) for sample in islice(shard, looked_at)), default=0)

@@ -38,7 +38,7 @@ class Downloader:
     def __init__(self, sessions: Sessions, policy: FetchPolicy, progress: DownloadProgress) -> None:
         self.sessions, self.policy, self.progress = sessions, policy, progress
 
-    async def persist(self, url: URL, part: Path, most: int, is_tar: bool = False) -> None:
+    async def persist(self, url: URL, part: Path, max_bytes: int, is_tar: bool = False) -> None:
         """Download the file at a URL to `part`, which may hold its beginning. Raises BadSample, UserError.
 
         Tried until it is whole; only tries in a row that bring less than LEAST_BYTES of a version, beyond what an
@@ -49,7 +49,7 @@ class Downloader:
 
         async def request(url: URL) -> URL | None:
             async with asyncio.timeout(self.policy.timeout) as limit:
-                return await self._get(url, part, most, is_tar, limit)
+                return await self._get(url, part, max_bytes, is_tar, limit)
 
         def has_advanced() -> bool:
             version, size = read_seal(part).version, _size(part)
@@ -75,7 +75,7 @@ class Downloader:
 
         return await with_retries(lambda: follow_redirects(request, url, self.policy), self.policy)
 
-    async def _get(self, url: URL, part: Path, most: int, is_tar: bool, limit: asyncio.Timeout) -> URL | None:
+    async def _get(self, url: URL, part: Path, max_bytes: int, is_tar: bool, limit: asyncio.Timeout) -> URL | None:
         """Append one answer to the bytes in `part`; or return the URL it redirects to."""
         begin, version = _begun(part)
         headers = {"Range": f"bytes={begin}-", "If-Range": version} if begin else {}
@@ -100,7 +100,7 @@ class Downloader:
             total = total if begin else response.content_length
             if encoding_of(response) != "identity":
                 raise BadSample("bad-encoding", "shards must be sent as they are")
-            _refuse_if_too_large(begin + (response.content_length or 0), most)
+            _refuse_if_too_large(begin + (response.content_length or 0), max_bytes)
             self.progress.expect(response.content_length or 0)
             with disk_errors_as_user_errors(part.parent):
                 _refuse_if_no_room(part.parent, response.content_length or 0)
@@ -110,7 +110,7 @@ class Downloader:
                 file = open(part, "ab" if begin else "xb", buffering=0)
             with file:
                 try:
-                    await self._save(response, file, begin, most, is_tar, limit)
+                    await self._save(response, file, begin, max_bytes, is_tar, limit)
                 except BaseException:
                     if total is None:  # a part of unknown size cannot be resumed, see `_begun`
                         part.unlink(missing_ok=True)
@@ -121,7 +121,7 @@ class Downloader:
                 raise BadSample("short-body", f"the server sent another number of bytes than the {total:,} it named")
         return None
 
-    async def _save(self, response: aiohttp.ClientResponse, file: FileIO, size: int, most: int, is_tar: bool,
+    async def _save(self, response: aiohttp.ClientResponse, file: FileIO, size: int, max_bytes: int, is_tar: bool,
                     limit: asyncio.Timeout) -> None:
         """Write the body of an answer to a file of `size` bytes; `limit` is extended with every LEAST_BYTES."""
         milestone = size + LEAST_BYTES
@@ -129,7 +129,7 @@ class Downloader:
         async for piece in _pieces(response, is_tar and not size):
             last = (last + piece)[-len(END):]
             size += len(piece)
-            _refuse_if_too_large(size, most)
+            _refuse_if_too_large(size, max_bytes)
             with disk_errors_as_user_errors(Path(file.name).parent):
                 file.write(piece)
             self.progress.add_bytes(len(piece))
@@ -238,6 +238,6 @@ def _refuse_if_no_room(folder: Path, more: int) -> None:
         raise OSError(errno.ENOSPC, f"{more:,} bytes are to come, which is more than the disk has free")
 
 
-def _refuse_if_too_large(size: int, most: int) -> None:
-    if size > most:
-        raise BadSample("too-large", f"{size:,} bytes, {most:,} allowed")
+def _refuse_if_too_large(size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise BadSample("too-large", f"{size:,} bytes, {max_bytes:,} allowed")

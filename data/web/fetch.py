@@ -73,11 +73,12 @@ class _Results:
 
     def __init__(self, folder: Path, policy: FetchPolicy, retry_failed: bool) -> None:
         self.folder = folder
-        self.failed: dict[str, Fetched] = {}
+        self.failed: dict[str, Fetched] = {}  # by `hide_secrets` of the URL: failures.jsonl holds no signature
         # Other limits may give another result, so a failure counts only under the limits that it happened under.
         self.limits = f"{policy.max_bytes} bytes, {policy.redirects} redirects, variants {policy.variants}"
         with disk_errors_as_user_errors(folder):
             (folder / "partial").mkdir(parents=True, exist_ok=True)
+            # A lock tells a killed run's file from that of a run beside this one.
             for part in (folder / "partial").iterdir():
                 with suppress(FileNotFoundError), part.open("ab") as file:  # another run's, finished meanwhile
                     if time.time() - os.fstat(file.fileno()).st_mtime > STALE and try_lock(file):
@@ -159,7 +160,7 @@ class _Client:
         await self.sessions.__aexit__()
 
     async def obtain(self, url: str) -> Fetched:
-        """Fetch a URL into the cache, or return the result that another run has got meanwhile."""
+        """Fetch a URL into the cache, unless another run has done so while its lock was waited for."""
         async with self._locked(url):
             self.results.read_failures()
             if result := self.results.known(url):
@@ -193,6 +194,7 @@ class _Client:
                 file = path.open("ab")
             with file:
                 is_held = try_lock(file)
+                # Without the lock after that time: the worst is that two runs request one URL.
                 if is_held or time.monotonic() > until:
                     try:
                         yield
@@ -219,7 +221,7 @@ class _Client:
         return await with_retries(lambda: self._try(url), self.policy)
 
     async def _try(self, url: URL) -> bytes:
-        """One try, over all its redirects; the time waited for a free connection is not counted."""
+        """Try once, over all redirects; the time waited for a free connection is not counted."""
         left = self.policy.timeout
 
         async def request(url: URL) -> bytes | URL:

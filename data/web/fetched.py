@@ -24,12 +24,13 @@ class Fetched(NamedTuple):
 
 def cached_path(url: str, folder: Path) -> Path:
     """Return the path of the bytes of `url` once they are fetched, whatever it is signed with: `folder/xx/SHA256`."""
+    # 256 folders, as some file systems grow slow with millions of files in one.
     digest = hashlib.sha256(unsigned(url).encode(errors="surrogatepass")).hexdigest()
     return folder / digest[:2] / digest
 
 
 def delete_fetched(url: str, folder: Path) -> None:
-    """Delete the bytes kept for `url`, which are no picture, so that the next run requests it again."""
+    """Delete the bytes kept for `url`, which are not a picture, so that the next run requests it again."""
     cached_path(url, folder).unlink(missing_ok=True)
 
 

@@ -29,6 +29,7 @@ async def with_retries(attempt: Callable[[], Awaitable[Answer]], policy: FetchPo
         try:
             return await attempt()
         except BadSample as bad:
+            # A large file over a connection that is cut often arrives after any number of tries.
             if has_advanced():
                 tried = 0
             if tried == policy.retries or not TRANSIENT.fullmatch(bad.reason):

@@ -140,7 +140,7 @@ class _Download:
         return UserError(f"{public_name(self.url)} cannot be fetched ({bad}); {advice}")
 
     def keep(self) -> None:
-        """Give the part, which is whole, its name; note its size, by which a file that is cut later is noticed."""
+        """Rename the complete part to its name; record its size, so that a file cut later is noticed."""
         with disk_errors_as_user_errors(self.path.parent):
             write_seal(self.part, Seal(read_seal(self.part).version, self.part.stat().st_size))
             os.replace(fsync(self.part), self.path)

@@ -192,7 +192,7 @@ def _fetch_block(entry: Entry, start: int) -> bytes:
     parts: list[bytes] = []
 
     def rest() -> None:
-        """Append the missing bytes; those that came before a failure stay for the next try."""
+        """Fetch the bytes that are missing; those of an earlier try are kept."""
         at = start + sum(map(len, parts))
         parts.append(_cat(address, at, stop - at))
         if len(parts[-1]) < stop - at:

@@ -47,7 +47,7 @@ from engine.run_folder.folder import open_folder
 from eval.metrics import Retrieval
 from eval.retrieval import measure_split
 
-# Settings that say how --dataset is read; --probe is another dataset.
+# Settings of how --dataset is read. --probe is another dataset, which is read with their defaults.
 READING = ("image_column", "title_column", "negative_column", "split_column", "splits", "template", "image_root",
            "image_template", "delimiter", "encoding")
 
@@ -69,7 +69,7 @@ class Source(NamedTuple):
 def open_run(cfg: Config, world: World) -> tuple[Path, bool]:
     """Return the run folder and whether it holds a run to go on with. Raises UserError.
 
-    First it is checked that the hub would take the model: hours later would be too late.
+    Before that, checks that the hub would take the model, rather than hours later when it is pushed.
     """
     if cfg.push_to_hub and world.is_main:
         check_push(cfg.push_to_hub, world.say)
@@ -195,7 +195,7 @@ def fetch_policy(cfg: Config) -> FetchPolicy:
 def make_reader(cfg: Config, spec: ImageSpec) -> Reader:
     """Return the reader that turns an image reference into the pixels `spec` describes."""
     fetched = cache_folder(cfg) / "fetched"
-    workers = cfg.workers or cores_of_rank()
+    workers = cfg.workers or cores_of_rank()  # 0: as many as this rank has cores
     return Reader(fetched, spec, fetch_policy(cfg), cfg.max_pixels, workers, cfg.retry_failed, cfg.augment)
 
 

@@ -35,6 +35,7 @@ def export(cfg: Config, world: World, stop: StopSignal) -> int:
     if cfg.push_to_hub:
         check_push(cfg.push_to_hub, world.say)
     with TemporaryDirectory() as scratch:
+        # A push without settings takes the files of the run as they are: their digests stay those of its manifest.
         unchanged = not (cfg.to or cfg.checkpoint or cfg.model or cfg.dtype != "fp32")
         folder = publish.finished_model(cfg.run) if unchanged else None
         if folder is None:
@@ -49,7 +50,7 @@ def export(cfg: Config, world: World, stop: StopSignal) -> int:
 def rebuild(cfg: Config, world: World, folder: Path) -> None:
     """Write a whole folder of transformers or open_clip: the base model with the trained tensors of --run."""
     tuned = publish.read_tuned(cfg.run, cfg.checkpoint, world.say)
-    commit = None if cfg.model else tuned.origin.commit or None
+    commit = None if cfg.model else tuned.origin.commit or None  # of another --model it would name nothing
     clip = load_clip(cfg.model or tuned.origin.base, commit, model_records(cfg, world))
     publish.require_base(clip, tuned)
     try:

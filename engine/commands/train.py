@@ -98,8 +98,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
         replica = Replica(distribute(trained, step_world.size), saver.optimizer, step_world, model.precision)
     saver.require_equal_weights(state.step)
     with closing(log), stop.graceful_exit(), profiler(cfg.profile, state.step, out, world.rank, log) as prof:
-        # A signal may cut an evaluation off: the checkpoint of its step is saved before it begins.
-        evaluate = stop.immediate_exit()(evaluator)
+        evaluate = stop.immediate_exit()(evaluator)  # a signal may cut it off: its step was saved before
         evaluation_missing = state.evaluated < state.step and plan.due(state.step, cfg.eval_every)
         results_lost = state.step == plan.steps and not evaluation_missing and lacks_results(metrics, answers, world)
         if state.step == 0 or evaluation_missing:
@@ -281,11 +280,13 @@ class Evaluator:
 
     def _measure_same_rows(self, splits: Mapping[str, FeatureSplit], results: Mapping[str, Retrieval]
                            ) -> tuple[Mapping[str, FeatureSplit], Mapping[str, Retrieval]]:
-        """Return the measured splits, after pictures were lost of the same rows as those of the base model.
+        """Return splits and results in which the tuned model is measured on the same rows as the base model.
 
-        That is measured again without the lost rows, while its weights are in the place of the trained ones.
+        Where pictures were lost in between, the base model is measured again without their rows: its weights are put in
+        the place of the trained ones meanwhile.
         """
         base = self.metrics.get("base", {})
+        # In a loop, since the second measurement may lose further pictures.
         while names := [name for name, result in results.items()
                         if {self.base[name].pairs, base.get(name, {}).get("pairs")} != {result.pairs}]:
             self.world.say(f"pictures of {', '.join(names)} were lost since the base model was measured: it is "

@@ -89,7 +89,7 @@ class RowTraining:
         return self.pairs.all_dropped()
 
     def step_world(self, cfg: Config, world: World, model: LoadedModel) -> World:
-        """Return the world whose ranks share a step: all of them, or each rank alone where that is faster."""
+        """Return the world that shares a step: all ranks, or this rank alone where that is faster."""
         inputs = self.pairs.inputs
         if not isinstance(inputs, CachedPairs):
             return world
@@ -150,7 +150,7 @@ class ShardTraining:
         return replace(self.stream, batch_size=cfg.batch_size)
 
     def begin(self, step: int, stop: Callable[[], None]) -> Sequence[Mapping[str, Any]]:
-        """Return what the opening dropped, and what an earlier process of this run met in the shards."""
+        """Return the ledger: rows dropped at the opening, and samples that an earlier process found unusable."""
         self._lost.begin(step)
         for line in read_ledger(self.out / "ledger.jsonl"):
             if line.get("split") == "train" and {"shard", "key", "detail"} <= line.keys():
@@ -198,7 +198,7 @@ class ShardTraining:
         stream.problems.check(state.step * stream.batch_size)
 
     def keep_ledger(self) -> None:
-        """Write what this rank knows to be dropped, when the stream ends the run before a checkpoint does."""
+        """Write this rank's ledger, when the stream ends the run before the next checkpoint."""
         folder.write_ledger(self.out / "ledger.jsonl", self._ledger())
 
     def guard(self, cfg: Config, world: World, out: Path, trained: nn.Module) -> NonfiniteGuard:

@@ -253,7 +253,7 @@ def manifest_problems(folder: Path) -> list[str] | None:
 
 
 def is_complete(folder: Path, settings: Mapping[str, object], world: World) -> bool:
-    """Return whether a run with these settings has ended here and its files are as it left them."""
+    """Return whether a run with these settings has ended in this folder and none of its files has changed."""
     def check() -> bool:
         try:
             saved = read_json(folder / "config.json").get("config", {})

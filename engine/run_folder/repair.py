@@ -132,9 +132,10 @@ def _has_names(value: object, like: Mapping[str, object]) -> bool:
     if not isinstance(value, dict) or value.keys() != like.keys():
         return False
     for split, metrics in like.items():
-        found = value[split]
-        if not isinstance(metrics, Mapping) or not isinstance(found, dict) or not metrics.keys() - {
-                "collapsed"} <= found.keys():
+        saved = value[split]
+        if not isinstance(metrics, Mapping) or not isinstance(saved, dict):
+            return False
+        if not metrics.keys() - {"collapsed"} <= saved.keys():
             return False
     return True
 

@@ -21,7 +21,6 @@ from importlib import import_module
 from data.text import clean_library_output, printable
 from engine.config.cli import parse
 from engine.config.fields import TOWERS, Config
-from engine.ranks.launch import announce_early_end
 from engine.run_folder import crash
 from engine.run_folder.crash import CURRENT_RUN, explain_crash, rank_from_environment, say_error
 
@@ -34,12 +33,9 @@ def main(arguments: Sequence[str]) -> int:
     clean_library_output()
     command = ""
     try:
-        command, cfg = parse("run.py", arguments)
+        with crash.early_end_announced():
+            command, cfg = parse("run.py", arguments)
         return run(command, cfg)
-    except SystemExit as ended:
-        if ended.code:  # a mistake on the command line, perhaps of this rank alone
-            announce_early_end()
-        raise
     except Exception as error:  # in the command line's own code, or an installation that is broken
         say_error(explain_crash(command, error, rank_from_environment()))
         return 1
@@ -63,8 +59,7 @@ def run(command: str, cfg: Config) -> int:
     try:
         run_command = getattr(import_module(f"engine.commands.{name}"), name)
         device = cfg.device if command in TOWERS else "cpu"  # the others run no tower, whatever the machine has
-        # The collectives that do not name themselves average gradients.
-        with (world.explain_collective_errors("averaging gradients", watched=False),
+        with (world.explain_collective_errors("averaging gradients", watched=False),  # those that name nothing else
               explain_out_of_memory(command, cfg)):
             ranks = world.init(device, cfg.dist_timeout, cfg.quiet, command)
             require_same_settings(ranks, command, cfg)
@@ -76,8 +71,7 @@ def run(command: str, cfg: Config) -> int:
         rank, mistake = rank_from_environment(), isinstance(error, UserError)
         if not (rank and isinstance(error, AgreedError)):
             time.sleep(2 * bool(rank))  # let rank 0 print first: it has most likely met the same error
-            say_error(f"run.py {command}{'' if mistake else ' failed'}: "
-                      f"{printable(str(error)) if mistake else error}")
+            say_error(f"run.py {command}{'' if mistake else ' failed'}: {printable(str(error)) if mistake else error}")
         return leave(2 if mistake else 1)
     except SystemExit as signalled:
         return leave(int(signalled.code or 0))

@@ -170,7 +170,7 @@ def test_cut_connections_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.Mo
         (got,) = bring(tmp_path / "cache")(f"{url}/train-000000.tar")
         assert got.read_bytes() == tar.read_bytes()
         assert len(server.ranges) > 5 and server.sent < tar.stat().st_size * 1.2 + 100_000
-        # Each try of these brings less than LEAST_BYTES, as through a proxy that cuts every 64 kB: all are gone on with.
+        # Each try of these brings less than LEAST_BYTES, as through a proxy that cuts every 64 kB.
         monkeypatch.setattr(download, "LEAST_BYTES", 1 << 20)
         server.cut = lambda name, n: 1 << 16 if name == tar.name else None
         server.asked.clear()

@@ -21,7 +21,8 @@ from data.text import printable
 from engine.config.cli import parse
 from engine.config.fields import TOWERS, Config
 from engine.console import mute_stdout, open_console
-from engine.run_folder.crash import CURRENT_RUN, end_rank, explain_crash, rank_from_environment, say_error
+from engine.run_folder import crash
+from engine.run_folder.crash import CURRENT_RUN, explain_crash, rank_from_environment, say_error
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -29,12 +30,9 @@ def main(arguments: Sequence[str]) -> int:
     open_console()
     command = ""
     try:
-        command, cfg = parse("run.py", arguments)
+        with crash.early_end_announced():
+            command, cfg = parse("run.py", arguments)
         return run(command, cfg)
-    except SystemExit as ended:
-        if ended.code:  # a mistake on the command line, perhaps of this rank alone
-            import_module("engine.ranks.launch").announce_early_end()  # imports torch, which --help does not wait for
-        raise
     except Exception as error:  # in the command line's own code, or an installation that is broken
         say_error(explain_crash(command, error, rank_from_environment()))
         return 1
@@ -58,8 +56,7 @@ def run(command: str, cfg: Config) -> int:
     try:
         run_command = getattr(import_module(f"engine.commands.{name}"), name)
         device = cfg.device if command in TOWERS else "cpu"  # the others run no tower, whatever the machine has
-        # The collectives that do not name themselves average gradients.
-        with (world.explain_collective_errors("averaging gradients", watched=False),
+        with (world.explain_collective_errors("averaging gradients", watched=False),  # those that name nothing else
               explain_out_of_memory(command, cfg)):
             ranks = world.init(device, cfg.dist_timeout, cfg.quiet, command)
             require_same_settings(ranks, command, cfg)
@@ -95,5 +92,5 @@ if __name__ == "__main__":
     gc.set_threshold(100_000)  # libraries make as many objects and no garbage: collections would take .3 s
     atexit.register(gc.freeze)  # or Python would look through all objects once more as it ends: .3 s
     code = main(sys.argv[1:])
-    end_rank(code)
+    crash.end_rank(code)
     sys.exit(code)

@@ -20,6 +20,7 @@ def find_files(dataset: str) -> dict[str, list[Entry]]:
 
     Size and version of an entry may be missing; `data.web.storage.stat` returns them.
     """
+    _refuse_odd_address(dataset)
     if "*" in dataset or "{" in dataset:
         addresses = []
         for name in expand_braces(dataset):
@@ -34,6 +35,16 @@ def find_files(dataset: str) -> dict[str, list[Entry]]:
             if ending(entry.name) not in TABLES | {".tar"}:
                 raise UserError(f"{public_name(entry.address)}: {READABLE}")
     return files
+
+
+def _refuse_odd_address(address: str) -> None:
+    """Raise UserError for an address that no driver can take as it is meant."""
+    before, mark, _ = address.partition("?")
+    if not before.partition("://")[2].strip("/"):
+        raise UserError(f"{before}: names no bucket; write SCHEME://BUCKET/FOLDER")
+    if mark and ending(before) not in TABLES | {".tar"}:
+        raise UserError(f"{public_name(address)}: what follows its ? would be a query, which a folder has none of; "
+                        "a name with ? in it cannot be read: rename it, or copy it and pass the copy")
 
 
 def _find(folder: str) -> dict[str, list[Entry]]:

@@ -30,7 +30,7 @@ from data.sources.paths import PICTURES
 from data.sources.pictures import SIDECARS, holds_pictures, holds_titled_pictures, is_picture, pictures
 from data.sources.records import from_records
 from data.sources.rows import LABEL, holds_bytes, rename_to_roles
-from data.web.storage import RemoteFile
+from data.web.storage import RemoteFile, public_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -63,6 +63,7 @@ ADVICE = {  # ending of another kind of file -> how to convert it
     ".mdb": "; write shards: webdataset.ShardWriter",
     ".tfrecord": "; write shards: webdataset.ShardWriter", ".db": "; write Parquet: pandas.read_sql(…).to_parquet(NEW)",
     ".sqlite": "; write Parquet: pandas.read_sql(…).to_parquet(NEW)"}
+MARKUP = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|\?xml|error)", re.IGNORECASE)
 POINTER = b"version https://git-lfs.github.com/spec/"
 NO_ROWS = ("dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json")  # of the `datasets` library
 
@@ -115,7 +116,7 @@ def read_table(path: Path, options: ReadOptions, account: Account, embedded: Emb
 def read_remote(file: RemoteFile, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
     """Read the copy of a table, or the manifest of a shard. Raises UserError."""
     if ending(file.name) != ".tar":
-        return read_table(file.path, options, account, embedded)
+        return _read_copy(file, options, account, embedded)
     manifest = read_manifest(file.path)
     if manifest is None:
         raise UserError(f"{file.address}: its manifest {file.path} is gone or damaged; run again")
@@ -123,6 +124,18 @@ def read_remote(file: RemoteFile, options: ReadOptions, account: Account, embedd
         account.drop_sample(entry)
     rows = _index_as_rows(manifest.table, file.address, options, account)
     return _with_labels(rows, manifest.classes)
+
+
+def _read_copy(file: RemoteFile, options: ReadOptions, account: Account, embedded: EmbeddedPictures) -> pa.Table:
+    """Read the copy of a table; errors name its address. Raises UserError."""
+    address = public_name(file.address)
+    with open_regular(file.path) as copy:
+        if MARKUP.match(copy.read(64)):
+            raise UserError(f"{address}: a page or other markup, not a table; see in a browser what is there")
+    try:
+        return read_table(file.path, options, account, embedded)
+    except UserError as error:
+        raise UserError(str(error).replace(str(file.path), address)) from error
 
 
 def _shard(path: Path, options: ReadOptions, account: Account) -> pa.Table:

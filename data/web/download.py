@@ -9,6 +9,7 @@ import asyncio
 import errno
 import re
 import shutil
+import time
 from collections.abc import AsyncIterator
 from io import FileIO
 from pathlib import Path
@@ -41,22 +42,27 @@ class Downloader:
     async def persist(self, url: URL, part: Path, max_bytes: int, is_tar: bool = False) -> None:
         """Download the file at a URL to `part`, which may hold its beginning. Raises BadSample, UserError.
 
-        Tried until it is whole; only tries in a row that bring less than LEAST_BYTES of a version, beyond what an
-        earlier one brought, count against `retries`: a server may name another version in each answer.
+        Tried until it is whole. A try counts against `retries` only if it brought nothing of its version beyond what
+        an earlier one had (a server may name another version in each answer), or if the tries together are slower than
+        LEAST_BYTES in `policy.timeout` seconds.
         """
         begin, version = _begun(part)
         most_of: dict[str, int] = {version: begin} if begin else {}  # bytes that a try has brought, by version
+        milestone, reached_at = begin, time.monotonic()
 
         async def request(url: URL) -> URL | None:
             async with asyncio.timeout(self.policy.timeout) as limit:
                 return await self._get(url, part, max_bytes, is_tar, limit)
 
         def has_advanced() -> bool:
+            nonlocal milestone, reached_at
             version, size = read_seal(part).version, _size(part)
             is_another = bool(most_of) and version not in most_of
             before = most_of.get(version, 0)
             most_of[version] = max(size, before)
-            return size >= before + LEAST_BYTES and not is_another
+            if is_another or size >= milestone + LEAST_BYTES:
+                milestone, reached_at = size, time.monotonic()
+            return size > before and not is_another and time.monotonic() < reached_at + self.policy.timeout
 
         await with_retries(lambda: follow_redirects(request, url, self.policy), self.policy, has_advanced)
 

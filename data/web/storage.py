@@ -222,7 +222,7 @@ def _open_filesystem(address: str) -> tuple[AbstractFileSystem, str]:
     if "::" in address or public_name(address) != address.partition("?")[0]:
         raise UserError(f"{public_name(address)}: an address holds neither credentials nor '::'; the driver takes "
                         "credentials from its own settings (AWS_…, GOOGLE_…, AZURE_…, `hf auth login`)")
-    return url_to_fs(address)
+    return url_to_fs(scheme + address[len(scheme):])  # drivers know their scheme in lower case alone
 
 
 def _entry(address: str, info: dict[str, object]) -> Entry:
@@ -283,4 +283,5 @@ def _reason(address: str, error: Exception) -> str:
         return "there is no such file, folder or bucket"
     if isinstance(error, PermissionError) or _is_final(error):
         return f"access is refused ({text or type(error).__name__}); check the credentials of {PACKAGES[scheme]}"
-    return f"cannot be read ({type(error).__name__}: {text}); check the network and the store, then run again"
+    kind = "" if isinstance(error, _ShortAnswer) else f"{type(error).__name__}: "
+    return f"cannot be read ({kind}{text}); check the network and the store, then run again"

@@ -63,8 +63,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     model = load_model(cfg, world)
     refuse_cached(cfg, model)
     trained = model.trained_model(cfg.micro_batch)
-    pairs = open_data(row_cfg, world, model, source)
-    pairs = with_probe(cfg, world, model, pairs, probe)
+    pairs = with_probe(cfg, world, model, open_data(row_cfg, world, model, source), probe)
     if cfg.recipe == "auto":
         return auto.train_auto(cfg, world, out, model, pairs)
     training = open_training(cfg, world, pairs, shards.train, out)

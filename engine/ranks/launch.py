@@ -72,16 +72,6 @@ def read_launch() -> Launch:
     return launch
 
 
-def announce_early_end() -> None:
-    """Tell other ranks that this one ends on its command line; `rendezvous.announce_end` before torch is loaded."""
-    with suppress(UserError):
-        launch = read_launch()
-        if launch.size > 1:
-            from engine.ranks.rendezvous import announce_end
-
-            announce_end(launch)
-
-
 def _find_launch() -> Launch:
     if any(name in os.environ for name in VARIABLES["torchrun"][:3]):
         return _launch_of("torchrun")

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from data.batch import AgreedError, RunFailed, UserError
-from engine.ranks.launch import Launch
+from engine.ranks.launch import Launch, read_launch
 
 POLL_S = 0.05  # between two checks of the store
 LOOK_S = 0.5  # between two looks whether rank 0 is there
@@ -105,6 +105,12 @@ def end_announced(launch: Launch) -> Iterator[None]:
     except UserError:
         announce_end(launch)
         raise
+
+
+def announce_early_end() -> None:
+    """`announce_end` of a rank whose command line is refused."""
+    with suppress(UserError):
+        announce_end(read_launch())
 
 
 def announce_end(launch: Launch) -> None:

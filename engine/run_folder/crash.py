@@ -7,13 +7,16 @@ import re
 import sys
 import tempfile
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
 from data.files import MARK, kind_of, write_mark
 from data.text import hide_secrets, public_arguments, show
+
+WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")  # see engine/ranks/launch.py
 
 
 @dataclass
@@ -56,6 +59,19 @@ def end_rank(code: int) -> None:
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         end_now(code)
+
+
+@contextmanager
+def early_end_announced() -> Iterator[None]:
+    """Inside, a mistake on the command line ends the other ranks too, where it may be of this rank alone."""
+    try:
+        yield
+    except SystemExit as ended:
+        if ended.code and any(os.environ.get(name, "1") != "1" for name in WORLD_SIZES):
+            from engine.ranks.rendezvous import announce_early_end  # loads torch
+
+            announce_early_end()
+        raise
 
 
 def end_now(code: int) -> NoReturn:

@@ -170,6 +170,16 @@ def test_cut_connections_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.Mo
         (got,) = bring(tmp_path / "cache")(f"{url}/train-000000.tar")
         assert got.read_bytes() == tar.read_bytes()
         assert len(server.ranges) > 5 and server.sent < tar.stat().st_size * 1.2 + 100_000
+        # Each try of these brings less than LEAST_BYTES, as through a proxy that cuts every 64 kB.
+        monkeypatch.setattr(download, "LEAST_BYTES", 1 << 20)
+        server.cut = lambda name, n: 1 << 16 if name == tar.name else None
+        server.asked.clear()
+        (got,) = bring(tmp_path / "small")(f"{url}/train-000000.tar")
+        assert got.read_bytes() == tar.read_bytes() and server.asked[tar.name] >= 19
+        with pytest.raises(UserError, match="cannot be fetched"):  # unless they are too slow together
+            bring(tmp_path / "slow", FetchPolicy(timeout=0.02, retries=1, allow_hosts=("127.0.0.1",)))(
+                f"{url}/train-000000.tar")
+        monkeypatch.setattr(download, "LEAST_BYTES", 1000)
         # A server that says nothing of versions is asked for the whole; one that is cut every time is given up.
         server.validators, server.cut = False, lambda name, n: 200_000 if n < 33 else None
         server.asked.clear()

@@ -54,6 +54,23 @@ def test_folders_of_a_store_are_laid_out_as_local_ones(store: MemoryFileSystem) 
             find_files(dataset)
 
 
+def test_what_an_address_cannot_mean_is_refused_by_the_address(store: MemoryFileSystem, tmp_path: Path) -> None:
+    """Words about a copy in the cache, or "holds a, a", name neither the mistake nor where it was made."""
+    page = b"\n<!DOCTYPE html><html>Sign in</html>"
+    for path, content in {"a?b/train.csv": b"", "p/train.csv": page, "q/train.parquet": page, "r/train.parquet": b"PAR",
+                          "c/train.csv": b"image,title\na.jpg,one\n"}.items():
+        store.pipe_file(f"/{path}", content)
+    for dataset, message in {"memory://": "no bucket",
+                             "memory://a?b": "memory://a: what follows its [?] would be a query",
+                             "memory://p": "memory://p/train.csv: a page or other markup, not a table",
+                             "memory://q": "memory://q/train.parquet: a page or other markup, not a table",
+                             "memory://r": "memory://r/train.parquet: not a Parquet file"}.items():
+        with pytest.raises(UserError, match=message) as caught:
+            load_splits(dataset, download=bring(tmp_path))
+        assert str(tmp_path) not in str(caught.value)
+    assert load_splits("MEMORY://c", download=bring(tmp_path))["train"].title.to_pylist() == ["one"]
+
+
 def bring(cache: Path, log: Any = lambda text: None) -> Any:
     return lambda dataset: {name: [copy_file(entry.address, cache, log) for entry in entries]
                             for name, entries in find_files(dataset).items()}

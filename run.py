@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import io
 import os
 import sys
 import time
@@ -27,10 +26,7 @@ from engine.run_folder.crash import CURRENT_RUN, explain_crash, rank_from_enviro
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command on this rank; the exit code says how it went."""
-    crash.hold_standard_descriptors()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # whatever the locale, a title can be printed
-            stream.reconfigure(errors="backslashreplace")
+    crash.prepare_standard_streams()
     clean_library_output()
     command = ""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -66,14 +67,35 @@ def end_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-def hold_standard_descriptors() -> None:
-    """Open the null device for each standard stream that was closed when this process was started, as by `2>&-`.
+def prepare_standard_streams() -> None:
+    """Let any title be printed, whatever the locale, and hold the numbers of streams that are closed, as by `2>&-`.
 
-    Else the next file that is opened gets its number, and what a library in C prints goes into that file.
+    Else the next file that is opened gets such a number, and what a library in C prints goes into that file.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def print_result(text: str, place: str = "") -> str:
+    """Print a result on stdout. Where that fails and it is in a file, `place`, return a line that says so, else "".
+
+    Raises OSError where the result is lost: BrokenPipeError where its reader has gone, as `| head` does.
+    """
+    try:
+        show(text)
+    except (OSError, ValueError) as error:
+        mute_stdout()
+        reason = getattr(error, "strerror", None) or error
+        if place:
+            return f"the result could not be printed ({reason}); it is in {place}"
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise OSError(f"the result could not be printed ({reason})") from error
+    return ""
 
 
 def mute_stdout() -> None:

@@ -372,13 +372,13 @@ def test_a_result_that_cannot_be_printed_is_in_a_file_or_an_error(
     world = World(0, 0, 1, torch.device("cpu"), quiet=True)
     world.show("a table", "run/metrics.json")
     assert f"{stdout}); it is in run/metrics.json" in capsys.readouterr().err
-    with pytest.raises(BrokenPipeError if stdout == "left" else RunFailed):
+    with pytest.raises(BrokenPipeError if stdout == "left" else OSError):
         world.show("a table")
 
 
 def test_a_closed_standard_stream_is_no_place_for_a_file(tmp_path: Path) -> None:
     """With `2>&-`, the next file that is opened would get what a library in C prints on stderr."""
-    script = ("import os; from engine.run_folder.crash import hold_standard_descriptors as hold; hold(); "
+    script = ("import os; from engine.run_folder.crash import prepare_standard_streams as hold; hold(); "
               f"file = open({str(tmp_path / 'log')!r}, 'w'); file.write('a line'); os.write(2, b'warning')")
     command = ["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, script]
     assert subprocess.run(command, cwd=ROOT, timeout=HANGS_S).returncode == 0

@@ -34,6 +34,24 @@ def hold_standard_descriptors() -> None:
     os.close(number)
 
 
+def print_result(text: str, place: str = "") -> str:
+    """Print a result on stdout. Where that fails and it is in a file, `place`, return a line that says so, else "".
+
+    Raises OSError where the result is lost: BrokenPipeError where its reader has gone, as `| head` does.
+    """
+    try:
+        show(text)
+    except (OSError, ValueError) as error:
+        mute_stdout()
+        reason = getattr(error, "strerror", None) or error
+        if place:
+            return f"the result could not be printed ({reason}); it is in {place}"
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise OSError(f"the result could not be printed ({reason})") from error
+    return ""
+
+
 def mute_stdout() -> None:
     """Point stdout at /dev/null once nothing can be written to it.
 

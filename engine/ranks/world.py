@@ -25,8 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data.batch import AgreedError, RunFailed, Team
-from data.text import show
-from engine.console import ProgressPrinter, mute_stdout, on_terminal
+from engine.console import ProgressPrinter, on_terminal, print_result
 from engine.device import open_device
 from engine.ranks.launch import choose_interface, describe_network, read_launch
 from engine.ranks.rendezvous import POLL_S, agree_session_id, end_announced, meet, refuse_shared_devices
@@ -89,21 +88,10 @@ class World:
     def show(self, text: str, place: str = "") -> None:
         """Print a result on stdout, from rank 0. Where that fails and it is in a file, `place`, that is said instead.
 
-        Else raises BrokenPipeError where the reader has gone, as `| head` does, RunFailed where the result is lost.
+        Else raises OSError; see `print_result`.
         """
-        if not self.is_main:
-            return
-        try:
-            show(text)
-        except (OSError, ValueError) as error:
-            mute_stdout()
-            reason = getattr(error, "strerror", None) or str(error)
-            if place:
-                self.warn(f"the result could not be printed ({reason}); it is in {place}")
-            elif isinstance(error, BrokenPipeError):
-                raise
-            else:
-                raise RunFailed(f"the result could not be printed ({reason})") from error
+        if self.is_main and (failure := print_result(text, place)):
+            self.warn(failure)
 
     def _count_progress(self) -> None:
         if self.store is not None:

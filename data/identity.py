@@ -188,7 +188,8 @@ def distinct(keys_nK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Number distinct keys in order of appearance; return the number of each key [n], and first positions [D]."""
     import pyarrow as pa
 
-    keys_n = pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY), len(keys_nK), [None, pa.py_buffer(keys_nK.tobytes())])
+    data = pa.py_buffer(np.ascontiguousarray(keys_nK))
+    keys_n = pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY), len(keys_nK), [None, data])
     number_n = keys_n.dictionary_encode().indices.to_numpy().astype(np.int64)
     before_n = np.maximum.accumulate(np.append(-1, number_n))[:-1]
     return number_n, np.flatnonzero(number_n > before_n)

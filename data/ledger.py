@@ -3,7 +3,7 @@
 An entry has a place, a "reason" and a "detail". The place of a row that cannot be read is "file" and "row", from
 0 in that file ("shard" and "key" in a tar); of a row whose image or title fails later it is "split" and "row", counted
 from 0 in that split after a lone one was divided. An entry stands for one row unless it has "rows": several rows, or 0
-for files that were not used.
+for files that were not used. Behind the first ENTRIES, rows of a file with one reason share an entry.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ UNUSED = {  # reason -> description of such files
     "own-output": "folders that thumbtune wrote"}
 KINDS = (("split", str), ("row", int), ("rows", int), ("reason", str), ("content", str), ("step", int), ("back", int))
 LINES = 5  # of one kind that are logged
+ENTRIES = 200_000  # some 200 MB; further rows of a dataset have one entry for each file and reason
 
 
 def discard(_: object) -> None:
@@ -45,6 +46,8 @@ class Account:
     _notes: set[str] = field(default_factory=set)
     _alike: dict[str, list[str]] = field(default_factory=dict)  # notes by what they say of any file
     _applied: set[str] = field(default_factory=set)  # flags that had something to apply to
+    _entries: int = 0
+    _shared: dict[tuple[str, ...], dict[str, Any]] = field(default_factory=dict)  # entries of several rows
 
     def begin(self, split: str | None) -> None:
         """Begin another split; None for rows that are not split yet."""
@@ -67,7 +70,13 @@ class Account:
         self.dropped += rows
         if not self.example:
             self.example = printable(f"{place_of(entry)}: {entry['reason']}: {entry['detail']}")
-        self.ledger(entry)
+        self._entries += 1
+        if self._entries <= ENTRIES:
+            self.ledger(entry)
+            return
+        kind = self.split or "", entry.get("shard") or entry["file"], entry["reason"]
+        shared = self._shared.setdefault(kind, entry | {"rows": 0, "detail": f"{entry['detail']}; and later ones"})
+        shared["rows"] += rows
 
     def pass_over(self, reason: str, file: str) -> None:
         """Record a file that looks like data and is not used; `reason` is one of UNUSED."""
@@ -96,7 +105,10 @@ class Account:
             self.note(f"not used, as nothing that was read depends on it: {', '.join(unused)}")
 
     def close(self, dataset: str) -> None:
-        """Report the files passed over: a ledger entry and part of one line for each reason."""
+        """Report entries of several rows, and the files passed over: an entry and part of one line for each reason."""
+        for entry in self._shared.values():
+            self.ledger(entry)
+        self._shared.clear()
         for alike in self._alike.values():
             if len(alike) > LINES:
                 self.log(printable(f"{len(alike) - LINES:,} more lines like: {alike[-1]}"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,17 +81,19 @@ class Pairs:
         return f"pairs: {kept}; {dropped}" + (f"\n{self.store_report}" if self.store_report else "")
 
 
-def open_pairs(rows: Mapping[str, Rows], unread: Sequence[Mapping[str, Any]], pipeline: Pipeline, max_bad: float,
+def open_pairs(rows: dict[str, Rows], unread: Sequence[Mapping[str, Any]], pipeline: Pipeline, max_bad: float,
                mining: str, measured: Collection[str] = ()) -> Pairs:
     """Read every image and title, encode them where features are constant, and account for dropped rows.
 
-    `unread` are ledger entries of what never became a row; `mining` is "off" or a rule of `mine_negatives`; `measured`
-    are splits that are evaluated before the first step. Raises UserError when more than `max_bad` of all rows are
-    unusable or a split ends up empty.
+    `rows` is emptied, so that what is not needed of it is freed; `unread` are ledger entries of what never became a
+    row; `mining` is "off" or a rule of `mine_negatives`; `measured` are splits that are evaluated before the first
+    step. Raises UserError when more than `max_bad` of all rows are unusable or a split ends up empty.
     """
     began = time.monotonic()
     reader, encoders, cache, device = pipeline.reader, pipeline.encoders, pipeline.cache, pipeline.device
     catalogue = build_catalogue(rows, encoders.title_ids(cache))
+    catalogue = replace(catalogue, splits={name: replace(split, title_neg=None) for name, split in rows.items()})
+    rows.clear()  # the negatives, a third of all text, are among the catalogue's titles
     images = encoders.image_store(cache) if encoders.stored else None
     decoded = DecodedImages()
     if images is None:
@@ -117,16 +119,17 @@ def open_pairs(rows: Mapping[str, Rows], unread: Sequence[Mapping[str, Any]], pi
         contents[name] = Contents(image_keys[split.image_N.numpy()], catalogue.title_keys[split.title_N.numpy()])
         identity[data_key(name)] = _fingerprint(contents[name], split, catalogue)
     identity["the base model"] = encoders.image_space + encoders.text_space
-    row_count = sum(map(len, rows.values())) + dropped_rows(unread)
+    row_count = sum(map(len, catalogue.splits.values())) + dropped_rows(unread)
     lost = LostPictures(catalogue, splits, example_D, image_keys, reader, ledger, row_count, max_bad, pipeline.log,
                         is_measured=images is None)
     if pipeline.run is not None:
         lost.adopt(pipeline.run.ledger, results, pipeline.run.replays)
     album = RowPreviews(catalogue, splits, example_D, reader, lost if images is None else None)
 
+    classes = count_classes(catalogue.splits)
     if images is None:
         streamed = StreamedPairs.open(pipeline, decoded, lost)
-        return Pairs(splits, ledger, identity, contents, streamed, streamed, album, classes=count_classes(rows))
+        return Pairs(splits, ledger, identity, contents, streamed, streamed, album, classes=classes)
     release_freed_memory()  # before the tables are made
     image_table, seconds = stored_table(images, image_keys), time.monotonic() - began
     feature_splits = make_feature_splits(splits, image_table, title_table, device, catalogue.title_group_P)
@@ -135,7 +138,7 @@ def open_pairs(rows: Mapping[str, Rows], unread: Sequence[Mapping[str, Any]], pi
     times = [each.times for each in results if each.times is not None and each.times.pictures]
     report = _describe_store(cache, images, titles, seconds, times)
     rates = "; ".join(f"rank {rank}: {each.describe()}" for rank, each in enumerate(times))
-    return Pairs(splits, ledger, identity, contents, cached, inputs, album, report, rates, count_classes(rows))
+    return Pairs(splits, ledger, identity, contents, cached, inputs, album, report, rates, classes)
 
 
 def _check_images(catalogue: Catalogue, decoded: DecodedImages, pipeline: Pipeline) -> list[DecodeResults]:
@@ -214,12 +217,14 @@ def data_key(split: str) -> str:
 
 def _fingerprint(contents: Contents, split: Split, catalogue: Catalogue) -> str:
     """Return a digest of the contents of a split's rows, in order: equal data gives equal runs and equal figures."""
-    digest = hashlib.sha256(contents.image_NK.tobytes() + contents.title_NK.tobytes())
+    digest = hashlib.sha256(np.ascontiguousarray(contents.image_NK).data)
+    digest.update(np.ascontiguousarray(contents.title_NK).data)
     if split.negative_N is not None:
         negative_N = split.negative_N.numpy()
-        digest.update(catalogue.title_keys[negative_N].tobytes() + (negative_N < 0).tobytes())
+        digest.update(catalogue.title_keys[negative_N].data)
+        digest.update(np.ascontiguousarray(negative_N < 0).data)
     if catalogue.title_group_P is not None:  # other classes of the same titles mask other negatives
-        digest.update(catalogue.title_keys[catalogue.title_group_P[split.title_N].numpy()].tobytes())
+        digest.update(catalogue.title_keys[catalogue.title_group_P[split.title_N].numpy()].data)
     return digest.hexdigest()
 
 

@@ -60,6 +60,12 @@ class Source(NamedTuple):
     shards: Mapping[str, Sequence[Entry]] = {}  # in a store, to be streamed once the towers are there: then no rows yet
     run: EarlierRun | None = None  # one that began with these rows, of which it may have lost some
 
+    def hand_over(self) -> Source:
+        """Return the same source, with the rows no longer here: they are freed where they are no longer needed."""
+        rows = dict(self.rows)
+        self.rows.clear()
+        return self._replace(rows=rows)
+
     def split_names(self) -> list[str]:
         """Return the names of the splits; a lone split counts as the three that it will be."""
         names = list(self.rows or self.shards)
@@ -274,6 +280,7 @@ def open_data(cfg: Config, world: World, model: LoadedModel, source: Source, onl
     if only or not cfg.shuffle_buffer:
         require_split(cfg, only or "train", rows)
     unreadable = source.unreadable
+    del source  # frees a lone split that was divided, if the caller has handed it over
     if only not in ("", "all"):
         rows = {only: rows[only]}
         unreadable = [entry for entry in unreadable if entry.get("split", only) == only]

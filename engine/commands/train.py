@@ -13,6 +13,7 @@ import torch
 
 from data.agreement import require_agreement
 from data.batch import RunFailed, UnsoundWeights
+from data.catalogue import release_freed_memory
 from data.cold import EarlierRun
 from data.identity import Overlap, describe_overlap, overlap
 from data.ledger import read_ledger
@@ -63,7 +64,7 @@ def train(cfg: Config, world: World, stop: StopSignal) -> int:
     model = load_model(cfg, world)
     refuse_cached(cfg, model)
     trained = model.trained_model(cfg.micro_batch)
-    pairs = with_probe(cfg, world, model, open_data(row_cfg, world, model, source), probe)
+    pairs = with_probe(cfg, world, model, open_data(row_cfg, world, model, source.hand_over()), probe)
     if cfg.recipe == "auto":
         return auto.train_auto(cfg, world, out, model, pairs)
     training = open_training(cfg, world, pairs, shards.train, out)
@@ -227,6 +228,7 @@ def summaries(results: Mapping[str, Retrieval]) -> dict[str, dict[str, Any]]:
 def find_overlap(pairs: Pairs, world: World) -> dict[str, Overlap]:
     """Return the entry of metrics.json for splits that share images or titles, {} where none do; also print it."""
     shared = overlap(pairs.contents)
+    release_freed_memory()
     if not shared:
         return {}
     world.say(describe_overlap(shared, {name: len(split) for name, split in pairs.splits.items()}))

@@ -20,6 +20,7 @@ from PIL import Image
 
 from data.batch import UserError
 from data.files import write_mark
+from data.ledger import dropped_rows
 from data.shards.index import read_member
 from data.sources import csv_tables, records
 from data.sources.embedded import EmbeddedPictures, shown_name
@@ -283,6 +284,20 @@ def test_one_bad_row_is_one_ledger_entry(
     assert sum(map(len, splits.values())) == 2
     assert [(entry["file"], entry["row"], entry["reason"]) for entry in lost] == [
         (str(tmp_path / name), row, reason)] and lost[0]["detail"].startswith(detail)
+
+
+def test_millions_of_bad_rows_take_bounded_memory_and_are_all_counted(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a file of numbers, or a damaged one, ends the process for want of memory before --max-bad refuses it."""
+    monkeypatch.setattr("data.ledger.ENTRIES", 3)
+    entries: list[dict[str, Any]] = []
+    (tmp_path / "train.json").write_text(json.dumps([{"image": "a.jpg", "title": "a"}, *range(20)]))
+    (tmp_path / "valid.jsonl").write_text('{"image": "a.jpg", "title": "a"}\n' + "{\n" * 5)
+    rows = load_splits(str(tmp_path), ledger=entries.append)
+    assert [len(split) for split in rows.values()] == [1, 1] and dropped_rows(entries) == 25
+    assert [(entry["split"], entry.get("rows", 1)) for entry in entries] == [("train", 1)] * 3 + [
+        ("train", 17), ("valid", 5)]
+    assert "later ones" in entries[-1]["detail"] and entries[-1]["row"] == 1
 
 
 def test_a_parquet_row_that_is_not_utf8_is_dropped(tmp_path: Path) -> None:

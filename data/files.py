@@ -24,6 +24,7 @@ MARK = ".thumbtune"
 GENERATOR = '<meta name="generator" content="thumbtune">'  # the mark of an HTML page
 LEFT_BEHIND = re.compile(r"\.(.+)-(\d+)(\.old)?", re.DOTALL)  # .NAME-PID being written or deleted; .old: to be replaced
 
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # of a write, which names no file
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
 
@@ -50,8 +51,17 @@ def replaced_file(path: Path, durable: bool = True) -> Iterator[Path]:
         temporary.replace(path)
         if durable:
             fsync(path.parent)  # the new name is on the disk only when its folder is
+    except OSError as error:
+        name_file(error, path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def name_file(error: BaseException, path: Path) -> None:
+    """Give an error of a full or failing disk the path that was being written, unless it has one."""
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS and error.filename is None:
+        error.filename = str(path)
 
 
 def keep_lines(path: Path, is_kept: Callable[[str], bool]) -> None:
@@ -153,7 +163,8 @@ def replaced_folder(folder: Path, kind: str, durable: bool = True) -> Iterator[P
                 folder.replace(old)
             new.replace(folder)
         fsync(folder.parent)
-    except BaseException:
+    except BaseException as error:
+        name_file(error, folder)
         if old.exists() and not folder.exists():
             old.replace(folder)
         _delete(new)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -10,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors import torch as safetensors
 from torch import Tensor
 
 # In the order in which transformers looks for them.
@@ -103,3 +106,14 @@ def read_weights(folder: Path, places: Mapping[str, Place], names: Collection[st
         if place.file not in opened:
             opened[place.file] = open_weights(folder / place.file)
         yield name, opened[place.file].tensor(place.name).float()
+
+
+def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file. Raises OSError: the library's own error of a full disk does not name the file."""
+    try:
+        safetensors.save_file(dict(tensors), path, dict(metadata) if metadata else None)
+    except SafetensorError as error:
+        if code := re.search(r"\(os error (\d+)\)", str(error)):
+            number = int(code[1])
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise

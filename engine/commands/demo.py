@@ -7,7 +7,7 @@ from dataclasses import replace
 from data.batch import UserError
 from data.demo.demo import write_demo
 from data.files import first_foreign, is_whole, replaced_folder
-from engine.commands.common import cache_folder
+from engine.commands.common import cache_folder, mark_cache
 from engine.commands.train import train
 from engine.config.fields import Config
 from engine.ranks.signals import StopSignal
@@ -21,6 +21,7 @@ def demo(cfg: Config, world: World, stop: StopSignal) -> int:
         if obstacle := first_foreign(folder):
             raise UserError(f"--cache-dir {cfg.cache_dir}: {obstacle} was not made by thumbtune; move it away or "
                             "choose another folder")
+        mark_cache(cfg)
         world.say(f"drawing thumbnails into {folder}")
         with replaced_folder(folder, "demo", durable=False) as new:
             write_demo(new)

@@ -48,9 +48,10 @@ def metric_sign(metric: str) -> int:
 
 def suggest(kind: str, word: str, known: Sequence[str]) -> str:
     """Return a sentence that names the unknown word and the nearest known one."""
-    near = difflib.get_close_matches(word, known, n=1)
+    names = {name.strip("-"): name for name in known}  # the dashes of flags would make all of them alike
+    near = difflib.get_close_matches(word.strip("-"), names, n=1)
     if near:
-        return f"unknown {kind} {word}; did you mean {near[0]}?"
+        return f"unknown {kind} {word}; did you mean {names[near[0]]}?"
     choices = f"; there is {', '.join(known)}" if len(known) < 12 else ""
     return f"unknown {kind} {word}{choices}"
 

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from data.batch import UserError
 from data.files import recover_folders, replaced_folder
 from data.web.storage import public_name, scheme_of
 from engine.clip.loading import Clip
+from engine.clip.weights import save_file
 from engine.clip.whole import is_finite
 from engine.config.fields import Config, as_dict, config_fields
 from engine.config.settings import CHOSEN_BY_AUTO

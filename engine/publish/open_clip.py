@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data.batch import UserError
@@ -28,6 +27,7 @@ from engine.clip.loading import Clip
 from engine.clip.model import Head, draw_ramps
 from engine.clip.tokenizer import HISTORIC_EOS
 from engine.clip.towers import Towers
+from engine.clip.weights import save_file
 from engine.config.fields import Config
 from engine.publish.card import HERE, write_card
 from engine.publish.export import Tuned, weights_of

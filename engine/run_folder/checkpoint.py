@@ -28,12 +28,13 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data.batch import UnsoundWeights, UserError
 from data.files import delete_folder, recover_folders, replaced_folder, sha256
 from data.reading import parse_json, read_text
+from engine.clip.weights import save_file
 from engine.config.settings import metric_sign
 from engine.optim import AdamWL2SP
 from engine.ranks.world import World

@@ -21,6 +21,7 @@ MISTAKES = {  # arguments -> what the answer has to name
     "unknown command": (["trian"], "did you mean train"),
     "command of a newcomer": (["finetune"], "there is train, demo"),
     "vectors without a folder": (["embed", "--dataset", "{pairs}", "--model", "{model}"], "--out DIR"),
+    "flag not like --help": (["check", "--model", "x"], "unknown argument --model\n"),
     "typo in a flag": (["--epoch", "3"], "did you mean --epochs"),
     "flag of another command": (["shards", "--epochs", "3"], "unknown argument --epochs"),
     "a flag twice": (["--lr", "1", "--epochs", "3", "--lr=2"], "--lr is given twice"),

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -167,6 +168,21 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_one_line(refused: str, tmp_pa
     assert newest is not None and newest[1][2] == before
     saves.save(State(step=3))  # once there is room again, no trace is left
     assert not list((run / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize(("limit", "name"), [(16, "step-00000001"), (150, checkpoint.FILES[0])])
+def test_a_quota_reached_while_writing_names_the_path(limit: int, name: str, tmp_path: Path) -> None:
+    """Neither Python's `[Errno 27] File too large` nor that of safetensors says which of a user's disks is full."""
+    run, (soft, hard) = run_folder(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    saves = saver(run)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        with pytest.raises(RunFailed, match=f"File too large.*{name}"):
+            saves.save(State(step=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    saves.save(State(step=1))
+    assert newest_valid(run, pytest.fail)
 
 
 def test_what_is_saved_is_on_the_disk_before_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,8 @@ Ledger = Callable[[dict[str, Any]], None]
 UNUSED = {  # reason -> description of such files
     "sidecar-without-image": "texts without an image of their name", "linked-folder": "linked folders, not followed",
     "own-output": "folders that thumbtune wrote"}
-KINDS = (("split", str), ("row", int), ("rows", int), ("reason", str), ("content", str), ("step", int), ("back", int))
+KINDS = (("split", str), ("row", int), ("rows", int), ("bytes", int), ("reason", str), ("content", str), ("step", int),
+         ("back", int))
 LINES = 5  # of one kind that are logged
 ENTRIES = 200_000  # some 200 MB; further rows of a dataset have one entry for each file and reason
 

@@ -72,9 +72,9 @@ class Problems:
         """Add the entry of a sample, or of damage."""
         self.add([_entry(shard, key, problem)])
 
-    def report_shard(self, shard: str, rows: int, problem: BadSample) -> None:
+    def report_shard(self, shard: Entry, rows: int, problem: BadSample) -> None:
         """Add the entry of a shard of which about `rows` samples cannot be read."""
-        self.add([{**_entry(shard, "", problem), "rows": rows}])
+        self.add([{**_entry(public_name(shard.address), "", problem), "rows": rows, "bytes": shard.size}])
 
     def add(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Add the entries of other ranks or of an earlier process."""
@@ -208,7 +208,7 @@ class ShardBatches:
         except UserError as error:
             self._lost.add(shard)
             rows = max(1, self.samples // len(self.shards) - given)
-            self.problems.report_shard(self._name(shard), rows, BadSample("unreadable-shard", str(error)))
+            self.problems.report_shard(self.shards[shard], rows, BadSample("unreadable-shard", str(error)))
             self.pipeline.log(f"{error}; after {given:,} samples the run goes on without the rest of it")
 
     def _name(self, shard: int) -> str:

@@ -10,11 +10,11 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from data.batch import BadSample, UserError
+from data.batch import AgreedError, BadSample, UserError
 from data.prefetch import threaded_map
 from data.reading import open_regular, parse_json
 from data.shards.index import FORMAT, MAX_INDEX, indexed
@@ -138,6 +138,17 @@ def _stored_titles(shard: Entry) -> list[list[str]] | None:
         raise UserError(problem.detail) from problem
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def require_lost_shards(shards: Sequence[Entry], ledger: Sequence[Mapping[str, Any]]) -> None:
+    """Raise AgreedError, which names it, where a shard that the run has lost is not there again as it was."""
+    size_now = {public_name(shard.address): shard.size for shard in shards}
+    for entry in ledger:
+        name, size = entry.get("shard"), entry.get("bytes")
+        if size is not None and size_now.get(str(name)) != size:
+            now = f"has {size_now[name]:,} bytes now" if name in size_now else "is not there"
+            raise AgreedError(f"--resume: {name}, which the run has lost, {now} and had {size:,} bytes when the run "
+                              "began; put it back as it was")
 
 
 def shards_digest(shards: Sequence[Entry]) -> str:

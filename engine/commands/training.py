@@ -29,6 +29,7 @@ from data.stream.shards import (
     divide_shards,
     find_local_shards,
     local_pattern,
+    require_lost_shards,
     shards_digest,
 )
 from data.stream.stages import count_negatives, read_shard
@@ -244,6 +245,7 @@ def open_training(cfg: Config, world: World, pairs: Pairs, shards: Sequence[Entr
         raise UserError(f"train has {len(shards)} shards for {world.size} ranks, and each rank reads whole ones; write "
                         "smaller shards or use fewer ranks")
     require_same_shards(shards, world.team)
+    require_lost_shards(shards, read_ledger(out / "ledger.jsonl"))
     rules = TitleRules.of(shards, parse_templates(cfg.template))
     samples = cfg.train_samples or count_samples(shards, rules)
     if not samples:

@@ -16,6 +16,7 @@ from data.cold import Encoders, Pipeline, Reader
 from data.images.decode import ImageSpec
 from data.ledger import dropped_rows
 from data.stream.batches import Problems, ShardBatches
+from data.stream.shards import require_lost_shards
 from data.stream.stages import Sample, read_shard
 from data.web import storage
 from data.web.fetch import FetchPolicy
@@ -167,6 +168,10 @@ def test_a_shard_that_is_lost_is_named_once_and_the_run_goes_on(tmp_path: Path, 
     assert not lost & {key for step in steps for key in step}
     (entry,) = [entry for entry in batches.problems.entries.values()]
     assert entry["shard"] == shards[2] and dropped_rows([entry]) == 5
+    require_lost_shards(whole, [entry])
+    now = entries([path for path in shards if Path(path).exists()])
+    with pytest.raises(UserError, match=f"{shards[2]}, which the run has lost, .* put it back"):  # what --resume says
+        require_lost_shards(now, [entry])
     Path(shards[3]).unlink()
     with pytest.raises(UserError, match=r"10 of 30 rows cannot be used .*--max-bad"):
         keys(replace(batches, problems=Problems(30, 0.2), _lost=set()), 12)

@@ -298,7 +298,8 @@ def test_hostile_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 @pytest.mark.parametrize("body, word", [
     (b"", "empty"), (b"x", "no tar"), (b"\0" * 400, "no tar"), (b"<html>" * 2000, "no tar"), (bytes(1 << 20), "no tar"),
     (b"\x1f\x8b\x08" + bytes(3000), "gzip"), (b"BZh9" + bytes(3000), "bzip2"), (b"\xfd7zXZ\0" + bytes(99), "xz"),
-    (b"(\xb5/\xfd" + bytes(3000), "zstd")])
+    (b"(\xb5/\xfd" + bytes(3000), "zstd"), (b"PK\x03\x04" + bytes(3000), "zip"), (b"7z\xbc\xaf" + bytes(99), "7-Zip"),
+    (b"Rar!" + bytes(3000), "RAR")])
 def test_what_is_no_tar_says_so(tmp_path: Path, body: bytes, word: str) -> None:
     tar = tmp_path / "x.tar"
     tar.write_bytes(body)

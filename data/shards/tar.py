@@ -17,7 +17,8 @@ BLOCK = 512
 END = bytes(2 * BLOCK)  # the mark of a tar's end
 PADDING = 1 << 16  # bytes of zeros that may end a tar; more of them are a hole where samples may have been
 MAX_EXTENSION = 1 << 20  # bytes of an extended header
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zX": "xz", b"(\xb5/\xfd": "zstd"}
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zX": "xz", b"(\xb5/\xfd": "zstd", b"\x04\x22M\x18": "lz4",
+              b"LZIP": "lzip", b"\x1f\x9d": "compress", b"PK\x03\x04": "zip", b"7z\xbc\xaf": "7-Zip", b"Rar!": "RAR"}
 NOT_A_FILE = {b"1": "hard link", b"2": "symbolic link", b"3": "device", b"4": "device", b"6": "pipe", b"S": "sparse"}
 
 

@@ -46,7 +46,10 @@ class BadStatus(BadSample):
     """A status that is not 200; `wait` is the number of seconds its Retry-After asks for, 0 without one."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
-        super().__init__(f"http-{response.status}", f"from {response.url.host}")
+        if response.status == 407:  # not of the server: with another --proxy it may be fetched
+            super().__init__("proxy-407", "the proxy wants a user name and password: --proxy http://USER:PASSWORD@HOST")
+        else:
+            super().__init__(f"http-{response.status}", f"from {response.url.host}")
         self.wait = _seconds(response.headers.get("Retry-After", "0"))
 
 
@@ -274,6 +277,8 @@ def _is_placeholder(url: URL, body: bytes) -> bool:
 
 def as_bad_sample(error: Exception) -> BadSample:
     """Return a network error as a BadSample; the cause that aiohttp wraps (`os_error`) counts too."""
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return BadSample(f"proxy-{error.status}", "the proxy refuses to connect to the host; see --proxy")
     causes = error, getattr(error, "os_error", None)
     for kind, name in ERRORS:
         if any(isinstance(cause, kind) for cause in causes):

@@ -302,7 +302,8 @@ def test_hostile_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 @pytest.mark.parametrize("body, word", [
     (b"", "empty"), (b"x", "no tar"), (b"\0" * 400, "no tar"), (b"<html>" * 2000, "no tar"), (bytes(1 << 20), "no tar"),
     (b"\x1f\x8b\x08" + bytes(3000), "gzip"), (b"BZh9" + bytes(3000), "bzip2"), (b"\xfd7zXZ\0" + bytes(99), "xz"),
-    (b"(\xb5/\xfd" + bytes(3000), "zstd")])
+    (b"(\xb5/\xfd" + bytes(3000), "zstd"), (b"PK\x03\x04" + bytes(3000), "zip"), (b"7z\xbc\xaf" + bytes(99), "7-Zip"),
+    (b"Rar!" + bytes(3000), "RAR")])
 def test_what_is_no_tar_says_so(tmp_path: Path, body: bytes, word: str) -> None:
     tar = tmp_path / "x.tar"
     tar.write_bytes(body)
@@ -382,6 +383,7 @@ def test_a_scan_reads_no_image_and_an_index_reads_no_tar(tmp_path: Path) -> None
 
     write(tmp_path, [(str(n), picture(n, 200_000), f"title {n}", None) for n in range(100)])
     tar = tmp_path / "train-000000.tar"
+    read_index(tar)  # imports pyarrow, which is read too
     assert asked(lambda: read_index(tar)) < 64 * 4096 + 50_000  # 20 MB
     tar.with_name(tar.name + ".index.json").unlink()
     assert asked(lambda: read_index(tar)) < 100 * 3 * 4096 + 50_000

@@ -80,6 +80,7 @@ HOSTILE: dict[str, tuple[Answer, str | None]] = {
     "to-file": (lambda p, n: reply(302, b"", Location="file:///etc/passwd"), "bad-url"),
     "to-user": (lambda p, n: reply(302, b"", Location="//me:secret@127.0.0.1/"), "bad-url"),
     "picture-404": (lambda p, n: reply(404), "http-404"),
+    "proxy-login": (lambda p, n: reply(407), "proxy-407"),  # not remembered: it says nothing of the picture
     "busy": (lambda p, n: reply(429, Retry_After=3600), "http-429"),
     "broken": (lambda p, n: reply(500), "http-500"),
     "no-content": (lambda p, n: reply(204, b""), "http-204"),

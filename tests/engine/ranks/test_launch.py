@@ -108,7 +108,7 @@ def test_gloo_takes_the_interface_that_reaches_rank_0(environment: pytest.Monkey
 
 def refusals(environment: pytest.MonkeyPatch, *launches: Launch) -> list[str]:
     """What ranks of these launches say that meet at one store; a launch without a device ends before it joins."""
-    environment.setattr(rendezvous, "REFUSAL_S", 3.0)
+    environment.setattr(rendezvous, "REFUSAL_S", 1.0)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}

@@ -72,6 +72,8 @@ class StreamedPairs:
         """Encode the images and titles of the splits `names`; return their features. Ranks share the work."""
         team, encoders = self.pipeline.team, self.pipeline.encoders
         splits = [split for name, split in self.splits.items() if name in names]
+        if not splits:
+            return {}
         splits, used_D, used_P = _keep_used(splits)
         reference_D = self.example_D[used_D]
         own_D, losses = owned_references(reference_D, team), self.lost

@@ -117,6 +117,7 @@ def test_a_picture_that_vanishes_is_named_and_the_run_goes_on(tmp_path: Path, mo
     features = streamed.feature_splits(["train"])["train"]
     assert len(features) == 37 and features.lost == 2  # measured without: copies of other rows count once
     assert len(features.image_row_N.unique()) == 35
+    assert streamed.feature_splits(["probe"]) == {}  # a probe alone is measured again after a loss
     for path in (tmp_path / "pairs").rglob("train-*.jpg"):
         path.unlink()
     asked = list[int]()

@@ -92,7 +92,12 @@ def explain_crash(command: str, error: BaseException, rank: int) -> str:
     text = "".join(traceback.format_exception(error))
     summary = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     name = f"error-rank-{rank}-{os.getpid()}.txt"
-    for folder in (CURRENT_RUN.folder, Path(tempfile.gettempdir()), Path.cwd()):
+    folders = [CURRENT_RUN.folder]
+    with suppress(OSError):  # there is none where every disk is full
+        folders.append(Path(tempfile.gettempdir()))
+    with suppress(OSError):  # it was deleted
+        folders.append(Path.cwd())
+    for folder in folders:
         if folder is None or not folder.is_dir():
             continue
         with suppress(OSError):

@@ -42,11 +42,6 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(command: str, cfg: Config) -> int:
     """Run a command and return its exit code; UserError, RunFailed and OSError are printed as one line."""
-    try:
-        os.getcwd()
-    except OSError as error:  # the libraries below would end the process
-        say_error(f"run.py {command}: the current folder cannot be used: {error.strerror}; change to another one")
-        return 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of our own call the tokenizer
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's library writes to stderr otherwise
     from engine.ranks.signals import StopSignal

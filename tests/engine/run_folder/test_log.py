@@ -221,5 +221,6 @@ def test_a_folder_deleted_under_a_shell_and_full_disks_end_in_one_line(tmp_path:
         patch.setattr(tempfile, "tempdir", None)
         patch.setattr(tempfile, "_candidate_tempdir_list", list)
         assert "the traceback could not be written" in crash.explain_crash("train", ValueError("odd"), 0)
-    assert command_line.main(["check", "--dataset", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        command_line.main(["check", "--dataset", str(tmp_path)])
     assert "current folder cannot be used: No such file or directory" in capfd.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -109,6 +110,10 @@ class Parser(argparse.ArgumentParser):
         """Return the Config of these arguments: preset, then the resumed run's or TOML's settings, then flags."""
         self._refuse_repeats(arguments)
         known, rest = self.parse_known_args(arguments)
+        try:
+            os.getcwd()
+        except OSError as error:  # MKL would end the process
+            self.error(f"the current folder cannot be used: {error.strerror}; change to another one")
         flags = vars(known)
         given = [*flags]
         for name, value in flags.items():

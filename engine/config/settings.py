@@ -69,7 +69,7 @@ def parse_number(text: str) -> float:
 def read_toml(path: Path) -> Settings:
     """Return the settings in a TOML file. Raises ValueError with one sentence for an unknown key or a wrong type."""
     try:
-        table = tomllib.loads(read_text(path, MAX_TOML))
+        table = tomllib.loads(read_text(path, MAX_TOML).removeprefix("\ufeff"))  # as Windows' editors write it
     except FileNotFoundError:
         raise ValueError(f"--config {path}: no such file") from None
     except (ValueError, OSError, RecursionError) as error:  # no TOML, no UTF-8, no file, or nested without end

@@ -101,7 +101,12 @@ def explain_crash(command: str, error: BaseException, rank: int) -> str:
     summary = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     name = f"error-rank-{rank}-{os.getpid()}.txt"
     # The run folder's disk may be full, which may be the error: then a temporary folder, then the present one.
-    for folder in (CURRENT_RUN.folder, Path(tempfile.gettempdir()), Path.cwd()):
+    folders = [CURRENT_RUN.folder]
+    with suppress(OSError):  # there is none where every disk is full
+        folders.append(Path(tempfile.gettempdir()))
+    with suppress(OSError):  # it was deleted
+        folders.append(Path.cwd())
+    for folder in folders:
         if folder is None or not folder.is_dir():
             continue
         with suppress(OSError):

@@ -147,7 +147,7 @@ def settings_of(folder: Path) -> Config:
 def require_run_dir(folder: Path) -> Path:
     """Return `folder`. Raises FileNotFoundError when the run was deleted meanwhile, so that it is not created again."""
     if not (folder / "config.json").exists():
-        raise FileNotFoundError(errno.ENOENT, "the run folder was deleted or renamed", str(folder))
+        raise FileNotFoundError(errno.ENOENT, "the run folder or its config.json was deleted or renamed", str(folder))
     return folder
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from engine.config.cli import COMMANDS, Parser, parse
 from engine.config.fields import Config, as_dict, command_settings, config_fields, flag_of
-from engine.config.settings import check
+from engine.config.settings import check, read_toml
 
 
 def options(command: str, capsys: pytest.CaptureFixture[str], flag: str = "--help-all") -> dict[str, str]:
@@ -159,3 +159,9 @@ def test_recipes_in_the_readme_are_settings(tmp_path: Path) -> None:
     for recipe in re.findall(r"```toml\n(.*?)```", readme, re.DOTALL):
         (tmp_path / "recipe.toml").write_text(recipe, encoding="utf-8")
         assert parse("run.py", ["--config", str(tmp_path / "recipe.toml")])[0] == "train"
+
+
+def test_a_recipe_saved_by_a_windows_editor_is_read(tmp_path: Path) -> None:
+    """It begins with a byte order mark, which TOML does not allow: "Invalid statement" on a line that looks right."""
+    (tmp_path / "recipe.toml").write_text("epochs = 5\r\n", encoding="utf-8-sig", newline="")
+    assert read_toml(tmp_path / "recipe.toml") == {"epochs": 5}

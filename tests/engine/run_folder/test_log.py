@@ -6,6 +6,7 @@ import pty
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import run as command_line
 from engine.console import CLEAR, whole_fields
 from engine.optim import Plan
 from engine.ranks.world import World
+from engine.run_folder import crash
 from engine.run_folder.board import POINTS, TensorBoardWriter, WeightDrift
 from engine.run_folder.checkpoint import State
 from engine.run_folder.log import Log
@@ -208,3 +210,18 @@ def test_points_of_the_projector_have_one_line_each_that_no_terminal_obeys(tmp_p
     lines = (tmp_path / "00000" / "base" / "metadata.tsv").read_text(encoding="utf-8").split("\n")
     assert len(lines) == 5 and all(line.count("\t") == 1 for line in lines[:4])
     assert "\x1b" not in "".join(lines) and "SECRET" not in "".join(lines)
+
+
+def test_a_folder_deleted_under_a_shell_and_full_disks_end_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                      capfd: pytest.CaptureFixture[str]) -> None:
+    """A shell in a deleted folder: MKL ended the process; a crash on full disks: a second traceback in its place."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", None)
+        patch.setattr(tempfile, "_candidate_tempdir_list", list)
+        assert "the traceback could not be written" in crash.explain_crash("train", ValueError("odd"), 0)
+    with pytest.raises(SystemExit, match="2"):
+        command_line.main(["check", "--dataset", str(tmp_path)])
+    assert "current folder cannot be used: No such file or directory" in capfd.readouterr().err

@@ -211,7 +211,8 @@ def test_tars_with_several_captions(tmp_path: Path) -> None:
     rows, _, lost = read(tmp_path / "train-000000.tar")
     assert rows.title.to_pylist() == ["text 0", "text 2", "text 10", "one", "two", "first", "second"]
     assert rows.title_neg is not None and rows.title_neg.to_pylist() == [[], [], [], ["n", "m"], ["n", "m"], [], []]
-    assert [(entry["key"], entry["reason"]) for entry in lost] == [("d", "ambiguous"), ("e", "bad-json")]
+    assert [(entry["key"], entry["reason"]) for entry in lost] == [
+        ("b", "no-title"), ("d", "ambiguous"), ("e", "bad-json")]
 
 
 @pytest.mark.parametrize("field", ["raw", "caption", "text"])

@@ -71,10 +71,9 @@ def metric_tables(metrics: Metrics, first: str) -> str:
         if split != first:
             table = _split_table(metrics, split)
             folded += f"<details><summary>{escape_text(split)}</summary>{table}</details>"
-    return (f'{_split_table(metrics, first)}<p class="soft small">Square brackets: 95 % interval; what is drawn anew '
-            'are images with their titles, connected through shared ones, not rows. R@K: share of images (or titles) '
-            'whose best right answer is among the first K. Triplet accuracy: share of hard negatives that the own '
-            f'title beats.</p>{folded}')
+    return (f'{_split_table(metrics, first)}<p class="soft small">Square brackets: 95 % interval, by resampling groups '
+            'of rows that share images or titles. R@K: share of images (or titles) for which a right answer is '
+            f'among the first K. Triplet accuracy: share of hard negatives that score below the own title.</p>{folded}')
 
 
 def _split_table(metrics: Metrics, split: str) -> str:

@@ -131,10 +131,8 @@ def _array_items(path: Path) -> Iterator[tuple[Any, int]]:
             for value in _ArrayItems(file):
                 items += 1
                 yield value
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8; save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON (item {items}: {str(error)[:200]})") from None
+        raise _not_json(path, error, f"item {items}: ") from None
 
 
 def _is_array(path: Path) -> bool:
@@ -152,10 +150,15 @@ def load_json(path: Path) -> Any:
                         "on each, or an array of objects")
     try:
         return AS_WRITTEN.decode(content.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8; save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({str(error)[:200]})") from None
+        raise _not_json(path, error) from None
+
+
+def _not_json(path: Path, error: Exception, place: str = "") -> UserError:
+    """Return the error for a file that cannot be parsed; `place` says where in it."""
+    if isinstance(error, UnicodeDecodeError):
+        return UserError(f"{path} is not UTF-8; save the file as UTF-8")
+    return UserError(f"{path} is not JSON ({place}{str(error)[:200]})")
 
 
 def _is_lines(path: Path) -> bool:
